@@ -6,11 +6,11 @@ another as `<bos> ids <eos>`. Its manifest `X.json` says what is inside.
 
 import hashlib
 import json
-import os
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 from model.errors import InputError
+from model.files import write_json
 
 FORMAT_VERSION = 1
 
@@ -38,15 +38,8 @@ def manifest_path(token_path: str | Path) -> Path:
 
 
 def write_manifest(token_path: str | Path, manifest: Manifest) -> None:
-    """Write the manifest beside the token file: to a temporary file, flushed, renamed."""
-    path = manifest_path(token_path)
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        json.dump(asdict(manifest), file, ensure_ascii=False, indent=2)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    """Write the manifest beside the token file, replacing an older one in one step."""
+    write_json(manifest_path(token_path), asdict(manifest))
 
 
 def read_manifest(token_path: str | Path) -> Manifest | None:

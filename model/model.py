@@ -1,0 +1,222 @@
+"""MiniMind v1's Transformer: RMSNorm, interleaved RoPE, grouped-query attention, SwiGLU, tied embeddings.
+
+Plain PyTorch over a plain dataclass. Parameters carry Meta's Llama names, so MiniMind v1's files load as they are.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.errors import InputError
+from model.kv_cache import KVCache
+from model.LMConfig import LMConfig
+
+IGNORE_INDEX = -100  # a target with this id counts in no loss
+
+
+def rope_table(config: LMConfig) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of RoPE (Su et al., 2021), float32 [max_seq_len, head_dim / 2] each."""
+    pairs = torch.arange(0, config.head_dim, 2).float() / config.head_dim
+    frequencies = config.rope_theta**-pairs
+    angles = torch.outer(torch.arange(config.max_seq_len).float(), frequencies)
+    return angles.cos(), angles.sin()
+
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the neighbouring pairs (2j, 2j + 1) of each head by their position's angles, in float32.
+
+    Args:
+        x: [B, T, H, D]
+        cos, sin: [T, 1, D / 2], or [B, T, 1, D / 2] where rows stand at different positions.
+    """
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # [B, T, H, D / 2] each
+    turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
+    return turned.flatten(-2).type_as(x)
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention (Ainslie et al., 2023)."""
+
+    def __init__(self, config: LMConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.n_heads, self.n_kv_heads, self.head_dim = config.n_heads, config.n_kv_heads, config.head_dim
+        self.dropout = config.dropout
+        self.flash_attn = config.flash_attn
+        self.wq = nn.Linear(config.dim, config.n_heads * config.head_dim, bias=False)
+        self.wk = nn.Linear(config.dim, config.n_kv_heads * config.head_dim, bias=False)
+        self.wv = nn.Linear(config.dim, config.n_kv_heads * config.head_dim, bias=False)
+        self.wo = nn.Linear(config.n_heads * config.head_dim, config.dim, bias=False)
+        self.q_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
+
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None = None, cache: KVCache | None = None
+    ) -> Tensor:
+        """x [B, T, dim] -> [B, T, dim]. Without a cache, position t sees 0 to t; with one, what `mask` allows."""
+        batch, tokens, _ = x.shape
+        q = self.q_norm(self.wq(x).view(batch, tokens, self.n_heads, self.head_dim))
+        k = self.k_norm(self.wk(x).view(batch, tokens, self.n_kv_heads, self.head_dim))
+        v = self.wv(x).view(batch, tokens, self.n_kv_heads, self.head_dim)
+        q = apply_rope(q, cos, sin).transpose(1, 2)  # [B, H, T, D]
+        k = apply_rope(k, cos, sin).transpose(1, 2)  # [B, H_kv, T, D]
+        v = v.transpose(1, 2)
+        if cache is not None:
+            k, v = cache.append(self.layer, k, v)  # [B, H_kv, S, D]
+
+        dropout = self.dropout if self.training else 0.0
+        attend = F.scaled_dot_product_attention if self.flash_attn else attention_written_out
+        causal = cache is None
+        x = attend(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, enable_gqa=self.n_kv_heads < self.n_heads)
+        x = self.wo(x.transpose(1, 2).reshape(batch, tokens, -1))
+        return F.dropout(x, self.dropout, self.training)
+
+
+def attention_written_out(
+    q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, dropout_p: float, is_causal: bool, enable_gqa: bool
+) -> Tensor:
+    """What `scaled_dot_product_attention` computes, step by step. q [B, H, T, D], k and v [B, H_kv, S, D]."""
+    if enable_gqa:
+        k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))  # [B, H, S, D]
+    scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])  # [B, H, T, S]
+    if is_causal:
+        attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+    if attn_mask is not None:
+        scores = scores.masked_fill(~attn_mask, -torch.inf)
+    weights = F.dropout(scores.float().softmax(-1).type_as(q), dropout_p)
+    return weights @ v
+
+
+class FeedForward(nn.Module):
+    """SwiGLU (Shazeer, 2020): w2(silu(w1 x) * w3 x)."""
+
+    def __init__(self, config: LMConfig) -> None:
+        super().__init__()
+        self.w1 = nn.Linear(config.dim, config.hidden_dim, bias=False)
+        self.w2 = nn.Linear(config.hidden_dim, config.dim, bias=False)
+        self.w3 = nn.Linear(config.dim, config.hidden_dim, bias=False)
+        self.dropout = config.dropout
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, T, dim] -> [B, T, dim]."""
+        return F.dropout(self.w2(F.silu(self.w1(x)) * self.w3(x)), self.dropout, self.training)
+
+
+class TransformerBlock(nn.Module):
+    """Attention, then the feed-forward, each on a normalised copy of the residual stream."""
+
+    def __init__(self, config: LMConfig, layer: int) -> None:
+        super().__init__()
+        self.attention = Attention(config, layer)
+        self.feed_forward = FeedForward(config)
+        self.attention_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        self.ffn_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None = None, cache: KVCache | None = None
+    ) -> Tensor:
+        """x [B, T, dim] -> [B, T, dim]."""
+        x = x + self.attention(self.attention_norm(x), cos, sin, mask, cache)
+        return x + self.feed_forward(self.ffn_norm(x))
+
+
+class Transformer(nn.Module):
+    """A decoder-only language model of the shape that an LMConfig gives."""
+
+    def __init__(self, config: LMConfig | None = None) -> None:
+        super().__init__()
+        self.config = config = config or LMConfig()
+        self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
+        self.layers = nn.ModuleList(TransformerBlock(config, layer) for layer in range(config.n_layers))
+        self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.output.weight = self.tok_embeddings.weight
+        cos, sin = rope_table(config)  # rebuilt, never saved
+        self.register_buffer("rope_cos", cos, persistent=False)
+        self.register_buffer("rope_sin", sin, persistent=False)
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Draw new weights from torch's global generator.
+
+        | weights                                     | distribution                         |
+        |---------------------------------------------|--------------------------------------|
+        | embedding, output, wq, wk, wv, w1, w3       | N(0, 0.02)                           |
+        | wo, w2 (they add to the residual stream)    | N(0, 0.02 / sqrt(2 n_layers)), GPT-2 |
+        | norms                                       | 1                                    |
+        """
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 1:
+                nn.init.ones_(parameter)
+            else:
+                residual = name.endswith(("wo.weight", "w2.weight"))
+                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * self.config.n_layers) if residual else 0.02)
+
+    def hidden_states(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
+        """What the output layer reads: tokens int64 [B, T] -> [B, T, dim], normalised.
+
+        With a cache, `tokens` go on from what it holds, and it holds them too afterwards.
+        """
+        count = tokens.shape[1]
+        if cache is None:
+            mask, cos, sin = None, self.rope_cos[:count], self.rope_sin[:count]
+        else:
+            mask, positions = cache.attention_mask(count), cache.positions(count)
+            cos, sin = self.rope_cos[positions], self.rope_sin[positions]
+        cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)  # [T, 1, D / 2] or [B, T, 1, D / 2]: the same for all heads
+
+        x = F.dropout(self.tok_embeddings(tokens), self.config.dropout, self.training)
+        for layer in self.layers:
+            x = layer(x, cos, sin, mask, cache)
+        if cache is not None:
+            cache.advance(count)
+        return self.norm(x)
+
+    def forward(self, tokens: Tensor, targets: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+        """Logits, or with `targets` their loss.
+
+        Args:
+            tokens: int64 [B, T], T at most `max_seq_len` together with what the cache holds.
+            targets: int64 [B, T], the next token of each position; IGNORE_INDEX where none counts.
+            cache: keys and values of the tokens before these.
+
+        Returns:
+            logits [B, T, vocab_size]; with targets, the cross-entropy in nats, summed over all targets that count
+            (float32, 0-dimensional): a sum, so that micro-batches and ranks add up to one large batch exactly.
+        """
+        logits = self.output(self.hidden_states(tokens, cache))
+        if targets is None:
+            return logits
+        return F.cross_entropy(
+            logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
+        )
+
+    def load_state_dict(self, state_dict: dict, strict: bool = True, assign: bool = False):
+        """As `nn.Module.load_state_dict`, with one clear line where the weights belong to another model.
+
+        Raises:
+            InputError: a key is missing, unknown or of another shape; or the tied pair holds two matrices.
+        """
+        tied = ("tok_embeddings.weight", "output.weight")
+        if self.config.tie_embeddings and all(key in state_dict for key in tied):
+            first, second = (state_dict[key] for key in tied)
+            if first.data_ptr() != second.data_ptr() and not torch.equal(first, second):
+                raise InputError("the weights' embedding and output differ; this model ties them (tie_embeddings: false)")
+        own = {key: tuple(value.shape) for key, value in self.state_dict().items()}
+        given = {key: tuple(value.shape) for key, value in state_dict.items()}
+        if strict and own != given:
+            raise InputError(f"the weights do not fit the model: {_first_difference(own, given)}")
+        return super().load_state_dict(state_dict, strict=strict, assign=assign)
+
+
+def _first_difference(own: dict[str, tuple], given: dict[str, tuple]) -> str:
+    missing, unknown = sorted(own.keys() - given.keys()), sorted(given.keys() - own.keys())
+    if missing or unknown:
+        parts = [f"{len(keys)} {kind} (first: {keys[0]})" for kind, keys in (("missing", missing), ("unknown", unknown)) if keys]
+        return " and ".join(parts)
+    key = next(key for key in own if own[key] != given[key])
+    return f"{key} is {list(given[key])}, the model's is {list(own[key])}"
