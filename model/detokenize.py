@@ -1,0 +1,102 @@
+"""From ids to text, one id at a time, without ever showing half a character.
+
+The text of a generation is, by definition, the pieces that a detokenizer gives joined together: what a stream shows
+and what a call returns cannot differ.
+"""
+
+import codecs
+from collections.abc import Sequence
+
+from model.tokenization import is_byte_level
+
+WINDOW = 8  # tokens of the prompt that a tokenizer other than byte-level BPE needs to see to place its spaces
+LONGEST_TAIL = 3  # bytes of a UTF-8 character that is not complete yet
+
+
+def new_detokenizer(tokenizer, prompt_ids: Sequence[int] = ()) -> "ByteLevelDetokenizer | WindowDetokenizer":
+    """The detokenizer for what follows `prompt_ids`: feed it with `push(id)`, end with `flush()`."""
+    return ByteLevelDetokenizer(tokenizer) if is_byte_level(tokenizer) else WindowDetokenizer(tokenizer, prompt_ids)
+
+
+def control_ids(tokenizer) -> set[int]:
+    """Ids of the tokens that stand for no text, such as `<s>` and `</s>`."""
+    added = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return added | set(tokenizer.all_special_ids)
+
+
+def byte_alphabet() -> dict[str, int]:
+    """GPT-2's alphabet: the printable character that stands for each byte in a byte-level token -> the byte.
+
+    Printable Latin-1 characters stand for themselves, the other 68 bytes for the characters from U+0100 on
+    (`bytes_to_unicode` in openai/gpt-2).
+    """
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
+
+
+BYTE_ALPHABET = byte_alphabet()
+
+
+class ByteLevelDetokenizer:
+    """Tokens -> bytes -> an incremental UTF-8 decoder, which holds back only the bytes of an unfinished character.
+
+    Bytes that can't be UTF-8 become U+FFFD at once; a U+FFFD that the text really holds is a character like others.
+    """
+
+    def __init__(self, tokenizer) -> None:
+        self._token = tokenizer.backend_tokenizer.id_to_token
+        self._silent = control_ids(tokenizer)
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, index: int) -> str:
+        """Text that this token completes, often "". Control tokens and ids without a token give none."""
+        token = self._token(index)
+        if token is None or index in self._silent:
+            return ""
+        if all(character in BYTE_ALPHABET for character in token):
+            return self._decoder.decode(bytes(BYTE_ALPHABET[character] for character in token))
+        return self._decoder.decode(token.encode("utf-8"))  # an added token is spelled as plain text
+
+    def flush(self) -> str:
+        """What is still held back, as U+FFFD; afterwards a new text can begin."""
+        return self._decoder.decode(b"", final=True)
+
+
+class WindowDetokenizer:
+    """For other tokenizers: decode a short window with and without the new tokens; the difference is the new text.
+
+    The method is that of Hugging Face's text-generation-inference; but a U+FFFD at the end is held back for at most
+    LONGEST_TAIL tokens, since a byte token beyond these can't belong to the same unfinished character.
+    """
+
+    def __init__(self, tokenizer, prompt_ids: Sequence[int] = ()) -> None:
+        self._tokenizer = tokenizer
+        self._silent = control_ids(tokenizer)
+        self._shown = list(prompt_ids[-WINDOW:])  # the window's tokens whose text is out
+        self._pending: list[int] = []  # those whose text is held back
+
+    def push(self, index: int) -> str:
+        """Text that this token completes, often "". Control tokens give none."""
+        if index in self._silent:
+            return ""
+        self._pending.append(index)
+        text = self._pending_text()
+        if text.endswith("\ufffd") and len(self._pending) <= LONGEST_TAIL:
+            return ""
+        return self._show(text)
+
+    def flush(self) -> str:
+        """What is still held back."""
+        return self._show(self._pending_text())
+
+    def _show(self, text: str) -> str:
+        self._shown, self._pending = self._pending or self._shown, []
+        return text
+
+    def _pending_text(self) -> str:
+        before = self._decode(self._shown)
+        return self._decode(self._shown + self._pending)[len(before) :]
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)

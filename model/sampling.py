@@ -1,0 +1,105 @@
+"""From a step's logits to the next token: processors that compose, and the draw.
+
+A processor is called with `tokens` int64 [B, T] (prompt and output so far, PADDING where a row has no token) and
+`logits` float32 [B, V], and returns the new logits. Each equals the transformers 5 processor that it names.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+PADDING = -1  # in `tokens`: no token here; left of the shorter rows of a batch
+
+Processor = Callable[[Tensor, Tensor], Tensor]
+
+
+def _marked(ids: Tensor, vocab_size: int) -> Tensor:
+    """ids int64 [B, N] -> bool [B, V]: which ids occur in each row; PADDING marks nothing."""
+    marked = torch.zeros(ids.shape[0], vocab_size + 1, dtype=torch.bool, device=ids.device)
+    marked.scatter_(1, ids.where(ids != PADDING, vocab_size), True)
+    return marked[:, :vocab_size]
+
+
+@dataclass(frozen=True)
+class RepetitionPenalty:
+    """Divide the positive logits of tokens seen before by `penalty`, multiply the negative ones (Keskar et al., 2019).
+
+    transformers: RepetitionPenaltyLogitsProcessor.
+    """
+
+    penalty: float
+
+    def __call__(self, tokens: Tensor, logits: Tensor) -> Tensor:
+        penalised = torch.where(logits < 0, logits * self.penalty, logits / self.penalty)
+        return torch.where(_marked(tokens, logits.shape[-1]), penalised, logits)
+
+
+@dataclass(frozen=True)
+class NoRepeatNgram:
+    """Ban each token that would complete an n-gram of `size` tokens that the row already holds (Paulus et al., 2017).
+
+    transformers: NoRepeatNGramLogitsProcessor; but padding is no part of an n-gram here.
+    """
+
+    size: int
+
+    def __call__(self, tokens: Tensor, logits: Tensor) -> Tensor:
+        if tokens.shape[1] < self.size:
+            return logits
+        ngrams = tokens.unfold(1, self.size, 1)  # [B, T - size + 1, size]
+        last = tokens[:, tokens.shape[1] - self.size + 1 :]  # [B, size - 1]
+        completes = (ngrams[..., :-1] == last[:, None]).all(-1) & (ngrams != PADDING).all(-1)  # [B, T - size + 1]
+        banned = _marked(ngrams[..., -1].where(completes, PADDING), logits.shape[-1])
+        return logits.masked_fill(banned, -torch.inf)
+
+
+@dataclass(frozen=True)
+class Temperature:
+    """Divide the logits: below 1 sharpens the distribution, above 1 flattens it. transformers: TemperatureLogitsWarper."""
+
+    temperature: float
+
+    def __call__(self, tokens: Tensor, logits: Tensor) -> Tensor:
+        return logits / self.temperature
+
+
+@dataclass(frozen=True)
+class TopK:
+    """Keep the k largest logits, and those that tie with the k-th (Fan et al., 2018). transformers: TopKLogitsWarper."""
+
+    k: int
+
+    def __call__(self, tokens: Tensor, logits: Tensor) -> Tensor:
+        smallest_kept = logits.topk(min(self.k, logits.shape[-1])).values[:, -1:]  # [B, 1]
+        return logits.masked_fill(logits < smallest_kept, -torch.inf)
+
+
+@dataclass(frozen=True)
+class TopP:
+    """Keep the likeliest tokens up to the one that brings their probability to `p` (Holtzman et al., 2019).
+
+    At least one stays, so 0 keeps only the likeliest. transformers: TopPLogitsWarper.
+    """
+
+    p: float
+
+    def __call__(self, tokens: Tensor, logits: Tensor) -> Tensor:
+        ascending, order = logits.sort(descending=False)  # [B, V] each
+        removed = ascending.softmax(-1).cumsum(-1) <= 1 - self.p
+        removed[:, -1] = False
+        return logits.masked_fill(removed.scatter(1, order, removed), -torch.inf)
+
+
+def sample(logits: Tensor, generators: Sequence[torch.Generator] | None = None) -> Tensor:
+    """The next id of each row: logits float32 [B, V] -> int64 [B].
+
+    With generators, one a row and on the logits' device, a draw from softmax(logits): a row's draws depend on its own
+    generator alone, whatever the batch, and torch's global generator is not touched. Without, the largest logit.
+    """
+    if generators is None:
+        return logits.argmax(-1)
+    probabilities = logits.softmax(-1)
+    draws = [torch.multinomial(row, 1, generator=own) for row, own in zip(probabilities, generators, strict=True)]
+    return torch.cat(draws)
