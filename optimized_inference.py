@@ -1,0 +1,529 @@
+"""Generation: one decode loop for a single prompt, a stream, a batch and a chat.
+
+From top to bottom: what can be set (GenerationConfig), the loop (`decode`: token ids in, ids out), text around it
+(TextGenerator), and a model with its tokenizer from files (`load_generator`).
+"""
+
+import contextlib
+import math
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from model.checkpoint import load_weights
+from model.detokenize import new_detokenizer
+from model.errors import InputError
+from model.kv_cache import KVCache
+from model.model import Transformer
+from model.sampling import PADDING, NoRepeatNgram, Processor, RepetitionPenalty, Temperature, TopK, TopP, sample
+from model.tokenization import EMBEDDED_TOKENIZER, encode_texts, load_tokenizer, tokenizer_sha256, vocabulary_size
+
+BATCH_SIZE = 16  # prompts that `batch_generate` holds in memory at once
+GREEDY_BELOW = 1e-4  # a temperature under this means greedy: dividing by it could overflow
+OUT_DIR = Path("out")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def say(message: str) -> None:
+    """One line about what was chosen or left out, on stderr: stdout holds generated text only."""
+    print(message, file=sys.stderr, flush=True)
+
+
+# ---------------------------------------------------------------------------------------------------------- settings
+
+
+@dataclass
+class GenerationConfig:
+    """How to choose tokens, and how many.
+
+    Raises:
+        InputError: values that cannot be used; all of them are named at once.
+    """
+
+    do_sample: bool = True  # False: greedy, the likeliest token each time
+    temperature: float = 0.8  # 0 means greedy
+    top_k: int = 50  # 0: off
+    top_p: float = 0.9  # 1: off
+    max_new_tokens: int = 100
+    repetition_penalty: float = 1.1  # 1: off; small models repeat themselves without one
+    no_repeat_ngram_size: int = 0  # 0: off
+    use_cache: bool = True  # False recomputes the whole sequence for each token: slow, to compare with
+    seed: int | None = None  # equal seeds give equal text; None: different each time
+
+    def __post_init__(self) -> None:
+        problems = generation_problems(self)
+        if problems:
+            raise InputError("; ".join(problems))
+
+    @property
+    def greedy(self) -> bool:
+        return not self.do_sample or self.temperature < GREEDY_BELOW
+
+    def processors(self) -> list[Processor]:
+        """What changes the logits, in transformers' order. Greedy knows the penalties only."""
+        processors: list[Processor] = []
+        if self.repetition_penalty != 1:
+            processors.append(RepetitionPenalty(self.repetition_penalty))
+        if self.no_repeat_ngram_size:
+            processors.append(NoRepeatNgram(self.no_repeat_ngram_size))
+        if self.greedy:
+            return processors
+        if self.temperature != 1:
+            processors.append(Temperature(self.temperature))
+        if self.top_k:
+            processors.append(TopK(self.top_k))
+        if self.top_p < 1:
+            processors.append(TopP(self.top_p))
+        return processors
+
+
+def generation_problems(config: GenerationConfig) -> list[str]:
+    """Every value that cannot be used: one text each, naming the setting, the value and what is accepted."""
+
+    def whole(value, least: int) -> bool:
+        return type(value) is int and value >= least
+
+    def number(value) -> bool:
+        return type(value) in (int, float) and math.isfinite(value)
+
+    seed, penalty = config.seed, config.repetition_penalty
+    accepted = {  # setting: (is it usable, what would be)
+        "do_sample": (type(config.do_sample) is bool, "true or false"),
+        "temperature": (number(config.temperature) and config.temperature >= 0, "a number from 0 (greedy) up"),
+        "top_k": (whole(config.top_k, 0), "a whole number from 0 (off) up"),
+        "top_p": (number(config.top_p) and 0 <= config.top_p <= 1, "a number from 0 to 1 (off)"),
+        "max_new_tokens": (whole(config.max_new_tokens, 1), "a whole number from 1 up"),
+        "repetition_penalty": (number(penalty) and penalty > 0, "a number above 0 (1: off)"),
+        "no_repeat_ngram_size": (whole(config.no_repeat_ngram_size, 0), "a whole number from 0 (off) up"),
+        "use_cache": (type(config.use_cache) is bool, "true or false"),
+        "seed": (seed is None or (whole(seed, 0) and seed < 2**63), "None or a whole number from 0 to 2**63 - 1"),
+    }
+    return [
+        f"{name}: {getattr(config, name)!r} is not {expected}"
+        for name, (usable, expected) in accepted.items()
+        if not usable
+    ]
+
+
+# ---------------------------------------------------------------------------------------------------------- the loop
+
+
+@torch.inference_mode()
+def decode(
+    model: Transformer, prompts: Sequence[Sequence[int]], config: GenerationConfig, eos_id: int
+) -> Iterator[list[int | None]]:
+    """Continue B prompts (ids, each of 1 to max_seq_len - 1 tokens); each step yields the next id of every row.
+
+    None stands for a row that has ended: at eos (which is not yielded), after `max_new_tokens`, or where its text
+    fills the context. A row's ids are those that its prompt gets alone, up to float rounding.
+    """
+    device, context = model.tok_embeddings.weight.device, model.config.max_seq_len
+    lengths = [len(prompt) for prompt in prompts]
+    length = max(lengths)
+    limits = [min(config.max_new_tokens, context - own) for own in lengths]
+    processors = config.processors()
+    generators = None if config.greedy else [new_generator(config.seed, device) for _ in prompts]
+
+    capacity = length + max(limits)
+    tokens = torch.full((len(prompts), capacity), PADDING, device=device)  # [B, capacity], each prompt ends at `length`
+    for row, prompt in enumerate(prompts):
+        tokens[row, length - len(prompt) : length] = torch.tensor(prompt, device=device)
+    padding = None
+    if min(lengths) < length:
+        padding = torch.tensor([length - own for own in lengths], device=device)  # [B]
+
+    cache, logits = prefill(model, tokens[:, :length], padding, capacity)  # logits float32 [B, V]
+    if not logits.isfinite().all():
+        raise InputError("the weights give logits that are not finite: the training diverged, or the file is damaged")
+    ended = [False] * len(prompts)
+    for step in range(max(limits)):
+        for process in processors:
+            logits = process(tokens[:, :length], logits)
+        chosen = sample(logits, generators)  # [B]
+
+        ids = chosen.tolist()
+        ended = [done or own == eos_id or step >= limit for done, own, limit in zip(ended, ids, limits, strict=True)]
+        yield [None if done else own for done, own in zip(ended, ids, strict=True)]
+        if all(ended) or step + 1 == max(limits):
+            return
+
+        tokens[:, length] = chosen
+        length += 1
+        if padding is not None:  # an ended row stands still: its positions must not run past the context
+            padding += torch.tensor(ended, device=device)
+        if config.use_cache:
+            logits = decode_one_token(model, chosen, cache)
+        else:
+            cache, logits = prefill(model, tokens[:, :length], padding, capacity)
+
+
+def prefill(model: Transformer, tokens: Tensor, padding: Tensor | None, capacity: int) -> tuple[KVCache, Tensor]:
+    """Read whole prompts: tokens int64 [B, T], PADDING on the left -> their cache, next-token logits [B, V]."""
+    weight = model.tok_embeddings.weight
+    cache = KVCache(
+        model.config, tokens.shape[0], capacity, padding=padding, device=weight.device, dtype=weight.dtype
+    )
+    return cache, next_token_logits(model, tokens.clamp(min=0), cache)  # any id will do where the cache masks it
+
+
+def decode_one_token(model: Transformer, tokens: Tensor, cache: KVCache) -> Tensor:
+    """Read one more token of each row: tokens int64 [B] -> next-token logits [B, V]."""
+    return next_token_logits(model, tokens[:, None], cache)
+
+
+def next_token_logits(model: Transformer, tokens: Tensor, cache: KVCache) -> Tensor:
+    """tokens int64 [B, T] -> logits of the token after the last, float32 [B, V]."""
+    hidden = model.hidden_states(tokens, cache)  # [B, T, dim]
+    return model.output(hidden[:, -1]).float()  # the output layer is the widest: only where it is needed
+
+
+def new_generator(seed: int | None, device: torch.device) -> torch.Generator:
+    """A private random generator, so that torch's global one is never touched; without a seed, from fresh entropy."""
+    generator = torch.Generator(device)
+    if seed is None:
+        generator.seed()
+    else:
+        generator.manual_seed(seed)
+    return generator
+
+
+# -------------------------------------------------------------------------------------------------------------- text
+
+
+class TextGenerator:
+    """A model and its tokenizer: text in, text out.
+
+    Args:
+        model: moved to `device`; None leaves it where it is.
+        tokenizer: a `transformers` fast tokenizer with a bos and an eos token.
+
+    Raises:
+        InputError: the tokenizer has ids that the model has no embedding for.
+    """
+
+    def __init__(self, model: Transformer, tokenizer, device: torch.device | str | None = None) -> None:
+        needed, rows = vocabulary_size(tokenizer), model.config.vocab_size
+        if needed > rows:
+            raise InputError(f"the tokenizer has {needed} tokens, the model's embedding {rows}: they do not belong together")
+        self.model = model if device is None else model.to(device)
+        self.tokenizer = tokenizer
+        self._said_no_template = False
+
+    def generate(
+        self,
+        prompt: str,
+        config: GenerationConfig | None = None,
+        stream: bool = False,
+        callback: Callable[[str], None] | None = None,
+    ) -> str:
+        """Continue a prompt and return the new text, without the prompt.
+
+        An empty prompt is allowed: the model then begins a document of its own. With a callback, each piece of text
+        goes to it as soon as its characters are whole; `stream=True` without one prints the pieces to stdout.
+
+        Raises:
+            InputError: the prompt is longer than the context less one token.
+        """
+        return self._complete([self.encode_prompt(prompt)], config, _emitter(stream, callback))[0]
+
+    def batch_generate(
+        self, prompts: Sequence[str], config: GenerationConfig | None = None, batch_size: int = BATCH_SIZE
+    ) -> list[str]:
+        """Continue any number of prompts, `batch_size` at a time; results keep the prompts' order.
+
+        A prompt's result is the one it gets alone: rows are masked from their padding, and each row draws from its
+        own generator. (In float32; 16-bit arithmetic may choose differently where two tokens are nearly as likely.)
+        So with a seed, equal prompts get equal results.
+
+        Raises:
+            InputError: a prompt is longer than the context less one token; nothing was generated then.
+        """
+        if isinstance(prompts, str):
+            raise InputError("batch_generate takes a list of prompts; use generate for a single one")
+        encoded = [self.encode_prompt(prompt) for prompt in prompts]
+        results: list[str] = []
+        for start in range(0, len(encoded), batch_size):
+            results += self._complete(encoded[start : start + batch_size], config)
+        return results
+
+    def chat(
+        self,
+        history: Sequence[dict[str, str]],
+        config: GenerationConfig | None = None,
+        stream: bool = False,
+        callback: Callable[[str], None] | None = None,
+    ) -> str:
+        """Answer the last message of a history of `{"role": ..., "content": ...}`, in the tokenizer's chat template.
+
+        Where the history outgrows the context, its oldest turns are left out (see `fit_history`). A tokenizer
+        without a template gets plain continuation of the contents. `stream` and `callback` as in `generate`.
+
+        Raises:
+            InputError: the history is empty or malformed, the template refuses it, or its last message alone is
+                longer than the context.
+        """
+        ids = self.encode_chat(self.fit_history(history, config))
+        return self._complete([ids], config, _emitter(stream, callback))[0]
+
+    def fit_history(
+        self, history: Sequence[dict[str, str]], config: GenerationConfig | None = None
+    ) -> list[dict[str, str]]:
+        """The history without its oldest turns, where it would not leave room for an answer; a line says how many.
+
+        A turn is a user's message with what follows it. System messages at the start and the last turn stay. The room
+        is `max_new_tokens`, or half the context where that is less.
+        """
+        context = self.model.config.max_seq_len
+        room = min((config or GenerationConfig()).max_new_tokens, context // 2)
+        kept = check_history(history)
+        system = 0
+        while kept[system]["role"] == "system" and system < len(kept) - 1:
+            system += 1
+        while len(self.encode_chat(kept, check=False)) > context - room:
+            next_turn = system + 1
+            while next_turn < len(kept) and kept[next_turn]["role"] != "user":
+                next_turn += 1
+            if next_turn >= len(kept):
+                break  # one turn is left: less room for the answer, or an error if there is none at all
+            del kept[system:next_turn]
+        if len(kept) < len(history):
+            say(f"context of {context} tokens: the {len(history) - len(kept)} oldest messages of the chat are left out")
+        return kept
+
+    def encode_prompt(self, prompt: str) -> list[int]:
+        """`<bos> ids`, as documents begin in training. A control token that the prompt spells out stays text."""
+        ids = [self.tokenizer.bos_token_id, *encode_texts(self.tokenizer, [valid_text("the prompt", prompt)])[0]]
+        return self._fitting("prompt", ids)
+
+    def encode_chat(self, history: Sequence[dict[str, str]], check: bool = True) -> list[int]:
+        """A history's ids, up to where the answer begins. A control token that a content spells out stays text.
+
+        Raises:
+            InputError: as `chat`; with `check=False` any length is accepted.
+        """
+        contents = [message["content"] for message in history]
+        if not self.tokenizer.chat_template:
+            if not self._said_no_template:
+                say("this tokenizer has no chat template: the chat is continued as plain text")
+                self._said_no_template = True
+            ids = [self.tokenizer.bos_token_id, *encode_texts(self.tokenizer, ["\n".join(contents)])[0]]
+        elif any(token.content in text for token in self._special_tokens() for text in contents):
+            ids = self._encode_apart(history)
+        else:
+            ids = self._encode_template(self._render(history))
+        return self._fitting("chat", ids) if check else ids
+
+    def _complete(
+        self,
+        prompts: Sequence[list[int]],
+        config: GenerationConfig | None,
+        emit: Callable[[str], None] | None = None,
+    ) -> list[str]:
+        """Texts that follow the prompts' ids; `emit`, for a single prompt, gets each piece as it comes."""
+        pieces: list[list[str]] = [[] for _ in prompts]
+        detokenizers = [new_detokenizer(self.tokenizer, prompt) for prompt in prompts]
+
+        def add(row: int, piece: str) -> None:
+            if piece:
+                pieces[row].append(piece)
+                if emit is not None:
+                    emit(piece)
+
+        with evaluation_mode(self.model):
+            for step in decode(self.model, prompts, config or GenerationConfig(), self.tokenizer.eos_token_id):
+                for row, index in enumerate(step):
+                    if index is not None:
+                        add(row, detokenizers[row].push(index))
+        for row, detokenizer in enumerate(detokenizers):
+            add(row, detokenizer.flush())
+        return ["".join(own) for own in pieces]
+
+    def _fitting(self, what: str, ids: list[int]) -> list[int]:
+        context = self.model.config.max_seq_len
+        if len(ids) > context - 1:
+            raise InputError(
+                f"the {what} has {len(ids)} tokens, the model's context of {context} takes at most {context - 1}; "
+                f"shorten it"
+            )
+        return ids
+
+    def _special_tokens(self) -> list:
+        return [token for token in self.tokenizer.added_tokens_decoder.values() if token.special]
+
+    def _render(self, history: Sequence[dict[str, str]]) -> str:
+        from jinja2 import TemplateError  # transformers needs it for templates only
+
+        try:
+            return self.tokenizer.apply_chat_template(list(history), tokenize=False, add_generation_prompt=True)
+        except TemplateError as error:
+            raise InputError(f"the tokenizer's chat template refuses this history: {error}") from error
+
+    def _encode_template(self, text: str) -> list[int]:
+        """Ids of text in which control tokens are control tokens."""
+        return self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+
+    def _encode_apart(self, history: Sequence[dict[str, str]]) -> list[int]:
+        """The template's own parts with control tokens, the contents without.
+
+        Placeholders of private-use characters stand for the contents while the template is filled in.
+        """
+        placeholders = [{**message, "content": f"\ue000{n}\ue001"} for n, message in enumerate(history)]
+        parts = re.split("\ue000(\\d+)\ue001", self._render(placeholders))  # part, number, part, number, ... part
+        ids = self._encode_template(parts[0])
+        for number, part in zip(parts[1::2], parts[2::2], strict=True):
+            ids += encode_texts(self.tokenizer, [history[int(number)]["content"]])[0] + self._encode_template(part)
+        return ids
+
+
+@contextlib.contextmanager
+def evaluation_mode(model: Transformer) -> Iterator[None]:
+    """Dropout off; afterwards the model is as it was, whatever happened."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+def check_history(history: Sequence[dict[str, str]]) -> list[dict[str, str]]:
+    """A copy of a chat's messages.
+
+    Raises:
+        InputError: there is none, or one is not `{"role": text, "content": text}`.
+    """
+    if not history:
+        raise InputError("the chat history is empty: it needs at least one message")
+    for n, message in enumerate(history):
+        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
+            raise InputError(f'message {n} of the chat is {message!r}; expected {{"role": "user", "content": "..."}}')
+        valid_text(f"message {n} of the chat", message["content"])
+    return list(history)
+
+
+def valid_text(what: str, text: str) -> str:
+    """The text itself.
+
+    Raises:
+        InputError: it is no text, or holds half of a surrogate pair (what bytes that are not UTF-8 turn into).
+    """
+    if not isinstance(text, str):
+        raise InputError(f"{what} is {type(text).__name__}, expected text")
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise InputError(f"{what} is not valid Unicode text: {ascii(text)[:60]}")
+    return text
+
+
+def _emitter(stream: bool, callback: Callable[[str], None] | None) -> Callable[[str], None] | None:
+    if callback is None and stream:
+        return lambda piece: print(piece, end="", flush=True)
+    return callback
+
+
+# ------------------------------------------------------------------------------------------------------------- files
+
+
+def load_generator(
+    model_path: str | Path | None = None,
+    tokenizer_path: str | Path | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | str | None = None,
+) -> TextGenerator:
+    """A generator from files; one line on stderr for each choice that was made.
+
+    Args:
+        model_path: weights or a checkpoint; None takes the newest final weights under out/.
+        tokenizer_path: a tokenizer's folder; None takes the one that the weights were trained with.
+        device: None takes the fastest there is.
+        dtype: of the weights in memory, a torch.dtype or its name; None is float32.
+
+    Raises:
+        InputError: a file is missing, damaged, or does not fit the others; the device or dtype cannot be used.
+    """
+    device, dtype = choose_device(device), choose_dtype(dtype)
+    path = Path(model_path) if model_path is not None else newest_weights()
+    weights = load_weights(path)
+    if weights.inferred:
+        config = weights.config
+        say(
+            f"no {path.with_suffix('.json').name} beside the weights: read off their shapes dim {config.dim}, n_layers "
+            f"{config.n_layers}, n_heads {config.n_heads}, n_kv_heads {config.n_kv_heads}, vocab_size "
+            f"{config.vocab_size}; assumed max_seq_len {config.max_seq_len}, rope_theta {config.rope_theta:g}"
+        )
+    tokenizer = fitting_tokenizer(path, weights, tokenizer_path)
+    model = Transformer(weights.config)
+    model.load_state_dict(weights.state_dict)
+    return TextGenerator(model.to(device, dtype), tokenizer)
+
+
+def newest_weights() -> Path:
+    """The newest out/pretrain_*.pth, else out/best_model.pth."""
+    final = sorted(OUT_DIR.glob("pretrain_*.pth"), key=lambda path: path.stat().st_mtime)
+    best = OUT_DIR / "best_model.pth"
+    if final:
+        say(f"weights {final[-1].as_posix()}: the newest final weights under {OUT_DIR}/")
+        return final[-1]
+    if best.is_file():
+        say(f"weights {best.as_posix()}: no final weights (pretrain_*.pth) under {OUT_DIR}/ yet")
+        return best
+    raise InputError(f"no weights under {OUT_DIR}/: train first (python train.py), or give --model_path")
+
+
+def fitting_tokenizer(path: Path, weights, tokenizer_path: str | Path | None):
+    """The tokenizer given, else the recorded one, else the embedded one.
+
+    Raises:
+        InputError: it is not the one that the weights were trained with, or its size is not the embedding's.
+    """
+    folder, recorded = tokenizer_path or weights.tokenizer_path, weights.tokenizer_sha256
+    if tokenizer_path is None and folder and not Path(folder).is_dir() and recorded == tokenizer_sha256():
+        folder = None  # the recorded folder is gone, and the embedded tokenizer is the same
+    tokenizer = load_tokenizer(folder)
+    shown = folder or EMBEDDED_TOKENIZER.name
+    found = tokenizer_sha256(folder)
+    if recorded is not None and found != recorded:
+        raise InputError(
+            f"{path} was trained with another tokenizer: sha256 {recorded[:12]}… is recorded, {shown} has "
+            f"{found[:12]}…; give the right one with --tokenizer_path"
+        )
+    tokens, rows = vocabulary_size(tokenizer), weights.config.vocab_size
+    if tokens > rows or (tokens < rows and recorded is None):  # a recorded tokenizer may leave rows unused on purpose
+        raise InputError(
+            f"the tokenizer {shown} has {tokens} tokens, the embedding in {path} has {rows} rows; "
+            f"give the right one with --tokenizer_path"
+        )
+    return tokenizer
+
+
+def choose_device(device: torch.device | str | None) -> torch.device:
+    """The device asked for, else the fastest kind there is.
+
+    Raises:
+        InputError: there is no such device here.
+    """
+    if device is None:
+        return default_device()
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:  # torch raises the latter for a CUDA device in a CPU-only build
+        raise InputError(f"device: {device} cannot be used here ({str(error).strip().splitlines()[0]})") from error
+
+
+def default_device() -> torch.device:
+    """A CUDA GPU, an Apple GPU, or the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def choose_dtype(dtype: torch.dtype | str | None) -> torch.dtype:
+    """A torch.dtype, or one of DTYPES by name; None is float32, in which a batch gives what single prompts give."""
+    chosen = torch.float32 if dtype is None else DTYPES.get(dtype, dtype)
+    if chosen not in DTYPES.values():
+        raise InputError(f"dtype: {dtype} is not one of {', '.join(DTYPES)}")
+    return chosen
