@@ -7,7 +7,6 @@ From top to bottom: what can be set (GenerationConfig), the loop (`decode`: toke
 import contextlib
 import math
 import re
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,16 +21,12 @@ from model.kv_cache import KVCache
 from model.model import Transformer
 from model.sampling import PADDING, NoRepeatNgram, Processor, RepetitionPenalty, Temperature, TopK, TopP, sample
 from model.tokenization import EMBEDDED_TOKENIZER, encode_texts, load_tokenizer, tokenizer_sha256, vocabulary_size
+from utils import pick_device, pick_dtype, say
 
 BATCH_SIZE = 16  # prompts that `batch_generate` holds in memory at once
 GREEDY_BELOW = 1e-4  # a temperature under this means greedy: dividing by it could overflow
 OUT_DIR = Path("out")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-def say(message: str) -> None:
-    """One line about what was chosen or left out, on stderr: stdout holds generated text only."""
-    print(message, file=sys.stderr, flush=True)
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 # ---------------------------------------------------------------------------------------------------------- settings
@@ -439,13 +434,18 @@ def load_generator(
     Args:
         model_path: weights or a checkpoint; None takes the newest final weights under out/.
         tokenizer_path: a tokenizer's folder; None takes the one that the weights were trained with.
-        device: None takes the fastest there is.
-        dtype: of the weights in memory, a torch.dtype or its name; None is float32.
+        device: None (or "auto") takes the fastest kind there is.
+        dtype: of the weights in memory, a torch.dtype or its name; None is float32, in which a batch gives what
+            single prompts give.
 
     Raises:
         InputError: a file is missing, damaged, or does not fit the others; the device or dtype cannot be used.
     """
-    device, dtype = choose_device(device), choose_dtype(dtype)
+    chosen_device, device_reason = pick_device(str(device or "auto"))
+    asked = str(dtype or "float32").removeprefix("torch.")
+    if asked not in DTYPES:
+        raise InputError(f"dtype: {asked!r} found, one of {', '.join(DTYPES)} expected")
+    chosen_dtype, dtype_reason = pick_dtype(asked, chosen_device)
     path = Path(model_path) if model_path is not None else newest_weights()
     weights = load_weights(path)
     if weights.inferred:
@@ -458,7 +458,9 @@ def load_generator(
     tokenizer = fitting_tokenizer(path, weights, tokenizer_path)
     model = Transformer(weights.config)
     model.load_state_dict(weights.state_dict)
-    return TextGenerator(model.to(device, dtype), tokenizer)
+    say(f"device {chosen_device}: {device_reason}")
+    say(f"dtype {str(chosen_dtype).removeprefix('torch.')}: {dtype_reason if dtype else 'the default'}")
+    return TextGenerator(model.to(chosen_device, chosen_dtype), tokenizer)
 
 
 def newest_weights() -> Path:
@@ -498,32 +500,3 @@ def fitting_tokenizer(path: Path, weights, tokenizer_path: str | Path | None):
             f"give the right one with --tokenizer_path"
         )
     return tokenizer
-
-
-def choose_device(device: torch.device | str | None) -> torch.device:
-    """The device asked for, else the fastest kind there is.
-
-    Raises:
-        InputError: there is no such device here.
-    """
-    if device is None:
-        return default_device()
-    try:
-        return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:  # torch raises the latter for a CUDA device in a CPU-only build
-        raise InputError(f"device: {device} cannot be used here ({str(error).strip().splitlines()[0]})") from error
-
-
-def default_device() -> torch.device:
-    """A CUDA GPU, an Apple GPU, or the CPU."""
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-
-
-def choose_dtype(dtype: torch.dtype | str | None) -> torch.dtype:
-    """A torch.dtype, or one of DTYPES by name; None is float32, in which a batch gives what single prompts give."""
-    chosen = torch.float32 if dtype is None else DTYPES.get(dtype, dtype)
-    if chosen not in DTYPES.values():
-        raise InputError(f"dtype: {dtype} is not one of {', '.join(DTYPES)}")
-    return chosen

@@ -1,0 +1,238 @@
+"""Generate text with trained weights: one prompt, a file of prompts, or a chat.
+
+    python inference.py --model_path out/pretrain_512.pth --prompt "中国" --stream
+    python inference.py --interactive
+    python inference.py --batch_file prompts.txt
+"""
+
+import argparse
+import contextlib
+import difflib
+import json
+import sys
+from pathlib import Path
+
+from model.errors import InputError
+from optimized_inference import BATCH_SIZE, DTYPES, GenerationConfig, TextGenerator, load_generator
+from utils import CommandParser, run_command, say
+
+DEFAULT_PROMPT = "中国"
+RULE = "=" * 80
+# What a terminal would obey instead of showing: a small model can produce any byte.
+TERMINAL_CONTROLS = {code: None for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\n\t"}
+
+
+def main() -> None:
+    arguments = parse_arguments(sys.argv[1:])
+    config = GenerationConfig(
+        do_sample=not arguments.greedy,
+        temperature=arguments.temperature,
+        top_k=arguments.top_k,
+        top_p=arguments.top_p,
+        max_new_tokens=arguments.max_new_tokens,
+        repetition_penalty=arguments.repetition_penalty,
+        no_repeat_ngram_size=arguments.no_repeat_ngram_size,
+        use_cache=arguments.use_cache,
+        seed=arguments.seed,
+    )
+    prompts = read_prompts(Path(arguments.batch_file)) if arguments.batch_file is not None else []
+    generator = load_generator(arguments.model_path, arguments.tokenizer_path, arguments.device, arguments.dtype)
+    if arguments.batch_file is not None:
+        run_batch(generator, config, prompts, arguments.batch_file, arguments.output_file)
+    elif arguments.interactive:
+        run_interactive(generator, config)
+    else:
+        run_single(generator, config, arguments.prompt, arguments.stream)
+
+
+def parse_arguments(argv: list[str]) -> argparse.Namespace:
+    """The flags, with the mode settled.
+
+    Raises:
+        InputError: an unknown flag, an unusable value, or flags that exclude each other.
+    """
+    parser = build_parser()
+    arguments, unknown = parser.parse_known_args(argv)
+    if unknown:
+        flags = [flag for action in parser._actions for flag in action.option_strings]
+        nearest = difflib.get_close_matches(unknown[0].split("=")[0], flags, n=1, cutoff=0.5)
+        raise InputError(f"unknown flag {unknown[0]}" + (f"; did you mean {nearest[0]}?" if nearest else "; see --help"))
+
+    given = {"--prompt": arguments.prompt is not None, "--batch_file": arguments.batch_file is not None}
+    modes = [flag for flag, used in (given | {"--interactive": arguments.interactive}).items() if used]
+    if len(modes) > 1:
+        raise InputError(f"{' and '.join(modes)} exclude each other: one mode at a time")
+    if arguments.output_file is not None and arguments.batch_file is None:
+        raise InputError("--output_file is for the results of --batch_file")
+    if not modes and sys.stdin is not None and sys.stdin.isatty():
+        arguments.interactive = True
+    elif not modes:
+        arguments.prompt = DEFAULT_PROMPT
+        say(f"prompt {DEFAULT_PROMPT}: the default, since no --prompt was given and this is no terminal")
+    return arguments
+
+
+def build_parser() -> argparse.ArgumentParser:
+    defaults = GenerationConfig()
+    parser = CommandParser(description="Generate text with trained weights. Without a mode: a chat in a terminal.")
+    parser.formatter_class = argparse.HelpFormatter  # defaults are named below where they tell something
+
+    mode = parser.add_argument_group("what to do (one of)")
+    mode.add_argument("--prompt", metavar="TEXT", help="continue this text once")
+    mode.add_argument("--interactive", action="store_true", help="chat: exit, quit or q leaves, clear forgets")
+    mode.add_argument("--batch_file", metavar="FILE", help="continue each line of a UTF-8 file")
+
+    files = parser.add_argument_group("files and machine")
+    files.add_argument("--model_path", metavar="FILE", help="weights or a checkpoint (default: the newest under out/)")
+    files.add_argument("--tokenizer_path", metavar="FOLDER", help="default: the one the weights were trained with")
+    files.add_argument("--output_file", metavar="FILE", help="write the results of --batch_file here too, as JSONL")
+    files.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: the fastest there is)")
+    files.add_argument("--dtype", choices=DTYPES, help="of the weights in memory (default: float32)")
+
+    text = parser.add_argument_group("how to generate")
+    text.add_argument("--stream", action="store_true", help="show the text as it comes")
+    text.add_argument("--greedy", action="store_true", help="take the likeliest token each time")
+    for name, kind, meaning in (
+        ("max_new_tokens", int, "most tokens to generate"),
+        ("temperature", float, "higher is more random; 0 is greedy"),
+        ("top_k", int, "choose among the k likeliest tokens; 0: off"),
+        ("top_p", float, "choose among the likeliest tokens that reach this probability together; 1: off"),
+        ("repetition_penalty", float, "higher repeats less; 1: off"),
+        ("no_repeat_ngram_size", int, "no run of this many tokens occurs twice; 0: off"),
+    ):
+        default = getattr(defaults, name)
+        text.add_argument(f"--{name}", type=kind, default=default, metavar="N", help=f"{meaning} (default: {default})")
+    text.add_argument("--seed", type=int, metavar="N", help="equal seeds give equal text (default: different each time)")
+    cache = text.add_mutually_exclusive_group()
+    cache.add_argument(
+        "--use_cache", type=true_or_false, nargs="?", const=True, default=True, metavar="true|false", help="default: true"
+    )
+    cache.add_argument("--no_cache", dest="use_cache", action="store_false", help="the same as --use_cache false")
+    return parser
+
+
+def true_or_false(text: str) -> bool:
+    values = {"true": True, "false": False}
+    if text.lower() not in values:
+        raise argparse.ArgumentTypeError(f"{text!r} found, true or false expected")
+    return values[text.lower()]
+
+
+def printable(text: str) -> str:
+    """The text without what a terminal would obey; as it is where stdout is a file or a pipe."""
+    return text.translate(TERMINAL_CONTROLS) if sys.stdout.isatty() else text
+
+
+def show(text: str) -> None:
+    print(printable(text), end="", flush=True)
+
+
+def run_single(generator: TextGenerator, config: GenerationConfig, prompt: str, stream: bool) -> None:
+    """Print the prompt and its continuation; with `stream`, as it comes."""
+    generator.encode_prompt(prompt)  # a prompt that cannot be used is not worth showing
+    if stream:
+        show(prompt)
+        generator.generate(prompt, config, stream=True, callback=show)
+        print()
+    else:
+        print(printable(prompt + generator.generate(prompt, config)))
+
+
+def read_prompts(path: Path) -> list[tuple[int, str]]:
+    """Line number and text of each line that is not blank.
+
+    Raises:
+        InputError: no such file, not UTF-8, or no prompt inside.
+    """
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise InputError(f"batch_file: {path} cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise InputError(f"batch_file: {path} is not UTF-8 (line {line}); save it as UTF-8") from error
+    lines = [(number, line.rstrip("\r")) for number, line in enumerate(text.split("\n"), 1)]
+    prompts = [(number, line) for number, line in lines if line.strip()]
+    if not prompts:
+        raise InputError(f"batch_file: {path} holds no prompt; write one a line")
+    return prompts
+
+
+def run_batch(
+    generator: TextGenerator, config: GenerationConfig, prompts: list[tuple[int, str]], source: str, output: str | None
+) -> None:
+    """Print each prompt and its continuation, a group at a time, so that a long run shows what it has."""
+    for number, prompt in prompts:  # all of them before the first is generated
+        try:
+            generator.encode_prompt(prompt)
+        except InputError as error:
+            raise InputError(f"{source}, line {number}: {error}") from error
+    with contextlib.ExitStack() as stack:
+        file = None
+        if output is not None:
+            try:
+                file = stack.enter_context(open(output, "w", encoding="utf-8", newline="\n"))
+            except OSError as error:
+                raise InputError(f"output_file: {output} cannot be written ({error.strerror})") from error
+        for start in range(0, len(prompts), BATCH_SIZE):
+            group = [prompt for _, prompt in prompts[start : start + BATCH_SIZE]]
+            for n, (prompt, text) in enumerate(zip(group, generator.batch_generate(group, config), strict=True)):
+                print(printable(f"[{start + n + 1}] {prompt}\n{prompt}{text}\n"), flush=True)
+                if file is not None:
+                    file.write(json.dumps({"prompt": prompt, "text": text}, ensure_ascii=False) + "\n")
+                    file.flush()
+
+
+def run_interactive(generator: TextGenerator, config: GenerationConfig) -> None:
+    """Chat until the user leaves. Ctrl-C stops an answer, which stays in the history as far as it came."""
+    with contextlib.suppress(ImportError):  # Windows has none; its console edits lines by itself
+        import readline  # noqa: F401  (importing it gives input() line editing and history)
+    sys.stdin.reconfigure(encoding=None if sys.stdin.isatty() else "utf-8", errors="replace")
+    print(f"🤖 交互式对话模式\n{RULE}\n输入 'exit'、'quit' 或 'q' 退出\n输入 'clear' 清空对话历史\n{RULE}\n")
+    history: list[dict[str, str]] = []
+    while (message := ask()) is not None and message.lower() not in ("exit", "quit", "q"):
+        if message.lower() == "clear":
+            history = []
+            print("✨ 对话历史已清空\n")
+        elif message:
+            history = answer(generator, config, [*history, {"role": "user", "content": message}])
+    print("👋 再见！")
+
+
+def ask() -> str | None:
+    """The user's next message; None when they leave with Ctrl-C or Ctrl-D."""
+    try:
+        message = input("👤 用户: ").strip()
+    except (EOFError, KeyboardInterrupt):
+        print()
+        return None
+    if not sys.stdin.isatty():
+        print(message)  # a terminal shows what is typed; a transcript of a pipe should read the same
+    return message
+
+
+def answer(
+    generator: TextGenerator, config: GenerationConfig, history: list[dict[str, str]]
+) -> list[dict[str, str]]:
+    """Stream an answer to the last message; the history with it, or without that message if it cannot be answered."""
+    said: list[str] = []
+
+    def hear(piece: str) -> None:
+        said.append(piece)
+        show(piece)
+
+    try:
+        history = generator.fit_history(history, config)
+        show("🤖 助手: ")
+        generator.chat(history, config, stream=True, callback=hear)
+    except InputError as error:
+        say(f"error: {error}")
+        return history[:-1]
+    except KeyboardInterrupt:
+        pass  # what was said so far stays
+    print("\n")
+    return [*history, {"role": "assistant", "content": "".join(said)}]
+
+
+if __name__ == "__main__":
+    run_command(main)
