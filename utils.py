@@ -1,9 +1,18 @@
-"""What the scripts share and the model does not need: the console, devices, seeds, the process group."""
+"""What the scripts share and the model does not need: the console, devices, seeds, signals, the process group."""
 
+import argparse
+import contextlib
+import datetime
+import os
+import random
+import signal
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 
 from model.errors import InputError
+
+# ---------------------------------------------------------------------------------------------------- the console
 
 
 def run_command(main: Callable[[], int | None]) -> None:
@@ -13,10 +22,272 @@ def run_command(main: Callable[[], int | None]) -> None:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(encoding="utf-8", errors="replace")
     try:
-        sys.exit(main())
+        code = main()
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        rank = os.environ.get("RANK", "0")
+        print(f"error: {error}" if rank == "0" else f"[rank {rank}] error: {error}", file=sys.stderr)
+        code = 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        code = 130
+    sys.exit(code)
+
+
+class CommandParser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line (an InputError), and that accepts no abbreviated flags."""
+
+    def __init__(self, **arguments) -> None:
+        super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **arguments)
+
+    def error(self, message: str):
+        raise InputError(f"{message}; see --help")
+
+
+def say(message: str) -> None:
+    """Tell the user what was chosen or done, on stderr, without breaking a progress bar; only from rank 0."""
+    if int(os.environ.get("RANK", "0")) == 0:
+        from tqdm import tqdm
+
+        with tqdm.external_write_mode(file=sys.stderr):
+            print(message, file=sys.stderr, flush=True)
+
+
+def progress_bar(total: int, initial: int, show: bool):
+    """A bar over training steps with the time left. Where it cannot move, in a log file, see `progress_line`."""
+    from tqdm import tqdm
+
+    layout = "{percentage:3.0f}% |{bar:24}| step {n_fmt}/{total_fmt} [{elapsed}, {remaining} left{postfix}]"
+    screen = sys.stderr if sys.stderr.isatty() else open(os.devnull, "w")  # noqa: SIM115 (lives as long as the bar)
+    return tqdm(total=total, initial=initial, disable=not show, bar_format=layout, mininterval=0.5, file=screen)
+
+
+def progress_line(bar, every_seconds: float = 30) -> None:
+    """Print what the bar shows as a line now and then, where there is no terminal to move it on."""
+    now = time.perf_counter()
+    if not sys.stderr.isatty() and now - getattr(bar, "last_line", 0) > every_seconds:
+        bar.last_line = now
+        say(str(bar).strip())
+
+
+# -------------------------------------------------------------------------------------------------------- devices
+
+
+def pick_device(asked: str = "auto", local_rank: int = 0):
+    """The torch device to use, and why.
+
+    Args:
+        asked: "auto", or a device that torch knows: "cpu", "mps", "cuda", "cuda:1".
+        local_rank: this process's number on its machine, which picks its GPU.
+
+    Raises:
+        InputError: no such device here.
+    """
+    import torch
+
+    if asked == "auto":
+        if torch.cuda.is_available():
+            device = torch.device("cuda", local_rank % torch.cuda.device_count())
+            return device, torch.cuda.get_device_name(device)
+        if torch.backends.mps.is_available():
+            return torch.device("mps"), "Apple GPU"
+        return torch.device("cpu"), f"no GPU found, {torch.get_num_threads()} threads"
+    try:
+        device = torch.device(asked)
+    except RuntimeError as error:
+        raise InputError(f"device: {asked!r} found, one of auto, cpu, cuda, cuda:N, mps expected") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"device: {asked!r} found, but torch sees {torch.cuda.device_count()} CUDA devices here")
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", local_rank % torch.cuda.device_count())
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise InputError("device: 'mps' found, but torch sees no Apple GPU here")
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise InputError(f"device: {asked!r} found, one of auto, cpu, cuda, cuda:N, mps expected")
+    return device, "as asked"
+
+
+def pick_dtype(asked: str, device):
+    """The dtype of the matrix products on this device, and why.
+
+    A processor without instructions for 16-bit floats computes them one by one, over a hundred times slower than
+    float32: there float32 is used instead. MATECONV_EMULATE_DTYPE=1 keeps what was asked for, to test it.
+    """
+    import torch
+
+    dtype = getattr(torch, asked)
+    if dtype == torch.float32:
+        return dtype, "as asked"
+    if device.type == "cpu" and os.environ.get("MATECONV_EMULATE_DTYPE") != "1":
+        features = torch.cpu.get_capabilities()
+        needed = {torch.bfloat16: ("avx512_bf16", "amx_bf16", "bf16"), torch.float16: ("avx512_fp16", "amx_fp16", "fp16_arith")}
+        found = [name for name in needed[dtype] if features.get(name)]
+        if not found:
+            return torch.float32, f"{asked} was asked for, but this CPU has no instructions for it and would crawl"
+        return dtype, f"this CPU has {found[0]}"
+    if device.type == "cuda" and dtype == torch.bfloat16 and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.float16, "bfloat16 was asked for, but this GPU (before Ampere) has no instructions for it"
+    return dtype, "as asked"
+
+
+def measure_matmul_flops(device, dtype, seconds: float = 0.1) -> float:
+    """FLOP/s that a large square matrix product reaches here: the limit that MFU compares with."""
+    import torch
+
+    size = 8192 if device.type == "cuda" else 1024
+    a = torch.randn(size, size, device=device, dtype=dtype)
+    synchronize = {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}.get(device.type, lambda: None)
+    best, end = 0.0, time.perf_counter() + seconds
+    while not best or time.perf_counter() < end:
+        synchronize()
+        start = time.perf_counter()
+        a @ a
+        synchronize()
+        best = max(best, 2 * size**3 / (time.perf_counter() - start))
+    return best
+
+
+# ---------------------------------------------------------------------------------------------------------- seeds
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python's, NumPy's and torch's global generators (torch's on every device)."""
+    import numpy as np
+    import torch
+
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def random_state() -> dict:
+    """The state of every global generator, in plain values that `torch.load(weights_only=True)` accepts."""
+    import numpy as np
+    import torch
+
+    kind, keys, position, has_gauss, gauss = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": (kind, keys.tolist(), position, has_gauss, gauss),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def restore_random_state(state: dict) -> None:
+    """Put every global generator back to what `random_state` returned."""
+    import numpy as np
+    import torch
+
+    random.setstate(state["python"])
+    kind, keys, position, has_gauss, gauss = state["numpy"]
+    np.random.set_state((kind, np.array(keys, dtype=np.uint32), position, has_gauss, gauss))
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+# -------------------------------------------------------------------------------------------------------- signals
+
+
+class StopSignal:
+    """Remembers Ctrl-C and SIGTERM, so that training stops between two steps and not in the middle of one."""
+
+    def __init__(self) -> None:
+        self.number = 0
+
+    def install(self) -> None:
+        """Take over SIGINT and SIGTERM (and Ctrl-Break on Windows) from now on."""
+        for name in ("SIGINT", "SIGTERM", "SIGBREAK"):
+            if hasattr(signal, name):
+                signal.signal(getattr(signal, name), self._remember)
+
+    def _remember(self, number: int, frame) -> None:
+        if self.number == 0:
+            os.write(2, b"\nstopping after this step: saving a checkpoint first\n")  # print is not safe in a handler
+        self.number = number
+
+
+# -------------------------------------------------------------------------------------------------- process group
+
+
+class Processes:
+    """The processes that train together: one, or those that torchrun started.
+
+    `all_sum` and the like go through gloo on the CPU, beside the gradients' own group, so that agreeing on a flag
+    never waits for the GPU.
+    """
+
+    def __init__(self) -> None:
+        self.rank = int(os.environ.get("RANK", "0"))
+        self.local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        self.world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        self._control = None
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def start(self, device, timeout_minutes: float = 30) -> None:
+        """Join the other processes: NCCL for gradients on GPUs, gloo elsewhere. Nothing to do for one process."""
+        if self.world_size == 1:
+            return
+        import torch
+        import torch.distributed as dist
+
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        timeout = datetime.timedelta(minutes=timeout_minutes)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
+        self._control = dist.new_group(backend="gloo", timeout=timeout)
+
+    def close(self) -> None:
+        """Leave the group."""
+        if self._control is not None:
+            import torch.distributed as dist
+
+            dist.destroy_process_group()
+            self._control = None
+
+    def all_sum(self, values: list[float]) -> list[float]:
+        """Add each number up over all processes, in float64."""
+        return self._reduce(values, "SUM")
+
+    def all_max(self, value: float) -> float:
+        """The largest of all processes' numbers."""
+        return self._reduce([value], "MAX")[0]
+
+    def _reduce(self, values: list[float], operation: str) -> list[float]:
+        if self._control is None:
+            return values
+        import torch
+        import torch.distributed as dist
+
+        tensor = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(tensor, op=getattr(dist.ReduceOp, operation), group=self._control)
+        return tensor.tolist()
+
+    def gather(self, value) -> list | None:
+        """Every process's value in a list, on rank 0; None elsewhere."""
+        if self._control is None:
+            return [value]
+        import torch.distributed as dist
+
+        values = [None] * self.world_size if self.is_main else None
+        dist.gather_object(value, values, dst=0, group=self._control)
+        return values
+
+    def barrier(self) -> None:
+        """Wait until every process is here."""
+        if self._control is not None:
+            import torch.distributed as dist
+
+            dist.barrier(group=self._control)
+
+    @contextlib.contextmanager
+    def main_first(self) -> Iterator[None]:
+        """Rank 0 runs the block first, the others after it has finished."""
+        if not self.is_main:
+            self.barrier()
+        yield
+        if self.is_main:
+            self.barrier()

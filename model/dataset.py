@@ -9,10 +9,14 @@ import json
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
+import numpy as np
+import torch
+
 from model.errors import InputError
 from model.files import write_json
 
 FORMAT_VERSION = 1
+IGNORE_INDEX = -100  # a target with this id counts in no loss
 
 
 @dataclass
@@ -72,3 +76,102 @@ def _sha256(file) -> str:  # Python 3.10 has no hashlib.file_digest
     while block := file.read(1 << 20):
         digest.update(block)
     return digest.hexdigest()
+
+
+class PretrainDataset:
+    """A token file cut into samples of `seq_len + 1` tokens; neighbours share one, so every token is predicted once.
+
+    Reads the file through a memory map: nothing is loaded ahead, and any number of processes share the pages.
+
+    Args:
+        path: our token file with its manifest, or MiniMind's or nanoGPT's headerless uint16 without one.
+        seq_len: tokens that the model reads of each sample.
+        vocab_size: rows of the model's embedding; an id past them is an error.
+        tokenizer_sha256: of the tokenizer in use, to compare with the manifest's.
+
+    Raises:
+        InputError: the file is missing, of another size, dtype or tokenizer than its manifest says, or too short.
+    """
+
+    def __init__(self, path: str | Path, seq_len: int, vocab_size: int, tokenizer_sha256: str | None = None) -> None:
+        self.path, self.seq_len, self.vocab_size = Path(path), seq_len, vocab_size
+        if not self.path.is_file():
+            raise InputError(f"{path}: no such token file; make it with: python optimized_data_processing.py")
+        self.manifest = read_manifest(path)
+        dtype = self._checked_dtype(tokenizer_sha256)
+        if self.path.stat().st_size < (seq_len + 1) * dtype.itemsize:
+            held = self.path.stat().st_size // dtype.itemsize
+            raise InputError(f"{path}: {held:,} tokens, fewer than one sample of max_seq_len + 1 = {seq_len + 1}")
+        self.tokens = np.memmap(self.path, dtype=dtype, mode="r")  # [tokens]
+
+    def _checked_dtype(self, tokenizer_sha256: str | None) -> np.dtype:
+        size = self.path.stat().st_size
+        if self.manifest is None:
+            if size % 2:
+                raise InputError(f"{self.path}: {size:,} bytes and no manifest; uint16 tokens need an even number")
+            return np.dtype("<u2")
+        manifest = self.manifest
+        if manifest.dtype not in ("uint16", "uint32"):
+            raise InputError(f"{manifest_path(self.path)}: dtype is {manifest.dtype!r}, expected uint16 or uint32")
+        dtype = np.dtype(manifest.dtype).newbyteorder("<")
+        if size != manifest.tokens * dtype.itemsize:
+            raise InputError(
+                f"{self.path}: {size:,} bytes, but its manifest says {manifest.tokens:,} tokens of {dtype.itemsize} bytes;"
+                " make it again with optimized_data_processing.py"
+            )
+        if tokenizer_sha256 and manifest.tokenizer_sha256 != tokenizer_sha256:
+            raise InputError(
+                f"{self.path}: made with another tokenizer (sha256 {manifest.tokenizer_sha256[:12]}…, in use is"
+                f" {tokenizer_sha256[:12]}…); set tokenizer_path to that one or make the file again"
+            )
+        return dtype
+
+    def __len__(self) -> int:
+        return (len(self.tokens) - 1) // self.seq_len
+
+    def fingerprint(self) -> dict:
+        """What tells this data from other data: a resumed run must find the same."""
+        sha256 = self.manifest.sha256 if self.manifest else None
+        return {"tokens": len(self.tokens), "dtype": self.tokens.dtype.name, "sha256": sha256, "seq_len": self.seq_len}
+
+    def batch(self, samples: np.ndarray, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Read samples into inputs and targets, int64 [rows, seq_len] each.
+
+        Rows past the last sample are filled up, with targets that no loss counts: every batch has the same shape.
+
+        Raises:
+            InputError: an id that the model has no embedding for.
+        """
+        inputs = torch.zeros(rows, self.seq_len, dtype=torch.int64)
+        targets = torch.full((rows, self.seq_len), IGNORE_INDEX, dtype=torch.int64)
+        for row, sample in enumerate(samples):
+            start = int(sample) * self.seq_len
+            window = torch.from_numpy(self.tokens[start : start + self.seq_len + 1].astype(np.int64))
+            inputs[row], targets[row] = window[:-1], window[1:]
+        largest = int(max(inputs.max(), targets.max()))
+        if largest >= self.vocab_size:
+            raise InputError(f"{self.path}: holds id {largest}, but the model has {self.vocab_size} (vocab_size)")
+        return inputs, targets
+
+
+def hold_out(samples: int) -> tuple[np.ndarray, np.ndarray]:
+    """Set a fixed share of the samples aside for validation: (for training, held out), int64 indices.
+
+    One in a hundred, at most 1,000, spread evenly over the file and the same whatever the seed, so that runs compare.
+    A file of a single sample has nothing to spare.
+    """
+    if samples < 2:
+        return np.arange(samples), np.arange(0)
+    stride = max(100, -(-samples // 1000)) if samples >= 100 else samples
+    held_out = np.arange(stride - 1, samples, stride)
+    return np.delete(np.arange(samples), held_out), held_out
+
+
+def epoch_order(samples: int, seed: int, epoch: int) -> np.ndarray:
+    """The order of the samples in one epoch: a permutation, int64 [samples], and a pure function of its arguments.
+
+    The sort of a Philox stream (Salmon et al., 2011): NumPy promises that stream for ever, which it does not for its
+    own shuffles, so a run goes on in the same order after NumPy was updated.
+    """
+    stream = np.random.Philox(key=np.array([seed, epoch], dtype=np.uint64)).random_raw(samples)
+    return np.argsort(stream, kind="stable")

@@ -9,11 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.dataset import IGNORE_INDEX
 from model.errors import InputError
 from model.kv_cache import KVCache
 from model.LMConfig import LMConfig
-
-IGNORE_INDEX = -100  # a target with this id counts in no loss
 
 
 def rope_table(config: LMConfig) -> tuple[Tensor, Tensor]:

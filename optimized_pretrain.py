@@ -1,0 +1,544 @@
+"""Training, from top to bottom: `Trainer(settings).train()`.
+
+There is one loop, on one CPU, one GPU or many nodes. A run can stop after any step and go on later with the same
+weights, bit for bit, as if it had never stopped (on the same machine, versions, threads and number of processes).
+"""
+
+import contextlib
+import dataclasses
+import datetime
+import math
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+import utils
+from model.checkpoint import Weights, save_torch, save_weights
+from model.dataset import PretrainDataset, epoch_order, hold_out
+from model.errors import InputError
+from model.files import replacing
+from model.metrics import MetricsLog
+from model.model import Transformer
+from model.optim import build_ema, build_optimizer, learning_rate_at
+from model.run_folder import (
+    INTERRUPTED,
+    STARTED,
+    TIME_FORMAT,
+    load_checkpoint,
+    move_earlier_run,
+    move_newer_checkpoints,
+    newest_checkpoint,
+    prune_checkpoints,
+    remove_leftovers,
+    step_checkpoint,
+)
+from model.settings import Settings
+from model.tokenization import load_tokenizer, token_byte_lengths, tokenizer_sha256, vocabulary_size
+from utils import Processes, say
+
+CHECKPOINT_VERSION = 1
+MAX_SKIPPED_STEPS = 50  # float16 steps skipped in a row before training is called diverged
+
+
+class TrainingDiverged(Exception):
+    """The loss or the gradient is not finite; the weights are those of the last good step."""
+
+
+@dataclasses.dataclass
+class Progress:
+    """Where a run is. Everything else about its position follows from it."""
+
+    step: int = 0  # optimizer steps taken
+    samples: int = 0  # samples read by all processes, over all epochs: the position in the data
+    best_val_loss: float = math.inf
+    evaluations_without_gain: int = 0
+    last_evaluation: int = -1  # step of the last finished evaluation
+    seconds: float = 0.0  # spent training, over all sessions
+
+
+class Trainer:
+    """Trains a Transformer as the settings say.
+
+    Args:
+        settings: all settings of the run.
+        processes: the processes that train together.
+        preview: called on rank 0 after each evaluation with the evaluated model; returns lines to print.
+
+    Raises:
+        InputError: data, tokenizer or checkpoint are missing or do not fit together.
+    """
+
+    def __init__(
+        self, settings: Settings, processes: Processes, preview: Callable[[Transformer], list[str]] | None = None
+    ) -> None:
+        self.settings, self.training, self.processes, self.preview = settings, settings.training, processes, preview
+        self.out_dir = Path(self.training.out_dir)
+        self.stop = utils.StopSignal()
+        self._choose_hardware()
+        processes.start(self.device)
+        self._load_tokenizer_and_data()
+        checkpoint = self._find_checkpoint()
+        self._build_model(checkpoint)
+        self._plan_schedule()
+        with processes.main_first():
+            if processes.is_main:
+                self._prepare_out_dir(checkpoint)
+        self.metrics = MetricsLog(self.out_dir, self.progress.step, say) if processes.is_main else None
+        self._describe()
+
+    # ------------------------------------------------------------------------------------------------- setting up
+
+    def _choose_hardware(self) -> None:
+        self.device, why = utils.pick_device(self.training.device, self.processes.local_rank)
+        say(f"device {self.device}: {why}")
+        self.dtype, why = utils.pick_dtype(self.training.dtype, self.device)
+        say(f"dtype {str(self.dtype).removeprefix('torch.')}: {why}")
+        self.peak_flops = utils.measure_matmul_flops(self.device, self.dtype)
+
+    def _load_tokenizer_and_data(self) -> None:
+        data, shape = self.settings.data, self.settings.model
+        tokenizer = load_tokenizer(data.tokenizer_path)
+        self.tokenizer_sha256 = tokenizer_sha256(data.tokenizer_path)
+        needed = vocabulary_size(tokenizer)
+        if shape.vocab_size is None:
+            shape.vocab_size = needed
+        elif shape.vocab_size < needed:
+            raise InputError(f"vocab_size: {shape.vocab_size} found, but the tokenizer has {needed} tokens")
+        self.config = self.settings.lm_config()
+        self.byte_lengths = np.zeros(shape.vocab_size, dtype=np.int64)
+        self.byte_lengths[:needed] = token_byte_lengths(tokenizer)
+
+        def open_dataset(path: str) -> PretrainDataset:
+            dataset = PretrainDataset(path, self.config.max_seq_len, self.config.vocab_size, self.tokenizer_sha256)
+            if dataset.manifest is None:
+                say(f"{path}: no manifest beside it; read as MiniMind's uint16 tokens, which nothing here can check")
+            return dataset
+
+        self.train_data = open_dataset(data.train_data_path)
+        if data.val_data_path is not None:
+            self.val_data = open_dataset(data.val_data_path)
+            self.train_samples, self.val_samples = np.arange(len(self.train_data)), np.arange(len(self.val_data))
+        else:
+            self.val_data = self.train_data
+            self.train_samples, self.val_samples = hold_out(len(self.train_data))
+            say(
+                f"val_data_path is null: {len(self.val_samples):,} of {len(self.train_data):,} samples are held out"
+                " for validation and not trained on"
+            )
+        self.fingerprint = self.train_data.fingerprint() | {"training_samples": len(self.train_samples)}
+
+    def _find_checkpoint(self) -> dict | None:
+        """Read the checkpoint to go on from, and see that it belongs to this model, tokenizer and data."""
+        if self.training.resume_from is not None:
+            path = Path(self.training.resume_from)
+            checkpoint = load_checkpoint(path)
+        elif self.training.resume:
+            found = newest_checkpoint(self.out_dir)
+            if found is None:
+                say(f"resume: no checkpoint in {self.out_dir}, so training starts from the beginning")
+                return None
+            path, checkpoint, passed_over = found
+            for problem in passed_over:
+                say(f"resume: passed over {problem}")
+        else:
+            return None
+        self._check_fits(path, checkpoint)
+        say(f"resuming from {path} at step {checkpoint['progress']['step']:,}")
+        return checkpoint
+
+    def _check_fits(self, path: Path, checkpoint: dict) -> None:
+        for name, mine, its in (
+            ("model", dataclasses.asdict(self.config), checkpoint["config"]),
+            ("data", self.fingerprint, checkpoint["data"]),
+            ("tokenizer", {"sha256": self.tokenizer_sha256}, {"sha256": checkpoint["tokenizer_sha256"]}),
+        ):
+            different = [f"{key} {its.get(key)} there, {mine[key]} here" for key in mine if mine[key] != its.get(key)]
+            if different:
+                raise InputError(f"{path} was made with another {name}: {'; '.join(different)}")
+        before, now = checkpoint["settings"]["training"], dataclasses.asdict(self.training)
+        if before["optimizer_type"] != now["optimizer_type"]:
+            raise InputError(f"{path} was made with optimizer_type {before['optimizer_type']}, not {now['optimizer_type']}")
+        unimportant = {"resume", "resume_from", "out_dir", "device", "ddp"}
+        changed = [f"{key} {before.get(key)} -> {now[key]}" for key in now if now[key] != before.get(key)]
+        changed = [text for text in changed if text.split()[0] not in unimportant]
+        if changed:
+            say(f"resuming with other settings than before: {', '.join(changed)}")
+
+    def _build_model(self, checkpoint: dict | None) -> None:
+        """Build model, optimizer, scaler and average, and put them where the checkpoint left them."""
+        t = self.training
+        utils.seed_everything(t.seed)
+        self.model = Transformer(self.config).to(self.device)
+        self.ema = build_ema(self.model, t.ema_decay) if t.use_ema else None
+        self.optimizer = build_optimizer(self.model, t.optimizer_type, t.learning_rate, t.weight_decay)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+        self.progress = Progress()
+        utils.seed_everything(t.seed + 1 + self.processes.rank)  # dropout differs between ranks
+        if checkpoint is not None:
+            self._restore(checkpoint)
+
+        self.train_model = self.model  # what the loop calls: compiled and wrapped; self.model stays the plain one
+        if t.compile:
+            self.train_model = torch.compile(self.train_model)
+        if self.processes.world_size > 1:
+            device_ids = [self.device] if self.device.type == "cuda" else None
+            self.train_model = DistributedDataParallel(self.train_model, device_ids=device_ids)
+        self.autocast = contextlib.nullcontext()
+        if self.dtype != torch.float32:
+            self.autocast = torch.autocast(self.device.type, self.dtype)
+
+    def _restore(self, checkpoint: dict) -> None:
+        self.model.load_state_dict(checkpoint["model"])
+        self.optimizer.load_state_dict(checkpoint["optimizer"])
+        if checkpoint["scaler"] and self.scaler.is_enabled():
+            self.scaler.load_state_dict(checkpoint["scaler"])
+        if self.ema is not None:
+            # A run that did not keep an average so far begins it with its present weights.
+            self.ema.module.load_state_dict(checkpoint["ema"] or checkpoint["model"])
+            self.ema.n_averaged.fill_(checkpoint["ema_updates"])
+        self.progress = Progress(**checkpoint["progress"])
+        states = checkpoint["random_states"]
+        if len(states) == self.processes.world_size:
+            utils.restore_random_state(states[self.processes.rank])
+        else:
+            say(
+                f"the checkpoint was written by {len(states)} processes, now there are {self.processes.world_size}:"
+                " the order of samples stays, dropout is drawn anew"
+            )
+            utils.seed_everything(self.training.seed + 1 + self.processes.rank + 1000 * self.progress.step)
+
+    def _plan_schedule(self) -> None:
+        t = self.training
+        self.batch_rows = t.batch_size * self.processes.world_size  # samples of one micro-batch, over all processes
+        self.step_rows = self.batch_rows * t.accumulation_steps  # samples of one step
+        self.steps_per_epoch = -(-len(self.train_samples) // self.step_rows)
+        self.total_steps = t.max_steps or t.epochs * self.steps_per_epoch
+        if t.warmup_steps is None:
+            t.warmup_steps = min(1000, self.total_steps // 50)
+        if t.warmup_steps >= self.total_steps:
+            raise InputError(f"warmup_steps: {t.warmup_steps} leaves none of the {self.total_steps} steps of this run")
+        if t.min_lr is None:
+            t.min_lr = t.learning_rate / 10
+        self._order_of_epoch: tuple[int, np.ndarray] = (-1, np.arange(0))
+
+    def _prepare_out_dir(self, checkpoint: dict | None) -> None:
+        """Make the folder, move another run's files aside, and write the settings as resolved."""
+        try:
+            self.out_dir.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(self.out_dir)
+            started = datetime.datetime.now().strftime(TIME_FORMAT)
+            continued = checkpoint is not None and (
+                self.training.resume_from is None
+                or Path(self.training.resume_from).resolve().parent == self.out_dir.resolve()
+            )
+            if continued:
+                started = checkpoint["started"]
+                if (moved := move_newer_checkpoints(self.out_dir, self.progress.step)) is not None:
+                    say(f"out_dir: checkpoints past step {self.progress.step:,} are now in {moved}")
+            elif (moved := move_earlier_run(self.out_dir)) is not None:
+                say(f"out_dir: {self.out_dir} held another run; its files are now in {moved}")
+            self.started = started
+            text = yaml.safe_dump(self.settings.as_dict(), allow_unicode=True, sort_keys=False)
+            with replacing(self.out_dir / "config.yaml") as file:
+                file.write(f"{STARTED}{started}\n{text}".encode())
+        except OSError as error:
+            raise InputError(f"out_dir: cannot write to {self.out_dir} ({error.strerror})") from error
+
+    def _describe(self) -> None:
+        t = self.training
+        parameters = sum(p.numel() for p in self.model.parameters())
+        attention = 6 * self.config.n_layers * self.config.dim * self.config.max_seq_len  # causal: half of the square
+        self.flops_per_token = 6 * parameters + attention
+        say(
+            f"model: {parameters:,} parameters; {self.flops_per_token / 1e6:,.0f} MFLOP a token; matrix products reach"
+            f" {self.peak_flops / 1e9:,.0f} GFLOP/s here, which mfu is measured by"
+        )
+        say(
+            f"data: {len(self.train_samples):,} samples of {self.config.max_seq_len} tokens; a step takes {self.step_rows}"
+            f" ({t.batch_size} x {t.accumulation_steps} accumulated x {self.processes.world_size} processes);"
+            f" {self.steps_per_epoch:,} steps an epoch, {self.total_steps:,} in all"
+        )
+        say(
+            f"schedule: {t.lr_scheduler}, {t.warmup_steps} steps up to {t.learning_rate:g}, then down to {t.min_lr:g};"
+            f" {t.optimizer_type}, clipped at {t.grad_clip:g}{', with EMA' if t.use_ema else ''}"
+        )
+
+    # ---------------------------------------------------------------------------------------------------- the loop
+
+    def train(self) -> str:
+        """Train until the end; returns how it ended: "finished", "early_stopping" or "interrupted"."""
+        self.stop.install()
+        if self.processes.is_main and self.settings.logging.use_wandb:
+            log = self.settings.logging
+            self.metrics.start_wandb(log.wandb_project, log.wandb_run_name, self.settings.as_dict(), self.out_dir)
+        try:
+            return self._loop()
+        finally:
+            if self.metrics is not None:
+                self.metrics.close()
+
+    def _loop(self) -> str:
+        t, progress = self.training, self.progress
+        saved_at = progress.step
+        self._begin_window()
+        with utils.progress_bar(self.total_steps, progress.step, self.processes.is_main) as bar:
+            while True:
+                finished = self._finished()
+                due = progress.step > 0 and (progress.step % t.eval_interval == 0 or finished)
+                evaluation_cut = due and not self._evaluate_and_keep_best()
+                if evaluation_cut or self._asked_to_stop():
+                    self._save_checkpoint(self.out_dir / INTERRUPTED)
+                    return "interrupted"
+                stopping = t.early_stopping and progress.evaluations_without_gain >= t.patience
+                if (progress.step % t.save_interval == 0 or finished or stopping) and progress.step > saved_at:
+                    self._save_checkpoint(step_checkpoint(self.out_dir, progress.step))
+                    saved_at = progress.step
+                if finished or stopping:
+                    self._save_final()
+                    return "finished" if finished else "early_stopping"
+
+                self._train_step()
+                bar.update(progress.step - bar.n)
+                if progress.step % t.log_interval == 0 or self._finished():
+                    self._log(bar)
+
+    def _finished(self) -> bool:
+        if self.training.max_steps is not None:
+            return self.progress.step >= self.total_steps
+        return self.progress.samples >= self.training.epochs * len(self.train_samples)
+
+    def _train_step(self) -> None:
+        """One optimizer step: all processes' micro-batches count as one batch, whatever their number."""
+        t, progress = self.training, self.progress
+        samples = self._next_samples()
+        tokens = len(samples) * self.config.max_seq_len  # of all processes: what the summed loss is divided by
+        learning_rate = learning_rate_at(
+            progress.step,
+            total_steps=self.total_steps,
+            warmup_steps=t.warmup_steps,
+            learning_rate=t.learning_rate,
+            min_lr=t.min_lr,
+            lr_scheduler=t.lr_scheduler,
+        )
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+
+        for micro in range(t.accumulation_steps):
+            inputs, targets = self._local_batch(self.train_data, samples, micro)
+            last = micro == t.accumulation_steps - 1
+            wait = contextlib.nullcontext() if last or self.processes.world_size == 1 else self.train_model.no_sync()
+            with wait:  # gradients are exchanged once a step
+                with self.autocast:
+                    loss = self.train_model(inputs, targets)
+                # DistributedDataParallel averages over processes; the loss is a sum over all of them.
+                self.scaler.scale(loss * (self.processes.world_size / tokens)).backward()
+            self.window_loss += loss.detach()
+
+        self.scaler.unscale_(self.optimizer)
+        grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), t.grad_clip or math.inf)
+        progress.samples += len(samples)
+        self.window_tokens += tokens
+        if self._update_weights(grad_norm):
+            progress.step += 1
+        self.lr, self.grad_norm = learning_rate, grad_norm
+
+    def _update_weights(self, grad_norm: Tensor) -> bool:
+        """Step optimizer and average; False where float16 overflowed and the step is skipped, on all processes."""
+        if not math.isfinite(grad_norm):  # the same on every process, since the gradients were exchanged
+            self.skipped_in_a_row += 1
+            if not self.scaler.is_enabled() or self.skipped_in_a_row > MAX_SKIPPED_STEPS:
+                raise TrainingDiverged(
+                    f"the gradient is {float(grad_norm)} at step {self.progress.step + 1}, after learning rate"
+                    f" {self.optimizer.param_groups[0]['lr']:g}; lower learning_rate or look at the data, then --resume"
+                )
+        else:
+            self.skipped_in_a_row = 0
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.skipped_in_a_row:
+            return False
+        if self.ema is not None:
+            self.ema.update_parameters(self.model)
+        return True
+
+    # ----------------------------------------------------------------------------------------------------- samples
+
+    def _next_samples(self) -> np.ndarray:
+        """The samples of the next step, for all processes: the next slice of this epoch's order."""
+        epoch, start = divmod(self.progress.samples, len(self.train_samples))
+        if self._order_of_epoch[0] != epoch:
+            self._order_of_epoch = (epoch, epoch_order(len(self.train_samples), self.training.seed, epoch))
+        return self.train_samples[self._order_of_epoch[1][start : start + self.step_rows]]
+
+    def _local_batch(self, data: PretrainDataset, samples: np.ndarray, micro: int) -> tuple[Tensor, Tensor]:
+        """This process's rows of micro-batch `micro`: inputs and targets, int64 [batch_size, max_seq_len]."""
+        rows = self.training.batch_size
+        start = micro * self.batch_rows + self.processes.rank * rows
+        inputs, targets = data.batch(samples[start : start + rows], rows)
+        if self.device.type == "cuda":
+            inputs, targets = inputs.pin_memory(), targets.pin_memory()
+        return inputs.to(self.device, non_blocking=True), targets.to(self.device, non_blocking=True)
+
+    # -------------------------------------------------------------------------------------------------- evaluation
+
+    @property
+    def evaluated_model(self) -> Transformer:
+        """The weights that are evaluated, previewed and kept: the average, where there is one."""
+        return self.model if self.ema is None else self.ema.module
+
+    @torch.no_grad()
+    def evaluate(self) -> tuple[float, float] | None:
+        """Validation loss (nats a token) and bits per byte; None if a stop was asked for meanwhile."""
+        model = self.evaluated_model.eval()
+        batches = -(-len(self.val_samples) // self.batch_rows)
+        sums = [0.0, 0.0, 0.0]  # loss, tokens, bytes of this process
+        for number in range(min(batches, self.training.eval_steps or batches)):
+            inputs, targets = self._local_batch(self.val_data, self.val_samples, number)
+            with self.autocast:
+                sums[0] += float(model(inputs, targets))
+            counted = targets[targets >= 0].cpu().numpy()
+            sums[1] += len(counted)
+            sums[2] += int(self.byte_lengths[counted].sum())
+            if self._asked_to_stop():
+                break
+        else:
+            loss, tokens, byte_count = self.processes.all_sum(sums)
+            self.model.train()
+            return loss / tokens, loss / math.log(2) / max(1, byte_count)
+        self.model.train()
+        return None
+
+    def _evaluate_and_keep_best(self) -> bool:
+        """Evaluate, unless that was done at this step already; False if a stop was asked for meanwhile."""
+        if len(self.val_samples) == 0 or self.progress.last_evaluation == self.progress.step:
+            return True
+        clock = time.perf_counter()
+        result = self.evaluate()
+        if result is None:
+            return False
+        val_loss, bits_per_byte = result
+        progress = self.progress
+        better = val_loss < progress.best_val_loss
+        progress.last_evaluation = progress.step
+        progress.best_val_loss = min(val_loss, progress.best_val_loss)
+        progress.evaluations_without_gain = 0 if better else progress.evaluations_without_gain + 1
+        if self.processes.is_main:
+            if better:
+                self._save_weights("best_model.pth")
+            say(
+                f"step {progress.step:,}: validation loss {val_loss:.4f}, {bits_per_byte:.4f} bits per byte"
+                + (", the best so far" if better else f" (best: {progress.best_val_loss:.4f})")
+            )
+            self.metrics.write(self._event() | {"val_loss": val_loss, "bits_per_byte": bits_per_byte})
+            self.metrics.draw_curves()
+            for line in self.preview(self.evaluated_model.eval()) if self.preview else []:
+                say(f"    {line}")
+            self.model.train()
+        self.window_clock += time.perf_counter() - clock  # evaluation is not training time
+        return True
+
+    # ------------------------------------------------------------------------------------------------------ saving
+
+    def _asked_to_stop(self) -> bool:
+        """Whether any process was told to stop; all of them agree, so they stop after the same step."""
+        return self.processes.all_max(self.stop.number) > 0
+
+    def _save_checkpoint(self, path: Path) -> None:
+        random_states = self.processes.gather(utils.random_state())
+        self._count_seconds()
+        if self.processes.is_main:
+            content = {
+                "format_version": CHECKPOINT_VERSION,
+                "started": self.started,
+                "settings": self.settings.as_dict(),
+                "config": dataclasses.asdict(self.config),
+                "tokenizer_path": self.settings.data.tokenizer_path,
+                "tokenizer_sha256": self.tokenizer_sha256,
+                "data": self.fingerprint,
+                "progress": dataclasses.asdict(self.progress),
+                "model": self.model.state_dict(),
+                "ema": self.ema.module.state_dict() if self.ema is not None else None,
+                "ema_updates": int(self.ema.n_averaged) if self.ema is not None else 0,
+                "optimizer": self.optimizer.state_dict(),
+                "scaler": self.scaler.state_dict(),
+                "random_states": random_states,
+                "environment": {
+                    "torch": torch.__version__,
+                    "python": platform.python_version(),
+                    "world_size": self.processes.world_size,
+                    "threads": torch.get_num_threads(),
+                    "dtype": str(self.dtype),
+                },
+            }
+            save_torch(path, content)
+            prune_checkpoints(self.out_dir, self.training.keep_last)
+            say(f"saved {path}")
+        self.processes.barrier()
+
+    def _save_weights(self, name: str) -> None:
+        weights = Weights(
+            self.evaluated_model.state_dict(),
+            self.config,
+            self.settings.data.tokenizer_path,
+            self.tokenizer_sha256,
+        )
+        save_weights(self.out_dir / name, weights)
+
+    def _save_final(self) -> None:
+        if self.processes.is_main:
+            name = f"pretrain_{self.config.dim}.pth"
+            self._save_weights(name)
+            if not (self.out_dir / "best_model.pth").exists():  # nothing was evaluated
+                self._save_weights("best_model.pth")
+            say(f"saved {self.out_dir / name}")
+
+    # ----------------------------------------------------------------------------------------------------- logging
+
+    def _begin_window(self) -> None:
+        """Start a new stretch between two log lines."""
+        self.window_loss = torch.zeros((), device=self.device)
+        self.window_tokens = 0
+        self.window_clock = self.seconds_clock = time.perf_counter()
+        self.skipped_in_a_row = 0
+
+    def _count_seconds(self) -> None:
+        now = time.perf_counter()
+        self.progress.seconds += now - self.seconds_clock
+        self.seconds_clock = now
+
+    def _event(self) -> dict:
+        progress = self.progress
+        self._count_seconds()
+        return {
+            "step": progress.step,
+            "epoch": round(progress.samples / len(self.train_samples), 4),
+            "tokens": progress.samples * self.config.max_seq_len,
+            "elapsed": round(progress.seconds, 2),
+        }
+
+    def _log(self, bar) -> None:
+        (loss,) = self.processes.all_sum([float(self.window_loss)])
+        loss /= self.window_tokens
+        tokens_per_second = self.window_tokens / (time.perf_counter() - self.window_clock)
+        peak = self.peak_flops * self.processes.world_size
+        event = self._event() | {
+            "loss": loss,
+            "lr": self.lr,
+            "grad_norm": float(self.grad_norm),
+            "tokens_per_second": round(tokens_per_second, 1),
+            "mfu": round(tokens_per_second * self.flops_per_token / peak, 4),
+        }
+        if self.processes.is_main:
+            self.metrics.write(event)
+            bar.set_postfix_str(f"loss {loss:.3f}, {tokens_per_second:,.0f} tok/s")
+            utils.progress_line(bar)
+        self.window_loss.zero_()
+        self.window_tokens, self.window_clock = 0, time.perf_counter()

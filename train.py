@@ -1,0 +1,137 @@
+"""Train a model: settings from a config file and flags, then `optimized_pretrain.Trainer`.
+
+    python train.py --config config_demo.yaml
+    python train.py --config config.yaml --learning_rate 1e-3 --use_ema
+    python train.py --resume
+"""
+
+import sys
+import time
+from pathlib import Path
+
+from model.errors import InputError
+from model.settings import FIELDS, SECTIONS, TYPES, DataSettings, Settings, build_settings, nearest_flag, read_config
+from utils import CommandParser, Processes, run_command, say
+
+PREVIEW_PROMPTS = ("春风", "中国", "天下大势")
+EXIT_CODES = {"finished": 0, "early_stopping": 0, "interrupted": 130}
+
+
+def read_settings(arguments: list[str]) -> Settings:
+    """Turn the command line into settings: flags beat the config file or, with --resume alone, the checkpoint's."""
+    import dataclasses
+
+    parser = CommandParser(prog="train.py", description=__doc__.split("\n")[0], add_help=True)
+    parser.add_argument("--config", help="config file (YAML); config.yaml explains every setting")
+    parser.add_argument("--local-rank", "--local_rank", help="set by torch.distributed.launch")
+    for section, cls in SECTIONS.items():
+        group = parser.add_argument_group(section)
+        for field in dataclasses.fields(cls):
+            optional_value = {"nargs": "?", "const": "true"} if TYPES[field.name] is bool else {}
+            choices = field.metadata["choices"]
+            text = field.metadata["help"] + (f" ({', '.join(choices)})" if choices else "")
+            group.add_argument(
+                f"--{field.name}", metavar="VALUE", help=f"{text} [{field.default}]", default=None, **optional_value
+            )
+    known, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        raise InputError("\n       ".join(f"{flag}: unknown; {nearest_flag(flag)}" for flag in unknown))
+    flags = {name: value for name, value in vars(known).items() if name in FIELDS and value is not None}
+
+    if known.config is not None:
+        return build_settings(read_config(known.config), flags, source=known.config)
+    asked = build_settings({}, flags)
+    if not (asked.training.resume or asked.training.resume_from):
+        return asked
+    return build_settings(*_settings_of_checkpoint(asked, flags))
+
+
+def _settings_of_checkpoint(asked: Settings, flags: dict) -> tuple[dict, dict, str]:
+    """The settings saved in the checkpoint to go on from; its folder is where the run goes on."""
+    from model.run_folder import load_checkpoint, newest_checkpoint
+
+    if asked.training.resume_from:
+        path = Path(asked.training.resume_from)
+        content = load_checkpoint(path)
+    else:
+        found = newest_checkpoint(Path(asked.training.out_dir))
+        if found is None:
+            raise InputError(f"--resume: no checkpoint in {asked.training.out_dir}; start a run with --config first")
+        path, content, _ = found
+    values = content["settings"]
+    values["training"] |= {"out_dir": str(path.parent), "resume_from": None, "resume": True}
+    say(f"settings: those saved in {path}" + (f", and {', '.join(f'--{name}' for name in flags)}" if flags else ""))
+    return values, flags, str(path)
+
+
+def prepare_data_if_missing(settings: Settings, processes: Processes) -> None:
+    """Make a missing token file from raw_data_path, or for the default path from what lies in dataset/."""
+    data = settings.data
+    target = Path(data.train_data_path)
+    if target.exists():
+        return
+    if not processes.is_main:
+        say_waiting = f"[rank {processes.rank}] waiting for rank 0 to make {target}"
+        print(say_waiting, file=sys.stderr)
+        while not (target.exists() and target.with_suffix(".json").exists()):
+            time.sleep(0.5)
+        return
+    from optimized_data_processing import OptimizedDataProcessor, default_input_path
+
+    source = data.raw_data_path
+    if source is None and target.resolve() == Path(DataSettings.train_data_path).resolve():
+        source = default_input_path()
+    if source is None:
+        raise InputError(
+            f"train_data_path: no file {target}; make it with: python optimized_data_processing.py"
+            f" --input_path YOUR.jsonl --output_path {target}"
+        )
+    say(f"{target} is missing: making it from {source}")
+    OptimizedDataProcessor(tokenizer_path=data.tokenizer_path).process_dataset(str(source), str(target))
+
+
+def make_preview(settings: Settings):
+    """A function that continues a few prompts with the model in training, to see what it has learned."""
+    from model.tokenization import load_tokenizer
+    from optimized_inference import GenerationConfig, TextGenerator
+
+    tokenizer = load_tokenizer(settings.data.tokenizer_path)
+    config = GenerationConfig(max_new_tokens=40, seed=settings.training.seed)
+
+    def preview(model) -> list[str]:
+        texts = TextGenerator(model, tokenizer).batch_generate(list(PREVIEW_PROMPTS), config)
+        return [f"{prompt}▸{text}".replace("\n", " ") for prompt, text in zip(PREVIEW_PROMPTS, texts, strict=True)]
+
+    return preview
+
+
+def main() -> int:
+    """Run one training; returns the exit code."""
+    settings = read_settings(sys.argv[1:])
+    processes = Processes()
+    if settings.training.ddp and processes.world_size == 1:
+        say("ddp: this is a single process; several are started by: torchrun --nproc_per_node=N train.py … --ddp")
+    prepare_data_if_missing(settings, processes)
+
+    from optimized_pretrain import Trainer, TrainingDiverged  # imports torch: after everything that can fail early
+
+    try:
+        trainer = Trainer(settings, processes, make_preview(settings))
+        outcome = trainer.train()
+    except TrainingDiverged as error:
+        say(f"error: {error}")
+        return 1
+    finally:
+        processes.close()
+    out_dir = Path(settings.training.out_dir)
+    if outcome == "interrupted":
+        say(f"stopped after step {trainer.progress.step:,}; go on with: python train.py --resume --out_dir {out_dir}")
+    else:
+        best = out_dir / "best_model.pth"
+        say(f"{outcome.replace('_', ' ')} after step {trainer.progress.step:,}; metrics and curves are in {out_dir}")
+        say(f"talk to it: python inference.py --model_path {best} --interactive")
+    return EXIT_CODES[outcome]
+
+
+if __name__ == "__main__":
+    run_command(main)
