@@ -54,8 +54,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = build_parser()
     arguments, unknown = parser.parse_known_args(argv)
     if unknown:
-        flags = [flag for action in parser._actions for flag in action.option_strings]
-        nearest = difflib.get_close_matches(unknown[0].split("=")[0], flags, n=1, cutoff=0.5)
+        flag, known = unknown[0].split("=")[0], [f"--{name}" for name in vars(arguments)]
+        nearest = [name for name in known if name.startswith(flag)] or difflib.get_close_matches(flag, known, n=1)
         raise InputError(f"unknown flag {unknown[0]}" + (f"; did you mean {nearest[0]}?" if nearest else "; see --help"))
 
     given = {"--prompt": arguments.prompt is not None, "--batch_file": arguments.batch_file is not None}

@@ -272,6 +272,9 @@ class TextGenerator:
 
         A turn is a user's message with what follows it. System messages at the start and the last turn stay. The room
         is `max_new_tokens`, or half the context where that is less.
+
+        Raises:
+            InputError: as `chat`.
         """
         context = self.model.config.max_seq_len
         room = min((config or GenerationConfig()).max_new_tokens, context // 2)
@@ -284,7 +287,8 @@ class TextGenerator:
             while next_turn < len(kept) and kept[next_turn]["role"] != "user":
                 next_turn += 1
             if next_turn >= len(kept):
-                break  # one turn is left: less room for the answer, or an error if there is none at all
+                self.encode_chat(kept)  # one turn is left: less room for the answer, or an error if there is none
+                break
             del kept[system:next_turn]
         if len(kept) < len(history):
             say(f"context of {context} tokens: the {len(history) - len(kept)} oldest messages of the chat are left out")

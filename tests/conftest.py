@@ -1,0 +1,119 @@
+"""What several tests share: a small tokenizer and a small model, made on the spot."""
+
+import os
+import sys
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for the network; set before transformers is imported
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+from model.LMConfig import LMConfig  # noqa: E402
+from model.model import Transformer  # noqa: E402
+
+CHAT_TEMPLATE = (  # MiniMind v1's form
+    "{% for message in messages %}{{ '<s>' + message['role'] + '\\n' + message['content'] + '</s>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<s>assistant\\n' }}{% endif %}"
+)
+SENTENCES = ["中国是一个历史悠久的国家。", "长江、黄河都在中国。", "你好，好久不见！", "The quick brown fox.", "print('hi')"]
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(tmp_path_factory):
+    """A byte-level BPE of 300 tokens: nearly every Chinese character is spread over two or three of them."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<unk>", "<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(SENTENCES, trainer)
+    folder = tmp_path_factory.mktemp("tokenizer")
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    wrapped.chat_template = CHAT_TEMPLATE
+    wrapped.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def tokenizer(tokenizer_folder):
+    from model.tokenization import load_tokenizer
+
+    return load_tokenizer(tokenizer_folder)
+
+
+@pytest.fixture
+def tiny_config():
+    return LMConfig(dim=64, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=300, max_seq_len=128)
+
+
+@pytest.fixture
+def tiny_model(tiny_config):
+    return random_model(tiny_config)
+
+
+def random_model(config: LMConfig, seed: int = 0) -> Transformer:
+    """A model whose logits differ enough between tokens (deviation about 2) that rounding decides nothing."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = Transformer(config)
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                torch.nn.init.normal_(parameter, std=0.25)
+    return model.eval()
+
+
+def as_llama(model: Transformer):
+    """transformers' LlamaForCausalLM with the same weights.
+
+    Ours turns neighbouring pairs (2j, 2j + 1) of a head, Llama in transformers the pairs (j, j + D / 2): the rows of
+    wq and wk are reordered accordingly.
+    """
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = model.config
+
+    def halves(weight, heads):
+        return weight.view(heads, config.head_dim // 2, 2, -1).transpose(1, 2).reshape(weight.shape)
+
+    names = {"wq": "self_attn.q_proj", "wk": "self_attn.k_proj", "wv": "self_attn.v_proj", "wo": "self_attn.o_proj"}
+    names |= {"w1": "mlp.gate_proj", "w2": "mlp.down_proj", "w3": "mlp.up_proj"}
+    names |= {"attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
+    renamed = {}
+    for key, value in model.state_dict().items():
+        if key.startswith("layers."):
+            _, layer, *_, part, _ = key.split(".")
+            if part in ("wq", "wk"):
+                value = halves(value, config.n_heads if part == "wq" else config.n_kv_heads)
+            renamed[f"model.layers.{layer}.{names[part]}.weight"] = value
+    renamed["model.embed_tokens.weight"] = model.tok_embeddings.weight
+    renamed["model.norm.weight"] = model.norm.weight
+    renamed["lm_head.weight"] = model.output.weight
+    llama = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=config.vocab_size,
+            hidden_size=config.dim,
+            intermediate_size=config.hidden_dim,
+            num_hidden_layers=config.n_layers,
+            num_attention_heads=config.n_heads,
+            num_key_value_heads=config.n_kv_heads,
+            max_position_embeddings=config.max_seq_len,
+            rms_norm_eps=config.norm_eps,
+            rope_theta=config.rope_theta,
+            tie_word_embeddings=config.tie_embeddings,
+            bos_token_id=1,
+            eos_token_id=2,
+        )
+    )
+    llama.load_state_dict(renamed)
+    return llama.eval()

@@ -1,0 +1,175 @@
+"""The model: MiniMind v1's shape and names, the numbers of transformers' Llama, and a cache that changes nothing."""
+
+import pytest
+import torch
+from conftest import as_llama, random_model
+
+from model.checkpoint import infer_config
+from model.errors import InputError
+from model.kv_cache import KVCache
+from model.LMConfig import LMConfig
+from model.model import Transformer
+
+LAYER_KEYS = [
+    "attention.wq.weight",
+    "attention.wk.weight",
+    "attention.wv.weight",
+    "attention.wo.weight",
+    "feed_forward.w1.weight",
+    "feed_forward.w2.weight",
+    "feed_forward.w3.weight",
+    "attention_norm.weight",
+    "ffn_norm.weight",
+]
+MINIMIND_KEYS = {f"layers.{layer}.{key}" for layer in range(8) for key in LAYER_KEYS} | {
+    "tok_embeddings.weight",
+    "norm.weight",
+    "output.weight",
+}
+
+
+def some_tokens(config, *shape, seed=1):
+    return torch.randint(3, config.vocab_size, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_the_default_shape_is_minimind_v1():
+    model = Transformer(LMConfig())
+
+    assert sum(parameter.numel() for parameter in model.parameters()) == 26_878_464
+    assert len(MINIMIND_KEYS) == 75
+    assert set(model.state_dict()) == MINIMIND_KEYS
+    assert infer_config(model.state_dict()) == LMConfig()
+    assert model.output.weight is model.tok_embeddings.weight
+
+
+@pytest.mark.parametrize("n_kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("tie_embeddings", [True, False])
+def test_logits_equal_transformers_llama(n_kv_heads, tie_embeddings):
+    config = LMConfig(
+        dim=64, n_layers=3, n_heads=4, n_kv_heads=n_kv_heads, vocab_size=300, tie_embeddings=tie_embeddings
+    )
+    model = random_model(config)
+    tokens = some_tokens(config, 2, 100)
+
+    with torch.no_grad():
+        ours, theirs = model(tokens), as_llama(model)(tokens).logits
+
+    assert ours.std() > 1  # logits that say something
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-3)
+
+
+def test_the_loss_is_the_sum_over_the_targets_that_count(tiny_model, tiny_config):
+    tokens, targets = some_tokens(tiny_config, 2, 9), some_tokens(tiny_config, 2, 9, seed=2)
+    targets[0, :5] = -100
+
+    with torch.no_grad():
+        loss, logits = tiny_model(tokens, targets), tiny_model(tokens)
+
+    log_probabilities = logits.double().log_softmax(-1)
+    expected = -sum(
+        log_probabilities[row, t, targets[row, t]] for row in range(2) for t in range(9) if targets[row, t] != -100
+    )
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
+
+
+def test_attention_written_out_equals_the_fused_one(tiny_config):
+    fused = random_model(tiny_config)
+    written_out = random_model(LMConfig(**{**vars(tiny_config), "flash_attn": False}))
+    tokens = some_tokens(tiny_config, 2, 50)
+
+    with torch.no_grad():
+        torch.testing.assert_close(written_out(tokens), fused(tokens), rtol=1e-4, atol=1e-4)
+        cached = written_out(tokens, cache=KVCache(tiny_config, 2, 50))
+        torch.testing.assert_close(cached, fused(tokens), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("variant", [{}, {"qk_norm": True}, {"tie_embeddings": False}, {"n_kv_heads": 4}])
+def test_decoding_with_the_cache_equals_a_full_forward(tiny_config, variant):
+    config = LMConfig(**{**vars(tiny_config), **variant})
+    model = random_model(config)
+    tokens = some_tokens(config, 2, 40)
+    cache = KVCache(config, batch_size=2, capacity=40)
+
+    with torch.no_grad():
+        pieces = [model(piece, cache=cache) for piece in (tokens[:, :7], tokens[:, 7:20])]
+        pieces += [model(tokens[:, t : t + 1], cache=cache) for t in range(20, 40)]
+        whole = model(tokens)
+
+    torch.testing.assert_close(torch.cat(pieces, dim=1), whole, rtol=1e-4, atol=1e-4)
+
+
+def test_qk_norm_makes_the_scale_of_queries_irrelevant(tiny_config):
+    model = random_model(LMConfig(**{**vars(tiny_config), "qk_norm": True, "norm_eps": 1e-12}))
+    tokens = some_tokens(tiny_config, 1, 20)
+
+    with torch.no_grad():
+        before = model(tokens)
+        model.layers[0].attention.wq.weight *= 3
+        torch.testing.assert_close(model(tokens), before, rtol=1e-4, atol=1e-4)
+
+
+def test_rows_of_a_ragged_batch_equal_the_rows_alone(tiny_model, tiny_config):
+    lengths, more = [3, 11, 7], 6
+    texts = [some_tokens(tiny_config, length + more, seed=length) for length in lengths]
+    longest = max(lengths)
+    padding = torch.tensor([longest - length for length in lengths])
+    prompts = torch.stack([torch.nn.functional.pad(text[:-more], (longest - len(text) + more, 0)) for text in texts])
+    cache = KVCache(tiny_config, 3, longest + more, padding=padding)
+
+    with torch.no_grad():
+        logits = [tiny_model(prompts, cache=cache)[:, -1:]]
+        for step in range(more):
+            following = torch.stack([text[len(text) - more + step] for text in texts])[:, None]
+            logits.append(tiny_model(following, cache=cache))
+        batch = torch.cat(logits, dim=1)  # [3, 1 + more, V]
+        for row, text in enumerate(texts):
+            alone = tiny_model(text[None])[0, -1 - more :]
+            torch.testing.assert_close(batch[row], alone, rtol=1e-4, atol=1e-4)
+
+
+def test_half_precision_keeps_the_positions_exact(tiny_config):
+    model = random_model(tiny_config)
+    cos, sin = model.rope_cos.clone(), model.rope_sin.clone()
+
+    model.to(torch.bfloat16)
+
+    assert model.tok_embeddings.weight.dtype == torch.bfloat16
+    assert torch.equal(model.rope_cos, cos) and torch.equal(model.rope_sin, sin)
+    assert model.output.weight is model.tok_embeddings.weight
+
+
+def test_the_training_step_is_one_graph(tiny_config):
+    model = random_model(tiny_config).train()
+    tokens, targets = some_tokens(tiny_config, 2, 16), some_tokens(tiny_config, 2, 16, seed=2)
+
+    compiled = torch.compile(model, fullgraph=True, backend="eager")  # raises at a graph break
+
+    torch.testing.assert_close(compiled(tokens, targets), model(tokens, targets))
+
+
+def without(state_dict, key):
+    return {name: value for name, value in state_dict.items() if name != key}
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda s: without(s, "norm.weight"), "1 missing (first: norm.weight)"),
+        (lambda s: {**s, "norm.bias": torch.zeros(64)}, "1 unknown (first: norm.bias)"),
+        (lambda s: {**s, "norm.weight": torch.zeros(32)}, "norm.weight is [32], the model's is [64]"),
+        (lambda s: {**s, "output.weight": s["output.weight"] + 1}, "embedding and output differ"),
+    ],
+)
+def test_weights_of_another_model_are_refused_in_one_line(tiny_model, change, expected):
+    with pytest.raises(InputError) as caught:
+        tiny_model.load_state_dict(change(tiny_model.state_dict()))
+
+    assert expected in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_impossible_shapes_are_all_named_at_once():
+    with pytest.raises(InputError, match="n_layers: 0.*dropout: 1.5"):
+        LMConfig(n_layers=0, dropout=1.5)
+    with pytest.raises(InputError, match="n_kv_heads: 3 does not divide n_heads = 4"):
+        LMConfig(dim=64, n_heads=4, n_kv_heads=3)

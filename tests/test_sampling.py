@@ -1,0 +1,132 @@
+"""Choosing the next token: each processor against transformers' own, and greedy decoding against `generate`."""
+
+import pytest
+import torch
+from conftest import as_llama, random_model
+from transformers.generation import logits_process as theirs
+
+from model.errors import InputError
+from model.LMConfig import LMConfig
+from model.sampling import PADDING, NoRepeatNgram, RepetitionPenalty, Temperature, TopK, TopP, sample
+from optimized_inference import GenerationConfig, decode
+
+VOCAB = 50
+
+PAIRS = [(RepetitionPenalty(p), theirs.RepetitionPenaltyLogitsProcessor(p)) for p in (0.7, 1.1, 2.0)]
+PAIRS += [(NoRepeatNgram(n), theirs.NoRepeatNGramLogitsProcessor(n)) for n in (1, 2, 3, 40)]
+PAIRS += [(Temperature(t), theirs.TemperatureLogitsWarper(t)) for t in (0.01, 0.8, 3.0)]
+PAIRS += [(TopK(k), theirs.TopKLogitsWarper(k)) for k in (1, 7, 50, 999)]
+PAIRS += [(TopP(p), theirs.TopPLogitsWarper(p)) for p in (0.0, 0.3, 0.9, 0.999)]
+
+
+def random_case(seed, rows=4, length=30):
+    """Tokens with many repeats, and logits rounded so coarsely that many tie."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(0, 12, (rows, length), generator=generator)
+    logits = torch.randn(rows, VOCAB, generator=generator) * 3
+    return tokens, logits if seed % 2 else logits.round()
+
+
+@pytest.mark.parametrize(("ours", "their"), PAIRS, ids=lambda value: repr(value) if hasattr(value, "__eq__") else "")
+def test_each_processor_equals_transformers(ours, their):
+    for seed in range(40):
+        tokens, logits = random_case(seed)
+        assert torch.equal(ours(tokens, logits), their(tokens, logits.clone()))
+
+
+def test_composed_processors_equal_transformers():
+    config = GenerationConfig(temperature=0.7, top_k=20, top_p=0.8, repetition_penalty=1.3, no_repeat_ngram_size=2)
+    chain = theirs.LogitsProcessorList(
+        [
+            theirs.RepetitionPenaltyLogitsProcessor(1.3),
+            theirs.NoRepeatNGramLogitsProcessor(2),
+            theirs.TemperatureLogitsWarper(0.7),
+            theirs.TopKLogitsWarper(20),
+            theirs.TopPLogitsWarper(0.8),
+        ]
+    )
+    for seed in range(40):
+        tokens, logits = random_case(seed)
+        expected = chain(tokens, logits.clone())
+        for process in config.processors():
+            logits = process(tokens, logits)
+        assert torch.equal(logits, expected)
+
+
+@pytest.mark.parametrize("process", [RepetitionPenalty(1.5), NoRepeatNgram(1), NoRepeatNgram(2), NoRepeatNgram(5)])
+def test_padding_is_not_penalised(process):
+    for length in (1, 3, 10):
+        tokens, logits = random_case(1, length=length)
+        padded = torch.nn.functional.pad(tokens, (6, 0), value=PADDING)
+        assert torch.equal(process(padded, logits), process(tokens, logits))
+
+
+def test_ties_with_the_kth_survive():
+    logits = torch.tensor([[1.0, 3.0, 2.0, 2.0, 0.0]])
+    assert TopK(2)(torch.zeros(1, 1, dtype=torch.long), logits).isfinite().tolist() == [[False, True, True, True, False]]
+
+
+def test_draws_follow_the_probabilities():
+    probabilities = torch.tensor([0.5, 0.3, 0.2, 0.0])
+    generator = torch.Generator().manual_seed(0)
+    logits = probabilities.log()[None]
+    draws = torch.cat([sample(logits, [generator]) for _ in range(4000)])
+    frequencies = draws.bincount(minlength=4) / 4000
+    assert frequencies[3] == 0
+    torch.testing.assert_close(frequencies, probabilities, atol=0.03, rtol=0)  # four standard deviations
+
+
+def ids_of(model, prompt, config, eos_id=2):
+    return [step[0] for step in decode(model, [prompt], config, eos_id) if step[0] is not None]
+
+
+@pytest.mark.parametrize(("penalty", "ngram"), [(1.0, 0), (1.3, 0), (1.2, 3)])
+def test_greedy_equals_transformers_generate(penalty, ngram):
+    model = random_model(LMConfig(dim=64, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=300, max_seq_len=128))
+    llama = as_llama(model)
+    config = GenerationConfig(
+        do_sample=False, max_new_tokens=40, repetition_penalty=penalty, no_repeat_ngram_size=ngram
+    )
+    for prompt in ([1, 17, 200, 45], [1, 9], [1, *range(30, 90)]):
+        expected = llama.generate(
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+            do_sample=False,
+            max_new_tokens=40,
+            repetition_penalty=penalty,
+            no_repeat_ngram_size=ngram,
+            pad_token_id=0,
+        )[0, len(prompt) :].tolist()
+        if 2 in expected:  # eos is part of transformers' output, not of ours
+            expected = expected[: expected.index(2)]
+        assert ids_of(model, prompt, config) == expected
+
+
+def test_a_seed_repeats_a_call_and_another_one_differs(tiny_model):
+    first, again, other = (
+        ids_of(tiny_model, [1, 50], GenerationConfig(seed=seed, temperature=2.0, max_new_tokens=30)) for seed in (7, 7, 8)
+    )
+    assert first == again != other
+
+
+def test_without_a_seed_calls_differ_and_the_global_generator_stays(tiny_model):
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    config = GenerationConfig(temperature=2.0, max_new_tokens=30)
+    assert ids_of(tiny_model, [1, 50], config) != ids_of(tiny_model, [1, 50], config)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("temperature", [0, 0.0, 1e-9])
+def test_temperature_zero_is_greedy(tiny_model, temperature):
+    greedy = ids_of(tiny_model, [1, 50], GenerationConfig(do_sample=False))
+    assert ids_of(tiny_model, [1, 50], GenerationConfig(temperature=temperature)) == greedy
+
+
+def test_wrong_settings_are_all_named_at_once():
+    with pytest.raises(InputError) as caught:
+        GenerationConfig(temperature=-1, top_k=2.5, top_p=1.5, max_new_tokens=0, repetition_penalty=0, seed="x")
+    message = str(caught.value)
+    for problem in ("temperature: -1", "top_k: 2.5", "top_p: 1.5", "max_new_tokens: 0", "penalty: 0", "seed: 'x'"):
+        assert problem in message
+    assert "use_cache" not in message and "\n" not in message
