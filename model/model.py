@@ -138,6 +138,16 @@ class Transformer(nn.Module):
         self.register_buffer("rope_sin", sin, persistent=False)
         self.init_weights()
 
+    def _apply(self, fn, recurse: bool = True):
+        """Move or cast as `nn.Module` does (`to`, `half`, `cuda`), but keep the RoPE table in float32.
+
+        In bfloat16 its cosines would have 8 bits, too few to tell neighbouring positions apart in the slow pairs.
+        """
+        super()._apply(fn, recurse)
+        cos, sin = rope_table(self.config)
+        self.rope_cos, self.rope_sin = cos.to(self.rope_cos.device), sin.to(self.rope_sin.device)
+        return self
+
     @torch.no_grad()
     def init_weights(self) -> None:
         """Draw new weights from torch's global generator.
