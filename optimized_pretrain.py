@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import utils
 from model.checkpoint import Weights, save_torch, save_weights
-from model.dataset import PretrainDataset, epoch_order, hold_out
+from model.dataset import PretrainDataset, SampleOrder, hold_out
 from model.errors import InputError
 from model.files import replacing
 from model.metrics import MetricsLog
@@ -217,16 +217,16 @@ class Trainer:
     def _plan_schedule(self) -> None:
         t = self.training
         self.batch_rows = t.batch_size * self.processes.world_size  # samples of one micro-batch, over all processes
-        self.step_rows = self.batch_rows * t.accumulation_steps  # samples of one step
-        self.steps_per_epoch = -(-len(self.train_samples) // self.step_rows)
-        self.total_steps = t.max_steps or t.epochs * self.steps_per_epoch
+        self.order = SampleOrder(self.train_samples, t.seed, self.batch_rows * t.accumulation_steps)
+        self.total_steps = t.max_steps or t.epochs * self.order.steps_per_epoch
         if t.warmup_steps is None:
             t.warmup_steps = min(1000, self.total_steps // 50)
         if t.warmup_steps >= self.total_steps:
             raise InputError(f"warmup_steps: {t.warmup_steps} leaves none of the {self.total_steps} steps of this run")
         if t.min_lr is None:
             t.min_lr = t.learning_rate / 10
-        self._order_of_epoch: tuple[int, np.ndarray] = (-1, np.arange(0))
+        names = ("warmup_steps", "learning_rate", "min_lr", "lr_scheduler")
+        self.schedule = {"total_steps": self.total_steps} | {name: getattr(t, name) for name in names}
 
     def _prepare_out_dir(self, checkpoint: dict | None) -> None:
         """Make the folder, move another run's files aside, and write the settings as resolved."""
@@ -254,16 +254,15 @@ class Trainer:
     def _describe(self) -> None:
         t = self.training
         parameters = sum(p.numel() for p in self.model.parameters())
-        attention = 6 * self.config.n_layers * self.config.dim * self.config.max_seq_len  # causal: half of the square
-        self.flops_per_token = 6 * parameters + attention
+        self.flops_per_token = self.model.training_flops_per_token()
         say(
             f"model: {parameters:,} parameters; {self.flops_per_token / 1e6:,.0f} MFLOP a token; matrix products reach"
             f" {self.peak_flops / 1e9:,.0f} GFLOP/s here, which mfu is measured by"
         )
         say(
-            f"data: {len(self.train_samples):,} samples of {self.config.max_seq_len} tokens; a step takes {self.step_rows}"
+            f"data: {len(self.train_samples):,} samples of {self.config.max_seq_len} tokens; a step takes {self.order.rows_per_step}"
             f" ({t.batch_size} x {t.accumulation_steps} accumulated x {self.processes.world_size} processes);"
-            f" {self.steps_per_epoch:,} steps an epoch, {self.total_steps:,} in all"
+            f" {self.order.steps_per_epoch:,} steps an epoch, {self.total_steps:,} in all"
         )
         say(
             f"schedule: {t.lr_scheduler}, {t.warmup_steps} steps up to {t.learning_rate:g}, then down to {t.min_lr:g};"
@@ -317,16 +316,9 @@ class Trainer:
     def _train_step(self) -> None:
         """One optimizer step: all processes' micro-batches count as one batch, whatever their number."""
         t, progress = self.training, self.progress
-        samples = self._next_samples()
+        samples = self.order.next_step(progress.samples)
         tokens = len(samples) * self.config.max_seq_len  # of all processes: what the summed loss is divided by
-        learning_rate = learning_rate_at(
-            progress.step,
-            total_steps=self.total_steps,
-            warmup_steps=t.warmup_steps,
-            learning_rate=t.learning_rate,
-            min_lr=t.min_lr,
-            lr_scheduler=t.lr_scheduler,
-        )
+        learning_rate = learning_rate_at(progress.step, **self.schedule)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
 
@@ -368,15 +360,6 @@ class Trainer:
         if self.ema is not None:
             self.ema.update_parameters(self.model)
         return True
-
-    # ----------------------------------------------------------------------------------------------------- samples
-
-    def _next_samples(self) -> np.ndarray:
-        """The samples of the next step, for all processes: the next slice of this epoch's order."""
-        epoch, start = divmod(self.progress.samples, len(self.train_samples))
-        if self._order_of_epoch[0] != epoch:
-            self._order_of_epoch = (epoch, epoch_order(len(self.train_samples), self.training.seed, epoch))
-        return self.train_samples[self._order_of_epoch[1][start : start + self.step_rows]]
 
     def _local_batch(self, data: PretrainDataset, samples: np.ndarray, micro: int) -> tuple[Tensor, Tensor]:
         """This process's rows of micro-batch `micro`: inputs and targets, int64 [batch_size, max_seq_len]."""
@@ -471,7 +454,7 @@ class Trainer:
                 "scaler": self.scaler.state_dict(),
                 "random_states": random_states,
                 "environment": {
-                    "torch": torch.__version__,
+                    "torch": str(torch.__version__),  # plain text, not torch's own class
                     "python": platform.python_version(),
                     "world_size": self.processes.world_size,
                     "threads": torch.get_num_threads(),

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from model.errors import InputError
-from model.settings import FIELDS, SECTIONS, TYPES, DataSettings, Settings, build_settings, nearest_flag, read_config
+from model.settings import FIELDS, SECTIONS, TYPES, DataSettings, Settings, build_settings, read_config
 from utils import CommandParser, Processes, run_command, say
 
 PREVIEW_PROMPTS = ("春风", "中国", "天下大势")
@@ -34,13 +34,12 @@ def read_settings(arguments: list[str]) -> Settings:
                 f"--{field.name}", metavar="VALUE", help=f"{text} [{field.default}]", default=None, **optional_value
             )
     known, unknown = parser.parse_known_args(arguments)
-    if unknown:
-        raise InputError("\n       ".join(f"{flag}: unknown; {nearest_flag(flag)}" for flag in unknown))
+    unknown = [flag for flag in unknown if flag.startswith("-")] or unknown
     flags = {name: value for name, value in vars(known).items() if name in FIELDS and value is not None}
 
     if known.config is not None:
-        return build_settings(read_config(known.config), flags, source=known.config)
-    asked = build_settings({}, flags)
+        return build_settings(read_config(known.config), flags, source=known.config, unknown_flags=unknown)
+    asked = build_settings({}, flags, unknown_flags=unknown)
     if not (asked.training.resume or asked.training.resume_from):
         return asked
     return build_settings(*_settings_of_checkpoint(asked, flags))

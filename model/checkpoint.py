@@ -141,8 +141,10 @@ def load_torch(path: str | Path) -> dict:
     except (zipfile.BadZipFile, EOFError) as error:
         raise InputError(f"{path}: truncated or not a PyTorch file ({error}); use an older file") from error
     except (RuntimeError, pickle.UnpicklingError, NotImplementedError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f"{path}: cannot be read as plain tensors ({reason[:200]})") from error
+        # torch's text advises to load unsafely; the one line that says what was found is enough.
+        found = re.search(r"Unsupported (?:global|class|operand)[^.]*|GLOBAL \S+", str(error))
+        reason = found[0].strip() if found else str(error).strip().splitlines()[0][:200]
+        raise InputError(f"{path}: expected tensors and plain values only ({reason}); it is not loaded") from error
     if not isinstance(content, dict):
         raise InputError(f"{path}: expected a dict of tensors, found {type(content).__name__}")
     return content

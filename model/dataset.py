@@ -175,3 +175,26 @@ def epoch_order(samples: int, seed: int, epoch: int) -> np.ndarray:
     """
     stream = np.random.Philox(key=np.array([seed, epoch], dtype=np.uint64)).random_raw(samples)
     return np.argsort(stream, kind="stable")
+
+
+class SampleOrder:
+    """Which samples each step reads: the next slice of the epoch's permutation, for all processes together.
+
+    The position in the data is one number, the samples read so far by all processes. So resuming is exact, and the
+    order does not depend on how many processes share a step.
+    """
+
+    def __init__(self, samples: np.ndarray, seed: int, rows_per_step: int) -> None:
+        self.samples, self.seed, self.rows_per_step = samples, seed, rows_per_step
+        self._epoch, self._order = -1, np.arange(0)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return -(-len(self.samples) // self.rows_per_step)
+
+    def next_step(self, position: int) -> np.ndarray:
+        """The samples of the step that begins at `position`; the last step of an epoch may have fewer rows."""
+        epoch, start = divmod(position, len(self.samples))
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, epoch_order(len(self.samples), self.seed, epoch)
+        return self.samples[self._order[start : start + self.rows_per_step]]

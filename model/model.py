@@ -165,6 +165,16 @@ class Transformer(nn.Module):
                 residual = name.endswith(("wo.weight", "w2.weight"))
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * self.config.n_layers) if residual else 0.02)
 
+    def training_flops_per_token(self) -> int:
+        """Floating-point operations of forward and backward for one token of a full sample.
+
+        6 for each weight, and causal attention, which is half of the square (Chowdhery et al., 2022, appendix B).
+        """
+        weights = sum(parameter.numel() for parameter in self.parameters())
+        if not self.config.tie_embeddings:
+            weights -= self.tok_embeddings.weight.numel()  # reading a row costs nothing
+        return 6 * weights + 6 * self.config.n_layers * self.config.dim * self.config.max_seq_len
+
     def hidden_states(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
         """What the output layer reads: tokens int64 [B, T] -> [B, T, dim], normalised.
 

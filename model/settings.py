@@ -9,7 +9,7 @@ import dataclasses
 import difflib
 import math
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -129,13 +129,25 @@ FIELDS = {f.name: f for cls in SECTIONS.values() for f in dataclasses.fields(cls
 TYPES = {name: hint for cls in SECTIONS.values() for name, hint in typing.get_type_hints(cls).items()}
 
 
-def build_settings(file_values: Mapping[str, Mapping], flags: Mapping[str, str], source: str = "config") -> Settings:
+def build_settings(
+    file_values: Mapping[str, Mapping],
+    flags: Mapping[str, str],
+    source: str = "config",
+    unknown_flags: Sequence[str] = (),
+) -> Settings:
     """Merge a config file's sections and the flags' texts over the defaults, and check everything.
+
+    Args:
+        file_values: what `read_config` returned.
+        flags: name to text, as on the command line.
+        source: the config file's name, for messages.
+        unknown_flags: what the command line held besides, to be reported with the rest.
 
     Raises:
         InputError: with one line for each thing that is wrong.
     """
-    settings, problems = Settings(), []
+    settings = Settings()
+    problems = [f"{flag}: unknown; {_nearest_flag(flag)}" for flag in unknown_flags]
     for section, values in file_values.items():
         if section not in SECTIONS:
             problems.append(f"{source}: section {section!r} is unknown; {_nearest(str(section), SECTIONS)}")
@@ -175,7 +187,7 @@ def _nearest(name: str, known) -> str:
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
 
 
-def nearest_flag(flag: str) -> str:
+def _nearest_flag(flag: str) -> str:
     """A hint for an unknown flag."""
     name = flag.lstrip("-").split("=")[0].replace("-", "_")
     close = difflib.get_close_matches(name, [*FIELDS, "config"], n=1)

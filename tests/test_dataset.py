@@ -1,0 +1,113 @@
+"""The token file and the order of samples."""
+
+import json
+
+import numpy as np
+import pytest
+
+from model.dataset import (
+    IGNORE_INDEX,
+    Manifest,
+    PretrainDataset,
+    SampleOrder,
+    epoch_order,
+    file_sha256,
+    hold_out,
+    manifest_path,
+    write_manifest,
+)
+from model.errors import InputError
+
+
+def write_tokens(path, ids, dtype="uint16", manifest=True, **changes):
+    array = np.asarray(ids, dtype=dtype)
+    array.tofile(path)
+    if manifest:
+        values = {
+            "dtype": dtype, "vocab_size": 100, "bos_id": 1, "eos_id": 2, "tokens": len(array), "documents": 1,
+            "tokenizer_sha256": "t", "encoder": "test", "sha256": file_sha256(path),
+        }  # fmt: skip
+        write_manifest(path, Manifest(**(values | changes)))
+    return path
+
+
+def test_every_token_is_predicted_once(tmp_path):
+    ids = np.arange(1, 42)  # 41 tokens: 5 samples of 8, neighbours share one
+    data = PretrainDataset(write_tokens(tmp_path / "a.bin", ids), seq_len=8, vocab_size=100)
+    assert len(data) == 5
+    inputs, targets = data.batch(np.arange(5), rows=5)
+    assert inputs.flatten().tolist() == ids[:-1].tolist()
+    assert targets.flatten().tolist() == ids[1:].tolist()
+
+
+def test_rows_past_the_last_sample_count_in_no_loss(tmp_path):
+    data = PretrainDataset(write_tokens(tmp_path / "a.bin", range(41)), seq_len=8, vocab_size=100)
+    inputs, targets = data.batch(np.array([3]), rows=3)
+    assert inputs.shape == targets.shape == (3, 8)
+    assert (targets[1:] == IGNORE_INDEX).all() and (targets[0] != IGNORE_INDEX).all()
+
+
+def test_minimind_and_nanogpt_files_without_a_manifest_are_read(tmp_path):
+    data = PretrainDataset(write_tokens(tmp_path / "a.bin", range(41), manifest=False), seq_len=8, vocab_size=100)
+    assert data.manifest is None and len(data) == 5
+
+
+def test_uint32_files_are_read(tmp_path):
+    path = write_tokens(tmp_path / "a.bin", [70_000] * 20, dtype="uint32")
+    inputs, _ = PretrainDataset(path, seq_len=8, vocab_size=70_001).batch(np.array([0]), rows=1)
+    assert (inputs == 70_000).all()
+
+
+def test_what_does_not_fit_is_one_clear_line(tmp_path):
+    def open_with(match, ids=range(41), vocab_size=100, sha=None, **arguments):
+        path = write_tokens(tmp_path / "a.bin", ids, **arguments)
+        with pytest.raises(InputError, match=match) as raised:
+            PretrainDataset(path, seq_len=8, vocab_size=vocab_size, tokenizer_sha256=sha).batch(np.arange(2), rows=2)
+        assert "\n" not in str(raised.value)
+
+    open_with("manifest says 50 tokens", tokens=50)
+    open_with("another tokenizer", sha="u")
+    open_with("holds id 16, but the model has 16", vocab_size=16)
+    open_with("fewer than one sample", ids=range(8))
+    open_with("dtype is 'int8'", tokens=41, dtype="int8")
+    with pytest.raises(InputError, match="no such token file"):
+        PretrainDataset(tmp_path / "none.bin", seq_len=8, vocab_size=100)
+    (tmp_path / "odd.bin").write_bytes(b"x" * 101)
+    with pytest.raises(InputError, match="even number"):
+        PretrainDataset(tmp_path / "odd.bin", seq_len=8, vocab_size=100)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", json.dumps({"format_version": 99}), '{"format_version": 1}'])
+def test_a_damaged_manifest_is_one_clear_line(tmp_path, text):
+    path = write_tokens(tmp_path / "a.bin", range(41))
+    manifest_path(path).write_text(text)
+    with pytest.raises(InputError, match="a.json"):
+        PretrainDataset(path, seq_len=8, vocab_size=100)
+
+
+def test_the_order_is_a_permutation_and_never_changes():
+    order = epoch_order(1000, seed=42, epoch=0)
+    assert sorted(order) == list(range(1000))
+    assert order[:8].tolist() == [219, 322, 311, 675, 377, 174, 866, 100]  # of the release; a change breaks resuming
+    assert not np.array_equal(order, epoch_order(1000, seed=42, epoch=1))
+    assert not np.array_equal(order, epoch_order(1000, seed=43, epoch=0))
+
+
+def test_an_epoch_reads_each_sample_once_and_the_next_begins_afresh():
+    order, position, epochs = SampleOrder(np.arange(100, 123), seed=1, rows_per_step=5), 0, []
+    for _ in range(2):
+        read = []
+        for _ in range(order.steps_per_epoch):
+            samples = order.next_step(position)
+            position += len(samples)
+            read += samples.tolist()
+        epochs.append(read)
+    assert [sorted(read) for read in epochs] == [list(range(100, 123))] * 2 and epochs[0] != epochs[1]
+    assert SampleOrder(np.arange(100, 123), 1, 5).next_step(30).tolist() == epochs[1][7:12]
+
+
+@pytest.mark.parametrize(("samples", "expected"), [(1, 0), (2, 1), (50, 1), (100, 1), (5_000, 50), (7_000_000, 1000)])
+def test_a_small_share_is_held_out_for_validation(samples, expected):
+    train, held_out = hold_out(samples)
+    assert len(held_out) == expected
+    assert sorted([*train, *held_out]) == list(range(samples)) if samples <= 5000 else len(train) == samples - expected

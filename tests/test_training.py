@@ -1,0 +1,355 @@
+"""Training: what a user does, and what must come of it. A tiny model on the sample corpus, real processes and signals."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import yaml
+from conftest import ROOT
+
+from model.checkpoint import load_torch
+from model.dataset import Manifest, file_sha256, write_manifest
+from model.errors import InputError
+from model.settings import build_settings
+from model.tokenization import encode_texts, load_tokenizer, tokenizer_sha256
+from optimized_pretrain import Trainer, TrainingDiverged
+from utils import Processes
+
+TINY = {
+    "dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "max_seq_len": 32, "batch_size": 4, "learning_rate": 3e-3,
+    "max_steps": 12, "eval_interval": 4, "eval_steps": 3, "save_interval": 4, "log_interval": 1, "keep_last": 9,
+}  # fmt: skip
+ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUTF8": "1"}
+
+
+@pytest.fixture(scope="session")
+def token_file(tmp_path_factory, tokenizer_folder):
+    """The first 150 texts of the sample corpus as a token file: about 2,700 samples of 32 tokens."""
+    import numpy as np
+
+    tokenizer, ids = load_tokenizer(tokenizer_folder), []
+    lines = (ROOT / "dataset" / "classics_zh.jsonl").read_text(encoding="utf-8").splitlines()[:150]
+    for encoded in encode_texts(tokenizer, [json.loads(line)["text"] for line in lines]):
+        ids += [tokenizer.bos_token_id, *encoded, tokenizer.eos_token_id]
+    path = tmp_path_factory.mktemp("data") / "train.bin"
+    np.array(ids, dtype="<u2").tofile(path)
+    sha256 = tokenizer_sha256(tokenizer_folder)
+    write_manifest(path, Manifest("uint16", 300, 1, 2, len(ids), len(lines), sha256, "test", file_sha256(path)))
+    return path
+
+
+@pytest.fixture
+def flags(tmp_path, token_file, tokenizer_folder):
+    """Flags of a tiny run into `tmp_path/out`, with those given on top."""
+
+    def build(**changes):
+        paths = {"train_data_path": token_file, "tokenizer_path": tokenizer_folder, "out_dir": tmp_path / "out"}
+        return {name: str(value) for name, value in (TINY | paths | changes).items() if value is not None}
+
+    return build
+
+
+def train(flags):
+    """Train in this process; returns the trainer, with what happened in `trainer.outcome`."""
+    torch.set_num_threads(1)  # sums in the same order as in the runs it is compared with
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        trainer = Trainer(build_settings({}, flags), Processes())
+        trainer.outcome = trainer.train()
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    return trainer
+
+
+def command(flags, *more):
+    return [sys.executable, str(ROOT / "train.py"), *(f"--{name}={value}" for name, value in flags.items()), *more]
+
+
+def run(arguments, **options):
+    options = {"capture_output": True, "text": True, "encoding": "utf-8", "timeout": 120, "env": ONE_THREAD} | options
+    return subprocess.run(arguments, **options)
+
+
+def events(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(folder):
+    return [(event["step"], event["loss"]) for event in events(folder) if "loss" in event]
+
+
+def assert_equal(a, b, where=""):
+    """Equal to the last bit, however deep."""
+    assert type(a) is type(b), where
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            assert_equal(a[key], b[key], f"{where}.{key}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), where
+        for index, pair in enumerate(zip(a, b, strict=True)):
+            assert_equal(*pair, f"{where}[{index}]")
+    else:
+        assert a == b, where
+
+
+def assert_same_end(first, second, step=12):
+    """Everything that training needs to go on is the same in both folders' last checkpoints."""
+    a, b = (load_torch(folder / f"checkpoint_step_{step}.pth") for folder in (first, second))
+    for content in (a, b):
+        content["progress"].pop("seconds")
+    for key in ("model", "ema", "ema_updates", "optimizer", "scaler", "progress", "random_states", "data", "config"):
+        assert_equal(a[key], b[key], key)
+
+
+# ------------------------------------------------------------------------------------------------- what a run leaves
+
+
+def test_a_run_leaves_weights_checkpoints_metrics_curves_and_its_settings(flags, tmp_path):
+    trainer = train(flags(use_ema="true"))
+    out = tmp_path / "out"
+    assert trainer.outcome == "finished"
+    assert {path.name for path in out.iterdir()} == {
+        "best_model.json", "best_model.pth", "pretrain_32.json", "pretrain_32.pth", "checkpoint_step_4.pth",
+        "checkpoint_step_8.pth", "checkpoint_step_12.pth", "config.yaml", "curves.png", "metrics.jsonl",
+    }  # fmt: skip
+    logged, evaluated = ([e for e in events(out) if key in e] for key in ("loss", "val_loss"))
+    assert [event["step"] for event in logged] == list(range(1, 13))
+    assert [event["step"] for event in evaluated] == [4, 8, 12]
+    assert logged[-1]["loss"] < logged[0]["loss"] and logged[-1]["tokens"] == 12 * 4 * 32
+    assert {"lr", "grad_norm", "tokens_per_second", "mfu", "elapsed", "epoch"} <= logged[0].keys()
+    assert 0 < evaluated[-1]["bits_per_byte"] < 8
+    assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
+    saved = yaml.safe_load((out / "config.yaml").read_text())
+    assert saved["model"]["vocab_size"] == 300 and saved["training"]["min_lr"] == pytest.approx(3e-4)
+    assert_equal(load_torch(out / "pretrain_32.pth"), dict(trainer.ema.module.state_dict()))
+
+
+def test_bits_per_byte_is_the_loss_over_the_bytes_of_the_text(flags):
+    trainer = train(flags(max_steps=1, eval_steps=None))
+    val_loss, bits_per_byte = trainer.evaluate()
+    tokenizer = load_tokenizer(trainer.settings.data.tokenizer_path)
+    _, targets = trainer.val_data.batch(trainer.val_samples, rows=len(trainer.val_samples))
+    characters = tokenizer.convert_ids_to_tokens(targets[targets > 2].tolist())  # one character a byte
+    assert bits_per_byte == pytest.approx(val_loss * targets.numel() / 0.6931472 / len("".join(characters)), rel=1e-4)
+
+
+def test_held_out_samples_are_never_trained_on(flags):
+    trainer = train(flags(max_steps=1))
+    assert 0 < len(trainer.val_samples) <= 0.01 * len(trainer.train_data)
+    assert not set(trainer.val_samples) & set(trainer.train_samples)
+
+
+def test_a_second_run_moves_the_first_one_aside(flags, tmp_path, capfd):
+    train(flags(max_steps=4))
+    before = (tmp_path / "out" / "pretrain_32.pth").read_bytes()
+    train(flags(max_steps=4, seed=7))
+    (moved,) = (tmp_path / "out" / "previous").iterdir()
+    assert (moved / "pretrain_32.pth").read_bytes() == before and (moved / "metrics.jsonl").exists()
+    assert str(moved) in capfd.readouterr().err
+
+
+def test_only_the_newest_checkpoints_are_kept(flags, tmp_path):
+    train(flags(keep_last=2))
+    steps = sorted(path.name for path in (tmp_path / "out").glob("checkpoint_*"))
+    assert steps == ["checkpoint_step_12.pth", "checkpoint_step_8.pth"]
+
+
+# ------------------------------------------------------------------------------------------- what a step computes
+
+
+def test_accumulation_equals_the_large_batch(flags, tmp_path):
+    train(flags(batch_size=8, out_dir=tmp_path / "large"))
+    train(flags(batch_size=2, accumulation_steps=4, out_dir=tmp_path / "small"))
+    for (_, large), (_, small) in zip(losses(tmp_path / "large"), losses(tmp_path / "small"), strict=True):
+        assert small == pytest.approx(large, abs=1e-5)
+
+
+def test_epochs_read_every_sample_once_with_a_shorter_last_step(flags, tmp_path):
+    trainer = train(flags(max_steps=None, epochs=2, batch_size=700, max_seq_len=32, eval_interval=99, save_interval=99))
+    samples = len(trainer.train_samples)
+    assert samples % 700 and trainer.progress.samples == 2 * samples
+    assert trainer.progress.step == 2 * -(-samples // 700)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_16_bit_training_learns_about_the_same(flags, tmp_path, dtype, monkeypatch):
+    train(flags(dtype="float32", out_dir=tmp_path / "float32"))
+    monkeypatch.setenv("MATECONV_EMULATE_DTYPE", "1")
+    trainer = train(flags(dtype=dtype, out_dir=tmp_path / dtype))
+    assert str(trainer.dtype) == f"torch.{dtype}" and trainer.scaler.is_enabled() == (dtype == "float16")
+    last = dict(losses(tmp_path / dtype))[12]
+    assert last == pytest.approx(dict(losses(tmp_path / "float32"))[12], abs=0.05)
+
+
+def test_a_float16_overflow_skips_the_step_and_counts_no_step(flags, monkeypatch):
+    monkeypatch.setenv("MATECONV_EMULATE_DTYPE", "1")
+    torch.set_num_threads(1)
+    trainer = Trainer(build_settings({}, flags(dtype="float16", max_steps=3)), Processes())
+    trainer._begin_window()
+    trainer.scaler._init_scale = 2.0**40  # the first scaled gradients overflow
+    before = {key: value.clone() for key, value in trainer.model.state_dict().items()}
+    trainer._train_step()
+    assert trainer.progress.step == 0 and trainer.progress.samples == 4
+    assert_equal(dict(trainer.model.state_dict()), before)
+    for _ in range(40):
+        trainer._train_step()
+    assert trainer.progress.step > 0 and trainer.scaler.get_scale() < 2.0**40
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_step(flags):
+    trainer = Trainer(build_settings({}, flags()), Processes())
+    trainer._begin_window()
+    trainer._train_step()
+    before = {key: value.clone() for key, value in trainer.model.state_dict().items()}
+    trainer.model.norm.weight.register_hook(lambda gradient: gradient * torch.nan)
+    with pytest.raises(TrainingDiverged, match="step 2"):
+        trainer._train_step()
+    assert_equal(dict(trainer.model.state_dict()), before)
+
+
+def test_early_stopping_after_patience_evaluations_without_gain(flags, tmp_path):
+    trainer = train(flags(early_stopping="true", patience=2, learning_rate=1.0, grad_clip=0, max_steps=400, seed=3))
+    evaluated = [event["val_loss"] for event in events(tmp_path / "out") if "val_loss" in event]
+    assert trainer.outcome == "early_stopping"
+    assert min(evaluated[:-2]) <= min(evaluated[-2:]) and len(evaluated) < 100
+    best = load_torch(tmp_path / "out" / "best_model.pth")
+    trainer.model.load_state_dict(best)
+    assert trainer.evaluate()[0] == pytest.approx(min(evaluated), abs=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------- stopping and resuming
+
+RESUMED = {
+    "plain": {},
+    "everything": {"use_ema": "true", "dropout": 0.1, "accumulation_steps": 2, "optimizer_type": "adam"},
+    "float16": {"dtype": "float16", "use_ema": "true"},
+    "across epochs": {"batch_size": 500, "lr_scheduler": "linear", "early_stopping": "true", "patience": 3},
+}
+
+
+@pytest.mark.parametrize("case", RESUMED)
+def test_a_killed_run_goes_on_and_ends_with_the_same_bits(flags, tmp_path, case, monkeypatch):
+    monkeypatch.setenv("MATECONV_EMULATE_DTYPE", "1")
+    whole = train(flags(out_dir=tmp_path / "whole", **RESUMED[case]))
+    assert whole.outcome == "finished"
+    killed = tmp_path / "killed"
+    shutil.copytree(tmp_path / "whole", killed)  # what is on the disk when a run dies after step 8 …
+    for path in killed.glob("*_12.pth"):
+        path.unlink()
+    for name in ("pretrain_32.pth", "pretrain_32.json"):
+        (killed / name).unlink()
+    resumed = train(flags(out_dir=killed, resume="true", **RESUMED[case]))
+    assert resumed.outcome == "finished"
+    assert_same_end(tmp_path / "whole", killed)
+    assert losses(tmp_path / "whole") == losses(killed)  # … and the lines after it are not there twice
+    assert_equal(*(load_torch(folder / "pretrain_32.pth") for folder in (tmp_path / "whole", killed)))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_run_saves_and_resume_alone_ends_with_the_same_bits(flags, tmp_path, number):
+    train(flags(max_steps=300, eval_interval=100, save_interval=300, out_dir=tmp_path / "whole"))
+    arguments = command(flags(max_steps=300, eval_interval=100, save_interval=300))
+    with subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, encoding="utf-8", env=ONE_THREAD) as process:
+        metrics = tmp_path / "out" / "metrics.jsonl"
+        wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") > 5, process)
+        process.send_signal(number)
+        messages = process.communicate(timeout=60)[1]
+    assert process.returncode == 130 and "Traceback" not in messages
+    assert "go on with: python train.py --resume" in messages
+    stopped_at = load_torch(tmp_path / "out" / "checkpoint_interrupted.pth")["progress"]["step"]
+    assert 5 <= stopped_at < 300
+    result = run([sys.executable, ROOT / "train.py", "--resume", "--out_dir", tmp_path / "out"])
+    assert result.returncode == 0 and f"at step {stopped_at}" in result.stderr
+    assert_same_end(tmp_path / "whole", tmp_path / "out", step=300)
+
+
+def wait_for(condition, process, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < end, "nothing happened"
+        time.sleep(0.05)
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over(flags, tmp_path, capfd):
+    train(flags())
+    newest = tmp_path / "out" / "checkpoint_step_12.pth"
+    whole = newest.read_bytes()
+    newest.write_bytes(whole[: len(whole) // 2])
+    train(flags(resume="true"))
+    messages = capfd.readouterr().err
+    assert "passed over" in messages and "checkpoint_step_8.pth at step 8" in messages
+    assert load_torch(newest)["progress"]["step"] == 12
+
+
+def test_a_checkpoint_of_another_model_or_data_is_refused(flags, tmp_path):
+    train(flags(max_steps=4))
+    for change, named in ({"dim": 64}, "dim 32 there, 64 here"), ({"optimizer_type": "adam"}, "optimizer_type"):
+        with pytest.raises(InputError, match=named):
+            train(flags(resume="true", **change))
+    other = tmp_path / "other.bin"
+    other.write_bytes(b"\1\0" * 5000)
+    with pytest.raises(InputError, match="another data"):
+        train(flags(resume="true", train_data_path=other))
+
+
+# ------------------------------------------------------------------------------------------------------ two processes
+
+
+def torchrun(flags, *launcher):
+    launcher = launcher or ("-m", "torch.distributed.run")
+    names = [f"--{name}={value}" for name, value in flags.items()]
+    return run([sys.executable, *launcher, "--nproc_per_node=2", str(ROOT / "train.py"), *names, "--ddp"])
+
+
+@pytest.mark.parametrize("launcher", ["torch.distributed.run", "torch.distributed.launch"])
+def test_two_processes_compute_what_one_does(flags, tmp_path, launcher):
+    train(flags(batch_size=4, out_dir=tmp_path / "one"))
+    result = torchrun(flags(batch_size=2, out_dir=tmp_path / "two"), "-m", launcher)
+    assert result.returncode == 0, result.stderr
+    for (_, one), (_, two) in zip(losses(tmp_path / "one"), losses(tmp_path / "two"), strict=True):
+        assert two == pytest.approx(one, abs=1e-5)
+    evaluated = [[e["val_loss"] for e in events(tmp_path / name) if "val_loss" in e] for name in ("one", "two")]
+    assert evaluated[0] == pytest.approx(evaluated[1], abs=1e-5)
+
+
+def test_two_processes_resume_with_the_same_bits(flags, tmp_path):
+    options = {"batch_size": 2, "accumulation_steps": 2, "dropout": 0.1, "use_ema": "true"}
+    assert torchrun(flags(out_dir=tmp_path / "whole", **options)).returncode == 0
+    shutil.copytree(tmp_path / "whole", tmp_path / "killed")
+    (tmp_path / "killed" / "checkpoint_step_12.pth").unlink()
+    result = torchrun(flags(out_dir=tmp_path / "killed", resume="true", **options))
+    assert result.returncode == 0 and "resuming from" in result.stderr, result.stderr
+    assert_same_end(tmp_path / "whole", tmp_path / "killed")
+
+
+# ---------------------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"train_data_path": "none.bin"}, "none.bin"),
+        ({"val_data_path": "none.bin"}, "none.bin"),
+        ({"tokenizer_path": "none"}, "tokenizer_path"),
+        ({"vocab_size": 200}, "vocab_size: 200"),
+        ({"resume_from": "none.pth"}, "none.pth"),
+        ({"warmup_steps": 50, "max_steps": 20}, "warmup_steps"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(flags, tmp_path, change, expected):
+    result = run(command(flags(**change)))
+    assert result.returncode == 2
+    line = next(line for line in result.stderr.splitlines() if line.startswith("error:"))
+    assert expected in line and "Traceback" not in result.stderr
+    assert not (tmp_path / "out").exists()
