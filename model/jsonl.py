@@ -89,9 +89,9 @@ def open_jsonl(path: str | Path) -> BinaryIO:
     """
     path = Path(path)
     if not path.is_file():
-        raise InputError(f"input_path: no file {path}; expected JSONL, one {{\"text\": ...}} object a line")
+        raise InputError(f'input_path: no file {path}; expected JSONL, one {{"text": ...}} object a line')
     if path.stat().st_size == 0:
-        raise InputError(f"input_path: {path} is empty; expected JSONL, one {{\"text\": ...}} object a line")
+        raise InputError(f'input_path: {path} is empty; expected JSONL, one {{"text": ...}} object a line')
     file = gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb", buffering=1 << 20)
     try:
         start = file.read(2)

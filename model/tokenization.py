@@ -20,13 +20,7 @@ def load_tokenizer(path: str | Path | None = None):
     Raises:
         InputError: the folder is missing, holds no `tokenizer.json`, or names no bos or eos token.
     """
-    folder = Path(path or EMBEDDED_TOKENIZER)
-    if not folder.is_dir():
-        raise InputError(
-            f"tokenizer_path: no folder {folder}; give a folder with a tokenizer.json, or null for the embedded one"
-        )
-    if not (folder / "tokenizer.json").is_file():
-        raise InputError(f"tokenizer_path: {folder} holds no tokenizer.json, which a fast tokenizer's folder must have")
+    folder = _tokenizer_file(path).parent
 
     from transformers import AutoTokenizer  # takes seconds to import: only where a tokenizer is used
 
@@ -34,9 +28,8 @@ def load_tokenizer(path: str | Path | None = None):
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the libraries raise plain Exception, KeyError, OSError … for a damaged file
         reason = str(error).strip().splitlines()
-        raise InputError(
-            f"tokenizer_path: {folder} cannot be loaded ({type(error).__name__}: {reason[0] if reason else 'no reason'})"
-        ) from error
+        why = f"{type(error).__name__}: {reason[0] if reason else 'no reason'}"
+        raise InputError(f"tokenizer_path: {folder} cannot be loaded ({why})") from error
     for name in ("bos", "eos"):
         if getattr(tokenizer, f"{name}_token_id") is None:
             raise InputError(f"tokenizer_path: {folder} names no {name}_token; add one to its tokenizer_config.json")
@@ -46,8 +39,23 @@ def load_tokenizer(path: str | Path | None = None):
 
 
 def tokenizer_sha256(path: str | Path | None = None) -> str:
-    """SHA-256 (hex) of the folder's `tokenizer.json`: equal for two tokenizers that give the same ids."""
-    return hashlib.sha256((Path(path or EMBEDDED_TOKENIZER) / "tokenizer.json").read_bytes()).hexdigest()
+    """SHA-256 (hex) of the folder's `tokenizer.json`: equal for two tokenizers that give the same ids.
+
+    Raises:
+        InputError: the folder is missing or holds no `tokenizer.json`.
+    """
+    return hashlib.sha256(_tokenizer_file(path).read_bytes()).hexdigest()
+
+
+def _tokenizer_file(path: str | Path | None) -> Path:
+    folder = Path(path or EMBEDDED_TOKENIZER)
+    if not folder.is_dir():
+        raise InputError(
+            f"tokenizer_path: no folder {folder}; give a folder with a tokenizer.json, or null for the embedded one"
+        )
+    if not (folder / "tokenizer.json").is_file():
+        raise InputError(f"tokenizer_path: {folder} holds no tokenizer.json, which a fast tokenizer's folder must have")
+    return folder / "tokenizer.json"
 
 
 def vocabulary_size(tokenizer) -> int:

@@ -1,7 +1,8 @@
 """Training a byte-level BPE tokenizer (Sennrich et al. 2016; bytes as in GPT-2) on JSONL text.
 
-What is trained is what `model/tokenizer` holds: digits one by one, then GPT-2's split, over all 256 bytes, so that every
-string can be encoded and comes back unchanged; `<unk>`, `<s>`, `</s>` are ids 0, 1, 2; MiniMind v1's chat format.
+What is trained is of the kind that `model/tokenizer` holds: digits one by one, then GPT-2's split, over all 256 bytes,
+so that every string can be encoded and comes back unchanged; `<unk>`, `<s>`, `</s>` are ids 0, 1, 2; MiniMind v1's chat
+format.
 """
 
 import json
@@ -36,8 +37,8 @@ LONG_SPACE_RUN = re.compile(r"( {8}) +")
 class TrainingText:
     """Iterates over the texts of JSONL files, ready for the trainer; counts what it read.
 
-    Left out, because tokens spent on it are lost to the language: a line that was seen before (a site's boilerplate), the
-    rest of a long run of one symbol or of spaces, and the difference between a no-break space and a space.
+    Left out, because tokens spent on it are lost to the language: a line that was seen before (a site's boilerplate),
+    the rest of a long run of one symbol or of spaces, and the difference between a no-break space and a space.
     """
 
     paths: Sequence[str | Path]
@@ -83,8 +84,9 @@ def train_tokenizer(
 ) -> TrainingText:
     """Train a tokenizer of exactly `vocab_size` tokens on .jsonl or .jsonl.gz files and save it into `output_dir`.
 
-    The same files give the same tokenizer, byte for byte. Memory: at most 64 MiB of text of each file goes in, spread
-    evenly over a larger one. A file that is given twice does not count twice: its lines are known.
+    The same files give the same tokenizer, byte for byte. Memory: at most 64 MiB of each file goes in (of a .gz, 64 MiB
+    as it lies on disk), spread evenly over a larger one. A file that is given twice does not count twice: its lines are
+    known.
 
     Returns:
         what was read: documents, characters, and bad lines by reason.
@@ -100,7 +102,9 @@ def train_tokenizer(
             "give another folder, or --overwrite_tokenizer to replace it"
         )
     if vocab_size < SMALLEST_VOCABULARY:
-        raise InputError(f"vocab_size: {vocab_size} is too small; the bytes and control tokens are {SMALLEST_VOCABULARY}")
+        raise InputError(
+            f"vocab_size: {vocab_size} is too small; the bytes and control tokens are {SMALLEST_VOCABULARY}"
+        )
     for path in input_paths:
         open_jsonl(path).close()  # all of them are there before the first is read
 
