@@ -56,7 +56,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     if unknown:
         flag, known = unknown[0].split("=")[0], [f"--{name}" for name in vars(arguments)]
         nearest = [name for name in known if name.startswith(flag)] or difflib.get_close_matches(flag, known, n=1)
-        raise InputError(f"unknown flag {unknown[0]}" + (f"; did you mean {nearest[0]}?" if nearest else "; see --help"))
+        hint = f"did you mean {nearest[0]}?" if nearest else "see --help"
+        raise InputError(f"unknown flag {unknown[0]}; {hint}")
 
     given = {"--prompt": arguments.prompt is not None, "--batch_file": arguments.batch_file is not None}
     modes = [flag for flag, used in (given | {"--interactive": arguments.interactive}).items() if used]
@@ -102,11 +103,10 @@ def build_parser() -> argparse.ArgumentParser:
     ):
         default = getattr(defaults, name)
         text.add_argument(f"--{name}", type=kind, default=default, metavar="N", help=f"{meaning} (default: {default})")
-    text.add_argument("--seed", type=int, metavar="N", help="equal seeds give equal text (default: different each time)")
+    text.add_argument("--seed", type=int, metavar="N", help="equal seeds, equal text (default: different each time)")
     cache = text.add_mutually_exclusive_group()
-    cache.add_argument(
-        "--use_cache", type=true_or_false, nargs="?", const=True, default=True, metavar="true|false", help="default: true"
-    )
+    boolean = {"type": true_or_false, "nargs": "?", "const": True, "default": True, "metavar": "true|false"}
+    cache.add_argument("--use_cache", help="false: recompute all of the text for each token (default: true)", **boolean)
     cache.add_argument("--no_cache", dest="use_cache", action="store_false", help="the same as --use_cache false")
     return parser
 
@@ -211,9 +211,7 @@ def ask() -> str | None:
     return message
 
 
-def answer(
-    generator: TextGenerator, config: GenerationConfig, history: list[dict[str, str]]
-) -> list[dict[str, str]]:
+def answer(generator: TextGenerator, config: GenerationConfig, history: list[dict[str, str]]) -> list[dict[str, str]]:
     """Stream an answer to the last message; the history with it, or without that message if it cannot be answered."""
     said: list[str] = []
 

@@ -160,9 +160,7 @@ def decode(
 def prefill(model: Transformer, tokens: Tensor, padding: Tensor | None, capacity: int) -> tuple[KVCache, Tensor]:
     """Read whole prompts: tokens int64 [B, T], PADDING on the left -> their cache, next-token logits [B, V]."""
     weight = model.tok_embeddings.weight
-    cache = KVCache(
-        model.config, tokens.shape[0], capacity, padding=padding, device=weight.device, dtype=weight.dtype
-    )
+    cache = KVCache(model.config, tokens.shape[0], capacity, padding=padding, device=weight.device, dtype=weight.dtype)
     return cache, next_token_logits(model, tokens.clamp(min=0), cache)  # any id will do where the cache masks it
 
 
@@ -204,7 +202,7 @@ class TextGenerator:
     def __init__(self, model: Transformer, tokenizer, device: torch.device | str | None = None) -> None:
         needed, rows = vocabulary_size(tokenizer), model.config.vocab_size
         if needed > rows:
-            raise InputError(f"the tokenizer has {needed} tokens, the model's embedding {rows}: they do not belong together")
+            raise InputError(f"the tokenizer has {needed} tokens, the model's embedding {rows} rows: they do not fit")
         self.model = model if device is None else model.to(device)
         self.tokenizer = tokenizer
         self._said_no_template = False
@@ -345,10 +343,8 @@ class TextGenerator:
     def _fitting(self, what: str, ids: list[int]) -> list[int]:
         context = self.model.config.max_seq_len
         if len(ids) > context - 1:
-            raise InputError(
-                f"the {what} has {len(ids)} tokens, the model's context of {context} takes at most {context - 1}; "
-                f"shorten it"
-            )
+            most = f"the model's context of {context} takes at most {context - 1}"
+            raise InputError(f"the {what} has {len(ids)} tokens, {most}; shorten it")
         return ids
 
     def _special_tokens(self) -> list:
@@ -494,13 +490,11 @@ def fitting_tokenizer(path: Path, weights, tokenizer_path: str | Path | None):
     found = tokenizer_sha256(folder)
     if recorded is not None and found != recorded:
         raise InputError(
-            f"{path} was trained with another tokenizer: sha256 {recorded[:12]}… is recorded, {shown} has "
-            f"{found[:12]}…; give the right one with --tokenizer_path"
+            f"{path} was trained with another tokenizer: sha256 {recorded[:12]}… is recorded, "
+            f"{shown} has {found[:12]}…; give the right one with --tokenizer_path"
         )
     tokens, rows = vocabulary_size(tokenizer), weights.config.vocab_size
     if tokens > rows or (tokens < rows and recorded is None):  # a recorded tokenizer may leave rows unused on purpose
-        raise InputError(
-            f"the tokenizer {shown} has {tokens} tokens, the embedding in {path} has {rows} rows; "
-            f"give the right one with --tokenizer_path"
-        )
+        found = f"the tokenizer {shown} has {tokens} tokens, the embedding in {path} has {rows} rows"
+        raise InputError(f"{found}; give the right one with --tokenizer_path")
     return tokenizer

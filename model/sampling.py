@@ -57,7 +57,10 @@ class NoRepeatNgram:
 
 @dataclass(frozen=True)
 class Temperature:
-    """Divide the logits: below 1 sharpens the distribution, above 1 flattens it. transformers: TemperatureLogitsWarper."""
+    """Divide the logits: below 1 sharpens the distribution, above 1 flattens it.
+
+    transformers: TemperatureLogitsWarper.
+    """
 
     temperature: float
 
@@ -67,7 +70,10 @@ class Temperature:
 
 @dataclass(frozen=True)
 class TopK:
-    """Keep the k largest logits, and those that tie with the k-th (Fan et al., 2018). transformers: TopKLogitsWarper."""
+    """Keep the k largest logits, and those that tie with the k-th (Fan et al., 2018).
+
+    transformers: TopKLogitsWarper.
+    """
 
     k: int
 

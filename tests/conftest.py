@@ -19,7 +19,7 @@ CHAT_TEMPLATE = (  # MiniMind v1's form
     "{% for message in messages %}{{ '<s>' + message['role'] + '\\n' + message['content'] + '</s>\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<s>assistant\\n' }}{% endif %}"
 )
-SENTENCES = ["中国是一个历史悠久的国家。", "长江、黄河都在中国。", "你好，好久不见！", "The quick brown fox.", "print('hi')"]
+SENTENCES = ["中国是一个历史悠久的国家。", "长江、黄河都在中国。", "你好，好久不见！", "The quick brown fox."]
 
 
 @pytest.fixture(scope="session")

@@ -59,7 +59,7 @@ def test_control_tokens_and_unknown_ids_give_no_text(tokenizer):
 
 
 def byte_fallback_tokenizer():
-    """As SentencePiece makes them: pieces with a mark for the space, and one token for each byte of other characters."""
+    """As SentencePiece makes them: a mark for the space, and a token for each byte of the characters it lacks."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -67,9 +67,7 @@ def byte_fallback_tokenizer():
     vocabulary = {token: n for n, token in enumerate(words + [f"<0x{byte:02X}>" for byte in range(256)])}
     backend = Tokenizer(models.BPE(vocabulary, [], byte_fallback=True, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Metaspace()
-    backend.decoder = decoders.Sequence(
-        [decoders.ByteFallback(), decoders.Metaspace(), decoders.Fuse()]
-    )
+    backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace(), decoders.Fuse()])
     return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
 
 
