@@ -50,7 +50,7 @@ class NoRepeatNgram:
             return logits
         ngrams = tokens.unfold(1, self.size, 1)  # [B, T - size + 1, size]
         last = tokens[:, tokens.shape[1] - self.size + 1 :]  # [B, size - 1]
-        completes = (ngrams[..., :-1] == last[:, None]).all(-1) & (ngrams != PADDING).all(-1)  # [B, T - size + 1]
+        completes = (ngrams[..., :-1] == last[:, None]).all(-1)  # [B, T - size + 1]; padding has no second beginning
         banned = _marked(ngrams[..., -1].where(completes, PADDING), logits.shape[-1])
         return logits.masked_fill(banned, -torch.inf)
 

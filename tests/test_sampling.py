@@ -67,6 +67,13 @@ def test_ties_with_the_kth_survive():
     assert kept.tolist() == [[False, True, True, True, False]]
 
 
+def test_the_token_that_reaches_p_exactly_is_the_last_one():
+    logits = torch.zeros(1, 4)  # a quarter each, so that the sums are exact
+    tokens = torch.zeros(1, 1, dtype=torch.long)
+    assert TopP(0.5)(tokens, logits).isfinite().sum() == 2
+    assert torch.equal(TopP(0.5)(tokens, logits), theirs.TopPLogitsWarper(0.5)(tokens, logits))
+
+
 def test_draws_follow_the_probabilities():
     probabilities = torch.tensor([0.5, 0.3, 0.2, 0.0])
     generator = torch.Generator().manual_seed(0)
