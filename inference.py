@@ -225,6 +225,7 @@ def answer(generator: TextGenerator, config: GenerationConfig, history: list[dic
         generator.chat(history, config, stream=True, callback=hear)
     except InputError as error:
         say(f"error: {error}")
+        print()
         return history[:-1]
     except KeyboardInterrupt:
         pass  # what was said so far stays

@@ -317,7 +317,7 @@ def test_a_chat_through_a_pipe_reads_like_the_guide(run_folder, tiny_model, toke
         f"👤 用户: 介绍一下中国\n🤖 助手: {second}\n\n"
         "👤 用户: clear\n✨ 对话历史已清空\n\n"
         f"👤 用户: 你好\n🤖 助手: {first}\n\n"
-        f"👤 用户: {'字' * 99}\n"
+        f"👤 用户: {'字' * 99}\n\n"
         "👤 用户: exit\n👋 再见！\n"
     )
     assert "takes at most 127; shorten it" in result.stderr.decode()  # and the chat went on after that message
