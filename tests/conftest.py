@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for the network; set before transformers is imported
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads only wait for each other on models this small
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
