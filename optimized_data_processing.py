@@ -339,9 +339,10 @@ def _byte_bar(total: int, initial: int):
     from tqdm import tqdm
 
     screen = sys.stderr if sys.stderr.isatty() else open(os.devnull, "w")  # noqa: SIM115 (lives as long as the bar)
-    return tqdm(
-        total=total, initial=initial, unit="B", unit_scale=True, desc="processing", mininterval=0.5, file=screen
-    )
+    layout = {"unit": "B", "unit_scale": True, "desc": "processing", "mininterval": 0.5}
+    bar = tqdm(total=total, initial=initial, file=screen, **layout)
+    bar.last_line = time.perf_counter()  # a short job leaves no such line
+    return bar
 
 
 @contextlib.contextmanager
