@@ -23,6 +23,7 @@ import utils
 from model.checkpoint import Weights, save_torch, save_weights
 from model.dataset import PretrainDataset, SampleOrder, hold_out
 from model.errors import InputError
+from model.evaluation import bits_per_byte, validation_sums
 from model.files import replacing
 from model.metrics import MetricsLog
 from model.model import Transformer
@@ -112,8 +113,8 @@ class Trainer:
         elif shape.vocab_size < needed:
             raise InputError(f"vocab_size: {shape.vocab_size} found, but the tokenizer has {needed} tokens")
         self.config = self.settings.lm_config()
-        self.byte_lengths = np.zeros(shape.vocab_size, dtype=np.int64)
-        self.byte_lengths[:needed] = token_byte_lengths(tokenizer)
+        self.token_bytes = np.zeros(shape.vocab_size, dtype=np.int64)
+        self.token_bytes[:needed] = token_byte_lengths(tokenizer)
 
         def open_dataset(path: str) -> PretrainDataset:
             dataset = PretrainDataset(path, self.config.max_seq_len, self.config.vocab_size, self.tokenizer_sha256)
@@ -163,8 +164,8 @@ class Trainer:
             if different:
                 raise InputError(f"{path} was made with another {name}: {'; '.join(different)}")
         before, now = checkpoint["settings"]["training"], dataclasses.asdict(self.training)
-        if before["optimizer_type"] != now["optimizer_type"]:
-            raise InputError(f"{path} was made with optimizer_type {before['optimizer_type']}, not {now['optimizer_type']}")
+        if (its := before["optimizer_type"]) != now["optimizer_type"]:
+            raise InputError(f"{path} was made with optimizer_type {its}, not {now['optimizer_type']}")
         unimportant = {"resume", "resume_from", "out_dir", "device", "ddp"}
         changed = [f"{key} {before.get(key)} -> {now[key]}" for key in now if now[key] != before.get(key)]
         changed = [text for text in changed if text.split()[0] not in unimportant]
@@ -259,10 +260,11 @@ class Trainer:
             f"model: {parameters:,} parameters; {self.flops_per_token / 1e6:,.0f} MFLOP a token; matrix products reach"
             f" {self.peak_flops / 1e9:,.0f} GFLOP/s here, which mfu is measured by"
         )
+        rows = f"{t.batch_size} x {t.accumulation_steps} accumulated x {self.processes.world_size} processes"
         say(
-            f"data: {len(self.train_samples):,} samples of {self.config.max_seq_len} tokens; a step takes {self.order.rows_per_step}"
-            f" ({t.batch_size} x {t.accumulation_steps} accumulated x {self.processes.world_size} processes);"
-            f" {self.order.steps_per_epoch:,} steps an epoch, {self.total_steps:,} in all"
+            f"data: {len(self.train_samples):,} samples of {self.config.max_seq_len} tokens; a step takes"
+            f" {self.order.rows_per_step} ({rows}); {self.order.steps_per_epoch:,} steps an epoch,"
+            f" {self.total_steps:,} in all"
         )
         say(
             f"schedule: {t.lr_scheduler}, {t.warmup_steps} steps up to {t.learning_rate:g}, then down to {t.min_lr:g};"
@@ -377,27 +379,18 @@ class Trainer:
         """The weights that are evaluated, previewed and kept: the average, where there is one."""
         return self.model if self.ema is None else self.ema.module
 
-    @torch.no_grad()
     def evaluate(self) -> tuple[float, float] | None:
         """Validation loss (nats a token) and bits per byte; None if a stop was asked for meanwhile."""
-        model = self.evaluated_model.eval()
         batches = -(-len(self.val_samples) // self.batch_rows)
-        sums = [0.0, 0.0, 0.0]  # loss, tokens, bytes of this process
-        for number in range(min(batches, self.training.eval_steps or batches)):
-            inputs, targets = self._local_batch(self.val_data, self.val_samples, number)
-            with self.autocast:
-                sums[0] += float(model(inputs, targets))
-            counted = targets[targets >= 0].cpu().numpy()
-            sums[1] += len(counted)
-            sums[2] += int(self.byte_lengths[counted].sum())
-            if self._asked_to_stop():
-                break
-        else:
-            loss, tokens, byte_count = self.processes.all_sum(sums)
-            self.model.train()
-            return loss / tokens, loss / math.log(2) / max(1, byte_count)
+        numbers = range(min(batches, self.training.eval_steps or batches))
+        read = (self._local_batch(self.val_data, self.val_samples, number) for number in numbers)
+        model = self.evaluated_model.eval()
+        sums = validation_sums(model, read, self.token_bytes, self.autocast, self._asked_to_stop)
         self.model.train()
-        return None
+        if sums is None:
+            return None
+        loss, tokens, byte_count = self.processes.all_sum(sums)
+        return loss / tokens, bits_per_byte(loss, byte_count)
 
     def _evaluate_and_keep_best(self) -> bool:
         """Evaluate, unless that was done at this step already; False if a stop was asked for meanwhile."""
@@ -407,7 +400,7 @@ class Trainer:
         result = self.evaluate()
         if result is None:
             return False
-        val_loss, bits_per_byte = result
+        val_loss, bits = result
         progress = self.progress
         better = val_loss < progress.best_val_loss
         progress.last_evaluation = progress.step
@@ -417,10 +410,10 @@ class Trainer:
             if better:
                 self._save_weights("best_model.pth")
             say(
-                f"step {progress.step:,}: validation loss {val_loss:.4f}, {bits_per_byte:.4f} bits per byte"
+                f"step {progress.step:,}: validation loss {val_loss:.4f}, {bits:.4f} bits per byte"
                 + (", the best so far" if better else f" (best: {progress.best_val_loss:.4f})")
             )
-            self.metrics.write(self._event() | {"val_loss": val_loss, "bits_per_byte": bits_per_byte})
+            self.metrics.write(self._event() | {"val_loss": val_loss, "bits_per_byte": bits})
             self.metrics.draw_curves()
             for line in self.preview(self.evaluated_model.eval()) if self.preview else []:
                 say(f"    {line}")

@@ -1,10 +1,11 @@
 """Train a model: settings from a config file and flags, then `optimized_pretrain.Trainer`.
 
-    python train.py --config config_demo.yaml
-    python train.py --config config.yaml --learning_rate 1e-3 --use_ema
-    python train.py --resume
+python train.py --config config_demo.yaml
+python train.py --config config.yaml --learning_rate 1e-3 --use_ema
+python train.py --resume
 """
 
+import dataclasses
 import sys
 import time
 from pathlib import Path
@@ -19,8 +20,6 @@ EXIT_CODES = {"finished": 0, "early_stopping": 0, "interrupted": 130}
 
 def read_settings(arguments: list[str]) -> Settings:
     """Turn the command line into settings: flags beat the config file or, with --resume alone, the checkpoint's."""
-    import dataclasses
-
     parser = CommandParser(prog="train.py", description=__doc__.split("\n")[0], add_help=True)
     parser.add_argument("--config", help="config file (YAML); config.yaml explains every setting")
     parser.add_argument("--local-rank", "--local_rank", help="set by torch.distributed.launch")
@@ -70,8 +69,7 @@ def prepare_data_if_missing(settings: Settings, processes: Processes) -> None:
     if target.exists():
         return
     if not processes.is_main:
-        say_waiting = f"[rank {processes.rank}] waiting for rank 0 to make {target}"
-        print(say_waiting, file=sys.stderr)
+        print(f"[rank {processes.rank}] waiting for rank 0 to make {target}", file=sys.stderr)
         while not (target.exists() and target.with_suffix(".json").exists()):
             time.sleep(0.5)
         return

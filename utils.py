@@ -16,7 +16,8 @@ from model.errors import InputError
 
 
 def run_command(main: Callable[[], int | None]) -> None:
-    """Run a script's `main` and exit: 0 or what it returns, 2 with one line for bad input, 130 for Ctrl-C."""
+    """Run a script's `main` and exit: 0 or what it returns; with one line, 2 for bad input, 1 for what the system
+    refuses, 130 for Ctrl-C."""
     # Consoles on Windows may not be UTF-8: Chinese and the chat's emoji must not raise.
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
@@ -27,6 +28,12 @@ def run_command(main: Callable[[], int | None]) -> None:
         rank = os.environ.get("RANK", "0")
         print(f"error: {error}" if rank == "0" else f"[rank {rank}] error: {error}", file=sys.stderr)
         code = 2
+    except BrokenPipeError:  # what reads our output has ended, as `head` does: nobody is left to tell
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
+    except OSError as error:  # a full disk, a folder that vanished: the system's own text names the file
+        print(f"error: {error}", file=sys.stderr)
+        code = 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = 130
@@ -119,12 +126,12 @@ def pick_dtype(asked: str, device):
         return dtype, "as asked"
     if device.type == "cpu" and os.environ.get("MATECONV_EMULATE_DTYPE") != "1":
         features = torch.cpu.get_capabilities()
-        needed = {torch.bfloat16: ("avx512_bf16", "amx_bf16", "bf16"), torch.float16: ("avx512_fp16", "amx_fp16", "fp16_arith")}
-        found = [name for name in needed[dtype] if features.get(name)]
+        needed = {"bfloat16": ("avx512_bf16", "amx_bf16", "bf16"), "float16": ("avx512_fp16", "amx_fp16", "fp16_arith")}
+        found = [name for name in needed[asked] if features.get(name)]
         if not found:
             return torch.float32, f"{asked} was asked for, but this CPU has no instructions for it and would crawl"
         return dtype, f"this CPU has {found[0]}"
-    if device.type == "cuda" and dtype == torch.bfloat16 and not torch.cuda.is_bf16_supported(including_emulation=False):
+    if asked == "bfloat16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         return torch.float16, "bfloat16 was asked for, but this GPU (before Ampere) has no instructions for it"
     return dtype, "as asked"
 

@@ -12,7 +12,7 @@ import pickle
 import re
 import zipfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -69,8 +69,8 @@ def load_weights(path: str | Path) -> Weights:
     path = Path(path)
     content = load_torch(path)
     if "format_version" in content:  # a training checkpoint
-        state_dict = content["ema"] or content["model"]
-        return Weights(state_dict, LMConfig(**content["config"]), content["tokenizer_path"], content["tokenizer_sha256"])
+        state_dict, config = content["ema"] or content["model"], LMConfig(**content["config"])
+        return Weights(state_dict, config, content["tokenizer_path"], content["tokenizer_sha256"])
 
     state_dict = _clean_keys(content, path)
     sidecar = path.with_suffix(".json")
@@ -81,7 +81,7 @@ def load_weights(path: str | Path) -> Weights:
         config = LMConfig(**described["config"])
         return Weights(state_dict, config, described["tokenizer_path"], described["tokenizer_sha256"])
     except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{sidecar}: does not describe weights ({error!r}); remove it to read the shapes instead") from error
+        raise InputError(f"{sidecar}: does not describe weights ({error!r}); without it the shapes are read") from error
 
 
 def _clean_keys(content: Mapping, path: Path) -> dict[str, Tensor]:

@@ -116,8 +116,8 @@ class PretrainDataset:
         dtype = np.dtype(manifest.dtype).newbyteorder("<")
         if size != manifest.tokens * dtype.itemsize:
             raise InputError(
-                f"{self.path}: {size:,} bytes, but its manifest says {manifest.tokens:,} tokens of {dtype.itemsize} bytes;"
-                " make it again with optimized_data_processing.py"
+                f"{self.path}: {size:,} bytes, but its manifest says {manifest.tokens:,} tokens of {dtype.itemsize}"
+                " bytes; make it again with optimized_data_processing.py"
             )
         if tokenizer_sha256 and manifest.tokenizer_sha256 != tokenizer_sha256:
             raise InputError(

@@ -39,21 +39,15 @@ class MetricsLog:
         import wandb
 
         arguments = {"project": project, "name": run_name, "config": settings, "dir": str(folder)}
-        if "WANDB_MODE" not in os.environ:
-            try:
-                logged_in = wandb.login(prompt=False)
-            except (wandb.errors.Error, OSError) as error:
-                logged_in, reason = False, str(error).splitlines()[0]
-            else:
-                reason = "no login was found (run: wandb login)"
-            if not logged_in:
-                self._say(f"use_wandb: {reason}; the run is kept offline, send it later with: wandb sync")
-                arguments["mode"] = "offline"
+        quiet = wandb.Settings(init_timeout=20, console="off")
         try:
-            self._wandb = wandb.init(**arguments, settings=wandb.Settings(init_timeout=20, console="off"))
+            if "WANDB_MODE" not in os.environ:
+                wandb.login(prompt=False)
+            self._wandb = wandb.init(**arguments, settings=quiet)
         except (wandb.errors.Error, OSError) as error:
-            self._say(f"use_wandb: not reached ({str(error).splitlines()[0]}); kept offline, send it later with: wandb sync")
-            self._wandb = wandb.init(**arguments | {"mode": "offline"}, settings=wandb.Settings(console="off"))
+            reason = str(error).splitlines()[0]
+            self._say(f"use_wandb: {reason} The run is kept offline; send it later with: wandb sync")
+            self._wandb = wandb.init(**arguments, mode="offline", settings=quiet)
 
     def write(self, event: dict) -> None:
         """Append one event; it must hold `step`."""

@@ -67,8 +67,8 @@ class Attention(nn.Module):
 
         dropout = self.dropout if self.training else 0.0
         attend = F.scaled_dot_product_attention if self.flash_attn else attention_written_out
-        causal = cache is None
-        x = attend(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, enable_gqa=self.n_kv_heads < self.n_heads)
+        grouped = self.n_kv_heads < self.n_heads
+        x = attend(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=cache is None, enable_gqa=grouped)
         x = self.wo(x.transpose(1, 2).reshape(batch, tokens, -1))
         return F.dropout(x, self.dropout, self.training)
 
@@ -224,7 +224,7 @@ class Transformer(nn.Module):
         if self.config.tie_embeddings and all(key in state_dict for key in tied):
             first, second = (state_dict[key] for key in tied)
             if first.data_ptr() != second.data_ptr() and not torch.equal(first, second):
-                raise InputError("the weights' embedding and output differ; this model ties them (tie_embeddings: false)")
+                raise InputError("the weights' embedding and output differ, but tie_embeddings makes them one matrix")
         own = {key: tuple(value.shape) for key, value in self.state_dict().items()}
         given = {key: tuple(value.shape) for key, value in state_dict.items()}
         if strict and own != given:
@@ -235,7 +235,7 @@ class Transformer(nn.Module):
 def _first_difference(own: dict[str, tuple], given: dict[str, tuple]) -> str:
     missing, unknown = sorted(own.keys() - given.keys()), sorted(given.keys() - own.keys())
     if missing or unknown:
-        parts = [f"{len(keys)} {kind} (first: {keys[0]})" for kind, keys in (("missing", missing), ("unknown", unknown)) if keys]
-        return " and ".join(parts)
+        kinds = {"missing": missing, "unknown": unknown}
+        return " and ".join(f"{len(keys)} {kind} (first: {keys[0]})" for kind, keys in kinds.items() if keys)
     key = next(key for key in own if own[key] != given[key])
     return f"{key} is {list(given[key])}, the model's is {list(own[key])}"

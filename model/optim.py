@@ -29,7 +29,7 @@ def build_optimizer(
 def learning_rate_at(
     step: int, *, total_steps: int, warmup_steps: int, learning_rate: float, min_lr: float, lr_scheduler: str
 ) -> float:
-    """The learning rate of step `step` (from 0): a linear rise, then a fall that ends at `min_lr` with the last step."""
+    """The learning rate of a step (from 0): a linear rise, then a fall that ends at `min_lr` with the last step."""
     if step < warmup_steps:
         return learning_rate * (step + 1) / warmup_steps
     falling = max(1, total_steps - 1 - warmup_steps)

@@ -1,4 +1,4 @@
-"""Which files a run leaves in its folder, which checkpoint is the newest, and what becomes of an earlier run's files."""
+"""The files that a run leaves in its folder: which checkpoint is the newest, what becomes of an earlier run's."""
 
 import datetime
 import pickle

@@ -34,7 +34,7 @@ class DataSettings:
     train_data_path: str = setting("./dataset/pretrain_data.bin", "token file to train on")
     val_data_path: str | None = setting(None, "token file to validate on; null: 1 %% of the samples are held out")
     raw_data_path: str | None = setting(
-        None, "JSONL from which train_data_path is made if it is missing; null: for the default path, what is in dataset/"
+        None, "JSONL from which a missing train_data_path is made; null: for the default path, what is in dataset/"
     )
 
 
@@ -63,7 +63,7 @@ class TrainingSettings:
     """Section `training`. A step is one optimizer step; intervals count steps."""
 
     epochs: int = setting(15, "passes over the training samples", at_least=1)
-    max_steps: int | None = setting(None, "stop after this many steps, whatever epochs says; null: epochs decide", at_least=1)
+    max_steps: int | None = setting(None, "steps to train, whatever epochs says; null: epochs decide", at_least=1)
     batch_size: int = setting(32, "samples a process reads at once", at_least=1)
     accumulation_steps: int = setting(1, "batches of every process that make up one step", at_least=1)
     learning_rate: float = setting(3e-4, "highest learning rate, reached after the warm-up", above=0)
@@ -283,7 +283,8 @@ class _StrictLoader(yaml.SafeLoader):
 
     def compose_node(self, parent, index):
         if self.check_event(yaml.events.AliasEvent):
-            raise yaml.constructor.ConstructorError(None, None, "aliases (*name) are not accepted", self.peek_event().start_mark)
+            mark = self.peek_event().start_mark
+            raise yaml.constructor.ConstructorError(None, None, "aliases (*name) are not accepted", mark)
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node, deep=False):

@@ -224,7 +224,8 @@ def test_interactive_chat(guide, trained):
     text = guide(command, "--max_new_tokens 8", input="你好\n介绍一下中国\nclear\nexit\n").stdout
     rule = "=" * 80
     assert text.startswith(
-        f"🤖 交互式对话模式\n{rule}\n输入 'exit'、'quit' 或 'q' 退出\n输入 'clear' 清空对话历史\n{rule}\n\n👤 用户: 你好\n🤖 助手: "
+        f"🤖 交互式对话模式\n{rule}\n输入 'exit'、'quit' 或 'q' 退出\n输入 'clear' 清空对话历史\n{rule}\n\n"
+        "👤 用户: 你好\n🤖 助手: "
     )
     assert "\n\n👤 用户: 介绍一下中国\n🤖 助手: " in text and text.endswith("👤 用户: exit\n👋 再见！\n")
 

@@ -123,7 +123,16 @@ def test_a_bad_config_file_is_one_line(case, tmp_path):
 
 
 def test_the_command_line_reports_what_is_wrong_and_writes_nothing(tmp_path):
-    command = [sys.executable, ROOT / "train.py", "--epoch", "3", "--learning_rate", "fast", "--out_dir", tmp_path / "o"]
+    command = [
+        sys.executable,
+        ROOT / "train.py",
+        "--epoch",
+        "3",
+        "--learning_rate",
+        "fast",
+        "--out_dir",
+        tmp_path / "o",
+    ]
     result = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=60)
     assert result.returncode == 2
     assert "--epoch: unknown; did you mean --epochs?" in result.stderr and "--learning_rate" in result.stderr

@@ -1,4 +1,4 @@
-"""Training: what a user does, and what must come of it. A tiny model on the sample corpus, real processes and signals."""
+"""Training: what a user does, and what must come of it: a tiny model on the sample corpus, real processes, signals."""
 
 import json
 import os
@@ -30,11 +30,11 @@ ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUTF8": "1"}
 
 @pytest.fixture(scope="session")
 def token_file(tmp_path_factory, tokenizer_folder):
-    """The first 150 texts of the sample corpus as a token file: about 2,700 samples of 32 tokens."""
+    """The first 60 texts of the sample corpus as a token file: about 1,100 samples of 32 tokens."""
     import numpy as np
 
     tokenizer, ids = load_tokenizer(tokenizer_folder), []
-    lines = (ROOT / "dataset" / "classics_zh.jsonl").read_text(encoding="utf-8").splitlines()[:150]
+    lines = (ROOT / "dataset" / "classics_zh.jsonl").read_text(encoding="utf-8").splitlines()[:60]
     for encoded in encode_texts(tokenizer, [json.loads(line)["text"] for line in lines]):
         ids += [tokenizer.bos_token_id, *encoded, tokenizer.eos_token_id]
     path = tmp_path_factory.mktemp("data") / "train.bin"
@@ -175,10 +175,10 @@ def test_accumulation_equals_the_large_batch(flags, tmp_path):
 
 
 def test_epochs_read_every_sample_once_with_a_shorter_last_step(flags, tmp_path):
-    trainer = train(flags(max_steps=None, epochs=2, batch_size=700, max_seq_len=32, eval_interval=99, save_interval=99))
+    trainer = train(flags(max_steps=None, epochs=2, batch_size=300, eval_interval=99, save_interval=99))
     samples = len(trainer.train_samples)
-    assert samples % 700 and trainer.progress.samples == 2 * samples
-    assert trainer.progress.step == 2 * -(-samples // 700)
+    assert samples % 300 and trainer.progress.samples == 2 * samples
+    assert trainer.progress.step == 2 * -(-samples // 300)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -233,7 +233,7 @@ RESUMED = {
     "plain": {},
     "everything": {"use_ema": "true", "dropout": 0.1, "accumulation_steps": 2, "optimizer_type": "adam"},
     "float16": {"dtype": "float16", "use_ema": "true"},
-    "across epochs": {"batch_size": 500, "lr_scheduler": "linear", "early_stopping": "true", "patience": 3},
+    "across epochs": {"batch_size": 200, "lr_scheduler": "linear", "early_stopping": "true", "patience": 3},
 }
 
 

@@ -1,0 +1,44 @@
+"""What validation measures: the loss, and the same in bits per byte of text."""
+
+import math
+from collections.abc import Callable, Iterable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from model.model import Transformer
+
+
+@torch.no_grad()
+def validation_sums(
+    model: Transformer,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    token_bytes: np.ndarray,
+    autocast,
+    asked_to_stop: Callable[[], bool],
+) -> list[float] | None:
+    """Loss in nats, tokens and bytes of text, summed over batches; None if a stop was asked for meanwhile.
+
+    Args:
+        model: in evaluation mode.
+        batches: inputs and targets, int64 [B, T] each; targets below 0 do not count.
+        token_bytes: UTF-8 bytes that each id stands for, int [vocab_size].
+        autocast: context in which the model runs.
+        asked_to_stop: called after each batch, by every process.
+    """
+    sums = [0.0, 0.0, 0.0]
+    for inputs, targets in batches:
+        with autocast:
+            sums[0] += float(model(inputs, targets))
+        counted = targets[targets >= 0].cpu().numpy()
+        sums[1] += len(counted)
+        sums[2] += int(token_bytes[counted].sum())
+        if asked_to_stop():
+            return None
+    return sums
+
+
+def bits_per_byte(nats: float, byte_count: float) -> float:
+    """A summed loss as bits per byte of text: comparable between tokenizers."""
+    return nats / math.log(2) / max(1, byte_count)
