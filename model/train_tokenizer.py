@@ -19,7 +19,7 @@ from model.jsonl import open_jsonl, read_lines
 
 SPECIAL_TOKENS = ("<unk>", "<s>", "</s>")  # ids 0, 1, 2
 SMALLEST_VOCABULARY = len(SPECIAL_TOKENS) + 256  # the bytes alone
-MAX_TOKEN_BYTES = 12  # four Chinese characters or a long English word: longer tokens are formulas, not words
+TOKEN_BYTES_BELOW = 12  # three Chinese characters or a long English word: longer tokens are formulas, not words
 MAX_FILE_BYTES = 64 << 20  # text taken from each file, spread evenly over it; the trainer holds all pieces in memory
 MAX_KNOWN_LINES = 2_000_000  # lines remembered, so as not to count them twice
 
@@ -120,7 +120,7 @@ def train_tokenizer(
         min_frequency=2,
         special_tokens=list(SPECIAL_TOKENS),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        max_token_length=MAX_TOKEN_BYTES,
+        max_token_length=TOKEN_BYTES_BELOW,  # the trainer leaves out tokens of this length too
         show_progress=False,
     )
     text = TrainingText(input_paths, text_field)
