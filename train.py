@@ -93,11 +93,13 @@ def make_preview(settings: Settings):
     from optimized_inference import GenerationConfig, TextGenerator
 
     tokenizer = load_tokenizer(settings.data.tokenizer_path)
-    config = GenerationConfig(max_new_tokens=40, seed=settings.training.seed)
 
     def preview(model) -> list[str]:
-        texts = TextGenerator(model, tokenizer).batch_generate(list(PREVIEW_PROMPTS), config)
-        return [f"{prompt}▸{text}".replace("\n", " ") for prompt, text in zip(PREVIEW_PROMPTS, texts, strict=True)]
+        generator, lines = TextGenerator(model, tokenizer), []
+        for number, prompt in enumerate(PREVIEW_PROMPTS):  # one seed each: equal seeds give like texts
+            text = generator.generate(prompt, GenerationConfig(max_new_tokens=40, seed=settings.training.seed + number))
+            lines.append(f"{prompt}▸{text}".replace("\n", " "))
+        return lines
 
     return preview
 
