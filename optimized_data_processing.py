@@ -79,11 +79,11 @@ class OptimizedDataProcessor:
             self._tokenizer = load_tokenizer(self.tokenizer_path)
         return self._tokenizer
 
-    def validate_and_clean_jsonl(self, input_path: str | Path, output_path: str | Path) -> dict:
+    def validate_and_clean_jsonl(self, input_path: str | Path, output_path: str | Path, resume: bool = True) -> dict:
         """Write the good lines of a JSONL file as `{"text": ...}`, and the others to `<output>.rejects.jsonl`.
 
         The text loses the white space around it and nothing else; other keys of the object are left out. An output that
-        is there already is replaced when the new one is complete. A run that was killed goes on.
+        is there already is replaced when the new one is complete. A run that was killed goes on, unless `resume` is false.
 
         Returns:
             the counts: lines, documents, rejected, rejected_by_reason, … (`Statistics.summary`).
@@ -94,7 +94,7 @@ class OptimizedDataProcessor:
         identity = {"the input's size": _size(input_path), "text_field": self.text_field}
         statistics = Statistics(self.max_length)
         _check_paths(input_path, output_path)
-        with _disk_errors(output_path), ResumableJob(output_path, identity, statistics.to_record(), True) as job:
+        with _disk_errors(output_path), ResumableJob(output_path, identity, statistics.to_record(), resume) as job:
             self._run(job, input_path, self._as_jsonl)
             job.publish()
         return self._report(job, output_path)
@@ -414,13 +414,14 @@ def default_input_path(folder: str | Path = DATASET) -> Path:
 
 def _parser() -> argparse.ArgumentParser:
     parser = CommandParser(description="Turn JSONL into the token file that training reads, or train a tokenizer.")
+    parser.formatter_class = argparse.HelpFormatter  # most defaults need words
     add = parser.add_argument
     add("--input_path", nargs="+", help='JSONL, one {"text": ...} a line; default: what lies in dataset/')
     add("--output_path", help=f"the token file; default: {DEFAULT_OUTPUT}; with --clean_only {DEFAULT_CLEANED}")
     add("--tokenizer_path", help="folder of a tokenizer; default: the embedded one")
-    add("--max_length", type=int, default=512, help="tokens; longer documents are kept whole and counted")
-    add("--chunk_size", type=int, default=50000, help="lines that are handled together at most")
-    add("--save_interval", type=int, default=1000000, help="tokens after which progress is made final")
+    add("--max_length", type=int, default=512, help="tokens; longer documents are kept whole and counted (%(default)s)")
+    add("--chunk_size", type=int, default=50000, help="lines that are handled together at most (%(default)s)")
+    add("--save_interval", type=int, default=1000000, help="tokens after which progress is made final (%(default)s)")
     add(
         "--resume",
         type=_true_or_false,
@@ -428,14 +429,14 @@ def _parser() -> argparse.ArgumentParser:
         const=True,
         default=True,
         metavar="true|false",
-        help="go on with a half-made output and keep a finished one; false: make it anew",
+        help="go on with a half-made output and keep a finished one; false: make it anew (true)",
     )
-    add("--text_field", default="text", help="key of the text in each JSON object")
+    add("--text_field", default="text", help="key of the text in each JSON object (%(default)s)")
     add("--stats_path", help="where the statistics go; default: data_stats.json beside the output")
     add("--clean_only", action="store_true", help="write cleaned JSONL instead of tokens")
     add("--train_tokenizer", action="store_true", help="train a tokenizer on --input_path (several files, .gz too)")
     add("--tokenizer_output", help="folder that the trained tokenizer goes to")
-    add("--vocab_size", type=int, default=6400, help="tokens of the trained tokenizer")
+    add("--vocab_size", type=int, default=6400, help="tokens of the trained tokenizer (%(default)s)")
     add("--overwrite_tokenizer", action="store_true", help="replace a tokenizer that is in --tokenizer_output already")
     return parser
 
@@ -465,7 +466,7 @@ def main() -> int:
     if stats_path.resolve() in (output.resolve(), manifest_path(output).resolve(), Path(source).resolve()):
         raise InputError(f"stats_path: {stats_path} is the input, the output or its manifest; give another name")
     if arguments.clean_only:
-        processor.validate_and_clean_jsonl(source, output)
+        processor.validate_and_clean_jsonl(source, output, arguments.resume)
     else:
         processor.process_dataset(source, output, arguments.resume)
     processor.save_statistics(stats_path)

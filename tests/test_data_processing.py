@@ -243,7 +243,7 @@ def test_stopped_around_each_step_of_a_commit_the_files_are_the_same(
     assert skipped >= 1
 
 
-def begin_and_stop(processor, raw: Path, output: Path, monkeypatch) -> None:
+def begin_and_stop(processor, raw: Path, output: Path, monkeypatch, method: str = "process_dataset") -> None:
     """Leave a half-made output with one record."""
     processor.chunk_size = 50
     original = ResumableJob.commit
@@ -255,7 +255,7 @@ def begin_and_stop(processor, raw: Path, output: Path, monkeypatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(ResumableJob, "commit", commit_and_stop)
         with pytest.raises(Killed):
-            processor.process_dataset(raw, output)
+            getattr(processor, method)(raw, output)
 
 
 def test_a_half_made_output_is_not_continued_with_other_input_tokenizer_or_options(
@@ -277,6 +277,14 @@ def test_a_half_made_output_is_not_continued_with_other_input_tokenizer_or_optio
     raw.write_bytes(content)
     assert processor.process_dataset(raw, output)["documents"] == 200
     assert not output.with_name("data.bin.progress.json").exists()
+
+    cleaned = tmp_path / "cleaned.jsonl"
+    begin_and_stop(processor, raw, cleaned, monkeypatch, "validate_and_clean_jsonl")
+    raw.write_bytes(content * 2)
+    with pytest.raises(InputError, match="the input's size .*resume=False"):
+        processor.validate_and_clean_jsonl(raw, cleaned)
+    assert processor.validate_and_clean_jsonl(raw, cleaned, resume=False)["rejected_by_reason"] == {"duplicate": 200}
+    assert cleaned.read_bytes() == content
 
 
 def test_a_second_process_on_the_same_output_is_refused(raw, processor, tmp_path):
