@@ -82,8 +82,9 @@ class OptimizedDataProcessor:
     def validate_and_clean_jsonl(self, input_path: str | Path, output_path: str | Path, resume: bool = True) -> dict:
         """Write the good lines of a JSONL file as `{"text": ...}`, and the others to `<output>.rejects.jsonl`.
 
-        The text loses the white space around it and nothing else; other keys of the object are left out. An output that
-        is there already is replaced when the new one is complete. A run that was killed goes on, unless `resume` is false.
+        The text loses the white space around it and nothing else; other keys of the object are left out. An output
+        that is there already is replaced when the new one is complete. A run that was killed goes on, unless `resume`
+        is false.
 
         Returns:
             the counts: lines, documents, rejected, rejected_by_reason, … (`Statistics.summary`).
