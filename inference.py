@@ -1,20 +1,19 @@
 """Generate text with trained weights: one prompt, a file of prompts, or a chat.
 
-    python inference.py --model_path out/pretrain_512.pth --prompt "中国" --stream
-    python inference.py --interactive
-    python inference.py --batch_file prompts.txt
+python inference.py --model_path out/pretrain_512.pth --prompt "中国" --stream
+python inference.py --interactive
+python inference.py --batch_file prompts.txt
 """
 
 import argparse
 import contextlib
-import difflib
 import json
 import sys
 from pathlib import Path
 
 from model.errors import InputError
 from optimized_inference import BATCH_SIZE, DTYPES, GenerationConfig, TextGenerator, load_generator
-from utils import CommandParser, run_command, say
+from utils import CommandParser, run_command, say, true_or_false
 
 DEFAULT_PROMPT = "中国"
 RULE = "=" * 80
@@ -51,14 +50,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     Raises:
         InputError: an unknown flag, an unusable value, or flags that exclude each other.
     """
-    parser = build_parser()
-    arguments, unknown = parser.parse_known_args(argv)
-    if unknown:
-        flag, known = unknown[0].split("=")[0], [f"--{name}" for name in vars(arguments)]
-        nearest = [name for name in known if name.startswith(flag)] or difflib.get_close_matches(flag, known, n=1)
-        hint = f"did you mean {nearest[0]}?" if nearest else "see --help"
-        raise InputError(f"unknown flag {unknown[0]}; {hint}")
-
+    arguments = build_parser().parse_args(argv)
     given = {"--prompt": arguments.prompt is not None, "--batch_file": arguments.batch_file is not None}
     modes = [flag for flag, used in (given | {"--interactive": arguments.interactive}).items() if used]
     if len(modes) > 1:
@@ -76,7 +68,6 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
 def build_parser() -> argparse.ArgumentParser:
     defaults = GenerationConfig()
     parser = CommandParser(description="Generate text with trained weights. Without a mode: a chat in a terminal.")
-    parser.formatter_class = argparse.HelpFormatter  # defaults are named below where they tell something
 
     mode = parser.add_argument_group("what to do (one of)")
     mode.add_argument("--prompt", metavar="TEXT", help="continue this text once")
@@ -109,13 +100,6 @@ def build_parser() -> argparse.ArgumentParser:
     cache.add_argument("--use_cache", help="false: recompute all of the text for each token (default: true)", **boolean)
     cache.add_argument("--no_cache", dest="use_cache", action="store_false", help="the same as --use_cache false")
     return parser
-
-
-def true_or_false(text: str) -> bool:
-    values = {"true": True, "false": False}
-    if text.lower() not in values:
-        raise argparse.ArgumentTypeError(f"{text!r} found, true or false expected")
-    return values[text.lower()]
 
 
 def printable(text: str) -> str:

@@ -28,7 +28,7 @@ from model.errors import InputError
 from model.jsonl import Line, bytes_read, open_jsonl, read_lines
 from model.resumable_job import ResumableJob, describe_changes
 from model.tokenization import encode_texts, load_tokenizer, tokenizer_sha256, vocabulary_size
-from utils import CommandParser, progress_line, run_command, say
+from utils import CommandParser, progress_line, run_command, say, true_or_false
 
 DATASET = Path("dataset")
 DEFAULT_CORPUS = "mobvoi_seq_monkey_general_open_corpus.jsonl"  # what MiniMind's users have
@@ -415,7 +415,6 @@ def default_input_path(folder: str | Path = DATASET) -> Path:
 
 def _parser() -> argparse.ArgumentParser:
     parser = CommandParser(description="Turn JSONL into the token file that training reads, or train a tokenizer.")
-    parser.formatter_class = argparse.HelpFormatter  # most defaults need words
     add = parser.add_argument
     add("--input_path", nargs="+", help='JSONL, one {"text": ...} a line; default: what lies in dataset/')
     add("--output_path", help=f"the token file; default: {DEFAULT_OUTPUT}; with --clean_only {DEFAULT_CLEANED}")
@@ -425,7 +424,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--save_interval", type=int, default=1000000, help="tokens after which progress is made final (%(default)s)")
     add(
         "--resume",
-        type=_true_or_false,
+        type=true_or_false,
         nargs="?",
         const=True,
         default=True,
@@ -440,12 +439,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--vocab_size", type=int, default=6400, help="tokens of the trained tokenizer (%(default)s)")
     add("--overwrite_tokenizer", action="store_true", help="replace a tokenizer that is in --tokenizer_output already")
     return parser
-
-
-def _true_or_false(text: str) -> bool:
-    if text.lower() not in ("true", "false"):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
-    return text.lower() == "true"
 
 
 def main() -> int:

@@ -33,12 +33,12 @@ def read_settings(arguments: list[str]) -> Settings:
                 f"--{field.name}", metavar="VALUE", help=f"{text} [{field.default}]", default=None, **optional_value
             )
     known, unknown = parser.parse_known_args(arguments)
-    unknown = [flag for flag in unknown if flag.startswith("-")] or unknown
+    problems = parser.describe_unknown(unknown) if unknown else []
     flags = {name: value for name, value in vars(known).items() if name in FIELDS and value is not None}
 
     if known.config is not None:
-        return build_settings(read_config(known.config), flags, source=known.config, unknown_flags=unknown)
-    asked = build_settings({}, flags, unknown_flags=unknown)
+        return build_settings(read_config(known.config), flags, source=known.config, problems=problems)
+    asked = build_settings({}, flags, problems=problems)
     if not (asked.training.resume or asked.training.resume_from):
         return asked
     return build_settings(*_settings_of_checkpoint(asked, flags))

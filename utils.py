@@ -3,12 +3,13 @@
 import argparse
 import contextlib
 import datetime
+import difflib
 import os
 import random
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from model.errors import InputError
 
@@ -44,10 +45,34 @@ class CommandParser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line (an InputError), and that accepts no abbreviated flags."""
 
     def __init__(self, **arguments) -> None:
-        super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **arguments)
+        super().__init__(allow_abbrev=False, **arguments)
+
+    def parse_args(self, arguments: Sequence[str] | None = None, namespace=None) -> argparse.Namespace:
+        """As in argparse; an unknown flag is named with the nearest one there is."""
+        known, unknown = self.parse_known_args(arguments, namespace)
+        if unknown:
+            raise InputError("; ".join(self.describe_unknown(unknown)))
+        return known
+
+    def describe_unknown(self, unknown: Sequence[str]) -> list[str]:
+        """What to say of each argument that is not known: a misspelt flag, or a word without one."""
+        flags = [flag for action in self._actions for flag in action.option_strings]
+        descriptions = []
+        for word in [word for word in unknown if word.startswith("-")] or unknown:
+            name = word.split("=")[0].replace("-", "_").replace("__", "--", 1)
+            nearest = [flag for flag in flags if flag.startswith(name)] or difflib.get_close_matches(name, flags, n=1)
+            descriptions.append(f"{word}: unknown; " + (f"did you mean {nearest[0]}?" if nearest else "see --help"))
+        return descriptions
 
     def error(self, message: str):
         raise InputError(f"{message}; see --help")
+
+
+def true_or_false(text: str) -> bool:
+    """The `type` of a flag that takes true or false."""
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{text!r} found, true or false expected")
+    return text.lower() == "true"
 
 
 def say(message: str) -> None:

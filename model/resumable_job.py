@@ -18,6 +18,7 @@ from pathlib import Path
 
 from model.dataset import Manifest, manifest_path, write_manifest
 from model.errors import InputError
+from model.files import write_json
 from model.seen_texts import SeenTexts
 
 RECORD_VERSION = 1
@@ -123,12 +124,7 @@ class ResumableJob:
         self._write_record()
 
     def _write_record(self) -> None:
-        temporary = self._record.with_name(self._record.name + ".tmp")
-        with open(temporary, "w", encoding="utf-8", newline="\n") as file:
-            json.dump(asdict(self.progress), file, ensure_ascii=False)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, self._record)
+        write_json(self._record, asdict(self.progress))
 
     @property
     def partial(self) -> Path:

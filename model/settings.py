@@ -133,7 +133,7 @@ def build_settings(
     file_values: Mapping[str, Mapping],
     flags: Mapping[str, str],
     source: str = "config",
-    unknown_flags: Sequence[str] = (),
+    problems: Sequence[str] = (),
 ) -> Settings:
     """Merge a config file's sections and the flags' texts over the defaults, and check everything.
 
@@ -141,13 +141,12 @@ def build_settings(
         file_values: what `read_config` returned.
         flags: name to text, as on the command line.
         source: the config file's name, for messages.
-        unknown_flags: what the command line held besides, to be reported with the rest.
+        problems: what is known to be wrong already, to be reported with the rest.
 
     Raises:
         InputError: with one line for each thing that is wrong.
     """
-    settings = Settings()
-    problems = [f"{flag}: unknown; {_nearest_flag(flag)}" for flag in unknown_flags]
+    settings, problems = Settings(), list(problems)
     for section, values in file_values.items():
         if section not in SECTIONS:
             problems.append(f"{source}: section {section!r} is unknown; {_nearest(str(section), SECTIONS)}")
@@ -185,13 +184,6 @@ def _assign(settings: Settings, name: str, value, where: str, problems: list[str
 def _nearest(name: str, known) -> str:
     close = difflib.get_close_matches(name, list(known), n=1)
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
-
-
-def _nearest_flag(flag: str) -> str:
-    """A hint for an unknown flag."""
-    name = flag.lstrip("-").split("=")[0].replace("-", "_")
-    close = difflib.get_close_matches(name, [*FIELDS, "config"], n=1)
-    return f"did you mean --{close[0]}?" if close else "see --help"
 
 
 def parse_value(name: str, value):

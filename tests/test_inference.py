@@ -385,7 +385,7 @@ def test_bad_input_ends_the_command_with_one_line_and_code_2(run_folder):
     result = run(run_folder, "--tempreture", "0.8")
 
     assert (result.returncode, result.stdout) == (2, b"")
-    assert result.stderr.decode() == "error: unknown flag --tempreture; did you mean --temperature?\n"
+    assert result.stderr.decode() == "error: --tempreture: unknown; did you mean --temperature?\n"
 
 
 @pytest.mark.parametrize(
@@ -406,7 +406,7 @@ def test_bad_input_ends_the_command_with_one_line_and_code_2(run_folder):
         (["--top_k", "many"], "top_k.*'many'"),
         (["--top_p", "2", "--top_k", "-1"], "top_k: -1 .*top_p: 2.0"),
         (["--use_cache", "maybe"], "use_cache.*'maybe' found, true or false expected"),
-        (["--temp", "1"], "unknown flag --temp; did you mean --temperature"),
+        (["--temp", "1"], "--temp: unknown; did you mean --temperature"),
     ],
 )
 def test_each_bad_input_is_named(in_run_folder, monkeypatch, arguments, expected):
