@@ -17,8 +17,8 @@ from model.errors import InputError
 
 
 def run_command(main: Callable[[], int | None]) -> None:
-    """Run a script's `main` and exit: 0 or what it returns; with one line, 2 for bad input, 1 for what the system
-    refuses, 130 for Ctrl-C."""
+    """Run a script's `main` and exit: 0 or what it returns; with one line, 2 for bad input and for files that cannot be
+    read or written, 130 for Ctrl-C."""
     # Consoles on Windows may not be UTF-8: Chinese and the chat's emoji must not raise.
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
@@ -34,7 +34,7 @@ def run_command(main: Callable[[], int | None]) -> None:
         code = 1
     except OSError as error:  # a full disk, a folder that vanished: the system's own text names the file
         print(f"error: {error}", file=sys.stderr)
-        code = 1
+        code = 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = 130
