@@ -5,10 +5,11 @@ weights, bit for bit, as if it had never stopped (on the same machine, versions,
 """
 
 import contextlib
+import copy
 import dataclasses
-import datetime
 import math
 import platform
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,31 +21,28 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import utils
-from model.checkpoint import Weights, save_torch, save_weights
+from model.checkpoint import CHECKPOINT_VERSION, Weights, save_torch, save_weights
 from model.dataset import PretrainDataset, SampleOrder, hold_out
-from model.errors import InputError
 from model.evaluation import bits_per_byte, validation_sums
 from model.files import replacing
 from model.metrics import MetricsLog
 from model.model import Transformer
-from model.optim import build_ema, build_optimizer, learning_rate_at
+from model.optim import build_ema, build_optimizer, load_optimizer_state, plan_schedule
+from model.resume import changed_settings, check_fits, find_checkpoint
 from model.run_folder import (
     INTERRUPTED,
     STARTED,
-    TIME_FORMAT,
-    load_checkpoint,
+    claim,
+    leave_line,
     move_earlier_run,
-    move_newer_checkpoints,
-    newest_checkpoint,
+    now,
     prune_checkpoints,
-    remove_leftovers,
     step_checkpoint,
 )
 from model.settings import Settings
 from model.tokenization import load_tokenizer, token_byte_lengths, tokenizer_sha256, vocabulary_size
 from utils import Processes, say
 
-CHECKPOINT_VERSION = 1
 MAX_SKIPPED_STEPS = 50  # float16 steps skipped in a row before training is called diverged
 
 
@@ -79,18 +77,20 @@ class Trainer:
     def __init__(
         self, settings: Settings, processes: Processes, preview: Callable[[Transformer], list[str]] | None = None
     ) -> None:
-        self.settings, self.training, self.processes, self.preview = settings, settings.training, processes, preview
+        self.settings = copy.deepcopy(settings)  # as asked for; what is chosen by itself is kept elsewhere
+        self.training, self.processes, self.preview = self.settings.training, processes, preview
         self.out_dir = Path(self.training.out_dir)
         self.stop = utils.StopSignal()
         self._choose_hardware()
         processes.start(self.device)
         self._load_tokenizer_and_data()
-        checkpoint = self._find_checkpoint()
+        found = self._find_checkpoint()
+        checkpoint = found[1] if found else None
         self._build_model(checkpoint)
-        self._plan_schedule()
+        self._plan(checkpoint)
         with processes.main_first():
             if processes.is_main:
-                self._prepare_out_dir(checkpoint)
+                self._prepare_out_dir(found)
         self.metrics = MetricsLog(self.out_dir, self.progress.step, say) if processes.is_main else None
         self._describe()
 
@@ -104,17 +104,13 @@ class Trainer:
         self.peak_flops = utils.measure_matmul_flops(self.device, self.dtype)
 
     def _load_tokenizer_and_data(self) -> None:
-        data, shape = self.settings.data, self.settings.model
+        data = self.settings.data
         tokenizer = load_tokenizer(data.tokenizer_path)
         self.tokenizer_sha256 = tokenizer_sha256(data.tokenizer_path)
-        needed = vocabulary_size(tokenizer)
-        if shape.vocab_size is None:
-            shape.vocab_size = needed
-        elif shape.vocab_size < needed:
-            raise InputError(f"vocab_size: {shape.vocab_size} found, but the tokenizer has {needed} tokens")
-        self.config = self.settings.lm_config()
-        self.token_bytes = np.zeros(shape.vocab_size, dtype=np.int64)
-        self.token_bytes[:needed] = token_byte_lengths(tokenizer)
+        tokens = vocabulary_size(tokenizer)
+        self.config = self.settings.lm_config(tokens)
+        self.token_bytes = np.zeros(self.config.vocab_size, dtype=np.int64)
+        self.token_bytes[:tokens] = token_byte_lengths(tokenizer)
 
         def open_dataset(path: str) -> PretrainDataset:
             dataset = PretrainDataset(path, self.config.max_seq_len, self.config.vocab_size, self.tokenizer_sha256)
@@ -133,44 +129,27 @@ class Trainer:
                 f"val_data_path is null: {len(self.val_samples):,} of {len(self.train_data):,} samples are held out"
                 " for validation and not trained on"
             )
+        if self.training.early_stopping and len(self.val_samples) == 0:
+            say("early_stopping: there is nothing to validate on, so training will not stop early")
         self.fingerprint = self.train_data.fingerprint() | {"training_samples": len(self.train_samples)}
+        self.validation = self.val_data.fingerprint() | {"validation_samples": len(self.val_samples)}
 
-    def _find_checkpoint(self) -> dict | None:
-        """Read the checkpoint to go on from, and see that it belongs to this model, tokenizer and data."""
-        if self.training.resume_from is not None:
-            path = Path(self.training.resume_from)
-            checkpoint = load_checkpoint(path)
-        elif self.training.resume:
-            found = newest_checkpoint(self.out_dir)
-            if found is None:
-                say(f"resume: no checkpoint in {self.out_dir}, so training starts from the beginning")
-                return None
-            path, checkpoint, passed_over = found
-            for problem in passed_over:
-                say(f"resume: passed over {problem}")
-        else:
+    def _find_checkpoint(self) -> tuple[Path, dict] | None:
+        """The checkpoint to go on from, if any: one that belongs to this model, tokenizer and data."""
+        found = find_checkpoint(self.training, say)
+        if found is None:
             return None
-        self._check_fits(path, checkpoint)
+        path, checkpoint = found
+        mine = {
+            "config": dataclasses.asdict(self.config),
+            "data": self.fingerprint,
+            "tokenizer": {"sha256": self.tokenizer_sha256},
+        }
+        check_fits(path, checkpoint, mine, self.training.optimizer_type)
         say(f"resuming from {path} at step {checkpoint['progress']['step']:,}")
-        return checkpoint
-
-    def _check_fits(self, path: Path, checkpoint: dict) -> None:
-        for name, mine, its in (
-            ("model", dataclasses.asdict(self.config), checkpoint["config"]),
-            ("data", self.fingerprint, checkpoint["data"]),
-            ("tokenizer", {"sha256": self.tokenizer_sha256}, {"sha256": checkpoint["tokenizer_sha256"]}),
-        ):
-            different = [f"{key} {its.get(key)} there, {mine[key]} here" for key in mine if mine[key] != its.get(key)]
-            if different:
-                raise InputError(f"{path} was made with another {name}: {'; '.join(different)}")
-        before, now = checkpoint["settings"]["training"], dataclasses.asdict(self.training)
-        if (its := before["optimizer_type"]) != now["optimizer_type"]:
-            raise InputError(f"{path} was made with optimizer_type {its}, not {now['optimizer_type']}")
-        unimportant = {"resume", "resume_from", "out_dir", "device", "ddp"}
-        changed = [f"{key} {before.get(key)} -> {now[key]}" for key in now if now[key] != before.get(key)]
-        changed = [text for text in changed if text.split()[0] not in unimportant]
-        if changed:
+        if changed := changed_settings(checkpoint, self.training):
             say(f"resuming with other settings than before: {', '.join(changed)}")
+        return found
 
     def _build_model(self, checkpoint: dict | None) -> None:
         """Build model, optimizer, scaler and average, and put them where the checkpoint left them."""
@@ -190,14 +169,14 @@ class Trainer:
             self.train_model = torch.compile(self.train_model)
         if self.processes.world_size > 1:
             device_ids = [self.device] if self.device.type == "cuda" else None
-            self.train_model = DistributedDataParallel(self.train_model, device_ids=device_ids)
+            self.train_model = DistributedDataParallel(self.train_model, device_ids=device_ids, broadcast_buffers=False)
         self.autocast = contextlib.nullcontext()
         if self.dtype != torch.float32:
             self.autocast = torch.autocast(self.device.type, self.dtype)
 
     def _restore(self, checkpoint: dict) -> None:
         self.model.load_state_dict(checkpoint["model"])
-        self.optimizer.load_state_dict(checkpoint["optimizer"])
+        load_optimizer_state(self.optimizer, checkpoint["optimizer"])
         if checkpoint["scaler"] and self.scaler.is_enabled():
             self.scaler.load_state_dict(checkpoint["scaler"])
         if self.ema is not None:
@@ -205,6 +184,9 @@ class Trainer:
             self.ema.module.load_state_dict(checkpoint["ema"] or checkpoint["model"])
             self.ema.n_averaged.fill_(checkpoint["ema_updates"])
         self.progress = Progress(**checkpoint["progress"])
+        if checkpoint["validation"] != self.validation:
+            say("the validation data is not what it was: the best loss so far and the patience start anew")
+            self.progress.best_val_loss, self.progress.evaluations_without_gain = math.inf, 0
         states = checkpoint["random_states"]
         if len(states) == self.processes.world_size:
             utils.restore_random_state(states[self.processes.rank])
@@ -215,42 +197,48 @@ class Trainer:
             )
             utils.seed_everything(self.training.seed + 1 + self.processes.rank + 1000 * self.progress.step)
 
-    def _plan_schedule(self) -> None:
+    def _plan(self, checkpoint: dict | None) -> None:
+        """How many samples a step takes, how many steps there are, and what the learning rate does in them."""
         t = self.training
         self.batch_rows = t.batch_size * self.processes.world_size  # samples of one micro-batch, over all processes
+        if t.eval_steps is not None and t.eval_steps * self.batch_rows < len(self.val_samples):
+            spread = np.linspace(0, len(self.val_samples) - 1, t.eval_steps * self.batch_rows).astype(np.int64)
+            self.val_samples = self.val_samples[spread]
         self.order = SampleOrder(self.train_samples, t.seed, self.batch_rows * t.accumulation_steps)
-        self.total_steps = t.max_steps or t.epochs * self.order.steps_per_epoch
-        if t.warmup_steps is None:
-            t.warmup_steps = min(1000, self.total_steps // 50)
-        if t.warmup_steps >= self.total_steps:
-            raise InputError(f"warmup_steps: {t.warmup_steps} leaves none of the {self.total_steps} steps of this run")
-        if t.min_lr is None:
-            t.min_lr = t.learning_rate / 10
-        names = ("warmup_steps", "learning_rate", "min_lr", "lr_scheduler")
-        self.schedule = {"total_steps": self.total_steps} | {name: getattr(t, name) for name in names}
+        self.pace = {"rows_per_step": self.order.rows_per_step, "epochs": t.epochs, "max_steps": t.max_steps}
+        if checkpoint is not None and checkpoint["pace"] == self.pace:
+            total_steps = checkpoint["total_steps"]
+        elif t.max_steps is not None:
+            total_steps = t.max_steps
+        else:
+            total_steps = self.progress.step + self.order.steps_left(self.progress.samples, t.epochs)
+        self.schedule = plan_schedule(t, total_steps)
 
-    def _prepare_out_dir(self, checkpoint: dict | None) -> None:
-        """Make the folder, move another run's files aside, and write the settings as resolved."""
-        try:
-            self.out_dir.mkdir(parents=True, exist_ok=True)
-            remove_leftovers(self.out_dir)
-            started = datetime.datetime.now().strftime(TIME_FORMAT)
-            continued = checkpoint is not None and (
-                self.training.resume_from is None
-                or Path(self.training.resume_from).resolve().parent == self.out_dir.resolve()
-            )
-            if continued:
-                started = checkpoint["started"]
-                if (moved := move_newer_checkpoints(self.out_dir, self.progress.step)) is not None:
-                    say(f"out_dir: checkpoints past step {self.progress.step:,} are now in {moved}")
-            elif (moved := move_earlier_run(self.out_dir)) is not None:
-                say(f"out_dir: {self.out_dir} held another run; its files are now in {moved}")
-            self.started = started
-            text = yaml.safe_dump(self.settings.as_dict(), allow_unicode=True, sort_keys=False)
-            with replacing(self.out_dir / "config.yaml") as file:
-                file.write(f"{STARTED}{started}\n{text}".encode())
-        except OSError as error:
-            raise InputError(f"out_dir: cannot write to {self.out_dir} ({error.strerror})") from error
+    def _prepare_out_dir(self, found: tuple[Path, dict] | None) -> None:
+        """Claim the folder, set aside what another run or line left in it, and write the settings as resolved."""
+        self.lock = claim(self.out_dir)
+        self.started, step = now(), self.progress.step
+        if found is not None and found[0].resolve().parent == self.out_dir.resolve():
+            self.started = found[1]["started"]
+            if (moved := leave_line(self.out_dir, step)) is not None:
+                say(f"out_dir: the checkpoints past step {step:,}, and a copy of the results, are now in {moved}")
+        elif (moved := move_earlier_run(self.out_dir)) is not None:
+            say(f"out_dir: {self.out_dir} held another run; its files are now in {moved}")
+        if found is not None and not (self.out_dir / "best_model.pth").exists():
+            self._bring_best_model(found[0].parent)
+
+        resolved = self.settings.as_dict()
+        resolved["model"] |= dataclasses.asdict(self.config)
+        resolved["training"] |= {name: getattr(self.schedule, name) for name in ("warmup_steps", "min_lr")}
+        text = yaml.safe_dump(resolved, allow_unicode=True, sort_keys=False)
+        with replacing(self.out_dir / "config.yaml") as file:
+            file.write(f"{STARTED}{self.started}\n{text}".encode())
+
+    def _bring_best_model(self, folder: Path) -> None:
+        """Where a run goes on in a new folder, its best weights so far come along."""
+        if folder.resolve() != self.out_dir.resolve() and (folder / "best_model.pth").exists():
+            for name in ("best_model.pth", "best_model.json"):
+                shutil.copy2(folder / name, self.out_dir / name)
 
     def _describe(self) -> None:
         t = self.training
@@ -261,14 +249,16 @@ class Trainer:
             f" {self.peak_flops / 1e9:,.0f} GFLOP/s here, which mfu is measured by"
         )
         rows = f"{t.batch_size} x {t.accumulation_steps} accumulated x {self.processes.world_size} processes"
+        decides = f"epochs {t.epochs}" if t.max_steps is None else f"max_steps, which beats epochs {t.epochs}"
         say(
             f"data: {len(self.train_samples):,} samples of {self.config.max_seq_len} tokens; a step takes"
             f" {self.order.rows_per_step} ({rows}); {self.order.steps_per_epoch:,} steps an epoch,"
-            f" {self.total_steps:,} in all"
+            f" {self.schedule.total_steps:,} in all ({decides})"
         )
+        rise = f"{self.schedule.warmup_steps} steps up to" if self.schedule.warmup_steps else "from"
         say(
-            f"schedule: {t.lr_scheduler}, {t.warmup_steps} steps up to {t.learning_rate:g}, then down to {t.min_lr:g};"
-            f" {t.optimizer_type}, clipped at {t.grad_clip:g}{', with EMA' if t.use_ema else ''}"
+            f"schedule: {rise} {t.learning_rate:g}, then down to {self.schedule.min_lr:g} ({t.lr_scheduler});"
+            f" {t.optimizer_type}{f', clipped at {t.grad_clip:g}' if t.grad_clip else ''}{', EMA' if t.use_ema else ''}"
         )
 
     # ---------------------------------------------------------------------------------------------------- the loop
@@ -282,45 +272,51 @@ class Trainer:
         try:
             return self._loop()
         finally:
-            if self.metrics is not None:
+            if self.processes.is_main:
                 self.metrics.close()
+                self.lock.release()
 
     def _loop(self) -> str:
         t, progress = self.training, self.progress
-        saved_at = progress.step
+        saved_at = progress.step if step_checkpoint(self.out_dir, progress.step).exists() else -1
         self._begin_window()
-        with utils.progress_bar(self.total_steps, progress.step, self.processes.is_main) as bar:
+        with utils.progress_bar(self.schedule.total_steps, progress.step, self.processes.is_main) as bar:
             while True:
                 finished = self._finished()
                 due = progress.step > 0 and (progress.step % t.eval_interval == 0 or finished)
                 evaluation_cut = due and not self._evaluate_and_keep_best()
-                if evaluation_cut or self._asked_to_stop():
+                if evaluation_cut or (not finished and self._asked_to_stop()):
                     self._save_checkpoint(self.out_dir / INTERRUPTED)
                     return "interrupted"
                 stopping = t.early_stopping and progress.evaluations_without_gain >= t.patience
-                if (progress.step % t.save_interval == 0 or finished or stopping) and progress.step > saved_at:
+                save_due = progress.step > 0 and (progress.step % t.save_interval == 0 or finished or stopping)
+                if save_due and saved_at != progress.step:
                     self._save_checkpoint(step_checkpoint(self.out_dir, progress.step))
                     saved_at = progress.step
                 if finished or stopping:
                     self._save_final()
                     return "finished" if finished else "early_stopping"
 
-                self._train_step()
-                bar.update(progress.step - bar.n)
-                if progress.step % t.log_interval == 0 or self._finished():
-                    self._log(bar)
+                if self._train_step():
+                    bar.update(progress.step - bar.n)
+                    if progress.step % t.log_interval == 0 or self._finished():
+                        self._log(bar)
 
     def _finished(self) -> bool:
         if self.training.max_steps is not None:
-            return self.progress.step >= self.total_steps
+            return self.progress.step >= self.training.max_steps
         return self.progress.samples >= self.training.epochs * len(self.train_samples)
 
-    def _train_step(self) -> None:
-        """One optimizer step: all processes' micro-batches count as one batch, whatever their number."""
+    def _train_step(self) -> bool:
+        """One optimizer step: all processes' micro-batches count as one batch, whatever their number.
+
+        Returns:
+            False where float16 overflowed: the samples are spent, but the weights stay, and no step is counted.
+        """
         t, progress = self.training, self.progress
         samples = self.order.next_step(progress.samples)
         tokens = len(samples) * self.config.max_seq_len  # of all processes: what the summed loss is divided by
-        learning_rate = learning_rate_at(progress.step, **self.schedule)
+        learning_rate = self.schedule.at(progress.step)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
 
@@ -339,18 +335,22 @@ class Trainer:
         grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), t.grad_clip or math.inf)
         progress.samples += len(samples)
         self.window_tokens += tokens
-        if self._update_weights(grad_norm):
-            progress.step += 1
         self.lr, self.grad_norm = learning_rate, grad_norm
+        updated = self._update_weights(grad_norm)
+        progress.step += updated
+        return updated
 
     def _update_weights(self, grad_norm: Tensor) -> bool:
         """Step optimizer and average; False where float16 overflowed and the step is skipped, on all processes."""
         if not math.isfinite(grad_norm):  # the same on every process, since the gradients were exchanged
             self.skipped_in_a_row += 1
             if not self.scaler.is_enabled() or self.skipped_in_a_row > MAX_SKIPPED_STEPS:
+                saved = (
+                    "--resume from the last checkpoint" if any(self.out_dir.glob("checkpoint_*.pth")) else "start again"
+                )
                 raise TrainingDiverged(
-                    f"the gradient is {float(grad_norm)} at step {self.progress.step + 1}, after learning rate"
-                    f" {self.optimizer.param_groups[0]['lr']:g}; lower learning_rate or look at the data, then --resume"
+                    f"the gradient is {float(grad_norm)} at step {self.progress.step + 1}, with learning rate"
+                    f" {self.optimizer.param_groups[0]['lr']:g}; lower learning_rate or look at the data, then {saved}"
                 )
         else:
             self.skipped_in_a_row = 0
@@ -404,7 +404,7 @@ class Trainer:
         progress = self.progress
         better = val_loss < progress.best_val_loss
         progress.last_evaluation = progress.step
-        progress.best_val_loss = min(val_loss, progress.best_val_loss)
+        progress.best_val_loss = val_loss if better else progress.best_val_loss
         progress.evaluations_without_gain = 0 if better else progress.evaluations_without_gain + 1
         if self.processes.is_main:
             if better:
@@ -425,7 +425,7 @@ class Trainer:
 
     def _asked_to_stop(self) -> bool:
         """Whether any process was told to stop; all of them agree, so they stop after the same step."""
-        return self.processes.all_max(self.stop.number) > 0
+        return self.processes.all_max(self.stop.count) > 0
 
     def _save_checkpoint(self, path: Path) -> None:
         random_states = self.processes.gather(utils.random_state())
@@ -439,6 +439,9 @@ class Trainer:
                 "tokenizer_path": self.settings.data.tokenizer_path,
                 "tokenizer_sha256": self.tokenizer_sha256,
                 "data": self.fingerprint,
+                "validation": self.validation,
+                "pace": self.pace,
+                "total_steps": self.schedule.total_steps,
                 "progress": dataclasses.asdict(self.progress),
                 "model": self.model.state_dict(),
                 "ema": self.ema.module.state_dict() if self.ema is not None else None,
@@ -472,8 +475,13 @@ class Trainer:
         if self.processes.is_main:
             name = f"pretrain_{self.config.dim}.pth"
             self._save_weights(name)
-            if not (self.out_dir / "best_model.pth").exists():  # nothing was evaluated
+            if not (self.out_dir / "best_model.pth").exists():
                 self._save_weights("best_model.pth")
+                best = self.progress.best_val_loss
+                say(
+                    "best_model.pth: the final weights, since "
+                    + (f"those of loss {best:.4f} are not here" if math.isfinite(best) else "nothing was evaluated")
+                )
             say(f"saved {self.out_dir / name}")
 
     # ----------------------------------------------------------------------------------------------------- logging

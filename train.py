@@ -46,16 +46,13 @@ def read_settings(arguments: list[str]) -> Settings:
 
 def _settings_of_checkpoint(asked: Settings, flags: dict) -> tuple[dict, dict, str]:
     """The settings saved in the checkpoint to go on from; its folder is where the run goes on."""
-    from model.run_folder import load_checkpoint, newest_checkpoint
+    from model.resume import find_checkpoint
 
-    if asked.training.resume_from:
-        path = Path(asked.training.resume_from)
-        content = load_checkpoint(path)
-    else:
-        found = newest_checkpoint(Path(asked.training.out_dir))
-        if found is None:
-            raise InputError(f"--resume: no checkpoint in {asked.training.out_dir}; start a run with --config first")
-        path, content, _ = found
+    asked.training.resume = True  # --resume_from alone means it
+    found = find_checkpoint(asked.training, say)
+    if found is None:
+        raise InputError("--resume: there is nothing to go on from; start a run with --config first")
+    path, content = found
     values = content["settings"]
     values["training"] |= {"out_dir": str(path.parent), "resume_from": None, "resume": True}
     say(f"settings: those saved in {path}" + (f", and {', '.join(f'--{name}' for name in flags)}" if flags else ""))
@@ -66,7 +63,9 @@ def prepare_data_if_missing(settings: Settings, processes: Processes) -> None:
     """Make a missing token file from raw_data_path, or for the default path from what lies in dataset/."""
     data = settings.data
     target = Path(data.train_data_path)
-    if target.exists():
+    if target.exists() and not target.with_name(target.name + ".progress.json").exists():
+        if data.raw_data_path is not None:
+            say(f"raw_data_path: {data.raw_data_path} is not read, since {target} is there")
         return
     if not processes.is_main:
         print(f"[rank {processes.rank}] waiting for rank 0 to make {target}", file=sys.stderr)
@@ -97,7 +96,11 @@ def make_preview(settings: Settings):
     def preview(model) -> list[str]:
         generator, lines = TextGenerator(model, tokenizer), []
         for number, prompt in enumerate(PREVIEW_PROMPTS):  # one seed each: equal seeds give like texts
-            text = generator.generate(prompt, GenerationConfig(max_new_tokens=40, seed=settings.training.seed + number))
+            config = GenerationConfig(max_new_tokens=40, seed=settings.training.seed + number)
+            try:
+                text = generator.generate(prompt, config)
+            except InputError as error:  # a context too short for the prompt: no reason to end the training
+                text = f" ({error})"
             lines.append(f"{prompt}▸{text}".replace("\n", " "))
         return lines
 
@@ -108,8 +111,11 @@ def main() -> int:
     """Run one training; returns the exit code."""
     settings = read_settings(sys.argv[1:])
     processes = Processes()
-    if settings.training.ddp and processes.world_size == 1:
+    several = processes.world_size > 1
+    if settings.training.ddp and not several:
         say("ddp: this is a single process; several are started by: torchrun --nproc_per_node=N train.py … --ddp")
+    elif several and not settings.training.ddp:
+        say(f"ddp: torchrun started {processes.world_size} processes, so they train together")
     prepare_data_if_missing(settings, processes)
 
     from optimized_pretrain import Trainer, TrainingDiverged  # imports torch: after everything that can fail early
@@ -120,16 +126,29 @@ def main() -> int:
     except TrainingDiverged as error:
         say(f"error: {error}")
         return 1
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise InputError(
+            "out of memory: lower batch_size and raise accumulation_steps, or shorten max_seq_len"
+        ) from error
     finally:
         processes.close()
     out_dir = Path(settings.training.out_dir)
     if outcome == "interrupted":
-        say(f"stopped after step {trainer.progress.step:,}; go on with: python train.py --resume --out_dir {out_dir}")
+        launcher = f"torchrun --nproc_per_node={processes.world_size}" if several else "python"
+        command = f"{launcher} train.py --resume --out_dir {out_dir}"
+        say(f"stopped after step {trainer.progress.step:,}; go on with: {command}")
     else:
-        best = out_dir / "best_model.pth"
         say(f"{outcome.replace('_', ' ')} after step {trainer.progress.step:,}; metrics and curves are in {out_dir}")
-        say(f"talk to it: python inference.py --model_path {best} --interactive")
+        say(f"talk to it: python inference.py --model_path {out_dir / 'best_model.pth'} --interactive")
     return EXIT_CODES[outcome]
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether the machine's or the GPU's memory was too small: torch has no exception of its own for the former."""
+    text = str(error)
+    return isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text
 
 
 if __name__ == "__main__":

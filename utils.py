@@ -80,7 +80,8 @@ def say(message: str) -> None:
     if int(os.environ.get("RANK", "0")) == 0:
         from tqdm import tqdm
 
-        with tqdm.external_write_mode(file=sys.stderr):
+        # A log that can't be written any more, as behind a pipe whose reader has gone, must not end a training.
+        with contextlib.suppress(OSError), tqdm.external_write_mode(file=sys.stderr):
             print(message, file=sys.stderr, flush=True)
 
 
@@ -202,6 +203,7 @@ def random_state() -> dict:
         "numpy": (kind, keys.tolist(), position, has_gauss, gauss),
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "mps": torch.mps.get_rng_state() if torch.backends.mps.is_available() else None,
     }
 
 
@@ -216,27 +218,36 @@ def restore_random_state(state: dict) -> None:
     torch.set_rng_state(state["torch"])
     if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["cuda"])
+    if state["mps"] is not None and torch.backends.mps.is_available():
+        torch.mps.set_rng_state(state["mps"])
 
 
 # -------------------------------------------------------------------------------------------------------- signals
 
 
 class StopSignal:
-    """Remembers Ctrl-C and SIGTERM, so that training stops between two steps and not in the middle of one."""
+    """Remembers Ctrl-C, SIGTERM and a lost terminal, so that training stops between two steps and not within one.
+
+    A second signal changes nothing: torchrun sends each worker two of them. The third Ctrl-C ends a single process at
+    once, without a checkpoint of its last steps.
+    """
 
     def __init__(self) -> None:
-        self.number = 0
+        self.count = 0
 
     def install(self) -> None:
-        """Take over SIGINT and SIGTERM (and Ctrl-Break on Windows) from now on."""
-        for name in ("SIGINT", "SIGTERM", "SIGBREAK"):
+        """Take over SIGINT, SIGTERM and SIGHUP (Ctrl-Break on Windows) from now on."""
+        for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK"):
             if hasattr(signal, name):
                 signal.signal(getattr(signal, name), self._remember)
 
     def _remember(self, number: int, frame) -> None:
-        if self.number == 0:
-            os.write(2, b"\nstopping after this step: saving a checkpoint first\n")  # print is not safe in a handler
-        self.number = number
+        self.count += 1
+        if self.count == 1 and os.environ.get("RANK", "0") == "0":
+            with contextlib.suppress(OSError):  # `tee` gets the same Ctrl-C, and then nobody reads this
+                os.write(2, b"\nstopping after this step and saving (Ctrl-C two more times: stop without saving)\n")
+        if number == signal.SIGINT and self.count >= 3 and "WORLD_SIZE" not in os.environ:
+            raise KeyboardInterrupt
 
 
 # -------------------------------------------------------------------------------------------------- process group
@@ -295,7 +306,8 @@ class Processes:
         import torch.distributed as dist
 
         tensor = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(tensor, op=getattr(dist.ReduceOp, operation), group=self._control)
+        with self._others_alive():
+            dist.all_reduce(tensor, op=getattr(dist.ReduceOp, operation), group=self._control)
         return tensor.tolist()
 
     def gather(self, value) -> list | None:
@@ -305,7 +317,8 @@ class Processes:
         import torch.distributed as dist
 
         values = [None] * self.world_size if self.is_main else None
-        dist.gather_object(value, values, dst=0, group=self._control)
+        with self._others_alive():
+            dist.gather_object(value, values, dst=0, group=self._control)
         return values
 
     def barrier(self) -> None:
@@ -313,7 +326,16 @@ class Processes:
         if self._control is not None:
             import torch.distributed as dist
 
-            dist.barrier(group=self._control)
+            with self._others_alive():
+                dist.barrier(group=self._control)
+
+    @contextlib.contextmanager
+    def _others_alive(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:  # gloo's word for a connection that broke or a wait that took too long
+            reason = str(error).strip().splitlines()[0]
+            raise InputError(f"another process ended or no longer answers ({reason})") from error
 
     @contextlib.contextmanager
     def main_first(self) -> Iterator[None]:

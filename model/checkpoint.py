@@ -10,7 +10,9 @@ Two kinds of file, both written so that a crash leaves the old one or the new on
 import json
 import pickle
 import re
+import struct
 import zipfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,7 +24,19 @@ from model.errors import InputError
 from model.files import replacing, write_json
 from model.LMConfig import LMConfig
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 1  # of the JSON beside weights
+CHECKPOINT_VERSION = 1
+CHECKPOINT_KEYS = {
+    "format_version", "started", "settings", "config", "tokenizer_path", "tokenizer_sha256", "data", "validation",
+    "pace", "total_steps", "progress", "model", "ema", "ema_updates", "optimizer", "scaler", "random_states",
+    "environment",
+}  # fmt: skip
+
+# What zipfile and torch.load raise for files that were damaged, cut off, or made to look like what they are not.
+DAMAGE = (
+    zipfile.BadZipFile, zlib.error, struct.error, pickle.UnpicklingError, EOFError, OSError, RuntimeError, ValueError,
+    TypeError, LookupError, AttributeError, OverflowError, NotImplementedError, AssertionError, MemoryError,
+)  # fmt: skip
 
 
 @dataclass
@@ -68,7 +82,7 @@ def load_weights(path: str | Path) -> Weights:
     """
     path = Path(path)
     content = load_torch(path)
-    if "format_version" in content:  # a training checkpoint
+    if CHECKPOINT_KEYS <= content.keys():
         state_dict, config = content["ema"] or content["model"], LMConfig(**content["config"])
         return Weights(state_dict, config, content["tokenizer_path"], content["tokenizer_sha256"])
 
@@ -116,9 +130,18 @@ def infer_config(state_dict: Mapping[str, Tensor], path: str | Path = "weights")
 
 
 def save_torch(path: str | Path, content: Mapping) -> None:
-    """`torch.save` that leaves the old file or the new one, whatever happens."""
+    """`torch.save` that leaves the old file or the new one, whatever happens.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
     with replacing(path) as file:
-        torch.save(content, file)
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:  # torch's archive writer hides the system's error behind its own
+            if not isinstance(error.__context__, OSError):
+                raise
+            raise error.__context__ from error
 
 
 def load_torch(path: str | Path) -> dict:
@@ -135,16 +158,17 @@ def load_torch(path: str | Path) -> dict:
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
-        if damaged:
-            raise InputError(f"{path}: damaged (the checksum of {damaged} is wrong); use an older file")
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (zipfile.BadZipFile, EOFError) as error:
-        raise InputError(f"{path}: truncated or not a PyTorch file ({error}); use an older file") from error
-    except (RuntimeError, pickle.UnpicklingError, NotImplementedError) as error:
+        content = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
         # torch's text advises to load unsafely; the one line that says what was found is enough.
         found = re.search(r"Unsupported (?:global|class|operand)[^.]*|GLOBAL \S+", str(error))
         reason = found[0].strip() if found else str(error).strip().splitlines()[0][:200]
         raise InputError(f"{path}: expected tensors and plain values only ({reason}); it is not loaded") from error
+    except DAMAGE as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise InputError(f"{path}: truncated, damaged or not a PyTorch file ({reason}); use an older file") from error
+    if damaged:
+        raise InputError(f"{path}: damaged (the checksum of {damaged} is wrong); use an older file")
     if not isinstance(content, dict):
         raise InputError(f"{path}: expected a dict of tensors, found {type(content).__name__}")
     return content

@@ -6,6 +6,7 @@ another as `<bos> ids <eos>`. Its manifest `X.json` says what is inside.
 
 import hashlib
 import json
+import typing
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
@@ -60,6 +61,9 @@ def read_manifest(token_path: str | Path) -> Manifest | None:
         if values.get("format_version") != FORMAT_VERSION:
             found = values.get("format_version")
             raise InputError(f"{path}: format_version is {found!r}, this program reads {FORMAT_VERSION}")
+        for name, kind in typing.get_type_hints(Manifest).items():
+            if not isinstance(values[name], typing.get_origin(kind) or kind):
+                raise TypeError(f"{name} is {values[name]!r}")
         return Manifest(**{f.name: values[f.name] for f in fields(Manifest)})
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: not a manifest of a token file ({error!r}); make it again with the .bin") from error
@@ -191,6 +195,13 @@ class SampleOrder:
     @property
     def steps_per_epoch(self) -> int:
         return -(-len(self.samples) // self.rows_per_step)
+
+    def steps_left(self, position: int, epochs: int) -> int:
+        """Steps from `position` to the end of `epochs` epochs."""
+        epoch, start = divmod(position, len(self.samples))
+        if epoch >= epochs:
+            return 0
+        return -(-(len(self.samples) - start) // self.rows_per_step) + (epochs - epoch - 1) * self.steps_per_epoch
 
     def next_step(self, position: int) -> np.ndarray:
         """The samples of the step that begins at `position`; the last step of an epoch may have fewer rows."""

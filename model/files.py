@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from model.errors import InputError
+
 TEMPORARY_SUFFIX = ".tmp"
 
 
@@ -15,16 +17,24 @@ def replacing(path: str | Path) -> Iterator[BinaryIO]:
     """Open a temporary file beside `path` for writing; flush it to the disk and rename it over `path` at the end.
 
     If the block raises, `path` stays as it was and the temporary file is removed.
+
+    Raises:
+        InputError: the system refuses the writing: a full disk, a folder that is not there or not ours.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        reason = error.strerror or str(error)
+        raise InputError(f"{path}: cannot be written ({reason}); what was there before is untouched") from error
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise

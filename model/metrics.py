@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -50,7 +51,8 @@ class MetricsLog:
             self._wandb = wandb.init(**arguments, mode="offline", settings=quiet)
 
     def write(self, event: dict) -> None:
-        """Append one event; it must hold `step`."""
+        """Append one event; it must hold `step`. A number that is not finite, which JSON cannot hold, becomes null."""
+        event = {key: value if math.isfinite(value) else None for key, value in event.items()}
         with open(self.path, "a", encoding="utf-8", newline="\n") as file:
             file.write(json.dumps(event) + "\n")
         if self._wandb is not None:
@@ -68,16 +70,20 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """The events of a metrics.jsonl; a last line that a crash cut short is left out."""
+    """The events of a metrics.jsonl; a line that is none, such as a last one that a crash cut short, is left out."""
     events = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             event = json.loads(line)
         except ValueError:
             continue
-        if isinstance(event, dict) and "step" in event:
+        if isinstance(event, dict) and type(event.get("step")) is int and all(map(_is_number, event.values())):
             events.append(event)
     return events
+
+
+def _is_number(value) -> bool:
+    return value is None or type(value) in (int, float)
 
 
 def draw_curves(events: list[dict], path: Path) -> None:

@@ -1,10 +1,14 @@
 """The optimizer, the learning rate as a function of the step, and the moving average of the weights."""
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
+
+from model.errors import InputError
+from model.settings import TrainingSettings
 
 
 def build_optimizer(
@@ -26,20 +30,51 @@ def build_optimizer(
     return kind(groups, lr=learning_rate, betas=(0.9, 0.95), eps=1e-8, fused=True)
 
 
-def learning_rate_at(
-    step: int, *, total_steps: int, warmup_steps: int, learning_rate: float, min_lr: float, lr_scheduler: str
-) -> float:
-    """The learning rate of a step (from 0): a linear rise, then a fall that ends at `min_lr` with the last step."""
-    if step < warmup_steps:
-        return learning_rate * (step + 1) / warmup_steps
-    falling = max(1, total_steps - 1 - warmup_steps)
-    progress = min(1.0, (step - warmup_steps) / falling)  # 0 to 1
-    remaining = {
-        "cosine": (1 + math.cos(math.pi * progress)) / 2,  # Loshchilov & Hutter, 2017
-        "linear": 1 - progress,
-        "polynomial": (1 - progress) ** 2,
-    }[lr_scheduler]
-    return min_lr + (learning_rate - min_lr) * remaining
+@dataclass(frozen=True)
+class Schedule:
+    """The learning rate as a function of the step: a linear rise, then a fall that ends with the last step."""
+
+    total_steps: int
+    warmup_steps: int
+    learning_rate: float  # after the rise
+    min_lr: float  # of the last step
+    lr_scheduler: str  # the shape of the fall: "cosine", "linear" or "polynomial"
+
+    def at(self, step: int) -> float:
+        """The learning rate of a step, counted from 0."""
+        if step < self.warmup_steps:
+            return self.learning_rate * (step + 1) / self.warmup_steps
+        falling = max(1, self.total_steps - 1 - self.warmup_steps)
+        progress = min(1.0, (step - self.warmup_steps) / falling)  # 0 to 1
+        remaining = {
+            "cosine": (1 + math.cos(math.pi * progress)) / 2,  # Loshchilov & Hutter, 2017
+            "linear": 1 - progress,
+            "polynomial": (1 - progress) ** 2,
+        }[self.lr_scheduler]
+        return self.min_lr + (self.learning_rate - self.min_lr) * remaining
+
+
+def plan_schedule(training: TrainingSettings, total_steps: int) -> Schedule:
+    """The schedule that the settings ask for, with what they leave open: see `warmup_steps` and `min_lr` there.
+
+    Raises:
+        InputError: the warm-up is as long as the run.
+    """
+    warmup_steps = training.warmup_steps
+    if warmup_steps is None:
+        warmup_steps = min(1000, total_steps // 50)
+    elif warmup_steps >= total_steps:
+        raise InputError(f"warmup_steps: {warmup_steps} leaves none of the {total_steps} steps of this run")
+    min_lr = training.learning_rate / 10 if training.min_lr is None else training.min_lr
+    return Schedule(total_steps, warmup_steps, training.learning_rate, min_lr, training.lr_scheduler)
+
+
+def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict) -> None:
+    """Load a state, but keep the groups' own `weight_decay`: it belongs to the settings, which may have changed."""
+    own = [group["weight_decay"] for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for group, weight_decay in zip(optimizer.param_groups, own, strict=True):
+        group["weight_decay"] = weight_decay
 
 
 def build_ema(model: nn.Module, decay: float) -> AveragedModel:

@@ -1,23 +1,59 @@
-"""The files that a run leaves in its folder: which checkpoint is the newest, what becomes of an earlier run's."""
+"""The files that a run leaves in its folder, and what becomes of those of an earlier run."""
 
 import datetime
-import pickle
 import re
+import shutil
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout  # a requirement of torch itself
 
-from model.checkpoint import load_torch
+from model.checkpoint import DAMAGE
 from model.errors import InputError
 from model.files import TEMPORARY_SUFFIX
 
 INTERRUPTED = "checkpoint_interrupted.pth"
 TIME_FORMAT = "%Y%m%dT%H%M%S"
 STARTED = "# started "  # the first line of out/config.yaml
-RUN_FILES = (
-    "checkpoint_*.pth", "pretrain_*.pth", "pretrain_*.json", "best_model.pth", "best_model.json",
-    "metrics.jsonl", "curves.png", "config.yaml",
-)  # fmt: skip
+CHECKPOINTS = ("checkpoint_step_*.pth", INTERRUPTED)
+RESULTS = ("pretrain_*.pth", "pretrain_*.json", "best_model.pth", "best_model.json", "metrics.jsonl", "curves.png")
+
+
+def claim(out_dir: Path) -> FileLock:
+    """Make the folder and lock it for this run; the system frees the lock of a process that dies.
+
+    Raises:
+        InputError: the folder cannot be written, another process trains into it, or its config.yaml is no run's.
+    """
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(out_dir / ".lock")
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise InputError(f"out_dir: another process is training into {out_dir}; give another folder") from None
+    except OSError as error:
+        raise InputError(f"out_dir: cannot write to {out_dir} ({error.strerror})") from error
+    if (out_dir / "config.yaml").is_file() and started_at(out_dir) is None:
+        lock.release()
+        raise InputError(f"out_dir: {out_dir / 'config.yaml'} was not written by a run; give another folder")
+    for path in out_dir.glob(f"*{TEMPORARY_SUFFIX}"):  # of a process that was killed while it wrote one
+        path.unlink(missing_ok=True)
+    return lock
+
+
+def started_at(out_dir: Path) -> str | None:
+    """When the run in this folder started, as its config.yaml says; None where there is no such line."""
+    config = out_dir / "config.yaml"
+    if not config.is_file():
+        return None
+    with open(config, encoding="utf-8", errors="replace") as file:
+        first = file.readline().rstrip()
+    return first.removeprefix(STARTED) if re.fullmatch(re.escape(STARTED) + r"\d{8}T\d{6}", first) else None
+
+
+def now() -> str:
+    """The time as runs write it."""
+    return datetime.datetime.now().strftime(TIME_FORMAT)
 
 
 def step_checkpoint(out_dir: Path, step: int) -> Path:
@@ -25,29 +61,17 @@ def step_checkpoint(out_dir: Path, step: int) -> Path:
     return out_dir / f"checkpoint_step_{step}.pth"
 
 
-def checkpoints_by_step(out_dir: Path) -> list[tuple[int, Path]]:
+def checkpoints_by_step(out_dir: Path) -> list[tuple[float, Path]]:
     """Every step checkpoint in the folder with its step, oldest first."""
     found = []
-    for path in out_dir.glob("checkpoint_step_*.pth"):
+    for path in out_dir.glob(CHECKPOINTS[0]):
         if match := re.fullmatch(r"checkpoint_step_(\d+)\.pth", path.name):
             found.append((int(match[1]), path))
     return sorted(found)
 
 
-def newest_checkpoint(out_dir: Path) -> tuple[Path, dict, list[str]] | None:
-    """The checkpoint with the most steps that is whole: (path, content, what was wrong with those passed over)."""
-    passed_over = []
-    for _, path in sorted(_all_checkpoints(out_dir), reverse=True):
-        try:
-            return path, load_checkpoint(path), passed_over
-        except InputError as error:
-            passed_over.append(str(error))
-    if passed_over:
-        raise InputError(f"no whole checkpoint in {out_dir}: " + "; ".join(passed_over))
-    return None
-
-
-def _all_checkpoints(out_dir: Path) -> list[tuple[float, Path]]:
+def all_checkpoints(out_dir: Path) -> list[tuple[float, Path]]:
+    """The step checkpoints and the interrupted one, each with its step."""
     interrupted = out_dir / INTERRUPTED
     extra = [(_step_inside(interrupted), interrupted)] if interrupted.is_file() else []
     return checkpoints_by_step(out_dir) + extra
@@ -57,20 +81,8 @@ def _step_inside(path: Path) -> float:
     """The step of a checkpoint whose name does not tell; a damaged one is tried first, and then reported."""
     try:
         return torch.load(path, weights_only=True, mmap=True, map_location="cpu")["progress"]["step"]
-    except (RuntimeError, OSError, EOFError, KeyError, TypeError, pickle.UnpicklingError):
+    except DAMAGE:
         return float("inf")
-
-
-def load_checkpoint(path: Path) -> dict:
-    """Read a training checkpoint.
-
-    Raises:
-        InputError: the file is missing, damaged or no training checkpoint.
-    """
-    content = load_torch(path)
-    if "progress" not in content:
-        raise InputError(f"{path}: holds weights only; --resume needs a checkpoint_step_*.pth or {INTERRUPTED}")
-    return content
 
 
 def prune_checkpoints(out_dir: Path, keep_last: int) -> None:
@@ -79,49 +91,43 @@ def prune_checkpoints(out_dir: Path, keep_last: int) -> None:
         path.unlink(missing_ok=True)
 
 
-def remove_leftovers(out_dir: Path) -> None:
-    """Remove temporary files of a process that was killed while it wrote one."""
-    for path in out_dir.glob(f"*{TEMPORARY_SUFFIX}"):
-        path.unlink(missing_ok=True)
-
-
 def move_earlier_run(out_dir: Path) -> Path | None:
     """Move an earlier run's files to `out_dir/previous/{when it started}/`; None where there are none."""
-    files = sorted({path for pattern in RUN_FILES for path in out_dir.glob(pattern) if path.is_file()})
+    files = _files(out_dir, *CHECKPOINTS, *RESULTS, "config.yaml")
     if not files:
         return None
-    return _move(files, out_dir / "previous" / _started(out_dir, files))
-
-
-def move_newer_checkpoints(out_dir: Path, step: int) -> Path | None:
-    """Move checkpoints past `step` to `out_dir/previous/{now}/`: a run that goes on from `step` leaves their line.
-
-    Left in place, they would be taken for its own by the next `--resume`. Damaged ones that were passed over go too.
-    """
-    files = [path for its_step, path in _all_checkpoints(out_dir) if its_step > step]
-    return _move(files, out_dir / "previous" / _now()) if files else None
-
-
-def _move(files: list[Path], target: Path) -> Path:
-    unused, number = target, 2
-    while unused.exists():
-        unused, number = target.with_name(f"{target.name}_{number}"), number + 1
-    unused.mkdir(parents=True)
-    for path in files:
-        path.rename(unused / path.name)
-    return unused
-
-
-def _now() -> str:
-    return datetime.datetime.now().strftime(TIME_FORMAT)
-
-
-def _started(out_dir: Path, files: list[Path]) -> str:
-    config = out_dir / "config.yaml"
-    if config.is_file():
-        with open(config, encoding="utf-8", errors="replace") as file:
-            first = file.readline().rstrip()
-        if re.fullmatch(re.escape(STARTED) + r"\d{8}T\d{6}", first):
-            return first.removeprefix(STARTED)
     oldest = min(path.stat().st_mtime for path in files)
-    return datetime.datetime.fromtimestamp(oldest).strftime(TIME_FORMAT)
+    started = started_at(out_dir) or datetime.datetime.fromtimestamp(oldest).strftime(TIME_FORMAT)
+    target = _new_folder(out_dir / "previous" / started)
+    for path in files:
+        path.rename(target / path.name)
+    return target
+
+
+def leave_line(out_dir: Path, step: int) -> Path | None:
+    """Set aside what a run has past `step`, where another line of it now begins; None where there is nothing.
+
+    Its newer checkpoints are moved to `out_dir/previous/{now}/`: left in place, they would be taken for the new line's
+    by the next `--resume`. Its results are copied there, since the new line will write over them.
+    """
+    newer = [path for its_step, path in all_checkpoints(out_dir) if its_step > step]
+    if not newer:
+        return None
+    target = _new_folder(out_dir / "previous" / now())
+    for path in newer:
+        path.rename(target / path.name)
+    for path in _files(out_dir, *RESULTS):
+        shutil.copy2(path, target / path.name)
+    return target
+
+
+def _files(out_dir: Path, *patterns: str) -> list[Path]:
+    return sorted({path for pattern in patterns for path in out_dir.glob(pattern) if path.is_file()})
+
+
+def _new_folder(wanted: Path) -> Path:
+    unused, number = wanted, 2
+    while unused.exists():
+        unused, number = wanted.with_name(f"{wanted.name}_{number}"), number + 1
+    unused.mkdir(parents=True)
+    return unused

@@ -21,9 +21,18 @@ from model.LMConfig import LMConfig, config_problems
 MAX_CONFIG_BYTES = 1 << 20  # a config file is a page of text; anything larger is another file
 
 
-def setting(default, help: str, *, choices: tuple = (), at_least: float | None = None, above: float | None = None):
+def setting(
+    default,
+    help: str,
+    *,
+    choices: tuple = (),
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+):
     """A dataclass field with what the flag's help says and what values are accepted."""
-    return field(default=default, metadata={"help": help, "choices": choices, "at_least": at_least, "above": above})
+    limits = {"at_least": at_least, "above": above, "at_most": at_most}
+    return field(default=default, metadata={"help": help, "choices": choices, **limits})
 
 
 @dataclass
@@ -83,11 +92,13 @@ class TrainingSettings:
     early_stopping: bool = setting(False, "stop when the validation loss no longer falls")
     patience: int = setting(5, "evaluations without a lower loss before early stopping", at_least=1)
     eval_interval: int = setting(500, "steps between evaluations", at_least=1)
-    eval_steps: int | None = setting(None, "batches of one evaluation; null: all validation data", at_least=1)
+    eval_steps: int | None = setting(
+        None, "batches of one evaluation, spread over the validation data; null: all", at_least=1
+    )
     save_interval: int = setting(1000, "steps between checkpoints", at_least=1)
     keep_last: int = setting(3, "checkpoints kept; older ones are removed", at_least=1)
     log_interval: int = setting(10, "steps between lines of metrics.jsonl", at_least=1)
-    seed: int = setting(42, "of weights, dropout and the order of samples", at_least=0)
+    seed: int = setting(42, "of weights, dropout and the order of samples", at_least=0, at_most=2**32 - 1)
     compile: bool = setting(False, "compile the model with torch.compile; needs a C++ compiler on a CPU")
     device: str = setting("auto", "cuda, cuda:1, mps or cpu; auto: the best there is")
     ddp: bool = setting(False, "train in several processes, started by torchrun")
@@ -118,9 +129,16 @@ class Settings:
         """Plain values by section, as in a config file."""
         return dataclasses.asdict(self)
 
-    def lm_config(self) -> LMConfig:
-        """The model's shape; `vocab_size` must be set by now."""
-        return LMConfig(**dataclasses.asdict(self.model))
+    def lm_config(self, tokens: int) -> LMConfig:
+        """The model's shape, for a tokenizer of so many tokens.
+
+        Raises:
+            InputError: `vocab_size` is too small for it.
+        """
+        vocab_size = tokens if self.model.vocab_size is None else self.model.vocab_size
+        if vocab_size < tokens:
+            raise InputError(f"vocab_size: {vocab_size} found, but the tokenizer has {tokens} tokens")
+        return LMConfig(**dataclasses.asdict(self.model) | {"vocab_size": vocab_size})
 
 
 SECTIONS = {"data": DataSettings, "model": ModelSettings, "training": TrainingSettings, "logging": LoggingSettings}
@@ -210,6 +228,8 @@ def parse_value(name: str, value):
         raise ValueError(expected)
     if limits["above"] is not None and not parsed > limits["above"]:
         raise ValueError(expected)
+    if limits["at_most"] is not None and not parsed <= limits["at_most"]:
+        raise ValueError(expected)
     return parsed
 
 
@@ -255,6 +275,8 @@ def _describe(kind: type, optional: bool, limits: Mapping) -> str:
         text += f" of at least {limits['at_least']:g}"
     if limits["above"] is not None:
         text += f" above {limits['above']:g}"
+    if limits["at_most"] is not None:
+        text += f" and at most {limits['at_most']}"
     return text + (" or null" if optional else "")
 
 
@@ -271,7 +293,12 @@ def _impossible_combinations(settings: Settings) -> list[str]:
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """Safe YAML without the two traps: a key given twice, and aliases that unfold without end."""
+    """Safe YAML without its traps: keys given twice, aliases that unfold without end, text that becomes a date."""
+
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
     def compose_node(self, parent, index):
         if self.check_event(yaml.events.AliasEvent):
@@ -294,7 +321,7 @@ def read_config(path: str | Path) -> dict:
         InputError: the file is missing, not UTF-8, not YAML, or no mapping.
     """
     path = Path(path)
-    if not path.is_file():
+    if not path.exists() or path.is_dir():
         raise InputError(f"--config: no file {path}")
     if path.stat().st_size > MAX_CONFIG_BYTES:
         raise InputError(f"--config: {path} has {path.stat().st_size:,} bytes, a config file has a few thousand")
@@ -302,7 +329,7 @@ def read_config(path: str | Path) -> dict:
         values = yaml.load(path.read_text(encoding="utf-8"), _StrictLoader)  # noqa: S506 (a SafeLoader)
     except UnicodeDecodeError as error:
         raise InputError(f"--config: {path} is not UTF-8 (byte {error.start})") from error
-    except (yaml.YAMLError, RecursionError) as error:
+    except (yaml.YAMLError, RecursionError, ValueError) as error:  # ValueError: a number of thousands of digits
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
         raise InputError(f"--config: {path}{where}: {getattr(error, 'problem', None) or 'not YAML'}") from error

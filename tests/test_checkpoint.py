@@ -6,15 +6,26 @@ import os
 import pytest
 import torch
 
-from model.checkpoint import Weights, infer_config, load_torch, load_weights, save_torch, save_weights
+from model.checkpoint import (
+    CHECKPOINT_KEYS,
+    CHECKPOINT_VERSION,
+    Weights,
+    infer_config,
+    load_torch,
+    load_weights,
+    save_torch,
+    save_weights,
+)
 from model.errors import InputError
 from model.LMConfig import LMConfig
 from model.model import Transformer
-from model.run_folder import move_earlier_run, move_newer_checkpoints, newest_checkpoint, prune_checkpoints
+from model.resume import newest_checkpoint
+from model.run_folder import claim, leave_line, move_earlier_run, prune_checkpoints
 
 
 def checkpoint(path, step):
-    save_torch(path, {"progress": {"step": step}, "weight": torch.full((1000,), float(step))})
+    content = dict.fromkeys(CHECKPOINT_KEYS) | {"format_version": CHECKPOINT_VERSION, "progress": {"step": step}}
+    save_torch(path, content | {"model": torch.full((1000,), float(step))})
     return path
 
 
@@ -72,8 +83,20 @@ def test_truncated_and_flipped_files_are_noticed(tmp_path):
         path.write_bytes(damaged)
         with pytest.raises(InputError, match="checksum"):
             load_torch(path)
+    for offset in range(len(whole) - 3000, len(whole)):  # the archive's own directory
+        damaged = bytearray(whole)
+        damaged[offset] ^= 1 << offset % 8
+        path.write_bytes(damaged)
+        try:
+            assert_same(load_torch(path), step=5)  # a bit that no reader looks at, or …
+        except InputError as error:
+            assert "\n" not in str(error)  # … one clear line
     path.write_bytes(whole)
-    assert load_torch(path)["progress"]["step"] == 5
+    assert_same(load_torch(path), step=5)
+
+
+def assert_same(content, step):
+    assert content["progress"] == {"step": step} and torch.equal(content["model"], torch.full((1000,), float(step)))
 
 
 def test_a_pickle_that_would_run_code_is_refused(tmp_path):
@@ -129,10 +152,23 @@ def test_an_earlier_runs_files_are_moved_and_others_stay(tmp_path):
     assert move_earlier_run(tmp_path) is None
 
 
-def test_going_on_from_an_older_step_sets_the_newer_checkpoints_aside(tmp_path):
+def test_going_on_from_an_older_step_sets_aside_what_came_after(tmp_path):
     for step in (5, 10, 15):
         checkpoint(tmp_path / f"checkpoint_step_{step}.pth", step)
     checkpoint(tmp_path / "checkpoint_interrupted.pth", 12)
-    target = move_newer_checkpoints(tmp_path, 10)
-    assert sorted(p.name for p in target.iterdir()) == ["checkpoint_interrupted.pth", "checkpoint_step_15.pth"]
-    assert newest_checkpoint(tmp_path)[0].name == "checkpoint_step_10.pth"
+    (tmp_path / "best_model.pth").write_text("best")
+    target = leave_line(tmp_path, 10)
+    names = ["best_model.pth", "checkpoint_interrupted.pth", "checkpoint_step_15.pth"]
+    assert sorted(p.name for p in target.iterdir()) == names
+    assert newest_checkpoint(tmp_path)[0].name == "checkpoint_step_10.pth" and leave_line(tmp_path, 10) is None
+
+
+def test_a_folder_belongs_to_one_process_and_to_runs(tmp_path):
+    lock = claim(tmp_path / "out")
+    with pytest.raises(InputError, match="another process"):
+        claim(tmp_path / "out")
+    lock.release()
+    (tmp_path / "out" / "config.yaml").write_text("mine: true\n")
+    with pytest.raises(InputError, match="not written by a run"):
+        claim(tmp_path / "out")
+    assert (tmp_path / "out" / "config.yaml").read_text() == "mine: true\n"

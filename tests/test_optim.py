@@ -7,7 +7,7 @@ import torch
 
 from model.LMConfig import LMConfig
 from model.model import Transformer
-from model.optim import build_ema, build_optimizer, learning_rate_at
+from model.optim import Schedule, build_ema, build_optimizer
 
 CONFIG = LMConfig(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=64, max_seq_len=16)
 SCHEDULE = {"total_steps": 100, "warmup_steps": 10, "learning_rate": 1.0, "min_lr": 0.1}
@@ -44,7 +44,7 @@ def test_a_step_is_torchs_own(optimizer_type, oracle):
 
 @pytest.mark.parametrize("lr_scheduler", ["cosine", "linear", "polynomial"])
 def test_the_rate_rises_then_falls_and_ends_with_training(lr_scheduler):
-    rates = [learning_rate_at(step, lr_scheduler=lr_scheduler, **SCHEDULE) for step in range(100)]
+    rates = [Schedule(lr_scheduler=lr_scheduler, **SCHEDULE).at(step) for step in range(100)]
     assert rates[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
     assert rates[10] == 1.0 and rates[-1] == pytest.approx(0.1)
     assert all(a > b for a, b in zip(rates[10:], rates[11:], strict=False))
@@ -55,7 +55,7 @@ def test_cosine_is_torchs_own():
     optimizer = torch.optim.SGD([parameter], lr=1.0)
     oracle = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=89, eta_min=0.1)
     for step in range(10, 100):
-        mine = learning_rate_at(step, lr_scheduler="cosine", **SCHEDULE)
+        mine = Schedule(lr_scheduler="cosine", **SCHEDULE).at(step)
         assert mine == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-6)
         optimizer.step()
         oracle.step()

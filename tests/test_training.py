@@ -14,7 +14,7 @@ import yaml
 from conftest import ROOT
 
 from model.checkpoint import load_torch
-from model.dataset import Manifest, file_sha256, write_manifest
+from model.dataset import Manifest, PretrainDataset, file_sha256, write_manifest
 from model.errors import InputError
 from model.settings import build_settings
 from model.tokenization import encode_texts, load_tokenizer, tokenizer_sha256
@@ -30,7 +30,7 @@ ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUTF8": "1"}
 
 @pytest.fixture(scope="session")
 def token_file(tmp_path_factory, tokenizer_folder):
-    """The first 60 texts of the sample corpus as a token file: about 1,100 samples of 32 tokens."""
+    """The first 60 texts of the sample corpus as a token file: some 650 samples of 32 tokens."""
     import numpy as np
 
     tokenizer, ids = load_tokenizer(tokenizer_folder), []
@@ -118,7 +118,7 @@ def test_a_run_leaves_weights_checkpoints_metrics_curves_and_its_settings(flags,
     trainer = train(flags(use_ema="true"))
     out = tmp_path / "out"
     assert trainer.outcome == "finished"
-    assert {path.name for path in out.iterdir()} == {
+    assert {path.name for path in out.iterdir()} - {".lock"} == {
         "best_model.json", "best_model.pth", "pretrain_32.json", "pretrain_32.pth", "checkpoint_step_4.pth",
         "checkpoint_step_8.pth", "checkpoint_step_12.pth", "config.yaml", "curves.png", "metrics.jsonl",
     }  # fmt: skip
@@ -143,10 +143,25 @@ def test_bits_per_byte_is_the_loss_over_the_bytes_of_the_text(flags):
     assert bits_per_byte == pytest.approx(val_loss * targets.numel() / 0.6931472 / len("".join(characters)), rel=1e-4)
 
 
-def test_held_out_samples_are_never_trained_on(flags):
-    trainer = train(flags(max_steps=1))
+@pytest.fixture
+def read_samples(monkeypatch):
+    """What is read from the token files, in order: one list of sample numbers a batch."""
+    batches, batch = [], PretrainDataset.batch
+    monkeypatch.setattr(
+        PretrainDataset, "batch", lambda self, samples, rows: batches.append([*samples]) or batch(self, samples, rows)
+    )
+    return batches
+
+
+def test_epochs_read_every_training_sample_once_and_no_held_out_one(flags, read_samples):
+    options = {"batch_size": 300, "eval_interval": 99, "save_interval": 99}
+    trainer = train(flags(max_steps=None, epochs=2, **options))
+    samples, steps = sorted(trainer.train_samples), trainer.order.steps_per_epoch
+    assert len(samples) % 300 and trainer.progress.step == 2 * steps  # the last step of an epoch is a shorter one
+    for epoch in (read_samples[:steps], read_samples[steps : 2 * steps]):
+        assert sorted(sum(epoch, [])) == samples
     assert 0 < len(trainer.val_samples) <= 0.01 * len(trainer.train_data)
-    assert not set(trainer.val_samples) & set(trainer.train_samples)
+    assert not set(trainer.val_samples) & set(samples)
 
 
 def test_a_second_run_moves_the_first_one_aside(flags, tmp_path, capfd):
@@ -172,13 +187,6 @@ def test_accumulation_equals_the_large_batch(flags, tmp_path):
     train(flags(batch_size=2, accumulation_steps=4, out_dir=tmp_path / "small"))
     for (_, large), (_, small) in zip(losses(tmp_path / "large"), losses(tmp_path / "small"), strict=True):
         assert small == pytest.approx(large, abs=1e-5)
-
-
-def test_epochs_read_every_sample_once_with_a_shorter_last_step(flags, tmp_path):
-    trainer = train(flags(max_steps=None, epochs=2, batch_size=300, eval_interval=99, save_interval=99))
-    samples = len(trainer.train_samples)
-    assert samples % 300 and trainer.progress.samples == 2 * samples
-    assert trainer.progress.step == 2 * -(-samples // 300)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -303,6 +311,78 @@ def test_a_checkpoint_of_another_model_or_data_is_refused(flags, tmp_path):
         train(flags(resume="true", train_data_path=other))
 
 
+def test_going_on_from_an_older_step_keeps_what_came_after(flags, tmp_path):
+    train(flags())
+    out = tmp_path / "out"
+    best, final = ((out / name).read_bytes() for name in ("best_model.pth", "pretrain_32.pth"))
+    train(flags(resume_from=out / "checkpoint_step_4.pth", learning_rate=1e-5))
+    (left,) = (out / "previous").iterdir()
+    assert (left / "checkpoint_step_12.pth").exists() and (left / "metrics.jsonl").exists()
+    assert (left / "best_model.pth").read_bytes() == best and (left / "pretrain_32.pth").read_bytes() == final
+
+
+def test_changed_settings_take_effect_and_are_named(flags, tmp_path, capfd):
+    train(flags(max_steps=4))
+    train(flags(resume="true", weight_decay=0.5, learning_rate=1e-3))
+    messages = capfd.readouterr().err
+    assert "learning_rate 0.003 -> 0.001" in messages and "weight_decay 0.1 -> 0.5" in messages
+    groups = load_torch(tmp_path / "out" / "checkpoint_step_12.pth")["optimizer"]["param_groups"]
+    assert [group["weight_decay"] for group in groups] == [0.5, 0.0]
+    capfd.readouterr()
+    train(flags(resume="true", weight_decay=0.5, learning_rate=1e-3))
+    assert "other settings" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("batch_size", [50, 200])
+def test_with_another_batch_size_the_rate_still_falls_until_the_end(flags, tmp_path, batch_size):
+    options = {"max_steps": None, "epochs": 2, "eval_interval": 99}
+    first = train(flags(**options, batch_size=100, save_interval=1, keep_last=99))
+    steps = first.order.steps_per_epoch
+    out = tmp_path / "out"
+    resumed = train(flags(**options, batch_size=batch_size, resume_from=out / f"checkpoint_step_{steps}.pth"))
+    assert resumed.progress.step == steps + -(-len(resumed.train_samples) // batch_size)
+    rates = [event["lr"] for event in events(out) if "lr" in event]
+    assert rates[-1] == pytest.approx(3e-4) and rates[-2] > rates[-1]
+
+
+def test_a_log_that_nobody_reads_any_more_ends_no_training(flags, tmp_path):
+    arguments = command(flags(max_steps=300, eval_interval=100, save_interval=300))
+    with subprocess.Popen(arguments, stderr=subprocess.PIPE, env=ONE_THREAD) as process:
+        metrics = tmp_path / "out" / "metrics.jsonl"
+        wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") > 5, process)
+        process.stderr.close()  # as `tee` does, which gets the same Ctrl-C
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=60) == 130
+    assert load_torch(tmp_path / "out" / "checkpoint_interrupted.pth")["progress"]["step"] > 5
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limit on a file's size")
+def test_a_full_disk_is_one_line_and_the_older_checkpoint_stays(flags, tmp_path):
+    import resource
+
+    train(flags(max_steps=4))
+    size = (tmp_path / "out" / "checkpoint_step_4.pth").stat().st_size
+    before = (tmp_path / "out" / "checkpoint_step_4.pth").read_bytes()
+
+    def limit():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, size // 2))
+
+    result = run(command(flags(resume="true")), preexec_fn=limit)
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert "cannot be written (File too large)" in result.stderr
+    assert (tmp_path / "out" / "checkpoint_step_4.pth").read_bytes() == before
+    assert not list((tmp_path / "out").glob("*.tmp"))
+
+
+def test_a_preview_that_fails_ends_no_training(tiny_model, tokenizer_folder):
+    from train import make_preview
+
+    tiny_model.config.max_seq_len = 2
+    lines = make_preview(build_settings({}, {"tokenizer_path": str(tokenizer_folder)}))(tiny_model)
+    assert len(lines) == 3 and all("max_seq_len" in line or "context" in line for line in lines)
+
+
 # ------------------------------------------------------------------------------------------------------ two processes
 
 
@@ -331,6 +411,21 @@ def test_two_processes_resume_with_the_same_bits(flags, tmp_path):
     result = torchrun(flags(out_dir=tmp_path / "killed", resume="true", **options))
     assert result.returncode == 0 and "resuming from" in result.stderr, result.stderr
     assert_same_end(tmp_path / "whole", tmp_path / "killed")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_two_processes_stop_after_the_same_step_and_go_on(flags, tmp_path, number):
+    options = flags(batch_size=2, max_steps=300, eval_interval=100, save_interval=300)
+    names = [f"--{name}={value}" for name, value in options.items()]
+    arguments = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", str(ROOT / "train.py"), *names]
+    with subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, encoding="utf-8", env=ONE_THREAD) as process:
+        metrics = tmp_path / "out" / "metrics.jsonl"
+        wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") > 5, process)
+        process.send_signal(number)
+        messages = process.communicate(timeout=100)[1]
+    checkpoint = load_torch(tmp_path / "out" / "checkpoint_interrupted.pth")
+    assert len(checkpoint["random_states"]) == 2 and checkpoint["progress"]["step"] < 300
+    assert "go on with: torchrun --nproc_per_node=2 train.py --resume" in messages
 
 
 # ---------------------------------------------------------------------------------------------------------- bad input

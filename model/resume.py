@@ -1,0 +1,94 @@
+"""Which checkpoint a run goes on from, and whether it belongs to this model, tokenizer and data."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from model.checkpoint import CHECKPOINT_KEYS, CHECKPOINT_VERSION, load_torch
+from model.errors import InputError
+from model.run_folder import INTERRUPTED, all_checkpoints
+from model.settings import TrainingSettings
+
+# Settings of a run that may differ without a word when it goes on.
+OF_THE_PLACE = {"resume", "resume_from", "out_dir", "device", "ddp"}
+
+
+def load_checkpoint(path: Path) -> dict:
+    """Read a training checkpoint.
+
+    Raises:
+        InputError: the file is missing, damaged, of another version, or no training checkpoint.
+    """
+    content = load_torch(path)
+    if "progress" not in content:
+        raise InputError(f"{path}: holds weights only; --resume needs a checkpoint_step_*.pth or {INTERRUPTED}")
+    version, missing = content.get("format_version"), CHECKPOINT_KEYS - content.keys()
+    if version != CHECKPOINT_VERSION or missing:
+        found = f"version {version!r}" + (f" without {', '.join(sorted(missing))}" if missing else "")
+        raise InputError(f"{path}: a checkpoint of {found}; this program reads version {CHECKPOINT_VERSION}")
+    return content
+
+
+def newest_checkpoint(out_dir: Path) -> tuple[Path, dict, list[str]] | None:
+    """The checkpoint with the most steps that is whole: (path, content, what was wrong with those passed over).
+
+    Raises:
+        InputError: there are checkpoints, and none of them can be read.
+    """
+    passed_over = []
+    for _, path in sorted(all_checkpoints(out_dir), reverse=True):
+        try:
+            return path, load_checkpoint(path), passed_over
+        except (InputError, OSError) as error:
+            passed_over.append(str(error))
+    if passed_over:
+        raise InputError(f"no whole checkpoint in {out_dir}: " + "; ".join(passed_over))
+    return None
+
+
+def find_checkpoint(training: TrainingSettings, say: Callable[[str], None]) -> tuple[Path, dict] | None:
+    """The checkpoint that the settings ask to go on from, with its path; None to start from the beginning."""
+    if training.resume_from is not None:
+        path = Path(training.resume_from)
+        return path, load_checkpoint(path)
+    if not training.resume:
+        return None
+    found = newest_checkpoint(Path(training.out_dir))
+    if found is None:
+        say(f"resume: no checkpoint in {training.out_dir}, so training starts from the beginning")
+        return None
+    path, checkpoint, passed_over = found
+    for problem in passed_over:
+        say(f"resume: passed over {problem}")
+    return path, checkpoint
+
+
+def check_fits(path: Path, checkpoint: Mapping, mine: Mapping[str, Mapping], optimizer_type: str) -> None:
+    """See that a checkpoint belongs to this run.
+
+    Args:
+        mine: for `config`, `data` and `tokenizer`, what this run has in the place of the checkpoint's.
+
+    Raises:
+        InputError: naming what differs.
+    """
+    its = {
+        "config": checkpoint["config"],
+        "data": checkpoint["data"],
+        "tokenizer": {"sha256": checkpoint["tokenizer_sha256"]},
+    }
+    for name, title in (("config", "model"), ("data", "data"), ("tokenizer", "tokenizer")):
+        there, here = its[name], mine[name]
+        different = [f"{key} {there.get(key)} there, {here[key]} here" for key in here if here[key] != there.get(key)]
+        if different:
+            raise InputError(f"{path} was made with another {title}: {'; '.join(different)}")
+    before = checkpoint["settings"]["training"]["optimizer_type"]
+    if before != optimizer_type:
+        raise InputError(f"{path} was made with optimizer_type {before}, not {optimizer_type}")
+
+
+def changed_settings(checkpoint: Mapping, training: TrainingSettings) -> list[str]:
+    """'learning_rate 0.0003 -> 0.0001' for each setting of training that is not what it was."""
+    before, now = checkpoint["settings"]["training"], dataclasses.asdict(training)
+    names = [name for name in now if name not in OF_THE_PLACE and now[name] != before.get(name)]
+    return [f"{name} {before.get(name)} -> {now[name]}" for name in names]
