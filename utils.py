@@ -162,20 +162,22 @@ def pick_dtype(asked: str, device):
     return dtype, "as asked"
 
 
-def measure_matmul_flops(device, dtype, seconds: float = 0.1) -> float:
+def measure_matmul_flops(device, dtype, seconds: float = 0.3) -> float:
     """FLOP/s that a large square matrix product reaches here: the limit that MFU compares with."""
     import torch
 
-    size = 8192 if device.type == "cuda" else 1024
-    a = torch.randn(size, size, device=device, dtype=dtype)
     synchronize = {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}.get(device.type, lambda: None)
-    best, end = 0.0, time.perf_counter() + seconds
-    while not best or time.perf_counter() < end:
-        synchronize()
-        start = time.perf_counter()
-        a @ a
-        synchronize()
-        best = max(best, 2 * size**3 / (time.perf_counter() - start))
+    best = 0.0
+    for size in (256, 8192 if device.type == "cuda" else 1024):
+        if best and 2 * size**3 / best > 4 * seconds:
+            break  # emulated numbers: the small product has told enough
+        a, end = torch.randn(size, size, device=device, dtype=dtype), time.perf_counter() + seconds / 2
+        while time.perf_counter() < end:
+            synchronize()
+            start = time.perf_counter()
+            a @ a
+            synchronize()
+            best = max(best, 2 * size**3 / (time.perf_counter() - start))
     return best
 
 
