@@ -22,6 +22,7 @@ TERMINAL_CONTROLS = {code: None for code in (*range(0x20), *range(0x7F, 0xA0)) i
 
 
 def main() -> None:
+    """Run the mode that the flags ask for."""
     arguments = parse_arguments(sys.argv[1:])
     config = GenerationConfig(
         do_sample=not arguments.greedy,
@@ -66,6 +67,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """Every flag, its default and its help."""
     defaults = GenerationConfig()
     parser = CommandParser(description="Generate text with trained weights. Without a mode: a chat in a terminal.")
 
@@ -108,6 +110,7 @@ def printable(text: str) -> str:
 
 
 def show(text: str) -> None:
+    """Print a piece of text at once, where the last one ended."""
     print(printable(text), end="", flush=True)
 
 

