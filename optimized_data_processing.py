@@ -22,12 +22,13 @@ from pathlib import Path
 
 import numpy as np
 
+from model.bulk_encoder import BulkEncoder, with_bos_and_eos
 from model.data_statistics import Statistics, draw_summary, write_summary
 from model.dataset import Manifest, file_sha256, manifest_path, read_manifest
 from model.errors import InputError
 from model.jsonl import Line, bytes_read, open_jsonl, read_lines
 from model.resumable_job import ResumableJob, describe_changes
-from model.tokenization import encode_texts, load_tokenizer, tokenizer_sha256, vocabulary_size
+from model.tokenization import load_tokenizer, tokenizer_sha256, vocabulary_size
 from utils import CommandParser, progress_line, run_command, say, true_or_false
 
 DATASET = Path("dataset")
@@ -70,6 +71,7 @@ class OptimizedDataProcessor:
         self.save_interval = save_interval
         self.text_field = text_field
         self._tokenizer = None
+        self._encoder: BulkEncoder | None = None
         self._summary: dict | None = None  # of the last job
 
     @property
@@ -78,6 +80,13 @@ class OptimizedDataProcessor:
         if self._tokenizer is None:
             self._tokenizer = load_tokenizer(self.tokenizer_path)
         return self._tokenizer
+
+    @property
+    def encoder(self) -> BulkEncoder:
+        """What turns texts into ids, made when it is first needed."""
+        if self._encoder is None:
+            self._encoder = BulkEncoder(self.tokenizer, self.tokenizer_path, say)
+        return self._encoder
 
     def validate_and_clean_jsonl(self, input_path: str | Path, output_path: str | Path, resume: bool = True) -> dict:
         """Write the good lines of a JSONL file as `{"text": ...}`, and the others to `<output>.rejects.jsonl`.
@@ -188,19 +197,12 @@ class OptimizedDataProcessor:
 
     def _as_tokens(self, texts: list[str], statistics: Statistics) -> bytes:
         """`<bos> ids <eos>` of each text, in the token file's dtype."""
-        bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
-        flat: list[int] = []
-        lengths = []
-        for ids in encode_texts(self.tokenizer, texts):
-            flat.append(bos)
-            flat += ids
-            flat.append(eos)
-            lengths.append(len(ids) + 2)
-        tokens = np.array(flat, dtype=np.int64)
+        ids, lengths = self.encoder.encode(texts)
+        tokens = with_bos_and_eos(ids, lengths, self.tokenizer.bos_token_id, self.tokenizer.eos_token_id)
         dtype = _token_dtype(statistics.vocab_size)
         if len(tokens) and tokens.max() >= statistics.vocab_size:  # a wrapped id would be silent damage
             raise RuntimeError(f"the tokenizer gave id {tokens.max()}, its vocabulary has {statistics.vocab_size}")
-        statistics.count_tokens(tokens, np.array(lengths, dtype=np.int64))
+        statistics.count_tokens(tokens, lengths + 2)
         return tokens.astype(dtype).tobytes()
 
     # ---------------------------------------------------------------------------------------- before and after it
@@ -208,8 +210,6 @@ class OptimizedDataProcessor:
     def _manifest(self, job: ResumableJob, input_path: Path, tokenizer_hash: str, options: dict) -> Manifest | None:
         if job.progress.finished:
             return None  # the record holds it
-        import tokenizers
-
         statistics = Statistics.from_record(job.progress.statistics)
         source = {"name": input_path.name, "size": _size(input_path), "sha256": job.progress.input_sha256}
         return Manifest(
@@ -220,7 +220,7 @@ class OptimizedDataProcessor:
             tokens=statistics.tokens,
             documents=statistics.documents,
             tokenizer_sha256=tokenizer_hash,
-            encoder=f"tokenizers {tokenizers.__version__}",
+            encoder=self.encoder.name,
             sha256=file_sha256(job.partial),
             sources=[source | {"options": options, "statistics": statistics.summary()}],
         )

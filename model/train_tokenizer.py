@@ -1,7 +1,7 @@
 """Training a byte-level BPE tokenizer (Sennrich et al. 2016; bytes as in GPT-2) on JSONL text.
 
-What is trained is of the kind that `model/tokenizer` holds: GPT-2's split over all 256 bytes, so that every string can be
-encoded and comes back unchanged; digits one by one; `<unk>`, `<s>`, `</s>` are ids 0, 1, 2; MiniMind v1's chat format.
+What is trained is of the kind that `model/tokenizer` holds: GPT-2's split over all 256 bytes, so that every string can
+be encoded and comes back unchanged; digits one by one; `<unk>`, `<s>`, `</s>` are ids 0, 1, 2; MiniMind v1's chat form.
 """
 
 import json

@@ -1,0 +1,62 @@
+"""Encoding in bulk: whichever library does it, the ids are those that tokenizers gives."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+from model.bulk_encoder import TRAPS, BulkEncoder, with_bos_and_eos
+from model.tokenization import encode_texts, load_tokenizer
+
+LINES = (ROOT / "dataset" / "classics_zh.jsonl").read_text(encoding="utf-8").splitlines()[:300]
+TEXTS = [json.loads(line)["text"] for line in LINES] + list(TRAPS)
+
+
+def encode(tokenizer, folder=None):
+    """The ids of TEXTS, the encoder's name, and what it said."""
+    said = []
+    encoder = BulkEncoder(tokenizer, folder, said.append)
+    ids, lengths = encoder.encode(TEXTS)
+    return [part.tolist() for part in np.split(ids, np.cumsum(lengths)[:-1])], encoder.name, said
+
+
+def test_fastokens_gives_the_ids_that_tokenizers_gives():
+    pytest.importorskip("fastokens")
+    tokenizer = load_tokenizer()
+    ids, name, (said,) = encode(tokenizer)
+    assert name.startswith("fastokens") and said.startswith(f"encoder {name}")
+    assert ids == encode_texts(tokenizer, TEXTS)
+
+
+def test_without_fastokens_a_line_names_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "fastokens", None)
+    tokenizer = load_tokenizer()
+    ids, name, (said,) = encode(tokenizer)
+    assert name.startswith("tokenizers") and "fastokens" in said and "not installed" in said
+    assert ids == encode_texts(tokenizer, TEXTS)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"normalizer": {"type": "NFKC"}}, "does not support"),
+        # fastokens reads these merges as they are; the transformers side then holds another tokenizer: other ids
+        ({"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True, "use_regex": True}}, "other ids"),
+    ],
+)
+def test_another_tokenizer_falls_back(tmp_path, tokenizer_folder, change, reason):
+    pytest.importorskip("fastokens")
+    tokenizer = load_tokenizer(tokenizer_folder)
+    content = json.loads((tokenizer_folder / "tokenizer.json").read_text(encoding="utf-8"))
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content | change), encoding="utf-8")
+    ids, name, (said,) = encode(tokenizer, tmp_path)
+    assert name.startswith("tokenizers") and reason in said
+    assert ids == encode_texts(tokenizer, TEXTS)
+
+
+def test_bos_and_eos_stand_around_each_text():
+    tokens = with_bos_and_eos(np.array([7, 8, 9]), np.array([2, 0, 1]), bos=1, eos=2)
+    assert tokens.tolist() == [1, 7, 8, 2, 1, 2, 1, 9, 2]
+    assert with_bos_and_eos(np.array([], dtype=np.int64), np.array([], dtype=np.int64), 1, 2).tolist() == []
