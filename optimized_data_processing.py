@@ -179,6 +179,8 @@ class OptimizedDataProcessor:
             for chunk in _chunks(lines, self.chunk_size):
                 texts = _sort_out(chunk, job, statistics)
                 job.write(encode(texts, statistics))
+                if texts and self._encoder is not None:
+                    progress.encoder = self._encoder.name
                 progress.input_offset = chunk[-1].end
                 bar.update(bytes_read(file) - bar.n)
                 progress_line(bar)
@@ -220,7 +222,7 @@ class OptimizedDataProcessor:
             tokens=statistics.tokens,
             documents=statistics.documents,
             tokenizer_sha256=tokenizer_hash,
-            encoder=self.encoder.name,
+            encoder=job.progress.encoder,
             sha256=file_sha256(job.partial),
             sources=[source | {"options": options, "statistics": statistics.summary()}],
         )

@@ -36,7 +36,9 @@ class BulkEncoder:
 
         A control token that a text spells out stays text.
         """
-        if not self._chosen:
+        if not texts:
+            return np.array([], dtype=np.int64), np.array([], dtype=np.int64)
+        if not self._chosen:  # only now: texts of the user's own are what the choice is checked with
             self._choose(texts)
             self._chosen = True
         return self._encode_fast(texts) if self._fast is not None else self._encode_slowly(texts)

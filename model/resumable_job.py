@@ -35,6 +35,7 @@ class Progress:
     output_bytes: int = 0
     rejects_bytes: int = 0
     seconds: float = 0.0  # spent so far
+    encoder: str = ""  # what made the ids (BulkEncoder.name)
     finished: bool = False  # everything is written, only the renames are to do
     manifest: dict | None = field(default=None)  # of a finished token file
     version: int = RECORD_VERSION

@@ -30,6 +30,12 @@ def test_fastokens_gives_the_ids_that_tokenizers_gives():
     assert ids == encode_texts(tokenizer, TEXTS)
 
 
+def test_nothing_is_trusted_before_there_is_a_text():
+    said = []
+    ids, lengths = BulkEncoder(load_tokenizer(), None, said.append).encode([])
+    assert (len(ids), len(lengths), said) == (0, 0, [])
+
+
 def test_without_fastokens_a_line_names_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "fastokens", None)
     tokenizer = load_tokenizer()
