@@ -23,9 +23,10 @@ from pathlib import Path
 import numpy as np
 
 from model.bulk_encoder import BulkEncoder, with_bos_and_eos
-from model.data_statistics import Statistics, draw_summary, write_summary
+from model.data_statistics import Statistics, draw_summary
 from model.dataset import Manifest, file_sha256, manifest_path, read_manifest
 from model.errors import InputError
+from model.files import write_json
 from model.jsonl import Line, bytes_read, open_jsonl, read_lines
 from model.resumable_job import ResumableJob, describe_changes
 from model.tokenization import load_tokenizer, tokenizer_sha256, vocabulary_size
@@ -146,7 +147,7 @@ class OptimizedDataProcessor:
         if self._summary is None:
             raise InputError("save_statistics: nothing was processed yet; call process_dataset first")
         path = Path(path)
-        write_summary(path, self._summary)
+        write_json(path, self._summary)
         try:
             draw_summary(path.with_suffix(".png"), self._summary)
         except ImportError:

@@ -1,7 +1,6 @@
 """What data processing counts, as JSON and as a picture."""
 
 import base64
-import json
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -112,14 +111,6 @@ def _bins_with_documents(counts: np.ndarray) -> list[dict]:
         for start, end, count in zip(BIN_STARTS.tolist(), ends, counts.tolist(), strict=True)
         if count
     ]
-
-
-def write_summary(path: Path, summary: dict) -> None:
-    """Write a summary as JSON."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", encoding="utf-8", newline="\n") as file:
-        json.dump(summary, file, ensure_ascii=False, indent=2)
-        file.write("\n")
 
 
 def draw_summary(path: Path, summary: dict) -> None:

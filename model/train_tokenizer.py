@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from model.errors import InputError
+from model.files import replacing
 from model.jsonl import open_jsonl, read_lines
 
 SPECIAL_TOKENS = ("<unk>", "<s>", "</s>")  # ids 0, 1, 2
@@ -138,7 +139,7 @@ def train_tokenizer(
 
 
 def _save(tokenizer, folder: Path) -> None:
-    """Write tokenizer.json and tokenizer_config.json, the latter last: each to a temporary name, then renamed."""
+    """Write tokenizer.json and tokenizer_config.json, the latter last, each in one step."""
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": "<s>",
@@ -151,15 +152,10 @@ def _save(tokenizer, folder: Path) -> None:
         "model_max_length": int(1e30),  # the model's own limit counts, not the tokenizer's
         "chat_template": CHAT_TEMPLATE,
     }
-    folder.mkdir(parents=True, exist_ok=True)
     files = {
         "tokenizer.json": tokenizer.to_str(pretty=True),
         "tokenizer_config.json": json.dumps(config, ensure_ascii=False, indent=2),
     }
     for name, content in files.items():
-        temporary = folder / (name + ".tmp")
-        with open(temporary, "w", encoding="utf-8", newline="\n") as file:
-            file.write(content + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, folder / name)
+        with replacing(folder / name) as file:
+            file.write((content + "\n").encode("utf-8"))
