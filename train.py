@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+from model.corpus.job_folder import job_path
 from model.errors import InputError
 from model.settings import FIELDS, SECTIONS, TYPES, DataSettings, Settings, build_settings, read_config
 from utils import CommandParser, Processes, run_command, say
@@ -63,7 +64,7 @@ def prepare_data_if_missing(settings: Settings, processes: Processes) -> None:
     """Make a missing token file from raw_data_path, or for the default path from what lies in dataset/."""
     data = settings.data
     target = Path(data.train_data_path)
-    if target.exists() and not target.with_name(target.name + ".progress.json").exists():
+    if target.exists() and not job_path(target).exists():
         if data.raw_data_path is not None:
             say(f"raw_data_path: {data.raw_data_path} is not read, since {target} is there")
         return

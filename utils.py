@@ -266,23 +266,36 @@ class Processes:
         self.rank = int(os.environ.get("RANK", "0"))
         self.local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         self.world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        self.local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         self._control = None
+
+    @classmethod
+    def alone(cls) -> "Processes":
+        """A group of this process only, whatever started it."""
+        processes = cls()
+        processes.rank, processes.local_rank, processes.world_size, processes.local_world_size = 0, 0, 1, 1
+        return processes
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def start(self, device, timeout_minutes: float = 30) -> None:
-        """Join the other processes: NCCL for gradients on GPUs, gloo elsewhere. Nothing to do for one process."""
-        if self.world_size == 1:
+    def start(self, device=None, timeout_minutes: float = 30) -> None:
+        """Join the other processes: NCCL for gradients on GPUs, gloo elsewhere. Nothing to do for one process.
+
+        Args:
+            device: the torch device that this process computes on; None: none, only the control group is wanted.
+        """
+        if self.world_size == 1 or self._control is not None:
             return
         import torch
         import torch.distributed as dist
 
-        if device.type == "cuda":
+        on_gpu = device is not None and device.type == "cuda"
+        if on_gpu:
             torch.cuda.set_device(device)
         timeout = datetime.timedelta(minutes=timeout_minutes)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
+        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timeout)
         self._control = dist.new_group(backend="gloo", timeout=timeout)
 
     def close(self) -> None:

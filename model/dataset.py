@@ -34,6 +34,7 @@ class Manifest:
     encoder: str  # the library and version that made the ids
     sha256: str  # of the token file itself
     sources: list[dict] = field(default_factory=list)  # [{"name": "corpus.jsonl", "size": bytes}, …]
+    processing: dict = field(default_factory=dict)  # options and statistics of optimized_data_processing.py
     format_version: int = FORMAT_VERSION
 
 
@@ -61,6 +62,7 @@ def read_manifest(token_path: str | Path) -> Manifest | None:
         if values.get("format_version") != FORMAT_VERSION:
             found = values.get("format_version")
             raise InputError(f"{path}: format_version is {found!r}, this program reads {FORMAT_VERSION}")
+        values.setdefault("processing", {})  # not in the first manifests
         for name, kind in typing.get_type_hints(Manifest).items():
             if not isinstance(values[name], typing.get_origin(kind) or kind):
                 raise TypeError(f"{name} is {values[name]!r}")

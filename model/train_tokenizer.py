@@ -5,7 +5,6 @@ be encoded and comes back unchanged; digits one by one; `<unk>`, `<s>`, `</s>` a
 """
 
 import json
-import os
 import re
 import zlib
 from collections import Counter
@@ -13,14 +12,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from model.corpus.jsonl import parse_line
+from model.corpus.sources import Source, find_sources, line_offsets, lines_of, stream_parts
 from model.errors import InputError
 from model.files import replacing
-from model.jsonl import open_jsonl, read_lines
 
 SPECIAL_TOKENS = ("<unk>", "<s>", "</s>")  # ids 0, 1, 2
 SMALLEST_VOCABULARY = len(SPECIAL_TOKENS) + 256  # the bytes alone
 TOKEN_BYTES_BELOW = 12  # three Chinese characters or a long English word: longer tokens are formulas, not words
 MAX_FILE_BYTES = 64 << 20  # text taken from each file, spread evenly over it; the trainer holds all pieces in memory
+BLOCK_BYTES = 8 << 20  # of the input, read at once
 MAX_KNOWN_LINES = 2_000_000  # lines remembered, so as not to count them twice
 
 # <s>user\n…</s>\n<s>assistant\n…</s>\n: every message alike, whatever its role.
@@ -35,13 +36,13 @@ LONG_SPACE_RUN = re.compile(r"( {8}) +")
 
 @dataclass
 class TrainingText:
-    """Iterates over the texts of JSONL files, ready for the trainer; counts what it read.
+    """Iterates over the texts of sources, ready for the trainer; counts what it read.
 
     Left out, because tokens spent on it are lost to the language: a line that was seen before (a site's boilerplate),
     the rest of a long run of one symbol or of spaces, and the difference between a no-break space and a space.
     """
 
-    paths: Sequence[str | Path]
+    sources: Sequence[Source]
     text_field: str = "text"
     documents: int = 0
     characters: int = 0
@@ -49,17 +50,19 @@ class TrainingText:
 
     def __iter__(self) -> Iterator[str]:
         known: set[int] = set()
-        for path in self.paths:
-            share = min(1.0, MAX_FILE_BYTES / os.path.getsize(path))
-            with open_jsonl(path) as file:
-                for line in read_lines(file, self.text_field):
-                    if zlib.crc32(line.offset.to_bytes(8, "little")) >= share * 2**32:
+        for source in self.sources:
+            share = min(1.0, MAX_FILE_BYTES / max(source.size, 1))
+            for _, block, _ in stream_parts(source, BLOCK_BYTES, self.text_field):
+                lines = lines_of(block)
+                for raw, offset in zip(lines, line_offsets(block, lines), strict=True):
+                    if zlib.crc32(offset.to_bytes(8, "little")) >= share * 2**32:
                         continue  # chosen by position: the same lines each time
-                    if line.text is None:
-                        self.rejected[line.reason] += 1
+                    text, reason = parse_line(raw, self.text_field)
+                    if text is None:
+                        self.rejected[reason] += 1
                         continue
                     self.documents += 1
-                    text = _without_noise(line.text, known)
+                    text = _without_noise(text, known)
                     self.characters += len(text)
                     yield text
 
@@ -82,7 +85,7 @@ def train_tokenizer(
     text_field: str = "text",
     overwrite: bool = False,
 ) -> TrainingText:
-    """Train a tokenizer of exactly `vocab_size` tokens on .jsonl or .jsonl.gz files and save it into `output_dir`.
+    """Train a tokenizer of exactly `vocab_size` tokens on files (`model.corpus.sources`); save it into `output_dir`.
 
     The same files give the same tokenizer, byte for byte. Memory: at most 64 MiB of each file goes in (of a .gz, 64 MiB
     as it lies on disk), spread evenly over a larger one. A file that is given twice does not count twice: its lines are
@@ -105,8 +108,7 @@ def train_tokenizer(
         raise InputError(
             f"vocab_size: {vocab_size} is too small; the bytes and control tokens are {SMALLEST_VOCABULARY}"
         )
-    for path in input_paths:
-        open_jsonl(path).close()  # all of them are there before the first is read
+    sources = find_sources(input_paths)  # all of them are there before the first is read
 
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -123,7 +125,7 @@ def train_tokenizer(
         max_token_length=TOKEN_BYTES_BELOW,  # the trainer leaves out tokens of this length too
         show_progress=False,
     )
-    text = TrainingText(input_paths, text_field)
+    text = TrainingText(sources, text_field)
     # No merge is learnt across a digit, so digits stay one by one without a step of their own when encoding, where it
     # would cost llama.cpp's and fastokens' support of GPT-2's plain split, and the latter's speed.
     tokenizer.train_from_iterator(text, trainer)

@@ -1,6 +1,7 @@
 """What several tests share: a small tokenizer and a small model, made on the spot."""
 
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -16,11 +17,24 @@ import torch  # noqa: E402
 from model.LMConfig import LMConfig  # noqa: E402
 from model.model import Transformer  # noqa: E402
 
+CORPUS = ROOT / "dataset" / "classics_zh.jsonl"
 CHAT_TEMPLATE = (  # MiniMind v1's form
     "{% for message in messages %}{{ '<s>' + message['role'] + '\\n' + message['content'] + '</s>\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<s>assistant\\n' }}{% endif %}"
 )
 SENTENCES = ["中国是一个历史悠久的国家。", "长江、黄河都在中国。", "你好，好久不见！", "The quick brown fox."]
+
+
+def corpus_lines(count: int) -> list[bytes]:
+    """The sample corpus' first lines."""
+    with open(CORPUS, "rb") as file:
+        return [next(file) for _ in range(count)]
+
+
+def process_data(*arguments, cwd=ROOT) -> subprocess.CompletedProcess:
+    """optimized_data_processing.py with these arguments."""
+    script = [sys.executable, str(ROOT / "optimized_data_processing.py")]
+    return subprocess.run([*script, *map(str, arguments)], cwd=cwd, capture_output=True, encoding="utf-8")
 
 
 @pytest.fixture(scope="session")

@@ -3,32 +3,17 @@
 import json
 import os
 import random
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import ROOT, corpus_lines, process_data
 
 from model.dataset import file_sha256, read_manifest
 from model.errors import InputError
-from model.resumable_job import ResumableJob
 from model.tokenization import encode_texts, load_tokenizer
 from optimized_data_processing import OptimizedDataProcessor, default_input_path
-
-ROOT = Path(__file__).resolve().parent.parent
-CORPUS = ROOT / "dataset" / "classics_zh.jsonl"
-
-
-def corpus_lines(count: int) -> list[bytes]:
-    with open(CORPUS, "rb") as file:
-        return [next(file) for _ in range(count)]
-
-
-def command(*arguments, cwd=ROOT, **options) -> subprocess.CompletedProcess:
-    script = [sys.executable, str(ROOT / "optimized_data_processing.py")]
-    return subprocess.run([*script, *map(str, arguments)], cwd=cwd, capture_output=True, encoding="utf-8", **options)
 
 
 def read_rejects(path: Path) -> list[dict]:
@@ -48,7 +33,7 @@ def processor(tokenizer_folder) -> OptimizedDataProcessor:
 
 
 def test_the_token_file_holds_every_text_between_bos_and_eos(raw, tmp_path):
-    OptimizedDataProcessor().process_dataset(raw, tmp_path / "data.bin")
+    OptimizedDataProcessor(clean=False).process_dataset(raw, tmp_path / "data.bin")
     texts = [json.loads(line)["text"] for line in corpus_lines(200)]
     tokenizer = load_tokenizer()
     expected = [token for ids in encode_texts(tokenizer, texts) for token in (1, *ids, 2)]
@@ -59,8 +44,10 @@ def test_the_token_file_holds_every_text_between_bos_and_eos(raw, tmp_path):
     manifest = read_manifest(tmp_path / "data.bin")
     assert (manifest.tokens, manifest.documents, manifest.dtype) == (len(ids), 200, "uint16")
     assert manifest.sha256 == file_sha256(tmp_path / "data.bin")
-    assert manifest.sources[0]["sha256"] == file_sha256(raw)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["data.bin", "data.json", "raw_data.jsonl"]
+    assert manifest.sources[0]["size"] == raw.stat().st_size
+    ends = np.fromfile(tmp_path / "data.ends", dtype="<u8")
+    assert ends.tolist() == (np.flatnonzero(ids == 2) + 1).tolist()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data.bin", "data.ends", "data.json", "raw_data.jsonl"]
 
 
 def test_a_control_token_spelled_out_in_a_text_stays_text(tmp_path):
@@ -163,163 +150,11 @@ def test_a_large_vocabulary_is_stored_in_32_bits(raw, tmp_path):
     assert np.array_equal(small, large)
 
 
-# ------------------------------------------------------------------------------------------------ killed and run again
-
-
-def test_killed_at_any_instant_and_run_again_the_files_are_the_same(tmp_path, tokenizer_folder):
-    """kill -9 of the real script at random instants; every fifth line is damaged, some are duplicates."""
-    lines = corpus_lines(4000)
-    damaged = [b"[" + line if number % 5 == 0 else line for number, line in enumerate(lines)] + lines[100:900]
-    (tmp_path / "raw.jsonl").write_bytes(b"".join(damaged))
-    flags = ["--input_path", "raw.jsonl", "--tokenizer_path", tokenizer_folder, "--chunk_size", 40]
-    flags += ["--save_interval", 3000]
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    done = command(*flags, "--output_path", whole / "data.bin", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-
-    instants, kills = random.Random(), 0
-    script = [sys.executable, str(ROOT / "optimized_data_processing.py"), *map(str, flags)]
-    for _ in range(5):  # three are killed, the fourth ends
-        record = killed / "data.bin.progress.json"
-        before = record.stat().st_mtime_ns if record.exists() else 0
-        process = subprocess.Popen(
-            [*script, "--output_path", str(killed / "data.bin")], cwd=tmp_path, stderr=subprocess.DEVNULL
-        )
-        while process.poll() is None and kills < 3:
-            if record.exists() and record.stat().st_mtime_ns > before:  # it has begun to write
-                time.sleep(instants.uniform(0, 0.05))
-                process.kill()
-                kills += 1
-                break
-            time.sleep(0.002)
-        process.wait()
-    assert kills >= 2
-    for name in ("data.bin", "data.json", "data.rejects.jsonl"):
-        assert (killed / name).read_bytes() == (whole / name).read_bytes(), name
-    assert not [path for path in killed.iterdir() if path.name.startswith(("data.bin.", "data.rejects.jsonl."))]
-
-
-class Killed(Exception):
-    """Stands for the end of the process at one exact place."""
-
-
-@pytest.mark.parametrize("place", ["commit", "_write_record", "os.replace", "write_manifest", "SeenTexts.close"])
-def test_stopped_around_each_step_of_a_commit_the_files_are_the_same(
-    raw, tmp_path, tokenizer_folder, monkeypatch, place
-):
-    """Stops before every call of one step in turn: between data and record, and between the renames at the end."""
-    import model.resumable_job as module
-
-    raw.write_bytes(raw.read_bytes() + b"broken\n" + b"".join(corpus_lines(3)))
-    settings = dict(tokenizer_path=tokenizer_folder, chunk_size=30, save_interval=2000)
-    OptimizedDataProcessor(**settings).process_dataset(raw, tmp_path / "whole.bin")
-    target, name = {
-        "os.replace": (module.os, "replace"),
-        "write_manifest": (module, "write_manifest"),
-        "SeenTexts.close": (module.SeenTexts, "close"),
-    }.get(place, (ResumableJob, place))
-    original = getattr(target, name)
-    for skipped in range(100):
-        calls = [0]
-
-        def stop(*arguments, calls=calls, skipped=skipped, **keywords):
-            calls[0] += 1
-            if calls[0] == skipped + 1:
-                raise Killed
-            return original(*arguments, **keywords)
-
-        output = tmp_path / f"cut{skipped}.bin"
-        with monkeypatch.context() as patch:
-            patch.setattr(target, name, stop)
-            try:
-                OptimizedDataProcessor(**settings).process_dataset(raw, output)
-                break  # the step is not called more often
-            except Killed:
-                pass
-        OptimizedDataProcessor(**settings).process_dataset(raw, output)
-        for suffix in (".bin", ".json", ".rejects.jsonl"):
-            made, expected = output.with_suffix(suffix), (tmp_path / "whole.bin").with_suffix(suffix)
-            assert made.read_bytes() == expected.read_bytes(), (skipped, suffix)
-    assert skipped >= 1
-
-
-def begin_and_stop(processor, raw: Path, output: Path, monkeypatch, method: str = "process_dataset") -> None:
-    """Leave a half-made output with one record."""
-    processor.chunk_size = 50
-    original = ResumableJob.commit
-
-    def commit_and_stop(job):
-        original(job)
-        raise Killed
-
-    with monkeypatch.context() as patch:
-        patch.setattr(ResumableJob, "commit", commit_and_stop)
-        with pytest.raises(Killed):
-            getattr(processor, method)(raw, output)
-
-
-def test_a_half_made_output_is_not_continued_with_other_input_tokenizer_or_options(
-    raw, processor, tmp_path, tokenizer_folder, monkeypatch
-):
-    output = tmp_path / "data.bin"
-    begin_and_stop(processor, raw, output, monkeypatch)
-    content = raw.read_bytes()
-    with pytest.raises(InputError, match="the tokenizer .*resume=False"):
-        OptimizedDataProcessor().process_dataset(raw, output)
-    with pytest.raises(InputError, match=r"text_field \(was text, is content\)"):
-        OptimizedDataProcessor(tokenizer_folder, text_field="content").process_dataset(raw, output)
-    raw.write_bytes(content + b"\n")
-    with pytest.raises(InputError, match="the input's size"):
-        processor.process_dataset(raw, output)
-    raw.write_bytes(content.replace("。".encode(), "！".encode(), 1))
-    with pytest.raises(InputError, match="changed before byte"):
-        processor.process_dataset(raw, output)
-    raw.write_bytes(content)
-    assert processor.process_dataset(raw, output)["documents"] == 200
-    assert not output.with_name("data.bin.progress.json").exists()
-
-    cleaned = tmp_path / "cleaned.jsonl"
-    begin_and_stop(processor, raw, cleaned, monkeypatch, "validate_and_clean_jsonl")
-    raw.write_bytes(content * 2)
-    with pytest.raises(InputError, match="the input's size .*resume=False"):
-        processor.validate_and_clean_jsonl(raw, cleaned)
-    assert processor.validate_and_clean_jsonl(raw, cleaned, resume=False)["rejected_by_reason"] == {"duplicate": 200}
-    assert cleaned.read_bytes() == content
-
-
-def test_a_second_process_on_the_same_output_is_refused(raw, processor, tmp_path):
-    with ResumableJob(tmp_path / "data.bin", {}, {}, True), pytest.raises(InputError, match="in use"):
-        processor.process_dataset(raw, tmp_path / "data.bin")
-
-
-def test_a_finished_output_is_kept_and_never_replaced_unasked(raw, processor, tmp_path, capsys):
-    output = tmp_path / "data.bin"
-    first = processor.process_dataset(raw, output)
-    before = {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in tmp_path.iterdir()}
-    again = processor.process_dataset(raw, output)
-    assert "nothing to do" in capsys.readouterr().err
-    assert again["rejected_by_reason"] == first["rejected_by_reason"] and again["tokens"] == first["tokens"]
-    with pytest.raises(InputError, match="the tokenizer .*resume=False"):
-        OptimizedDataProcessor().process_dataset(raw, output)
-    assert before == {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in tmp_path.iterdir()}
-
-    output.write_bytes(output.read_bytes()[:-2] + b"\x07\x00")
-    with pytest.raises(InputError, match="damaged"):
-        processor.process_dataset(raw, output)
-    processor.process_dataset(raw, output, resume=False)
-    assert output.read_bytes() == before["data.bin"][1]
-
-    (tmp_path / "theirs.bin").write_bytes(b"\x01\x00\x02\x00")  # MiniMind's, without a manifest
-    with pytest.raises(InputError, match="was not made by this program"):
-        processor.process_dataset(raw, tmp_path / "theirs.bin")
-    assert (tmp_path / "theirs.bin").read_bytes() == b"\x01\x00\x02\x00"
-
-
 # ------------------------------------------------------------------------------------------------------- the statistics
 
 
 def test_statistics_count_what_is_in_the_file(raw, tmp_path):
-    processor = OptimizedDataProcessor(max_length=100)
+    processor = OptimizedDataProcessor(max_length=100, clean=False)
     processor.process_dataset(raw, tmp_path / "data.bin")
     processor.save_statistics(tmp_path / "data_stats.json")
     stats = json.loads((tmp_path / "data_stats.json").read_text(encoding="utf-8"))
@@ -331,10 +166,12 @@ def test_statistics_count_what_is_in_the_file(raw, tmp_path):
     assert stats["utf8_bytes"] == sum(len(text.encode()) for text in texts)
     assert stats["characters_per_token"] == pytest.approx(stats["characters"] / (len(ids) - 400), abs=1e-4)
     assert stats["documents_longer_than_max_length"] == int((lengths > 100).sum()) > 0
-    assert stats["vocabulary"] == {
-        "size": 6400,
-        "ids_used": len(set(ids.tolist())),
-        "share_used": pytest.approx(len(set(ids.tolist())) / 6400, abs=1e-4),
+    used, counts = np.unique(ids, return_counts=True)
+    assert stats["vocabulary"]["ids_used"] == len(used)
+    assert stats["vocabulary"]["share_used"] == pytest.approx(len(used) / 6400, abs=1e-4)
+    assert stats["vocabulary"]["most_frequent"][1] == {
+        "ids": 2,
+        "share_of_tokens": pytest.approx(np.sort(counts)[-2:].sum() / len(ids), abs=1e-4),
     }
     for row in stats["length_in_tokens"]:
         assert row["documents"] == int(((lengths >= row["from"]) & (lengths < row["below"])).sum())
@@ -362,7 +199,7 @@ def test_without_arguments_it_takes_what_is_there(tmp_path):
     with pytest.raises(InputError, match="holds no JSONL file"):
         default_input_path(dataset)
     (dataset / "classics_zh.jsonl").write_bytes(b"".join(corpus_lines(30)))
-    done = command(cwd=tmp_path)
+    done = process_data(cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "the sample corpus" in done.stderr and "30 documents" in done.stderr
     assert (dataset / "pretrain_data.bin").exists() and (dataset / "data_stats.json").exists()
@@ -380,9 +217,13 @@ def test_without_arguments_it_takes_what_is_there(tmp_path):
 
 
 def test_clean_only_from_the_command_line(raw, tmp_path):
-    done = command("--clean_only", "--input_path", raw, "--output_path", tmp_path / "clean.jsonl", cwd=tmp_path)
+    flags = ["--clean_only", "--input_path", raw, "--output_path"]
+    done = process_data(*flags, tmp_path / "same.jsonl", "--clean", "false", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "clean.jsonl").read_bytes() == raw.read_bytes()  # the corpus is clean already
+    assert (tmp_path / "same.jsonl").read_bytes() == raw.read_bytes()
+    done = process_data(*flags, tmp_path / "clean.jsonl", cwd=tmp_path)
+    assert "cleaning changed 4 documents: whitespace 4" in done.stderr
+    assert (tmp_path / "clean.jsonl").read_bytes() == raw.read_bytes().replace(b" \\n", b"\\n")
 
 
 @pytest.mark.parametrize(
@@ -391,12 +232,12 @@ def test_clean_only_from_the_command_line(raw, tmp_path):
         (None, [], "no file"),
         (b"", [], "is empty"),
         (b"\xff\xfe{\x00", [], "UTF-16"),
-        (b'{"content": "x"}\n', [], "none of its 1 lines is a document (no_text 1)"),
+        (b'{"content": "x"}\n', [], "none of 1 lines is a document (no_text 1)"),
         (b'{"text": "x"}\n', ["--tokenizer_path", "nowhere"], "no folder nowhere"),
         (b'{"text": "x"}\n', ["--chunk_size", "0"], "chunk_size: 0 is not a whole number"),
         (b'{"text": "x"}\n', ["--resume", "maybe"], "true or false expected"),
         (b'{"text": "x"}\n', ["--text", "x"], "--text: unknown; did you mean --text_field"),
-        (b'{"text": "x"}\n', ["--output_path", "raw.json"], "overwritten by its own manifest"),
+        (b'{"text": "x"}\n', ["--output_path", "raw.json"], "overwritten by what lies beside it"),
         (b'{"text": "x"}\n', ["--output_path", "raw.jsonl"], "is the input itself"),
         (b'{"text": "x"}\n', ["--output_path", "raw.jsonl/data.bin"], "raw.jsonl"),
     ],

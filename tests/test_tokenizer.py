@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from model.corpus.sources import find_sources
 from model.errors import InputError
 from model.tokenization import (
     encode_texts,
@@ -153,7 +154,7 @@ def test_noise_is_kept_out_of_the_training_text(tmp_path):
     texts = ["本文由某站荣誉推出\n正文一" + "=" * 50, "本文由某站荣誉推出\n正文二\u00a0x" + " " * 30 + "y"]
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
-    assert list(TrainingText([path])) == ["本文由某站荣誉推出\n正文一====", "正文二 x" + " " * 8 + "y"]
+    assert list(TrainingText(find_sources([path]))) == ["本文由某站荣誉推出\n正文一====", "正文二 x" + " " * 8 + "y"]
 
 
 def test_a_large_file_is_sampled_evenly(tmp_path, monkeypatch):
@@ -162,7 +163,7 @@ def test_a_large_file_is_sampled_evenly(tmp_path, monkeypatch):
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps({"text": f"{number}"}) + "\n" for number in range(20_000)), encoding="utf-8")
     monkeypatch.setattr(module, "MAX_FILE_BYTES", path.stat().st_size // 4)
-    numbers = np.array([int(text) for text in TrainingText([path])])
+    numbers = np.array([int(text) for text in TrainingText(find_sources([path]))])
     assert 4500 < len(numbers) < 5500
     assert np.all(np.histogram(numbers, bins=10, range=(0, 20_000))[0] > 300)
-    assert numbers.tolist() == [int(text) for text in TrainingText([path])]
+    assert numbers.tolist() == [int(text) for text in TrainingText(find_sources([path]))]

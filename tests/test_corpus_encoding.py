@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from model.bulk_encoder import TRAPS, BulkEncoder, with_bos_and_eos
+from model.corpus.bulk_encoder import TRAPS, BulkEncoder, choose_encoder, with_bos_and_eos
 from model.tokenization import encode_texts, load_tokenizer
 
 LINES = (ROOT / "dataset" / "classics_zh.jsonl").read_text(encoding="utf-8").splitlines()[:300]
@@ -17,7 +17,7 @@ TEXTS = [json.loads(line)["text"] for line in LINES] + list(TRAPS)
 def encode(tokenizer, folder=None):
     """The ids of TEXTS, the encoder's name, and what it said."""
     said = []
-    encoder = BulkEncoder(tokenizer, folder, said.append)
+    encoder = BulkEncoder(choose_encoder(tokenizer, folder, TEXTS, said.append))
     ids, lengths = encoder.encode(TEXTS)
     return [part.tolist() for part in np.split(ids, np.cumsum(lengths)[:-1])], encoder.name, said
 
@@ -30,10 +30,9 @@ def test_fastokens_gives_the_ids_that_tokenizers_gives():
     assert ids == encode_texts(tokenizer, TEXTS)
 
 
-def test_nothing_is_trusted_before_there_is_a_text():
-    said = []
-    ids, lengths = BulkEncoder(load_tokenizer(), None, said.append).encode([])
-    assert (len(ids), len(lengths), said) == (0, 0, [])
+def test_no_text_gives_no_ids():
+    ids, lengths = BulkEncoder(choose_encoder(load_tokenizer(), None, [], lambda line: None)).encode([])
+    assert (len(ids), len(lengths)) == (0, 0)
 
 
 def test_without_fastokens_a_line_names_it(monkeypatch):
@@ -63,6 +62,6 @@ def test_another_tokenizer_falls_back(tmp_path, tokenizer_folder, change, reason
 
 
 def test_bos_and_eos_stand_around_each_text():
-    tokens = with_bos_and_eos(np.array([7, 8, 9]), np.array([2, 0, 1]), bos=1, eos=2)
+    tokens = with_bos_and_eos(np.array([7, 8, 9]), np.array([2, 0, 1]), bos=1, eos=2, dtype=np.uint16)
     assert tokens.tolist() == [1, 7, 8, 2, 1, 2, 1, 9, 2]
-    assert with_bos_and_eos(np.array([], dtype=np.int64), np.array([], dtype=np.int64), 1, 2).tolist() == []
+    assert with_bos_and_eos(np.array([], dtype=np.int64), np.array([], dtype=np.int64), 1, 2, np.uint16).tolist() == []

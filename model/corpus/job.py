@@ -1,0 +1,298 @@
+"""The whole of a data processing job, from its plan to the files that it leaves."""
+
+import dataclasses
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from model.corpus.bulk_encoder import CHECKED_CHARACTERS, choose_encoder
+from model.corpus.finished import Records, check_finished, describe_sources, finish_files, read_summary
+from model.corpus.job_folder import JobFolder, job_path
+from model.corpus.jsonl import parse_line
+from model.corpus.merge import DocumentFile, Merger, RawLines
+from model.corpus.options import ProcessingOptions
+from model.corpus.part_maker import Damaged, PartOptions
+from model.corpus.sources import Source, lines_of, stream_parts
+from model.corpus.statistics import Statistics
+from model.corpus.worker import Task, make_parts
+from model.errors import InputError
+from model.tokenization import load_tokenizer, tokenizer_sha256, vocabulary_size
+
+BYTES_OF_A_TOKEN = 8  # more than a token of Chinese has, so that a part holds somewhat less than save_interval
+SMALLEST_PART, LARGEST_PART = 4 << 10, 64 << 20  # bytes
+FIRST_BYTES = 4 << 20  # of the input, looked at to choose the encoder
+WAIT_FOR_OTHERS = 60 * 24 * 7  # minutes: the merging of a large corpus takes its time
+
+
+class Job:
+    """One output being made: `run` is the whole of it, step by step.
+
+    Args:
+        output: the token file or, where `tokenize` is false, the cleaned JSONL.
+        processes: who shares the work (utils.Processes).
+        say: prints one line for the user.
+        progress_bar: given the input's size in bytes, a context with a bar to `advance(bytes, postfix)`.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        output: Path,
+        options: ProcessingOptions,
+        tokenize: bool,
+        processes,
+        say: Callable[[str], None],
+        progress_bar: Callable[[int], AbstractContextManager],
+    ) -> None:
+        self.sources, self.output, self.options, self.tokenize = sources, output, options, tokenize
+        self.processes, self.say, self.progress_bar = processes, say, progress_bar
+        self.plan = self._plan()
+
+    @cached_property
+    def tokenizer(self):
+        """The tokenizer, loaded when it is first needed: a finished output needs none."""
+        return load_tokenizer(self.options.tokenizer_path)
+
+    def run(self, resume: bool) -> dict:
+        """Plan, make the parts that are missing, merge them, give the files their names; returns the counts."""
+        self.processes.start(timeout_minutes=WAIT_FOR_OTHERS)
+        finished = resume and self.output.exists() and not job_path(self.output).exists()
+        if self.processes.all_max(self.processes.is_main and finished):
+            return self._keep_finished() if self.processes.is_main else {}
+        with JobFolder(self.output, self.processes.is_main) as folder:
+            if self.processes.is_main and not (resume and folder.is_finished):
+                self._begin(folder, resume)
+            if self.processes.all_max(self.processes.is_main and folder.is_finished):  # killed while it published
+                return self._publish(folder) if self.processes.is_main else {}
+            since = time.perf_counter()
+            records = self.processes.gather(self._make_parts(folder))
+            summary = {}
+            if self.processes.is_main:
+                self._merge(folder, dict(sorted(item for share in records for item in share.items())))
+                summary = self._publish(folder)
+                self._report(summary, time.perf_counter() - since)
+            self.processes.barrier()  # the others wait: torchrun ends all when one has failed
+        return summary
+
+    def _plan(self) -> dict:
+        """All that the output depends on."""
+        depends = dataclasses.asdict(self.options)
+        for name in ("tokenizer_path", "chunk_size", "save_interval", "workers"):  # these change nothing
+            del depends[name]
+        depends |= depends.pop("cleaning")
+        if self.tokenize:
+            depends["the tokenizer"] = tokenizer_sha256(self.options.tokenizer_path)
+        else:
+            del depends["max_length"], depends["long_documents"]
+        return {
+            "input_path": [source.name for source in self.sources],
+            "the input's size": [source.size for source in self.sources],
+            "weights": [source.weight for source in self.sources],
+            **depends,
+        }
+
+    def _begin(self, folder: JobFolder, resume: bool) -> None:
+        if not resume:
+            folder.clear()
+        part_bytes = min(max(self.options.save_interval * BYTES_OF_A_TOKEN, SMALLEST_PART), LARGEST_PART)
+        part_bytes = (folder.planned() or {}).get("part_bytes", part_bytes)
+        if folder.begin(self.plan | {"part_bytes": part_bytes}):
+            self.say(f"going on with {self.output}, which is half made")
+
+    # ------------------------------------------------------------------------------------------------- its parts
+
+    def _make_parts(self, folder: JobFolder) -> dict[tuple[int, int], dict]:
+        """Make this process's share of the parts that are not there yet; returns the records of all of its share."""
+        part_bytes = folder.planned()["part_bytes"]
+        total = sum(source.size for source in self.sources) // self.processes.world_size
+        made, kept, tokens, since = {}, 0, 0, time.perf_counter()
+        with self.progress_bar(total) as bar:
+            for answer in make_parts(self._part_options(), self._tasks(folder, part_bytes), self._workers(part_bytes)):
+                if answer.changed:
+                    raise InputError(
+                        f"{self.output} is half made, and since then {answer.location} changed (bytes "
+                        f"{answer.index * part_bytes:,} to {(answer.index + 1) * part_bytes:,}); change it back, or "
+                        "start over with resume=False (--resume false)"
+                    )
+                if answer.record is not None:
+                    made[answer.source, answer.index] = answer.record
+                    kept += answer.kept
+                    tokens += 0 if answer.kept else answer.record["items"]
+                seconds = time.perf_counter() - since
+                bar.advance(answer.disk_bytes, f"{tokens / seconds:,.0f} tok/s" if self.tokenize else "")
+        if kept:
+            self.say(f"{kept:,} of {len(made):,} parts were there already")
+        return made
+
+    def _workers(self, part_bytes: int) -> int:
+        """Worker processes: as asked, or one a core; this process alone where the input is too small to start them."""
+        if self.options.workers is not None:
+            return self.options.workers
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        workers = max(1, cores // self.processes.local_world_size)
+        share = sum(source.size for source in self.sources) // self.processes.world_size
+        return 1 if all(source.size for source in self.sources) and share <= 4 * part_bytes else workers
+
+    def _part_options(self) -> PartOptions:
+        options = self.options
+        common = {
+            "text_field": options.text_field,
+            "cleaning": options.cleaning,
+            "chunk_size": options.chunk_size,
+            "keys": options.deduplicate or options.val_share > 0 or any(s.weight % 1 for s in self.sources),
+            "near_duplicates": options.near_duplicates > 0,
+        }
+        if not self.tokenize:
+            return PartOptions(encoder=None, **common)
+        return PartOptions(
+            encoder=choose_encoder(self.tokenizer, options.tokenizer_path, self._first_texts(), self.say),
+            bos=self.tokenizer.bos_token_id,
+            eos=self.tokenizer.eos_token_id,
+            dtype=_token_dtype(vocabulary_size(self.tokenizer)).str,
+            max_length=options.max_length,
+            long_documents=options.long_documents,
+            **common,
+        )
+
+    def _first_texts(self) -> list[str]:
+        """Texts to choose the encoder with: CHECKED_CHARACTERS of those among the input's first bytes."""
+        texts, characters = [], 0
+        for _, block, _ in stream_parts(self.sources[0], FIRST_BYTES, self.options.text_field):
+            for raw in lines_of(block):
+                text, _ = parse_line(raw, self.options.text_field)
+                texts += [text] if text else []
+                characters += len(text or "")
+                if characters > CHECKED_CHARACTERS:
+                    return texts
+            break
+        return texts
+
+    def _tasks(self, folder: JobFolder, part_bytes: int) -> Iterator[Task]:
+        """This process's share: every world_size-th part."""
+        rank, world_size = self.processes.rank, self.processes.world_size
+        for number, source in enumerate(self.sources):
+            if source.is_plain:
+                for index in range((rank - number) % world_size, source.part_count(part_bytes), world_size):
+                    disk_bytes = min(part_bytes, source.size - index * part_bytes)
+                    yield Task(source, number, index, part_bytes, folder.part(number, index), None, disk_bytes)
+                continue
+            done = 0
+            for index, block, disk in stream_parts(source, part_bytes, self.options.text_field):
+                if (index + number) % world_size == rank:
+                    path = folder.part(number, index)
+                    yield Task(source, number, index, part_bytes, path, block, (disk - done) // world_size)
+                done = disk
+
+    # ------------------------------------------------------------------------------------- merging and publishing
+
+    def _merge(self, folder: JobFolder, records: Records) -> None:
+        """Merge the parts into the finished files, and write down which they are."""
+        stem = self.output.stem
+        if len(records) > 100:
+            self.say(f"merging {len(records):,} parts")
+        vocab_size = vocabulary_size(self.tokenizer) if self.tokenize else 0
+        statistics = Statistics([source.name for source in self.sources], vocab_size)
+        part_bytes = folder.planned()["part_bytes"]
+        folder.start_merging()
+        main, validation = (
+            DocumentFile(
+                folder.merged / f"{name}{self.output.suffix}", folder.merged / f"{name}.ends" if self.tokenize else None
+            )
+            for name in (stem, f"{stem}.val")
+        )
+        merger = Merger(
+            {key: folder.part(*key) for key in records},
+            self.sources,
+            RawLines(self.sources, part_bytes, self.options.text_field),
+            self.options,
+            statistics,
+            folder.merged,
+        )
+        try:
+            merger.merge(main, validation)
+        except Damaged as error:
+            error.path.unlink(missing_ok=True)
+            raise InputError(f"{error}; it is removed: run it again, and it goes on from there") from error
+        if not main.documents:
+            self._nothing_made(folder, statistics)
+        common = {"sources": describe_sources(self.sources, records)}
+        if self.tokenize:
+            common |= {
+                "dtype": _token_dtype(vocab_size).name,
+                "vocab_size": vocab_size,
+                "bos_id": self.tokenizer.bos_token_id,
+                "eos_id": self.tokenizer.eos_token_id,
+                "tokenizer_sha256": self.plan["the tokenizer"],
+                "encoder": " and ".join(sorted({record["encoder"] for record in records.values()} - {""})),
+            }
+        processing = {"plan": self.plan, "part_bytes": part_bytes}
+        summary = {
+            "output": self.output.name,
+            **statistics.summary(self.options.max_length, self.options.long_documents),
+        }
+        finish_files(folder, main, validation, common, processing, {"output": self.output.name, **summary})
+
+    def _publish(self, folder: JobFolder) -> dict:
+        folder.publish()
+        return read_summary(self.output)
+
+    def _nothing_made(self, folder: JobFolder, statistics: Statistics) -> None:
+        """Leave the rejects and nothing else.
+
+        Raises:
+            InputError: always: there is no document.
+        """
+        rejects = self.output.with_name(f"{self.output.stem}.rejects.jsonl")
+        os.replace(folder.merged / "rejects", rejects)
+        folder.remove()
+        reasons = ", ".join(f"{reason} {count:,}" for reason, count in sorted(statistics.rejected.items()))
+        if statistics.documents:
+            raise InputError(
+                f"val_share: all {statistics.documents:,} documents went to validation"
+            )
+        raise InputError(
+            f"{', '.join(source.location for source in self.sources[:3])}: none of {statistics.lines:,} lines is a "
+            f'document ({reasons}); expected one {{"{self.options.text_field}": "..."}} a line (text_field names the '
+            f"key); the lines are in {rejects}"
+        )
+
+    def _keep_finished(self) -> dict:
+        manifest = check_finished(self.output, self.sources, self.plan)
+        count = f"{manifest['tokens']:,} tokens" if self.tokenize else f"{manifest['documents']:,} documents"
+        self.say(f"nothing to do: {self.output} was made from this input ({count})")
+        return manifest["processing"]["statistics"]
+
+    def _report(self, summary: dict, seconds: float) -> None:
+        """Say what came out."""
+        rejects = self.output.with_name(f"{self.output.stem}.rejects.jsonl")
+        self.say(f"{summary['lines']:,} lines: {summary['documents']:,} documents, {summary['rejected']:,} rejected")
+        if summary["rejected"]:
+            self.say(f"rejected: {_counts(summary['rejected_by_reason'])}; kept in {rejects}")
+        changed = dict(summary["changed_by_cleaning"])
+        if documents := changed.pop("documents"):
+            changes = self.output.with_name(f"{self.output.stem}.changes.jsonl")
+            self.say(f"cleaning changed {documents:,} documents: {_counts(changed)}; samples of it are in {changes}")
+        if self.tokenize:
+            long, mode = summary["documents_longer_than_max_length"], summary["long_documents"]
+            said = {"keep": "kept whole", "split": "split", "truncate": "cut off", "drop": "rejected"}[mode]
+            self.say(
+                f"{summary['tokens']:,} tokens, {summary['characters_per_token']:.3f} characters a token; documents "
+                f"of more than {summary['max_length']} tokens, {said}: {long:,}"
+            )
+        if validation := summary["validation"]:
+            self.say(f"for validation: {validation['documents']:,} documents, {validation['tokens']:,} tokens")
+        size = sum(source.size for source in self.sources)
+        self.say(f"wrote {self.output} in {seconds:.1f} s ({size / 1e6 / max(seconds, 1e-9):.1f} MB/s)")
+
+
+def _counts(counts: dict) -> str:
+    return ", ".join(f"{name} {count:,}" for name, count in counts.items() if count)
+
+
+def _token_dtype(vocab_size: int) -> np.dtype:
+    return np.dtype("<u2") if vocab_size <= 1 << 16 else np.dtype("<u4")

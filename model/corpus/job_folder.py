@@ -1,0 +1,159 @@
+"""The folder of a long job that may be killed at any instant and, run again, ends with the same bytes.
+
+For the output `X.bin` (or `X.jsonl`) it is `X.bin.parts/`, beside it:
+
+    .lock               held while a process works on this output; the system frees it when the process dies
+    plan.json           all that the output depends on; a job goes on only where it is unchanged
+    00000-0000012.npz   part 12 of source 0 (`model.corpus.part_maker`)
+    merged/             the finished files, while they are written
+    publish.json        written when they are finished: which gets which name; from then on only renames are left
+
+The folder goes when the output has its name. Whatever is half written there is written again.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from model.errors import InputError
+from model.files import write_json
+
+
+class JobFolder:
+    """Opens, locks, publishes and removes the folder.
+
+    Args:
+        output: the file that is being made.
+        is_main: whether this process plans, merges and publishes; the others only add parts.
+
+    Raises:
+        InputError: another process makes the same output, or the folder cannot be written.
+    """
+
+    def __init__(self, output: Path, is_main: bool = True) -> None:
+        self.output, self.is_main = output, is_main
+        self.path = job_path(output)
+        self.merged = self.path / "merged"
+        self._plan, self._publish = self.path / "plan.json", self.path / "publish.json"
+        self._lock = None
+        if is_main:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = FileLock(self.path / ".lock")
+            try:
+                self._lock.acquire(timeout=0)
+            except Timeout:
+                raise InputError(f"{output} is in use: another process is making the same file; wait for it") from None
+
+    def __enter__(self) -> "JobFolder":
+        return self
+
+    def __exit__(self, *error) -> None:
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
+    def planned(self) -> dict | None:
+        """The plan that the job was begun with; None where there is none.
+
+        Raises:
+            InputError: it cannot be read.
+        """
+        if not self._plan.exists():
+            return None
+        try:
+            return json.loads(self._plan.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise InputError(f"{self._plan} is not a plan that this program can read; {self._remedy}") from error
+
+    @property
+    def _remedy(self) -> str:
+        return f"start over with resume=False (--resume false), or delete {self.path}"
+
+    def clear(self) -> None:
+        """Forget all that was made, the lock excepted."""
+        for path in self.path.iterdir():
+            if path.name != ".lock":
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    def begin(self, plan: dict) -> bool:
+        """Start with this plan, or go on with it; returns whether it goes on.
+
+        Raises:
+            InputError: the folder was begun with another plan.
+        """
+        before = self.planned()
+        if before is None:
+            self.clear()
+            write_json(self._plan, plan)
+        elif changed := describe_changes(before, plan):
+            raise InputError(
+                f"{self.output} is half made, and this changed since: {changed}; change it back, or {self._remedy}"
+            )
+        for temporary in self.path.glob("*.tmp"):  # of workers that were killed
+            temporary.unlink(missing_ok=True)
+        return before is not None
+
+    def part(self, source: int, index: int) -> Path:
+        """Where part `index` of a source lies."""
+        return self.path / f"{source:05d}-{index:07d}.npz"
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether only the renames are left to do."""
+        return self._publish.exists()
+
+    def start_merging(self) -> None:
+        """Make `merged/` empty."""
+        shutil.rmtree(self.merged, ignore_errors=True)
+        self.merged.mkdir()
+
+    def finish(self, made: list[str], gone: list[str]) -> None:
+        """All is written: from now on only `publish` is left.
+
+        Args:
+            made: names of the files in `merged/`, which they are to get beside the output, in this order; a manifest
+                comes after the file that it describes.
+            gone: names that this job has no file for; what an earlier job left under them is to go.
+        """
+        write_json(self._publish, {"made": made, "gone": gone})
+
+    def publish(self) -> None:
+        """Give the finished files their names and remove the folder; goes on with what was begun."""
+        names = json.loads(self._publish.read_text(encoding="utf-8"))
+        waiting = [name for name in names["made"] if (self.merged / name).exists()]
+        for name in [*names["gone"], *(name for name in waiting if name.endswith(".json"))]:
+            self.output.with_name(name).unlink(missing_ok=True)  # an older manifest must not stand beside a newer file
+        for name in waiting:
+            os.replace(self.merged / name, self.output.with_name(name))
+        self.remove()
+
+    def remove(self) -> None:
+        """Remove the folder; publish.json goes last, so that a removal that is cut off goes on."""
+        for path in self.path.iterdir():
+            if path not in (self._publish, self.path / ".lock"):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        self._publish.unlink(missing_ok=True)
+        self.__exit__()
+        shutil.rmtree(self.path, ignore_errors=True)
+
+
+def job_path(output: Path) -> Path:
+    """The job's folder beside its output."""
+    return output.with_name(output.name + ".parts")
+
+
+def describe_changes(before: dict, now: dict) -> str:
+    """'the tokenizer (was 1a2b…, is 3c4d…), text_field (was text, is content)'; '' where nothing changed."""
+    return ", ".join(
+        f"{name} (was {_short(before.get(name))}, is {_short(now.get(name))})"
+        for name in sorted(before.keys() | now.keys())
+        if before.get(name) != now.get(name)
+    )
+
+
+def _short(value) -> str:
+    text = "not set" if value is None else str(value)
+    return text if len(text) <= 24 else text[:12] + "…"

@@ -1,0 +1,264 @@
+"""Merging the parts: duplicates are left out, and the documents written one after another in the input's order.
+
+Memory does not grow with the input: a part at a time, the sorting of `model.corpus.duplicates`, and pages of files.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from model.corpus.cleaning import CHANGES
+from model.corpus.duplicates import first_occurrences
+from model.corpus.jsonl import reject_line
+from model.corpus.options import ProcessingOptions
+from model.corpus.part_maker import REASONS, SAMPLES_OF_A_CHANGE, Part
+from model.corpus.sources import Source, line_offsets, lines_of, read_part, stream_parts
+from model.corpus.statistics import Statistics
+
+REASON_NAMES = list(REASONS)
+
+
+@dataclass(frozen=True)
+class _Fates:
+    """What becomes of a part's documents, one item each."""
+
+    reason: np.ndarray  # int64: index into REASON_NAMES; -1: it is kept
+    repeats: np.ndarray  # int64: the number of the earlier document
+    copies: np.ndarray  # int64: how often it is written
+    validation: np.ndarray  # bool
+
+    @property
+    def kept(self) -> np.ndarray:
+        return self.reason < 0
+
+
+class Merger:
+    """Merges parts into one or two document files, the rejects and the samples of what cleaning changed.
+
+    Args:
+        paths: the parts by (source, index), in order.
+        folder: where the files go.
+
+    Raises (`merge`):
+        Damaged: a part is not what was written.
+    """
+
+    def __init__(
+        self,
+        paths: dict[tuple[int, int], Path],
+        sources: Sequence[Source],
+        raw_lines: "RawLines",
+        options: ProcessingOptions,
+        statistics: Statistics,
+        folder: Path,
+    ) -> None:
+        self.paths, self.sources, self.raw_lines, self.options = paths, sources, raw_lines, options
+        self.statistics, self.folder = statistics, folder
+        self.records: dict[tuple[int, int], dict] = {}
+        self._lines_before: dict[tuple[int, int], int] = {}  # lines of the source before the part
+        self._source_starts: list[int] = []  # documents before the source's first
+
+    def merge(self, main: "DocumentFile", validation: "DocumentFile") -> None:
+        """Write everything; the files are closed and complete afterwards."""
+        self._index()
+        first = similar = None
+        if self.options.deduplicate:
+            first = first_occurrences(self.folder / "keys", self.folder / "first")
+        if self.options.near_duplicates:
+            from model.corpus.near_duplicates import first_similar
+
+            similar = first_similar(self.folder / "signatures", self.folder, self.options.near_duplicates)
+        position = 0
+        samples: dict[str, list] = {name: [] for name in CHANGES}
+        with main, validation, open(self.folder / "rejects", "w", encoding="utf-8", newline="\n") as rejects:
+            for key, path in self.paths.items():
+                with Part(path) as part:
+                    table = part["documents"]
+                    fates = self._fates(self.sources[key[0]], table, position, first, similar)
+                    position += len(table)
+                    self._write_documents(key[0], part, table, fates, main, validation)
+                    rejects.writelines(self._reject_lines(key, part, table, fates))
+                    self._collect_samples(samples, key, part)
+        self._write_samples(samples)
+        self._line_numbers = None  # a mapped file could not be removed on Windows
+
+    def _index(self) -> None:
+        """Read every part's record and table: keys, signatures and line numbers go to files of their own."""
+        lines = documents = 0
+        source = -1
+        with (
+            open(self.folder / "keys", "wb") as keys,
+            open(self.folder / "lines", "wb") as numbers,
+            open(self.folder / "signatures", "wb") as signatures,
+        ):
+            for key, path in self.paths.items():
+                if key[0] != source:
+                    lines = 0
+                while source < key[0]:
+                    self._source_starts.append(documents)
+                    source += 1
+                with Part(path) as part:
+                    table = part["documents"]
+                    np.ascontiguousarray(table["key"]).tofile(keys)
+                    (table["line"].astype("<i8") + lines + 1).tofile(numbers)
+                    if self.options.near_duplicates and len(table):
+                        part["signatures"].tofile(signatures)
+                    self.records[key], self._lines_before[key] = part.record, lines
+                    lines += part.record["lines"]
+                    documents += len(table)
+        self._line_numbers = np.memmap(self.folder / "lines", "<i8", "r") if documents else np.zeros(0, "<i8")
+
+    def _fates(self, source: Source, table: np.ndarray, position: int, first, similar) -> _Fates:
+        own = np.arange(position, position + len(table))
+        reason, repeats = np.full(len(table), -1), own.copy()
+        for name, firsts in (("near_duplicate", similar), ("duplicate", first)):  # the latter is said where both hold
+            if firsts is not None and len(table):
+                found = np.array(firsts[position : position + len(table)])
+                reason[found != own] = REASON_NAMES.index(name)
+                repeats = np.where(found != own, found, repeats)
+        whole, share = divmod(source.weight, 1)
+        copies = int(whole) + (table["key"][:, 1] < share * 2.0**64)
+        reason[(reason < 0) & (copies == 0)] = REASON_NAMES.index("not_sampled")
+        copies = np.where(reason < 0, copies, 0)
+        validation = (table["key"][:, 0] < self.options.val_share * 2.0**64) & (reason < 0)
+        return _Fates(reason, repeats, np.where(validation, 1, copies), validation)
+
+    def _write_documents(
+        self,
+        source: int,
+        part: Part,
+        table: np.ndarray,
+        fates: _Fates,
+        main: "DocumentFile",
+        validation: "DocumentFile",
+    ) -> None:
+        if not len(table):
+            return
+        payload, piece_sizes = part["payload"], part["piece_sizes"].astype(np.int64)
+        kept_pieces = np.repeat(fates.kept, table["pieces"])
+        self.statistics.add_documents(source, table[fates.kept], piece_sizes[kept_pieces])
+        plain = fates.kept.all() and (fates.copies == 1).all() and not fates.validation.any()
+        for file, chosen in ((main, fates.kept & ~fates.validation), (validation, fates.validation)):
+            for copy in range(int(fates.copies[chosen].max(initial=0))):
+                wanted = chosen & (fates.copies > copy)
+                items = payload if plain else payload[np.repeat(wanted, table["size"])]
+                sizes = piece_sizes[np.repeat(wanted, table["pieces"])]
+                file.write(items, sizes)
+                tokens = len(items) if self.statistics.vocab_size else 0
+                self.statistics.add_written(source, len(sizes), tokens, validation=file is validation)
+                if tokens and file is main:
+                    ids, counts = (part["ids"], part["id_counts"]) if plain else np.unique(items, return_counts=True)
+                    self.statistics.add_ids(ids, counts)
+
+    def _reject_lines(self, key: tuple[int, int], part: Part, table: np.ndarray, fates: _Fates) -> list[str]:
+        """The part's lines of the rejects file, in the order of its lines."""
+        found: list[tuple[int, str]] = []  # (line in the part, text)
+        before, named = self._lines_before[key], {"source": self.sources[key[0]].name} if len(self.sources) > 1 else {}
+        rejects = part["rejects"]
+        if len(rejects):
+            raw, end = part["rejects_raw"].tobytes(), 0
+            for offset, line, size, number in rejects.tolist():
+                where = {**named, "line": before + line + 1, "offset": offset}
+                found.append((line, reject_line(where, REASON_NAMES[number], raw[end : end + size])))
+                end += size
+        dropped = np.flatnonzero(~fates.kept)
+        raw_lines, offsets = [], []
+        if any(REASON_NAMES[number] != "not_sampled" for number in fates.reason[dropped].tolist()):
+            raw_lines, offsets = self.raw_lines.of_part(*key)
+        for index in dropped.tolist():
+            line, reason = int(table["line"][index]), REASON_NAMES[fates.reason[index]]
+            where = {**named, "line": before + line + 1}
+            if reason == "not_sampled":  # the line is in the input, and is well: it isn't written again
+                found.append((line, reject_line(where, reason, None)))
+            else:
+                where |= {"offset": offsets[line]} | self._where(int(fates.repeats[index]))
+                found.append((line, reject_line(where, reason, raw_lines[line])))
+        reasons = [REASON_NAMES[number] for number in [*rejects["reason"].tolist(), *fates.reason[dropped].tolist()]]
+        self.statistics.add_rejected(key[0], reasons)
+        return [text for _, text in sorted(found)]
+
+    def _where(self, document: int) -> dict:
+        """The line that a document came from, as `duplicate_of`."""
+        where = {"duplicate_of": int(self._line_numbers[document])}
+        if len(self.sources) > 1:
+            source = int(np.searchsorted(self._source_starts, document, side="right")) - 1
+            where["duplicate_of_source"] = self.sources[source].name
+        return where
+
+    def _collect_samples(self, samples: dict[str, list], key: tuple[int, int], part: Part) -> None:
+        for name, rows in json.loads(part["samples"].tobytes()).items():
+            for row in rows:
+                line = self._lines_before[key] + row["line"] + 1
+                samples[name].append({**row, "source": self.sources[key[0]].name, "line": line})
+            samples[name].sort(key=lambda row: row["key"])  # stable: of equal ones the first stays
+            del samples[name][SAMPLES_OF_A_CHANGE:]
+
+    def _write_samples(self, samples: dict[str, list]) -> None:
+        with open(self.folder / "changes", "w", encoding="utf-8", newline="\n") as file:
+            for name, rows in samples.items():
+                for row in sorted(rows, key=lambda row: (row["source"], row["line"])):
+                    shown = {"change": name, "source": row["source"], "line": row["line"]}
+                    shown |= {"before": row["before"], "after": row["after"]}
+                    file.write(json.dumps(shown, ensure_ascii=False) + "\n")
+
+
+class DocumentFile:
+    """The tokens (or JSONL) of documents one after another, and beside it the end of each, uint64.
+
+    Args:
+        path, ends_path: the two files; `ends_path` None: ends are not wanted.
+    """
+
+    def __init__(self, path: Path, ends_path: Path | None) -> None:
+        self.path, self.ends_path = path, ends_path
+        self.items = self.documents = 0
+        self.sha256 = ""
+
+    def __enter__(self) -> "DocumentFile":
+        self._digest = hashlib.sha256()
+        self._file = open(self.path, "wb")
+        self._ends = open(self.ends_path, "wb") if self.ends_path else None
+        return self
+
+    def write(self, payload: np.ndarray, sizes: np.ndarray) -> None:
+        """Append documents of these sizes (items of the payload)."""
+        content = memoryview(payload).cast("B")
+        self._file.write(content)
+        self._digest.update(content)
+        if self._ends:
+            (np.cumsum(sizes) + self.items).astype("<u8").tofile(self._ends)
+        self.items += len(payload)
+        self.documents += len(sizes)
+
+    def __exit__(self, *error) -> None:
+        for file in (self._file, self._ends):
+            if file:
+                file.flush()
+                os.fsync(file.fileno())
+                file.close()
+        self.sha256 = self._digest.hexdigest()
+
+
+class RawLines:
+    """Reads the input's lines again, for the rejects: of a plain file any part, of others those asked for in order."""
+
+    def __init__(self, sources: Sequence[Source], part_bytes: int, text_field: str) -> None:
+        self._sources, self._part_bytes, self._text_field = sources, part_bytes, text_field
+        self._source, self._stream = -1, iter(())
+
+    def of_part(self, source: int, index: int) -> tuple[list[bytes], list[int]]:
+        """The part's lines without their ends, and their offsets."""
+        if self._sources[source].is_plain:
+            block = read_part(self._sources[source], index, self._part_bytes)
+        else:
+            if source != self._source:
+                self._source = source
+                self._stream = stream_parts(self._sources[source], self._part_bytes, self._text_field)
+            block = next(block for number, block, _ in self._stream if number == index)
+        lines = lines_of(block)
+        return lines, line_offsets(block, lines)

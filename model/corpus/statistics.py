@@ -1,0 +1,156 @@
+"""What data processing counts."""
+
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+
+from model.corpus.cleaning import CHANGES
+from model.corpus.part_maker import REASONS
+
+# Lower ends of the lengths' bins, two to each doubling: 0, 1, 2, 3, 4, 6, 8, 12, 16 … 2^30.
+LENGTHS = np.array([0, 1, 2, *(size for power in range(1, 30) for size in (3 << (power - 1), 4 << (power - 1)))])
+RATIOS = np.arange(0, 100) / 10  # characters a token, in steps of a tenth
+SHARES = np.arange(0, 20) / 20  # of Han characters
+
+
+class Statistics:
+    """Counts over all lines. Every line is a document or is rejected: lines = documents + rejected.
+
+    Lengths and shares are those of the documents as they were kept, whichever file they went to, each counted once.
+    """
+
+    def __init__(self, source_names: Sequence[str], vocab_size: int) -> None:
+        """`vocab_size`: 0 where nothing is tokenised."""
+        self.vocab_size = vocab_size
+        self.rejected: Counter = Counter()
+        self.documents = 0  # lines that became one
+        self.documents_written = self.tokens = 0  # in the token file; more documents than lines where some were split
+        self.validation_documents = self.validation_tokens = 0
+        self.characters = self.utf8_bytes = self.han = self.longer_than_max_length = 0
+        self.changed = Counter()
+        self._text_tokens = 0  # of the documents, each once, without bos and eos
+        self._lengths_in_characters, self._lengths_in_tokens = Bins(LENGTHS), Bins(LENGTHS)
+        self._ratios, self._shares = Bins(RATIOS), Bins(SHARES)
+        self._id_counts = np.zeros(vocab_size, dtype=np.int64)
+        self.sources = [
+            {"name": name, "lines": 0, "documents": 0, "rejected": 0, "tokens": 0, "characters": 0}
+            for name in source_names
+        ]
+
+    @property
+    def lines(self) -> int:
+        return self.documents + sum(self.rejected.values())
+
+    def add_documents(self, source: int, table: np.ndarray, piece_sizes: np.ndarray) -> None:
+        """Count a part's documents that were kept: DOCUMENT rows, and the sizes of their pieces."""
+        self.documents += len(table)
+        characters = int(table["characters"].sum())
+        self.characters += characters
+        self.utf8_bytes += int(table["utf8_bytes"].sum())
+        self.han += int(table["han"].sum())
+        self.longer_than_max_length += int(table["is_long"].sum())
+        self.changed["documents"] += int((table["changes"] > 0).sum())
+        for number, name in enumerate(CHANGES):
+            self.changed[name] += int((table["changes"] >> number & 1).sum())
+        self._lengths_in_characters.add(table["characters"])
+        self._shares.add(table["han"] / np.maximum(table["characters"], 1))
+        if self.vocab_size:
+            text_tokens = table["size"].astype(np.int64) - 2 * table["pieces"]
+            self._text_tokens += int(text_tokens.sum())
+            self._ratios.add(table["characters"] / np.maximum(text_tokens, 1))
+            self._lengths_in_tokens.add(piece_sizes)
+        row = self.sources[source]
+        for name, count in (("lines", len(table)), ("documents", len(table)), ("characters", characters)):
+            row[name] += count
+
+    def add_rejected(self, source: int, reasons: Sequence[str]) -> None:
+        """Count rejected lines."""
+        self.rejected.update(reasons)
+        self.sources[source]["lines"] += len(reasons)
+        self.sources[source]["rejected"] += len(reasons)
+
+    def add_written(self, source: int, documents: int, tokens: int, validation: bool) -> None:
+        """Count what went into a file."""
+        if validation:
+            self.validation_documents += documents
+            self.validation_tokens += tokens
+            return
+        self.documents_written += documents
+        self.tokens += tokens
+        self.sources[source]["tokens"] += tokens
+
+    def add_ids(self, ids: np.ndarray, counts: np.ndarray) -> None:
+        """Count how often each of these ids stands in the token file."""
+        self._id_counts[ids] += counts
+
+    @property
+    def characters_per_token(self) -> float | None:
+        """Characters a token of text, bos and eos not counted."""
+        return self.characters / self._text_tokens if self._text_tokens else None
+
+    def summary(self, max_length: int, long_documents: str) -> dict:
+        """The counts for a reader: what `data_stats.json` holds. Lengths in tokens are with bos and eos."""
+        ratio, used = self.characters_per_token, int((self._id_counts > 0).sum())
+        return {
+            "lines": self.lines,
+            "documents": self.documents,
+            "rejected": sum(self.rejected.values()),
+            "rejected_by_reason": {reason: self.rejected[reason] for reason in REASONS if self.rejected[reason]},
+            "documents_written": self.documents_written,
+            "characters": self.characters,
+            "utf8_bytes": self.utf8_bytes,
+            "tokens": self.tokens,
+            "characters_per_token": round(ratio, 4) if ratio else None,
+            "han_share": round(self.han / self.characters, 4) if self.characters else None,
+            "max_length": max_length,
+            "long_documents": long_documents,
+            "documents_longer_than_max_length": self.longer_than_max_length,
+            "changed_by_cleaning": {name: self.changed[name] for name in ("documents", *CHANGES)},
+            "validation": {"documents": self.validation_documents, "tokens": self.validation_tokens}
+            if self.validation_documents
+            else None,
+            "vocabulary": {
+                "size": self.vocab_size,
+                "ids_used": used,
+                "share_used": round(used / self.vocab_size, 4) if self.vocab_size else None,
+                "most_frequent": self._most_frequent(),
+            },
+            "length_in_characters": self._lengths_in_characters.rows(),
+            "length_in_tokens": self._lengths_in_tokens.rows(),
+            "characters_per_token_of_documents": self._ratios.rows(),
+            "han_share_of_documents": self._shares.rows(),
+            "sources": self.sources,
+        }
+
+    def _most_frequent(self) -> list[dict]:
+        """Which share of all tokens the 1, 2, 4, 8 … most frequent ids make up."""
+        if not self.tokens:
+            return []
+        shares = np.cumsum(np.sort(self._id_counts)[::-1]) / self.tokens
+        counts = [1 << power for power in range(self.vocab_size.bit_length()) if 1 << power < self.vocab_size]
+        return [
+            {"ids": count, "share_of_tokens": round(float(shares[count - 1]), 4)}
+            for count in [*counts, self.vocab_size]
+        ]
+
+
+class Bins:
+    """A histogram: documents by the bin that their value falls into."""
+
+    def __init__(self, starts: np.ndarray) -> None:
+        self.starts = starts
+        self.counts = np.zeros(len(starts), dtype=np.int64)
+
+    def add(self, values: np.ndarray) -> None:
+        bins = np.searchsorted(self.starts, values, side="right") - 1
+        self.counts += np.bincount(bins, minlength=len(self.starts))
+
+    def rows(self) -> list[dict]:
+        """[{"from": 8, "below": 12, "documents": 3}, …], empty bins left out; the last bin has no end."""
+        ends = [*self.starts[1:].tolist(), None]
+        return [
+            {"from": start, "below": end, "documents": count}
+            for start, end, count in zip(self.starts.tolist(), ends, self.counts.tolist(), strict=True)
+            if count
+        ]
