@@ -22,10 +22,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from model.corpus.cleaning import CleaningOptions
+from model.corpus.finished import written_paths
 from model.corpus.job import Job
 from model.corpus.options import ProcessingOptions
-from model.corpus.sources import ENDINGS, OUR_ENDINGS, Source, find_sources
-from model.dataset import manifest_path
+from model.corpus.sources import ENDINGS, OUR_ENDINGS, find_sources
 from model.errors import InputError
 from model.files import write_json
 from utils import CommandParser, Processes, progress_line, run_command, say, true_or_false
@@ -130,7 +130,7 @@ class OptimizedDataProcessor:
             raise InputError("save_statistics: nothing was processed yet; call process_dataset first")
         if not self.processes.is_main:
             return
-        path = Path(path)
+        path = _checked_stats_path(path)
         write_json(path, self._summary)
         try:
             from model.corpus.picture import draw_summary
@@ -142,9 +142,12 @@ class OptimizedDataProcessor:
             say(f"statistics: {path} and {path.with_suffix('.png')}")
 
     def _run(self, input_path, output_path: str | Path, resume: bool, weights, tokenize: bool) -> dict:
-        sources = find_sources(input_path, weights)
-        output = Path(output_path)
-        _check_paths(sources, output)
+        output = _checked_output(output_path)
+        sources = find_sources(input_path, weights, leave_out=written_paths(output))
+        ours = {path.resolve() for path in written_paths(output)}
+        for source in sources:
+            if not source.is_dataset and Path(source.location).resolve() in ours:
+                raise InputError(f"output_path: {output} or what lies beside it is the input itself; give another name")
         job = Job(sources, output, self.options, tokenize, self.processes, say, _ByteBar)
         try:
             self._summary = job.run(resume)
@@ -177,13 +180,22 @@ class _ByteBar:
         self._bar.close()
 
 
-def _check_paths(sources: list[Source], output: Path) -> None:
+def _checked_output(output_path: str | Path) -> Path:
+    if not isinstance(output_path, str | Path):
+        raise InputError(f"output_path: {output_path!r} found, a file's name expected")
+    output = Path(output_path)
     if output.suffix in ("", ".json", ".ends"):
         raise InputError(f"output_path: {output} would be overwritten by what lies beside it; name it .bin or .jsonl")
-    ours = {output.resolve(), *(output.with_name(output.stem + ending).resolve() for ending in OUR_ENDINGS)}
-    for source in sources:
-        if not source.is_dataset and Path(source.location).resolve() in ours:
-            raise InputError(f"output_path: {output} or what lies beside it is the input itself; give another name")
+    if output.suffix in (".gz", ".zst", ".parquet"):
+        raise InputError(f"output_path: {output} would not be what its name says; name it .bin or .jsonl")
+    return output
+
+
+def _checked_stats_path(stats_path: str | Path) -> Path:
+    path = Path(stats_path)
+    if not path.name or path.is_dir():
+        raise InputError(f"stats_path: {path} is a folder, the name of a JSON file expected")
+    return path
 
 
 # ------------------------------------------------------------------------------------------------- the command line
@@ -278,11 +290,11 @@ def main() -> int:
     names = [field.name for cls in (ProcessingOptions, CleaningOptions) for field in dataclasses.fields(cls)]
     options = {name: getattr(arguments, name) for name in names if hasattr(arguments, name)}
     processor = OptimizedDataProcessor(**options, processes=Processes())
-    output = Path(arguments.output_path or (DEFAULT_CLEANED if arguments.clean_only else DEFAULT_OUTPUT))
-    stats_path = Path(arguments.stats_path or output.with_name("data_stats.json"))
-    inputs = [Path(path).resolve() for path in source]
-    if stats_path.resolve() in (output.resolve(), manifest_path(output).resolve(), *inputs):
-        raise InputError(f"stats_path: {stats_path} is the input, the output or its manifest; give another name")
+    output = _checked_output(arguments.output_path or (DEFAULT_CLEANED if arguments.clean_only else DEFAULT_OUTPUT))
+    stats_path = _checked_stats_path(arguments.stats_path or output.with_name("data_stats.json"))
+    for path in (stats_path, stats_path.with_suffix(".png")):
+        if path.resolve() in [Path(other).resolve() for other in (*source, *written_paths(output))]:
+            raise InputError(f"stats_path: {path} is the input, the output or what lies beside it; give another name")
     make = processor.validate_and_clean_jsonl if arguments.clean_only else processor.process_dataset
     try:
         make(source, output, arguments.resume, arguments.weights)
@@ -297,7 +309,10 @@ def _export(arguments: argparse.Namespace) -> int:
 
     paths = arguments.input_path or [arguments.output_path or DEFAULT_OUTPUT]
     for path in paths:
-        {"megatron": export_megatron, "nanotron": export_nanotron}[arguments.export](path, say)
+        if arguments.export == "megatron":
+            export_megatron(path, say)
+        else:
+            export_nanotron(path, say, arguments.tokenizer_path)
     return 0
 
 

@@ -1,5 +1,6 @@
 """What several tests share: a small tokenizer and a small model, made on the spot."""
 
+import json
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads only wait for each othe
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
@@ -35,6 +37,44 @@ def process_data(*arguments, cwd=ROOT) -> subprocess.CompletedProcess:
     """optimized_data_processing.py with these arguments."""
     script = [sys.executable, str(ROOT / "optimized_data_processing.py")]
     return subprocess.run([*script, *map(str, arguments)], cwd=cwd, capture_output=True, encoding="utf-8")
+
+
+def read_rejects(output: Path) -> list[dict]:
+    """The lines of the rejects file beside an output."""
+    path = output.with_name(f"{output.stem}.rejects.jsonl")
+    return [json.loads(line) for line in path.read_bytes().splitlines()] if path.exists() else []
+
+
+def read_pieces(output: Path) -> list[list[int]]:
+    """The ids of each document in a token file, cut where its .ends says; bos and eos stand there and nowhere else."""
+    ids, ends = np.fromfile(output, "<u2"), np.fromfile(output.with_suffix(".ends"), "<u8").astype(np.int64)
+    pieces = np.split(ids, ends[:-1])
+    assert ends[-1] == len(ids)
+    assert all(piece[0] == 1 and piece[-1] == 2 and piece[1:-1].min() > 2 for piece in pieces)
+    return [piece[1:-1].tolist() for piece in pieces]
+
+
+def read_documents(output: Path, tokenizer_folder: Path | None) -> list[str]:
+    """The texts in a token file."""
+    from model.tokenization import load_tokenizer
+
+    backend = load_tokenizer(tokenizer_folder).backend_tokenizer
+    return [backend.decode(ids) for ids in read_pieces(output)]
+
+
+@pytest.fixture
+def process_data_here(monkeypatch, capsys):
+    """optimized_data_processing.py with these arguments, without a process of its own: (exit code, what it said)."""
+    import optimized_data_processing
+    from utils import run_command
+
+    def run(*arguments) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["optimized_data_processing.py", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit_:
+            run_command(optimized_data_processing.main)
+        return exit_.value.code, capsys.readouterr().err
+
+    return run
 
 
 @pytest.fixture(scope="session")

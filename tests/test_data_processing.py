@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from conftest import ROOT, corpus_lines, process_data
 
-from model.dataset import file_sha256, read_manifest
 from model.errors import InputError
+from model.manifest import file_sha256, read_manifest
 from model.tokenization import encode_texts, load_tokenizer
 from optimized_data_processing import OptimizedDataProcessor, default_input_path
 

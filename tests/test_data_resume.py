@@ -38,7 +38,7 @@ def raw(tmp_path) -> Path:
 
 @pytest.fixture
 def processor(tokenizer_folder) -> OptimizedDataProcessor:
-    return OptimizedDataProcessor(tokenizer_folder, workers=1, **SMALL)
+    return OptimizedDataProcessor(tokenizer_folder, workers=0, **SMALL)
 
 
 def contents(output: Path) -> dict[str, bytes]:

@@ -5,18 +5,9 @@ import json
 import numpy as np
 import pytest
 
-from model.dataset import (
-    IGNORE_INDEX,
-    Manifest,
-    PretrainDataset,
-    SampleOrder,
-    epoch_order,
-    file_sha256,
-    hold_out,
-    manifest_path,
-    write_manifest,
-)
+from model.dataset import IGNORE_INDEX, PretrainDataset, SampleOrder, epoch_order, hold_out
 from model.errors import InputError
+from model.manifest import Manifest, file_sha256, manifest_path, write_manifest
 
 
 def write_tokens(path, ids, dtype="uint16", manifest=True, **changes):

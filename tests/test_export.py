@@ -9,8 +9,8 @@ import pytest
 
 from model.corpus import export
 from model.corpus.export import ends_path, export_megatron, export_nanotron
-from model.dataset import Manifest, file_sha256, manifest_path, write_manifest
 from model.errors import InputError
+from model.manifest import Manifest, file_sha256, manifest_path, write_manifest
 from model.tokenization import EMBEDDED_TOKENIZER, tokenizer_sha256
 
 DOCUMENTS = [[1, 5, 6, 2], [1, 2], [1, 300, 301, 302, 2]]

@@ -14,8 +14,9 @@ import yaml
 from conftest import ROOT
 
 from model.checkpoint import load_torch
-from model.dataset import Manifest, PretrainDataset, file_sha256, write_manifest
+from model.dataset import PretrainDataset
 from model.errors import InputError
+from model.manifest import Manifest, file_sha256, write_manifest
 from model.settings import build_settings
 from model.tokenization import encode_texts, load_tokenizer, tokenizer_sha256
 from optimized_pretrain import Trainer, TrainingDiverged

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from model.tokenization import EMBEDDED_TOKENIZER
+from model.tokenization import EMBEDDED_TOKENIZER, BulkTokenizer
 
 CHECKED_CHARACTERS = 200_000  # of the user's own first texts: encoded both ways before fastokens is trusted
 TRAPS = ("a</s>b<s>c<unk>", " </s>", "<s>", "", "\ufffd🤔\x00 \u3000", "2019年  12\t月\r\n\n3日", "  ", "don't 'S")
@@ -60,18 +60,18 @@ class BulkEncoder:
 
 
 def choose_encoder(
-    tokenizer, tokenizer_path: str | Path | None, texts: Sequence[str], say: Callable[[str], None]
+    tokenizer: BulkTokenizer, tokenizer_path: str | Path | None, texts: Sequence[str], say: Callable[[str], None]
 ) -> EncoderChoice:
     """fastokens (optional) is some thirty times faster than tokenizers on Chinese. It is chosen if it supports the
     tokenizer and gives the same ids for `texts` and for some that are known to be hard.
 
     Args:
-        tokenizer: as `load_tokenizer` returned it.
+        tokenizer: as `load_bulk_tokenizer` returned it.
         tokenizer_path: its folder; None for the embedded one.
         texts: the user's own first texts; CHECKED_CHARACTERS of them are compared.
         say: prints one line for the user: which of the two is used, and why.
     """
-    slow = EncoderChoice("tokenizers", tokenizer.backend_tokenizer.to_str())
+    slow = EncoderChoice("tokenizers", tokenizer.json)
     try:
         import fastokens  # noqa: F401 (whether it is there)
     except ImportError:

@@ -71,6 +71,8 @@ class CleaningOptions:
     )
 
 
+GROUP_CHARACTERS = 4096  # of texts that are looked at together at first
+
 # A text with more levels of HTML inside HTML (`&amp;amp;lt;` has three) than this was not written by anyone.
 MAX_PASSES = 10
 
@@ -116,7 +118,8 @@ class Cleaner:
         if tidy:
             suspects += _NEWLINES + _SPACES + r"\u3000"
             self._steps.append((WHITESPACE, _tidy_whitespace))
-        self._find_suspects = re.compile(f"[{suspects}]").findall if suspects else lambda text: []
+        pattern = re.compile(f"[{suspects}]" if suspects else "(?!)")
+        self._find_suspects, self._search_suspects = pattern.findall, pattern.search
 
     def clean(self, text: str) -> tuple[str, int]:
         """The cleaned text, white space around it cut off, and the CHANGES that altered it, bit k for CHANGES[k].
@@ -124,7 +127,7 @@ class Cleaner:
         Takes time in proportion to the text's length, whatever the text.
         """
         text, mask = text.strip(), 0
-        if not self.options.clean:
+        if not self.options.clean or self._is_clean(text):
             return text, mask
         # One change can call for another: &amp;nbsp; holds an entity that holds a space, and removing a zero-width
         # space can bring a letter and its accent together. Only HTML nests without end, so after MAX_PASSES its
@@ -137,6 +140,37 @@ class Cleaner:
             if number == MAX_PASSES:
                 text = text.replace("&", "").replace("<", "").strip()
                 mask |= HTML
+
+    def clean_all(self, texts: Sequence[str]) -> tuple[list[str], list[int]]:
+        """`clean` of each text: the texts and their masks. Short ones that are clean cost a fifth of one by one."""
+        cleaned, masks, group, size = [], [], [], 0
+        for text in itertools.chain(texts, [None]):
+            if text is not None:
+                group.append(text.strip())
+                size += len(text)
+                if size < GROUP_CHARACTERS:
+                    continue
+            if not self.options.clean or (len(group) > 1 and self._is_clean("\n".join(group))):
+                cleaned += group
+                masks += [0] * len(group)
+            else:
+                for member in group:
+                    text, mask = self.clean(member)
+                    cleaned.append(text)
+                    masks.append(mask)
+            group, size = [], 0
+        return cleaned, masks
+
+    def _is_clean(self, text: str) -> bool:
+        """Whether nothing is there that any change looks for; so `clean` would give the text back."""
+        if self._search_suspects(text) is not None:
+            return False
+        if self._decode_html is not None and ("&" in text or "<" in text):
+            return False
+        if self.options.tidy_whitespace and (" \n" in text or "\n\n\n" in text or ("\t" in text and "\t\n" in text)):
+            return False
+        form = self.options.normalization
+        return form == "none" or unicodedata.is_normalized(form.upper(), text)
 
     def _pass(self, text: str) -> tuple[str, int]:
         mask = 0
@@ -164,7 +198,7 @@ class Cleaner:
             visible = sum(map(len, text.split()))
             if count_han([text.encode("utf-8", "surrogatepass")])[0] < options.min_han_share * visible:
                 return "few_han"
-        if options.max_compression_ratio > 0 and _repeats(text):
+        if options.max_compression_ratio > 0 and len(text) > SHORTEST_REPETITION and _repeats(text):
             if compression_ratio(text) > options.max_compression_ratio:
                 return "repetitive"
         return None
@@ -339,6 +373,7 @@ def _tidy_whitespace(text: str, suspects: str) -> str:
 # Repetition
 
 PROBES, PROBE_CHARACTERS = 8, 8
+SHORTEST_REPETITION = 27  # characters: up to here four bytes each are not eight times zlib's 14
 SLICES, SLICE_CHARACTERS = 8, 2048
 
 
@@ -373,27 +408,24 @@ def compression_ratio(text: str) -> float:
 
 # Han characters
 
-_BLOCK = 1 << 17  # bytes at a time, so that the intermediate arrays stay in the cache
+_BLOCK = 1 << 16  # bytes at a time, so that the intermediate arrays stay in the cache
 
 
 def count_han(contents: Sequence[bytes]) -> np.ndarray:
     """How many Han characters each text, given as UTF-8, has: int64 [len(contents)].
 
-    Counted are the unified ideographs with extension A, the compatibility ideographs, 〇, and planes 2 and 3, which
-    hold nothing else. They are told by their first bytes, for all texts at once.
+    Counted are U+3400 to U+9FFF, which but for 64 hexagrams are ideographs, and the planes from 2 on, by their first
+    bytes: E3 (with a second one from 90 on), E4 to E9, F0 (from A0 on). Ten times as fast as going by characters.
     """
-    joined = np.frombuffer(b"".join(contents) + b"\0\0", dtype=np.uint8)
-    is_han = np.empty(len(joined) - 2, dtype=bool)  # whether a Han character begins at the byte
-    for start in range(0, len(is_han), _BLOCK):
-        block = is_han[start : start + _BLOCK]
-        first, second, third = (joined[start + shift :][: len(block)] for shift in range(3))
-        np.less(first - np.uint8(0xE4), 6, out=block)  # U+4000 to U+9FFF; smaller bytes wrap around and are too large
-        block &= (first != 0xE4) | (second != 0xB7)  # but for the hexagrams U+4DC0 to U+4DFF
-        block |= (first == 0xE3) & ((second >= 0x90) | (second == 0x80) & (third == 0x87))  # U+3400 to U+3FFF; U+3007
-        block |= (first == 0xEF) & (second - np.uint8(0xA4) < 8)  # U+F900 to U+FAFF
-        block |= (first == 0xF0) & (second >= 0xA0)  # U+20000 to U+3FFFF
-    counts, start = [], 0
-    for end in itertools.accumulate(map(len, contents)):
-        counts.append(np.count_nonzero(is_han[start:end]))
-        start = end
-    return np.array(counts, dtype=np.int64)
+    content = b"".join(contents) + b"\0"  # the zero: where empty texts at the end begin
+    joined, is_han = np.frombuffer(content, dtype=np.uint8), np.zeros(len(content), dtype=bool)
+    for start in range(0, len(joined) - 1, _BLOCK):
+        block = is_han[start : min(start + _BLOCK, len(joined) - 1)]
+        lead, second = joined[start : start + len(block)], joined[start + 1 : start + 1 + len(block)]
+        np.less(lead - np.uint8(0xE4), 6, out=block)  # E4 to E9: a smaller byte wraps around and is too large
+        block |= (lead == 0xE3) & (second >= 0x90)
+        if b"\xf0" in content:
+            block |= (lead == 0xF0) & (second >= 0xA0)
+    lengths = np.fromiter(map(len, contents), dtype=np.int64, count=len(contents))
+    sums = np.add.reduceat(is_han.view(np.uint8), np.cumsum(lengths) - lengths, dtype=np.uint32)
+    return np.where(lengths > 0, sums, 0).astype(np.int64)

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
-from model.dataset import Manifest, manifest_path, read_manifest
 from model.errors import InputError
 from model.files import TEMPORARY_SUFFIX, replacing
+from model.manifest import Manifest, manifest_path, read_manifest
 from model.tokenization import EMBEDDED_TOKENIZER, tokenizer_sha256
 
 BLOCK = 1 << 20  # documents that are in memory at a time: 8 MiB an array

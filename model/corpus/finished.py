@@ -7,21 +7,23 @@ from pathlib import Path
 
 from model.corpus.job_folder import JobFolder, describe_changes
 from model.corpus.merge import DocumentFile
-from model.corpus.sources import Source, read_part, stream_parts
-from model.dataset import FORMAT_VERSION, file_sha256, manifest_path
+from model.corpus.sources import OUR_ENDINGS, Source, read_part, stream_parts
 from model.errors import InputError
 from model.files import write_json
+from model.manifest import FORMAT_VERSION, file_sha256, manifest_path
 
 Records = dict[tuple[int, int], dict]  # of the parts, by (source, index), in order
 
 
 def describe_sources(sources: Sequence[Source], records: Records) -> list[dict]:
     """The manifest's `sources`: name, size, and the SHA-256 of its parts' SHA-256."""
-    described = []
-    for number, source in enumerate(sources):
-        parts = [record["sha256"] for (of, _), record in records.items() if of == number]
-        described.append({"name": source.name, "size": source.size, "sha256_of_parts": _digest(parts)})
-    return described
+    parts: list[list[str]] = [[] for _ in sources]
+    for (number, _), record in records.items():
+        parts[number].append(record["sha256"])
+    return [
+        {"name": source.name, "size": source.size, "sha256_of_parts": _digest(digests)}
+        for source, digests in zip(sources, parts, strict=True)
+    ]
 
 
 def _digest(parts: Sequence[str]) -> str:
@@ -38,9 +40,11 @@ def finish_files(
         processing: plan and part_bytes.
         summary: the counts.
     """
-    made, manifests = [], []
+    made, manifests, gone = [], [], []
     for file in (main, validation):
         if file is validation and not file.documents:
+            earlier = folder.output.with_name(validation.path.name)
+            gone += [path.name for path in (earlier, *_beside(earlier)) if _made_with_another(earlier)]
             continue
         content = {"documents": file.documents, "sha256": file.sha256, **common, "processing": dict(processing)}
         if file is main:
@@ -52,7 +56,6 @@ def finish_files(
         write_json(manifest_path(file.path), content)
         made.append(file.path.name)
         manifests.append(manifest_path(file.path).name)
-    gone = []
     for name in ("rejects", "changes"):
         path, final = folder.merged / name, f"{main.path.stem}.{name}.jsonl"
         if path.stat().st_size:
@@ -61,6 +64,55 @@ def finish_files(
         else:
             gone.append(final)
     folder.finish([*made, *reversed(manifests)], gone)
+
+
+def validation_path(output: Path) -> Path:
+    """`X.bin` -> `X.val.bin`."""
+    return output.with_name(f"{output.stem}.val{output.suffix}")
+
+
+def written_paths(output: Path) -> list[Path]:
+    """Every file that a job leaves beside its output, or may leave."""
+    files = [path for file in (output, validation_path(output)) for path in (file, *_beside(file))]
+    return [*files, *(output.with_name(output.stem + ending) for ending in OUR_ENDINGS)]
+
+
+def _beside(file: Path) -> tuple[Path, Path]:
+    return manifest_path(file), file.with_suffix(".ends")
+
+
+def check_names_are_free(output: Path, validates: bool, replace: bool) -> None:
+    """Check that a new job would overwrite nothing that is not its own.
+
+    Raises:
+        InputError: there is another file's manifest, or a validation file.
+    """
+    manifest = manifest_path(output)
+    if manifest.exists():
+        try:
+            owner = json.loads(manifest.read_text(encoding="utf-8"))["processing"]["statistics"]["output"]
+        except (OSError, ValueError, KeyError, TypeError):
+            owner = output.name if output.exists() else "something else"  # the first manifests named no output
+        if owner != output.name:
+            raise InputError(
+                f"output_path: {manifest}, which {output} needs for its manifest, is there and belongs to {owner}; "
+                "give another name"
+            )
+    validation = validation_path(output)
+    if validates and validation.exists() and not replace:
+        raise InputError(
+            f"output_path: {validation} is there already; give another name, or replace it with resume=False "
+            "(--resume false)"
+        )
+
+
+def _made_with_another(validation: Path) -> bool:
+    """Whether a validation file was left by a job that split its documents, and not made for itself."""
+    try:
+        processing = json.loads(manifest_path(validation).read_text(encoding="utf-8"))["processing"]
+        return "statistics" not in processing and processing["plan"]["val_share"] > 0
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def read_summary(output: Path) -> dict:
@@ -88,9 +140,25 @@ def check_finished(output: Path, sources: Sequence[Source], plan: dict) -> dict:
                 changed = f"the content of {source.location}"
     if changed:
         raise InputError(f"{output} is there, and this changed since it was made: {changed}; {remedy}")
-    if file_sha256(output) != manifest["sha256"]:
-        raise InputError(f"{output} is damaged: not the bytes that its manifest describes; {remedy}")
+    files = [(output, manifest)]
+    if manifest["processing"]["statistics"]["validation"]:
+        validation = validation_path(output)
+        files.append((validation, _read_json(manifest_path(validation))))
+    for path, described in files:
+        if not path.is_file() or file_sha256(path) != described.get("sha256"):
+            raise InputError(f"{path} is damaged: not the bytes that its manifest describes; {remedy}")
+        ends = path.with_suffix(".ends")
+        if "tokens" in described and (not ends.is_file() or ends.stat().st_size != 8 * described["documents"]):
+            raise InputError(f"{ends} is damaged: not the {described['documents']:,} documents of {path}; {remedy}")
     return manifest
+
+
+def _read_json(path: Path) -> dict:
+    """A manifest; an empty one where there is none that can be read."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
 
 
 def _part_digests(source: Source, part_bytes: int, text_field: str) -> list[str]:

@@ -11,17 +11,26 @@ from pathlib import Path
 import numpy as np
 
 from model.corpus.bulk_encoder import CHECKED_CHARACTERS, choose_encoder
-from model.corpus.finished import Records, check_finished, describe_sources, finish_files, read_summary
+from model.corpus.finished import (
+    Records,
+    check_finished,
+    check_names_are_free,
+    describe_sources,
+    finish_files,
+    read_summary,
+    validation_path,
+)
 from model.corpus.job_folder import JobFolder, job_path
 from model.corpus.jsonl import parse_line
 from model.corpus.merge import DocumentFile, Merger, RawLines
 from model.corpus.options import ProcessingOptions
-from model.corpus.part_maker import Damaged, PartOptions
+from model.corpus.part_file import Damaged
+from model.corpus.part_maker import PartOptions
 from model.corpus.sources import Source, lines_of, stream_parts
 from model.corpus.statistics import Statistics
-from model.corpus.worker import Task, make_parts
+from model.corpus.worker import Crew, Task
 from model.errors import InputError
-from model.tokenization import load_tokenizer, tokenizer_sha256, vocabulary_size
+from model.tokenization import BulkTokenizer, load_bulk_tokenizer, tokenizer_sha256
 
 BYTES_OF_A_TOKEN = 8  # more than a token of Chinese has, so that a part holds somewhat less than save_interval
 SMALLEST_PART, LARGEST_PART = 4 << 10, 64 << 20  # bytes
@@ -54,9 +63,9 @@ class Job:
         self.plan = self._plan()
 
     @cached_property
-    def tokenizer(self):
+    def tokenizer(self) -> BulkTokenizer:
         """The tokenizer, loaded when it is first needed: a finished output needs none."""
-        return load_tokenizer(self.options.tokenizer_path)
+        return load_bulk_tokenizer(self.options.tokenizer_path)
 
     def run(self, resume: bool) -> dict:
         """Plan, make the parts that are missing, merge them, give the files their names; returns the counts."""
@@ -68,7 +77,10 @@ class Job:
             if self.processes.is_main and not (resume and folder.is_finished):
                 self._begin(folder, resume)
             if self.processes.all_max(self.processes.is_main and folder.is_finished):  # killed while it published
-                return self._publish(folder) if self.processes.is_main else {}
+                if self.processes.is_main:
+                    folder.publish()
+                    return self._keep_finished()  # if that was this job
+                return {}
             since = time.perf_counter()
             records = self.processes.gather(self._make_parts(folder))
             summary = {}
@@ -99,6 +111,8 @@ class Job:
     def _begin(self, folder: JobFolder, resume: bool) -> None:
         if not resume:
             folder.clear()
+        if folder.planned() is None:
+            check_names_are_free(self.output, self.options.val_share > 0, replace=not resume)
         part_bytes = min(max(self.options.save_interval * BYTES_OF_A_TOKEN, SMALLEST_PART), LARGEST_PART)
         part_bytes = (folder.planned() or {}).get("part_bytes", part_bytes)
         if folder.begin(self.plan | {"part_bytes": part_bytes}):
@@ -111,8 +125,8 @@ class Job:
         part_bytes = folder.planned()["part_bytes"]
         total = sum(source.size for source in self.sources) // self.processes.world_size
         made, kept, tokens, since = {}, 0, 0, time.perf_counter()
-        with self.progress_bar(total) as bar:
-            for answer in make_parts(self._part_options(), self._tasks(folder, part_bytes), self._workers(part_bytes)):
+        with Crew(self._workers(part_bytes)) as crew, self.progress_bar(total) as bar:
+            for answer in crew.make_parts(self._part_options(), self._tasks(folder, part_bytes)):
                 if answer.changed:
                     raise InputError(
                         f"{self.output} is half made, and since then {answer.location} changed (bytes "
@@ -130,13 +144,13 @@ class Job:
         return made
 
     def _workers(self, part_bytes: int) -> int:
-        """Worker processes: as asked, or one a core; this process alone where the input is too small to start them."""
+        """Worker processes: as asked, or one a core; none where the input is too small to start them."""
         if self.options.workers is not None:
             return self.options.workers
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         workers = max(1, cores // self.processes.local_world_size)
         share = sum(source.size for source in self.sources) // self.processes.world_size
-        return 1 if all(source.size for source in self.sources) and share <= 4 * part_bytes else workers
+        return 0 if all(source.size for source in self.sources) and share <= 4 * part_bytes else workers
 
     def _part_options(self) -> PartOptions:
         options = self.options
@@ -151,9 +165,9 @@ class Job:
             return PartOptions(encoder=None, **common)
         return PartOptions(
             encoder=choose_encoder(self.tokenizer, options.tokenizer_path, self._first_texts(), self.say),
-            bos=self.tokenizer.bos_token_id,
-            eos=self.tokenizer.eos_token_id,
-            dtype=_token_dtype(vocabulary_size(self.tokenizer)).str,
+            bos=self.tokenizer.bos_id,
+            eos=self.tokenizer.eos_id,
+            dtype=_token_dtype(self.tokenizer.vocab_size).str,
             max_length=options.max_length,
             long_documents=options.long_documents,
             **common,
@@ -192,18 +206,15 @@ class Job:
 
     def _merge(self, folder: JobFolder, records: Records) -> None:
         """Merge the parts into the finished files, and write down which they are."""
-        stem = self.output.stem
         if len(records) > 100:
             self.say(f"merging {len(records):,} parts")
-        vocab_size = vocabulary_size(self.tokenizer) if self.tokenize else 0
+        vocab_size = self.tokenizer.vocab_size if self.tokenize else 0
         statistics = Statistics([source.name for source in self.sources], vocab_size)
         part_bytes = folder.planned()["part_bytes"]
         folder.start_merging()
         main, validation = (
-            DocumentFile(
-                folder.merged / f"{name}{self.output.suffix}", folder.merged / f"{name}.ends" if self.tokenize else None
-            )
-            for name in (stem, f"{stem}.val")
+            DocumentFile(folder.merged / path.name, folder.merged / f"{path.stem}.ends" if self.tokenize else None)
+            for path in (self.output, validation_path(self.output))
         )
         merger = Merger(
             {key: folder.part(*key) for key in records},
@@ -225,8 +236,8 @@ class Job:
             common |= {
                 "dtype": _token_dtype(vocab_size).name,
                 "vocab_size": vocab_size,
-                "bos_id": self.tokenizer.bos_token_id,
-                "eos_id": self.tokenizer.eos_token_id,
+                "bos_id": self.tokenizer.bos_id,
+                "eos_id": self.tokenizer.eos_id,
                 "tokenizer_sha256": self.plan["the tokenizer"],
                 "encoder": " and ".join(sorted({record["encoder"] for record in records.values()} - {""})),
             }
@@ -242,23 +253,25 @@ class Job:
         return read_summary(self.output)
 
     def _nothing_made(self, folder: JobFolder, statistics: Statistics) -> None:
-        """Leave the rejects and nothing else.
+        """Leave the rejects, if there are any, and nothing else.
 
         Raises:
             InputError: always: there is no document.
         """
         rejects = self.output.with_name(f"{self.output.stem}.rejects.jsonl")
-        os.replace(folder.merged / "rejects", rejects)
+        if statistics.rejected:
+            os.replace(folder.merged / "rejects", rejects)
         folder.remove()
-        reasons = ", ".join(f"{reason} {count:,}" for reason, count in sorted(statistics.rejected.items()))
+        sources = ", ".join([source.location for source in self.sources[:3]] + ["…"] * (len(self.sources) > 3))
+        if not statistics.lines:
+            raise InputError(f'input_path: {sources}: no line found; expected JSONL, one {{"text": ...}} object a line')
         if statistics.documents:
-            raise InputError(
-                f"val_share: all {statistics.documents:,} documents went to validation"
-            )
+            count = f"{statistics.documents:,} document" + "s" * (statistics.documents > 1)
+            raise InputError(f"val_share: all of {count} went to validation; give a smaller share")
+        reasons = ", ".join(f"{reason} {count:,}" for reason, count in sorted(statistics.rejected.items()))
         raise InputError(
-            f"{', '.join(source.location for source in self.sources[:3])}: none of {statistics.lines:,} lines is a "
-            f'document ({reasons}); expected one {{"{self.options.text_field}": "..."}} a line (text_field names the '
-            f"key); the lines are in {rejects}"
+            f"{sources}: none of {statistics.lines:,} lines is a document ({reasons}); expected one "
+            f'{{"{self.options.text_field}": "..."}} a line (text_field names the key); the lines are in {rejects}'
         )
 
     def _keep_finished(self) -> dict:
@@ -285,7 +298,8 @@ class Job:
                 f"of more than {summary['max_length']} tokens, {said}: {long:,}"
             )
         if validation := summary["validation"]:
-            self.say(f"for validation: {validation['documents']:,} documents, {validation['tokens']:,} tokens")
+            tokens = f", {validation['tokens']:,} tokens" if self.tokenize else ""
+            self.say(f"for validation: {validation['documents']:,} documents{tokens}")
         size = sum(source.size for source in self.sources)
         self.say(f"wrote {self.output} in {seconds:.1f} s ({size / 1e6 / max(seconds, 1e-9):.1f} MB/s)")
 

@@ -50,10 +50,14 @@ class JobFolder:
     def __enter__(self) -> "JobFolder":
         return self
 
-    def __exit__(self, *error) -> None:
-        if self._lock is not None:
-            self._lock.release()
-            self._lock = None
+    def __exit__(self, kind=None, *error) -> None:
+        if self._lock is None:
+            return
+        nothing_made = kind is not None and not self.is_finished and not self.has_parts
+        self._lock.release()
+        self._lock = None
+        if nothing_made:  # a wrong flag is to leave nothing that the right one would have to go on with
+            shutil.rmtree(self.path, ignore_errors=True)
 
     def planned(self) -> dict | None:
         """The plan that the job was begun with; None where there is none.
@@ -85,7 +89,8 @@ class JobFolder:
             InputError: the folder was begun with another plan.
         """
         before = self.planned()
-        if before is None:
+        if before is None or (before != plan and not self.has_parts and not self.output.exists()):
+            before = None
             self.clear()
             write_json(self._plan, plan)
         elif changed := describe_changes(before, plan):
@@ -99,6 +104,11 @@ class JobFolder:
     def part(self, source: int, index: int) -> Path:
         """Where part `index` of a source lies."""
         return self.path / f"{source:05d}-{index:07d}.npz"
+
+    @property
+    def has_parts(self) -> bool:
+        """Whether anything was made yet."""
+        return next(self.path.glob("*.npz"), None) is not None
 
     @property
     def is_finished(self) -> bool:

@@ -8,6 +8,8 @@ import numpy as np
 # A sentence with what ends it: a stop and the closing marks behind it, or a line's end; or a rest without one.
 SENTENCE = re.compile(r"""[^。！？!?…\n]*(?:[。！？!?…]+["'”’」』）)】》]*|\n)|[^。！？!?…\n]+""")
 
+NOT_SPACE = re.compile(r"\S|\Z")
+
 CountTokens = Callable[[Sequence[str]], np.ndarray]  # tokens of each text, int64 [len(texts)]
 
 
@@ -28,25 +30,30 @@ def split_document(text: str, limit: int, count_tokens: CountTokens) -> list[str
     groups = [stripped for group in groups if (stripped := group.strip())]
     pieces = []
     for group, length in zip(groups, count_tokens(groups).tolist(), strict=True):
-        while length > limit and group:  # one sentence; rarely, several with more tokens together than one by one
-            piece = cut_document(group, limit, count_tokens)
-            group = group[len(piece) :]
-            pieces.append(piece)
-        pieces += [group] if length <= limit else []
-    return [stripped for piece in pieces if (stripped := piece.strip())]
+        if length <= limit:
+            pieces.append(group)
+            continue
+        start = 0  # in one sentence; rarely, in several with more tokens together than one by one
+        while start < len(group):
+            pieces.append(cut_document(group, limit, count_tokens, start))
+            start = NOT_SPACE.search(group, start + len(pieces[-1])).start()
+    return pieces
 
 
-def cut_document(text: str, limit: int, count_tokens: CountTokens) -> str:
-    """The longest beginning of a text that has at most `limit` tokens, found by bisection; at least one character."""
-    low, high = 1, min(len(text), 64)  # `low` characters fit, as far as is known
-    while high < len(text) and count_tokens([text[:high]])[0] <= limit:
-        low, high = high, min(len(text), 2 * high)
-    if count_tokens([text[:high]])[0] <= limit:
-        return text[:high]
+def cut_document(text: str, limit: int, count_tokens: CountTokens, start: int = 0) -> str:
+    """The longest part of a text from `start` on, which is no white space, that has at most `limit` tokens, without the
+    white space at its end. Found by bisection; at least one character."""
+    left = len(text) - start
+    low, high = 1, min(left, 64)  # `low` characters fit, as far as is known
+
+    def fits(size: int) -> bool:
+        return count_tokens([text[start : start + size].rstrip()])[0] <= limit
+
+    while fits(high):
+        if high == left:
+            return text[start:].rstrip()
+        low, high = high, min(left, 2 * high)
     while high - low > 1:
         middle = (low + high) // 2
-        if count_tokens([text[:middle]])[0] <= limit:
-            low = middle
-        else:
-            high = middle
-    return text[:low]
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return text[start : start + low].rstrip()

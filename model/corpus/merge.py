@@ -4,30 +4,30 @@ Memory does not grow with the input: a part at a time, the sorting of `model.cor
 """
 
 import hashlib
-import json
 import os
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from model.corpus.cleaning import CHANGES
+from model.corpus.change_samples import ChangeSamples
 from model.corpus.duplicates import first_occurrences
 from model.corpus.jsonl import reject_line
 from model.corpus.options import ProcessingOptions
-from model.corpus.part_maker import REASONS, SAMPLES_OF_A_CHANGE, Part
+from model.corpus.part_file import Part
+from model.corpus.reasons import NAMES
 from model.corpus.sources import Source, line_offsets, lines_of, read_part, stream_parts
 from model.corpus.statistics import Statistics
-
-REASON_NAMES = list(REASONS)
 
 
 @dataclass(frozen=True)
 class _Fates:
     """What becomes of a part's documents, one item each."""
 
-    reason: np.ndarray  # int64: index into REASON_NAMES; -1: it is kept
+    reason: np.ndarray  # int64: index into NAMES; -1: it is kept
     repeats: np.ndarray  # int64: the number of the earlier document
     copies: np.ndarray  # int64: how often it is written
     validation: np.ndarray  # bool
@@ -74,18 +74,38 @@ class Merger:
 
             similar = first_similar(self.folder / "signatures", self.folder, self.options.near_duplicates)
         position = 0
-        samples: dict[str, list] = {name: [] for name in CHANGES}
+        samples = ChangeSamples(self.options.cleaning)
         with main, validation, open(self.folder / "rejects", "w", encoding="utf-8", newline="\n") as rejects:
-            for key, path in self.paths.items():
-                with Part(path) as part:
+            for key, part, payload in self._parts_read_ahead():
+                with part:
                     table = part["documents"]
                     fates = self._fates(self.sources[key[0]], table, position, first, similar)
                     position += len(table)
-                    self._write_documents(key[0], part, table, fates, main, validation)
+                    self._write_documents(key[0], part, payload, table, fates, main, validation)
                     rejects.writelines(self._reject_lines(key, part, table, fates))
-                    self._collect_samples(samples, key, part)
-        self._write_samples(samples)
+                    samples.add_all(
+                        part["samples"].tobytes().decode(), self._lines_before[key], self.sources[key[0]].name
+                    )
+        with open(self.folder / "changes", "w", encoding="utf-8", newline="\n") as changes:
+            changes.writelines(samples.lines())
         self._line_numbers = None  # a mapped file could not be removed on Windows
+
+    def _parts_read_ahead(self) -> Iterator[tuple[tuple[int, int], Part, np.ndarray]]:
+        """Every part and its payload; the next is read while one is handled."""
+
+        def load(path: Path) -> tuple[Part, np.ndarray]:
+            part = Part(path)
+            return part, part.payload()
+
+        with ThreadPoolExecutor(1) as reader:
+            waiting = deque()
+            for key, path in self.paths.items():
+                waiting.append((key, reader.submit(load, path)))
+                if len(waiting) > 1:
+                    ready, future = waiting.popleft()
+                    yield ready, *future.result()
+            for ready, future in waiting:
+                yield ready, *future.result()
 
     def _index(self) -> None:
         """Read every part's record and table: keys, signatures and line numbers go to files of their own."""
@@ -104,10 +124,16 @@ class Merger:
                     source += 1
                 with Part(path) as part:
                     table = part["documents"]
-                    np.ascontiguousarray(table["key"]).tofile(keys)
+                    own_keys = np.ascontiguousarray(table["key"])
+                    left_out = np.flatnonzero(_copies(self.sources[key[0]], table) == 0)
+                    own_keys[left_out, 0] = documents + left_out  # as if no other text was the same
+                    own_keys[left_out, 1] = 0
+                    own_keys.tofile(keys)
                     (table["line"].astype("<i8") + lines + 1).tofile(numbers)
                     if self.options.near_duplicates and len(table):
-                        part["signatures"].tofile(signatures)
+                        own_signatures = part["signatures"]
+                        own_signatures[left_out] = (documents + left_out)[:, None]
+                        own_signatures.tofile(signatures)
                     self.records[key], self._lines_before[key] = part.record, lines
                     lines += part.record["lines"]
                     documents += len(table)
@@ -119,11 +145,10 @@ class Merger:
         for name, firsts in (("near_duplicate", similar), ("duplicate", first)):  # the latter is said where both hold
             if firsts is not None and len(table):
                 found = np.array(firsts[position : position + len(table)])
-                reason[found != own] = REASON_NAMES.index(name)
+                reason[found != own] = NAMES.index(name)
                 repeats = np.where(found != own, found, repeats)
-        whole, share = divmod(source.weight, 1)
-        copies = int(whole) + (table["key"][:, 1] < share * 2.0**64)
-        reason[(reason < 0) & (copies == 0)] = REASON_NAMES.index("not_sampled")
+        copies = _copies(source, table)
+        reason[(reason < 0) & (copies == 0)] = NAMES.index("not_sampled")
         copies = np.where(reason < 0, copies, 0)
         validation = (table["key"][:, 0] < self.options.val_share * 2.0**64) & (reason < 0)
         return _Fates(reason, repeats, np.where(validation, 1, copies), validation)
@@ -132,6 +157,7 @@ class Merger:
         self,
         source: int,
         part: Part,
+        payload: np.ndarray,
         table: np.ndarray,
         fates: _Fates,
         main: "DocumentFile",
@@ -139,7 +165,7 @@ class Merger:
     ) -> None:
         if not len(table):
             return
-        payload, piece_sizes = part["payload"], part["piece_sizes"].astype(np.int64)
+        piece_sizes = part["piece_sizes"].astype(np.int64)
         kept_pieces = np.repeat(fates.kept, table["pieces"])
         self.statistics.add_documents(source, table[fates.kept], piece_sizes[kept_pieces])
         plain = fates.kept.all() and (fates.copies == 1).all() and not fates.validation.any()
@@ -152,8 +178,8 @@ class Merger:
                 tokens = len(items) if self.statistics.vocab_size else 0
                 self.statistics.add_written(source, len(sizes), tokens, validation=file is validation)
                 if tokens and file is main:
-                    ids, counts = (part["ids"], part["id_counts"]) if plain else np.unique(items, return_counts=True)
-                    self.statistics.add_ids(ids, counts)
+                    counts = part["id_counts"] if plain else np.bincount(items)
+                    self.statistics.add_ids(part["ids"] if plain else np.arange(len(counts)), counts)
 
     def _reject_lines(self, key: tuple[int, int], part: Part, table: np.ndarray, fates: _Fates) -> list[str]:
         """The part's lines of the rejects file, in the order of its lines."""
@@ -164,21 +190,21 @@ class Merger:
             raw, end = part["rejects_raw"].tobytes(), 0
             for offset, line, size, number in rejects.tolist():
                 where = {**named, "line": before + line + 1, "offset": offset}
-                found.append((line, reject_line(where, REASON_NAMES[number], raw[end : end + size])))
+                found.append((line, reject_line(where, NAMES[number], raw[end : end + size])))
                 end += size
         dropped = np.flatnonzero(~fates.kept)
         raw_lines, offsets = [], []
-        if any(REASON_NAMES[number] != "not_sampled" for number in fates.reason[dropped].tolist()):
+        if any(NAMES[number] != "not_sampled" for number in fates.reason[dropped].tolist()):
             raw_lines, offsets = self.raw_lines.of_part(*key)
         for index in dropped.tolist():
-            line, reason = int(table["line"][index]), REASON_NAMES[fates.reason[index]]
+            line, reason = int(table["line"][index]), NAMES[fates.reason[index]]
             where = {**named, "line": before + line + 1}
             if reason == "not_sampled":  # the line is in the input, and is well: it isn't written again
                 found.append((line, reject_line(where, reason, None)))
             else:
                 where |= {"offset": offsets[line]} | self._where(int(fates.repeats[index]))
                 found.append((line, reject_line(where, reason, raw_lines[line])))
-        reasons = [REASON_NAMES[number] for number in [*rejects["reason"].tolist(), *fates.reason[dropped].tolist()]]
+        reasons = [NAMES[number] for number in [*rejects["reason"].tolist(), *fates.reason[dropped].tolist()]]
         self.statistics.add_rejected(key[0], reasons)
         return [text for _, text in sorted(found)]
 
@@ -190,21 +216,11 @@ class Merger:
             where["duplicate_of_source"] = self.sources[source].name
         return where
 
-    def _collect_samples(self, samples: dict[str, list], key: tuple[int, int], part: Part) -> None:
-        for name, rows in json.loads(part["samples"].tobytes()).items():
-            for row in rows:
-                line = self._lines_before[key] + row["line"] + 1
-                samples[name].append({**row, "source": self.sources[key[0]].name, "line": line})
-            samples[name].sort(key=lambda row: row["key"])  # stable: of equal ones the first stays
-            del samples[name][SAMPLES_OF_A_CHANGE:]
 
-    def _write_samples(self, samples: dict[str, list]) -> None:
-        with open(self.folder / "changes", "w", encoding="utf-8", newline="\n") as file:
-            for name, rows in samples.items():
-                for row in sorted(rows, key=lambda row: (row["source"], row["line"])):
-                    shown = {"change": name, "source": row["source"], "line": row["line"]}
-                    shown |= {"before": row["before"], "after": row["after"]}
-                    file.write(json.dumps(shown, ensure_ascii=False) + "\n")
+def _copies(source: Source, table: np.ndarray) -> np.ndarray:
+    """How often each document is taken, by the source's weight and the text's hash: int64 [len(table)]."""
+    whole, share = divmod(source.weight, 1)
+    return int(whole) + (table["key"][:, 1] < share * 2.0**64).astype(np.int64)
 
 
 class DocumentFile:
@@ -220,7 +236,8 @@ class DocumentFile:
         self.sha256 = ""
 
     def __enter__(self) -> "DocumentFile":
-        self._digest = hashlib.sha256()
+        self._digest, self._hasher = hashlib.sha256(), ThreadPoolExecutor(1)
+        self._hashed = self._hasher.submit(lambda: None)
         self._file = open(self.path, "wb")
         self._ends = open(self.ends_path, "wb") if self.ends_path else None
         return self
@@ -228,14 +245,16 @@ class DocumentFile:
     def write(self, payload: np.ndarray, sizes: np.ndarray) -> None:
         """Append documents of these sizes (items of the payload)."""
         content = memoryview(payload).cast("B")
+        self._hashed.result()  # never more than one waits to be hashed, which goes on while the file is written
+        self._hashed = self._hasher.submit(self._digest.update, content)
         self._file.write(content)
-        self._digest.update(content)
         if self._ends:
             (np.cumsum(sizes) + self.items).astype("<u8").tofile(self._ends)
         self.items += len(payload)
         self.documents += len(sizes)
 
     def __exit__(self, *error) -> None:
+        self._hasher.shutdown()
         for file in (self._file, self._ends):
             if file:
                 file.flush()

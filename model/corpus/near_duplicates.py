@@ -74,11 +74,15 @@ def first_similar(signatures_path: Path, folder: Path, threshold: float) -> np.n
         folder: for the files that are needed on the way.
 
     Returns:
-        int64 [N].
+        int64 [N], mapped from a file.
     """
     count = signatures_path.stat().st_size // (4 * PERMUTATIONS)
+    if not count:
+        return np.zeros(0, dtype=np.int64)
     all_signatures = np.memmap(signatures_path, dtype="<u4", mode="r", shape=(count, PERMUTATIONS))
-    found = np.arange(count)
+    found = np.memmap(folder / "similar", dtype="<i8", mode="w+", shape=(count,))
+    for start in range(0, count, READ_AT_ONCE):
+        found[start : start + READ_AT_ONCE] = np.arange(start, min(start + READ_AT_ONCE, count))
     bands, rows = bands_for(threshold)
     for band in range(bands):
         columns = slice(band * rows, (band + 1) * rows)
@@ -92,6 +96,7 @@ def first_similar(signatures_path: Path, folder: Path, threshold: float) -> np.n
             same = all_signatures[candidates] == all_signatures[firsts[candidates]]
             similar = candidates[same.mean(axis=1) >= threshold]
             found[similar] = firsts[similar]
+        del firsts  # the next band has the same file, and a mapped one could not be written anew on Windows
     return found
 
 

@@ -1,55 +1,26 @@
 """Making one part: its lines become tokens (or cleaned JSONL), a table of documents, and a table of rejects.
 
-A part is one .npz file, written under a temporary name and renamed, so that it is there whole or not at all; the zip
-format's checksums tell later whether it still is what was written. Parts do not depend on each other: duplicates among
-them are found when they are merged (`model.corpus.merge`).
+Parts do not depend on each other: duplicates among them are found when they are merged (`model.corpus.merge`).
 """
 
 import hashlib
 import json
-import os
-import zipfile
-import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from model.corpus.bulk_encoder import BulkEncoder, EncoderChoice, with_bos_and_eos
-from model.corpus.cleaning import CHANGES, FILTER_REASONS, Cleaner, CleaningOptions, count_han
-from model.corpus.jsonl import REASONS as LINE_REASONS
-from model.corpus.jsonl import parse_line
+from model.corpus.change_samples import ChangeSamples
+from model.corpus.cleaning import Cleaner, CleaningOptions, count_han
+from model.corpus.jsonl import holds_escapes, parse_line
 from model.corpus.long_documents import cut_document, split_document
+from model.corpus.part_file import DOCUMENT, PartColumns, write_part
 from model.corpus.sources import Block, line_offsets, lines_of
 
-REASONS = {  # every reason there is, in the order in which the checks are made
-    **LINE_REASONS,
-    **FILTER_REASONS,
-    "over_max_length": "more than max_length tokens, and long_documents is drop",
-    "duplicate": "exactly the text of an earlier line, after cleaning",
-    "near_duplicate": "nearly the text of an earlier line (near_duplicates)",
-    "not_sampled": "a source of a weight below 1: the line was not among those taken",
-}
-REASON_NUMBER = {reason: number for number, reason in enumerate(REASONS)}
-CHUNK_BYTES = 4 << 20  # lines are handled in chunks of so many bytes at most: a few dozen MB of memory
-SAMPLES_OF_A_CHANGE = 20
-EXCERPT = 60  # characters shown on either side of the first difference
-
-DOCUMENT = np.dtype(
-    [
-        ("key", "<u8", 2),  # of its text: the first 128 bits of SHA-256
-        ("line", "<u4"),  # in the part, from 0
-        ("characters", "<u4"),
-        ("utf8_bytes", "<u4"),
-        ("han", "<u4"),  # characters
-        ("size", "<u4"),  # items of the payload: tokens, or bytes of JSONL
-        ("pieces", "<u4"),  # documents of the token file that it became: 1, or more where it was split
-        ("changes", "u1"),  # bit k: CHANGES[k]
-        ("is_long", "u1"),  # whether it had more than max_length tokens, with bos and eos
-    ]
-)
-REJECT = np.dtype([("offset", "<u8"), ("line", "<u4"), ("size", "<u4"), ("reason", "u1")])
+CHUNK_BYTES = 1 << 20  # lines are handled in chunks of so many bytes at most: a few dozen MB of memory
+HEAD = 512  # characters of a document that its share of Han characters is taken of
 
 
 @dataclass(frozen=True)
@@ -76,25 +47,6 @@ class PartOptions:
     near_duplicates: bool = False
 
 
-@dataclass
-class _Columns:
-    """What grows while a part is made; lists of arrays are joined at its end."""
-
-    payload: list[np.ndarray] = field(default_factory=list)
-    piece_sizes: list[np.ndarray] = field(default_factory=list)
-    documents: list[np.ndarray] = field(default_factory=list)
-    signatures: list[np.ndarray] = field(default_factory=list)
-    rejects: list[tuple] = field(default_factory=list)  # line, reason, raw line
-    samples: dict[str, list] = field(default_factory=lambda: {name: [] for name in CHANGES})
-    id_counts: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))  # how often each id stands there
-
-    def count_ids(self, tokens: np.ndarray) -> None:
-        """Add up `id_counts`, which grows to the largest id."""
-        counts = np.bincount(tokens, minlength=len(self.id_counts))
-        counts[: len(self.id_counts)] += self.id_counts
-        self.id_counts = counts
-
-
 class PartMaker:
     """Makes parts; one in each worker process."""
 
@@ -105,11 +57,11 @@ class PartMaker:
 
     def make(self, block: Block, path: Path) -> dict:
         """Write the part of these lines to `path`; returns its record, which the file holds too."""
-        columns = _Columns()
-        lines = lines_of(block)
+        columns = PartColumns(ChangeSamples(self.options.cleaning))
+        lines, escapes = lines_of(block), holds_escapes(block.raw)
         for first, last in _chunks(lines, self.options.chunk_size):
             oversized = block.oversized and last == len(lines)
-            self._add_chunk(lines[first:last], first, oversized, columns)
+            self._add_chunk(lines[first:last], first, oversized, escapes, columns)
         if columns.rejects:
             offsets = line_offsets(block, lines)
             columns.rejects = [(offsets[line], line, reason, raw) for line, reason, raw in sorted(columns.rejects)]
@@ -118,34 +70,26 @@ class PartMaker:
             "size": block.size,
             "lines": len(lines),
             "items": sum(len(array) for array in columns.payload),
+            "dtype": self.options.dtype,
             "encoder": self.encoder.name if self.encoder and columns.documents else "",
         }
-        _write_part(path, record, columns, np.dtype(self.options.dtype))
+        write_part(path, record, columns)
         return record
 
-    def _add_chunk(
-        self, lines: list[bytes], first: int, oversized: bool, columns: _Columns
-    ) -> None:
+    def _add_chunk(self, lines: list[bytes], first: int, oversized: bool, escapes: bool, columns: PartColumns) -> None:
         """Add the chunk that begins with the part's line `first`; `oversized`: its last line is too long to be read."""
-        texts, numbers, masks = [], [], []
-        cleaner, cleans, text_field = self.cleaner, self.options.cleaning.clean, self.options.text_field
+        texts, numbers, masks = [], [], None
         for number, raw in enumerate(lines):
-            text, reason = parse_line(raw, text_field)
-            mask = 0
-            if cleans and text is not None:
-                before = text
-                text, mask = cleaner.clean(before)
-                reason = cleaner.reason_to_reject(text) if text else "empty"
-                if mask:
-                    _sample_change(columns.samples, mask, first + number, before, text)
+            text, reason = parse_line(raw, self.options.text_field, escapes)
             if oversized and number == len(lines) - 1:
-                reason = "oversized"
-            if reason is not None:
+                text, reason = None, "oversized"
+            if text is None:
                 columns.rejects.append((first + number, reason, raw))
-                continue
-            texts.append(text)
-            numbers.append(number)
-            masks.append(mask)
+            else:
+                texts.append(text)
+                numbers.append(number)
+        if self.options.cleaning.clean:
+            texts, numbers, masks = self._clean(texts, numbers, lines, first, columns)
         texts, encoded = self._as_tokens(texts) if self.encoder else self._as_jsonl(texts)
         for index in np.flatnonzero(encoded.pieces == 0).tolist():
             number = numbers[index]
@@ -156,13 +100,30 @@ class PartMaker:
         columns.piece_sizes.append(encoded.piece_sizes.astype("<u4"))
         table = _table(texts, encoded, self.options.keys)
         table["line"] = first + np.array(numbers, dtype=np.int64)
-        table["changes"] = masks
+        if masks is not None:
+            table["changes"] = masks
         kept = encoded.pieces > 0
         columns.documents.append(table[kept])
         if self.options.near_duplicates:
             from model.corpus.near_duplicates import signatures
 
             columns.signatures.append(signatures([text for text, keep in zip(texts, kept, strict=True) if keep]))
+
+    def _clean(self, texts: list[str], numbers: list[int], lines: list[bytes], first: int, columns: PartColumns):
+        """Clean and filter texts, which are the chunk's lines `numbers`: (texts, numbers, masks) of the rest."""
+        cleaned, masks = self.cleaner.clean_all(texts)
+        kept = []
+        for index, text in enumerate(cleaned):
+            if masks[index]:
+                columns.samples.add(masks[index], first + numbers[index], texts[index], text)
+            reason = self.cleaner.reason_to_reject(text) if text else "empty"
+            if reason is None:
+                kept.append(index)
+            else:
+                columns.rejects.append((first + numbers[index], reason, lines[numbers[index]]))
+        if len(kept) == len(cleaned):
+            return cleaned, numbers, masks
+        return [cleaned[index] for index in kept], [numbers[index] for index in kept], [masks[index] for index in kept]
 
     def _as_jsonl(self, texts: list[str]) -> tuple[list[str], "_Encoded"]:
         """`{"text": ...}` of each text, one a line."""
@@ -233,112 +194,17 @@ def _chunks(lines: list[bytes], chunk_size: int) -> Iterator[tuple[int, int]]:
 def _table(texts: list[str], encoded: _Encoded, with_keys: bool) -> np.ndarray:
     """The documents' rows, DOCUMENT [len(texts)]; their lines and changes are for the caller to fill in."""
     table = np.zeros(len(texts), dtype=DOCUMENT)
-    contents = [text.encode("utf-8") for text in texts]
     if with_keys:
+        contents = [text.encode("utf-8") for text in texts]
         keys = b"".join([hashlib.sha256(content).digest()[:16] for content in contents])
         table["key"] = np.frombuffer(keys, "<u8").reshape(-1, 2)
+        table["utf8_bytes"] = [len(content) for content in contents]
+    else:
+        table["utf8_bytes"] = [len(text.encode("utf-8")) for text in texts]
     table["characters"] = [len(text) for text in texts]
-    table["utf8_bytes"] = [len(content) for content in contents]
-    table["han"] = count_han(contents)
+    heads = [text[:HEAD].encode("utf-8") for text in texts]
+    table["han_share"] = count_han(heads) / np.clip(table["characters"], 1, HEAD)
     table["pieces"], table["is_long"] = encoded.pieces, encoded.is_long
     piece_ends = np.concatenate([[0], np.cumsum(encoded.piece_sizes)])
     table["size"] = np.diff(piece_ends[np.concatenate([[0], np.cumsum(encoded.pieces)])])
     return table
-
-
-def _sample_change(samples: dict[str, list], mask: int, line: int, before: str, after: str) -> None:
-    """Keep, for each kind of change, those of the smallest hashes: a sample spread over the whole input, always the
-    same however the work is divided."""
-    key = hashlib.sha256(before.encode("utf-8", "surrogatepass")).hexdigest()[:16]
-    for number, name in enumerate(CHANGES):
-        if mask >> number & 1:
-            found = samples[name]
-            if len(found) < SAMPLES_OF_A_CHANGE or key < found[-1]["key"]:
-                found.append({"key": key, "line": line, **_excerpts(before, after)})
-                found.sort(key=lambda sample: (sample["key"], sample["line"]))
-                del found[SAMPLES_OF_A_CHANGE:]
-
-
-def _excerpts(before: str, after: str) -> dict[str, str]:
-    """The two texts around their first difference."""
-    first = next((at for at, (a, b) in enumerate(zip(before, after, strict=False)) if a != b), len(after))
-    around = slice(max(0, first - EXCERPT), first + EXCERPT)
-    return {"before": before[around], "after": after[around]}
-
-
-# ----------------------------------------------------------------------------------------------------- the part's file
-
-
-def _write_part(path: Path, record: dict, columns: _Columns, dtype: np.dtype) -> None:
-    rejects = columns.rejects
-    table = np.zeros(len(rejects), dtype=REJECT)
-    if rejects:
-        table["offset"], table["line"] = [row[0] for row in rejects], [row[1] for row in rejects]
-        table["reason"], table["size"] = [REASON_NUMBER[row[2]] for row in rejects], [len(row[3]) for row in rejects]
-    arrays = {
-        "record": np.frombuffer(json.dumps(record).encode(), np.uint8),
-        "samples": np.frombuffer(json.dumps(columns.samples).encode(), np.uint8),
-        "rejects": table,
-        "rejects_raw": np.frombuffer(b"".join([row[3] for row in rejects]), np.uint8),
-        "documents": _join(columns.documents, DOCUMENT),
-        "piece_sizes": _join(columns.piece_sizes, np.dtype("<u4")),
-        "payload": _join(columns.payload, dtype),
-    }
-    arrays["ids"] = np.flatnonzero(columns.id_counts).astype("<u4")
-    arrays["id_counts"] = columns.id_counts[arrays["ids"]].astype("<u4")
-    if columns.signatures:
-        arrays["signatures"] = np.concatenate(columns.signatures)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as file:
-        np.savez(file, **arrays)
-    os.replace(temporary, path)
-
-
-def _join(arrays: list[np.ndarray], dtype: np.dtype) -> np.ndarray:
-    if not arrays:
-        return np.zeros(0, dtype=dtype)
-    return arrays[0].astype(dtype, copy=False) if len(arrays) == 1 else np.concatenate(arrays, dtype=dtype)
-
-
-class Damaged(Exception):
-    """A part is not what was written: the machine lost power, or the disk failed."""
-
-    def __init__(self, path: Path, error: Exception) -> None:
-        super().__init__(f"{path}: {error}")
-        self.path = path
-
-
-class Part:
-    """A part's file, of which only what is asked for is read.
-
-    Raises:
-        Damaged: it is not whole.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        try:
-            self._file = np.load(path, allow_pickle=False)
-        except DAMAGE as error:
-            raise Damaged(path, error) from error
-        self.record: dict = json.loads(self["record"].tobytes())
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        try:
-            return self._file[name]
-        except DAMAGE as error:
-            raise Damaged(self.path, error) from error
-
-    def check(self) -> None:
-        """Compare all checksums."""
-        if (name := self._file.zip.testzip()) is not None:
-            raise Damaged(self.path, ValueError(f"{name} is damaged"))
-
-    def __enter__(self) -> "Part":
-        return self
-
-    def __exit__(self, *error) -> None:
-        self._file.close()
-
-
-DAMAGE = (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error)  # what np.load raises for it

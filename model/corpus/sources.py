@@ -11,12 +11,15 @@ import gzip
 import hashlib
 import io
 import json
+import os
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
-from urllib.parse import parse_qsl
+from urllib.parse import parse_qs
+
+import numpy as np
 
 from model.errors import InputError
 
@@ -33,14 +36,9 @@ class Source:
     """One file, or one dataset that `datasets` streams."""
 
     location: str  # a path, or datasets:NAME?…
+    name: str  # what tells it apart from the others, without the folder that all of them happen to lie in
     size: int  # bytes on disk; 0 for a streamed dataset, where nobody knows
-    entry: int = 0  # which of the given inputs it belongs to
     weight: float = 1.0
-
-    @property
-    def name(self) -> str:
-        """What tells it apart from others, without the folder that it happens to lie in."""
-        return self.location if self.is_dataset else Path(self.location).name
 
     @property
     def is_dataset(self) -> bool:
@@ -67,54 +65,82 @@ class Block:
     oversized: bool = False
 
 
-def find_sources(inputs: str | Path | Sequence, weights: Sequence[float] | None = None) -> list[Source]:
+def find_sources(
+    inputs: str | Path | Sequence[str | Path], weights: Sequence[float] | None = None, leave_out: Sequence[Path] = ()
+) -> list[Source]:
     """The files and datasets that are meant by paths, folders, globs and `datasets:…`, in the order given.
 
-    A folder's and a glob's files come in the order of their names.
+    A folder's and a glob's files come in the order of their names. What data processing itself left there, or is about
+    to leave (`leave_out`), is none of them.
 
     Raises:
         InputError: something is not there, is empty or is no file that can be read; a wrong number of weights.
     """
-    inputs = [inputs] if isinstance(inputs, str | Path) else list(inputs)
-    weights = [1.0] * len(inputs) if weights is None else list(weights)
-    if len(weights) != len(inputs):
-        raise InputError(f"weights: {len(weights)} found for {len(inputs)} inputs; give one for each")
-    if bad := [weight for weight in weights if not 0 < weight <= 1000]:
-        raise InputError(f"weights: {bad[0]} found, expected numbers above 0 and up to 1000")
-    sources = []
-    for entry, (given, weight) in enumerate(zip(inputs, weights, strict=True)):
+    inputs = list(inputs) if isinstance(inputs, Sequence) and not isinstance(inputs, str | bytes) else [inputs]
+    if bad := [given for given in inputs if not isinstance(given, str | Path) or not str(given).strip()]:
+        raise InputError(f"input_path: {bad[0]!r} found, expected a file, a folder, a glob or datasets:NAME")
+    found = []  # (location, size, weight)
+    for given, weight in zip(inputs, _checked_weights(weights, len(inputs)), strict=True):
         if str(given).startswith(DATASETS):
-            sources.append(Source(str(given), 0, entry, weight))
+            found.append((str(given), 0, weight))
         else:
-            files = _files(Path(given))
-            sources += [Source(str(path), path.stat().st_size, entry, weight) for path in files]
-    if not sources:
+            files = _files(Path(given), {path.resolve() for path in leave_out})
+            found += [(str(path), path.stat().st_size, weight) for path in files]
+    if not found:
         raise InputError("input_path: nothing was given")
+    names = _short_names([location for location, _, _ in found])
+    sources = [
+        Source(location, name, size, weight) for name, (location, size, weight) in zip(names, found, strict=True)
+    ]
     for source in sources:
-        with open_source(source):
-            pass
+        open_source(source).close()
     return sources
 
 
-def _files(path: Path) -> list[Path]:
+def _checked_weights(weights: Sequence[float] | None, count: int) -> list[float]:
+    if weights is None:
+        return [1.0] * count
+    weights = list(weights) if isinstance(weights, Sequence) else [weights]
+    if len(weights) != count:
+        raise InputError(f"weights: {len(weights)} found for {count} inputs; give one for each")
+    for weight in weights:
+        if not isinstance(weight, int | float) or isinstance(weight, bool) or not 0 < weight <= 1000:
+            raise InputError(f"weights: {weight!r} found, expected numbers above 0 and up to 1000")
+    return weights
+
+
+def _files(path: Path, leave_out: set[Path]) -> list[Path]:
     if path.is_dir():
-        found = [file for file in path.rglob("*") if file.is_file() and _is_input(file)]
-        if not found:
-            raise InputError(f"input_path: the folder {path} holds no file that ends in {', '.join(ENDINGS)}")
-        return sorted(found, key=lambda file: file.as_posix())
-    if path.is_file():
+        found = [file for file in path.rglob("*") if file.name.endswith(ENDINGS)]
+        nothing = f"the folder {path} holds no file that ends in {', '.join(ENDINGS)}"
+    elif path.is_file():
         return [path]
-    if glob.has_magic(str(path)):
+    elif glob.has_magic(str(path)):
         found = [Path(name) for name in glob.glob(str(path), recursive=True)]
-        found = [file for file in found if file.is_file() and not file.name.endswith(OUR_ENDINGS)]
-        if not found:
-            raise InputError(f"input_path: no file matches {path}")
-        return sorted(found, key=lambda file: file.as_posix())
-    raise InputError(f'input_path: no file {path}; expected JSONL, one {{"text": ...}} object a line')
+        nothing = f"no file matches {path}"
+    else:
+        raise InputError(f'input_path: no file {path}; expected JSONL, one {{"text": ...}} object a line')
+    found = [file for file in found if file.is_file() and not _is_ours(file) and file.resolve() not in leave_out]
+    if not found:
+        raise InputError(f"input_path: {nothing}")
+    return sorted(found, key=lambda file: file.as_posix())
 
 
-def _is_input(file: Path) -> bool:
-    return file.name.endswith(ENDINGS) and not file.name.endswith(OUR_ENDINGS)
+def _is_ours(file: Path) -> bool:
+    """Whether data processing left it: beside an output, or in the folder of one that is half made."""
+    in_job = len(file.parts) > 2 and file.parts[-2] == "merged" and file.parts[-3].endswith(".parts")
+    return in_job or file.name.endswith(OUR_ENDINGS)
+
+
+def _short_names(locations: Sequence[str]) -> list[str]:
+    """The files' names, with as many of their folders as it takes to tell them apart; datasets as they are."""
+    paths = {location: Path(os.path.abspath(location)).parts for location in locations}
+    names, depth = {}, 0
+    while len(set(names.values())) < len(set(paths.values())):
+        depth += 1
+        for location, parts in paths.items():
+            names[location] = location if location.startswith(DATASETS) else "/".join(parts[-depth:])
+    return [names[location] for location in locations]
 
 
 # ------------------------------------------------------------------------------------------------------ opening one
@@ -142,11 +168,14 @@ def open_source(source: Source, text_field: str = "text") -> BinaryIO:
         file = _open_zst(path)
     else:
         file = open(path, "rb")
-    with _damage(source.location):
-        start = file.peek(2)[:2]
-    if start in (b"\xff\xfe", b"\xfe\xff"):
+    try:
+        with _damage(source.location):
+            start = file.peek(2)[:2]
+        if start in (b"\xff\xfe", b"\xfe\xff"):
+            raise InputError(f"input_path: {path} is UTF-16; save it as UTF-8 first")
+    except BaseException:
         file.close()
-        raise InputError(f"input_path: {path} is UTF-16; save it as UTF-8 first")
+        raise
     return file
 
 
@@ -156,30 +185,71 @@ def _open_zst(path: Path) -> BinaryIO:
     except ImportError:
         raise InputError(f"input_path: reading {path} needs zstandard: pip install zstandard") from None
     file = open(path, "rb")
-    unpacked = io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True), 1 << 20)
+    unpacked = io.BufferedReader(_ZstFrames(file, zstandard.ZstdDecompressor(max_window_size=1 << 31)), 1 << 20)
     unpacked.disk = file  # knows how far the reading is
     return unpacked
 
 
-def _parquet_rows(path: Path, text_field: str) -> Iterator:
-    import pyarrow
-    from pyarrow.parquet import ParquetFile
+class _ZstFrames(io.RawIOBase):
+    """What a .zst file holds. Unlike zstandard's own reader it tells a file that was cut off from one that ends."""
 
+    def __init__(self, file: BinaryIO, decompressor) -> None:
+        self._file, self._decompressor = file, decompressor
+        self._frame, self._packed, self._rest = None, b"", memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        while not self._rest:
+            # Little at a time: 4 bytes may stand for 128 KiB of one character.
+            self._packed = self._packed or self._file.read(4 << 10)
+            if not self._packed:
+                if self._frame is not None:
+                    raise EOFError("the file ends in the middle of a frame")
+                return 0
+            self._frame = self._frame or self._decompressor.decompressobj()
+            self._rest = memoryview(self._frame.decompress(self._packed))
+            self._packed = self._frame.unused_data
+            if self._frame.eof:
+                self._frame = None
+        taken, self._rest = self._rest[: len(buffer)], self._rest[len(buffer) :]
+        buffer[: len(taken)] = taken
+        return len(taken)
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+def _parquet_rows(path: Path, text_field: str) -> Generator:
     try:
-        file = ParquetFile(path)
-        if text_field not in file.schema_arrow.names:
-            raise InputError(
-                f"text_field: {path} has no column {text_field}; its columns are {', '.join(file.schema_arrow.names)}"
-            )
-        for batch in file.iter_batches(batch_size=1000, columns=[text_field]):
-            yield from batch.column(0).to_pylist()
-    except pyarrow.ArrowException as error:
-        raise InputError(f"input_path: {path} cannot be read as Parquet ({str(error).splitlines()[0]})") from error
+        import pyarrow
+        from pyarrow.parquet import ParquetFile
+    except ImportError:
+        raise InputError(f"input_path: reading {path} needs pyarrow: pip install pyarrow") from None
+    try:
+        with ParquetFile(path, buffer_size=1 << 20) as file:  # pages are read one by one, not whole row groups
+            columns = file.schema_arrow.names
+            if text_field not in columns:
+                raise InputError(f"text_field: {path} has no column {text_field}; its columns are {', '.join(columns)}")
+            for batch in file.iter_batches(batch_size=128, columns=[text_field]):
+                column = batch.column(0)
+                if pyarrow.types.is_string(column.type) or pyarrow.types.is_large_string(column.type):
+                    column = column.cast(pyarrow.large_binary())  # it may hold what is not UTF-8, and to_pylist raise
+                yield from column.to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(f"input_path: {path} cannot be read as Parquet ({reason}); fetch it again") from error
 
 
-def _dataset_rows(location: str) -> Iterator:
+def _dataset_rows(location: str) -> Generator:
     name, _, query = location.removeprefix(DATASETS).partition("?")
-    options = {"split": "train", **dict(parse_qsl(query))}
+    options: dict = {"split": "train"}
+    for key, values in parse_qs(query.replace("+", "%2B"), keep_blank_values=True).items():  # a + is no space
+        options[key] = values[0] if len(values) == 1 else values  # data_files=a&data_files=b are two files
+    if not name:
+        raise InputError(f"input_path: {location} names no dataset; expected datasets:NAME?split=train")
     try:
         import datasets
     except ImportError:
@@ -195,30 +265,41 @@ def _dataset_rows(location: str) -> Iterator:
 class _Rows(io.RawIOBase):
     """The rows as a file of JSONL."""
 
-    def __init__(self, rows: Iterable, text_field: str) -> None:
-        self._rows, self._text_field, self._rest = iter(rows), text_field, b""
+    def __init__(self, rows: Generator, text_field: str) -> None:
+        self._rows, self._text_field, self._rest = rows, text_field, memoryview(b"")
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer) -> int:
-        while len(self._rest) < len(buffer):
-            lines = []
+        if not self._rest:
+            lines, characters = [], 0
             for row in self._rows:
-                value = row.get(self._text_field) if isinstance(row, dict) else row
-                lines.append(json.dumps({self._text_field: value}, ensure_ascii=False, default=str) + "\n")
-                if len(lines) == 256:
+                lines.append(self._line(row.get(self._text_field) if isinstance(row, dict) else row))
+                characters += len(lines[-1])
+                if characters > len(buffer):
                     break
-            if not lines:
-                break
-            self._rest += "".join(lines).encode("utf-8", "surrogatepass")
-        taken = self._rest[: len(buffer)]
-        self._rest = self._rest[len(taken) :]
+            self._rest = memoryview("".join(lines).encode("utf-8", "surrogatepass"))
+        taken, self._rest = self._rest[: len(buffer)], self._rest[len(buffer) :]
         buffer[: len(taken)] = taken
         return len(taken)
 
+    def close(self) -> None:
+        self._rows.close()
+        super().close()
 
-def _open_rows(rows: Iterable, text_field: str) -> BinaryIO:
+    def _line(self, value) -> str:
+        if isinstance(value, bytes):  # bytes that are not UTF-8 become lone surrogates, and the line a bad_utf8
+            value = value.decode("utf-8", "surrogateescape")
+        return json.dumps({self._text_field: value}, ensure_ascii=False, default=_not_json) + "\n"
+
+
+def _not_json(value) -> dict:
+    """What stands for a date, a picture or the like, which is no text."""
+    return {type(value).__name__: str(value)}
+
+
+def _open_rows(rows: Generator, text_field: str) -> BinaryIO:
     return io.BufferedReader(_Rows(rows, text_field), 1 << 20)
 
 
@@ -292,11 +373,8 @@ def _read_block(file: BinaryIO, position: int, end: int) -> Block | None:
                 size += len(rest)
                 if rest.endswith(b"\n"):
                     break
-            raw = (
-                raw[: last + KEPT_OF_OVERSIZED]
-                if len(raw) - last >= KEPT_OF_OVERSIZED
-                else raw + tail[:KEPT_OF_OVERSIZED]
-            )
+            kept = raw[last : last + KEPT_OF_OVERSIZED]
+            raw = raw[:last] + kept + tail[: KEPT_OF_OVERSIZED - len(kept)]
         else:
             raw += tail
     else:
@@ -304,20 +382,24 @@ def _read_block(file: BinaryIO, position: int, end: int) -> Block | None:
     return Block(position, raw, size, digest.hexdigest(), oversized)
 
 
-def lines_of(block: Block) -> list[bytes]:
-    """The block's lines without their ends; a byte-order mark at the source's very start is none of the text."""
-    raw = block.raw.removeprefix(BOM) if block.offset == 0 else block.raw
-    lines = raw.split(b"\n")
-    if not lines[-1]:
-        lines.pop()
+def lines_of(block: Block) -> list[memoryview]:
+    """The block's lines without their ends, not copied; a byte-order mark at the source's start is none of the text."""
+    content, start = memoryview(block.raw), 0
+    if block.offset == 0 and block.raw.startswith(BOM):
+        start = len(BOM)
+    ends = np.flatnonzero(np.frombuffer(block.raw, dtype=np.uint8) == ord("\n")).tolist()
+    if start + 1 <= len(content) and not block.raw.endswith(b"\n"):
+        ends.append(len(content))
+    lines = []
+    for end in ends:
+        lines.append(content[start:end])
+        start = end + 1
     return lines
 
 
-def line_offsets(block: Block, lines: Sequence[bytes]) -> list[int]:
+def line_offsets(block: Block, lines: Sequence[memoryview]) -> list[int]:
     """Where each line begins in the source's text, bytes."""
-    starts = [block.offset]
+    starts = [len(BOM) if block.offset == 0 and block.raw.startswith(BOM) else block.offset]
     for line in lines:
         starts.append(starts[-1] + len(line) + 1)
-    if block.offset == 0 and block.raw.startswith(BOM):  # it counts as a part of the first line
-        starts[1:] = [start + len(BOM) for start in starts[1:]]
     return starts[: len(lines)]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from model.corpus.cleaning import CHANGES
-from model.corpus.part_maker import REASONS
+from model.corpus.reasons import REASONS
 
 # Lower ends of the lengths' bins, two to each doubling: 0, 1, 2, 3, 4, 6, 8, 12, 16 … 2^30.
 LENGTHS = np.array([0, 1, 2, *(size for power in range(1, 30) for size in (3 << (power - 1), 4 << (power - 1)))])
@@ -17,7 +17,8 @@ SHARES = np.arange(0, 20) / 20  # of Han characters
 class Statistics:
     """Counts over all lines. Every line is a document or is rejected: lines = documents + rejected.
 
-    Lengths and shares are those of the documents as they were kept, whichever file they went to, each counted once.
+    Lengths and shares are those of the documents as they were kept, whichever file they went to, each counted once. The
+    share of Han characters is that of each document's first 512 characters.
     """
 
     def __init__(self, source_names: Sequence[str], vocab_size: int) -> None:
@@ -48,13 +49,13 @@ class Statistics:
         characters = int(table["characters"].sum())
         self.characters += characters
         self.utf8_bytes += int(table["utf8_bytes"].sum())
-        self.han += int(table["han"].sum())
+        self.han += float(table["han_share"].astype(np.float64) @ table["characters"])
         self.longer_than_max_length += int(table["is_long"].sum())
         self.changed["documents"] += int((table["changes"] > 0).sum())
         for number, name in enumerate(CHANGES):
             self.changed[name] += int((table["changes"] >> number & 1).sum())
         self._lengths_in_characters.add(table["characters"])
-        self._shares.add(table["han"] / np.maximum(table["characters"], 1))
+        self._shares.add(table["han_share"])
         if self.vocab_size:
             text_tokens = table["size"].astype(np.int64) - 2 * table["pieces"]
             self._text_tokens += int(text_tokens.sum())
@@ -105,7 +106,7 @@ class Statistics:
             "han_share": round(self.han / self.characters, 4) if self.characters else None,
             "max_length": max_length,
             "long_documents": long_documents,
-            "documents_longer_than_max_length": self.longer_than_max_length,
+            "documents_longer_than_max_length": self.longer_than_max_length + self.rejected["over_max_length"],
             "changed_by_cleaning": {name: self.changed[name] for name in ("documents", *CHANGES)},
             "validation": {"documents": self.validation_documents, "tokens": self.validation_tokens}
             if self.validation_documents

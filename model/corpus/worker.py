@@ -17,12 +17,16 @@ from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
-from model.corpus.part_maker import Damaged, Part, PartMaker, PartOptions
+from model.corpus.part_file import Damaged, Part
+from model.corpus.part_maker import PartMaker, PartOptions
 from model.corpus.sources import Block, Source, read_part
 from model.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[2]
 ONE_THREAD = ("FASTOKENS_BPE_THREADS", "RAYON_NUM_THREADS", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+
+# glibc: keep freed memory instead of giving it back to ask for it again: a part's arrays come and go all the time.
+KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 30)}
 
 
 @dataclass(frozen=True)
@@ -66,63 +70,75 @@ def carry_out(maker: PartMaker, task: Task) -> Answer:
     return Answer(*about, maker.make(block, task.path) if block else None)
 
 
-def make_parts(options: PartOptions, tasks: Iterable[Task], workers: int) -> Iterator[Answer]:
-    """Carry out tasks in this process (workers 1) or in several others; answers come as they are ready.
+class Crew:
+    """Worker processes; none where `count` is 0, and the work is done in this process.
 
-    Raises:
-        InputError: a worker died.
+    They start with the crew, so that they load their libraries while their options are still being found out.
     """
-    if workers == 1:
-        maker = PartMaker(options)
-        for task in tasks:
-            yield carry_out(maker, task)
-        return
-    crew = [_Worker(options) for _ in range(workers)]
-    idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
-    for worker in crew:
-        idle.put(worker)
 
-    def run(task: Task) -> Answer:
-        worker = idle.get()
-        try:
-            return worker.carry_out(task)
-        finally:
+    def __init__(self, count: int) -> None:
+        self._workers = [_Worker() for _ in range(count)]
+
+    def __enter__(self) -> "Crew":
+        return self
+
+    def __exit__(self, *error) -> None:
+        for worker in self._workers:
+            worker.end()
+
+    def make_parts(self, options: PartOptions, tasks: Iterable[Task]) -> Iterator[Answer]:
+        """Carry out tasks; answers come as they are ready.
+
+        Raises:
+            InputError: a worker died.
+        """
+        if not self._workers:
+            maker = PartMaker(options)
+            yield from (carry_out(maker, task) for task in tasks)
+            return
+        idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
+        for worker in self._workers:
+            worker.send(options)
             idle.put(worker)
 
-    threads = ThreadPoolExecutor(workers)
-    try:
-        waiting = set()
-        for task in tasks:
-            waiting.add(threads.submit(run, task))
-            if len(waiting) > 2 * workers:  # so that no more blocks than that are held
+        def run(task: Task) -> Answer:
+            worker = idle.get()
+            try:
+                return worker.carry_out(task)
+            finally:
+                idle.put(worker)
+
+        threads, waiting = ThreadPoolExecutor(len(self._workers)), set()
+        try:
+            for task in tasks:
+                waiting.add(threads.submit(run, task))
+                if len(waiting) > 2 * len(self._workers):  # so that no more blocks than that are held
+                    done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+                    yield from (future.result() for future in done)
+            while waiting:
                 done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
                 yield from (future.result() for future in done)
-        while waiting:
-            done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
-            yield from (future.result() for future in done)
-    finally:
-        for worker in crew:
-            worker.end()
-        threads.shutdown(cancel_futures=True)
+        finally:
+            threads.shutdown(wait=not waiting, cancel_futures=True)
 
 
 class _Worker:
     """One process and the two pipes to it."""
 
-    def __init__(self, options: PartOptions) -> None:
+    def __init__(self) -> None:
         path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-        environment = os.environ | dict.fromkeys(ONE_THREAD, "1") | {"PYTHONPATH": path}
+        environment = KEEP_MEMORY | os.environ | dict.fromkeys(ONE_THREAD, "1") | {"PYTHONPATH": path}
         command = [sys.executable, "-m", "model.corpus"]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
-        self._send(options)
 
-    def _send(self, value) -> None:
+    def send(self, value) -> None:
+        """Send options or a task."""
         pickle.dump(value, self._process.stdin, protocol=pickle.HIGHEST_PROTOCOL)
         self._process.stdin.flush()
 
     def carry_out(self, task: Task) -> Answer:
         try:
-            self._send(task)
+            self.send(task)
             answer = pickle.load(self._process.stdout)
         except (EOFError, OSError, pickle.UnpicklingError) as error:
             code = self._process.wait()
@@ -147,6 +163,8 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # a stray print must not get among them
+    with contextlib.suppress(ImportError):  # takes its time, and the options are still to come
+        import fastokens  # noqa: F401
     maker = PartMaker(pickle.load(sys.stdin.buffer))
     while True:
         try:
@@ -159,4 +177,3 @@ def main() -> None:
             answer = error
         pickle.dump(answer, answers, protocol=pickle.HIGHEST_PROTOCOL)
         answers.flush()
-

@@ -1,0 +1,76 @@
+"""Samples of what cleaning changed, before and after, for the user to look at."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator
+
+from model.corpus.cleaning import CHANGES, Cleaner, CleaningOptions
+
+SAMPLES = 20  # of each kind of change
+EXCERPT = 60  # characters shown on either side of the first difference
+SWITCHED_OFF = {
+    "html": {"html": "none"},
+    "control": {"remove_control_characters": False},
+    "full_width": {"full_width": "none"},
+    "unicode": {"normalization": "none"},
+    "whitespace": {"tidy_whitespace": False},
+}
+
+
+class ChangeSamples:
+    """Keeps, of each kind of change, the texts of the smallest hashes.
+
+    They are spread over the whole input, and the same however the work was divided.
+    """
+
+    def __init__(self, options: CleaningOptions) -> None:
+        self._rows: dict[str, list[dict]] = {name: [] for name in CHANGES}
+        self._cleaners = {}  # of one kind of change only
+        for name in CHANGES:
+            others = {key: value for other, off in SWITCHED_OFF.items() if other != name for key, value in off.items()}
+            self._cleaners[name] = Cleaner(dataclasses.replace(options, **others))
+
+    def add(self, mask: int, line: int, before: str, after: str) -> None:
+        """Add the text of a line that cleaning changed, in the ways that `mask` has bits for."""
+        key = hashlib.sha256(before.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+        for number, name in enumerate(CHANGES):
+            if mask >> number & 1 and self._has_room(name, key):
+                alone, _ = self._cleaners[name].clean(before)
+                if alone == before.strip():  # it became possible by another change only
+                    alone = after
+                self._insert(name, {"key": key, "line": line, **_excerpts(before, alone)})
+
+    def add_all(self, packed: str, lines_before: int, source: str) -> None:
+        """Add the samples of a part, whose lines come after so many others of its source."""
+        for name, rows in json.loads(packed).items():
+            for row in rows:
+                if self._has_room(name, row["key"]):
+                    self._insert(name, {**row, "line": lines_before + row["line"] + 1, "source": source})
+
+    def _has_room(self, name: str, key: str) -> bool:
+        rows = self._rows[name]
+        return (len(rows) < SAMPLES or key < rows[-1]["key"]) and all(row["key"] != key for row in rows)
+
+    def _insert(self, name: str, row: dict) -> None:
+        self._rows[name].append(row)
+        self._rows[name].sort(key=lambda row: row["key"])
+        del self._rows[name][SAMPLES:]
+
+    def packed(self) -> str:
+        """All of them, for `add_all`."""
+        return json.dumps(self._rows)
+
+    def lines(self) -> Iterator[str]:
+        """The lines of the changes file, by kind and then in the input's order."""
+        for name, rows in self._rows.items():
+            for row in sorted(rows, key=lambda row: (row["source"], row["line"])):
+                shown = {"change": name} | {key: row[key] for key in ("source", "line", "before", "after")}
+                yield json.dumps(shown, ensure_ascii=False) + "\n"
+
+
+def _excerpts(before: str, after: str) -> dict[str, str]:
+    """The two texts around their first difference."""
+    first = next((at for at, (a, b) in enumerate(zip(before, after, strict=False)) if a != b), len(after))
+    around = slice(max(0, first - EXCERPT), first + EXCERPT)
+    return {"before": before[around], "after": after[around]}

@@ -1,0 +1,19 @@
+"""Why a line is not a document: every reason that the rejects file names."""
+
+from model.corpus.cleaning import FILTER_REASONS
+
+REASONS = {  # in the order in which the checks are made
+    "bad_utf8": "not UTF-8, or a text with a lone surrogate, which UTF-8 cannot hold",
+    "bad_json": "not JSON",
+    "not_an_object": "JSON, but not an object",
+    "no_text": "an object without the text field, or whose text is not a string",
+    "empty": "an empty line, or a text of nothing but white space, or of nothing after cleaning",
+    "oversized": "a line longer than 64 MiB, which would not fit the bounded memory",
+    **FILTER_REASONS,
+    "over_max_length": "more than max_length tokens, and long_documents is drop",
+    "duplicate": "exactly the text of an earlier line, after cleaning",
+    "near_duplicate": "nearly the text of an earlier line (near_duplicates)",
+    "not_sampled": "a source of a weight below 1: the line was not among those taken",
+}
+NAMES = list(REASONS)
+NUMBERS = {name: number for number, name in enumerate(NAMES)}
