@@ -84,7 +84,7 @@ def main() -> int:
             while True:
                 process = subprocess.Popen(command(killed, source, dice.choice([0, 1, 2])), stderr=subprocess.DEVNULL)
                 try:
-                    process.wait(dice.uniform(0.3, 1.1 * whole_seconds) if kills < arguments.kills else None)
+                    process.wait(dice.uniform(0.3, 0.9 * whole_seconds) if kills < arguments.kills else None)
                     break  # it came to its end
                 except subprocess.TimeoutExpired:
                     process.kill()

@@ -215,7 +215,7 @@ def _problems(options: CleaningOptions) -> list[str]:
             good, expected = isinstance(value, bool), "true or false"
         else:
             types, expected = ((int, float), "a number") if kind is float else (int, "a whole number")
-            good = isinstance(value, types) and not isinstance(value, bool) and math.isfinite(value)
+            good = isinstance(value, types) and not isinstance(value, bool) and -math.inf < value < math.inf
             for limit, words, sign in (("at_least", "of at least", 1), ("at_most", "and at most", -1)):
                 if limits[limit] is not None:
                     good = good and sign * value >= sign * limits[limit]

@@ -1,5 +1,6 @@
 """Which documents repeat an earlier one, found by sorting, with bounded memory."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -28,18 +29,22 @@ def first_occurrences(keys_path: Path, first_path: Path) -> np.ndarray:
     firsts = np.memmap(first_path, dtype="<i8", mode="w+", shape=(count,))
     slices = -(-count // SORTED_AT_ONCE)
     for number in range(slices):
-        keys, indexes = _slice_of_keys(keys_path, number, slices)
-        order = np.lexsort((keys[:, 1], keys[:, 0]))  # stable: equal keys stay in the documents' order
-        keys, indexes = keys[order], indexes[order]
-        starts = np.ones(len(keys), dtype=bool)
-        starts[1:] = (keys[1:] != keys[:-1]).any(axis=1)
-        firsts[indexes] = indexes[starts][np.cumsum(starts) - 1]
+        known_keys, known = np.zeros((0, 2), dtype="<u8"), np.zeros(0, dtype=np.int64)  # of this slice, without repeats
+        for keys, indexes in _slice_of_keys(keys_path, number, slices):
+            keys, indexes = np.concatenate([known_keys, keys]), np.concatenate([known, indexes])
+            order = np.lexsort((keys[:, 1], keys[:, 0]))  # stable: equal keys stay in the documents' order
+            keys, indexes = keys[order], indexes[order]
+            starts = np.ones(len(keys), dtype=bool)
+            starts[1:] = (keys[1:] != keys[:-1]).any(axis=1)
+            firsts[indexes] = indexes[starts][np.cumsum(starts) - 1]
+            known_keys, known = keys[starts], indexes[starts]
     return firsts
 
 
-def _slice_of_keys(path: Path, number: int, slices: int) -> tuple[np.ndarray, np.ndarray]:
-    """The keys whose first half lies in the number-th of `slices` equal ranges, and whose they are."""
-    keys, indexes, position = [], [], 0
+def _slice_of_keys(path: Path, number: int, slices: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The keys whose first half lies in the number-th of `slices` equal ranges, and whose they are, in the documents'
+    order and SORTED_AT_ONCE or a few more at a time: a slice is larger only where very many texts are the same."""
+    keys, indexes, position, held = [], [], 0, 0
     with open(path, "rb") as file:
         while len(block := np.fromfile(file, dtype="<u8", count=2 * READ_AT_ONCE)):
             block = block.reshape(-1, 2)
@@ -47,4 +52,9 @@ def _slice_of_keys(path: Path, number: int, slices: int) -> tuple[np.ndarray, np
             keys.append(block[chosen])
             indexes.append(chosen + position)
             position += len(block)
-    return np.concatenate(keys), np.concatenate(indexes)
+            held += len(chosen)
+            if held >= SORTED_AT_ONCE:
+                yield np.concatenate(keys), np.concatenate(indexes)
+                keys, indexes, held = [], [], 0
+    if held:
+        yield np.concatenate(keys), np.concatenate(indexes)

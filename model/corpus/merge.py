@@ -21,6 +21,7 @@ from model.corpus.part_file import Part
 from model.corpus.reasons import NAMES
 from model.corpus.sources import Source, line_offsets, lines_of, read_part, stream_parts
 from model.corpus.statistics import Statistics
+from model.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -91,21 +92,17 @@ class Merger:
         self._line_numbers = None  # a mapped file could not be removed on Windows
 
     def _parts_read_ahead(self) -> Iterator[tuple[tuple[int, int], Part, np.ndarray]]:
-        """Every part and its payload; the next is read while one is handled."""
-
-        def load(path: Path) -> tuple[Part, np.ndarray]:
-            part = Part(path)
-            return part, part.payload()
-
+        """Every part and its payload; the next payload is read while one is handled."""
         with ThreadPoolExecutor(1) as reader:
             waiting = deque()
             for key, path in self.paths.items():
-                waiting.append((key, reader.submit(load, path)))
+                part = Part(path)
+                waiting.append((key, part, reader.submit(part.payload)))
                 if len(waiting) > 1:
-                    ready, future = waiting.popleft()
-                    yield ready, *future.result()
-            for ready, future in waiting:
-                yield ready, *future.result()
+                    ready, part, payload = waiting.popleft()
+                    yield ready, part, payload.result()
+            for ready, part, payload in waiting:
+                yield ready, part, payload.result()
 
     def _index(self) -> None:
         """Read every part's record and table: keys, signatures and line numbers go to files of their own."""
@@ -126,8 +123,7 @@ class Merger:
                     table = part["documents"]
                     own_keys = np.ascontiguousarray(table["key"])
                     left_out = np.flatnonzero(_copies(self.sources[key[0]], table) == 0)
-                    own_keys[left_out, 0] = documents + left_out  # as if no other text was the same
-                    own_keys[left_out, 1] = 0
+                    own_keys[left_out, 1] = documents + left_out  # as if no other text was the same
                     own_keys.tofile(keys)
                     (table["line"].astype("<i8") + lines + 1).tofile(numbers)
                     if self.options.near_duplicates and len(table):
@@ -195,7 +191,7 @@ class Merger:
         dropped = np.flatnonzero(~fates.kept)
         raw_lines, offsets = [], []
         if any(NAMES[number] != "not_sampled" for number in fates.reason[dropped].tolist()):
-            raw_lines, offsets = self.raw_lines.of_part(*key)
+            raw_lines, offsets = self.raw_lines.of_part(*key, part.record["sha256"])
         for index in dropped.tolist():
             line, reason = int(table["line"][index]), NAMES[fates.reason[index]]
             where = {**named, "line": before + line + 1}
@@ -270,14 +266,23 @@ class RawLines:
         self._sources, self._part_bytes, self._text_field = sources, part_bytes, text_field
         self._source, self._stream = -1, iter(())
 
-    def of_part(self, source: int, index: int) -> tuple[list[bytes], list[int]]:
-        """The part's lines without their ends, and their offsets."""
+    def of_part(self, source: int, index: int, sha256: str) -> tuple[list[memoryview], list[int]]:
+        """The part's lines without their ends, and their offsets.
+
+        Raises:
+            InputError: they are no longer those of this hash.
+        """
         if self._sources[source].is_plain:
             block = read_part(self._sources[source], index, self._part_bytes)
         else:
             if source != self._source:
                 self._source = source
                 self._stream = stream_parts(self._sources[source], self._part_bytes, self._text_field)
-            block = next(block for number, block, _ in self._stream if number == index)
+            block = next((block for number, block, _ in self._stream if number == index), None)
+        if block is None or block.sha256 != sha256:
+            raise InputError(
+                f"{self._sources[source].location} changed while it was processed; change it back, or start over with "
+                "resume=False (--resume false)"
+            )
         lines = lines_of(block)
         return lines, line_offsets(block, lines)

@@ -113,7 +113,11 @@ class Part:
             self._file = np.load(path, allow_pickle=False)
         except DAMAGE as error:
             raise Damaged(path, error) from error
-        self.record: dict = json.loads(self["record"].tobytes())
+        try:
+            self.record: dict = json.loads(self["record"].tobytes())
+        except Damaged:
+            self._file.close()  # it is going to be replaced
+            raise
 
     def __getitem__(self, name: str) -> np.ndarray:
         try:
