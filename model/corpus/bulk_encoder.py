@@ -9,7 +9,7 @@ import numpy as np
 
 from model.tokenization import EMBEDDED_TOKENIZER, BulkTokenizer
 
-CHECKED_CHARACTERS = 200_000  # of the user's own first texts: encoded both ways before fastokens is trusted
+CHECKED_CHARACTERS = 100_000  # of the user's own first texts: encoded both ways before fastokens is trusted
 TRAPS = ("a</s>b<s>c<unk>", " </s>", "<s>", "", "\ufffd🤔\x00 \u3000", "2019年  12\t月\r\n\n3日", "  ", "don't 'S")
 
 

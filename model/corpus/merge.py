@@ -219,6 +219,9 @@ def _copies(source: Source, table: np.ndarray) -> np.ndarray:
     return int(whole) + (table["key"][:, 1] < share * 2.0**64).astype(np.int64)
 
 
+FLUSHED_AT_ONCE = 16 << 20  # items
+
+
 class DocumentFile:
     """The tokens (or JSONL) of documents one after another, and beside it the end of each, uint64.
 
@@ -234,6 +237,7 @@ class DocumentFile:
     def __enter__(self) -> "DocumentFile":
         self._digest, self._hasher = hashlib.sha256(), ThreadPoolExecutor(1)
         self._hashed = self._hasher.submit(lambda: None)
+        self._flusher, self._flushed = ThreadPoolExecutor(1), 0  # items that are on their way to the disk
         self._file = open(self.path, "wb")
         self._ends = open(self.ends_path, "wb") if self.ends_path else None
         return self
@@ -244,6 +248,9 @@ class DocumentFile:
         self._hashed.result()  # never more than one waits to be hashed, which goes on while the file is written
         self._hashed = self._hasher.submit(self._digest.update, content)
         self._file.write(content)
+        if self.items - self._flushed > FLUSHED_AT_ONCE:  # so that there is little to wait for at the end
+            self._flusher.submit(os.fsync, self._file.fileno())
+            self._flushed = self.items
         if self._ends:
             (np.cumsum(sizes) + self.items).astype("<u8").tofile(self._ends)
         self.items += len(payload)
@@ -251,6 +258,7 @@ class DocumentFile:
 
     def __exit__(self, *error) -> None:
         self._hasher.shutdown()
+        self._flusher.shutdown()
         for file in (self._file, self._ends):
             if file:
                 file.flush()

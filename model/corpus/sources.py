@@ -19,8 +19,6 @@ from pathlib import Path
 from typing import BinaryIO
 from urllib.parse import parse_qs
 
-import numpy as np
-
 from model.errors import InputError
 
 BOM = b"\xef\xbb\xbf"
@@ -384,14 +382,12 @@ def _read_block(file: BinaryIO, position: int, end: int) -> Block | None:
 
 def lines_of(block: Block) -> list[memoryview]:
     """The block's lines without their ends, not copied; a byte-order mark at the source's start is none of the text."""
-    content, start = memoryview(block.raw), 0
-    if block.offset == 0 and block.raw.startswith(BOM):
-        start = len(BOM)
-    ends = np.flatnonzero(np.frombuffer(block.raw, dtype=np.uint8) == ord("\n")).tolist()
-    if start + 1 <= len(content) and not block.raw.endswith(b"\n"):
-        ends.append(len(content))
-    lines = []
-    for end in ends:
+    raw, content, lines = block.raw, memoryview(block.raw), []
+    start = len(BOM) if block.offset == 0 and raw.startswith(BOM) else 0
+    while start < len(raw):
+        end = raw.find(b"\n", start)
+        if end < 0:
+            end = len(raw)
         lines.append(content[start:end])
         start = end + 1
     return lines
