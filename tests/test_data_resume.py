@@ -150,6 +150,7 @@ def test_a_worker_that_dies_is_told_and_made_good_by_running_again(
     assert contents(output) == contents(tmp_path / "whole" / "data.bin")
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for the workers in /proc")
 def test_workers_end_when_their_parent_is_killed(tmp_path):
     (tmp_path / "raw.jsonl").write_bytes(b"".join(corpus_lines(2000)) * 20)
     flags = ["--input_path", "raw.jsonl", "--output_path", "data.bin", "--workers", "2", "--deduplicate", "false"]
@@ -166,6 +167,7 @@ def test_workers_end_when_their_parent_is_killed(tmp_path):
     assert workers and not [pid for pid in workers if Path(f"/proc/{pid}").exists()]
 
 
+@pytest.mark.skipif(os.name != "posix", reason="signals a group of processes")
 def test_ctrl_c_is_told_in_one_line(tmp_path):
     (tmp_path / "raw.jsonl").write_bytes(b"".join(corpus_lines(2000)) * 20)
     flags = ["--input_path", "raw.jsonl", "--output_path", "data.bin", "--workers", "2", "--save_interval", "10000"]
