@@ -143,8 +143,8 @@ class OptimizedDataProcessor:
 
     def _run(self, input_path, output_path: str | Path, resume: bool, weights, tokenize: bool) -> dict:
         output = _checked_output(output_path)
-        sources = find_sources(input_path, weights, leave_out=written_paths(output))
         ours = {path.resolve() for path in written_paths(output)}
+        sources = find_sources(input_path, weights, leave_out=ours)
         for source in sources:
             if not source.is_dataset and Path(source.location).resolve() in ours:
                 raise InputError(f"output_path: {output} or what lies beside it is the input itself; give another name")

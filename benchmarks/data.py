@@ -44,7 +44,11 @@ def read_texts(path: Path, every: int) -> list[str]:
         return [json.loads(line)["text"].strip() for line in itertools.islice(file, 0, None, every)]
 
 
+# Each measure returns bytes of text, seconds, and the SHA-256 of the tokens of every k-th document.
+
+
 def one_at_a_time(path: Path, every: int) -> tuple[float, float, str]:
+    """A call of the transformers tokenizer for each document, as MiniMind v1 does it."""
     import jsonlines
     from transformers import AutoTokenizer
 
@@ -63,6 +67,7 @@ def one_at_a_time(path: Path, every: int) -> tuple[float, float, str]:
 
 
 def encode_batch_fast(path: Path, every: int) -> tuple[float, float, str]:
+    """The bare encoder of tokenizers."""
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(TOKENIZER / "tokenizer.json"))
@@ -76,6 +81,7 @@ def encode_batch_fast(path: Path, every: int) -> tuple[float, float, str]:
 
 
 def encode_batch_flat(path: Path, every: int) -> tuple[float, float, str]:
+    """The bare encoder of fastokens."""
     import fastokens
 
     tokenizer = fastokens.Tokenizer.from_file(str(TOKENIZER / "tokenizer.json"))
@@ -97,6 +103,7 @@ def encode_batch_flat(path: Path, every: int) -> tuple[float, float, str]:
 
 
 def process_dataset(path: Path, every: int, **options) -> tuple[float, float, str]:
+    """All of data processing, from the file to the file."""
     from optimized_data_processing import OptimizedDataProcessor
 
     output = path.with_name("ours") / "data.bin"
@@ -210,6 +217,7 @@ def _memory_of(pid: int) -> int:
 
 
 def main() -> None:
+    """Compare speeds, or measure memory."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--input", type=Path, help="JSONL with texts that do not repeat")
     parser.add_argument(

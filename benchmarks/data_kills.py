@@ -45,6 +45,7 @@ def make_dirty_input(path: Path, copies: int) -> None:
 
 
 def command(folder: Path, source: Path, workers: int) -> list[str]:
+    """The job, as a command line."""
     flags = {"--input_path": source, "--output_path": folder / "data.bin", "--workers": workers}
     flags |= {"--save_interval": 50_000, "--val_share": 0.02}
     script = [sys.executable, str(ROOT / "optimized_data_processing.py")]
@@ -64,6 +65,7 @@ def stage(folder: Path) -> str:
 
 
 def main() -> int:
+    """Kill, run again and compare; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--copies", type=int, default=4, help="of the sample corpus, 9 MB each")

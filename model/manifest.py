@@ -35,6 +35,11 @@ def manifest_path(token_path: str | Path) -> Path:
     return Path(token_path).with_suffix(".json")
 
 
+def ends_path(token_path: str | Path) -> Path:
+    """`X.bin` -> `X.ends`: where each document ends, in tokens."""
+    return Path(token_path).with_suffix(".ends")
+
+
 def write_manifest(token_path: str | Path, manifest: Manifest) -> None:
     """Write the manifest beside the token file, replacing an older one in one step."""
     write_json(manifest_path(token_path), asdict(manifest))

@@ -15,15 +15,15 @@ TRAPS = ("a</s>b<s>c<unk>", " </s>", "<s>", "", "\ufffdðŸ¤”\x00 \u3000", "2019å¹
 
 @dataclass(frozen=True)
 class EncoderChoice:
-    """Which library encodes, and the tokenizer it reads; small enough to be sent to each worker process."""
+    """Which package encodes, and the tokenizer it reads; small enough to be sent to each worker process."""
 
-    library: str  # "fastokens" or "tokenizers"
+    package: str  # "fastokens" or "tokenizers"
     tokenizer_json: str
 
     @property
     def name(self) -> str:
-        """For the manifest: the library and its version."""
-        return f"{self.library} {version(self.library)}"
+        """For the manifest: the package and its version."""
+        return f"{self.package} {version(self.package)}"
 
 
 class BulkEncoder:
@@ -31,7 +31,7 @@ class BulkEncoder:
 
     def __init__(self, choice: EncoderChoice) -> None:
         self.name = choice.name
-        if choice.library == "fastokens":
+        if choice.package == "fastokens":
             import fastokens
 
             self._tokenizer = fastokens.Tokenizer.from_json_str(choice.tokenizer_json)

@@ -29,7 +29,8 @@ FILTER_REASONS = {
 }  # in the order in which the checks are made
 
 
-def _option(default, help: str, *, choices: tuple | None = None, at_least=None, at_most=None):
+def option(default, help: str, *, choices: tuple | None = None, at_least=None, at_most=None):
+    """A dataclass field with what the flag's help says and what values are accepted."""
     limits = {"at_least": at_least, "at_most": at_most}
     return field(default=default, metadata={"help": help, "choices": choices, **limits})
 
@@ -38,35 +39,35 @@ def _option(default, help: str, *, choices: tuple | None = None, at_least=None, 
 class CleaningOptions:
     """What a `Cleaner` changes and rejects; each field is a flag of the same name."""
 
-    clean: bool = _option(True, "clean and filter the texts; false: they stay as they are, white space around them cut")
-    normalization: str = _option(
+    clean: bool = option(True, "clean and filter the texts; false: they stay as they are, white space around them cut")
+    normalization: str = option(
         "nfc",
         "Unicode form; nfkc also turns full-width punctuation, ligatures, circled digits … into plain ones",
         choices=("none", "nfc", "nfkc"),
     )
-    remove_control_characters: bool = _option(
+    remove_control_characters: bool = option(
         True, "remove control and private-use characters, noncharacters, zero-width and direction marks, soft hyphens"
     )
-    full_width: str = _option(
+    full_width: str = option(
         "alphanumeric",
         "full-width characters that become ASCII: Latin letters and digits, or all with the punctuation, or none",
         choices=("none", "alphanumeric", "all"),
     )
-    tidy_whitespace: bool = _option(
+    tidy_whitespace: bool = option(
         True, "one kind of newline and space, none at line ends, no U+3000 before paragraphs, at most one empty line"
     )
-    html: str = _option(
+    html: str = option(
         "entities",
         "entities: decode &nbsp; &#39; … and turn <br> and <p> into newlines; tags: also remove all tags of HTML, "
         "comments, scripts and styles, even in texts that write about HTML",
         choices=("none", "entities", "tags"),
     )
-    min_characters: int = _option(1, "reject texts with fewer characters", at_least=1)
-    max_characters: int | None = _option(None, "reject texts with more characters; null: no limit", at_least=1)
-    min_han_share: float = _option(
+    min_characters: int = option(1, "reject texts with fewer characters", at_least=1)
+    max_characters: int | None = option(None, "reject texts with more characters; null: no limit", at_least=1)
+    min_han_share: float = option(
         0.0, "reject texts with a smaller share of Han characters among all but white space", at_least=0, at_most=1
     )
-    max_compression_ratio: float = _option(
+    max_compression_ratio: float = option(
         8.0, "reject texts that repeat themselves: zlib makes them smaller by more than this; 0: none", at_least=0
     )
 

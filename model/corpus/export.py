@@ -15,7 +15,7 @@ import numpy as np
 
 from model.errors import InputError
 from model.files import TEMPORARY_SUFFIX, replacing
-from model.manifest import Manifest, manifest_path, read_manifest
+from model.manifest import Manifest, ends_path, manifest_path, read_manifest
 from model.tokenization import EMBEDDED_TOKENIZER, tokenizer_sha256
 
 BLOCK = 1 << 20  # documents that are in memory at a time: 8 MiB an array
@@ -24,11 +24,6 @@ MEGATRON_MAGIC = b"MMIDIDX\x00\x00"
 MEGATRON_DTYPES = {"uint16": 8, "uint32": 4}  # 4 is int32: Megatron knows no uint32, and below 2^31 the bytes are equal
 UNKNOWN_TOKENIZER = "Unknown Tokenizer"  # datatrove's own words
 REMAKE = "make it again with optimized_data_processing.py"
-
-
-def ends_path(token_path: str | Path) -> Path:
-    """`X.bin` -> `X.ends`."""
-    return Path(token_path).with_suffix(".ends")
 
 
 def export_megatron(token_path: str | Path, say: Callable[[str], None]) -> list[Path]:

@@ -10,7 +10,7 @@ from model.corpus.merge import DocumentFile
 from model.corpus.sources import OUR_ENDINGS, Source, read_part, stream_parts
 from model.errors import InputError
 from model.files import write_json
-from model.manifest import FORMAT_VERSION, file_sha256, manifest_path
+from model.manifest import FORMAT_VERSION, Manifest, ends_path, file_sha256, manifest_path, write_manifest
 
 Records = dict[tuple[int, int], dict]  # of the parts, by (source, index), in order
 
@@ -50,10 +50,10 @@ def finish_files(
         if file is main:
             content["processing"]["statistics"] = summary
         if file.ends_path:
-            content["tokens"] = file.items
+            write_manifest(file.path, Manifest(tokens=file.items, **content))
             made.append(file.ends_path.name)
-        content["format_version"] = FORMAT_VERSION
-        write_json(manifest_path(file.path), content)
+        else:
+            write_json(manifest_path(file.path), {**content, "format_version": FORMAT_VERSION})
         made.append(file.path.name)
         manifests.append(manifest_path(file.path).name)
     for name in ("rejects", "changes"):
@@ -78,7 +78,7 @@ def written_paths(output: Path) -> list[Path]:
 
 
 def _beside(file: Path) -> tuple[Path, Path]:
-    return manifest_path(file), file.with_suffix(".ends")
+    return manifest_path(file), ends_path(file)
 
 
 def check_names_are_free(output: Path, validates: bool, replace: bool) -> None:
@@ -90,8 +90,8 @@ def check_names_are_free(output: Path, validates: bool, replace: bool) -> None:
     manifest = manifest_path(output)
     if manifest.exists():
         try:
-            owner = json.loads(manifest.read_text(encoding="utf-8"))["processing"]["statistics"]["output"]
-        except (OSError, ValueError, KeyError, TypeError):
+            owner = _read_json(manifest)["processing"]["statistics"]["output"]
+        except (KeyError, TypeError):
             owner = output.name if output.exists() else "something else"  # the first manifests named no output
         if owner != output.name:
             raise InputError(
@@ -109,15 +109,10 @@ def check_names_are_free(output: Path, validates: bool, replace: bool) -> None:
 def _made_with_another(validation: Path) -> bool:
     """Whether a validation file was left by a job that split its documents, and not made for itself."""
     try:
-        processing = json.loads(manifest_path(validation).read_text(encoding="utf-8"))["processing"]
+        processing = _read_json(manifest_path(validation))["processing"]
         return "statistics" not in processing and processing["plan"]["val_share"] > 0
-    except (OSError, ValueError, KeyError, TypeError):
+    except (KeyError, TypeError):
         return False
-
-
-def read_summary(output: Path) -> dict:
-    """The counts that a finished output's manifest holds."""
-    return json.loads(manifest_path(output).read_text(encoding="utf-8"))["processing"]["statistics"]
 
 
 def check_finished(output: Path, sources: Sequence[Source], plan: dict) -> dict:
@@ -127,11 +122,11 @@ def check_finished(output: Path, sources: Sequence[Source], plan: dict) -> dict:
         InputError: it is not, it is damaged, or it was not made by this program.
     """
     remedy = "give another output_path, or replace it with resume=False (--resume false)"
+    manifest = _read_json(manifest_path(output))
     try:
-        manifest = json.loads(manifest_path(output).read_text(encoding="utf-8"))
         before, part_bytes = manifest["processing"]["plan"], manifest["processing"]["part_bytes"]
         digests = [source["sha256_of_parts"] for source in manifest["sources"]]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (KeyError, TypeError):
         raise InputError(f"{output} is there and was not made by this program from this input; {remedy}") from None
     changed = describe_changes(before, plan)
     if not changed:
@@ -147,7 +142,7 @@ def check_finished(output: Path, sources: Sequence[Source], plan: dict) -> dict:
     for path, described in files:
         if not path.is_file() or file_sha256(path) != described.get("sha256"):
             raise InputError(f"{path} is damaged: not the bytes that its manifest describes; {remedy}")
-        ends = path.with_suffix(".ends")
+        ends = ends_path(path)
         if "tokens" in described and (not ends.is_file() or ends.stat().st_size != 8 * described["documents"]):
             raise InputError(f"{ends} is damaged: not the {described['documents']:,} documents of {path}; {remedy}")
     return manifest
@@ -156,9 +151,10 @@ def check_finished(output: Path, sources: Sequence[Source], plan: dict) -> dict:
 def _read_json(path: Path) -> dict:
     """A manifest; an empty one where there is none that can be read."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
+    return content if isinstance(content, dict) else {}
 
 
 def _part_digests(source: Source, part_bytes: int, text_field: str) -> list[str]:

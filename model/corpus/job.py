@@ -17,7 +17,6 @@ from model.corpus.finished import (
     check_names_are_free,
     describe_sources,
     finish_files,
-    read_summary,
     validation_path,
 )
 from model.corpus.job_folder import JobFolder, job_path
@@ -30,6 +29,7 @@ from model.corpus.sources import Source, lines_of, stream_parts
 from model.corpus.statistics import Statistics
 from model.corpus.worker import Crew, Task
 from model.errors import InputError
+from model.manifest import ends_path
 from model.tokenization import BulkTokenizer, load_bulk_tokenizer, tokenizer_sha256
 
 BYTES_OF_A_TOKEN = 8  # more than a token of Chinese has, so that a part holds somewhat less than save_interval
@@ -67,6 +67,11 @@ class Job:
         """The tokenizer, loaded when it is first needed: a finished output needs none."""
         return load_bulk_tokenizer(self.options.tokenizer_path)
 
+    @property
+    def size(self) -> int:
+        """Bytes of the input, as far as they are known."""
+        return sum(source.size for source in self.sources)
+
     def run(self, resume: bool) -> dict:
         """Plan, make the parts that are missing, merge them, give the files their names; returns the counts."""
         self.processes.start(timeout_minutes=WAIT_FOR_OTHERS)
@@ -85,8 +90,8 @@ class Job:
             records = self.processes.gather(self._make_parts(folder))
             summary = {}
             if self.processes.is_main:
-                self._merge(folder, dict(sorted(item for share in records for item in share.items())))
-                summary = self._publish(folder)
+                summary = self._merge(folder, dict(sorted(item for share in records for item in share.items())))
+                folder.publish()
                 self._report(summary, time.perf_counter() - since)
             self.processes.barrier()  # the others wait: torchrun ends all when one has failed
         return summary
@@ -123,9 +128,8 @@ class Job:
     def _make_parts(self, folder: JobFolder) -> dict[tuple[int, int], dict]:
         """Make this process's share of the parts that are not there yet; returns the records of all of its share."""
         part_bytes = folder.planned()["part_bytes"]
-        total = sum(source.size for source in self.sources) // self.processes.world_size
         made, kept, tokens, since = {}, 0, 0, time.perf_counter()
-        with Crew(self._workers(part_bytes)) as crew, self.progress_bar(total) as bar:
+        with Crew(self._workers(part_bytes)) as crew, self.progress_bar(self.size // self.processes.world_size) as bar:
             for answer in crew.make_parts(self._part_options(), self._tasks(folder, part_bytes)):
                 if answer.changed:
                     raise InputError(
@@ -149,7 +153,7 @@ class Job:
             return self.options.workers
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         workers = max(1, cores // self.processes.local_world_size)
-        share = sum(source.size for source in self.sources) // self.processes.world_size
+        share = self.size // self.processes.world_size
         return 0 if all(source.size for source in self.sources) and share <= 4 * part_bytes else workers
 
     def _part_options(self) -> PartOptions:
@@ -204,8 +208,8 @@ class Job:
 
     # ------------------------------------------------------------------------------------- merging and publishing
 
-    def _merge(self, folder: JobFolder, records: Records) -> None:
-        """Merge the parts into the finished files, and write down which they are."""
+    def _merge(self, folder: JobFolder, records: Records) -> dict:
+        """Merge the parts into the finished files, and write down which they are; returns the counts."""
         if len(records) > 100:
             self.say(f"merging {len(records):,} parts")
         vocab_size = self.tokenizer.vocab_size if self.tokenize else 0
@@ -213,8 +217,8 @@ class Job:
         part_bytes = folder.planned()["part_bytes"]
         folder.start_merging()
         main, validation = (
-            DocumentFile(folder.merged / path.name, folder.merged / f"{path.stem}.ends" if self.tokenize else None)
-            for path in (self.output, validation_path(self.output))
+            DocumentFile(path, ends_path(path) if self.tokenize else None)
+            for path in (folder.merged / self.output.name, validation_path(folder.merged / self.output.name))
         )
         merger = Merger(
             {key: folder.part(*key) for key in records},
@@ -246,11 +250,8 @@ class Job:
             "output": self.output.name,
             **statistics.summary(self.options.max_length, self.options.long_documents),
         }
-        finish_files(folder, main, validation, common, processing, {"output": self.output.name, **summary})
-
-    def _publish(self, folder: JobFolder) -> dict:
-        folder.publish()
-        return read_summary(self.output)
+        finish_files(folder, main, validation, common, processing, summary)
+        return summary
 
     def _nothing_made(self, folder: JobFolder, statistics: Statistics) -> None:
         """Leave the rejects, if there are any, and nothing else.
@@ -268,7 +269,7 @@ class Job:
         if statistics.documents:
             count = f"{statistics.documents:,} document" + "s" * (statistics.documents > 1)
             raise InputError(f"val_share: all of {count} went to validation; give a smaller share")
-        reasons = ", ".join(f"{reason} {count:,}" for reason, count in sorted(statistics.rejected.items()))
+        reasons = _counts(dict(sorted(statistics.rejected.items())))
         raise InputError(
             f"{sources}: none of {statistics.lines:,} lines is a document ({reasons}); expected one "
             f'{{"{self.options.text_field}": "..."}} a line (text_field names the key); the lines are in {rejects}'
@@ -300,8 +301,7 @@ class Job:
         if validation := summary["validation"]:
             tokens = f", {validation['tokens']:,} tokens" if self.tokenize else ""
             self.say(f"for validation: {validation['documents']:,} documents{tokens}")
-        size = sum(source.size for source in self.sources)
-        self.say(f"wrote {self.output} in {seconds:.1f} s ({size / 1e6 / max(seconds, 1e-9):.1f} MB/s)")
+        self.say(f"wrote {self.output} in {seconds:.1f} s ({self.size / 1e6 / max(seconds, 1e-9):.1f} MB/s)")
 
 
 def _counts(counts: dict) -> str:

@@ -4,7 +4,7 @@ For the output `X.bin` (or `X.jsonl`) it is `X.bin.parts/`, beside it:
 
     .lock               held while a process works on this output; the system frees it when the process dies
     plan.json           all that the output depends on; a job goes on only where it is unchanged
-    00000-0000012.npz   part 12 of source 0 (`model.corpus.part_maker`)
+    00000-0000012.npz   part 12 of source 0, and beside it its .payload (`model.corpus.part_file`)
     merged/             the finished files, while they are written
     publish.json        written when they are finished: which gets which name; from then on only renames are left
 
@@ -54,10 +54,13 @@ class JobFolder:
         if self._lock is None:
             return
         nothing_made = kind is not None and not self.is_finished and not self.has_parts
-        self._lock.release()
-        self._lock = None
+        self._release()
         if nothing_made:  # a wrong flag is to leave nothing that the right one would have to go on with
             shutil.rmtree(self.path, ignore_errors=True)
+
+    def _release(self) -> None:
+        self._lock.release()
+        self._lock = None
 
     def planned(self) -> dict | None:
         """The plan that the job was begun with; None where there is none.
@@ -76,10 +79,10 @@ class JobFolder:
     def _remedy(self) -> str:
         return f"start over with resume=False (--resume false), or delete {self.path}"
 
-    def clear(self) -> None:
-        """Forget all that was made, the lock excepted."""
+    def clear(self, *kept: Path) -> None:
+        """Forget all that was made, but for the lock and what is to be kept."""
         for path in self.path.iterdir():
-            if path.name != ".lock":
+            if path.name != ".lock" and path not in kept:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def begin(self, plan: dict) -> bool:
@@ -142,11 +145,9 @@ class JobFolder:
 
     def remove(self) -> None:
         """Remove the folder; publish.json goes last, so that a removal that is cut off goes on."""
-        for path in self.path.iterdir():
-            if path not in (self._publish, self.path / ".lock"):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        self.clear(self._publish)
         self._publish.unlink(missing_ok=True)
-        self.__exit__()
+        self._release()
         shutil.rmtree(self.path, ignore_errors=True)
 
 

@@ -60,7 +60,6 @@ class Merger:
     ) -> None:
         self.paths, self.sources, self.raw_lines, self.options = paths, sources, raw_lines, options
         self.statistics, self.folder = statistics, folder
-        self.records: dict[tuple[int, int], dict] = {}
         self._lines_before: dict[tuple[int, int], int] = {}  # lines of the source before the part
         self._source_starts: list[int] = []  # documents before the source's first
 
@@ -130,7 +129,7 @@ class Merger:
                         own_signatures = part["signatures"]
                         own_signatures[left_out] = (documents + left_out)[:, None]
                         own_signatures.tofile(signatures)
-                    self.records[key], self._lines_before[key] = part.record, lines
+                    self._lines_before[key] = lines
                     lines += part.record["lines"]
                     documents += len(table)
         self._line_numbers = np.memmap(self.folder / "lines", "<i8", "r") if documents else np.zeros(0, "<i8")

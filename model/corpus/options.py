@@ -3,16 +3,11 @@
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from model.corpus.cleaning import Cleaner, CleaningOptions
+from model.corpus.cleaning import Cleaner, CleaningOptions, option
 from model.errors import InputError
 
 LONG_DOCUMENTS = ("keep", "split", "truncate", "drop")
-
-
-def _option(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
-    return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
 
 
 @dataclass(frozen=True)
@@ -23,18 +18,18 @@ class ProcessingOptions:
         InputError: values that cannot be, all of them in one message.
     """
 
-    tokenizer_path: str | Path | None = _option(None, "folder of a tokenizer; default: the embedded one")
-    max_length: int = _option(512, "tokens, bos and eos counted; what becomes of longer documents: see long_documents")
-    chunk_size: int = _option(50000, "lines that are handled together at most")
-    save_interval: int = _option(1000000, "tokens, about, after which a worker's progress is made final")
-    text_field: str = _option("text", "key of the text in each JSON object, or the column")
-    long_documents: str = _option("keep", "documents of more than max_length tokens", LONG_DOCUMENTS)
-    deduplicate: bool = _option(True, "leave out a text that was there before, exactly")
-    near_duplicates: float = _option(
+    tokenizer_path: str | Path | None = option(None, "folder of a tokenizer; default: the embedded one")
+    max_length: int = option(512, "tokens, bos and eos counted; what becomes of longer documents: see long_documents")
+    chunk_size: int = option(50000, "lines that are handled together at most")
+    save_interval: int = option(1000000, "tokens, about, after which a worker's progress is made final")
+    text_field: str = option("text", "key of the text in each JSON object, or the column")
+    long_documents: str = option("keep", "documents of more than max_length tokens", choices=LONG_DOCUMENTS)
+    deduplicate: bool = option(True, "leave out a text that was there before, exactly")
+    near_duplicates: float = option(
         0.0, "leave out a text of at least this similarity to an earlier one, such as 0.8 (needs rensa); 0: none"
     )
-    val_share: float = _option(0.0, "share of the documents, chosen by hash, that goes to a validation file X.val.bin")
-    workers: int | None = _option(None, "worker processes; 0: only this one; default: one a core, 0 for small inputs")
+    val_share: float = option(0.0, "share of the documents, chosen by hash, that goes to a validation file X.val.bin")
+    workers: int | None = option(None, "worker processes; 0: only this one; default: one a core, 0 for small inputs")
     cleaning: CleaningOptions = dataclasses.field(default_factory=CleaningOptions)
 
     def __post_init__(self) -> None:

@@ -67,7 +67,6 @@ class PartMaker:
             columns.rejects = [(offsets[line], line, reason, raw) for line, reason, raw in sorted(columns.rejects)]
         record = {
             "sha256": block.sha256,
-            "size": block.size,
             "lines": len(lines),
             "items": sum(len(array) for array in columns.payload),
             "dtype": self.options.dtype,

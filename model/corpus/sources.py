@@ -6,6 +6,7 @@ The input is cut into *parts*: part k of a source is the lines whose first byte 
 alone, and of a plain file any process can read any part at once. Line ends are the byte `\\n` and nothing else.
 """
 
+import contextlib
 import glob
 import gzip
 import hashlib
@@ -13,7 +14,7 @@ import io
 import json
 import os
 import zlib
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Collection, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -23,6 +24,7 @@ from model.errors import InputError
 
 BOM = b"\xef\xbb\xbf"
 MAX_LINE_BYTES = 64 << 20
+READ_AT_ONCE = 1 << 20  # bytes, about, of what is unpacked or made from rows
 KEPT_OF_OVERSIZED = 4096  # bytes of an oversized line that its reject keeps; its offset says where the rest is
 ENDINGS = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz", ".jsonl.zst", ".ndjson.zst", ".parquet")  # in folders, globs
 OUR_ENDINGS = (".rejects.jsonl", ".changes.jsonl")  # what data processing itself left there
@@ -64,12 +66,12 @@ class Block:
 
 
 def find_sources(
-    inputs: str | Path | Sequence[str | Path], weights: Sequence[float] | None = None, leave_out: Sequence[Path] = ()
+    inputs: str | Path | Sequence[str | Path], weights: Sequence[float] | None = None, leave_out: Collection[Path] = ()
 ) -> list[Source]:
     """The files and datasets that are meant by paths, folders, globs and `datasets:…`, in the order given.
 
     A folder's and a glob's files come in the order of their names. What data processing itself left there, or is about
-    to leave (`leave_out`), is none of them.
+    to leave (`leave_out`, resolved paths), is none of them.
 
     Raises:
         InputError: something is not there, is empty or is no file that can be read; a wrong number of weights.
@@ -82,7 +84,7 @@ def find_sources(
         if str(given).startswith(DATASETS):
             found.append((str(given), 0, weight))
         else:
-            files = _files(Path(given), {path.resolve() for path in leave_out})
+            files = _files(Path(given), leave_out)
             found += [(str(path), path.stat().st_size, weight) for path in files]
     if not found:
         raise InputError("input_path: nothing was given")
@@ -107,7 +109,7 @@ def _checked_weights(weights: Sequence[float] | None, count: int) -> list[float]
     return weights
 
 
-def _files(path: Path, leave_out: set[Path]) -> list[Path]:
+def _files(path: Path, leave_out: Collection[Path]) -> list[Path]:
     if path.is_dir():
         found = [file for file in path.rglob("*") if file.name.endswith(ENDINGS)]
         nothing = f"the folder {path} holds no file that ends in {', '.join(ENDINGS)}"
@@ -151,14 +153,14 @@ def open_source(source: Source, text_field: str = "text") -> BinaryIO:
         InputError: it is not there, empty, UTF-16, damaged from the start, or its reader is not installed.
     """
     if source.is_dataset:
-        return _open_rows(_dataset_rows(source.location), text_field)
+        return _as_file(_as_jsonl(_dataset_rows(source.location), text_field))
     path = Path(source.location)
     if not path.is_file():
         raise InputError(f'input_path: no file {path}; expected JSONL, one {{"text": ...}} object a line')
     if path.stat().st_size == 0:
         raise InputError(f'input_path: {path} is empty; expected JSONL, one {{"text": ...}} object a line')
     if source.location.endswith(".parquet"):
-        return _open_rows(_parquet_rows(path, text_field), text_field)
+        return _as_file(_as_jsonl(_parquet_rows(path, text_field), text_field))
     if source.location.endswith(".gz"):
         file = gzip.open(path, "rb")
         file.disk = file.fileobj
@@ -183,41 +185,23 @@ def _open_zst(path: Path) -> BinaryIO:
     except ImportError:
         raise InputError(f"input_path: reading {path} needs zstandard: pip install zstandard") from None
     file = open(path, "rb")
-    unpacked = io.BufferedReader(_ZstFrames(file, zstandard.ZstdDecompressor(max_window_size=1 << 31)), 1 << 20)
+    unpacked = _as_file(_zst_frames(file, zstandard.ZstdDecompressor(max_window_size=1 << 31)), file)
     unpacked.disk = file  # knows how far the reading is
     return unpacked
 
 
-class _ZstFrames(io.RawIOBase):
+def _zst_frames(file: BinaryIO, decompressor) -> Generator:
     """What a .zst file holds. Unlike zstandard's own reader it tells a file that was cut off from one that ends."""
-
-    def __init__(self, file: BinaryIO, decompressor) -> None:
-        self._file, self._decompressor = file, decompressor
-        self._frame, self._packed, self._rest = None, b"", memoryview(b"")
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer) -> int:
-        while not self._rest:
-            # Little at a time: 4 bytes may stand for 128 KiB of one character.
-            self._packed = self._packed or self._file.read(4 << 10)
-            if not self._packed:
-                if self._frame is not None:
-                    raise EOFError("the file ends in the middle of a frame")
-                return 0
-            self._frame = self._frame or self._decompressor.decompressobj()
-            self._rest = memoryview(self._frame.decompress(self._packed))
-            self._packed = self._frame.unused_data
-            if self._frame.eof:
-                self._frame = None
-        taken, self._rest = self._rest[: len(buffer)], self._rest[len(buffer) :]
-        buffer[: len(taken)] = taken
-        return len(taken)
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()
+    frame = None
+    while packed := file.read(4 << 10):  # little at a time: 4 bytes may stand for 128 KiB of one character
+        while packed:
+            frame = frame or decompressor.decompressobj()
+            yield frame.decompress(packed)
+            packed = frame.unused_data
+            if frame.eof:
+                frame = None
+    if frame is not None:
+        raise EOFError("the file ends in the middle of a frame")
 
 
 def _parquet_rows(path: Path, text_field: str) -> Generator:
@@ -260,45 +244,58 @@ def _dataset_rows(location: str) -> Generator:
         raise InputError(f"input_path: {location} cannot be streamed ({reason})") from error
 
 
-class _Rows(io.RawIOBase):
-    """The rows as a file of JSONL."""
+class _Generated(io.RawIOBase):
+    """A file of the bytes that a generator yields; closing it closes the generator, and the file that it reads."""
 
-    def __init__(self, rows: Generator, text_field: str) -> None:
-        self._rows, self._text_field, self._rest = rows, text_field, memoryview(b"")
+    def __init__(self, contents: Generator, file: BinaryIO | None) -> None:
+        self._contents, self._file, self._rest = contents, file, memoryview(b"")
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer) -> int:
-        if not self._rest:
-            lines, characters = [], 0
-            for row in self._rows:
-                lines.append(self._line(row.get(self._text_field) if isinstance(row, dict) else row))
-                characters += len(lines[-1])
-                if characters > len(buffer):
-                    break
-            self._rest = memoryview("".join(lines).encode("utf-8", "surrogatepass"))
+        while not self._rest:
+            content = next(self._contents, None)
+            if content is None:
+                return 0
+            self._rest = memoryview(content)
         taken, self._rest = self._rest[: len(buffer)], self._rest[len(buffer) :]
         buffer[: len(taken)] = taken
         return len(taken)
 
     def close(self) -> None:
-        self._rows.close()
+        self._contents.close()
+        if self._file is not None:
+            self._file.close()
         super().close()
 
-    def _line(self, value) -> str:
-        if isinstance(value, bytes):  # bytes that are not UTF-8 become lone surrogates, and the line a bad_utf8
-            value = value.decode("utf-8", "surrogateescape")
-        return json.dumps({self._text_field: value}, ensure_ascii=False, default=_not_json) + "\n"
+
+def _as_file(contents: Generator, file: BinaryIO | None = None) -> BinaryIO:
+    return io.BufferedReader(_Generated(contents, file), READ_AT_ONCE)
+
+
+def _as_jsonl(rows: Generator, text_field: str) -> Generator:
+    """The rows as lines of JSONL, some READ_AT_ONCE characters at a time."""
+    with contextlib.closing(rows):
+        lines, characters = [], 0
+        for row in rows:
+            lines.append(_line(row.get(text_field) if isinstance(row, dict) else row, text_field))
+            characters += len(lines[-1])
+            if characters > READ_AT_ONCE:
+                yield "".join(lines).encode("utf-8", "surrogatepass")
+                lines, characters = [], 0
+        yield "".join(lines).encode("utf-8", "surrogatepass")
+
+
+def _line(value, text_field: str) -> str:
+    if isinstance(value, bytes):  # bytes that are not UTF-8 become lone surrogates, and the line a bad_utf8
+        value = value.decode("utf-8", "surrogateescape")
+    return json.dumps({text_field: value}, ensure_ascii=False, default=_not_json) + "\n"
 
 
 def _not_json(value) -> dict:
     """What stands for a date, a picture or the like, which is no text."""
     return {type(value).__name__: str(value)}
-
-
-def _open_rows(rows: Generator, text_field: str) -> BinaryIO:
-    return io.BufferedReader(_Rows(rows, text_field), 1 << 20)
 
 
 class _damage:
