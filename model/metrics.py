@@ -102,8 +102,9 @@ class MetricsLog:
             self._append_pending()
         if self._pending:
             self._say(f"{self.path}: still cannot be written; its last {len(self._pending)} lines are lost")
-        if self._wandb is not None:
-            self._wandb.close()
+        wandb, self._wandb = self._wandb, None
+        if wandb is not None:
+            wandb.close()
 
 
 class WandbProcess:
