@@ -17,7 +17,7 @@ from model.errors import InputError
 from model.files import replacing, write_json
 
 WANDB_RUN = "wandb_run.json"  # the id of the run in wandb, beside metrics.jsonl
-CLOSE_SECONDS = 4.0  # that the end of a training waits for wandb
+CLOSE_SECONDS = 3.0  # that the end of a training waits for wandb
 
 
 class MetricsLog:
