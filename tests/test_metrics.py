@@ -341,7 +341,7 @@ def test_no_fault_of_wandb_changes_the_weights(flags, tmp_path, fake_wandb, capf
         capfd.readouterr()
         clock = time.perf_counter()
         trainer = train(flags(out_dir=tmp_path / fault, use_wandb="true", **options))
-        assert trainer.outcome == "finished" and time.perf_counter() - clock < 30, fault  # a stall takes 60
+        assert trainer.outcome == "finished" and time.perf_counter() - clock < 45, fault  # a stall takes 60
         assert (tmp_path / fault / "pretrain_32.pth").read_bytes() == weights, fault
         assert len(complaints(capfd.readouterr().err)) == 1, fault
 
