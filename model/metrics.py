@@ -157,7 +157,7 @@ class WandbProcess:
         self._reader.join(CLOSE_SECONDS)
         self._left = True
         if self._reader.is_alive():
-            runs = sorted(self._folder.glob("*run-*"), key=lambda path: path.stat().st_mtime)
+            runs = sorted(self._folder.glob("*run-*"), key=lambda path: path.name.removeprefix("offline-"))
             rest = f"send what it leaves with: wandb sync {runs[-1]}" if runs else "so far it has not begun a run"
             self._say(
                 f"use_wandb: not finished after {CLOSE_SECONDS:g} s; it gets half a minute more by itself; {rest}"
