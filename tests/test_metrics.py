@@ -14,7 +14,6 @@ from conftest import ROOT
 from test_training import ONE_THREAD, command, flags, run, token_file, train  # noqa: F401 (two of them are fixtures)
 
 from model.metrics import WANDB_RUN, MetricsLog, read_metrics
-from model.run_folder import RESULTS
 
 FAKE_WANDB = ROOT / "tests" / "fake_wandb"
 needs_file_size_limit = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limit on a file's size")
@@ -362,15 +361,12 @@ def test_a_resumed_run_goes_on_in_wandb_where_it_was(flags, tmp_path, fake_wandb
     assert len({event["id"] for event in received()}) == 1
     assert sent(received()) == [(step, step % 4 == 0) for step in range(1, 13)]  # each step once
     train(flags(use_wandb="true", max_steps=4))  # another run
-    if WANDB_RUN in RESULTS:
-        assert len({event["id"] for event in received()}) == 2
-        (moved,) = (out / "previous").iterdir()
-        assert (moved / WANDB_RUN).exists()
+    assert len({event["id"] for event in received()}) == 2
+    (moved,) = (out / "previous").iterdir()
+    assert (moved / WANDB_RUN).exists()
 
 
 def test_another_line_of_a_run_is_another_run_in_wandb_from_its_first_step(flags, tmp_path, fake_wandb):  # noqa: F811
-    if WANDB_RUN not in RESULTS:
-        pytest.skip("run_folder.py does not know the file yet")
     received, out = fake_wandb(), tmp_path / "out"
     train(flags(use_wandb="true"))
     train(flags(use_wandb="true", resume_from=out / "checkpoint_step_4.pth", learning_rate=1e-5))
