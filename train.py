@@ -141,13 +141,16 @@ def add_launcher_flags(parser: argparse.ArgumentParser) -> None:
         "--nproc_per_node",
         metavar="N",
         type=whole_number,
-        default=1,
-        help="train in N processes on this machine, as torchrun --standalone does, with an exit code that tells [1]",
+        default=None,
+        help="train in N processes on this machine, started as torchrun --standalone does, with an exit code that"
+        " tells; not given: in this process",
     )
 
 
-def start_processes(restarts: int, nproc_per_node: int, arguments: list[str]) -> int:
+def start_processes(restarts: int, nproc_per_node: int | None, arguments: list[str]) -> int:
     """Train in other processes than this one, as the launcher flags say; returns the exit code."""
+    if nproc_per_node == 0:
+        raise InputError("--nproc_per_node: 0 found, at least 1 expected")
     if "WORLD_SIZE" in os.environ:
         raise InputError("--restarts and --nproc_per_node start the processes themselves; leave torchrun out")
     training = read_settings(arguments, of_checkpoint=False).training  # what is wrong is said before anything starts
@@ -158,7 +161,7 @@ def start_processes(restarts: int, nproc_per_node: int, arguments: list[str]) ->
         return launch(nproc_per_node, [*command, "--ddp=true"], out_dir)
     from model.supervisor import Supervisor
 
-    command = [sys.executable, *command, *([f"--nproc_per_node={nproc_per_node}"] if nproc_per_node > 1 else [])]
+    command = [sys.executable, *command, *([] if nproc_per_node is None else [f"--nproc_per_node={nproc_per_node}"])]
     resume = ["--resume=true"] + (
         ["--resume_from=null", f"--out_dir={out_dir}"] if training.resume_from is not None else []
     )
@@ -171,7 +174,7 @@ def main() -> int:
     parser = CommandParser(prog="train.py", add_help=False)
     add_launcher_flags(parser)
     launcher, arguments = parser.parse_known_args(sys.argv[1:])
-    if launcher.restarts or launcher.nproc_per_node > 1:
+    if launcher.restarts or launcher.nproc_per_node is not None:
         return start_processes(launcher.restarts, launcher.nproc_per_node, arguments)
     if "TORCHELASTIC_RUN_ID" in os.environ:
         from model.launch import end_with_parent
