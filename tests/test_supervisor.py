@@ -209,7 +209,7 @@ def wait_for(condition, process=None, seconds=60):
 
 @posix_only
 def test_a_training_killed_twice_ends_with_the_same_weights(flags, tmp_path):
-    options = flags(max_steps=200, eval_interval=100, save_interval=20, log_interval=50)
+    options = flags(max_steps=120, eval_interval=60, save_interval=20, log_interval=30)
     whole = test_training.train(options | {"out_dir": str(tmp_path / "whole")})
     assert whole.outcome == "finished"
     arguments = command(options, "--restarts=5")
@@ -219,8 +219,8 @@ def test_a_training_killed_twice_ends_with_the_same_weights(flags, tmp_path):
             wait_for(lambda saved=saved: newer(tmp_path / "out", saved), process)
             os.kill(read_status(tmp_path / "out")["pid"], signal.SIGKILL)
             wait_for(lambda kill=kill: f"restart {kill} of 5: killed by SIGKILL" in process.stderr.readline(), process)
-        messages = process.communicate(timeout=60)[1]
-    assert process.returncode == 0 and "finished after step 200" in messages
+        messages = process.communicate(timeout=100)[1]
+    assert process.returncode == 0 and "finished after step 120" in messages
     assert_equal(*(load_torch(tmp_path / name / "pretrain_32.pth") for name in ("whole", "out")))
 
 
@@ -231,13 +231,29 @@ def newer(out_dir, saved):
 
 
 @posix_only
+def test_a_run_from_a_named_checkpoint_goes_on_from_its_own_newest_one(flags, tmp_path):
+    options = flags(max_steps=120, eval_interval=120, save_interval=20)
+    first, second = tmp_path / "out", tmp_path / "second"
+    test_training.train(options | {"max_steps": "20"})
+    options |= {"resume_from": str(first / "checkpoint_step_20.pth"), "out_dir": str(second)}
+    arguments = command(options, "--restarts=5")
+    with subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, encoding="utf-8", env=ONE_THREAD) as process:
+        wait_for(lambda: newer(second, {"checkpoint_step_20.pth"}), process)
+        os.kill(read_status(second)["pid"], signal.SIGKILL)
+        messages = process.communicate(timeout=100)[1]
+    assert process.returncode == 0, messages
+    assert f"resuming from {first}" in messages and f"resuming from {second}" in messages
+    assert not (second / "previous").exists()
+
+
+@posix_only
 def test_several_processes_that_are_stopped_exit_with_130(flags, tmp_path):
     options = flags(batch_size=2, max_steps=3000, eval_interval=3000, save_interval=20)
     arguments = command(options, "--restarts=5", "--nproc_per_node=2")
     with subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, encoding="utf-8", env=ONE_THREAD) as process:
         wait_for(lambda: newer(tmp_path / "out", set()), process)
         process.send_signal(signal.SIGTERM)
-        messages = process.communicate(timeout=60)[1]
+        messages = process.communicate(timeout=100)[1]
     assert process.returncode == 130 and "restart 1" not in messages, messages
     status = read_status(tmp_path / "out")
     assert status["state"] == "interrupted" and status["world_size"] == 2
