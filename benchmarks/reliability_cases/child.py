@@ -128,6 +128,7 @@ def serve() -> dict:
 def preload() -> None:
     """Import what training needs, and load a tokenizer once: most of that is the import of transformers' parts."""
     import matplotlib.backends.backend_agg  # noqa: F401
+    import torch._dynamo  # noqa: F401 (every optimizer imports it)
     import torch.distributed  # noqa: F401
     import torch.nn.parallel  # noqa: F401
 

@@ -1,4 +1,4 @@
-"""What the reliability tests share: tiny data, real training processes with faults in them, and states compared by bits.
+"""What the reliability tests share: tiny data, training processes with faults in them, and states compared by bits.
 
 data = make_data(folder)
 job = start(data.flags(folder / "out", max_steps=12), ranks=2, fault=("forward", 7, 1))
@@ -213,7 +213,7 @@ class Server:
         self._started.release()  # the server has died: whoever waits gets an IndexError in place of a process
 
     def code(self, pid: int, timeout: float = 0) -> int | None:
-        """The exit code of a forked process, negative for a signal; None where it still runs after `timeout` seconds."""
+        """The exit code of a forked process, negative for a signal; None if it still runs after `timeout` seconds."""
         with self._ended:
             self._ended.wait_for(lambda: pid in self._codes, timeout)
             return self._codes.get(pid)
@@ -249,7 +249,7 @@ class Job:
         return self.launcher.poll()
 
     def wait(self, timeout: float = 60) -> list[int | str]:
-        """Wait for all processes; each one's exit code, or HANG for those that had to be killed after `timeout` seconds.
+        """Wait for all processes; each one's exit code, or HANG for those that were killed after `timeout` seconds.
 
         Those that hang are first asked where they are: it stands at the end of their stderr.
         """
@@ -447,7 +447,7 @@ OUTSIDE_THE_STATE = {"started", "settings", "environment", "tokenizer_path", "fo
 
 
 def state_of(checkpoint: str | Path) -> dict:
-    """The full state in a checkpoint: all of it but `OUTSIDE_THE_STATE` and the seconds; read as `--resume` reads it."""
+    """The full state in a checkpoint, all but `OUTSIDE_THE_STATE` and the seconds; read as `--resume` reads it."""
     from model.resume import load_checkpoint
 
     content = load_checkpoint(Path(checkpoint))
@@ -510,7 +510,7 @@ def events(out_dir: Path) -> list[dict]:
 
 
 def logged(out_dir: Path) -> list[tuple]:
-    """What metrics.jsonl says of each step and evaluation, without what depends on the clock: floats to the last bit."""
+    """What metrics.jsonl says of each step and evaluation, but for what the clock decides: floats to the last bit."""
     clock = {"elapsed", "tokens_per_second", "mfu"}
     return [tuple(sorted((k, v) for k, v in event.items() if k not in clock)) for event in events(out_dir)]
 
