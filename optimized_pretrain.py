@@ -8,6 +8,7 @@ import contextlib
 import copy
 import dataclasses
 import math
+import os
 import platform
 import time
 from collections.abc import Callable
@@ -19,35 +20,27 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import utils
-from model.checkpoint import CHECKPOINT_VERSION, Weights, save_torch, save_weights
-from model.dataset import PretrainDataset, SampleOrder, hold_out
+from model.archive import tensor_bytes
+from model.checkpoint import Weights
+from model.dataset import PretrainDataset, SampleOrder
+from model.divergence import fault_of_step, remember
+from model.errors import ProcessLost, TrainingDiverged
 from model.evaluation import bits_per_byte, validation_sums
-from model.metrics import MetricsLog
 from model.model import Transformer
 from model.optim import build_ema, build_optimizer, load_optimizer_state, plan_schedule
-from model.resume import changed_settings, check_fits, find_checkpoint
-from model.run_folder import INTERRUPTED, begin_run, prune_checkpoints, step_checkpoint, write_config
+from model.resume import changed_environment, changed_settings, check_fits, find_checkpoint
+from model.run_files import RunFiles
+from model.run_folder import check_space, step_checkpoint, write_config
 from model.settings import Settings
-from model.tokenization import load_tokenizer, token_byte_lengths, tokenizer_sha256, vocabulary_size
+from model.status import Status
+from model.training_data import TrainingData
+from model.training_state import CHECKPOINT_VERSION, Progress
 from utils import Processes, say
 
-MAX_SKIPPED_STEPS = 50  # float16 steps skipped in a row before training is called diverged
-
-
-class TrainingDiverged(Exception):
-    """The loss or the gradient is not finite; the weights are those of the last good step."""
-
-
-@dataclasses.dataclass
-class Progress:
-    """Where a run is. Everything else about its position follows from it."""
-
-    step: int = 0  # optimizer steps taken
-    samples: int = 0  # samples read by all processes, over all epochs: the position in the data
-    best_val_loss: float = math.inf
-    evaluations_without_gain: int = 0
-    last_evaluation: int = -1  # step of the last finished evaluation
-    seconds: float = 0.0  # spent training, over all sessions
+EXIT_CODES = {"finished": 0, "early_stopping": 0, "interrupted": 130}
+MAX_OVERFLOWS = 50  # float16 steps in a row that may overflow: each halves the loss scale
+FIRST_STEP_PATIENCE = 3  # the first step compiles kernels, and may take so many times ddp_timeout
+WEIGHTS_TOLERANCE = 1e-4  # by how much the norm of the weights may differ between processes, relatively
 
 
 class Trainer:
@@ -59,7 +52,8 @@ class Trainer:
         preview: called on rank 0 after each evaluation with the evaluated model; returns lines to print.
 
     Raises:
-        InputError: data, tokenizer or checkpoint are missing or do not fit together.
+        InputError: data, tokenizer or checkpoint are missing or do not fit together, or the disk has no room.
+        ProcessLost: not all processes came.
     """
 
     def __init__(
@@ -69,9 +63,11 @@ class Trainer:
         self.training, self.processes, self.preview = self.settings.training, processes, preview
         self.out_dir = Path(self.training.out_dir)
         self.stop = utils.StopSignal()
+        self.files: RunFiles | None = None  # rank 0 has them
         self._choose_hardware()
-        processes.start(self.device)
-        self._load_tokenizer_and_data()
+        processes.start(self.device, self.training.ddp_timeout, self._give_up)
+        self.data = TrainingData(self.settings, say)
+        self.config = self.data.config
         found = self._find_checkpoint()
         checkpoint = found[1] if found else None
         self._build_model(checkpoint)
@@ -79,7 +75,6 @@ class Trainer:
         with processes.main_first():
             if processes.is_main:
                 self._prepare_out_dir(found)
-        self.metrics = MetricsLog(self.out_dir, self.progress.step, say) if processes.is_main else None
         self._describe()
 
     # ------------------------------------------------------------------------------------------------- setting up
@@ -91,37 +86,6 @@ class Trainer:
         say(f"dtype {str(self.dtype).removeprefix('torch.')}: {why}")
         self.peak_flops = utils.measure_matmul_flops(self.device, self.dtype)
 
-    def _load_tokenizer_and_data(self) -> None:
-        data = self.settings.data
-        tokenizer = load_tokenizer(data.tokenizer_path)
-        self.tokenizer_sha256 = tokenizer_sha256(data.tokenizer_path)
-        tokens = vocabulary_size(tokenizer)
-        self.config = self.settings.lm_config(tokens)
-        self.token_bytes = np.zeros(self.config.vocab_size, dtype=np.int64)
-        self.token_bytes[:tokens] = token_byte_lengths(tokenizer)
-
-        def open_dataset(path: str) -> PretrainDataset:
-            dataset = PretrainDataset(path, self.config.max_seq_len, self.config.vocab_size, self.tokenizer_sha256)
-            if dataset.manifest is None:
-                say(f"{path}: no manifest beside it; read as MiniMind's uint16 tokens, which nothing here can check")
-            return dataset
-
-        self.train_data = open_dataset(data.train_data_path)
-        if data.val_data_path is not None:
-            self.val_data = open_dataset(data.val_data_path)
-            self.train_samples, self.val_samples = np.arange(len(self.train_data)), np.arange(len(self.val_data))
-        else:
-            self.val_data = self.train_data
-            self.train_samples, self.val_samples = hold_out(len(self.train_data))
-            say(
-                f"val_data_path is null: {len(self.val_samples):,} of {len(self.train_data):,} samples are held out"
-                " for validation and not trained on"
-            )
-        if self.training.early_stopping and len(self.val_samples) == 0:
-            say("early_stopping: there is nothing to validate on, so training will not stop early")
-        self.fingerprint = self.train_data.fingerprint() | {"training_samples": len(self.train_samples)}
-        self.validation = self.val_data.fingerprint() | {"validation_samples": len(self.val_samples)}
-
     def _find_checkpoint(self) -> tuple[Path, dict] | None:
         """The checkpoint to go on from, if any: one that belongs to this model, tokenizer and data."""
         found = find_checkpoint(self.training, say)
@@ -130,14 +94,27 @@ class Trainer:
         path, checkpoint = found
         mine = {
             "config": dataclasses.asdict(self.config),
-            "data": self.fingerprint,
-            "tokenizer": {"sha256": self.tokenizer_sha256},
+            "data": self.data.fingerprint,
+            "tokenizer": {"sha256": self.data.tokenizer_sha256},
         }
         check_fits(path, checkpoint, mine, self.training.optimizer_type)
         say(f"resuming from {path} at step {checkpoint['progress']['step']:,}")
         if changed := changed_settings(checkpoint, self.training):
             say(f"resuming with other settings than before: {', '.join(changed)}")
+        if changed := changed_environment(checkpoint, self._environment()):
+            say(f"resuming where equal bits are not to be expected: {', '.join(changed)}")
         return found
+
+    def _environment(self) -> dict:
+        """What else equal bits depend on."""
+        return {
+            "torch": str(torch.__version__),  # plain text, not torch's own class
+            "python": platform.python_version(),
+            "world_size": self.processes.world_size,
+            "threads": torch.get_num_threads(),
+            "dtype": str(self.dtype),
+            "device": self.device.type,
+        }
 
     def _build_model(self, checkpoint: dict | None) -> None:
         """Build model, optimizer, scaler and average, and put them where the checkpoint left them."""
@@ -172,7 +149,7 @@ class Trainer:
             self.ema.module.load_state_dict(checkpoint["ema"] or checkpoint["model"])
             self.ema.n_averaged.fill_(checkpoint["ema_updates"])
         self.progress = Progress(**checkpoint["progress"])
-        if checkpoint["validation"] != self.validation:
+        if checkpoint["validation"] != self.data.validation:
             say("the validation data is not what it was: the best loss so far and the patience start anew")
             self.progress.best_val_loss, self.progress.evaluations_without_gain = math.inf, 0
         states = checkpoint["random_states"]
@@ -189,10 +166,9 @@ class Trainer:
         """How many samples a step takes, how many steps there are, and what the learning rate does in them."""
         t = self.training
         self.batch_rows = t.batch_size * self.processes.world_size  # samples of one micro-batch, over all processes
-        if t.eval_steps is not None and t.eval_steps * self.batch_rows < len(self.val_samples):
-            spread = np.linspace(0, len(self.val_samples) - 1, t.eval_steps * self.batch_rows).astype(np.int64)
-            self.val_samples = self.val_samples[spread]
-        self.order = SampleOrder(self.train_samples, t.seed, self.batch_rows * t.accumulation_steps)
+        if t.eval_steps is not None:
+            self.data.spread_validation(t.eval_steps * self.batch_rows)
+        self.order = SampleOrder(self.data.train_samples, t.seed, self.batch_rows * t.accumulation_steps)
         self.pace = {"rows_per_step": self.order.rows_per_step, "epochs": t.epochs, "max_steps": t.max_steps}
         if checkpoint is not None and checkpoint["pace"] == self.pace:
             total_steps = checkpoint["total_steps"]
@@ -203,10 +179,16 @@ class Trainer:
         self.schedule = plan_schedule(t, total_steps)
 
     def _prepare_out_dir(self, found: tuple[Path, dict] | None) -> None:
-        """Claim the folder, set aside what another run or line left in it, and write the settings as resolved."""
-        resumed_from = found[0] if found else None
-        self.lock, started = begin_run(self.out_dir, resumed_from, self.progress.step, say)
-        self.started = started or found[1]["started"]
+        """Claim the folder, see that it has room, and write the settings as resolved."""
+        t, resumed_from = self.training, found[0] if found else None
+        weights = tensor_bytes(self.model.state_dict())
+        checkpoint = weights * (4 if t.use_ema else 3)  # Adam keeps two numbers for each weight
+        check_space(
+            self.out_dir, checkpoint, weights, min(t.keep_last, -(-self.schedule.total_steps // t.save_interval))
+        )
+        status = Status(self.out_dir, self.processes.world_size, self.schedule.total_steps)
+        self.files = RunFiles(self.out_dir, resumed_from, self.progress.step, t.keep_last, status, say)
+        self.started = self.files.started or found[1]["started"]
         resolved = self.settings.as_dict()
         resolved["model"] |= dataclasses.asdict(self.config)
         resolved["training"] |= {name: getattr(self.schedule, name) for name in ("warmup_steps", "min_lr")}
@@ -223,7 +205,7 @@ class Trainer:
         rows = f"{t.batch_size} x {t.accumulation_steps} accumulated x {self.processes.world_size} processes"
         decides = f"epochs {t.epochs}" if t.max_steps is None else f"max_steps, which beats epochs {t.epochs}"
         say(
-            f"data: {len(self.train_samples):,} samples of {self.config.max_seq_len} tokens; a step takes"
+            f"data: {len(self.data.train_samples):,} samples of {self.config.max_seq_len} tokens; a step takes"
             f" {self.order.rows_per_step} ({rows}); {self.order.steps_per_epoch:,} steps an epoch,"
             f" {self.schedule.total_steps:,} in all ({decides})"
         )
@@ -236,34 +218,49 @@ class Trainer:
     # ---------------------------------------------------------------------------------------------------- the loop
 
     def train(self) -> str:
-        """Train until the end; returns how it ended: "finished", "early_stopping" or "interrupted"."""
+        """Train until the end; returns how it ended: "finished", "early_stopping" or "interrupted".
+
+        Raises:
+            TrainingDiverged: too many steps in a row could not be used.
+            ProcessLost: another process failed or no longer answers.
+            InputError: too many saves in a row failed, or the last one did.
+        """
         self.stop.install()
-        if self.processes.is_main and self.settings.logging.use_wandb:
+        if self.files is not None and self.settings.logging.use_wandb:
             log = self.settings.logging
-            self.metrics.start_wandb(log.wandb_project, log.wandb_run_name, self.settings.as_dict(), self.out_dir)
+            self.files.metrics.start_wandb(log.wandb_project, log.wandb_run_name, self.settings.as_dict(), self.out_dir)
         try:
-            return self._loop()
+            outcome = self._loop()
+            self.processes.barrier()  # rank 0 has written everything
+            self._tell_status(outcome, self.exit_code(outcome))
+            return outcome
+        except RuntimeError as error:  # a gradient's exchange that broke, or a fault
+            raise self.processes.lost(error) or error from error
         finally:
-            if self.processes.is_main:
-                self.metrics.close()
-                self.lock.release()
+            if self.files is not None:
+                self.files.close()
+
+    def exit_code(self, outcome: str) -> int:
+        """Of a process that ended so. To torchrun all but 0 is a failure, and a reason to start the processes again."""
+        return 0 if self.processes.by_torchrun else EXIT_CODES[outcome]
 
     def _loop(self) -> str:
         t, progress = self.training, self.progress
         saved_at = progress.step if step_checkpoint(self.out_dir, progress.step).exists() else -1
-        self._begin_window()
+        self._begin_session()
         with utils.progress_bar(self.schedule.total_steps, progress.step, self.processes.is_main) as bar:
             while True:
                 finished = self._finished()
                 due = progress.step > 0 and (progress.step % t.eval_interval == 0 or finished)
                 evaluation_cut = due and not self._evaluate_and_keep_best()
-                if evaluation_cut or (not finished and self._asked_to_stop()):
-                    self._save_checkpoint(self.out_dir / INTERRUPTED)
+                if evaluation_cut or (not finished and self.stopping):
+                    self._save_checkpoint(interrupted=True)
+                    self._wait_for_saves()
                     return "interrupted"
                 stopping = t.early_stopping and progress.evaluations_without_gain >= t.patience
                 save_due = progress.step > 0 and (progress.step % t.save_interval == 0 or finished or stopping)
                 if save_due and saved_at != progress.step:
-                    self._save_checkpoint(step_checkpoint(self.out_dir, progress.step))
+                    self._save_checkpoint()
                     saved_at = progress.step
                 if finished or stopping:
                     self._save_final()
@@ -273,67 +270,87 @@ class Trainer:
                     bar.update(progress.step - bar.n)
                     if progress.step % t.log_interval == 0 or self._finished():
                         self._log(bar)
+                if self.files is not None:
+                    self.files.check(progress.step)
 
     def _finished(self) -> bool:
         if self.training.max_steps is not None:
             return self.progress.step >= self.training.max_steps
-        return self.progress.samples >= self.training.epochs * len(self.train_samples)
+        return self.progress.samples >= self.training.epochs * len(self.data.train_samples)
 
     def _train_step(self) -> bool:
         """One optimizer step: all processes' micro-batches count as one batch, whatever their number.
 
         Returns:
-            False where float16 overflowed: the samples are spent, but the weights stay, and no step is counted.
+            False where the step was skipped: the samples are spent, but the weights stay, and no step is counted.
         """
         t, progress = self.training, self.progress
         samples = self.order.next_step(progress.samples)
         tokens = len(samples) * self.config.max_seq_len  # of all processes: what the summed loss is divided by
-        learning_rate = self.schedule.at(progress.step)
+        self.lr = self.schedule.at(progress.step)
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = self.lr
 
+        loss_sum = torch.zeros((), device=self.device)
         for micro in range(t.accumulation_steps):
-            inputs, targets = self._local_batch(self.train_data, samples, micro)
+            self.processes.beat(f"reading the batch of step {progress.step + 1}", self.patience)
+            inputs, targets = self._local_batch(self.data.train, samples, micro)
             last = micro == t.accumulation_steps - 1
             wait = contextlib.nullcontext() if last or self.processes.world_size == 1 else self.train_model.no_sync()
             with wait:  # gradients are exchanged once a step
                 with self.autocast:
                     loss = self.train_model(inputs, targets)
+                self.processes.beat(f"the gradients of step {progress.step + 1}", self.patience)
                 # DistributedDataParallel averages over processes; the loss is a sum over all of them.
                 self.scaler.scale(loss * (self.processes.world_size / tokens)).backward()
-            self.window_loss += loss.detach()
+            loss_sum += loss.detach()
 
         self.scaler.unscale_(self.optimizer)
-        grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), t.grad_clip or math.inf)
+        self.grad_norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), t.grad_clip or math.inf))
+        self.processes.beat(f"the end of step {progress.step + 1}", self.patience)
+        self.patience = 1.0
+        loss, bad_gradients, stops = self.processes.all_sum(
+            [float(loss_sum), not math.isfinite(self.grad_norm), self.stop.count]
+        )
+        self.stopping = stops > 0  # the same on all processes, so they stop after the same step
+        self.tokens_read += tokens
         progress.samples += len(samples)
-        self.window_tokens += tokens
-        self.lr, self.grad_norm = learning_rate, grad_norm
-        updated = self._update_weights(grad_norm)
-        progress.step += updated
-        return updated
+        return self._update_weights(loss / tokens, bad_gradients == 0, tokens)
 
-    def _update_weights(self, grad_norm: Tensor) -> bool:
-        """Step optimizer and average; False where float16 overflowed and the step is skipped, on all processes."""
-        if not math.isfinite(grad_norm):  # the same on every process, since the gradients were exchanged
-            self.skipped_in_a_row += 1
-            if not self.scaler.is_enabled() or self.skipped_in_a_row > MAX_SKIPPED_STEPS:
-                saved = (
-                    "--resume from the last checkpoint" if any(self.out_dir.glob("checkpoint_*.pth")) else "start again"
-                )
-                raise TrainingDiverged(
-                    f"the gradient is {float(grad_norm)} at step {self.progress.step + 1}, with learning rate"
-                    f" {self.optimizer.param_groups[0]['lr']:g}; lower learning_rate or look at the data, then {saved}"
-                )
-        else:
-            self.skipped_in_a_row = 0
-        self.scaler.step(self.optimizer)
+    def _update_weights(self, loss: float, grad_is_finite: bool, tokens: int) -> bool:
+        """Step optimizer and average, unless loss (nats a token) or gradient forbid it: False, on all processes."""
+        t, progress = self.training, self.progress
+        fault = fault_of_step(loss, grad_is_finite, progress.recent_losses, t.spike_threshold)
+        if fault is None:
+            self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        if self.skipped_in_a_row:
+        if fault is not None:
+            self._skip_step(fault, overflow=self.scaler.is_enabled() and math.isfinite(loss) and not grad_is_finite)
             return False
         if self.ema is not None:
             self.ema.update_parameters(self.model)
+        progress.step += 1
+        progress.skipped_in_a_row = 0
+        remember(progress.recent_losses, loss)
+        progress.window_loss += loss * tokens
+        progress.window_tokens += tokens
         return True
+
+    def _skip_step(self, fault: str, overflow: bool) -> None:
+        """Count a step that is not taken. A float16 overflow belongs to loss scaling, and is not worth a line."""
+        progress = self.progress
+        progress.skipped_steps += 1
+        progress.skipped_in_a_row += 1
+        limit = MAX_OVERFLOWS if overflow else self.training.max_skipped_steps
+        if progress.skipped_in_a_row > limit:
+            raise TrainingDiverged(
+                f"step {progress.step + 1}: {fault}, with learning rate {self.lr:g}, and"
+                f" {progress.skipped_in_a_row - 1} steps before it were skipped (max_skipped_steps); lower"
+                " learning_rate or look at the data, then --resume from the last checkpoint"
+            )
+        if not overflow:
+            say(f"step {progress.step + 1}: {fault}; its samples are skipped, and the weights stay")
 
     def _local_batch(self, data: PretrainDataset, samples: np.ndarray, micro: int) -> tuple[Tensor, Tensor]:
         """This process's rows of micro-batch `micro`: inputs and targets, int64 [batch_size, max_seq_len]."""
@@ -353,11 +370,11 @@ class Trainer:
 
     def evaluate(self) -> tuple[float, float] | None:
         """Validation loss (nats a token) and bits per byte; None if a stop was asked for meanwhile."""
-        batches = -(-len(self.val_samples) // self.batch_rows)
+        batches = -(-len(self.data.val_samples) // self.batch_rows)
         numbers = range(min(batches, self.training.eval_steps or batches))
-        read = (self._local_batch(self.val_data, self.val_samples, number) for number in numbers)
+        read = (self._local_batch(self.data.val, self.data.val_samples, number) for number in numbers)
         model = self.evaluated_model.eval()
-        sums = validation_sums(model, read, self.token_bytes, self.autocast, self._asked_to_stop)
+        sums = validation_sums(model, read, self.data.token_bytes, self.autocast, self._asked_to_stop)
         self.model.train()
         if sums is None:
             return None
@@ -366,7 +383,7 @@ class Trainer:
 
     def _evaluate_and_keep_best(self) -> bool:
         """Evaluate, unless that was done at this step already; False if a stop was asked for meanwhile."""
-        if len(self.val_samples) == 0 or self.progress.last_evaluation == self.progress.step:
+        if len(self.data.val_samples) == 0 or self.progress.last_evaluation == self.progress.step:
             return True
         clock = time.perf_counter()
         result = self.evaluate()
@@ -378,15 +395,15 @@ class Trainer:
         progress.last_evaluation = progress.step
         progress.best_val_loss = val_loss if better else progress.best_val_loss
         progress.evaluations_without_gain = 0 if better else progress.evaluations_without_gain + 1
-        if self.processes.is_main:
+        if self.files is not None:
             if better:
                 self._save_weights("best_model.pth")
             say(
                 f"step {progress.step:,}: validation loss {val_loss:.4f}, {bits:.4f} bits per byte"
                 + (", the best so far" if better else f" (best: {progress.best_val_loss:.4f})")
             )
-            self.metrics.write(self._event() | {"val_loss": val_loss, "bits_per_byte": bits})
-            self.metrics.draw_curves()
+            self.files.metrics.write(self._event() | {"val_loss": val_loss, "bits_per_byte": bits})
+            self.files.metrics.draw_curves()
             for line in self.preview(self.evaluated_model.eval()) if self.preview else []:
                 say(f"    {line}")
             self.model.train()
@@ -396,74 +413,89 @@ class Trainer:
     # ------------------------------------------------------------------------------------------------------ saving
 
     def _asked_to_stop(self) -> bool:
-        """Whether any process was told to stop; all of them agree, so they stop after the same step."""
-        return self.processes.all_max(self.stop.count) > 0
+        """Whether any process was told to stop; all of them agree, so they stop at the same batch of an evaluation."""
+        self.processes.beat(f"an evaluation at step {self.progress.step}")
+        return self.processes.any(self.stop.count)
 
-    def _save_checkpoint(self, path: Path) -> None:
-        random_states = self.processes.gather(utils.random_state())
+    def _save_checkpoint(self, interrupted: bool = False) -> None:
+        """Copy the state, for a thread to write it."""
+        self.processes.beat(f"saving at step {self.progress.step}")
+        states = self.processes.gather((utils.random_state(), self._weights_norm()))
         self._count_seconds()
-        if self.processes.is_main:
-            content = {
-                "format_version": CHECKPOINT_VERSION,
-                "started": self.started,
-                "settings": self.settings.as_dict(),
-                "config": dataclasses.asdict(self.config),
-                "tokenizer_path": self.settings.data.tokenizer_path,
-                "tokenizer_sha256": self.tokenizer_sha256,
-                "data": self.fingerprint,
-                "validation": self.validation,
-                "pace": self.pace,
-                "total_steps": self.schedule.total_steps,
-                "progress": dataclasses.asdict(self.progress),
-                "model": self.model.state_dict(),
-                "ema": self.ema.module.state_dict() if self.ema is not None else None,
-                "ema_updates": int(self.ema.n_averaged) if self.ema is not None else 0,
-                "optimizer": self.optimizer.state_dict(),
-                "scaler": self.scaler.state_dict(),
-                "random_states": random_states,
-                "environment": {
-                    "torch": str(torch.__version__),  # plain text, not torch's own class
-                    "python": platform.python_version(),
-                    "world_size": self.processes.world_size,
-                    "threads": torch.get_num_threads(),
-                    "dtype": str(self.dtype),
-                },
-            }
-            save_torch(path, content)
-            prune_checkpoints(self.out_dir, self.training.keep_last)
-            say(f"saved {path}")
-        self.processes.barrier()
+        if self.files is None:
+            return
+        self._compare_weights([norm for _, norm in states])
+        content = {
+            "format_version": CHECKPOINT_VERSION,
+            "started": self.started,
+            "settings": self.settings.as_dict(),
+            "config": dataclasses.asdict(self.config),
+            "tokenizer_path": self.settings.data.tokenizer_path,
+            "tokenizer_sha256": self.data.tokenizer_sha256,
+            "data": self.data.fingerprint,
+            "validation": self.data.validation,
+            "pace": self.pace,
+            "total_steps": self.schedule.total_steps,
+            "progress": dataclasses.asdict(self.progress),
+            "model": self.model.state_dict(),
+            "ema": self.ema.module.state_dict() if self.ema is not None else None,
+            "ema_updates": int(self.ema.n_averaged) if self.ema is not None else 0,
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "random_states": [state for state, _ in states],
+            "environment": self._environment(),
+        }
+        self.files.save_checkpoint(content, interrupted)
+
+    def _weights_norm(self) -> float:
+        return math.sqrt(sum(float(p.detach().square().sum(dtype=torch.float64)) for p in self.model.parameters()))
+
+    def _compare_weights(self, norms: list[float]) -> None:
+        """See that all processes still have the same weights: they exchange gradients, never weights."""
+        for rank, norm in enumerate(norms):
+            if math.isfinite(norms[0]) and not abs(norm - norms[0]) <= WEIGHTS_TOLERANCE * norms[0]:
+                raise ProcessLost(
+                    f"the weights of rank {rank} (norm {norm:g}) are not those of rank 0 ({norms[0]:g}) at step"
+                    f" {self.progress.step}: a fault of memory or hardware there? --resume from the last checkpoint"
+                )
 
     def _save_weights(self, name: str) -> None:
+        """Copy the evaluated weights, for a thread to write them."""
         weights = Weights(
             self.evaluated_model.state_dict(),
             self.config,
             self.settings.data.tokenizer_path,
-            self.tokenizer_sha256,
+            self.data.tokenizer_sha256,
         )
-        save_weights(self.out_dir / name, weights)
+        self.files.save_weights(name, weights)
 
     def _save_final(self) -> None:
-        if self.processes.is_main:
-            name = f"pretrain_{self.config.dim}.pth"
-            self._save_weights(name)
-            if not (self.out_dir / "best_model.pth").exists():
-                self._save_weights("best_model.pth")
-                best = self.progress.best_val_loss
-                say(
-                    "best_model.pth: the final weights, since "
-                    + (f"those of loss {best:.4f} are not here" if math.isfinite(best) else "nothing was evaluated")
-                )
-            say(f"saved {self.out_dir / name}")
+        if self.files is None:
+            return
+        self._save_weights(f"pretrain_{self.config.dim}.pth")
+        self._wait_for_saves()
+        if not (self.out_dir / "best_model.pth").exists():
+            self._save_weights("best_model.pth")
+            best = self.progress.best_val_loss
+            say(
+                "best_model.pth: the final weights, since "
+                + (f"those of loss {best:.4f} are not here" if math.isfinite(best) else "nothing was evaluated")
+            )
+            self._wait_for_saves()
+        say(f"saved {self.out_dir / f'pretrain_{self.config.dim}.pth'}")
+
+    def _wait_for_saves(self) -> None:
+        """Wait until all is on the disk; only rank 0 has something to wait for."""
+        if self.files is not None:
+            self.files.wait(lambda: self.processes.beat("writing to the disk"))
 
     # ----------------------------------------------------------------------------------------------------- logging
 
-    def _begin_window(self) -> None:
-        """Start a new stretch between two log lines."""
-        self.window_loss = torch.zeros((), device=self.device)
-        self.window_tokens = 0
+    def _begin_session(self) -> None:
+        """Start the clocks, and what only this session needs to know."""
+        self.stopping, self.patience = False, FIRST_STEP_PATIENCE
+        self.tokens_read = 0  # since the last log line, those of skipped steps included
         self.window_clock = self.seconds_clock = time.perf_counter()
-        self.skipped_in_a_row = 0
 
     def _count_seconds(self) -> None:
         now = time.perf_counter()
@@ -475,26 +507,43 @@ class Trainer:
         self._count_seconds()
         return {
             "step": progress.step,
-            "epoch": round(progress.samples / len(self.train_samples), 4),
+            "epoch": round(progress.samples / len(self.data.train_samples), 4),
             "tokens": progress.samples * self.config.max_seq_len,
             "elapsed": round(progress.seconds, 2),
         }
 
     def _log(self, bar) -> None:
-        (loss,) = self.processes.all_sum([float(self.window_loss)])
-        loss /= self.window_tokens
-        tokens_per_second = self.window_tokens / (time.perf_counter() - self.window_clock)
+        progress = self.progress
+        loss = progress.window_loss / progress.window_tokens
+        tokens_per_second = self.tokens_read / (time.perf_counter() - self.window_clock)
         peak = self.peak_flops * self.processes.world_size
         event = self._event() | {
             "loss": loss,
             "lr": self.lr,
-            "grad_norm": float(self.grad_norm),
+            "grad_norm": self.grad_norm,
             "tokens_per_second": round(tokens_per_second, 1),
             "mfu": round(tokens_per_second * self.flops_per_token / peak, 4),
+            "skipped_steps": progress.skipped_steps,
         }
-        if self.processes.is_main:
-            self.metrics.write(event)
+        if self.files is not None:
+            self.files.metrics.write(event)
             bar.set_postfix_str(f"loss {loss:.3f}, {tokens_per_second:,.0f} tok/s")
             utils.progress_line(bar)
-        self.window_loss.zero_()
-        self.window_tokens, self.window_clock = 0, time.perf_counter()
+        progress.window_loss, progress.window_tokens = 0.0, 0
+        self.tokens_read, self.window_clock = 0, time.perf_counter()
+
+    def _tell_status(self, state: str, exit_code: int, message: str | None = None) -> None:
+        """Write status.json, on rank 0."""
+        if self.files is not None:
+            self.files.tell(state, self.progress.step, exit_code, message)
+
+    def tell_failure(self, error: BaseException) -> None:
+        """Say in status.json why this run ends."""
+        state = "diverged" if isinstance(error, TrainingDiverged) else "failed"
+        self._tell_status(state, getattr(error, "exit_code", 1), str(error) or type(error).__name__)
+
+    def _give_up(self, message: str) -> None:
+        """End this process from the watching thread, while the main thread waits for a process that is gone."""
+        utils.print_error(message)
+        self._tell_status("failed", ProcessLost.exit_code, message)
+        os._exit(ProcessLost.exit_code)

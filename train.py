@@ -16,7 +16,6 @@ from model.settings import FIELDS, SECTIONS, TYPES, DataSettings, Settings, buil
 from utils import CommandParser, Processes, run_command, say
 
 PREVIEW_PROMPTS = ("春风", "中国", "天下大势")
-EXIT_CODES = {"finished": 0, "early_stopping": 0, "interrupted": 130}
 
 
 def read_settings(arguments: list[str]) -> Settings:
@@ -119,20 +118,20 @@ def main() -> int:
         say(f"ddp: torchrun started {processes.world_size} processes, so they train together")
     prepare_data_if_missing(settings, processes)
 
-    from optimized_pretrain import Trainer, TrainingDiverged  # imports torch: after everything that can fail early
+    from optimized_pretrain import Trainer  # imports torch: after everything that can fail early
 
+    trainer = None
     try:
         trainer = Trainer(settings, processes, make_preview(settings))
         outcome = trainer.train()
-    except TrainingDiverged as error:
-        say(f"error: {error}")
-        return 1
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise InputError(
-            "out of memory: lower batch_size and raise accumulation_steps, or shorten max_seq_len"
-        ) from error
+    except BaseException as error:
+        if is_out_of_memory(error):
+            text = "out of memory: lower batch_size and raise accumulation_steps, or shorten max_seq_len"
+            error = InputError(text).with_traceback(error.__traceback__)
+        processes.announce(error)
+        if trainer is not None:
+            trainer.tell_failure(error)
+        raise error
     finally:
         processes.close()
     out_dir = Path(settings.training.out_dir)
@@ -143,10 +142,10 @@ def main() -> int:
     else:
         say(f"{outcome.replace('_', ' ')} after step {trainer.progress.step:,}; metrics and curves are in {out_dir}")
         say(f"talk to it: python inference.py --model_path {out_dir / 'best_model.pth'} --interactive")
-    return EXIT_CODES[outcome]
+    return trainer.exit_code(outcome)
 
 
-def is_out_of_memory(error: Exception) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
     """Whether the machine's or the GPU's memory was too small: torch has no exception of its own for the former."""
     text = str(error)
     return isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text

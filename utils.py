@@ -11,34 +11,40 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 
-from model.errors import InputError
+from model.errors import InputError, OneLineError, ProcessLost
 
 # ---------------------------------------------------------------------------------------------------- the console
 
 
 def run_command(main: Callable[[], int | None]) -> None:
-    """Run a script's `main` and exit: 0 or what it returns; with one line, 2 for bad input and for files that cannot be
-    read or written, 130 for Ctrl-C."""
+    """Run a script's `main` and exit: 0 or what it returns; with one line, what a OneLineError says, 2 for files that
+    cannot be read or written, 130 for Ctrl-C."""
     # Consoles on Windows may not be UTF-8: Chinese and the chat's emoji must not raise.
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(encoding="utf-8", errors="replace")
     try:
         code = main()
-    except InputError as error:
-        rank = os.environ.get("RANK", "0")
-        print(f"error: {error}" if rank == "0" else f"[rank {rank}] error: {error}", file=sys.stderr)
-        code = 2
+    except OneLineError as error:
+        print_error(error)
+        code = error.exit_code
     except BrokenPipeError:  # what reads our output has ended, as `head` does: nobody is left to tell
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
     except OSError as error:  # a full disk, a folder that vanished: the system's own text names the file
-        print(f"error: {error}", file=sys.stderr)
+        print_error(error)
         code = 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = 130
     sys.exit(code)
+
+
+def print_error(error) -> None:
+    """One line on stderr, with the rank where it is not 0."""
+    rank = os.environ.get("RANK", "0")
+    with contextlib.suppress(OSError):
+        print(f"error: {error}" if rank == "0" else f"[rank {rank}] error: {error}", file=sys.stderr, flush=True)
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -268,6 +274,7 @@ class Processes:
         self.world_size = int(os.environ.get("WORLD_SIZE", "1"))
         self.local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         self._control = None
+        self._watchdog = None
 
     @classmethod
     def alone(cls) -> "Processes":
@@ -280,11 +287,22 @@ class Processes:
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def start(self, device=None, timeout_minutes: float = 30) -> None:
+    @property
+    def by_torchrun(self) -> bool:
+        """Whether torchrun started this process: to it, any exit code but 0 is a failure."""
+        return "TORCHELASTIC_RUN_ID" in os.environ
+
+    def start(self, device=None, timeout: float = 1800, give_up: Callable[[str], None] | None = None) -> None:
         """Join the other processes: NCCL for gradients on GPUs, gloo elsewhere. Nothing to do for one process.
 
         Args:
             device: the torch device that this process computes on; None: none, only the control group is wanted.
+            timeout: seconds to wait for each other.
+            give_up: called in a thread when no process came further for `timeout` seconds (see `beat`), with a
+                sentence on the one that the others wait for; must end this process. None: nobody watches.
+
+        Raises:
+            ProcessLost: not all of them came in time.
         """
         if self.world_size == 1 or self._control is not None:
             return
@@ -294,27 +312,74 @@ class Processes:
         on_gpu = device is not None and device.type == "cuda"
         if on_gpu:
             torch.cuda.set_device(device)
-        timeout = datetime.timedelta(minutes=timeout_minutes)
-        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timeout)
-        self._control = dist.new_group(backend="gloo", timeout=timeout)
+        patience = datetime.timedelta(seconds=timeout)
+        # Where there is a watch, it decides first.
+        group_timeout = datetime.timedelta(seconds=timeout if give_up is None else 4 * timeout + 60)
+        try:
+            shared, _, _ = next(iter(dist.rendezvous("env://", timeout=patience)))
+            # torchrun keeps its store when it starts the processes again: no name of the last time may be found there.
+            store = dist.PrefixStore(f"mateconv/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", shared)
+            self._wait_for_all(store, patience)
+            group = {"store": dist.PrefixStore("group", store), "rank": self.rank, "world_size": self.world_size}
+            dist.init_process_group("nccl" if on_gpu else "gloo", timeout=group_timeout, **group)
+            self._control = dist.new_group(backend="gloo", timeout=group_timeout)
+        except RuntimeError as error:  # torch's errors of the network and the store
+            reason = str(error).strip().splitlines()[0]
+            raise ProcessLost(f"not all of {self.world_size} processes came within {timeout:g} s ({reason})") from error
+        if give_up is not None:
+            from model.watchdog import Watchdog
+
+            watched = dist.PrefixStore("watch", store.clone())
+            self._watchdog = Watchdog(watched, self.rank, self.world_size, timeout, give_up)
+
+    def _wait_for_all(self, store, patience: datetime.timedelta) -> None:
+        """Wait until each process has said that it is here, so that the one that does not come can be named."""
+        import torch.distributed as dist
+
+        store.set(f"here/{self.rank}", "1")
+        keys = [f"here/{rank}" for rank in range(self.world_size)]
+        try:
+            store.wait(keys, patience)
+        except dist.DistStoreError as error:
+            missing = [str(rank) for rank, key in enumerate(keys) if not store.check([key])]
+            reason = f"rank {', '.join(missing)} did not come within {patience.total_seconds():g} s"
+            raise ProcessLost(f"{reason}; {self.world_size} processes were expected") from error
 
     def close(self) -> None:
         """Leave the group."""
+        if self._watchdog is not None:
+            self._watchdog.stop()
+            self._watchdog = None
         if self._control is not None:
             import torch.distributed as dist
 
             dist.destroy_process_group()
             self._control = None
 
+    def beat(self, doing: str, patience: float = 1.0) -> None:
+        """Tell the watch, if there is one, that this process came further: what it does now, and how many timeouts
+        that may take."""
+        if self._watchdog is not None:
+            self._watchdog.beat(doing, patience)
+
+    def announce(self, error: BaseException) -> None:
+        """Tell the other processes why this one ends, so that they can say so."""
+        if self._watchdog is not None and not isinstance(error, ProcessLost):
+            self._watchdog.announce(str(error) or type(error).__name__)
+
+    def lost(self, error: RuntimeError) -> ProcessLost | None:
+        """What a connection that broke means: the process that is gone, by its rank; None for any other error."""
+        import torch.distributed as dist
+
+        words = ("gloo", "NCCL", "onnection", "imed out", "roken pipe", "process group", "Socket")
+        if self._control is None or not (isinstance(error, dist.DistError) or any(w in str(error) for w in words)):
+            return None
+        if self._watchdog is not None:
+            return ProcessLost(self._watchdog.whom_to_blame())
+        return ProcessLost(f"another process ended or no longer answers ({str(error).strip().splitlines()[0]})")
+
     def all_sum(self, values: list[float]) -> list[float]:
         """Add each number up over all processes, in float64."""
-        return self._reduce(values, "SUM")
-
-    def all_max(self, value: float) -> float:
-        """The largest of all processes' numbers."""
-        return self._reduce([value], "MAX")[0]
-
-    def _reduce(self, values: list[float], operation: str) -> list[float]:
         if self._control is None:
             return values
         import torch
@@ -322,8 +387,12 @@ class Processes:
 
         tensor = torch.tensor(values, dtype=torch.float64)
         with self._others_alive():
-            dist.all_reduce(tensor, op=getattr(dist.ReduceOp, operation), group=self._control)
+            dist.all_reduce(tensor, group=self._control)
         return tensor.tolist()
+
+    def any(self, flag) -> bool:
+        """Whether the flag is set on any process."""
+        return self.all_sum([float(flag)])[0] > 0
 
     def gather(self, value) -> list | None:
         """Every process's value in a list, on rank 0; None elsewhere."""
@@ -349,8 +418,7 @@ class Processes:
         try:
             yield
         except RuntimeError as error:  # gloo's word for a connection that broke or a wait that took too long
-            reason = str(error).strip().splitlines()[0]
-            raise InputError(f"another process ended or no longer answers ({reason})") from error
+            raise self.lost(error) or error from error
 
     @contextlib.contextmanager
     def main_first(self) -> Iterator[None]:

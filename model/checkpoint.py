@@ -1,42 +1,25 @@
-"""Weights and checkpoints on disk.
+"""Weights on disk: `pretrain_512.pth`, `best_model.pth`, MiniMind v1's, and those inside checkpoints.
 
-Two kinds of file, both written so that a crash leaves the old one or the new one, both read without running code:
-
-- weights (`pretrain_512.pth`, `best_model.pth`): a plain state dict. Beside each lies `{stem}.json` with the
-  LMConfig and the tokenizer, so that inference needs no flags.
-- checkpoints (`checkpoint_step_5000.pth`, `checkpoint_interrupted.pth`): everything training needs to go on exactly.
+A file of weights is a plain state dict. Beside each of ours lies `{stem}.json` with the LMConfig and the tokenizer, so
+that inference needs no flags. Checkpoints, which hold what training needs to go on, are in `model/resume.py`.
 """
 
 import json
-import pickle
 import re
-import struct
-import zipfile
-import zlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from model.archive import load_torch, save_torch
 from model.errors import InputError
-from model.files import replacing, write_json
+from model.files import write_json
 from model.LMConfig import LMConfig
+from model.training_state import state_problem
 
 FORMAT_VERSION = 1  # of the JSON beside weights
-CHECKPOINT_VERSION = 1
-CHECKPOINT_KEYS = {
-    "format_version", "started", "settings", "config", "tokenizer_path", "tokenizer_sha256", "data", "validation",
-    "pace", "total_steps", "progress", "model", "ema", "ema_updates", "optimizer", "scaler", "random_states",
-    "environment",
-}  # fmt: skip
-
-# What zipfile and torch.load raise for files that were damaged, cut off, or made to look like what they are not.
-DAMAGE = (
-    zipfile.BadZipFile, zlib.error, struct.error, pickle.UnpicklingError, EOFError, OSError, RuntimeError, ValueError,
-    TypeError, LookupError, AttributeError, OverflowError, NotImplementedError, AssertionError, MemoryError,
-)  # fmt: skip
 
 
 @dataclass
@@ -48,6 +31,10 @@ class Weights:
     tokenizer_path: str | None = None  # None: the embedded tokenizer
     tokenizer_sha256: str | None = None  # None: not known
     inferred: bool = False  # the config was read off the shapes, since no JSON lay beside the weights
+
+    def with_state(self, state_dict: dict[str, Tensor]) -> "Weights":
+        """The same description of other weights."""
+        return replace(self, state_dict=state_dict)
 
 
 def save_weights(path: str | Path, weights: Weights) -> None:
@@ -82,7 +69,9 @@ def load_weights(path: str | Path) -> Weights:
     """
     path = Path(path)
     content = load_torch(path)
-    if CHECKPOINT_KEYS <= content.keys():
+    if "progress" in content:
+        if (problem := state_problem(path, content)) is not None:
+            raise InputError(f"{path}: not a whole checkpoint ({problem}); use an older file")
         state_dict, config = content["ema"] or content["model"], LMConfig(**content["config"])
         return Weights(state_dict, config, content["tokenizer_path"], content["tokenizer_sha256"])
 
@@ -127,48 +116,3 @@ def infer_config(state_dict: Mapping[str, Tensor], path: str | Path = "weights")
         vocab_size=vocab_size,
         hidden_dim=state_dict["layers.0.feed_forward.w1.weight"].shape[0],
     )
-
-
-def save_torch(path: str | Path, content: Mapping) -> None:
-    """`torch.save` that leaves the old file or the new one, whatever happens.
-
-    Raises:
-        InputError: the file cannot be written.
-    """
-    with replacing(path) as file:
-        try:
-            torch.save(content, file)
-        except RuntimeError as error:  # torch's archive writer hides the system's error behind its own
-            if not isinstance(error.__context__, OSError):
-                raise
-            raise error.__context__ from error
-
-
-def load_torch(path: str | Path) -> dict:
-    """`torch.load(weights_only=True)` onto the CPU, after every record's checksum was compared.
-
-    `torch.load` itself does not look at the checksums: a flipped bit would pass as a weight.
-
-    Raises:
-        InputError: the file is missing, truncated, damaged, not a dict, or holds more than tensors and plain values.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise InputError(f"{path}: no such file")
-    try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-        content = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        # torch's text advises to load unsafely; the one line that says what was found is enough.
-        found = re.search(r"Unsupported (?:global|class|operand)[^.]*|GLOBAL \S+", str(error))
-        reason = found[0].strip() if found else str(error).strip().splitlines()[0][:200]
-        raise InputError(f"{path}: expected tensors and plain values only ({reason}); it is not loaded") from error
-    except DAMAGE as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        raise InputError(f"{path}: truncated, damaged or not a PyTorch file ({reason}); use an older file") from error
-    if damaged:
-        raise InputError(f"{path}: damaged (the checksum of {damaged} is wrong); use an older file")
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: expected a dict of tensors, found {type(content).__name__}")
-    return content

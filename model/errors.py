@@ -1,9 +1,25 @@
-"""The one exception for what the user can mend."""
+"""Exceptions with a message for the user: the scripts print it as one line, without a traceback, and exit."""
 
 
-class InputError(Exception):
-    """What the user gave cannot be used: a setting, a file, a prompt.
+class OneLineError(Exception):
+    """What a script says before it ends. The message says what was found, what was expected and what to do."""
 
-    The message says what was found, what was expected and what to do. The scripts print it without a traceback
-    and exit with code 2.
-    """
+    exit_code: int
+
+
+class InputError(OneLineError):
+    """What the user gave cannot be used, or a file cannot be read or written: a setting, a file, a prompt, a disk."""
+
+    exit_code = 2
+
+
+class TrainingDiverged(OneLineError):
+    """Loss or gradient are not finite, or the loss leapt, too often; the weights are those of the last good step."""
+
+    exit_code = 1
+
+
+class ProcessLost(OneLineError):
+    """Another process of the same job failed, or no longer answers: the message names it. Starting again helps."""
+
+    exit_code = 3

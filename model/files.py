@@ -1,22 +1,31 @@
 """Files that are whole at every instant: a crash leaves the old one or the new one."""
 
 import contextlib
+import errno
 import json
 import os
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 from model.errors import InputError
 
 TEMPORARY_SUFFIX = ".tmp"
+NO_SPACE = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}  # full, or over a limit or a quota
 
 
 @contextlib.contextmanager
-def replacing(path: str | Path) -> Iterator[BinaryIO]:
+def replacing(
+    path: str | Path, needed: int | None = None, check: Callable[[Path], None] | None = None
+) -> Iterator[BinaryIO]:
     """Open a temporary file beside `path` for writing; flush it to the disk and rename it over `path` at the end.
 
     If the block raises, `path` stays as it was and the temporary file is removed.
+
+    Args:
+        needed: about how many bytes will be written, for the message where the disk is full.
+        check: called with the temporary file when it has reached the disk; if it raises, nothing is replaced.
 
     Raises:
         InputError: the system refuses the writing: a full disk, a folder that is not there or not ours.
@@ -29,11 +38,16 @@ def replacing(path: str | Path) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
+        if check is not None:
+            check(temporary)
         os.replace(temporary, path)
     except OSError as error:
+        written = temporary.stat().st_size if temporary.exists() else 0
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         reason = error.strerror or str(error)
+        if error.errno in NO_SPACE and needed is not None:
+            reason += f": {size_text(needed)} needed, {size_text(written)} could be written"
         raise InputError(f"{path}: cannot be written ({reason}); what was there before is untouched") from error
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -50,3 +64,18 @@ def write_json(path: str | Path, value) -> None:
     """Write a value as indented UTF-8 JSON, replacing the file in one step."""
     with replacing(path) as file:
         file.write((json.dumps(value, ensure_ascii=False, indent=2) + "\n").encode("utf-8"))
+
+
+def free_bytes(folder: Path) -> int:
+    """Bytes that can still be written where this folder lies, or will lie."""
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+def size_text(size: float) -> str:
+    """A number of bytes as people write it: "430 MB"."""
+    for unit, bytes_per_unit in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if size >= bytes_per_unit:
+            return f"{size / bytes_per_unit:.3g} {unit}"
+    return f"{size:.0f} bytes"

@@ -4,10 +4,11 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from model.checkpoint import CHECKPOINT_KEYS, CHECKPOINT_VERSION, load_torch
+from model.archive import load_torch
 from model.errors import InputError
-from model.run_folder import INTERRUPTED, all_checkpoints
+from model.run_folder import INTERRUPTED, all_checkpoints, started_at
 from model.settings import TrainingSettings
+from model.training_state import CHECKPOINT_VERSION, state_problem
 
 # Settings of a run that may differ without a word when it goes on.
 OF_THE_PLACE = {"resume", "resume_from", "out_dir", "device", "ddp"}
@@ -17,15 +18,15 @@ def load_checkpoint(path: Path) -> dict:
     """Read a training checkpoint.
 
     Raises:
-        InputError: the file is missing, damaged, of another version, or no training checkpoint.
+        InputError: the file is missing, damaged, of another version, no training checkpoint, or not all of one.
     """
-    content = load_torch(path)
+    content = load_torch(path, own=path.name.startswith("checkpoint_"))
     if "progress" not in content:
         raise InputError(f"{path}: holds weights only; --resume needs a checkpoint_step_*.pth or {INTERRUPTED}")
-    version, missing = content.get("format_version"), CHECKPOINT_KEYS - content.keys()
-    if version != CHECKPOINT_VERSION or missing:
-        found = f"version {version!r}" + (f" without {', '.join(sorted(missing))}" if missing else "")
-        raise InputError(f"{path}: a checkpoint of {found}; this program reads version {CHECKPOINT_VERSION}")
+    if (version := content.get("format_version")) != CHECKPOINT_VERSION:
+        raise InputError(f"{path}: a checkpoint of version {version!r}; this program reads {CHECKPOINT_VERSION}")
+    if (problem := state_problem(path, content)) is not None:
+        raise InputError(f"{path}: not a whole checkpoint ({problem}); use an older file")
     return content
 
 
@@ -35,10 +36,13 @@ def newest_checkpoint(out_dir: Path) -> tuple[Path, dict, list[str]] | None:
     Raises:
         InputError: there are checkpoints, and none of them can be read.
     """
-    passed_over = []
+    passed_over, run = [], started_at(out_dir)
     for _, path in sorted(all_checkpoints(out_dir), reverse=True):
         try:
-            return path, load_checkpoint(path), passed_over
+            content = load_checkpoint(path)
+            if run is not None and content["started"] != run:
+                raise InputError(f"{path}: of the run that started {content['started']}, not of this one, {run}")
+            return path, content, passed_over
         except (InputError, OSError) as error:
             passed_over.append(str(error))
     if passed_over:
@@ -92,3 +96,9 @@ def changed_settings(checkpoint: Mapping, training: TrainingSettings) -> list[st
     before, now = checkpoint["settings"]["training"], dataclasses.asdict(training)
     names = [name for name in now if name not in OF_THE_PLACE and now[name] != before.get(name)]
     return [f"{name} {before.get(name)} -> {now[name]}" for name in names]
+
+
+def changed_environment(checkpoint: Mapping, now: Mapping) -> list[str]:
+    """'threads 2 -> 8' for each thing on which equal bits depend and that is not what it was."""
+    before = checkpoint["environment"]
+    return [f"{name} {before.get(name)} -> {value}" for name, value in now.items() if before.get(name) != value]

@@ -10,15 +10,18 @@ import torch
 import yaml
 from filelock import FileLock, Timeout  # a requirement of torch itself
 
-from model.checkpoint import DAMAGE
+from model.archive import DAMAGE, digest_is_right
 from model.errors import InputError
-from model.files import TEMPORARY_SUFFIX, replacing
+from model.files import TEMPORARY_SUFFIX, free_bytes, replacing, size_text
 
 INTERRUPTED = "checkpoint_interrupted.pth"
 TIME_FORMAT = "%Y%m%dT%H%M%S"
 STARTED = "# started "  # the first line of out/config.yaml
 CHECKPOINTS = ("checkpoint_step_*.pth", INTERRUPTED)
-RESULTS = ("pretrain_*.pth", "pretrain_*.json", "best_model.pth", "best_model.json", "metrics.jsonl", "curves.png")
+RESULTS = (
+    "pretrain_*.pth", "pretrain_*.json", "best_model.pth", "best_model.json", "metrics.jsonl", "curves.png",
+    "wandb_run.json", "status.json",
+)  # fmt: skip
 
 
 def begin_run(
@@ -117,15 +120,44 @@ def all_checkpoints(out_dir: Path) -> list[tuple[float, Path]]:
 def _step_inside(path: Path) -> float:
     """The step of a checkpoint whose name does not tell; a damaged one is tried first, and then reported."""
     try:
-        return torch.load(path, weights_only=True, mmap=True, map_location="cpu")["progress"]["step"]
+        if digest_is_right(path):
+            return int(torch.load(path, weights_only=True, mmap=True, map_location="cpu")["progress"]["step"])
     except DAMAGE:
-        return float("inf")
+        pass
+    return float("inf")
 
 
-def prune_checkpoints(out_dir: Path, keep_last: int) -> None:
-    """Remove all but the newest `keep_last` step checkpoints."""
-    for _, path in checkpoints_by_step(out_dir)[:-keep_last]:
+def prune_checkpoints(out_dir: Path, keep_last: int, verified: int) -> None:
+    """Remove all but the newest `keep_last` step checkpoints, and the interrupted one, which the run has passed.
+
+    Args:
+        verified: step of the checkpoint that was just written and read back. It stays, and so does all that is newer.
+    """
+    old = [path for step, path in checkpoints_by_step(out_dir) if step < verified]
+    for path in old[: max(0, len(old) - (keep_last - 1))]:
         path.unlink(missing_ok=True)
+    (out_dir / INTERRUPTED).unlink(missing_ok=True)
+
+
+def check_space(out_dir: Path, checkpoint_bytes: int, weights_bytes: int, checkpoints: int) -> None:
+    """See that what a run will write has room, before it starts: its checkpoints, one being written, and its weights.
+
+    Args:
+        checkpoint_bytes, weights_bytes: of one file each.
+        checkpoints: how many will lie there at the end.
+
+    Raises:
+        InputError: with how much is free, and how much is needed.
+    """
+    there = sum(path.stat().st_size for path in _files(out_dir, *CHECKPOINTS, "best_model.pth"))
+    needed = (checkpoints + 1) * checkpoint_bytes + 3 * weights_bytes  # the best, the last, and one being written
+    free = free_bytes(out_dir)
+    if needed - there > free:
+        raise InputError(
+            f"out_dir: {size_text(free)} are free in {out_dir}, but this run needs {size_text(needed - there)}"
+            f" ({checkpoints} checkpoints of {size_text(checkpoint_bytes)} and one being written, weights of"
+            f" {size_text(weights_bytes)}); free some, give another folder, or lower keep_last"
+        )
 
 
 def move_earlier_run(out_dir: Path) -> Path | None:
@@ -155,6 +187,7 @@ def leave_line(out_dir: Path, step: int) -> Path | None:
         path.rename(target / path.name)
     for path in _files(out_dir, *RESULTS):
         shutil.copy2(path, target / path.name)
+    (out_dir / "wandb_run.json").unlink(missing_ok=True)  # wandb takes no step twice: it sees the new line as a new run
     return target
 
 

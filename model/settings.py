@@ -84,6 +84,12 @@ class TrainingSettings:
     optimizer_type: str = setting("adamw", "optimizer", choices=("adamw", "adam"))
     weight_decay: float = setting(0.1, "of matrices only; adam's is added to the gradient", at_least=0)
     grad_clip: float = setting(1.0, "largest norm of the gradient; 0: not clipped", at_least=0)
+    max_skipped_steps: int = setting(
+        10, "steps in a row that are skipped, not finite or leaping, before training stops as diverged", at_least=0
+    )
+    spike_threshold: float = setting(
+        10.0, "a loss so many standard deviations above the last 128 is a leap; 0: not looked for", at_least=0
+    )
     dtype: str = setting(
         "bfloat16", "numbers of the matrix products; weights stay float32", choices=("float32", "float16", "bfloat16")
     )
@@ -102,6 +108,7 @@ class TrainingSettings:
     compile: bool = setting(False, "compile the model with torch.compile; needs a C++ compiler on a CPU")
     device: str = setting("auto", "cuda, cuda:1, mps or cpu; auto: the best there is")
     ddp: bool = setting(False, "train in several processes, started by torchrun")
+    ddp_timeout: float = setting(600.0, "seconds without progress after which several processes give up", above=0)
     resume: bool = setting(False, "go on from the newest whole checkpoint in out_dir")
     resume_from: str | None = setting(None, "go on from this checkpoint")
     out_dir: str = setting("out", "folder for checkpoints, metrics and curves")

@@ -1,31 +1,47 @@
 """Weights and checkpoints on disk: what is written comes back, and what is damaged is noticed."""
 
+import copy
+import dataclasses
 import json
 import os
 
 import pytest
 import torch
+from conftest import random_model
 
-from model.checkpoint import (
-    CHECKPOINT_KEYS,
-    CHECKPOINT_VERSION,
-    Weights,
-    infer_config,
-    load_torch,
-    load_weights,
-    save_torch,
-    save_weights,
-)
+from model.archive import load_torch, save_torch
+from model.checkpoint import Weights, infer_config, load_weights, save_weights
 from model.errors import InputError
 from model.LMConfig import LMConfig
 from model.model import Transformer
-from model.resume import newest_checkpoint
+from model.optim import build_optimizer
+from model.resume import load_checkpoint, newest_checkpoint
 from model.run_folder import claim, leave_line, move_earlier_run, prune_checkpoints
+from model.settings import Settings
+from model.training_state import CHECKPOINT_VERSION, Progress
+from utils import random_state
+
+CONFIG = LMConfig(dim=16, n_layers=1, n_heads=2, n_kv_heads=1, vocab_size=300, max_seq_len=16)
+
+
+def checkpoint_content(step=5, started="20260101T120000"):
+    """All that a checkpoint holds, of a small model after one step of its optimizer."""
+    model = random_model(CONFIG)
+    optimizer = build_optimizer(model, "adamw", 1e-3, 0.1)
+    tokens = torch.arange(17).view(1, -1)
+    model(tokens[:, :-1], tokens[:, 1:]).backward()
+    optimizer.step()
+    return {
+        "format_version": CHECKPOINT_VERSION, "started": started, "settings": Settings().as_dict(),
+        "config": dataclasses.asdict(CONFIG), "tokenizer_path": None, "tokenizer_sha256": "abc", "data": {},
+        "validation": {}, "pace": {}, "total_steps": 10, "progress": dataclasses.asdict(Progress(step=step)),
+        "model": model.state_dict(), "ema": None, "ema_updates": 0, "optimizer": optimizer.state_dict(), "scaler": {},
+        "random_states": [random_state()], "environment": {},
+    }  # fmt: skip
 
 
 def checkpoint(path, step):
-    content = dict.fromkeys(CHECKPOINT_KEYS) | {"format_version": CHECKPOINT_VERSION, "progress": {"step": step}}
-    save_torch(path, content | {"model": torch.full((1000,), float(step))})
+    save_torch(path, checkpoint_content(step))
     return path
 
 
@@ -69,34 +85,87 @@ def test_other_names_are_refused(tmp_path):
         load_weights(tmp_path / "dict.pth")
 
 
-def test_truncated_and_flipped_files_are_noticed(tmp_path):
-    path = checkpoint(tmp_path / "c.pth", 5)
-    whole = path.read_bytes()
-    for size in range(0, len(whole), 397):
-        path.write_bytes(whole[:size])
+@pytest.fixture
+def whole(tmp_path):
+    """A checkpoint and its bytes."""
+    path = checkpoint(tmp_path / "checkpoint_step_5.pth", 5)
+    return path, path.read_bytes()
+
+
+def test_every_truncation_and_every_flipped_bit_is_noticed(whole):
+    path, content = whole
+    for size in [*range(0, len(content), len(content) // 40), *range(len(content) - 90, len(content))]:
+        path.write_bytes(content[:size])
         with pytest.raises(InputError):
-            load_torch(path)
-    start = whole.index(torch.full((1000,), 5.0).numpy().tobytes())
+            load_checkpoint(path)
+    near_the_end = range(len(content) - 300, len(content))  # the archive's directory and the SHA-256 itself
+    for offset in [*range(0, len(content), len(content) // 100), *near_the_end]:
+        damaged = bytearray(content)
+        damaged[offset] ^= 1 << offset % 8
+        path.write_bytes(damaged)
+        with pytest.raises(InputError, match="checkpoint_step_5.pth") as raised:
+            load_checkpoint(path)
+        assert "\n" not in str(raised.value)
+    path.write_bytes(content)
+    assert load_checkpoint(path)["progress"]["step"] == 5
+
+
+def test_files_of_others_are_compared_with_their_records_checksums(tmp_path):
+    path = tmp_path / "pretrain_512.pth"
+    torch.save({"a": torch.full((1000,), 5.0)}, path)
+    content = path.read_bytes()
+    start = content.index(torch.full((1000,), 5.0).numpy().tobytes())
     for offset in range(start, start + 4000, 331):  # torch.load alone would take these for weights
-        damaged = bytearray(whole)
+        damaged = bytearray(content)
         damaged[offset] ^= 0x10
         path.write_bytes(damaged)
         with pytest.raises(InputError, match="checksum"):
             load_torch(path)
-    for offset in range(len(whole) - 3000, len(whole)):  # the archive's own directory
-        damaged = bytearray(whole)
-        damaged[offset] ^= 1 << offset % 8
-        path.write_bytes(damaged)
-        try:
-            assert_same(load_torch(path), step=5)  # a bit that no reader looks at, or …
-        except InputError as error:
-            assert "\n" not in str(error)  # … one clear line
-    path.write_bytes(whole)
-    assert_same(load_torch(path), step=5)
+    path.write_bytes(content + b"more")
+    with pytest.raises(InputError, match="follows"):
+        load_torch(path)
 
 
-def assert_same(content, step):
-    assert content["progress"] == {"step": step} and torch.equal(content["model"], torch.full((1000,), float(step)))
+def test_other_readers_open_our_files(tmp_path, tiny_model, tiny_config):
+    save_weights(tmp_path / "w.pth", Weights(tiny_model.state_dict(), tiny_config))
+    for options in ({}, {"mmap": True}):
+        assert torch.equal(torch.load(tmp_path / "w.pth", **options)["norm.weight"], tiny_model.norm.weight)
+
+
+WRONG = {
+    "a missing key": (lambda c: c.pop("optimizer"), "optimizer is missing"),
+    "a key of another type": (lambda c: c.update(progress=[1]), "progress is of type list"),
+    "a missing count": (lambda c: c["progress"].pop("samples"), "samples"),
+    "a count that is text": (lambda c: c["progress"].update(step="5"), "progress.step is '5'"),
+    "another step than in the name": (lambda c: c["progress"].update(step=6), "of step 6"),
+    "a missing weight": (lambda c: c["model"].pop("norm.weight"), "norm.weight"),
+    "a weight of another shape": (lambda c: c["model"].update({"norm.weight": torch.ones(8)}), r"\[8\], expected"),
+    "a weight of another dtype": (lambda c: c["model"].update({"norm.weight": torch.ones(16).half()}), "norm.weight"),
+    "a weight that is not finite": (lambda c: c["model"]["norm.weight"].fill_(torch.nan), "not finite"),
+    "an average of another shape": (lambda c: c.update(ema={"norm.weight": torch.ones(16)}), "ema lacks"),
+    "a missing layer": (lambda c: c["config"].update(n_layers=2), "1 layers, n_layers is 2"),
+    "a config of nobody": (lambda c: c["config"].update(dim="16"), "config"),
+    "no moment": (lambda c: c["optimizer"]["state"][0].pop("exp_avg"), "other parts"),
+    "a moment of another shape": (lambda c: c["optimizer"]["state"][0].update(exp_avg=torch.ones(3)), "other parts"),
+    "no state of a parameter": (lambda c: c["optimizer"]["state"].pop(0), "some parameters"),
+    "an optimizer of another model": (lambda c: c["optimizer"]["param_groups"].pop(), "not this model's"),
+    "half a scaler": (lambda c: c.update(scaler={"scale": 2.0}), "scaler"),
+    "no random states": (lambda c: c.update(random_states=[]), "random_states is empty"),
+    "half a random state": (lambda c: c["random_states"][0].pop("numpy"), "random_states"),
+    "a random state that is none": (lambda c: c["random_states"][0].update(torch=torch.ones(3)), "random_states"),
+    "another version": (lambda c: c.update(format_version=1), "version 1"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_checkpoint_that_lacks_something_is_noticed(tmp_path, case):
+    change, expected = WRONG[case]
+    content = copy.deepcopy(checkpoint_content())
+    change(content)
+    path = tmp_path / "checkpoint_step_5.pth"
+    save_torch(path, content)
+    with pytest.raises(InputError, match=expected):
+        load_checkpoint(path)
 
 
 def test_a_pickle_that_would_run_code_is_refused(tmp_path):
@@ -135,10 +204,21 @@ def test_old_checkpoints_are_pruned_by_step(tmp_path):
     for step in (9, 10, 100):
         checkpoint(tmp_path / f"checkpoint_step_{step}.pth", step)
     checkpoint(tmp_path / "best_model.pth", 1)
-    prune_checkpoints(tmp_path, keep_last=2)
+    checkpoint(tmp_path / "checkpoint_interrupted.pth", 57)
+    prune_checkpoints(tmp_path, keep_last=2, verified=100)
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "best_model.pth", "checkpoint_step_10.pth", "checkpoint_step_100.pth",
     ]  # fmt: skip
+    prune_checkpoints(tmp_path, keep_last=1, verified=9)  # what is newer than the verified one stays
+    assert len(list(tmp_path.glob("checkpoint_step_*"))) == 2
+
+
+def test_a_checkpoint_of_another_run_is_passed_over(tmp_path):
+    (tmp_path / "config.yaml").write_text("# started 20260101T120000\n")
+    checkpoint(tmp_path / "checkpoint_step_5.pth", 5)
+    save_torch(tmp_path / "checkpoint_step_9.pth", checkpoint_content(9, started="20250101T120000"))
+    path, _, passed_over = newest_checkpoint(tmp_path)
+    assert path.name == "checkpoint_step_5.pth" and "20250101T120000" in passed_over[0]
 
 
 def test_an_earlier_runs_files_are_moved_and_others_stay(tmp_path):

@@ -35,7 +35,7 @@ from model.tokenization import BulkTokenizer, load_bulk_tokenizer, tokenizer_sha
 BYTES_OF_A_TOKEN = 8  # more than a token of Chinese has, so that a part holds somewhat less than save_interval
 SMALLEST_PART, LARGEST_PART = 4 << 10, 64 << 20  # bytes
 FIRST_BYTES = 4 << 20  # of the input, looked at to choose the encoder
-WAIT_FOR_OTHERS = 60 * 24 * 7  # minutes: the merging of a large corpus takes its time
+WAIT_FOR_OTHERS = 3600 * 24 * 7  # seconds: the merging of a large corpus takes its time
 
 
 class Job:
@@ -74,14 +74,14 @@ class Job:
 
     def run(self, resume: bool) -> dict:
         """Plan, make the parts that are missing, merge them, give the files their names; returns the counts."""
-        self.processes.start(timeout_minutes=WAIT_FOR_OTHERS)
+        self.processes.start(timeout=WAIT_FOR_OTHERS)
         finished = resume and self.output.exists() and not job_path(self.output).exists()
-        if self.processes.all_max(self.processes.is_main and finished):
+        if self.processes.any(self.processes.is_main and finished):
             return self._keep_finished() if self.processes.is_main else {}
         with JobFolder(self.output, self.processes.is_main) as folder:
             if self.processes.is_main and not (resume and folder.is_finished):
                 self._begin(folder, resume)
-            if self.processes.all_max(self.processes.is_main and folder.is_finished):  # killed while it published
+            if self.processes.any(self.processes.is_main and folder.is_finished):  # killed while it published
                 if self.processes.is_main:
                     folder.publish()
                     return self._keep_finished()  # if that was this job

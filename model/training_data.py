@@ -1,0 +1,61 @@
+"""What a run trains and validates on: the tokenizer, the token files, and which of their samples."""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from model.dataset import PretrainDataset, hold_out
+from model.settings import Settings
+from model.tokenization import load_tokenizer, token_byte_lengths, tokenizer_sha256, vocabulary_size
+
+
+class TrainingData:
+    """Opens tokenizer and token files as the settings say, and sets samples aside for validation if they must be.
+
+    Attributes:
+        config: LMConfig, the model's shape for this tokenizer.
+        tokenizer_sha256: of the tokenizer.
+        token_bytes: UTF-8 bytes that each id stands for, int64 [vocab_size].
+        train, val: PretrainDataset.
+        train_samples, val_samples: numbers of the samples to use of them, int64.
+        fingerprint, validation: what tells the training and the validation data from others.
+
+    Raises:
+        InputError: a file is missing, or they do not fit together.
+    """
+
+    def __init__(self, settings: Settings, say: Callable[[str], None]) -> None:
+        data = settings.data
+        tokenizer = load_tokenizer(data.tokenizer_path)
+        self.tokenizer_sha256 = tokenizer_sha256(data.tokenizer_path)
+        tokens = vocabulary_size(tokenizer)
+        self.config = settings.lm_config(tokens)
+        self.token_bytes = np.zeros(self.config.vocab_size, dtype=np.int64)
+        self.token_bytes[:tokens] = token_byte_lengths(tokenizer)
+
+        self.train = self._open(data.train_data_path, say)
+        if data.val_data_path is not None:
+            self.val = self._open(data.val_data_path, say)
+            self.train_samples, self.val_samples = np.arange(len(self.train)), np.arange(len(self.val))
+        else:
+            self.val = self.train
+            self.train_samples, self.val_samples = hold_out(len(self.train))
+            say(
+                f"val_data_path is null: {len(self.val_samples):,} of {len(self.train):,} samples are held out for"
+                " validation and not trained on"
+            )
+        if settings.training.early_stopping and len(self.val_samples) == 0:
+            say("early_stopping: there is nothing to validate on, so training will not stop early")
+        self.fingerprint = self.train.fingerprint() | {"training_samples": len(self.train_samples)}
+        self.validation = self.val.fingerprint() | {"validation_samples": len(self.val_samples)}
+
+    def _open(self, path: str, say: Callable[[str], None]) -> PretrainDataset:
+        dataset = PretrainDataset(path, self.config.max_seq_len, self.config.vocab_size, self.tokenizer_sha256)
+        if dataset.manifest is None:
+            say(f"{path}: no manifest beside it; read as MiniMind's uint16 tokens, which nothing here can check")
+        return dataset
+
+    def spread_validation(self, samples: int) -> None:
+        """Validate on so many samples only, spread evenly over those there are."""
+        if samples < len(self.val_samples):
+            self.val_samples = self.val_samples[np.linspace(0, len(self.val_samples) - 1, samples).astype(np.int64)]

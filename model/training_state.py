@@ -1,0 +1,171 @@
+"""What a checkpoint holds, everything that training needs to go on exactly, and whether one that was read holds it."""
+
+import dataclasses
+import math
+import random
+import re
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from model.archive import is_finite
+from model.LMConfig import LMConfig, config_problems
+from model.model import Transformer
+
+CHECKPOINT_VERSION = 2
+NONE = type(None)
+KINDS = {  # the keys of a checkpoint and what lies under them
+    "format_version": int,
+    "started": str,  # when the run started
+    "settings": dict,  # all of them, as asked for
+    "config": dict,  # LMConfig
+    "tokenizer_path": (str, NONE),
+    "tokenizer_sha256": str,
+    "data": dict,  # fingerprints of the token files
+    "validation": dict,
+    "pace": dict,  # what total_steps was computed from
+    "total_steps": int,
+    "progress": dict,  # Progress
+    "model": dict,  # state dicts
+    "ema": (dict, NONE),
+    "ema_updates": int,
+    "optimizer": dict,
+    "scaler": dict,
+    "random_states": list,  # of each process
+    "environment": dict,  # versions, threads and processes, on which equal bits depend
+}
+OPTIMIZER_STATE = {name: {"step", "exp_avg", "exp_avg_sq"} for name in ("adamw", "adam")}  # of each parameter
+SCALER_STATE = {"scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"}
+
+
+@dataclass
+class Progress:
+    """Where a run is. Everything else about its position follows from it."""
+
+    step: int = 0  # optimizer steps taken
+    samples: int = 0  # samples read by all processes, over all epochs: the position in the data
+    best_val_loss: float = math.inf
+    evaluations_without_gain: int = 0
+    last_evaluation: int = -1  # step of the last finished evaluation
+    skipped_steps: int = 0  # steps whose loss or gradient could not be used, and those of them in a row
+    skipped_in_a_row: int = 0
+    recent_losses: list[float] = field(default_factory=list)  # nats a token, to tell a leap of the loss by
+    window_loss: float = 0.0  # summed over the tokens since the last log line
+    window_tokens: int = 0
+    seconds: float = 0.0  # spent training, over all sessions
+
+
+def state_problem(path: Path, content: Mapping) -> str | None:
+    """What is wrong with a checkpoint, or None: a missing part, a wrong shape, a number that is not finite.
+
+    Args:
+        path: where it was read from; a name that gives a step must give the right one.
+    """
+    for key, kind in KINDS.items():
+        if key not in content:
+            return f"{key} is missing"
+        if not isinstance(content[key], kind):
+            return f"{key} is of type {type(content[key]).__name__}"
+    return (
+        _progress_problem(path, content["progress"])
+        or _weights_problem(content)
+        or _optimizer_problem(content)
+        or _scaler_problem(content["scaler"])
+        or _random_problem(content["random_states"])
+        or (None if is_finite(content) else "it holds numbers that are not finite")
+    )
+
+
+def _progress_problem(path: Path, progress: Mapping) -> str | None:
+    kinds = typing.get_type_hints(Progress)
+    if progress.keys() != kinds.keys():
+        return f"progress lacks or has too much of {', '.join(sorted(progress.keys() ^ kinds.keys()))}"
+    for name, kind in kinds.items():
+        value = progress[name]
+        numbers = value if isinstance(value, list) else [value]
+        if isinstance(value, list) != (name == "recent_losses") or not all(
+            type(number) is int or (type(number) is float and kind is not int and not math.isnan(number))
+            for number in numbers
+        ):
+            return f"progress.{name} is {value!r}"
+    named = re.fullmatch(r"checkpoint_step_(\d+)\.pth", path.name)
+    if named and int(named[1]) != progress["step"]:
+        return f"it is of step {progress['step']}, not of the step in its name"
+    return None
+
+
+def _weights_problem(content: Mapping) -> str | None:
+    config, model = content["config"], content["model"]
+    if config.keys() != {f.name for f in dataclasses.fields(LMConfig)}:
+        return "config does not describe a model"
+    try:
+        problems = config_problems(config)
+    except TypeError as error:
+        problems = [str(error)]
+    if problems:
+        return f"config: {problems[0]}"
+    layers = {str(key).split(".")[1] for key in model if str(key).startswith("layers.")}
+    if len(layers) != config["n_layers"]:
+        return f"it has {len(layers)} layers, n_layers is {config['n_layers']}"
+    with torch.device("meta"):
+        expected = Transformer(LMConfig(**config)).state_dict()
+    return _shapes_problem("model", model, expected) or (
+        _shapes_problem("ema", content["ema"], expected) if content["ema"] is not None else None
+    )
+
+
+def _shapes_problem(name: str, state: Mapping, expected: Mapping[str, Tensor]) -> str | None:
+    if state.keys() != expected.keys():
+        return f"{name} lacks or has too much of {sorted(map(str, state.keys() ^ expected.keys()))[0]}"
+    for key, tensor in expected.items():
+        found = state[key]
+        if not isinstance(found, Tensor) or found.shape != tensor.shape or found.dtype != tensor.dtype:
+            shape = [*found.shape] if isinstance(found, Tensor) else type(found).__name__
+            return f"{name}.{key} is {shape}, expected {[*tensor.shape]}"
+    return None
+
+
+def _optimizer_problem(content: Mapping) -> str | None:
+    optimizer, model = content["optimizer"], content["model"]
+    try:
+        groups, states = optimizer["param_groups"], optimizer["state"]
+        names = {number: name for g in groups for number, name in zip(g["params"], g["param_names"], strict=True)}
+        wanted = OPTIMIZER_STATE[content["settings"]["training"]["optimizer_type"]]
+        tied = {"output.weight"} if content["config"]["tie_embeddings"] else set()
+        if set(names.values()) != model.keys() - tied or not all({"lr", "betas", "eps"} <= g.keys() for g in groups):
+            return "optimizer is not this model's"
+        if content["progress"]["step"] and states.keys() != names.keys():
+            return "optimizer lacks the state of some parameters"
+        for number, state in states.items():
+            shapes = {key: tensor.shape for key, tensor in state.items()}
+            if shapes.keys() != wanted or any(s not in (model[names[number]].shape, ()) for s in shapes.values()):
+                return f"optimizer: the state of {names[number]} has other parts or shapes"
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        return f"optimizer cannot be understood ({error!r})"
+    return None
+
+
+def _scaler_problem(scaler: Mapping) -> str | None:
+    if scaler and (scaler.keys() != SCALER_STATE or not all(type(v) in (int, float) for v in scaler.values())):
+        return "scaler is not a gradient scaler's"
+    return None
+
+
+def _random_problem(states: list) -> str | None:
+    """Whether every process's generators take the states: tried on generators that nobody uses."""
+    try:
+        for state in states:
+            random.Random().setstate(state["python"])
+            kind, keys, position, has_gauss, gauss = state["numpy"]
+            np.random.RandomState().set_state((kind, np.array(keys, dtype=np.uint32), position, has_gauss, gauss))
+            torch.Generator().set_state(state["torch"])
+            if not all(isinstance(s, Tensor) for s in state["cuda"]) or not isinstance(state["mps"], (Tensor, NONE)):
+                return "random_states holds no states of a GPU"
+    except (KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
+        return f"random_states cannot be used ({str(error).splitlines()[0]})"
+    return None if states else "random_states is empty"
