@@ -1,4 +1,4 @@
-"""Does training keep its promises? Real processes, killed, stopped, starved and fed with rubbish; the cases are counted.
+"""Does training keep its promises? Real processes are killed, stopped, starved and fed with rubbish, and counted.
 
     python benchmarks/reliability.py                                  # all of it: under 30 minutes on 2 cores
     python benchmarks/reliability.py --only exact_resume job_kills    # some of it, printed only
@@ -90,7 +90,7 @@ def report(rows: list[Row], seconds: float) -> str:
     lines = [
         "# Reliability, measured",
         "",
-        "Made by `python benchmarks/reliability.py`, which anyone can run again: real processes, real signals, real files.",
+        "Made by `python benchmarks/reliability.py`, which anyone can run: real processes, real signals, real files.",
         "",
         f"{datetime.date.today()}; {machine()}; {versions}. **{passed:,} of {cases:,} cases passed**, in"
         f" {seconds / 60:.0f} minutes.",
