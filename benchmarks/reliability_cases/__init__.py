@@ -1,0 +1,1 @@
+"""What `benchmarks/reliability.py` tests: one module a promise, each with `run(scale, folder) -> Counts`."""
