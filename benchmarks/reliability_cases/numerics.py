@@ -1,8 +1,8 @@
-"""A case is a run whose loss, gradient or weights become NaN, infinite or 1,000 times too large, on its only process or
-on one of two, once or from then on. It passes if such a step is skipped (not counted, while its samples are) and the run
-ends with 0, or, where it does not pass, if the run ends as diverged with 1 and says at which step and why; if no file of
-weights ever holds a number that is not finite; and if each logged learning rate is that of the steps really taken.
-Weights of one process that change silently end the run with 3 at the next checkpoint, naming the process.
+"""A case is a run whose loss, gradient or weights become NaN, infinite or 1,000 times too large, on its only process
+or on one of two, once or from then on. It passes if such a step is skipped (not counted, while its samples are) and the
+run ends with 0, or, where it does not pass, if the run ends as diverged with 1 and says at which step and why; if no
+file of weights ever holds a number that is not finite; and if each logged learning rate is that of the steps really
+taken. Weights of one process that change silently end the run with 3 at the next checkpoint, naming the process.
 """
 
 import functools
@@ -32,7 +32,7 @@ class Case:
         value: what it is multiplied by.
         times: in so many steps in a row.
         ranks: processes; of two, only the second one's goes wrong.
-        codes: of the processes.
+        code: of the processes, and in status.json.
         skipped: steps that are skipped.
         says: in rank 0's last line, or in any of its lines where the run ends with 0.
     """
@@ -41,7 +41,7 @@ class Case:
     value: str
     times: int = 1
     ranks: int = 1
-    codes: tuple = (0,)
+    code: int = 0
     skipped: int = 1
     says: str = ""
     first: int = FIRST
@@ -62,31 +62,39 @@ def all_cases() -> dict[str, Case]:
             cases[f"{name} in a weight, {on}"] = diverging("weight", value, ranks)
         leap = {"first": LEAP, "flags": {"max_steps": 44, "save_interval": 8}}
         cases[f"a leap of the loss once, {on}"] = Case("loss", "1e3", 1, ranks, says="the loss leapt to", **leap)
-    leaping = leap | {"ranks": 1, "times": FOR_EVER, "codes": (1,), "skipped": 11, "says": f"step {LEAP}: the loss leapt"}
+    leaping = leap | {
+        "ranks": 1,
+        "times": FOR_EVER,
+        "code": 1,
+        "skipped": 11,
+        "says": f"step {LEAP}: the loss leapt",
+    }
     cases["a leap of the loss for ever"] = Case("loss", "1e3", **leaping)
-    cases["a leap of the weights"] = Case("weight", "1e3", **leaping)
+    cases["a leap of the weights"] = Case("weight", "all * 1e3", **leaping)
     cases["a leap of the loss, not looked for"] = Case(
         "loss", "1e3", skipped=0, first=LEAP, flags=leap["flags"] | {"spike_threshold": 0}
     )
     cases["a leap of the gradient, which is clipped"] = Case("gradient", "1e3", skipped=0, **leap)
     cases["NaN in the loss once, with max_skipped_steps 0"] = Case(
-        "loss", "nan", codes=(1,), says=f"step {FIRST}: the loss is nan", flags={"max_skipped_steps": 0}
+        "loss", "nan", code=1, says=f"step {FIRST}: the loss is nan", flags={"max_skipped_steps": 0}
     )
     cases["NaN in the loss twice, with max_skipped_steps 2"] = Case(
         "loss", "nan", 2, skipped=2, says=f"step {FIRST}: the loss is nan", flags={"max_skipped_steps": 2}
     )
-    saved = {"codes": (1,), "skipped": 0, "says": "not finite, and were not saved"}
+    saved = {"first": 2, "code": 1, "skipped": 0, "says": "not finite, and were not saved"}
     cases["a weight that is NaN right before a save"] = Case("weight before a save", "nan", **saved)
-    cases["a weight that is NaN right before the last save"] = Case("weight before a save", "nan", first=3, **saved)
-    altered = {"skipped": 0, "codes": (3, 3), "ranks": 2, "says": "the weights of rank 1 "}
-    cases["weights of one process 1.01 times too large"] = Case("weight", "1.01", **altered)
-    cases["weights of one process with the sign turned"] = Case("weight before a save", "flip", first=2, **altered)
+    cases["a weight that is NaN right before the last save"] = Case(
+        "weight before a save", "nan", **saved | {"first": 3}
+    )
+    altered = {"skipped": 0, "code": 3, "ranks": 2, "says": "the weights of rank 1 "}
+    cases["weights of one process 1.01 times too large"] = Case("weight", "all * 1.01", **altered)
+    cases["a weight of one process 1,000 times too large"] = Case("weight before a save", "1e3", first=2, **altered)
     return cases
 
 
 def diverging(where: str, value: str, ranks: int) -> Case:
     says = f"step {FIRST}: {SAID[where]}"
-    return Case(where, value, FOR_EVER, ranks, codes=(1,) * ranks, skipped=11, says=says)
+    return Case(where, value, FOR_EVER, ranks, code=1, skipped=11, says=says)
 
 
 def run(scale: str, folder: Path) -> Counts:
@@ -123,16 +131,16 @@ def play(data: Data, out: Path, case: Case) -> list[str]:
     setup = {"where": case.where, "value": case.value, "first": case.first, "times": case.times, "rank": rank}
     job = start(flags, case.ranks, setup=(f"{MODULE}:poison", setup))
     codes = job.wait()
-    problems = [] if codes == list(case.codes) else [f"ended with {codes}: {last_line(job)}"]
+    problems = [] if codes == [case.code] * case.ranks else [f"ended with {codes}: {last_line(job)}"]
     problems += finite_problems(out) + rate_problems(out, int(flags["max_steps"]))
     lines = job.stderr().strip().splitlines()
-    said = lines if case.codes[0] == 0 else [line for line in lines if line.startswith("error: ")]
+    said = lines if case.code == 0 else [line for line in lines if line.startswith("error: ")]
     if not any(case.says in line for line in said):
         problems.append(f"did not say {case.says!r}: {said[-1:]}")
     if "Traceback" in job.stderr():
         problems.append("a traceback")
-    if case.codes[0]:
-        return problems + status_problems(out, case.codes[0]) + resume_problems(out)
+    if case.code:
+        return problems + status_problems(out, case.code) + resume_problems(out)
     return problems + skipped_problems(job, out, case, int(flags["max_steps"]))
 
 
@@ -149,7 +157,7 @@ def rate_problems(out: Path, total_steps: int) -> list[str]:
     """Whether each logged learning rate is that of its step."""
     from model.optim import Schedule
 
-    schedule = Schedule(total_steps, WARMUP, 3e-3, 3e-4, "cosine")
+    schedule = Schedule(total_steps, WARMUP, 3e-3, 3e-3 / 10, "cosine")
     rates = [(event["step"], event["lr"]) for event in events(out) if "lr" in event]
     if [step for step, _ in rates] != list(range(1, len(rates) + 1)):
         return [f"steps {[step for step, _ in rates]} were logged"]
@@ -267,10 +275,11 @@ def _poison_weight(where: str, value: str, first: int, times: int) -> None:
     @torch.no_grad()
     def spoil(self) -> None:
         weight = self.model.layers[0].attention.wq.weight
-        if value == "flip":  # one bit of a number's exponent, as a fault of memory does
-            weight.view(torch.int32)[0, 0] ^= 1 << 27
-        elif value == "1.01":
-            weight.mul_(1.01)
+        if value == "all * 1.01":
+            for parameter in self.model.parameters():
+                parameter.mul_(1.01)
+        elif value == "all * 1e3":
+            self.model.tok_embeddings.weight.mul_(1e3)
         else:
             weight[0, 0] *= float(value)
 
