@@ -1,6 +1,5 @@
 """What a run writes down: metrics.jsonl, curves.png, and wandb if asked for."""
 
-import errno
 import importlib.util
 import json
 import math
@@ -8,7 +7,6 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from model.errors import InputError
 from model.files import replacing
 
 
@@ -26,7 +24,6 @@ class MetricsLog:
         self.curves = out_dir / "curves.png"
         self._say = say
         self._wandb = None
-        self._waiting: list[str] = []  # lines that could not be written so far
         self._can_draw = importlib.util.find_spec("matplotlib") is not None
         if not self._can_draw:
             say("curves.png is not drawn: matplotlib is not installed (pip install matplotlib)")
@@ -54,44 +51,20 @@ class MetricsLog:
             self._wandb = wandb.init(**arguments, mode="offline", settings=quiet)
 
     def write(self, event: dict) -> None:
-        """Append one event; it must hold `step`. A number that is not finite, which JSON cannot hold, becomes null.
-
-        A log that cannot be written, as on a full disk, is no reason to end a training: its lines wait for the next.
-        """
+        """Append one event; it must hold `step`. A number that is not finite, which JSON cannot hold, becomes null."""
         event = {key: value if math.isfinite(value) else None for key, value in event.items()}
-        self._waiting.append(json.dumps(event) + "\n")
-        self._write_waiting()
+        with open(self.path, "a", encoding="utf-8", newline="\n") as file:
+            file.write(json.dumps(event) + "\n")
         if self._wandb is not None:
             self._wandb.log({key: value for key, value in event.items() if value is not None}, step=event["step"])
-
-    def _write_waiting(self) -> None:
-        """Append the lines that wait: all of them or, where there is no room, none."""
-        content = "".join(self._waiting).encode()
-        try:
-            with open(self.path, "ab", buffering=0) as file:
-                before = file.seek(0, os.SEEK_END)
-                if file.write(content) < len(content):
-                    file.truncate(before)
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            self._waiting.clear()
-        except OSError as error:
-            if len(self._waiting) == 1:
-                self._say(f"{self.path}: cannot be written ({error.strerror}); training goes on, and its lines wait")
 
     def draw_curves(self) -> None:
         """Draw `curves.png` from all events so far."""
         if self._can_draw:
-            try:
-                draw_curves(read_metrics(self.path), self.curves)
-            except (InputError, OSError) as error:
-                self._say(f"curves.png is not drawn: {error}")
+            draw_curves(read_metrics(self.path), self.curves)
 
     def close(self) -> None:
-        """Write what still waits, and end the wandb run."""
-        if self._waiting:
-            self._write_waiting()
-        if self._waiting:
-            self._say(f"{self.path}: {len(self._waiting)} lines could not be written and are lost")
+        """End the wandb run."""
         if self._wandb is not None:
             self._wandb.finish()
 
