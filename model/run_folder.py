@@ -18,7 +18,10 @@ INTERRUPTED = "checkpoint_interrupted.pth"
 TIME_FORMAT = "%Y%m%dT%H%M%S"
 STARTED = "# started "  # the first line of out/config.yaml
 CHECKPOINTS = ("checkpoint_step_*.pth", INTERRUPTED)
-RESULTS = ("pretrain_*.pth", "pretrain_*.json", "best_model.pth", "best_model.json", "metrics.jsonl", "curves.png")
+RESULTS = (
+    "pretrain_*.pth", "pretrain_*.json", "best_model.pth", "best_model.json", "metrics.jsonl", "curves.png",
+    "wandb_run.json", "status.json",
+)  # fmt: skip
 
 
 def begin_run(
@@ -184,6 +187,7 @@ def leave_line(out_dir: Path, step: int) -> Path | None:
         path.rename(target / path.name)
     for path in _files(out_dir, *RESULTS):
         shutil.copy2(path, target / path.name)
+    (out_dir / "wandb_run.json").unlink(missing_ok=True)  # wandb takes no step twice: it sees the new line as a new run
     return target
 
 

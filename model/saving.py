@@ -60,6 +60,10 @@ class BackgroundSaver:
         if self._error is not None:
             raise self._error
 
+    def is_idle(self) -> bool:
+        """Whether all is written."""
+        return self._free._value == MAX_WAITING and self._jobs.empty()
+
     def wait(self, every_second: Callable[[], None] = lambda: None) -> None:
         """Wait until all is written.
 

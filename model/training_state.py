@@ -11,11 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from model.archive import is_finite
 from model.LMConfig import LMConfig, config_problems
 from model.model import Transformer
+from model.optim import load_optimizer_state
 
 CHECKPOINT_VERSION = 2
 NONE = type(None)
@@ -58,6 +60,43 @@ class Progress:
     window_loss: float = 0.0  # summed over the tokens since the last log line
     window_tokens: int = 0
     seconds: float = 0.0  # spent training, over all sessions
+
+
+def saved_state(
+    progress: Progress,
+    model: nn.Module,
+    ema: AveragedModel | None,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+) -> dict:
+    """The parts of a checkpoint that training changes; the tensors are those in use, not copies."""
+    return {
+        "progress": dataclasses.asdict(progress),
+        "model": model.state_dict(),
+        "ema": ema.module.state_dict() if ema is not None else None,
+        "ema_updates": int(ema.n_averaged) if ema is not None else 0,
+        "optimizer": optimizer.state_dict(),
+        "scaler": scaler.state_dict(),
+    }
+
+
+def restore_state(
+    checkpoint: Mapping,
+    model: nn.Module,
+    ema: AveragedModel | None,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+) -> Progress:
+    """Put everything back to where `saved_state` found it; returns the progress."""
+    model.load_state_dict(checkpoint["model"])
+    load_optimizer_state(optimizer, checkpoint["optimizer"])
+    if checkpoint["scaler"] and scaler.is_enabled():
+        scaler.load_state_dict(checkpoint["scaler"])
+    if ema is not None:
+        # A run that did not keep an average so far begins it with its present weights.
+        ema.module.load_state_dict(checkpoint["ema"] or checkpoint["model"])
+        ema.n_averaged.fill_(checkpoint["ema_updates"])
+    return Progress(**checkpoint["progress"])
 
 
 def state_problem(path: Path, content: Mapping) -> str | None:

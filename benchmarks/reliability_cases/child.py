@@ -163,7 +163,7 @@ def end_quickly(job: dict) -> NoReturn:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT))
+    sys.path[0] = str(ROOT)  # in the place of this file's own folder
     if JOB_VARIABLE in os.environ:  # a worker of torchrun
         run_job(json.loads(Path(os.environ[JOB_VARIABLE]).read_text(encoding="utf-8")))
     else:

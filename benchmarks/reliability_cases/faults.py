@@ -28,7 +28,8 @@ class Fault:
         rank: the process that it happens to; None: each of them.
         kind: "kill" (SIGKILL to itself), "stop" (SIGSTOP to itself), "hang" (sleeps for ever), "raise"
             (InjectedFault), "term", "int" (that signal to itself), "sleep:SECONDS"; "term@rank1", "int@launcher" send
-            the signal to another process of the run, and "term@rank1*2" twice, 0.2 s apart.
+            the signal to another process of the run, "term@rank1*2" twice, 0.2 s apart, and "term@launcher+1.5" stays
+            at the point for 1.5 seconds, until it has gone round.
         after_file: it happens once this file is there, waited for at the point for 20 seconds at most.
     """
 
@@ -63,6 +64,7 @@ def act(fault: Fault, folder: Path) -> None:
 
 def _send(kind: str, folder: Path) -> None:
     """Send the signal that "term@rank1*2" and the like name."""
+    kind, _, stay = kind.partition("+")
     kind, _, times = kind.partition("*")
     name, _, target = kind.partition("@")
     number = {"term": signal.SIGTERM, "int": signal.SIGINT}[name]
@@ -72,6 +74,7 @@ def _send(kind: str, folder: Path) -> None:
         timer = threading.Timer(0.2 * again, os.kill, (pid, number))
         timer.daemon = True
         timer.start()
+    time.sleep(float(stay or 0))
 
 
 def install(fault: Fault, folder: Path, data_path: str) -> None:
@@ -189,6 +192,15 @@ def _half_saved(of_checkpoint: bool) -> Callable:
     return point
 
 
+def _processes(method: str) -> Callable:
+    def point(reached: Callable, data_path: str) -> None:
+        from utils import Processes
+
+        wrap(Processes, method, lambda *args, **kwargs: reached())
+
+    return point
+
+
 def _fsync(reached: Callable, data_path: str) -> None:
     wrap(os, "fsync", lambda *args, **kwargs: reached())
 
@@ -214,6 +226,8 @@ POINTS = {
     "pruning": _unlink("checkpoint_step_"),
     "final weights": _replace("pretrain_", "before"),
     "fsync": _fsync,
+    "gathering the states": _processes("gather"),
+    "barrier": _processes("barrier"),
 }
 
 
