@@ -62,7 +62,7 @@ def _settings_of_checkpoint(asked: Settings, flags: dict) -> tuple[dict, dict, s
     from model.resume import find_checkpoint
 
     asked.training.resume = True  # --resume_from alone means it
-    found = find_checkpoint(asked.training, say)
+    found = find_checkpoint(asked.training, lambda _: None)  # the trainer looks again, and says what it finds
     if found is None:
         raise InputError("--resume: there is nothing to go on from; start a run with --config first")
     path, content = found

@@ -116,6 +116,7 @@ def state_problem(path: Path, content: Mapping) -> str | None:
         or _optimizer_problem(content)
         or _scaler_problem(content["scaler"])
         or _random_problem(content["random_states"])
+        or (None if content["total_steps"] > 0 else f"total_steps is {content['total_steps']}")
         or (None if is_finite(content) else "it holds numbers that are not finite")
     )
 
@@ -132,6 +133,8 @@ def _progress_problem(path: Path, progress: Mapping) -> str | None:
             for number in numbers
         ):
             return f"progress.{name} is {value!r}"
+        if kind is int and value < (-1 if name == "last_evaluation" else 0):
+            return f"progress.{name} is {value}"
     named = re.fullmatch(r"checkpoint_step_(\d+)\.pth", path.name)
     if named and int(named[1]) != progress["step"]:
         return f"it is of step {progress['step']}, not of the step in its name"
@@ -176,14 +179,18 @@ def _optimizer_problem(content: Mapping) -> str | None:
         names = {number: name for g in groups for number, name in zip(g["params"], g["param_names"], strict=True)}
         wanted = OPTIMIZER_STATE[content["settings"]["training"]["optimizer_type"]]
         tied = {"output.weight"} if content["config"]["tie_embeddings"] else set()
-        if set(names.values()) != model.keys() - tied or not all({"lr", "betas", "eps"} <= g.keys() for g in groups):
+        if set(names.values()) != model.keys() - tied:
             return "optimizer is not this model's"
+        numbers = [number for group in groups for number in (group["lr"], group["eps"], *group["betas"])]
+        if len(numbers) != 4 * len(groups) or not all(type(number) is float for number in numbers):
+            return f"optimizer: lr, eps and betas are {numbers}"
         if content["progress"]["step"] and states.keys() != names.keys():
             return "optimizer lacks the state of some parameters"
         for number, state in states.items():
-            shapes = {key: tensor.shape for key, tensor in state.items()}
-            if shapes.keys() != wanted or any(s not in (model[names[number]].shape, ()) for s in shapes.values()):
-                return f"optimizer: the state of {names[number]} has other parts or shapes"
+            weight = model[names[number]]
+            kinds = {key: (tensor.shape, tensor.dtype) for key, tensor in state.items()}
+            if kinds != {key: ((), torch.float32) if key == "step" else (weight.shape, weight.dtype) for key in wanted}:
+                return f"optimizer: the state of {names[number]} has other parts, shapes or dtypes"
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         return f"optimizer cannot be understood ({error!r})"
     return None
