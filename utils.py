@@ -244,9 +244,9 @@ class StopSignal:
         self.count = 0
 
     def install(self) -> None:
-        """Take over SIGINT, SIGTERM and SIGHUP (Ctrl-Break on Windows) from now on."""
+        """Take over SIGINT, SIGTERM and SIGHUP (Ctrl-Break on Windows) from now on; what nohup ignores stays ignored."""
         for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK"):
-            if hasattr(signal, name):
+            if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) is not signal.SIG_IGN:
                 signal.signal(getattr(signal, name), self._remember)
 
     def _remember(self, number: int, frame) -> None:
