@@ -48,6 +48,7 @@ def read_settings(arguments: list[str]) -> Settings:
 
 def _settings_of_checkpoint(asked: Settings, flags: dict) -> tuple[dict, dict, str]:
     """The settings saved in the checkpoint to go on from; its folder is where the run goes on."""
+    from model.archive_checks import check_checkpoint
     from model.resume import find_checkpoint
 
     asked.training.resume = True  # --resume_from alone means it
@@ -55,6 +56,7 @@ def _settings_of_checkpoint(asked: Settings, flags: dict) -> tuple[dict, dict, s
     if found is None:
         raise InputError("--resume: there is nothing to go on from; start a run with --config first")
     path, content = found
+    check_checkpoint(content, path)
     values = content["settings"]
     values["training"] |= {"out_dir": str(path.parent), "resume_from": None, "resume": True}
     say(f"settings: those saved in {path}" + (f", and {', '.join(f'--{name}' for name in flags)}" if flags else ""))

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from model.errors import InputError, shown
 from model.LMConfig import LMConfig
+from model.settings import SECTIONS, parse_value
 
 MAX_PICKLE_BYTES = 16 << 20  # the values of a checkpoint without its tensors take a few hundred KB
 MAX_SIDECAR_BYTES = 1 << 16
@@ -186,7 +187,7 @@ def check_tensors(content, path: str | Path) -> None:
         elif isinstance(value, Mapping | list | tuple) and id(value) not in seen:
             seen.add(id(value))  # a pickle can hold a list that holds itself
             items = value.items() if isinstance(value, Mapping) else enumerate(value)
-            waiting += [(f"{name}.{key}", inner) for key, inner in items]
+            waiting += [(f"{name}.{key}"[-100:], inner) for key, inner in items]
 
 
 def tensor_problem(tensor: Tensor) -> str | None:
@@ -205,6 +206,31 @@ def tensor_problem(tensor: Tensor) -> str | None:
     return None
 
 
+# What must lie under the keys of a checkpoint before anything is done with them.
+KINDS = {
+    "started": str, "settings": dict, "config": dict, "tokenizer_path": str | None, "tokenizer_sha256": str,
+    "data": dict, "validation": dict, "pace": dict, "total_steps": int, "progress": dict, "model": dict,
+    "ema": dict | None, "ema_updates": int, "optimizer": dict, "scaler": dict, "random_states": list,
+}  # fmt: skip
+
+
+def check_checkpoint(content: Mapping, path: str | Path) -> None:
+    """See that each part of a checkpoint is of the kind that it must be.
+
+    Raises:
+        InputError: naming what is not.
+    """
+    for key, kind in KINDS.items():
+        if not isinstance(content[key], kind):
+            raise InputError(f"{path}: a damaged checkpoint: {key} is {shown(content[key])}; use an older file")
+    progress, sections = content["progress"], content["settings"]
+    for key in ("step", "samples"):
+        if type(progress.get(key)) is not int or not 0 <= progress[key] < 2**63:
+            raise InputError(f"{path}: a damaged checkpoint: {key} is {shown(progress.get(key))}; use an older file")
+    if not all(isinstance(sections.get(name), dict) for name in SECTIONS):
+        raise InputError(f"{path}: a damaged checkpoint: settings is {shown(sections)}; use an older file")
+
+
 # ------------------------------------------------------------------------------------------------------- the shape
 
 
@@ -214,8 +240,6 @@ def read_shape(values, path: str | Path) -> LMConfig:
     Raises:
         InputError: naming the file and every value that is wrong.
     """
-    from model.settings import parse_value
-
     if not isinstance(values, Mapping):
         raise InputError(f"{path}: config is {shown(values)}, the fields of a model's shape expected")
     problems, parsed = [], {}
@@ -294,6 +318,8 @@ def check_shapes(state_dict: Mapping[str, Tensor], config: LMConfig, path: str |
         )
         raise InputError(f"{path}: {found} inside; these are not the weights that its description is of")
     for key, shape in wanted.items():
+        if not isinstance(state_dict[key], Tensor):
+            raise InputError(f"{path}: {key} is {shown(state_dict[key])}, a tensor expected")
         found = tuple(state_dict[key].shape)
         if found != shape:
             raise InputError(f"{path}: {key} is {shown(found)}, by its description {shown(shape)} expected")

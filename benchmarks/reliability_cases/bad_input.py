@@ -14,7 +14,7 @@ from reliability_cases.harness import Counts
 from reliability_cases.scripts import ROOT, Case, run_cases
 
 TITLE = "Bad configs and data files: one clear line, exit code 2, under a second"
-FAST = 6  # in the fast scale each sixth case is run
+FAST = 8  # in the fast scale each eighth case is run
 OWN_EVERY = 10  # and of the full scale each tenth by an interpreter of its own as well
 BASE = """\
 data: {train_data_path: train.bin}

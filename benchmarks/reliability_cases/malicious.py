@@ -8,16 +8,19 @@ its line about a template, and ends with 0.
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from reliability_cases.bad_input import write_tokens
 from reliability_cases.harness import Counts
 from reliability_cases.malicious_archives import ARCHIVES, CHECKPOINTS, LOOSE, PICKLES, save_pickle
 from reliability_cases.scripts import ROOT, Case, run_cases
 
 TITLE = "Malicious files: nothing in them runs"
 SECONDS = 20
-FAST = 5  # in the fast scale each fifth case is run
+FAST = 6  # in the fast scale each sixth case is run
 OWN_EVERY = 12
 EVIL_MODULE = "import os\n\nos.mkdir('CANARY')\n\n\nclass Evil:\n    pass\n"
 BASE = """\
@@ -63,31 +66,15 @@ def all_cases(folder: Path) -> list[Case]:
 
 def write_good_files(good: Path) -> None:
     """A config, a token file, a model's weights and a checkpoint, with which nothing is wrong."""
-    import sys
-
-    import torch
-
-    sys.path.insert(0, str(ROOT))
-    from reliability_cases.bad_input import write_tokens
-
-    from model.checkpoint import Weights, save_weights
-    from model.LMConfig import LMConfig
-    from model.model import Transformer
-    from model.settings import build_settings, read_config
-    from model.tokenization import tokenizer_sha256
-    from optimized_pretrain import Trainer
-    from utils import Processes
-
     good.mkdir(parents=True)
     (good / "config.yaml").write_text(BASE)
     (good / "evil.py").write_text(EVIL_MODULE)
     write_tokens(good / "train.bin", [number % 5000 + 5 for number in range(3000)])
-    torch.manual_seed(1)
-    config = LMConfig(dim=32, n_layers=1, n_heads=2, n_kv_heads=1, max_seq_len=64)
-    save_weights(good / "good.pth", Weights(Transformer(config).state_dict(), config, None, tokenizer_sha256()))
-    flags = {"train_data_path": str(good / "train.bin"), "out_dir": str(good / "out"), "device": "cpu"}
-    Trainer(build_settings(read_config(good / "config.yaml"), flags), Processes.alone()).train()
-    shutil.copy(next((good / "out").glob("checkpoint_step_*.pth")), good / "checkpoint.pth")
+    command = [sys.executable, str(ROOT / "train.py"), "--config", "config.yaml", "--out_dir", "made"]
+    subprocess.run(command, cwd=good, check=True, capture_output=True)
+    shutil.copy(good / "made" / "checkpoint_step_1.pth", good / "checkpoint.pth")
+    for suffix in (".pth", ".json"):
+        shutil.copy(good / "made" / f"pretrain_32{suffix}", good / f"good{suffix}")
 
 
 def pickle_maker(content) -> Callable[[Path], None]:
@@ -249,7 +236,7 @@ CONFIGS = {
 
 
 def tokenizer_case(good: Path, name: str, change: Callable[[Path], object]) -> Case:
-    """A tokenizer's folder that names code of its own; ignored, it is a good tokenizer: exit code 0."""
+    """A tokenizer's folder that names code of its own. Where that is ignored, it is a good tokenizer: exit code 0."""
 
     def prepare(here: Path) -> None:
         lay_out(good, here, "good.pth", "good.json")
@@ -258,7 +245,8 @@ def tokenizer_case(good: Path, name: str, change: Callable[[Path], object]) -> C
         change(here / "tok")
 
     arguments = [*GENERATE, "good.pth", "--tokenizer_path", "tok"]
-    return Case(f"tokenizer: {name}", arguments, prepare, [], script="inference.py", code=0, seconds=SECONDS)
+    code, expected = (2, ["tok"]) if name in REFUSED else (0, [])
+    return Case(f"tokenizer: {name}", arguments, prepare, expected, script="inference.py", code=code, seconds=SECONDS)
 
 
 def configured(**changes) -> Callable[[Path], None]:
@@ -275,7 +263,7 @@ AUTO_MAP = {"AutoTokenizer": [None, "tokenization_evil.Evil"]}
 TOKENIZERS = {
     "auto_map": configured(auto_map=AUTO_MAP),
     "auto_map of another repository": configured(auto_map={"AutoTokenizer": ["evil/evil--evil.Evil", None]}),
-    "tokenizer_class": configured(tokenizer_class="tokenization_evil.Evil", auto_map=AUTO_MAP),
+    "a class of its own": configured(tokenizer_class="tokenization_evil.Evil", auto_map=AUTO_MAP),
     "auto_map in config.json": lambda tok: (tok / "config.json").write_text(
         json.dumps({"model_type": "llama", "auto_map": {"AutoTokenizer": "tokenization_evil.Evil"}})
     ),
@@ -284,6 +272,9 @@ TOKENIZERS = {
     "trust_remote_code": configured(auto_map=AUTO_MAP, trust_remote_code=True),
     "a pickled vocabulary": lambda tok: save_pickle(tok / "vocab.pkl", PICKLES["os.system"]),
 }
+
+
+REFUSED = ("a class of its own",)  # by transformers, since there is no other class to take
 
 
 def template_case(good: Path, name: str, template: str, refused: bool = True) -> Case:

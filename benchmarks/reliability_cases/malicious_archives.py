@@ -4,6 +4,7 @@ import io
 import pickle
 import struct
 import tarfile
+import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -48,7 +49,7 @@ PICKLES = {
     "codecs.open": whole(called(named("codecs", "open"), text("CANARY"), text("w"))),
     "runpy": whole(called(named("runpy", "run_path"), text("evil.py"))),
     "a module of the folder": whole(called(named("evil", "Evil"))),
-    "a dotted name": b"\x80\x04\x8c\x02os\x8c\x0bpath.os.mkdir\x93\x8c\x06CANARY\x85R.",
+    "a dotted name": b"\x80\x04\x8c\x02os\x8c\x0dpath.os.mkdir\x93\x8c\x06CANARY\x85R.",
     "INST": b"\x80\x02(" + text("CANARY") + b"ios\nmkdir\n.",
     "OBJ": b"\x80\x02(" + named("os", "mkdir") + text("CANARY") + b"o.",
     "NEWOBJ": whole(named("evil", "Evil") + b")\x81"),
@@ -123,7 +124,10 @@ def compressed(name: str, size: int) -> Callable[[Path], None]:
 
     def make(path: Path) -> None:
         with_tensor(GOOD)(path)
-        with zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED) as archive, archive.open(f"bad/{name}", "w") as file:
+        with (
+            zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED) as archive,
+            archive.open(f"bad/{name}", "w", force_zip64=True) as file,
+        ):
             for _ in range(size >> 20):
                 file.write(bytes(1 << 20))
 
@@ -134,8 +138,6 @@ def more(name: str, content: bytes) -> Callable[[Path], None]:
     """A good archive with one more record, called exactly so."""
 
     def make(path: Path) -> None:
-        import warnings
-
         with_tensor(GOOD)(path)
         with warnings.catch_warnings(), zipfile.ZipFile(path, "a") as archive:
             warnings.simplefilter("ignore")  # that there is one of this name
@@ -237,8 +239,8 @@ ARCHIVES: dict[str, Callable[[Path], None]] = {
         )
     ),
     "a tensor that is set anew": with_tensor(GOOD + b"(" + storage(4) + number(9) + sizes(9) + sizes(9) + b"tb"),
-    "a record of 2 GB packed to 2 MB": compressed("data/1", 2 << 30),
-    "a pickle of 1 GB packed to 1 MB": compressed("data.pkl", 1 << 30),
+    "a record of 256 MB packed to 256 KB": compressed("data/1", 256 << 20),
+    "a second pickle of 64 MB packed to 64 KB": compressed("data.pkl", 64 << 20),
     "a second pickle of the same name": more("bad/data.pkl", PICKLES["os.mkdir"]),
     "a second folder": more("evil/data.pkl", PICKLES["os.mkdir"]),
     "a record of the folder above": more("bad/../CANARY", b"x"),
@@ -309,6 +311,12 @@ def whole_model(path: Path) -> None:
     torch.save(torch.nn.Linear(2, 2), path)
 
 
+def compressed_pickle(path: Path) -> None:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("bad/data.pkl", b"\x80\x02" + b"]0" * (32 << 20) + b"}.")
+        archive.writestr("bad/version", b"3\n")
+
+
 LOOSE: dict[str, Callable[[Path], None]] = {
     "torch's format before 1.6": legacy,
     "a good file of torch's format before 1.6": legacy_good,
@@ -317,6 +325,7 @@ LOOSE: dict[str, Callable[[Path], None]] = {
     "a pickle of protocol 0": lambda path: path.write_bytes(b"cos\nmkdir\n(S'CANARY'\ntR."),
     "NumPy objects": numpy_objects,
     "an archive of NumPy objects": numpy_archive,
+    "an archive whose pickle is packed": compressed_pickle,
     "a whole model": whole_model,
     "Python": lambda path: path.write_text("import evil\n"),
     "safetensors that claims 2**60 bytes": lambda path: path.write_bytes(struct.pack("<Q", 2**60) + b"{}"),

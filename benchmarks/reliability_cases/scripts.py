@@ -19,7 +19,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent.parent
 LONGEST_LINE = 450  # characters of an error line that a reader still takes in
 MOST_MEMORY = 2 << 30  # bytes that a case may hold at its peak
+LONGEST_WAIT = 20  # seconds until a case has ended by itself, whatever it waits for
 ROOM = 6 << 30  # bytes of address space that a case may take beyond the server's: the machine outlives a failed case
+
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))  # for the scripts and the package `model`
 
 
 @dataclass
@@ -34,7 +38,7 @@ class Case:
     code: int = 2
     typed: str = ""  # what comes from stdin
     may_write: Sequence[str] = ()  # files that the script may make or change
-    seconds: float = 1.0  # the most that it may take, start-up excluded
+    seconds: float = 1.0  # of a processor that it may take, start-up excluded: other work beside it counts nothing
 
 
 @dataclass
@@ -44,7 +48,8 @@ class Outcome:
     code: int  # minus the signal's number where one ended it
     output: str
     error: str
-    seconds: float  # of the script's main; with the start-up where it ran by its own interpreter
+    seconds: float  # of a processor, for the script's main; with the start-up where it ran by its own interpreter
+    waited: float  # seconds until it had ended
     peak: int  # bytes of memory
 
 
@@ -114,6 +119,8 @@ def faults(case: Case, outcome: Outcome, before: dict, after: dict, own_interpre
         wrong.append(f"made or changed {', '.join(changed)}")
     if not own_interpreter and outcome.seconds > case.seconds:
         wrong.append(f"{outcome.seconds:.2f} s, more than {case.seconds:g}")
+    if outcome.waited > LONGEST_WAIT:
+        wrong.append(f"ended after {outcome.waited:.0f} s")
     if outcome.peak > MOST_MEMORY:
         wrong.append(f"{outcome.peak / 2**20:,.0f} MiB of memory")
     return wrong
@@ -140,7 +147,7 @@ def names(lines: Sequence[str], text: str) -> bool:
 
 def run_cases(cases: Sequence[Case], folder: Path, own_every: int = 0):
     """Run the cases: (passed, failures, figures). Each `own_every`-th is run by an interpreter of its own as well."""
-    failures, slowest, peak, longest, own = [], 0.0, 0, 0, 0
+    failures, slowest, slow, peak, longest, own = [], 0.0, "", 0, 0, 0
     with Scripts(folder) as scripts:
         for number, case in enumerate(cases):
             runs = [False]
@@ -151,14 +158,15 @@ def run_cases(cases: Sequence[Case], folder: Path, own_every: int = 0):
                 outcome, before, after = scripts.run(case, own_interpreter)
                 wrong += faults(case, outcome, before, after, own_interpreter)
                 own += own_interpreter
-                slowest = slowest if own_interpreter else max(slowest, outcome.seconds)
+                if outcome.seconds > slowest and not own_interpreter:
+                    slowest, slow = outcome.seconds, case.name
                 peak = max(peak, outcome.peak)
                 longest = max([longest, *map(len, error_lines(outcome.error))])
             if wrong:
                 failures.append(f"{case.name}: {'; '.join(dict.fromkeys(wrong))}")
     figures = (
-        f"slowest {slowest:.2f} s after start-up, at most {peak / 2**20:,.0f} MiB, longest line {longest} characters,"
-        f" {own} also by an interpreter of their own"
+        f"at most {slowest:.2f} s of a processor after start-up ({slow}) and {peak / 2**20:,.0f} MiB,"
+        f" longest line {longest} characters, {own} also by an interpreter of their own"
     )
     return len(cases) - len(failures), failures, figures
 
@@ -168,7 +176,6 @@ def run_cases(cases: Sequence[Case], folder: Path, own_every: int = 0):
 
 def serve() -> None:
     """Import what the scripts import, then run a case for each line of JSON on stdin."""
-    sys.path.insert(0, str(ROOT))
     import jinja2  # noqa: F401
     import torch._dynamo  # noqa: F401  (the first optimizer imports it)
 
@@ -187,10 +194,10 @@ def serve() -> None:
         child = os.fork()
         if child == 0:
             run_child(asked, said)
-        code, peak = wait_for(child, start + asked["limit"])
-        seconds = time.perf_counter() - start
+        code, seconds, peak = wait_for(child, start + asked["limit"])
+        waited = time.perf_counter() - start
         output, error = (path.read_text(encoding="utf-8", errors="replace") for path in said[1:])
-        print(json.dumps(asdict(Outcome(code, output, error, seconds, peak))), flush=True)
+        print(json.dumps(asdict(Outcome(code, output, error, seconds, waited, peak))), flush=True)
 
 
 def run_child(asked: dict, said: Sequence[Path]) -> None:
@@ -228,8 +235,8 @@ def run_child(asked: dict, said: Sequence[Path]) -> None:
         os._exit(code)
 
 
-def wait_for(child: int, until: float) -> tuple[int, int]:
-    """Wait for a child, and end it at the time given: (exit code, peak memory in bytes)."""
+def wait_for(child: int, until: float) -> tuple[int, float, int]:
+    """Wait for a child, and end it at the time given: (exit code, seconds of a processor, peak memory in bytes)."""
     while True:
         ended, status, usage = os.wait4(child, os.WNOHANG)
         if ended:
@@ -238,7 +245,7 @@ def wait_for(child: int, until: float) -> tuple[int, int]:
             os.kill(child, 9)
         time.sleep(0.002)
     unit = 1 if sys.platform == "darwin" else 1024
-    return os.waitstatus_to_exitcode(status), usage.ru_maxrss * unit
+    return os.waitstatus_to_exitcode(status), usage.ru_utime + usage.ru_stime, usage.ru_maxrss * unit
 
 
 if __name__ == "__main__":
