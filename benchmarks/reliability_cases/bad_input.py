@@ -64,9 +64,11 @@ def write_good_files(good: Path) -> None:
     (good / "config.yaml").write_text(BASE)
     write_tokens(good / "train.bin", np.arange(TOKENS) % 5000 + 5)
     shape = dataclasses.asdict(LMConfig(dim=32, n_layers=1, n_heads=2, n_kv_heads=1, max_seq_len=16))
+    settings = build_settings({}, {"train_data_path": "train.bin"}).as_dict()
     content = dict.fromkeys(CHECKPOINT_KEYS) | {
-        "format_version": CHECKPOINT_VERSION, "config": shape, "progress": {"step": 1}, "settings":
-        build_settings({}, {"train_data_path": "train.bin"}).as_dict(), "data": {}, "tokenizer_sha256": "0",
+        "format_version": CHECKPOINT_VERSION, "config": shape, "settings": settings, "started": "20260101T120000",
+        "progress": {"step": 1, "samples": 2}, "tokenizer_sha256": "0", "total_steps": 1, "ema_updates": 0,
+        "random_states": [], **dict.fromkeys(("data", "validation", "pace", "model", "optimizer", "scaler"), {}),
     }  # fmt: skip
     save_torch(good / "checkpoint.pth", content)
     import torch
@@ -462,8 +464,8 @@ RESUME = [
     ("from an empty file", [*FROM, STEP], lambda run: os.truncate(run / "checkpoint_step_1.pth", 0), STEP),
     ("from half a file", [*FROM, STEP], lambda run: os.truncate(run / "checkpoint_step_1.pth", 2000), STEP),
     ("from a loop of links", [*FROM, "run/loop"], lambda run: loop(run / "loop"), "run/loop"),
-    ("from another model's", [*FROM, STEP, "--dim", "64"], NOTHING, STEP),
-    ("from another data's", [*FROM, STEP], NOTHING, STEP),
+    ("from another model's", [*FROM, STEP, "--dim", "64"], NOTHING, "another model"),
+    ("from another data's", [*FROM, STEP], NOTHING, "another data"),
     ("without a config, from nothing", ["--resume", "--out_dir", "none"], NOTHING, "resume"),
     ("without a config, from a file that is not there", ["--resume_from", "none.pth"], NOTHING, "none.pth"),
     ("without a config, from weights", ["--resume_from", "run/pretrain_32.pth"], NOTHING, "run/pretrain_32.pth"),

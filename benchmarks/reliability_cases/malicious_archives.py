@@ -1,12 +1,13 @@
 """The malicious `.pth` files: pickles that would run code, and archives that claim what is not there."""
 
+import contextlib
 import io
 import pickle
 import struct
 import tarfile
 import warnings
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 # ------------------------------------------------------------------------------------------------------- pickles
@@ -119,12 +120,21 @@ DENSE = tensor(storage(2, kind="LongStorage"), 0, (1, 2), (2, 1))
 # ------------------------------------------------------------------------------------------------------ archives
 
 
+@contextlib.contextmanager
+def without_warnings() -> Iterator[None]:
+    """Nothing is said of a name that an archive holds already."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
 def compressed(name: str, size: int) -> Callable[[Path], None]:
     """A record of zeros, packed to a thousandth."""
 
     def make(path: Path) -> None:
         with_tensor(GOOD)(path)
         with (
+            without_warnings(),
             zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED) as archive,
             archive.open(f"bad/{name}", "w", force_zip64=True) as file,
         ):
@@ -139,8 +149,7 @@ def more(name: str, content: bytes) -> Callable[[Path], None]:
 
     def make(path: Path) -> None:
         with_tensor(GOOD)(path)
-        with warnings.catch_warnings(), zipfile.ZipFile(path, "a") as archive:
-            warnings.simplefilter("ignore")  # that there is one of this name
+        with without_warnings(), zipfile.ZipFile(path, "a") as archive:
             archive.writestr(name, content)
 
     return make
