@@ -1,8 +1,8 @@
 """What a `.pth` file must be before torch may read it, and what must be true of the tensors that come out of it.
 
-`torch.load(weights_only=True)` runs no code from a file, but it trusts the file's numbers: a storage may claim more
-bytes than its record holds, and is then read from memory that is not its own; a record may unpack to a thousand times
-its size. So a file is looked through first, without torch and without making anything that it asks for.
+`torch.load(weights_only=True)` runs no code from a file. But it unpacks a record to a thousand times its size, returns
+tensors of ten billion numbers over a storage of four, and what its error says of a forged size depends on its version.
+So a file is looked through first, without making anything that it asks for.
 """
 
 import dataclasses
