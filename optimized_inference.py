@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from model.chat_template import render_template
 from model.checkpoint import load_weights
 from model.detokenize import new_detokenizer
 from model.errors import InputError
@@ -351,12 +352,7 @@ class TextGenerator:
         return [token for token in self.tokenizer.added_tokens_decoder.values() if token.special]
 
     def _render(self, history: Sequence[dict[str, str]]) -> str:
-        from jinja2 import TemplateError  # transformers needs it for templates only
-
-        try:
-            return self.tokenizer.apply_chat_template(list(history), tokenize=False, add_generation_prompt=True)
-        except TemplateError as error:
-            raise InputError(f"the tokenizer's chat template refuses this history: {error}") from error
+        return render_template(self.tokenizer, history)
 
     def _encode_template(self, text: str) -> list[int]:
         """Ids of text in which control tokens are control tokens."""

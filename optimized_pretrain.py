@@ -64,7 +64,7 @@ class Trainer:
         self.files: RunFiles | None = None  # rank 0 has them
         self._choose_hardware()
         processes.start(self.device, self.training.ddp_timeout, self._give_up)
-        self.data = TrainingData(self.settings, say)
+        self.data = TrainingData(self.settings, verify=processes.local_rank == 0, say=say)
         self.config = self.data.config
         self.environment = environment(self.processes.world_size, self.dtype, self.device)
         found = self._find_checkpoint()

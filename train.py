@@ -76,6 +76,8 @@ def prepare_data_if_missing(settings: Settings, processes: Processes) -> None:
     """Make a missing token file from raw_data_path, or for the default path from what lies in dataset/."""
     data = settings.data
     target = Path(data.train_data_path)
+    if target.is_dir():
+        raise InputError(f"train_data_path: {target} is a folder, a token file (.bin) expected")
     if target.exists() and not job_path(target).exists():
         if data.raw_data_path is not None:
             say(f"raw_data_path: {data.raw_data_path} is not read, since {target} is there")
@@ -88,7 +90,7 @@ def prepare_data_if_missing(settings: Settings, processes: Processes) -> None:
     from optimized_data_processing import OptimizedDataProcessor, default_input_path
 
     source = data.raw_data_path
-    if source is None and target.resolve() == Path(DataSettings.train_data_path).resolve():
+    if source is None and os.path.realpath(target) == os.path.realpath(DataSettings.train_data_path):
         source = default_input_path()
     if source is None:
         raise InputError(

@@ -140,7 +140,7 @@ def pick_device(asked: str = "auto", local_rank: int = 0):
         device = torch.device("cuda", local_rank % torch.cuda.device_count())
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise InputError("device: 'mps' found, but torch sees no Apple GPU here")
-    if device.type not in ("cpu", "cuda", "mps"):
+    if device.type not in ("cpu", "cuda", "mps") or (device.type == "cpu" and device.index):
         raise InputError(f"device: {asked!r} found, one of auto, cpu, cuda, cuda:N, mps expected")
     return device, "as asked"
 

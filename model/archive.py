@@ -23,6 +23,7 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
+from model.archive_checks import check_archive, check_tensors
 from model.errors import InputError
 from model.files import replacing
 
@@ -104,9 +105,11 @@ def load_torch(path: str | Path, own: bool = False) -> dict:
     """
     path = Path(path)
     if not path.is_file():
-        raise InputError(f"{path}: no such file")
+        raise InputError(f"{path}: {'a folder, a file expected' if path.is_dir() else 'no such file'}")
     try:
         damaged = _damage(path, own)
+        if not damaged:
+            check_archive(path)
         content = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         # torch's text advises to load unsafely; the one line that says what was found is enough.
@@ -120,6 +123,7 @@ def load_torch(path: str | Path, own: bool = False) -> dict:
         raise InputError(f"{path}: damaged ({damaged}); use an older file")
     if not isinstance(content, dict):
         raise InputError(f"{path}: expected a dict of tensors, found {type(content).__name__}")
+    check_tensors(content, path)
     return content
 
 

@@ -4,7 +4,6 @@ A file of weights is a plain state dict. Beside each of ours lies `{stem}.json` 
 that inference needs no flags. Checkpoints, which hold what training needs to go on, are in `model/resume.py`.
 """
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -14,7 +13,8 @@ import torch
 from torch import Tensor
 
 from model.archive import load_torch, save_torch
-from model.errors import InputError
+from model.archive_checks import check_shapes, read_shape, read_sidecar
+from model.errors import InputError, shown
 from model.files import write_json
 from model.LMConfig import LMConfig
 from model.training_state import state_problem
@@ -68,28 +68,27 @@ def load_weights(path: str | Path) -> Weights:
         InputError: the file is missing, damaged, or holds no model that this program knows.
     """
     path = Path(path)
-    content = load_torch(path)
+    content, sidecar = load_torch(path), path.with_suffix(".json")
     if "progress" in content:
         if (problem := state_problem(path, content)) is not None:
             raise InputError(f"{path}: not a whole checkpoint ({problem}); use an older file")
-        state_dict, config = content["ema"] or content["model"], LMConfig(**content["config"])
-        return Weights(state_dict, config, content["tokenizer_path"], content["tokenizer_sha256"])
-
-    state_dict = _clean_keys(content, path)
-    sidecar = path.with_suffix(".json")
-    if not sidecar.is_file():
-        return Weights(state_dict, infer_config(state_dict, path), inferred=True)
-    try:
-        described = json.loads(sidecar.read_text(encoding="utf-8"))
-        config = LMConfig(**described["config"])
-        return Weights(state_dict, config, described["tokenizer_path"], described["tokenizer_sha256"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{sidecar}: does not describe weights ({error!r}); without it the shapes are read") from error
+        config, tokenizer = (
+            read_shape(content["config"], path),
+            (content["tokenizer_path"], content["tokenizer_sha256"]),
+        )
+        weights = Weights(content["ema"] or content["model"], config, *tokenizer)
+    elif sidecar.is_file():
+        weights = Weights(_clean_keys(content, path), *read_sidecar(sidecar))
+    else:
+        state_dict = _clean_keys(content, path)
+        weights = Weights(state_dict, infer_config(state_dict, path), inferred=True)
+    check_shapes(weights.state_dict, weights.config, path)
+    return weights
 
 
 def _clean_keys(content: Mapping, path: Path) -> dict[str, Tensor]:
     """Strip the prefixes that wrappers leave behind, and MiniMind's saved mask buffers."""
-    if not content or not all(isinstance(value, Tensor) for value in content.values()):
+    if not content or not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items()):
         raise InputError(f"{path}: expected a state dict of tensors or a MateConv checkpoint, found neither")
     cleaned = {re.sub(r"^(?:module\.|_orig_mod\.)+", "", key): value for key, value in content.items()}
     return {key: value for key, value in cleaned.items() if not key.endswith("attention.mask")}
@@ -105,14 +104,20 @@ def infer_config(state_dict: Mapping[str, Tensor], path: str | Path = "weights")
     missing = [key for key in needed if key not in state_dict]
     if missing:
         raise InputError(f"{path}: no {missing[0]} inside; expected MiniMind v1's names (tok_embeddings, layers.0.…)")
-    vocab_size, dim = state_dict["tok_embeddings.weight"].shape
     head_dim = LMConfig().head_dim
-    layers = {int(key.split(".")[1]) for key in state_dict if key.startswith("layers.")}
-    return LMConfig(
-        dim=dim,
-        n_layers=max(layers) + 1,
-        n_heads=dim // head_dim,
-        n_kv_heads=state_dict["layers.0.attention.wk.weight"].shape[0] // head_dim,
-        vocab_size=vocab_size,
-        hidden_dim=state_dict["layers.0.feed_forward.w1.weight"].shape[0],
-    )
+    layers = {key.split(".")[1] for key in state_dict if key.startswith("layers.")}
+    matrices = [state_dict[key] for key in needed[:3]]
+    if not all(matrix.dim() == 2 for matrix in matrices):
+        raise InputError(f"{path}: {needed[0]} has shape {shown(tuple(matrices[0].shape))}, a matrix expected")
+    vocab_size, dim = matrices[0].shape
+    try:
+        return LMConfig(
+            dim=dim,
+            n_layers=len(layers),
+            n_heads=dim // head_dim,
+            n_kv_heads=matrices[1].shape[0] // head_dim,
+            vocab_size=vocab_size,
+            hidden_dim=matrices[2].shape[0],
+        )
+    except InputError as error:
+        raise InputError(f"{path}: its shapes are of no model ({error})") from error

@@ -4,15 +4,18 @@ A token file `X.bin` is headerless little-endian uint16 (uint32 when the largest
 another as `<bos> ids <eos>`. Its manifest `X.json` says what is inside (`model.manifest`).
 """
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from model.errors import InputError
-from model.manifest import manifest_path, read_manifest
+from model.manifest import read_manifest
 
 IGNORE_INDEX = -100  # a target with this id counts in no loss
+VERIFY_BYTES = 8 << 30  # a larger token file is not read through before training: 8 GiB take some ten seconds
+BLOCK_BYTES = 16 << 20
 
 
 class PretrainDataset:
@@ -33,7 +36,8 @@ class PretrainDataset:
     def __init__(self, path: str | Path, seq_len: int, vocab_size: int, tokenizer_sha256: str | None = None) -> None:
         self.path, self.seq_len, self.vocab_size = Path(path), seq_len, vocab_size
         if not self.path.is_file():
-            raise InputError(f"{path}: no such token file; make it with: python optimized_data_processing.py")
+            found = "no plain file" if self.path.exists() else "no such token file"
+            raise InputError(f"{path}: {found}; make it with: python optimized_data_processing.py")
         self.manifest = read_manifest(path)
         dtype = self._checked_dtype(tokenizer_sha256)
         if self.path.stat().st_size < (seq_len + 1) * dtype.itemsize:
@@ -48,8 +52,6 @@ class PretrainDataset:
                 raise InputError(f"{self.path}: {size:,} bytes and no manifest; uint16 tokens need an even number")
             return np.dtype("<u2")
         manifest = self.manifest
-        if manifest.dtype not in ("uint16", "uint32"):
-            raise InputError(f"{manifest_path(self.path)}: dtype is {manifest.dtype!r}, expected uint16 or uint32")
         dtype = np.dtype(manifest.dtype).newbyteorder("<")
         if size != manifest.tokens * dtype.itemsize:
             raise InputError(
@@ -89,6 +91,38 @@ class PretrainDataset:
         if largest >= self.vocab_size:
             raise InputError(f"{self.path}: holds id {largest}, but the model has {self.vocab_size} (vocab_size)")
         return inputs, targets
+
+
+def verify_tokens(dataset: PretrainDataset) -> str:
+    """Read a token file through, before hours are spent on it: its SHA-256 (hex).
+
+    Raises:
+        InputError: it is not the file that its manifest was made with, or it holds an id that the model has no
+            embedding for, with the first such place; or it cannot be read to its end.
+    """
+    path, dtype, digest = dataset.path, dataset.tokens.dtype, hashlib.sha256()
+    block, read, outside = bytearray(BLOCK_BYTES), 0, None  # outside: the first id past the vocabulary, and where
+    try:
+        with open(path, "rb") as file:
+            while count := file.readinto(block):
+                digest.update(memoryview(block)[:count])
+                ids = np.frombuffer(block, dtype, count // dtype.itemsize)
+                if outside is None and len(ids) and ids.max() >= dataset.vocab_size:
+                    place = int(np.argmax(ids >= dataset.vocab_size))
+                    outside = int(ids[place]), read // dtype.itemsize + place
+                read += count
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read past byte {read:,} ({error.strerror})") from error
+    sha256 = digest.hexdigest()
+    if dataset.manifest is not None and dataset.manifest.sha256 != sha256:
+        found = f"sha256 {dataset.manifest.sha256[:12]}… then, {sha256[:12]}… now"
+        raise InputError(f"{path}: changed since its manifest was made ({found}); make both again")
+    if outside is not None:
+        raise InputError(
+            f"{path}: id {outside[0]} at token {outside[1]:,}, but the model has {dataset.vocab_size} (vocab_size);"
+            " it was made with another tokenizer, or is no token file"
+        )
+    return sha256
 
 
 def hold_out(samples: int) -> tuple[np.ndarray, np.ndarray]:

@@ -1,5 +1,7 @@
 """Exceptions with a message for the user: the scripts print it as one line, without a traceback, and exit."""
 
+MOST_CHARACTERS = 60  # of a value that is wrong, in a message
+
 
 class OneLineError(Exception):
     """What a script says before it ends. The message says what was found, what was expected and what to do."""
@@ -23,3 +25,12 @@ class ProcessLost(OneLineError):
     """Another process of the same job failed, or no longer answers: the message names it. Starting again helps."""
 
     exit_code = 3
+
+
+def shown(value) -> str:
+    """A value as messages show it: quoted as in Python, on one line, and cut where it is long."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # a number of thousands of digits
+        text = f"a very long {type(value).__name__}"
+    return text if len(text) <= MOST_CHARACTERS else f"{text[: MOST_CHARACTERS - 1]}…"

@@ -2,14 +2,17 @@
 
 import hashlib
 import json
+import os
 import typing
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
-from model.errors import InputError
+from model.errors import InputError, shown
 from model.files import write_json
 
 FORMAT_VERSION = 1
+MAX_MANIFEST_BYTES = 16 << 20  # thousands of sources with their statistics stay below
+MOST_TOKENS = 2**63 - 1
 
 
 @dataclass
@@ -49,23 +52,49 @@ def read_manifest(token_path: str | Path) -> Manifest | None:
     """Read the manifest beside a token file; None where there is none.
 
     Raises:
-        InputError: the file is not JSON, lacks a field, or was written by a newer version.
+        InputError: the file is not JSON, lacks a field, holds what cannot be, or was written by a newer version.
     """
     path = manifest_path(token_path)
-    if not path.is_file():
+    if not os.path.lexists(path):
         return None
+    again = "make it again with the .bin"
+    if not os.path.isfile(path):  # taken for "no manifest", the tokens would be read as what they may not be
+        raise InputError(f"{path}: the manifest of a token file expected, found no plain file; {again}")
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        if values.get("format_version") != FORMAT_VERSION:
-            found = values.get("format_version")
-            raise InputError(f"{path}: format_version is {found!r}, this program reads {FORMAT_VERSION}")
+        with open(path, "rb") as file:
+            content = file.read(MAX_MANIFEST_BYTES + 1)
+        if len(content) > MAX_MANIFEST_BYTES:
+            raise InputError(f"{path}: over {MAX_MANIFEST_BYTES:,} bytes, too long for a manifest; {again}")
+        values = json.loads(content)
+        version = values.get("format_version")
+        if version != FORMAT_VERSION or version is True:
+            raise InputError(f"{path}: format_version is {shown(version)}, this program reads {FORMAT_VERSION}")
         values.setdefault("processing", {})  # not in the first manifests
-        for name, kind in typing.get_type_hints(Manifest).items():
-            if not isinstance(values[name], typing.get_origin(kind) or kind):
-                raise TypeError(f"{name} is {values[name]!r}")
-        return Manifest(**{f.name: values[f.name] for f in fields(Manifest)})
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path}: not a manifest of a token file ({error!r}); make it again with the .bin") from error
+        problems = manifest_problems(values)
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise InputError(f"{path}: not the manifest of a token file ({shown(str(error))}); {again}") from error
+    if problems:
+        raise InputError(f"{path}: {'; '.join(problems)}; {again}")
+    return Manifest(**{f.name: values[f.name] for f in fields(Manifest)})
+
+
+def manifest_problems(values: dict) -> list[str]:
+    """Every field that is missing, or has a value that no manifest has."""
+    problems = []
+    for name, hint in typing.get_type_hints(Manifest).items():
+        kind = typing.get_origin(hint) or hint
+        if name not in values:
+            problems.append(f"{name} is missing")
+        elif type(values[name]) is not kind:
+            problems.append(f"{name} is {shown(values[name])}, expected {kind.__name__}")
+        elif kind is int and not 0 <= values[name] <= MOST_TOKENS:
+            problems.append(f"{name} is {shown(values[name])}, expected 0 to {MOST_TOKENS}")
+    if not problems and values["dtype"] not in ("uint16", "uint32"):
+        problems.append(f"dtype is {shown(values['dtype'])}, expected uint16 or uint32")
+    for name in ("bos_id", "eos_id"):
+        if not problems and values[name] >= values["vocab_size"]:
+            problems.append(f"{name} is {values[name]}, expected an id below vocab_size {values['vocab_size']}")
+    return problems
 
 
 def file_sha256(path: str | Path) -> str:

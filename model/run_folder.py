@@ -66,6 +66,8 @@ def claim(out_dir: Path) -> FileLock:
         InputError: the folder cannot be written, another process trains into it, or its config.yaml is no run's.
     """
     try:
+        if (out_dir / "config.yaml").is_file() and started_at(out_dir) is None:
+            raise InputError(f"out_dir: {out_dir / 'config.yaml'} was not written by a run; give another folder")
         out_dir.mkdir(parents=True, exist_ok=True)
         lock = FileLock(out_dir / ".lock")
         lock.acquire(timeout=0)
@@ -73,9 +75,6 @@ def claim(out_dir: Path) -> FileLock:
         raise InputError(f"out_dir: another process is training into {out_dir}; give another folder") from None
     except OSError as error:
         raise InputError(f"out_dir: cannot write to {out_dir} ({error.strerror})") from error
-    if (out_dir / "config.yaml").is_file() and started_at(out_dir) is None:
-        lock.release()
-        raise InputError(f"out_dir: {out_dir / 'config.yaml'} was not written by a run; give another folder")
     for path in out_dir.glob(f"*{TEMPORARY_SUFFIX}"):  # of a process that was killed while it wrote one
         path.unlink(missing_ok=True)
     return lock

@@ -8,6 +8,8 @@ collected and reported together.
 import dataclasses
 import difflib
 import math
+import os
+import re
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,10 +17,15 @@ from pathlib import Path
 
 import yaml
 
-from model.errors import InputError
+from model.errors import MOST_CHARACTERS, InputError, shown
 from model.LMConfig import LMConfig, config_problems
 
-MAX_CONFIG_BYTES = 1 << 20  # a config file is a page of text; anything larger is another file
+MAX_CONFIG_BYTES = 1 << 16  # a config file is a page of text; anything larger is another file
+DEEPEST = 16  # lists and mappings within each other in a config file; two are of use
+MOST_PROBLEMS = 20  # that are written out; the rest is counted
+LONGEST_TEXT = 4096  # characters: Linux takes no longer path
+MOST_PARAMETERS = 10**12  # of a model: each process holds all of it
+MOST = 10**12  # of any whole number: their products stay within 64 bits
 
 
 def setting(
@@ -51,16 +58,18 @@ class DataSettings:
 class ModelSettings:
     """Section `model`: the fields of LMConfig, but for vocab_size, which null takes from the tokenizer."""
 
-    dim: int = setting(512, "width of the model", at_least=1)
-    n_layers: int = setting(8, "layers", at_least=1)
-    n_heads: int = setting(16, "query heads", at_least=1)
-    n_kv_heads: int = setting(8, "key and value heads; must divide n_heads", at_least=1)
-    vocab_size: int | None = setting(None, "rows of the embedding; null: from the tokenizer", at_least=1)
-    hidden_dim: int | None = setting(None, "width of the feed-forward; null: 8/3 of dim", at_least=1)
-    multiple_of: int = setting(64, "an automatic hidden_dim is rounded up to a multiple of this", at_least=1)
-    norm_eps: float = setting(1e-5, "added under the root of RMSNorm", above=0)
-    max_seq_len: int = setting(512, "tokens of a training sample and of the context", at_least=1)
-    rope_theta: float = setting(10000.0, "base of the rotary position embedding", above=0)
+    dim: int = setting(512, "width of the model", at_least=1, at_most=2**20)
+    n_layers: int = setting(8, "layers", at_least=1, at_most=10_000)
+    n_heads: int = setting(16, "query heads", at_least=1, at_most=2**20)
+    n_kv_heads: int = setting(8, "key and value heads; must divide n_heads", at_least=1, at_most=2**20)
+    vocab_size: int | None = setting(None, "rows of the embedding; null: from the tokenizer", at_least=1, at_most=2**24)
+    hidden_dim: int | None = setting(None, "width of the feed-forward; null: 8/3 of dim", at_least=1, at_most=2**24)
+    multiple_of: int = setting(
+        64, "an automatic hidden_dim is rounded up to a multiple of this", at_least=1, at_most=2**20
+    )
+    norm_eps: float = setting(1e-5, "added under the root of RMSNorm", above=0, at_most=1)
+    max_seq_len: int = setting(512, "tokens of a training sample and of the context", at_least=1, at_most=2**20)
+    rope_theta: float = setting(10000.0, "base of the rotary position embedding", above=0, at_most=1e12)
     dropout: float = setting(0.0, "probability of dropout, below 1", at_least=0)
     flash_attn: bool = setting(True, "scaled_dot_product_attention; false: written out in plain PyTorch, slower")
     tie_embeddings: bool = setting(True, "output layer and embedding share one matrix")
@@ -73,16 +82,16 @@ class TrainingSettings:
 
     epochs: int = setting(15, "passes over the training samples", at_least=1)
     max_steps: int | None = setting(None, "steps to train, whatever epochs says; null: epochs decide", at_least=1)
-    batch_size: int = setting(32, "samples a process reads at once", at_least=1)
-    accumulation_steps: int = setting(1, "batches of every process that make up one step", at_least=1)
-    learning_rate: float = setting(3e-4, "highest learning rate, reached after the warm-up", above=0)
+    batch_size: int = setting(32, "samples a process reads at once", at_least=1, at_most=2**20)
+    accumulation_steps: int = setting(1, "batches of every process that make up one step", at_least=1, at_most=2**20)
+    learning_rate: float = setting(3e-4, "highest learning rate, reached after the warm-up", above=0, at_most=100)
     min_lr: float | None = setting(None, "learning rate at the end; null: a tenth of learning_rate", at_least=0)
     warmup_steps: int | None = setting(
         None, "steps in which the learning rate rises from 0; null: 2 %% of all steps, at most 1000", at_least=0
     )
     lr_scheduler: str = setting("cosine", "how the learning rate falls", choices=("cosine", "linear", "polynomial"))
     optimizer_type: str = setting("adamw", "optimizer", choices=("adamw", "adam"))
-    weight_decay: float = setting(0.1, "of matrices only; adam's is added to the gradient", at_least=0)
+    weight_decay: float = setting(0.1, "of matrices only; adam's is added to the gradient", at_least=0, at_most=100)
     grad_clip: float = setting(1.0, "largest norm of the gradient; 0: not clipped", at_least=0)
     max_skipped_steps: int = setting(
         10, "steps in a row that are skipped, not finite or leaping, before training stops as diverged", at_least=0
@@ -174,15 +183,17 @@ def build_settings(
     settings, problems = Settings(), list(problems)
     for section, values in file_values.items():
         if section not in SECTIONS:
-            problems.append(f"{source}: section {section!r} is unknown; {_nearest(str(section), SECTIONS)}")
+            problems.append(f"{source}: section {shown(section)} is unknown; {_nearest(section, SECTIONS)}")
         elif not isinstance(values, Mapping):
             if values is not None:  # a section whose keys are all commented out
-                problems.append(f"{source}: section {section!r} is {values!r}, expected keys with values")
+                problems.append(f"{source}: section {section!r} is {shown(values)}, expected keys with values")
         else:
             _merge_section(settings, section, values, source, problems)
     for name, text in flags.items():
         _assign(settings, name, text, f"--{name}", problems)
     problems += _impossible_combinations(settings)
+    if len(problems) > MOST_PROBLEMS:
+        problems[MOST_PROBLEMS:] = [f"and {len(problems) - MOST_PROBLEMS:,} more"]
     if problems:
         raise InputError("\n       ".join(problems))
     return settings
@@ -196,18 +207,20 @@ def _merge_section(settings: Settings, section: str, values: Mapping, source: st
             problems.append(f"{source}: {section}.{name} belongs in section {SECTION_OF[name]!r}")
         else:
             own = [key for key, owner in SECTION_OF.items() if owner == section]
-            problems.append(f"{source}: {section}.{name} is unknown; {_nearest(str(name), own)}")
+            written = shown(str(name))[1:-1]
+            nearest = _nearest(name, own) if len(problems) < MOST_PROBLEMS else ""  # the search takes its time
+            problems.append(f"{source}: {section}.{written} is unknown; {nearest}")
 
 
 def _assign(settings: Settings, name: str, value, where: str, problems: list[str]) -> None:
     try:
         setattr(getattr(settings, SECTION_OF[name]), name, parse_value(name, value))
     except ValueError as error:
-        problems.append(f"{where}: {value!r} found, {error} expected")
+        problems.append(f"{where}: {shown(value)} found, {error} expected")
 
 
-def _nearest(name: str, known) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1)
+def _nearest(name, known) -> str:
+    close = difflib.get_close_matches(str(name)[:MOST_CHARACTERS], list(known), n=1)
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
 
 
@@ -237,6 +250,8 @@ def parse_value(name: str, value):
         raise ValueError(expected)
     if limits["at_most"] is not None and not parsed <= limits["at_most"]:
         raise ValueError(expected)
+    if kind is int and parsed > MOST:
+        raise ValueError(f"{expected} and at most {MOST:,}")
     return parsed
 
 
@@ -252,13 +267,13 @@ def _to_bool(value) -> bool:
 
 
 def _to_int(value) -> int:
-    if isinstance(value, bool) or isinstance(value, float):
+    if isinstance(value, bool) or not isinstance(value, int | str):
         raise ValueError
     return int(value)
 
 
 def _to_float(value) -> float:
-    if isinstance(value, bool):
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
         raise ValueError
     number = float(value)  # YAML reads 3e-4, without a point, as text
     if not math.isfinite(number):
@@ -267,7 +282,7 @@ def _to_float(value) -> float:
 
 
 def _to_str(value) -> str:
-    if not isinstance(value, str) or not value.strip():
+    if not isinstance(value, str) or not value.strip() or "\0" in value or len(value) > LONGEST_TEXT:
         raise ValueError
     return value
 
@@ -283,13 +298,15 @@ def _describe(kind: type, optional: bool, limits: Mapping) -> str:
     if limits["above"] is not None:
         text += f" above {limits['above']:g}"
     if limits["at_most"] is not None:
-        text += f" and at most {limits['at_most']}"
+        text += f" and at most {limits['at_most']:,}"
     return text + (" or null" if optional else "")
 
 
 def _impossible_combinations(settings: Settings) -> list[str]:
     training, shape = settings.training, dataclasses.asdict(settings.model)
     problems = config_problems(shape | {"vocab_size": shape["vocab_size"] or 1})
+    if (parameters := _least_parameters(settings.model)) > MOST_PARAMETERS:
+        problems.append(f"dim, n_layers: {parameters:,} parameters or more, at most {MOST_PARAMETERS:,} expected")
     if training.ema_decay >= 1:
         problems.append(f"ema_decay: {training.ema_decay} found, a number below 1 expected")
     if training.min_lr is not None and training.min_lr > training.learning_rate:
@@ -299,44 +316,88 @@ def _impossible_combinations(settings: Settings) -> list[str]:
     return problems
 
 
+def _least_parameters(model: ModelSettings) -> int:
+    """Weights of the matrices that any such model has: queries, outputs and the feed-forward of each layer."""
+    hidden_dim = model.hidden_dim or 8 * model.dim // 3
+    return model.n_layers * (2 * model.dim**2 + 3 * model.dim * hidden_dim) + model.dim * (model.vocab_size or 0)
+
+
 class _StrictLoader(yaml.SafeLoader):
-    """Safe YAML without its traps: keys given twice, aliases that unfold without end, text that becomes a date."""
+    """Safe YAML without its traps: keys given twice or merged in, aliases that unfold without end, tags, and text that
+    becomes a date, a number to base 60 (1:30), 16 (0x10) or 8 (010)."""
 
     yaml_implicit_resolvers = {
-        first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+        first: [(tag, pattern) for tag, pattern in resolvers if tag.rpartition(":")[2] in ("bool", "null")]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
+    depth = 0
+
     def compose_node(self, parent, index):
-        if self.check_event(yaml.events.AliasEvent):
-            mark = self.peek_event().start_mark
-            raise yaml.constructor.ConstructorError(None, None, "aliases (*name) are not accepted", mark)
-        return super().compose_node(parent, index)
+        event = self.peek_event()
+        if isinstance(event, yaml.events.AliasEvent):
+            raise _refusal("aliases (*name) are not accepted", event)
+        if event.tag is not None:
+            raise _refusal("tags (!name) are not accepted", event)
+        if self.depth > DEEPEST:
+            raise _refusal("nested too deeply; a section's keys and values expected", event)
+        self.depth += 1
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
 
     def construct_mapping(self, node, deep=False):
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for (key_node, _), key in zip(node.value, keys, strict=True):
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"{key!r} is given twice", key_node.start_mark)
+        seen = set()
+        for key_node, _ in node.value:
+            if not isinstance(key_node, yaml.nodes.ScalarNode):
+                raise _refusal("a key is a list or a mapping, expected a name", key_node)
+            key = self.construct_object(key_node)
+            if key in seen:
+                raise _refusal(f"{shown(key)} is given twice", key_node)
+            seen.add(key)
         return super().construct_mapping(node, deep)
+
+
+def _refusal(problem: str, found) -> yaml.constructor.ConstructorError:
+    """An error at the place where an event or a node begins."""
+    return yaml.constructor.ConstructorError(None, None, problem, found.start_mark)
+
+
+# Numbers as JSON writes them. All else that could be one (3e-4, 1_000) stays text, which `parse_value` reads.
+_StrictLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:int", re.compile(r"^[-+]?(?:0|[1-9][0-9]{0,17})$"), list("-+0123456789")
+)
+_StrictLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?[0-9]{1,18}\.[0-9]{0,18}(?:[eE][-+]?[0-9]{1,3})?$"),
+    list("-+0123456789"),
+)
 
 
 def read_config(path: str | Path) -> dict:
     """Read a config file into its sections.
 
     Raises:
-        InputError: the file is missing, not UTF-8, not YAML, or no mapping.
+        InputError: the file is missing, no plain file, not UTF-8, not YAML, or no mapping.
     """
     path = Path(path)
-    if not path.exists() or path.is_dir():
-        raise InputError(f"--config: no file {path}")
-    if path.stat().st_size > MAX_CONFIG_BYTES:
-        raise InputError(f"--config: {path} has {path.stat().st_size:,} bytes, a config file has a few thousand")
+    shown_path = shown(str(path))[1:-1]
+    if not os.path.isfile(path):  # a pipe would be waited for, a device read without end
+        found = "is no plain file" if os.path.exists(path) else "there is no such file"
+        raise InputError(f"--config: {shown_path}: {found}")
+    with open(path, "rb") as file:
+        content = file.read(MAX_CONFIG_BYTES + 1)
+    if len(content) > MAX_CONFIG_BYTES:
+        size = path.stat().st_size
+        raise InputError(f"--config: {path} has {size:,} bytes, a config file at most {MAX_CONFIG_BYTES:,}")
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), _StrictLoader)  # noqa: S506 (a SafeLoader)
+        values = yaml.load(content.decode("utf-8"), _StrictLoader)  # noqa: S506 (a SafeLoader)
     except UnicodeDecodeError as error:
         raise InputError(f"--config: {path} is not UTF-8 (byte {error.start})") from error
-    except (yaml.YAMLError, RecursionError, ValueError) as error:  # ValueError: a number of thousands of digits
+    except yaml.reader.ReaderError as error:
+        found = f"the character U+{error.character:04X} at position {error.position}"
+        raise InputError(f"--config: {path}: {found} has no place in YAML") from error
+    except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
         raise InputError(f"--config: {path}{where}: {getattr(error, 'problem', None) or 'not YAML'}") from error

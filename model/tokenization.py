@@ -11,6 +11,7 @@ import numpy as np
 from model.errors import InputError
 
 EMBEDDED_TOKENIZER = Path(__file__).parent / "tokenizer"
+MOST_TOKENS = 2**24  # rows of an embedding; the largest tokenizers have a quarter of a million
 
 
 def load_tokenizer(path: str | Path | None = None):
@@ -30,8 +31,13 @@ def load_tokenizer(path: str | Path | None = None):
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the libraries raise plain Exception, KeyError, OSError … for a damaged file
         reason = str(error).strip().splitlines()
-        why = f"{type(error).__name__}: {reason[0] if reason else 'no reason'}"
+        why = f"{type(error).__name__}: {reason[0][:200] if reason else 'no reason'}"
         raise InputError(f"tokenizer_path: {folder} cannot be loaded ({why})") from error
+    if getattr(tokenizer, "backend_tokenizer", None) is None:
+        kind = type(tokenizer).__name__
+        raise InputError(f"tokenizer_path: {folder} is a {kind}, a fast tokenizer expected (tokenizer.json)")
+    if (tokens := vocabulary_size(tokenizer)) > MOST_TOKENS:
+        raise InputError(f"tokenizer_path: {folder} holds the id {tokens - 1:,}, at most {MOST_TOKENS - 1:,} expected")
     for name in ("bos", "eos"):
         if getattr(tokenizer, f"{name}_token_id") is None:
             raise InputError(f"tokenizer_path: {folder} names no {name}_token; add one to its tokenizer_config.json")

@@ -4,7 +4,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from model.dataset import PretrainDataset, hold_out
+from model.dataset import VERIFY_BYTES, PretrainDataset, hold_out, verify_tokens
+from model.files import size_text
 from model.settings import Settings
 from model.tokenization import load_tokenizer, token_byte_lengths, tokenizer_sha256, vocabulary_size
 
@@ -20,12 +21,15 @@ class TrainingData:
         train_samples, val_samples: numbers of the samples to use of them, int64.
         fingerprint, validation: what tells the training and the validation data from others.
 
+    Args:
+        verify: read the token files through (one process of each machine does).
+
     Raises:
-        InputError: a file is missing, or they do not fit together.
+        InputError: a file is missing, its bytes have changed, or they do not fit together.
     """
 
-    def __init__(self, settings: Settings, say: Callable[[str], None]) -> None:
-        data = settings.data
+    def __init__(self, settings: Settings, verify: bool, say: Callable[[str], None]) -> None:
+        data, self._verify = settings.data, verify
         tokenizer = load_tokenizer(data.tokenizer_path)
         self.tokenizer_sha256 = tokenizer_sha256(data.tokenizer_path)
         tokens = vocabulary_size(tokenizer)
@@ -53,6 +57,10 @@ class TrainingData:
         dataset = PretrainDataset(path, self.config.max_seq_len, self.config.vocab_size, self.tokenizer_sha256)
         if dataset.manifest is None:
             say(f"{path}: no manifest beside it; read as MiniMind's uint16 tokens, which nothing here can check")
+        if self._verify and dataset.tokens.nbytes <= VERIFY_BYTES:
+            verify_tokens(dataset)
+        elif self._verify:
+            say(f"{path}: {size_text(dataset.tokens.nbytes)} are too many to be read through before training begins")
         return dataset
 
     def spread_validation(self, samples: int) -> None:

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from model.archive import is_finite
-from model.LMConfig import LMConfig, config_problems
-from model.model import Transformer
+from model.archive_checks import check_shapes, read_shape
+from model.errors import InputError, shown
 from model.optim import load_optimizer_state
+from model.settings import SECTIONS
 
 CHECKPOINT_VERSION = 2
 NONE = type(None)
@@ -110,6 +111,8 @@ def state_problem(path: Path, content: Mapping) -> str | None:
             return f"{key} is missing"
         if not isinstance(content[key], kind):
             return f"{key} is of type {type(content[key]).__name__}"
+    if not all(isinstance(content["settings"].get(section), dict) for section in SECTIONS):
+        return f"settings lacks a section, {', '.join(SECTIONS)} expected"
     return (
         _progress_problem(path, content["progress"])
         or _weights_problem(content)
@@ -124,7 +127,7 @@ def state_problem(path: Path, content: Mapping) -> str | None:
 def _progress_problem(path: Path, progress: Mapping) -> str | None:
     kinds = typing.get_type_hints(Progress)
     if progress.keys() != kinds.keys():
-        return f"progress lacks or has too much of {', '.join(sorted(progress.keys() ^ kinds.keys()))}"
+        return f"progress lacks or has too much of {', '.join(sorted(map(str, progress.keys() ^ kinds.keys())))}"
     for name, kind in kinds.items():
         value = progress[name]
         numbers = value if isinstance(value, list) else [value]
@@ -132,9 +135,9 @@ def _progress_problem(path: Path, progress: Mapping) -> str | None:
             type(number) is int or (type(number) is float and kind is not int and not math.isnan(number))
             for number in numbers
         ):
-            return f"progress.{name} is {value!r}"
-        if kind is int and value < (-1 if name == "last_evaluation" else 0):
-            return f"progress.{name} is {value}"
+            return f"progress.{name} is {shown(value)}"
+        if kind is int and not (-1 if name == "last_evaluation" else 0) <= value < 2**63:
+            return f"progress.{name} is {shown(value)}"
     named = re.fullmatch(r"checkpoint_step_(\d+)\.pth", path.name)
     if named and int(named[1]) != progress["step"]:
         return f"it is of step {progress['step']}, not of the step in its name"
@@ -142,33 +145,14 @@ def _progress_problem(path: Path, progress: Mapping) -> str | None:
 
 
 def _weights_problem(content: Mapping) -> str | None:
-    config, model = content["config"], content["model"]
-    if config.keys() != {f.name for f in dataclasses.fields(LMConfig)}:
-        return "config does not describe a model"
     try:
-        problems = config_problems(config)
-    except TypeError as error:
-        problems = [str(error)]
-    if problems:
-        return f"config: {problems[0]}"
-    layers = {str(key).split(".")[1] for key in model if str(key).startswith("layers.")}
-    if len(layers) != config["n_layers"]:
-        return f"it has {len(layers)} layers, n_layers is {config['n_layers']}"
-    with torch.device("meta"):
-        expected = Transformer(LMConfig(**config)).state_dict()
-    return _shapes_problem("model", model, expected) or (
-        _shapes_problem("ema", content["ema"], expected) if content["ema"] is not None else None
-    )
-
-
-def _shapes_problem(name: str, state: Mapping, expected: Mapping[str, Tensor]) -> str | None:
-    if state.keys() != expected.keys():
-        return f"{name} lacks or has too much of {sorted(map(str, state.keys() ^ expected.keys()))[0]}"
-    for key, tensor in expected.items():
-        found = state[key]
-        if not isinstance(found, Tensor) or found.shape != tensor.shape or found.dtype != tensor.dtype:
-            shape = [*found.shape] if isinstance(found, Tensor) else type(found).__name__
-            return f"{name}.{key} is {shape}, expected {[*tensor.shape]}"
+        config = read_shape(content["config"], "its description")
+        for name in ("model", "ema") if content["ema"] is not None else ("model",):
+            check_shapes(content[name], config, name)
+            if others := [key for key, weight in content[name].items() if weight.dtype != torch.float32]:
+                return f"{name}: {others[0]} is {content[name][others[0]].dtype}, float32 expected"
+    except InputError as error:
+        return str(error)
     return None
 
 

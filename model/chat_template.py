@@ -1,0 +1,69 @@
+"""A chat in the words of the tokenizer's template, which is a small program from whoever made the tokenizer.
+
+transformers runs it in Jinja's sandbox: it reaches no file and no function of Python. What a sandbox leaves to do is to
+take time and memory, so that is limited here.
+"""
+
+import contextlib
+import sys
+import time
+from collections.abc import Iterator, Sequence
+
+from model.errors import InputError
+
+SECONDS = 3  # for one rendering; a template takes under a millisecond
+MAX_CHARACTERS = 16 << 20  # of a rendered chat
+
+
+class _TooLong(Exception):
+    """A template was still running after `SECONDS`."""
+
+
+def render_template(tokenizer, history: Sequence[dict[str, str]]) -> str:
+    """The text of a history of `{"role": ..., "content": ...}`, up to where the answer begins.
+
+    Raises:
+        InputError: the template refuses the history, is damaged, or takes too long or too much.
+    """
+    import jinja2  # transformers needs it for templates only
+
+    try:
+        # A power of two numbers can take for ever within one operation, which no limit interrupts.
+        if any(kind == "operator" and value == "**" for _, kind, value in _tokens(jinja2, tokenizer.chat_template)):
+            raise InputError("the tokenizer's chat template computes a power (**), which none needs; it is not run")
+        with _time_limit(SECONDS):
+            text = tokenizer.apply_chat_template(list(history), tokenize=False, add_generation_prompt=True)
+    except jinja2.TemplateError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"the tokenizer's chat template refuses this history: {reason}") from error
+    except _TooLong as error:
+        raise InputError(f"the tokenizer's chat template was still running after {SECONDS} s") from error
+    except (ValueError, TypeError, ArithmeticError, LookupError, AttributeError, MemoryError, RecursionError) as error:
+        reason = " ".join(f"{type(error).__name__} {error}".split())[:200]
+        raise InputError(f"the tokenizer's chat template fails: {reason}") from error
+    if len(text) > MAX_CHARACTERS:
+        raise InputError(f"the tokenizer's chat template makes {len(text):,} characters, at most {MAX_CHARACTERS:,}")
+    return text
+
+
+def _tokens(jinja2, template) -> Iterator[tuple[int, str, str]]:
+    templates = template.values() if isinstance(template, dict) else [template]  # a tokenizer can have several
+    for text in templates:
+        yield from jinja2.Environment().lex(text)
+
+
+@contextlib.contextmanager
+def _time_limit(seconds: float) -> Iterator[None]:
+    """Raise _TooLong in Python code that still runs after so long: each line looks at the clock."""
+    end, before = time.monotonic() + seconds, sys.gettrace()
+
+    def look(frame, event, argument):
+        if time.monotonic() > end:
+            raise _TooLong
+        return look
+
+    sys.settrace(look)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
