@@ -9,7 +9,6 @@ import copy
 import dataclasses
 import math
 import os
-import platform
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,24 +22,23 @@ import utils
 from model.archive import tensor_bytes
 from model.checkpoint import Weights
 from model.dataset import PretrainDataset, SampleOrder
-from model.divergence import fault_of_step, remember
+from model.divergence import difference_of_weights, fault_of_step, remember, weights_norm
 from model.errors import ProcessLost, TrainingDiverged
 from model.evaluation import bits_per_byte, validation_sums
 from model.model import Transformer
-from model.optim import build_ema, build_optimizer, load_optimizer_state, plan_schedule
-from model.resume import changed_environment, changed_settings, check_fits, find_checkpoint
+from model.optim import build_ema, build_optimizer, plan_schedule
+from model.resume import changed_environment, changed_settings, check_fits, environment, find_checkpoint
 from model.run_files import RunFiles
 from model.run_folder import check_space, step_checkpoint, write_config
 from model.settings import Settings
 from model.status import Status
 from model.training_data import TrainingData
-from model.training_state import CHECKPOINT_VERSION, Progress
+from model.training_state import CHECKPOINT_VERSION, Progress, restore_state, saved_state
 from utils import Processes, say
 
 EXIT_CODES = {"finished": 0, "early_stopping": 0, "interrupted": 130}
 MAX_OVERFLOWS = 50  # float16 steps in a row that may overflow: each halves the loss scale
 FIRST_STEP_PATIENCE = 3  # the first step compiles kernels, and may take so many times ddp_timeout
-WEIGHTS_TOLERANCE = 1e-4  # by how much the norm of the weights may differ between processes, relatively
 
 
 class Trainer:
@@ -68,6 +66,7 @@ class Trainer:
         processes.start(self.device, self.training.ddp_timeout, self._give_up)
         self.data = TrainingData(self.settings, say)
         self.config = self.data.config
+        self.environment = environment(self.processes.world_size, self.dtype, self.device)
         found = self._find_checkpoint()
         checkpoint = found[1] if found else None
         self._build_model(checkpoint)
@@ -101,20 +100,9 @@ class Trainer:
         say(f"resuming from {path} at step {checkpoint['progress']['step']:,}")
         if changed := changed_settings(checkpoint, self.training):
             say(f"resuming with other settings than before: {', '.join(changed)}")
-        if changed := changed_environment(checkpoint, self._environment()):
+        if changed := changed_environment(checkpoint, self.environment):
             say(f"resuming where equal bits are not to be expected: {', '.join(changed)}")
         return found
-
-    def _environment(self) -> dict:
-        """What else equal bits depend on."""
-        return {
-            "torch": str(torch.__version__),  # plain text, not torch's own class
-            "python": platform.python_version(),
-            "world_size": self.processes.world_size,
-            "threads": torch.get_num_threads(),
-            "dtype": str(self.dtype),
-            "device": self.device.type,
-        }
 
     def _build_model(self, checkpoint: dict | None) -> None:
         """Build model, optimizer, scaler and average, and put them where the checkpoint left them."""
@@ -140,15 +128,7 @@ class Trainer:
             self.autocast = torch.autocast(self.device.type, self.dtype)
 
     def _restore(self, checkpoint: dict) -> None:
-        self.model.load_state_dict(checkpoint["model"])
-        load_optimizer_state(self.optimizer, checkpoint["optimizer"])
-        if checkpoint["scaler"] and self.scaler.is_enabled():
-            self.scaler.load_state_dict(checkpoint["scaler"])
-        if self.ema is not None:
-            # A run that did not keep an average so far begins it with its present weights.
-            self.ema.module.load_state_dict(checkpoint["ema"] or checkpoint["model"])
-            self.ema.n_averaged.fill_(checkpoint["ema_updates"])
-        self.progress = Progress(**checkpoint["progress"])
+        self.progress = restore_state(checkpoint, self.model, self.ema, self.optimizer, self.scaler)
         if checkpoint["validation"] != self.data.validation:
             say("the validation data is not what it was: the best loss so far and the patience start anew")
             self.progress.best_val_loss, self.progress.evaluations_without_gain = math.inf, 0
@@ -420,11 +400,12 @@ class Trainer:
     def _save_checkpoint(self, interrupted: bool = False) -> None:
         """Copy the state, for a thread to write it."""
         self.processes.beat(f"saving at step {self.progress.step}")
-        states = self.processes.gather((utils.random_state(), self._weights_norm()))
+        states = self.processes.gather((utils.random_state(), weights_norm(self.model)))
         self._count_seconds()
         if self.files is None:
             return
-        self._compare_weights([norm for _, norm in states])
+        if (difference := difference_of_weights([norm for _, norm in states])) is not None:
+            raise ProcessLost(f"step {self.progress.step}: {difference}")
         content = {
             "format_version": CHECKPOINT_VERSION,
             "started": self.started,
@@ -436,28 +417,11 @@ class Trainer:
             "validation": self.data.validation,
             "pace": self.pace,
             "total_steps": self.schedule.total_steps,
-            "progress": dataclasses.asdict(self.progress),
-            "model": self.model.state_dict(),
-            "ema": self.ema.module.state_dict() if self.ema is not None else None,
-            "ema_updates": int(self.ema.n_averaged) if self.ema is not None else 0,
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
+            **saved_state(self.progress, self.model, self.ema, self.optimizer, self.scaler),
             "random_states": [state for state, _ in states],
-            "environment": self._environment(),
+            "environment": self.environment,
         }
         self.files.save_checkpoint(content, interrupted)
-
-    def _weights_norm(self) -> float:
-        return math.sqrt(sum(float(p.detach().square().sum(dtype=torch.float64)) for p in self.model.parameters()))
-
-    def _compare_weights(self, norms: list[float]) -> None:
-        """See that all processes still have the same weights: they exchange gradients, never weights."""
-        for rank, norm in enumerate(norms):
-            if math.isfinite(norms[0]) and not abs(norm - norms[0]) <= WEIGHTS_TOLERANCE * norms[0]:
-                raise ProcessLost(
-                    f"the weights of rank {rank} (norm {norm:g}) are not those of rank 0 ({norms[0]:g}) at step"
-                    f" {self.progress.step}: a fault of memory or hardware there? --resume from the last checkpoint"
-                )
 
     def _save_weights(self, name: str) -> None:
         """Copy the evaluated weights, for a thread to write them."""

@@ -3,9 +3,13 @@
 python train.py --config config_demo.yaml
 python train.py --config config.yaml --learning_rate 1e-3 --use_ema
 python train.py --resume
+python train.py --config config.yaml --restarts 10 --nproc_per_node 2
 """
 
+import argparse
 import dataclasses
+import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -18,11 +22,16 @@ from utils import CommandParser, Processes, run_command, say
 PREVIEW_PROMPTS = ("春风", "中国", "天下大势")
 
 
-def read_settings(arguments: list[str]) -> Settings:
-    """Turn the command line into settings: flags beat the config file or, with --resume alone, the checkpoint's."""
+def read_settings(arguments: list[str], of_checkpoint: bool = True) -> Settings:
+    """Turn the command line into settings: flags beat the config file or, with --resume alone, the checkpoint's.
+
+    Args:
+        of_checkpoint: False: leave the checkpoint unread; only its folder is taken from it, as out_dir.
+    """
     parser = CommandParser(prog="train.py", description=__doc__.split("\n")[0], add_help=True)
     parser.add_argument("--config", help="config file (YAML); config.yaml explains every setting")
     parser.add_argument("--local-rank", "--local_rank", help="set by torch.distributed.launch")
+    add_launcher_flags(parser)
     for section, cls in SECTIONS.items():
         group = parser.add_argument_group(section)
         for field in dataclasses.fields(cls):
@@ -41,6 +50,10 @@ def read_settings(arguments: list[str]) -> Settings:
     asked = build_settings({}, flags, problems=problems)
     if not (asked.training.resume or asked.training.resume_from):
         return asked
+    if not of_checkpoint:
+        if asked.training.resume_from is not None and "out_dir" not in flags:
+            asked.training.out_dir = str(Path(asked.training.resume_from).parent)
+        return asked
     return build_settings(*_settings_of_checkpoint(asked, flags))
 
 
@@ -49,7 +62,7 @@ def _settings_of_checkpoint(asked: Settings, flags: dict) -> tuple[dict, dict, s
     from model.resume import find_checkpoint
 
     asked.training.resume = True  # --resume_from alone means it
-    found = find_checkpoint(asked.training, say)
+    found = find_checkpoint(asked.training, lambda _: None)  # the trainer looks again, and says what it finds
     if found is None:
         raise InputError("--resume: there is nothing to go on from; start a run with --config first")
     path, content = found
@@ -107,9 +120,67 @@ def make_preview(settings: Settings):
     return preview
 
 
+def add_launcher_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that say how processes are started. They are no settings: a run is the same with and without them."""
+
+    def whole_number(text: str) -> int:
+        if not text.isdecimal():
+            raise argparse.ArgumentTypeError(f"{text!r} found, a whole number expected")
+        return int(text)
+
+    group = parser.add_argument_group("starting and restarting")
+    group.add_argument(
+        "--restarts",
+        metavar="N",
+        type=whole_number,
+        default=0,
+        help="start the training again with --resume when it dies, up to N times; not when it has diverged, its input"
+        " is bad, or it was interrupted [0]",
+    )
+    group.add_argument(
+        "--nproc_per_node",
+        metavar="N",
+        type=whole_number,
+        default=None,
+        help="train in N processes on this machine, started as torchrun --standalone does, with an exit code that"
+        " tells; not given: in this process",
+    )
+
+
+def start_processes(restarts: int, nproc_per_node: int | None, arguments: list[str]) -> int:
+    """Train in other processes than this one, as the launcher flags say; returns the exit code."""
+    if nproc_per_node == 0:
+        raise InputError("--nproc_per_node: 0 found, at least 1 expected")
+    if "WORLD_SIZE" in os.environ:
+        raise InputError("--restarts and --nproc_per_node start the processes themselves; leave torchrun out")
+    training = read_settings(arguments, of_checkpoint=False).training  # what is wrong is said before anything starts
+    command, out_dir = [str(Path(__file__).resolve()), *arguments], Path(training.out_dir)
+    if not restarts:
+        from model.launch import launch
+
+        return launch(nproc_per_node, [*command, "--ddp=true"], out_dir)
+    from model.supervisor import Supervisor
+
+    command = [sys.executable, *command, *([] if nproc_per_node is None else [f"--nproc_per_node={nproc_per_node}"])]
+    resume = ["--resume=true"] + (
+        ["--resume_from=null", f"--out_dir={out_dir}"] if training.resume_from is not None else []
+    )
+    return Supervisor(command, [*command, *resume], out_dir, restarts, say).run()
+
+
 def main() -> int:
     """Run one training; returns the exit code."""
-    settings = read_settings(sys.argv[1:])
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # until training itself listens; also as process 1
+    parser = CommandParser(prog="train.py", add_help=False)
+    add_launcher_flags(parser)
+    launcher, arguments = parser.parse_known_args(sys.argv[1:])
+    if launcher.restarts or launcher.nproc_per_node is not None:
+        return start_processes(launcher.restarts, launcher.nproc_per_node, arguments)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        from model.launch import end_with_parent
+
+        end_with_parent()
+    settings = read_settings(arguments)
     processes = Processes()
     several = processes.world_size > 1
     if settings.training.ddp and not several:

@@ -244,10 +244,11 @@ class StopSignal:
         self.count = 0
 
     def install(self) -> None:
-        """Take over SIGINT, SIGTERM and SIGHUP (Ctrl-Break on Windows) from now on."""
+        """Take over SIGINT, SIGTERM and SIGHUP (Ctrl-Break on Windows) from now on; nohup's ignored SIGHUP stays so."""
         for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK"):
-            if hasattr(signal, name):
-                signal.signal(getattr(signal, name), self._remember)
+            number = getattr(signal, name, None)
+            if number is not None and not (name == "SIGHUP" and signal.getsignal(number) is signal.SIG_IGN):
+                signal.signal(number, self._remember)
 
     def _remember(self, number: int, frame) -> None:
         self.count += 1
@@ -318,7 +319,10 @@ class Processes:
         try:
             shared, _, _ = next(iter(dist.rendezvous("env://", timeout=patience)))
             # torchrun keeps its store when it starts the processes again: no name of the last time may be found there.
-            store = dist.PrefixStore(f"mateconv/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", shared)
+            # (On several machines each counts its restarts apart.)
+            one_machine = os.environ.get("GROUP_WORLD_SIZE") == "1"
+            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if one_machine else "0"
+            store = dist.PrefixStore(f"mateconv/{attempt}", shared)
             self._wait_for_all(store, patience)
             group = {"store": dist.PrefixStore("group", store), "rank": self.rank, "world_size": self.world_size}
             dist.init_process_group("nccl" if on_gpu else "gloo", timeout=group_timeout, **group)

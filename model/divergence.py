@@ -1,11 +1,14 @@
-"""Whether a step's loss and gradient can be trusted, judged before the optimizer takes the step."""
+"""Whether loss, gradient and weights can be trusted, judged before the optimizer takes a step and at each save."""
 
 import math
 
 import numpy as np
+import torch
+from torch import nn
 
 WINDOW = 128  # losses that a leap is told by
 MIN_WINDOW = 32  # fewer than these say too little
+WEIGHTS_TOLERANCE = 1e-4  # by how much the norm of the weights may differ between processes, relatively
 
 
 def fault_of_step(loss: float, grad_is_finite: bool, recent: list[float], spike_threshold: float) -> str | None:
@@ -35,3 +38,25 @@ def remember(recent: list[float], loss: float) -> None:
     """Add the loss of a step that was taken."""
     recent.append(loss)
     del recent[:-WINDOW]
+
+
+def weights_norm(model: nn.Module) -> float:
+    """The Euclidean norm of all parameters, summed in float64."""
+    return math.sqrt(sum(float(p.detach().square().sum(dtype=torch.float64)) for p in model.parameters()))
+
+
+def difference_of_weights(norms: list[float]) -> str | None:
+    """What is wrong where processes do not have the same weights any more: they exchange gradients, never weights.
+
+    Processors of different kinds may round differently, hence the tolerance; a fault of memory is mostly larger.
+
+    Args:
+        norms: `weights_norm` of each rank.
+    """
+    for rank, norm in enumerate(norms):
+        if math.isfinite(norms[0]) and not abs(norm - norms[0]) <= WEIGHTS_TOLERANCE * norms[0]:
+            return (
+                f"the weights of rank {rank} (norm {norm:g}) are not those of rank 0 ({norms[0]:g}): a fault of memory"
+                " or hardware there? --resume from the last checkpoint"
+            )
+    return None

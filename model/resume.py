@@ -1,8 +1,11 @@
 """Which checkpoint a run goes on from, and whether it belongs to this model, tokenizer and data."""
 
 import dataclasses
+import platform
 from collections.abc import Callable, Mapping
 from pathlib import Path
+
+import torch
 
 from model.archive import load_torch
 from model.errors import InputError
@@ -96,6 +99,18 @@ def changed_settings(checkpoint: Mapping, training: TrainingSettings) -> list[st
     before, now = checkpoint["settings"]["training"], dataclasses.asdict(training)
     names = [name for name in now if name not in OF_THE_PLACE and now[name] != before.get(name)]
     return [f"{name} {before.get(name)} -> {now[name]}" for name in names]
+
+
+def environment(world_size: int, dtype: torch.dtype, device: torch.device) -> dict:
+    """What equal bits depend on, besides data, settings and state."""
+    return {
+        "torch": str(torch.__version__),  # plain text, not torch's own class
+        "python": platform.python_version(),
+        "world_size": world_size,
+        "threads": torch.get_num_threads(),
+        "dtype": str(dtype),
+        "device": device.type,
+    }
 
 
 def changed_environment(checkpoint: Mapping, now: Mapping) -> list[str]:

@@ -11,11 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from model.archive import is_finite
 from model.LMConfig import LMConfig, config_problems
 from model.model import Transformer
+from model.optim import load_optimizer_state
 
 CHECKPOINT_VERSION = 2
 NONE = type(None)
@@ -60,6 +62,43 @@ class Progress:
     seconds: float = 0.0  # spent training, over all sessions
 
 
+def saved_state(
+    progress: Progress,
+    model: nn.Module,
+    ema: AveragedModel | None,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+) -> dict:
+    """The parts of a checkpoint that training changes; the tensors are those in use, not copies."""
+    return {
+        "progress": dataclasses.asdict(progress),
+        "model": model.state_dict(),
+        "ema": ema.module.state_dict() if ema is not None else None,
+        "ema_updates": int(ema.n_averaged) if ema is not None else 0,
+        "optimizer": optimizer.state_dict(),
+        "scaler": scaler.state_dict(),
+    }
+
+
+def restore_state(
+    checkpoint: Mapping,
+    model: nn.Module,
+    ema: AveragedModel | None,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+) -> Progress:
+    """Put everything back to where `saved_state` found it; returns the progress."""
+    model.load_state_dict(checkpoint["model"])
+    load_optimizer_state(optimizer, checkpoint["optimizer"])
+    if checkpoint["scaler"] and scaler.is_enabled():
+        scaler.load_state_dict(checkpoint["scaler"])
+    if ema is not None:
+        # A run that did not keep an average so far begins it with its present weights.
+        ema.module.load_state_dict(checkpoint["ema"] or checkpoint["model"])
+        ema.n_averaged.fill_(checkpoint["ema_updates"])
+    return Progress(**checkpoint["progress"])
+
+
 def state_problem(path: Path, content: Mapping) -> str | None:
     """What is wrong with a checkpoint, or None: a missing part, a wrong shape, a number that is not finite.
 
@@ -77,6 +116,7 @@ def state_problem(path: Path, content: Mapping) -> str | None:
         or _optimizer_problem(content)
         or _scaler_problem(content["scaler"])
         or _random_problem(content["random_states"])
+        or (None if content["total_steps"] > 0 else f"total_steps is {content['total_steps']}")
         or (None if is_finite(content) else "it holds numbers that are not finite")
     )
 
@@ -93,6 +133,8 @@ def _progress_problem(path: Path, progress: Mapping) -> str | None:
             for number in numbers
         ):
             return f"progress.{name} is {value!r}"
+        if kind is int and value < (-1 if name == "last_evaluation" else 0):
+            return f"progress.{name} is {value}"
     named = re.fullmatch(r"checkpoint_step_(\d+)\.pth", path.name)
     if named and int(named[1]) != progress["step"]:
         return f"it is of step {progress['step']}, not of the step in its name"
@@ -137,14 +179,18 @@ def _optimizer_problem(content: Mapping) -> str | None:
         names = {number: name for g in groups for number, name in zip(g["params"], g["param_names"], strict=True)}
         wanted = OPTIMIZER_STATE[content["settings"]["training"]["optimizer_type"]]
         tied = {"output.weight"} if content["config"]["tie_embeddings"] else set()
-        if set(names.values()) != model.keys() - tied or not all({"lr", "betas", "eps"} <= g.keys() for g in groups):
+        if set(names.values()) != model.keys() - tied:
             return "optimizer is not this model's"
+        numbers = [number for group in groups for number in (group["lr"], group["eps"], *group["betas"])]
+        if len(numbers) != 4 * len(groups) or not all(type(number) is float for number in numbers):
+            return f"optimizer: lr, eps and betas are {numbers}"
         if content["progress"]["step"] and states.keys() != names.keys():
             return "optimizer lacks the state of some parameters"
         for number, state in states.items():
-            shapes = {key: tensor.shape for key, tensor in state.items()}
-            if shapes.keys() != wanted or any(s not in (model[names[number]].shape, ()) for s in shapes.values()):
-                return f"optimizer: the state of {names[number]} has other parts or shapes"
+            weight = model[names[number]]
+            kinds = {key: (tensor.shape, tensor.dtype) for key, tensor in state.items()}
+            if kinds != {key: ((), torch.float32) if key == "step" else (weight.shape, weight.dtype) for key in wanted}:
+                return f"optimizer: the state of {names[number]} has other parts, shapes or dtypes"
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         return f"optimizer cannot be understood ({error!r})"
     return None
