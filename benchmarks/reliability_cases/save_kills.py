@@ -37,7 +37,7 @@ class Chain:
         self.flags = data.flags(out, **own, use_ema="true", dropout=0.1)
         self.reported = 0  # step of the newest checkpoint that was reported as saved
         self.kills = self.inside = 0
-        self.was_inside = False
+        self.was_inside = self.over = False  # over: the run came to its end
         self.left = {"temporary file": 0, "not yet reported": 0}
 
     def kill_once(self) -> list[str]:
@@ -50,6 +50,9 @@ class Chain:
         ended = job.code(0)
         job.kill()
         said = job.stderr()
+        if ended == 0:
+            self.over = True
+            return []
         if ended is not None:
             return [f"ended by itself with {ended}: {last_line(job)}"]
         saved = [int(step) for step in re.findall(r"saved \S*checkpoint_step_(\d+)\.pth", said)]
@@ -91,9 +94,11 @@ class Chain:
 
 def chain(data: Data, folder: Path, seed: int, wanted: int, found: list) -> list[str]:
     """Kill one run inside `wanted` saves, then finish it and compare it with one that was not killed."""
-    killed = Chain(data, folder / f"killed_{seed}", seed, steps=20 * wanted)
+    killed = Chain(data, folder / f"killed_{seed}", seed, steps=15 * wanted)
     for _ in range(20 * wanted):
         problems = killed.kill_once()
+        if killed.over:
+            break
         if killed.was_inside or problems:
             found.append([f"kill {killed.kills} of chain {seed}: {problem}" for problem in problems])
         if killed.inside >= wanted or problems:
@@ -103,7 +108,8 @@ def chain(data: Data, folder: Path, seed: int, wanted: int, found: list) -> list
     finish(whole)
     finish(killed.flags | {"resume": "true", "save_interval": str(killed.steps)})
     last = killed.last_state()
-    return [f"after all: {part} differs" for part in differences(Path(whole["out_dir"]) / last.name, last)]
+    short = [f"the run ended after {killed.inside} of {wanted} kills within saves"] if killed.inside < wanted else []
+    return short + [f"after all: {part} differs" for part in differences(Path(whole["out_dir"]) / last.name, last)]
 
 
 found_kills: dict[int, Chain] = {}

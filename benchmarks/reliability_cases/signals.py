@@ -29,9 +29,10 @@ FLAGS = {
     "batch_size": 2, "accumulation_steps": 2, "max_steps": STEPS, "save_interval": 8, "eval_interval": 8,
     "keep_last": 1, "use_ema": "true", "dropout": 0.1,
 }  # fmt: skip
-# The step in progress at each, and so the one after which all must stop.
+# Point, occurrence, and the step after which all must stop. They agree before the optimizer's step: a signal that comes
+# later stops the next one.
 MOMENTS = {
-    "training": ("before the optimizer's step", 6, 6),
+    "training": ("before the optimizer's step", 6, 7),
     "between accumulated batches": ("reading a batch", 12, 6),
     "evaluation": ("evaluation", 1, 8),
     "saving": ("gathering the states", 1, 9),
