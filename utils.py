@@ -244,10 +244,11 @@ class StopSignal:
         self.count = 0
 
     def install(self) -> None:
-        """Take over SIGINT, SIGTERM and SIGHUP (Ctrl-Break on Windows) from now on."""
+        """Take over SIGINT, SIGTERM and SIGHUP (Ctrl-Break on Windows) from now on; nohup's ignored SIGHUP stays so."""
         for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK"):
-            if hasattr(signal, name):
-                signal.signal(getattr(signal, name), self._remember)
+            number = getattr(signal, name, None)
+            if number is not None and not (name == "SIGHUP" and signal.getsignal(number) is signal.SIG_IGN):
+                signal.signal(number, self._remember)
 
     def _remember(self, number: int, frame) -> None:
         self.count += 1

@@ -1,4 +1,5 @@
 """Whether loss, gradient and weights can be trusted, judged before the optimizer takes a step and at each save."""
+
 import math
 
 import numpy as np

@@ -56,8 +56,10 @@ def several(processes: int) -> list[str]:
 
 def start(flags: dict, *more: str, before: tuple | list = (), launcher: tuple | list = ()) -> subprocess.Popen:
     """Start train.py with these flags; its messages go to the file beside its folder."""
-    arguments = [*(f"--{name}={value}" for name, value in flags.items()), *more]
-    Path(flags["out_dir"]).parent.mkdir(parents=True, exist_ok=True)
+    here = Path(flags["out_dir"]).parent
+    here.mkdir(parents=True, exist_ok=True)
+    (here / "config.yaml").touch()  # --resume alone asks for a checkpoint; with --config the first start needs none
+    arguments = ["--config", here / "config.yaml", *(f"--{name}={value}" for name, value in flags.items()), *more]
     with open(f"{flags['out_dir']}.log", "ab") as log:
         return subprocess.Popen(
             [*before, sys.executable, *launcher, str(ROOT / "train.py"), *arguments],
