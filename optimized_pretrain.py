@@ -167,7 +167,7 @@ class Trainer:
             self.out_dir, checkpoint, weights, min(t.keep_last, -(-self.schedule.total_steps // t.save_interval))
         )
         status = Status(self.out_dir, self.processes.world_size, self.schedule.total_steps)
-        self.files = RunFiles(self.out_dir, resumed_from, self.progress.step, t.keep_last, status, say)
+        self.files = RunFiles(self.out_dir, resumed_from, self.progress.step, t.keep_last, status, say, self._on_disk)
         self.started = self.files.started or found[1]["started"]
         resolved = self.settings.as_dict()
         resolved["model"] |= dataclasses.asdict(self.config)
@@ -451,7 +451,10 @@ class Trainer:
     def _wait_for_saves(self) -> None:
         """Wait until all is on the disk; only rank 0 has something to wait for."""
         if self.files is not None:
-            self.files.wait(lambda: self.processes.beat("writing to the disk"))
+            self.files.wait(self._on_disk)
+
+    def _on_disk(self) -> None:
+        self.processes.beat("writing to the disk")
 
     # ----------------------------------------------------------------------------------------------------- logging
 
