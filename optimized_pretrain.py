@@ -123,6 +123,9 @@ class Trainer:
         if self.processes.world_size > 1:
             device_ids = [self.device] if self.device.type == "cuda" else None
             self.train_model = DistributedDataParallel(self.train_model, device_ids=device_ids, broadcast_buffers=False)
+            # The embedding's gradient is the last one computed; what follows is waiting for the others.
+            embedding = self.model.tok_embeddings.weight
+            embedding.register_post_accumulate_grad_hook(lambda _: self.processes.arrive())
         self.autocast = contextlib.nullcontext()
         if self.dtype != torch.float32:
             self.autocast = torch.autocast(self.device.type, self.dtype)
