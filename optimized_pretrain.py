@@ -129,6 +129,22 @@ class Trainer:
         self.autocast = contextlib.nullcontext()
         if self.dtype != torch.float32:
             self.autocast = torch.autocast(self.device.type, self.dtype)
+        if self.processes.world_size > 2:
+            self._settle_buckets()
+
+    def _settle_buckets(self) -> None:
+        """Let DistributedDataParallel order its buckets of gradients now, which it does after its first step.
+
+        Where three or more processes add a gradient up, its place in a bucket decides in which order, and so the last
+        bit (the sum of two numbers has but one order). Without this a resumed run would differ in it.
+        """
+        state = utils.random_state()
+        tokens = torch.zeros(self.training.batch_size, self.config.max_seq_len, dtype=torch.int64, device=self.device)
+        with self.autocast:
+            loss = self.train_model(tokens, tokens)
+        loss.backward()
+        self.optimizer.zero_grad(set_to_none=True)
+        utils.restore_random_state(state)
 
     def _restore(self, checkpoint: dict) -> None:
         self.progress = restore_state(checkpoint, self.model, self.ema, self.optimizer, self.scaler)
