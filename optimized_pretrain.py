@@ -123,9 +123,28 @@ class Trainer:
         if self.processes.world_size > 1:
             device_ids = [self.device] if self.device.type == "cuda" else None
             self.train_model = DistributedDataParallel(self.train_model, device_ids=device_ids, broadcast_buffers=False)
+            # The embedding's gradient is the last one computed; what follows is waiting for the others.
+            embedding = self.model.tok_embeddings.weight
+            embedding.register_post_accumulate_grad_hook(lambda _: self.processes.arrive())
         self.autocast = contextlib.nullcontext()
         if self.dtype != torch.float32:
             self.autocast = torch.autocast(self.device.type, self.dtype)
+        if self.processes.world_size > 2:
+            self._settle_buckets()
+
+    def _settle_buckets(self) -> None:
+        """Let DistributedDataParallel order its buckets of gradients now, which it does after its first step.
+
+        Where three or more processes add a gradient up, its place in a bucket decides in which order, and so the last
+        bit (the sum of two numbers has but one order). Without this a resumed run would differ in it.
+        """
+        state = utils.random_state()
+        tokens = torch.zeros(self.training.batch_size, self.config.max_seq_len, dtype=torch.int64, device=self.device)
+        with self.autocast:
+            loss = self.train_model(tokens, tokens)
+        loss.backward()
+        self.optimizer.zero_grad(set_to_none=True)
+        utils.restore_random_state(state)
 
     def _restore(self, checkpoint: dict) -> None:
         self.progress = restore_state(checkpoint, self.model, self.ema, self.optimizer, self.scaler)
@@ -167,7 +186,7 @@ class Trainer:
             self.out_dir, checkpoint, weights, min(t.keep_last, -(-self.schedule.total_steps // t.save_interval))
         )
         status = Status(self.out_dir, self.processes.world_size, self.schedule.total_steps)
-        self.files = RunFiles(self.out_dir, resumed_from, self.progress.step, t.keep_last, status, say)
+        self.files = RunFiles(self.out_dir, resumed_from, self.progress.step, t.keep_last, status, say, self._on_disk)
         self.started = self.files.started or found[1]["started"]
         resolved = self.settings.as_dict()
         resolved["model"] |= dataclasses.asdict(self.config)
@@ -451,7 +470,10 @@ class Trainer:
     def _wait_for_saves(self) -> None:
         """Wait until all is on the disk; only rank 0 has something to wait for."""
         if self.files is not None:
-            self.files.wait(lambda: self.processes.beat("writing to the disk"))
+            self.files.wait(self._on_disk)
+
+    def _on_disk(self) -> None:
+        self.processes.beat("writing to the disk")
 
     # ----------------------------------------------------------------------------------------------------- logging
 

@@ -317,7 +317,7 @@ class Processes:
         # Where there is a watch, it decides first.
         group_timeout = datetime.timedelta(seconds=timeout if give_up is None else 4 * timeout + 60)
         try:
-            shared, _, _ = next(iter(dist.rendezvous("env://", timeout=patience)))
+            shared = self._store(patience)
             # torchrun keeps its store when it starts the processes again: no name of the last time may be found there.
             # (On several machines each counts its restarts apart.)
             one_machine = os.environ.get("GROUP_WORLD_SIZE") == "1"
@@ -334,7 +334,30 @@ class Processes:
             from model.watchdog import Watchdog
 
             watched = dist.PrefixStore("watch", store.clone())
-            self._watchdog = Watchdog(watched, self.rank, self.world_size, timeout, give_up)
+            kept_by = None if self._store_of_launcher else 0
+            self._watchdog = Watchdog(watched, self.rank, self.world_size, timeout, give_up, kept_by)
+
+    @property
+    def _store_of_launcher(self) -> bool:
+        """Whether torchrun keeps the store, and not rank 0."""
+        return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+    def _store(self, patience: datetime.timedelta):
+        """The store that all processes share. torch's own rendezvous waits for all of them, and can't say for whom."""
+        import torch.distributed as dist
+
+        keeps_it = self.is_main and not self._store_of_launcher
+        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        try:
+            return dist.TCPStore(
+                host, port, is_master=keeps_it, timeout=patience, wait_for_workers=False, multi_tenant=True
+            )
+        except RuntimeError as error:
+            if keeps_it:
+                raise
+            keeper = "the launcher" if self._store_of_launcher else "rank 0"
+            reason = f"{keeper} could not be reached at {host}:{port} within {patience.total_seconds():g} s"
+            raise ProcessLost(f"{reason}; {self.world_size} processes were expected") from error
 
     def _wait_for_all(self, store, patience: datetime.timedelta) -> None:
         """Wait until each process has said that it is here, so that the one that does not come can be named."""
@@ -365,6 +388,11 @@ class Processes:
         that may take."""
         if self._watchdog is not None:
             self._watchdog.beat(doing, patience)
+
+    def arrive(self) -> None:
+        """Tell the watch that this process has come to where it waits for the others."""
+        if self._watchdog is not None:
+            self._watchdog.arrive()
 
     def announce(self, error: BaseException) -> None:
         """Tell the other processes why this one ends, so that they can say so."""
@@ -419,6 +447,7 @@ class Processes:
 
     @contextlib.contextmanager
     def _others_alive(self) -> Iterator[None]:
+        self.arrive()
         try:
             yield
         except RuntimeError as error:  # gloo's word for a connection that broke or a wait that took too long

@@ -26,6 +26,7 @@ class RunFiles:
         keep_last: step checkpoints to keep.
         status: of this run.
         say: prints one line for the user.
+        waiting: called every second while a full queue of saves keeps training waiting.
 
     Raises:
         InputError: the folder cannot be written, or another process trains into it.
@@ -39,7 +40,9 @@ class RunFiles:
         keep_last: int,
         status: Status,
         say: Callable[[str], None],
+        waiting: Callable[[], None],
     ) -> None:
+        self._waiting = waiting
         self.out_dir, self.keep_last, self._say = out_dir, keep_last, say
         self._lock, self.started = begin_run(out_dir, resumed_from, step, say)  # started: None where the run goes on
         self.metrics = MetricsLog(out_dir, step, say)
@@ -64,7 +67,7 @@ class RunFiles:
             self._saved = path.name
             self._say(f"saved {path}")
 
-        self._saver.submit("checkpoint", content, write)
+        self._saver.submit("checkpoint", content, write, self._waiting)
 
     def save_weights(self, name: str, weights: Weights) -> None:
         """Copy weights, for a thread to write them and the JSON beside them.
@@ -73,7 +76,11 @@ class RunFiles:
             InputError, TrainingDiverged: of an earlier save; see `BackgroundSaver`.
         """
         path = self.out_dir / name
-        self._saver.submit(name, weights.state_dict, lambda copied: save_weights(path, weights.with_state(copied)))
+
+        def write(copied: dict) -> None:
+            save_weights(path, weights.with_state(copied))
+
+        self._saver.submit(name, weights.state_dict, write, self._waiting)
 
     def wait(self, every_second: Callable[[], None]) -> None:
         """Wait until all is on the disk.

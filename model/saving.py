@@ -33,17 +33,25 @@ class BackgroundSaver:
         self._thread = threading.Thread(target=self._work, name="saver", daemon=True)
         self._thread.start()
 
-    def submit(self, kind: str, content: Mapping, write: Callable[[Mapping], None]) -> None:
+    def submit(
+        self,
+        kind: str,
+        content: Mapping,
+        write: Callable[[Mapping], None],
+        every_second: Callable[[], None] = lambda: None,
+    ) -> None:
         """Copy `content` and have `write(copy)` called in the thread; waits only where too many are waiting already.
 
         Args:
             kind: what is saved; the next of the same kind makes a failed one good.
+            every_second: called while waiting.
 
         Raises:
             InputError, TrainingDiverged: of an earlier save, as `check`.
         """
         self.check()
-        self._free.acquire()
+        while not self._free.acquire(timeout=1):
+            every_second()
         try:
             self._jobs.put((kind, copy_to_cpu(content), write))
         except BaseException:

@@ -2,14 +2,18 @@
 
 Every process counts how far it has come (`beat`), and a thread of its own writes the count into the store that all
 processes share (torch.distributed's TCPStore). A collective that waits says nothing about whom it waits for; the counts
-do: who died no longer writes, who hangs has the lowest count.
+do: who died no longer writes, who hangs has the lowest count. Who finds out first tells the others, before its own end
+makes it look like the one that failed.
 """
 
+import queue
 import threading
 import time
 from collections.abc import Callable
 
 FAREWELL_SECONDS = 5.0  # for a process that learns that another one has failed, to end by itself
+START_PATIENCE = 3.0  # timeouts that may pass before the first beat: imports, data and a checkpoint are read
+REQUEST_SECONDS = 10.0  # that the store may take for an answer
 
 
 class Watchdog:
@@ -20,14 +24,25 @@ class Watchdog:
         rank, world_size: of this process, and how many there are.
         timeout: seconds in which no process came any further, after which this process gives up.
         give_up: called from the watching thread with what is wrong; it must end the process.
+        kept_by: the rank that keeps the store; None: the launcher does.
     """
 
-    def __init__(self, store, rank: int, world_size: int, timeout: float, give_up: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        store,
+        rank: int,
+        world_size: int,
+        timeout: float,
+        give_up: Callable[[str], None],
+        kept_by: int | None = 0,
+    ) -> None:
         self._store, self._rank, self._others = store, rank, [r for r in range(world_size) if r != rank]
         self._timeout, self._give_up = timeout, give_up
         self._interval = min(1.0, timeout / 10)  # seconds between two looks
-        self._lock = threading.Lock()  # one request at a time: the main thread asks too when something broke
-        self._count, self._doing, self._patience, self._moved = 0, "starting", 1.0, time.monotonic()
+        self._kept_by, self._line = kept_by, _Line(min(REQUEST_SECONDS, timeout / 2))
+        self._count, self._doing, self._patience, self._moved = 0, "starting", START_PATIENCE, time.monotonic()
+        self._heard: str | None = None  # what went wrong, as another process says
+        self._spoke: float | None = None  # when this process told what went wrong
         self._alive = 0  # how often this thread has looked
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -43,25 +58,55 @@ class Watchdog:
         self._count += 1
         self._doing, self._patience, self._moved = doing, patience, time.monotonic()
 
+    def arrive(self) -> None:
+        """This process came further, to where it waits for the others."""
+        self._count += 1
+        self._moved = time.monotonic()
+
     def stop(self) -> None:
         """The job is over."""
         self._over.set()
         self._thread.join(timeout=5)
+        self._linger()
 
     def announce(self, message: str) -> None:
         """Tell the other processes why this one ends."""
-        self._ask(lambda: self._store.set(f"failed/{self._rank}", message))
-        self._ask(lambda: self._store.set("failed", "1"))
+        self._tell_others(f"rank {self._rank} failed: {message}")
+
+    def _tell_others(self, message: str) -> None:
+        """Say what went wrong, unless another process was first."""
+        if not self._listen():
+            self._ask(lambda: self._store.set("wrong", message))
+            self._spoke = time.monotonic()
+
+    def _linger(self) -> None:
+        """Where the store ends with this process: give the others time to read what was said last."""
+        if self._spoke is not None and self._kept_by == self._rank:
+            time.sleep(max(0.0, self._spoke + 3 * self._interval - time.monotonic()))
+
+    def _listen(self) -> str | None:
+        """What went wrong, if a process has said so."""
+        if self._heard is None:
+            self._heard = self._ask(lambda: self._store.get("wrong").decode() if self._store.check(["wrong"]) else None)
+        return self._heard
 
     def whom_to_blame(self) -> str:
         """One sentence on the process that the others wait for; takes some seconds, to see who still writes."""
         before = {rank: self._report(rank) for rank in self._others}
         for _ in range(3):
-            for rank in self._others:
-                if (message := self._failure(rank)) is not None:
-                    return f"rank {rank} failed: {message}"
+            self._tell()  # the watch itself may be here
+            if (heard := self._listen()) is not None:
+                return heard
             time.sleep(self._interval)
         now = {rank: self._report(rank) for rank in self._others}
+        message = self._compare(before, now)
+        self._tell_others(message)
+        return message
+
+    def _compare(self, before: dict, now: dict) -> str:
+        """Who no longer writes or, where all do, who has come less far than the others."""
+        if not self._line.answers:
+            return f"{'the launcher' if self._kept_by is None else f'rank {self._kept_by}'} no longer answers"
         silent = [rank for rank in self._others if now[rank] is None or now[rank] == before[rank]]
         if silent:
             last = now[silent[0]]
@@ -77,36 +122,33 @@ class Watchdog:
         reports, moved = {}, 0.0  # of the others, and when they last changed
         failed_since = None
         while not self._over.wait(self._interval):
-            self._alive += 1
             self._tell()
+            failed = self._listen() is not None or self._line.broken
             standing = time.monotonic() - self._moved
             if standing < self._interval:
                 failed_since = None
                 continue
             # This process works or waits. Has another one failed? Do the others come further?
-            if self._somebody_failed():
+            if failed:
                 failed_since = failed_since or time.monotonic()
                 if time.monotonic() - failed_since > FAREWELL_SECONDS:
-                    self._give_up(self.whom_to_blame())
+                    self._end(self.whom_to_blame())
             if standing > self._timeout / 2:
                 seen = {rank: (self._report(rank) or ("", "", ""))[1] for rank in self._others}
                 if seen != reports:
                     reports, moved = seen, time.monotonic()
                 still = time.monotonic() - moved >= self._timeout / 2
                 if still and standing > self._timeout * self._patience:
-                    self._give_up(f"no progress for {standing:.0f} s (ddp_timeout): {self.whom_to_blame()}")
+                    self._end(f"no progress for {standing:.0f} s (ddp_timeout): {self.whom_to_blame()}")
+
+    def _end(self, message: str) -> None:
+        self._linger()
+        self._give_up(message)
 
     def _tell(self) -> None:
+        self._alive += 1
         report = f"{self._alive}|{self._count}|{self._doing}"
         self._ask(lambda: self._store.set(f"report/{self._rank}", report))
-
-    def _somebody_failed(self) -> bool:
-        """Whether a process said so, or the one that keeps the store is gone."""
-        return self._ask(lambda: self._store.check(["failed"])) in (True, None)
-
-    def _failure(self, rank: int) -> str | None:
-        key = f"failed/{rank}"
-        return self._ask(lambda: self._store.get(key).decode() if self._store.check([key]) else None)
 
     def _report(self, rank: int) -> tuple[str, str, str] | None:
         """How often that rank has looked, how far it has come, what it does; None where it has not said."""
@@ -115,12 +157,40 @@ class Watchdog:
         return tuple(found.split("|", 2)) if found else None
 
     def _ask(self, request):
-        """What the store answers; None where it no longer does: the process that keeps it is gone."""
-        with self._lock:
+        """What the store answers; None where it does not."""
+        return self._line.ask(request)
+
+
+class _Line:
+    """Asks the store from a thread of its own: one whose machine has lost its power does not even refuse.
+
+    Args:
+        seconds: that an answer may take.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self.answers, self.broken = True, False  # broken: what kept the store has ended
+        self._seconds, self._requests = seconds, queue.SimpleQueue()
+        threading.Thread(target=self._work, name="watchdog's line", daemon=True).start()
+
+    def ask(self, request: Callable):
+        """What the request returns; None where the store does not answer in time, or is gone."""
+        reply = queue.SimpleQueue()
+        self._requests.put((request, reply))
+        try:
+            self.broken, value = reply.get(timeout=self._seconds if self.answers else 0.05)
+            self.answers = not self.broken
+        except queue.Empty:
+            self.answers, value = False, None
+        return value
+
+    def _work(self) -> None:
+        while True:
+            request, reply = self._requests.get()
             try:
-                return request()
+                reply.put((False, request()))
             except RuntimeError:  # torch's errors of the network and the store
-                return None
+                reply.put((True, None))
 
 
 def _listed(ranks: list[int]) -> str:

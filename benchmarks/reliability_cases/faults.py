@@ -27,9 +27,9 @@ class Fault:
         occurrence: the point is reached this many times before it happens, this one included.
         rank: the process that it happens to; None: each of them.
         kind: "kill" (SIGKILL to itself), "stop" (SIGSTOP to itself), "hang" (sleeps for ever), "raise"
-            (InjectedFault), "term", "int" (that signal to itself), "sleep:SECONDS"; "term@rank1", "int@launcher" send
-            the signal to another process of the run, "term@rank1*2" twice, 0.2 s apart, and "term@launcher+1.5" stays
-            at the point for 1.5 seconds, until it has gone round.
+            (InjectedFault), "exit:CODE" (SystemExit), "term", "int" (that signal to itself), "sleep:SECONDS";
+            "term@rank1", "int@launcher" send the signal to another process of the run, "term@rank1*2" twice, 0.2 s
+            apart, and "term@launcher+1.5" stays at the point for 1.5 seconds, until it has gone round.
         after_file: it happens once this file is there, waited for at the point for 20 seconds at most.
     """
 
@@ -56,6 +56,8 @@ def act(fault: Fault, folder: Path) -> None:
             time.sleep(3600)
     elif kind == "sleep":
         time.sleep(float(argument))
+    elif kind == "exit":
+        sys.exit(int(argument))
     elif kind == "raise":
         raise InjectedFault(f"injected at {fault.point}")
     else:
