@@ -6,7 +6,6 @@ Real functions are wrapped before training begins, and nothing of what they do i
 import io
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -231,12 +230,3 @@ POINTS = {
     "gathering the states": _processes("gather"),
     "barrier": _processes("barrier"),
 }
-
-
-def describe_for_log(error: BaseException) -> str:
-    """One line of an exception, for a list of failures."""
-    return f"{type(error).__name__}: {error}".splitlines()[0] if str(error) else type(error).__name__
-
-
-if sys.platform == "win32":  # SIGKILL and fork are not there
-    POINTS = {}
