@@ -44,6 +44,7 @@ class PretrainDataset:
             held = self.path.stat().st_size // dtype.itemsize
             raise InputError(f"{path}: {held:,} tokens, fewer than one sample of max_seq_len + 1 = {seq_len + 1}")
         self.tokens = np.memmap(self.path, dtype=dtype, mode="r")  # [tokens]
+        self.verified_sha256: str | None = None  # of the bytes, once they were read through
 
     def _checked_dtype(self, tokenizer_sha256: str | None) -> np.dtype:
         size = self.path.stat().st_size
@@ -70,7 +71,7 @@ class PretrainDataset:
 
     def fingerprint(self) -> dict:
         """What tells this data from other data: a resumed run must find the same."""
-        sha256 = self.manifest.sha256 if self.manifest else None
+        sha256 = self.manifest.sha256 if self.manifest else self.verified_sha256
         return {"tokens": len(self.tokens), "dtype": self.tokens.dtype.name, "sha256": sha256, "seq_len": self.seq_len}
 
     def batch(self, samples: np.ndarray, rows: int) -> tuple[torch.Tensor, torch.Tensor]:

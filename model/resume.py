@@ -86,7 +86,12 @@ def check_fits(path: Path, checkpoint: Mapping, mine: Mapping[str, Mapping], opt
     }
     for name, title in (("config", "model"), ("data", "data"), ("tokenizer", "tokenizer")):
         there, here = its[name], mine[name]
-        different = [f"{key} {there.get(key)} there, {here[key]} here" for key in here if here[key] != there.get(key)]
+        unknown = {key for key in here if key == "sha256" and None in (here[key], there.get(key))}
+        different = [
+            f"{key} {there.get(key)} there, {here[key]} here"
+            for key in here
+            if here[key] != there.get(key) and key not in unknown
+        ]
         if different:
             raise InputError(f"{path} was made with another {title}: {'; '.join(different)}")
     before = checkpoint["settings"]["training"]["optimizer_type"]

@@ -58,7 +58,7 @@ class TrainingData:
         if dataset.manifest is None:
             say(f"{path}: no manifest beside it; read as MiniMind's uint16 tokens, which nothing here can check")
         if self._verify and dataset.tokens.nbytes <= VERIFY_BYTES:
-            verify_tokens(dataset)
+            dataset.verified_sha256 = verify_tokens(dataset)
         elif self._verify:
             say(f"{path}: {size_text(dataset.tokens.nbytes)} are too many to be read through before training begins")
         return dataset

@@ -6,6 +6,8 @@ that is wrong and no traceback, nothing was made or changed, and all of it took 
 
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -52,27 +54,14 @@ def all_cases(folder: Path) -> list[Case]:
 
 def write_good_files(good: Path) -> None:
     """A config, a token file and a run's folder with which training would begin."""
-    import dataclasses
-
-    import numpy as np
-
-    from model.checkpoint import CHECKPOINT_KEYS, CHECKPOINT_VERSION, save_torch
-    from model.LMConfig import LMConfig
-    from model.settings import build_settings
+    import torch
 
     good.mkdir(parents=True)
     (good / "config.yaml").write_text(BASE)
-    write_tokens(good / "train.bin", np.arange(TOKENS) % 5000 + 5)
-    shape = dataclasses.asdict(LMConfig(dim=32, n_layers=1, n_heads=2, n_kv_heads=1, max_seq_len=16))
-    settings = build_settings({}, {"train_data_path": "train.bin"}).as_dict()
-    content = dict.fromkeys(CHECKPOINT_KEYS) | {
-        "format_version": CHECKPOINT_VERSION, "config": shape, "settings": settings, "started": "20260101T120000",
-        "progress": {"step": 1, "samples": 2}, "tokenizer_sha256": "0", "total_steps": 1, "ema_updates": 0,
-        "random_states": [], **dict.fromkeys(("data", "validation", "pace", "model", "optimizer", "scaler"), {}),
-    }  # fmt: skip
-    save_torch(good / "checkpoint.pth", content)
-    import torch
-
+    write_tokens(good / "train.bin", [number % 5000 + 5 for number in range(TOKENS)])
+    command = [sys.executable, str(ROOT / "train.py"), "--config", "config.yaml", "--out_dir", "made"]
+    subprocess.run(command, cwd=good, check=True, capture_output=True)
+    shutil.copy(good / "made" / "checkpoint_step_1.pth", good / "checkpoint.pth")
     torch.save({"tok_embeddings.weight": torch.zeros(6400, 32)}, good / "weights.pth")
 
 
@@ -465,7 +454,7 @@ RESUME = [
     ("from half a file", [*FROM, STEP], lambda run: os.truncate(run / "checkpoint_step_1.pth", 2000), STEP),
     ("from a loop of links", [*FROM, "run/loop"], lambda run: loop(run / "loop"), "run/loop"),
     ("from another model's", [*FROM, STEP, "--dim", "64"], NOTHING, "another model"),
-    ("from another data's", [*FROM, STEP], NOTHING, "another data"),
+    ("from another data's", [*FROM, STEP], lambda run: write_tokens(run.with_name("train.bin"), [7] * TOKENS), "data"),
     ("without a config, from nothing", ["--resume", "--out_dir", "none"], NOTHING, "resume"),
     ("without a config, from a file that is not there", ["--resume_from", "none.pth"], NOTHING, "none.pth"),
     ("without a config, from weights", ["--resume_from", "run/pretrain_32.pth"], NOTHING, "run/pretrain_32.pth"),

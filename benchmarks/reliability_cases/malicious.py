@@ -8,12 +8,10 @@ its line about a template, and ends with 0.
 
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.reliability_cases.bad_input import write_tokens
+from benchmarks.reliability_cases.bad_input import write_good_files as write_files_of_a_run
 from benchmarks.reliability_cases.harness import Counts
 from benchmarks.reliability_cases.malicious_archives import ARCHIVES, CHECKPOINTS, LOOSE, PICKLES, save_pickle
 from benchmarks.reliability_cases.scripts import ROOT, Case, run_cases
@@ -66,13 +64,8 @@ def all_cases(folder: Path) -> list[Case]:
 
 def write_good_files(good: Path) -> None:
     """A config, a token file, a model's weights and a checkpoint, with which nothing is wrong."""
-    good.mkdir(parents=True)
-    (good / "config.yaml").write_text(BASE)
+    write_files_of_a_run(good)
     (good / "evil.py").write_text(EVIL_MODULE)
-    write_tokens(good / "train.bin", [number % 5000 + 5 for number in range(3000)])
-    command = [sys.executable, str(ROOT / "train.py"), "--config", "config.yaml", "--out_dir", "made"]
-    subprocess.run(command, cwd=good, check=True, capture_output=True)
-    shutil.copy(good / "made" / "checkpoint_step_1.pth", good / "checkpoint.pth")
     for suffix in (".pth", ".json"):
         shutil.copy(good / "made" / f"pretrain_32{suffix}", good / f"good{suffix}")
 
