@@ -45,7 +45,7 @@ def run(scale: str, folder: Path) -> Counts:
 
     def case() -> list[str]:
         job = start(flags, record=False)
-        samples = watch(job, folder / "out", every=1.0 if scale == "full" else 0.2)
+        samples = watch(job, folder / "out", every=1.0 if scale == "full" else 0.05)
         codes = job.wait(10)
         if codes != [0]:
             return [f"ended with {codes}: {last_line(job)}"]
@@ -69,9 +69,12 @@ def watch(job: Job, out: Path, every: float) -> list[Sample]:
 
 
 def look(pid: int, out: Path) -> Sample | None:
-    """What the process uses now; None where it has just ended or has not begun."""
+    """What the process uses now; None where it does not train yet, or no more."""
     try:
-        step = json.loads((out / "status.json").read_text(encoding="utf-8"))["step"]
+        status = json.loads((out / "status.json").read_text(encoding="utf-8"))
+        if status["state"] != "running":
+            return None
+        step = status["step"]
         if not Path("/proc/self/status").exists():
             reported = subprocess.run(["ps", "-o", "rss=", "-p", str(pid)], capture_output=True, text=True)
             return Sample(step, int(reported.stdout), 0, 0)
