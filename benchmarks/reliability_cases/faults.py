@@ -6,6 +6,7 @@ Real functions are wrapped before training begins, and nothing of what they do i
 import io
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
