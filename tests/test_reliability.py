@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-TESTS = ["exact_resume", "save_kills", "job_kills", "signals", "world_size", "wandb_faults", "restarts"]
+TESTS = ["exact_resume", "save_kills", "job_kills", "signals", "world_size", "wandb_faults"]
 FORKS = pytest.mark.skipif(sys.platform == "win32", reason="processes are forked and killed, which Windows cannot")
 
 
