@@ -71,7 +71,7 @@ def all_cases() -> dict[str, Case]:
 
 
 def run(scale: str, folder: Path) -> Counts:
-    """All cases and four slow or uneven runs; "fast": an exception, a kill, a hang."""
+    """All cases and four slow or uneven runs; "fast": five."""
     lab = Lab(folder)
     chosen = all_cases()
     if scale == "fast":
@@ -79,6 +79,8 @@ def run(scale: str, folder: Path) -> Counts:
             "raise at forward, rank 1 of 2",
             "kill at gathering the states, rank 1 of 2",
             "hang at backward, rank 1 of 2",
+            "stop at backward, rank 0 of 2",
+            "kill at forward, rank 2 of 3",
         )
         chosen = {name: chosen[name] for name in names}
     cases: dict[str, Callable] = {
