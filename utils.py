@@ -349,9 +349,9 @@ class Processes:
         keeps_it = self.is_main and not self._store_of_launcher
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         try:
-            return dist.TCPStore(
-                host, port, is_master=keeps_it, timeout=patience, wait_for_workers=False, multi_tenant=True
-            )
+            options = {"wait_for_workers": False, "multi_tenant": True}
+            options["use_libuv"] = os.environ.get("USE_LIBUV", "1") == "1"  # torch's own switch, for Windows
+            return dist.TCPStore(host, port, is_master=keeps_it, timeout=patience, **options)
         except RuntimeError as error:
             if keeps_it:
                 raise

@@ -3,7 +3,6 @@
 import math
 
 import numpy as np
-import torch
 from torch import nn
 
 WINDOW = 128  # losses that a leap is told by
@@ -41,8 +40,8 @@ def remember(recent: list[float], loss: float) -> None:
 
 
 def weights_norm(model: nn.Module) -> float:
-    """The Euclidean norm of all parameters, summed in float64."""
-    return math.sqrt(sum(float(p.detach().square().sum(dtype=torch.float64)) for p in model.parameters()))
+    """The Euclidean norm of all parameters."""
+    return math.sqrt(sum(float(p.detach().square().sum()) for p in model.parameters()))
 
 
 def difference_of_weights(norms: list[float]) -> str | None:
