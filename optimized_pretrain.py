@@ -27,7 +27,7 @@ from model.errors import ProcessLost, TrainingDiverged
 from model.evaluation import bits_per_byte, validation_sums
 from model.model import Transformer
 from model.optim import build_ema, build_optimizer, plan_schedule
-from model.resume import changed_environment, changed_settings, check_fits, environment, find_checkpoint
+from model.resume import checkpoint_to_go_on_from, environment
 from model.run_files import RunFiles
 from model.run_folder import check_space, step_checkpoint, write_config
 from model.settings import Settings
@@ -67,7 +67,7 @@ class Trainer:
         self.data = TrainingData(self.settings, verify=processes.local_rank == 0, say=say)
         self.config = self.data.config
         self.environment = environment(self.processes.world_size, self.dtype, self.device)
-        found = self._find_checkpoint()
+        found = checkpoint_to_go_on_from(self.training, self.data, self.environment, say)
         checkpoint = found[1] if found else None
         self._build_model(checkpoint)
         self._plan(checkpoint)
@@ -84,25 +84,6 @@ class Trainer:
         self.dtype, why = utils.pick_dtype(self.training.dtype, self.device)
         say(f"dtype {str(self.dtype).removeprefix('torch.')}: {why}")
         self.peak_flops = utils.measure_matmul_flops(self.device, self.dtype)
-
-    def _find_checkpoint(self) -> tuple[Path, dict] | None:
-        """The checkpoint to go on from, if any: one that belongs to this model, tokenizer and data."""
-        found = find_checkpoint(self.training, say)
-        if found is None:
-            return None
-        path, checkpoint = found
-        mine = {
-            "config": dataclasses.asdict(self.config),
-            "data": self.data.fingerprint,
-            "tokenizer": {"sha256": self.data.tokenizer_sha256},
-        }
-        check_fits(path, checkpoint, mine, self.training.optimizer_type)
-        say(f"resuming from {path} at step {checkpoint['progress']['step']:,}")
-        if changed := changed_settings(checkpoint, self.training):
-            say(f"resuming with other settings than before: {', '.join(changed)}")
-        if changed := changed_environment(checkpoint, self.environment):
-            say(f"resuming where equal bits are not to be expected: {', '.join(changed)}")
-        return found
 
     def _build_model(self, checkpoint: dict | None) -> None:
         """Build model, optimizer, scaler and average, and put them where the checkpoint left them."""

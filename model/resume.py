@@ -11,6 +11,7 @@ from model.archive import load_torch
 from model.errors import InputError
 from model.run_folder import INTERRUPTED, all_checkpoints, started_at
 from model.settings import TrainingSettings
+from model.training_data import TrainingData
 from model.training_state import CHECKPOINT_VERSION, state_problem
 
 # Settings of a run that may differ without a word when it goes on.
@@ -68,6 +69,32 @@ def find_checkpoint(training: TrainingSettings, say: Callable[[str], None]) -> t
     for problem in passed_over:
         say(f"resume: passed over {problem}")
     return path, checkpoint
+
+
+def checkpoint_to_go_on_from(
+    training: TrainingSettings, data: TrainingData, environment: Mapping, say: Callable[[str], None]
+) -> tuple[Path, dict] | None:
+    """As `find_checkpoint`, but one that belongs to this model, tokenizer and data; says what is not as it was.
+
+    Raises:
+        InputError: it was made with others.
+    """
+    found = find_checkpoint(training, say)
+    if found is None:
+        return None
+    path, checkpoint = found
+    mine = {
+        "config": dataclasses.asdict(data.config),
+        "data": data.fingerprint,
+        "tokenizer": {"sha256": data.tokenizer_sha256},
+    }
+    check_fits(path, checkpoint, mine, training.optimizer_type)
+    say(f"resuming from {path} at step {checkpoint['progress']['step']:,}")
+    if changed := changed_settings(checkpoint, training):
+        say(f"resuming with other settings than before: {', '.join(changed)}")
+    if changed := changed_environment(checkpoint, environment):
+        say(f"resuming where equal bits are not to be expected: {', '.join(changed)}")
+    return found
 
 
 def check_fits(path: Path, checkpoint: Mapping, mine: Mapping[str, Mapping], optimizer_type: str) -> None:
