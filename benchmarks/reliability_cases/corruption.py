@@ -14,17 +14,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.reliability_cases.harness import (
-    Counts,
-    Data,
-    copy_run,
-    fingerprint,
-    finish,
-    last_line,
-    make_data,
-    run_cases,
-    start,
-)
+from benchmarks.reliability_cases.harness import Counts, Data, finish, last_line, make_data, run_cases, start
+from benchmarks.reliability_cases.states import copy_run, fingerprint
 
 TITLE = "Damaged checkpoints are refused"
 FLAGS = {"dtype": "float16", "use_ema": "true"}

@@ -17,19 +17,8 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.reliability_cases.harness import (
-    Counts,
-    Data,
-    Job,
-    copy_run,
-    fingerprint,
-    finish,
-    last_line,
-    left_lying,
-    make_data,
-    run_cases,
-    start,
-)
+from benchmarks.reliability_cases.harness import Counts, Data, Job, finish, last_line, make_data, run_cases, start
+from benchmarks.reliability_cases.states import copy_run, fingerprint, left_lying
 
 TITLE = "Disks that are full, read-only or gone"
 OLD, LAST = "checkpoint_step_4.pth", "checkpoint_step_12.pth"

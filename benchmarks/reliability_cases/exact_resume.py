@@ -13,21 +13,8 @@ import threading
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.reliability_cases.harness import (
-    Counts,
-    Data,
-    Job,
-    differences,
-    fingerprint,
-    finish,
-    last_line,
-    left_lying,
-    logged,
-    make_data,
-    run_cases,
-    start,
-    state_of,
-)
+from benchmarks.reliability_cases.harness import Counts, Data, Job, finish, last_line, make_data, run_cases, start
+from benchmarks.reliability_cases.states import differences, fingerprint, left_lying, logged, state_of
 
 CUTS = ("mid-epoch", "epoch's edge", "early-stop window")
 DTYPES = ("float32", "bfloat16", "float16")

@@ -10,19 +10,8 @@ import itertools
 import json
 from pathlib import Path
 
-from benchmarks.reliability_cases.harness import (
-    Counts,
-    Data,
-    differences,
-    finish,
-    last_line,
-    left_lying,
-    logged,
-    make_data,
-    run_cases,
-    start,
-    state_of,
-)
+from benchmarks.reliability_cases.harness import Counts, Data, finish, last_line, make_data, run_cases, start
+from benchmarks.reliability_cases.states import differences, left_lying, logged, state_of
 
 STEPS, INTERVAL, ACCUMULATION = 12, 4, 2
 FLAGS = {

@@ -15,19 +15,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.reliability_cases.harness import (
-    HANG,
-    Counts,
-    Data,
-    Job,
-    fingerprint,
-    finish,
-    last_line,
-    left_lying,
-    make_data,
-    run_cases,
-    start,
-)
+from benchmarks.reliability_cases.harness import HANG, Counts, Data, Job, finish, last_line, make_data, run_cases, start
+from benchmarks.reliability_cases.states import fingerprint, left_lying
 from model.status import read_status
 
 TITLE = "A process of several fails"

@@ -11,7 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.reliability_cases.harness import Counts, Data, Job, events, last_line, make_data, run_cases, start
+from benchmarks.reliability_cases.harness import Counts, Data, Job, last_line, make_data, run_cases, start
+from benchmarks.reliability_cases.states import events
 
 TITLE = "Numbers that are not finite, and leaps"
 MODULE = "benchmarks.reliability_cases.numerics"

@@ -14,7 +14,8 @@ import sys
 import time
 from pathlib import Path
 
-from benchmarks.reliability_cases.harness import ROOT, Counts, differences, make_data, run_cases
+from benchmarks.reliability_cases.harness import ROOT, Counts, make_data, run_cases
+from benchmarks.reliability_cases.states import differences
 from model.status import read_status
 
 TITLE = "Restarting by itself"

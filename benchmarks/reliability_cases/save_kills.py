@@ -11,16 +11,8 @@ import re
 import time
 from pathlib import Path
 
-from benchmarks.reliability_cases.harness import (
-    Counts,
-    Data,
-    differences,
-    finish,
-    last_line,
-    make_data,
-    run_cases,
-    start,
-)
+from benchmarks.reliability_cases.harness import Counts, Data, finish, last_line, make_data, run_cases, start
+from benchmarks.reliability_cases.states import differences
 from model.resume import newest_checkpoint
 from model.run_folder import checkpoints_by_step, claim
 

@@ -10,19 +10,9 @@ import itertools
 import json
 from pathlib import Path
 
-from benchmarks.reliability_cases.harness import (
-    HANG,
-    Counts,
-    Data,
-    Job,
-    finish,
-    last_line,
-    make_data,
-    run_cases,
-    start,
-    state_of,
-)
+from benchmarks.reliability_cases.harness import HANG, Counts, Data, Job, finish, last_line, make_data, run_cases, start
 from benchmarks.reliability_cases.job_kills import compare
+from benchmarks.reliability_cases.states import state_of
 
 STEPS = 16
 FLAGS = {

@@ -10,7 +10,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.reliability_cases.harness import Counts, Job, last_line, left_lying, make_data, run_cases, start
+from benchmarks.reliability_cases.harness import Counts, Job, last_line, make_data, run_cases, start
+from benchmarks.reliability_cases.states import left_lying
 
 TITLE = "A long run does not grow"
 KEEP_LAST, MAX_GROWTH = 3, 1.05

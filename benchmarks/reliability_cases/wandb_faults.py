@@ -11,17 +11,8 @@ from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 
-from benchmarks.reliability_cases.harness import (
-    ROOT,
-    Counts,
-    Job,
-    fingerprint,
-    last_line,
-    logged,
-    make_data,
-    run_cases,
-    start,
-)
+from benchmarks.reliability_cases.harness import ROOT, Counts, Job, last_line, make_data, run_cases, start
+from benchmarks.reliability_cases.states import fingerprint, logged
 
 TITLE = "wandb fails, raises or stalls"
 MOST_ADDED_SECONDS = 5.0

@@ -7,7 +7,8 @@ import functools
 import itertools
 from pathlib import Path
 
-from benchmarks.reliability_cases.harness import Counts, Job, finish, last_line, losses, make_data, run_cases, start
+from benchmarks.reliability_cases.harness import Counts, Job, finish, last_line, make_data, run_cases, start
+from benchmarks.reliability_cases.states import losses
 
 CHANGES = ((1, 2), (2, 1), (2, 4), (4, 2), (1, 4), (4, 1))
 ROWS, ACCUMULATION = 4, 2  # of all processes together at once; batches a step
