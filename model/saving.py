@@ -70,7 +70,7 @@ class BackgroundSaver:
 
     def is_idle(self) -> bool:
         """Whether all is written."""
-        return self._free._value == MAX_WAITING and self._jobs.empty()
+        return self._jobs.unfinished_tasks == 0
 
     def wait(self, every_second: Callable[[], None] = lambda: None) -> None:
         """Wait until all is written.
@@ -96,6 +96,7 @@ class BackgroundSaver:
             kind, content, write = self._jobs.get()
             if content is None:
                 write(None)
+                self._jobs.task_done()
                 continue
             try:
                 if not is_finite(content):
@@ -115,6 +116,7 @@ class BackgroundSaver:
             finally:
                 del content  # the copy is large
                 self._free.release()
+                self._jobs.task_done()
 
 
 def copy_to_cpu(content):
