@@ -163,9 +163,9 @@ class Trainer:
         t, resumed_from = self.training, found[0] if found else None
         weights = tensor_bytes(self.model.state_dict())
         checkpoint = weights * (4 if t.use_ema else 3)  # Adam keeps two numbers for each weight
-        check_space(
-            self.out_dir, checkpoint, weights, min(t.keep_last, -(-self.schedule.total_steps // t.save_interval))
-        )
+        kept = min(t.keep_last, -(-self.schedule.total_steps // t.save_interval))
+        goes_on = resumed_from is not None and resumed_from.resolve().parent == self.out_dir.resolve()
+        check_space(self.out_dir, checkpoint, weights, kept, goes_on)
         status = Status(self.out_dir, self.processes.world_size, self.schedule.total_steps)
         self.files = RunFiles(self.out_dir, resumed_from, self.progress.step, t.keep_last, status, say, self._on_disk)
         self.started = self.files.started or found[1]["started"]

@@ -11,7 +11,7 @@ import yaml
 from filelock import FileLock, Timeout  # a requirement of torch itself
 
 from model.archive import DAMAGE, digest_is_right
-from model.errors import InputError
+from model.errors import InputError, shown
 from model.files import TEMPORARY_SUFFIX, free_bytes, replacing, size_text
 
 INTERRUPTED = "checkpoint_interrupted.pth"
@@ -138,22 +138,27 @@ def prune_checkpoints(out_dir: Path, keep_last: int, verified: int) -> None:
     (out_dir / INTERRUPTED).unlink(missing_ok=True)
 
 
-def check_space(out_dir: Path, checkpoint_bytes: int, weights_bytes: int, checkpoints: int) -> None:
+def check_space(out_dir: Path, checkpoint_bytes: int, weights_bytes: int, checkpoints: int, goes_on: bool) -> None:
     """See that what a run will write has room, before it starts: its checkpoints, one being written, and its weights.
 
     Args:
         checkpoint_bytes, weights_bytes: of one file each.
         checkpoints: how many will lie there at the end.
+        goes_on: the run has files there already, which new ones take the place of.
 
     Raises:
-        InputError: with how much is free, and how much is needed.
+        InputError: with how much is free, and how much is needed; or there can be no such folder.
     """
-    there = sum(path.stat().st_size for path in _files(out_dir, *CHECKPOINTS, "best_model.pth"))
+    try:
+        free = free_bytes(out_dir)
+        there = _files(out_dir, *CHECKPOINTS, "best_model.pth") if goes_on else []
+        taken = sum(path.stat().st_size for path in there)
+    except OSError as error:  # a name that no file system takes
+        raise InputError(f"out_dir: cannot write to {shown(str(out_dir))} ({error.strerror})") from error
     needed = (checkpoints + 1) * checkpoint_bytes + 3 * weights_bytes  # the best, the last, and one being written
-    free = free_bytes(out_dir)
-    if needed - there > free:
+    if needed - taken > free:
         raise InputError(
-            f"out_dir: {size_text(free)} are free in {out_dir}, but this run needs {size_text(needed - there)}"
+            f"out_dir: {size_text(free)} are free in {out_dir}, but this run needs {size_text(needed - taken)}"
             f" ({checkpoints} checkpoints of {size_text(checkpoint_bytes)} and one being written, weights of"
             f" {size_text(weights_bytes)}); free some, give another folder, or lower keep_last"
         )

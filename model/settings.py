@@ -221,7 +221,9 @@ def _assign(settings: Settings, name: str, value, where: str, problems: list[str
 
 def _nearest(name, known) -> str:
     close = difflib.get_close_matches(str(name)[:MOST_CHARACTERS], list(known), n=1)
-    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
+    if close:
+        return f"did you mean {close[0]!r}?"
+    return f"known: {', '.join(known)}" if len(known) < 20 else "config.yaml shows all that are known"
 
 
 def parse_value(name: str, value):
