@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
+from model.archive import load_torch, save_torch
+
 FLAGS = "--max_steps 2 --n_layers 1 --max_seq_len 16 --eval_steps 1"  # what makes a run of the default config small
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUTF8": "1", "HF_HUB_OFFLINE": "1"}
 ENVIRONMENT.pop("WANDB_API_KEY", None)
@@ -156,12 +158,15 @@ def test_resuming_from_a_step_and_from_the_interrupted_checkpoint(guide, home):
     shutil.copy(out / "checkpoint_step_1.pth", out / "checkpoint_interrupted.pth")
     command = "python train.py --resume --resume_from out/checkpoint_interrupted.pth"
     assert "at step 1" in guide(command).stderr  # its settings come from the checkpoint
-    (out / "checkpoint_step_1.pth").rename(out / "checkpoint_step_5000.pth")
+    content = load_torch(out / "checkpoint_step_1.pth")  # as if 5,000 steps had been taken
+    content["progress"]["step"] = 5000
+    save_torch(out / "checkpoint_step_5000.pth", content)
     command = """python train.py \\
     --config config.yaml \\
     --resume \\
     --resume_from out/checkpoint_step_5000.pth"""
-    assert "at step 1" in guide(command, FLAGS).stderr
+    result = guide(command, FLAGS.replace("--max_steps 2", "--max_steps 5002"))
+    assert "at step 5,000" in result.stderr and "finished after step 5,002" in result.stderr
 
 
 def test_validation_data_and_early_stopping_in_the_config_file(guide, home):
