@@ -451,7 +451,7 @@ class Trainer:
     def _wait_for_saves(self) -> None:
         """Wait until all is on the disk; only rank 0 has something to wait for."""
         if self.files is not None:
-            self.files.wait(self._on_disk)
+            self.files.wait()
 
     def _on_disk(self) -> None:
         self.processes.beat("writing to the disk")

@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 
-from model.errors import InputError, OneLineError, ProcessLost
+from model.errors import InputError, OneLineError, ProcessLost, first_line
 
 # ---------------------------------------------------------------------------------------------------- the console
 
@@ -328,7 +328,7 @@ class Processes:
             dist.init_process_group("nccl" if on_gpu else "gloo", timeout=group_timeout, **group)
             self._control = dist.new_group(backend="gloo", timeout=group_timeout)
         except RuntimeError as error:  # torch's errors of the network and the store
-            reason = str(error).strip().splitlines()[0]
+            reason = first_line(error)
             raise ProcessLost(f"not all of {self.world_size} processes came within {timeout:g} s ({reason})") from error
         if give_up is not None:
             from model.watchdog import Watchdog
@@ -408,7 +408,7 @@ class Processes:
             return None
         if self._watchdog is not None:
             return ProcessLost(self._watchdog.whom_to_blame())
-        return ProcessLost(f"another process ended or no longer answers ({str(error).strip().splitlines()[0]})")
+        return ProcessLost(f"another process ended or no longer answers ({first_line(error)})")
 
     def all_sum(self, values: list[float]) -> list[float]:
         """Add each number up over all processes, in float64."""

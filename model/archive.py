@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from model.archive_checks import check_archive, check_tensors
-from model.errors import InputError
+from model.errors import InputError, first_line
 from model.files import replacing
 
 TRAILER_PREFIX, DIGEST_BYTES = b"MateConv sha256 ", 64
@@ -114,10 +114,10 @@ def load_torch(path: str | Path, own: bool = False) -> dict:
     except pickle.UnpicklingError as error:
         # torch's text advises to load unsafely; the one line that says what was found is enough.
         found = re.search(r"Unsupported (?:global|class|operand)[^.]*|GLOBAL \S+", str(error))
-        reason = found[0].strip() if found else str(error).strip().splitlines()[0][:200]
+        reason = found[0].strip() if found else first_line(error)
         raise InputError(f"{path}: expected tensors and plain values only ({reason}); it is not loaded") from error
     except DAMAGE as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        reason = first_line(error)
         raise InputError(f"{path}: truncated, damaged or not a PyTorch file ({reason}); use an older file") from error
     if damaged:
         raise InputError(f"{path}: damaged ({damaged}); use an older file")

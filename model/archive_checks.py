@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from model.errors import InputError, shown
+from model.errors import InputError, first_line, shown
 from model.LMConfig import LMConfig
 from model.settings import parse_value
 
@@ -65,12 +65,8 @@ def check_archive(path: str | Path) -> None:
         raise InputError(f"{path}: expected tensors and plain values only ({error}); it is not loaded") from error
     except (zipfile.BadZipFile, OSError, ValueError, LookupError, RuntimeError, NotImplementedError) as error:
         raise InputError(
-            f"{path}: truncated, damaged or not a PyTorch file ({_reason(error)}); use an older file"
+            f"{path}: truncated, damaged or not a PyTorch file ({first_line(error)}); use an older file"
         ) from (error)
-
-
-def _reason(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def _check_records(file, archive: zipfile.ZipFile, path: Path) -> dict[str, int]:
@@ -122,7 +118,7 @@ def _check_pickle(archive: zipfile.ZipFile, sizes: Mapping[str, int]) -> None:
     except (_Refused, MemoryError):
         raise
     except Exception as error:  # whatever a pickle that is damaged, or none, makes Python's unpickler raise
-        raise zipfile.BadZipFile(f"data.pkl: {_reason(error)}") from error
+        raise zipfile.BadZipFile(f"data.pkl: {first_line(error)}") from error
 
 
 class _Inert:

@@ -27,6 +27,11 @@ class ProcessLost(OneLineError):
     exit_code = 3
 
 
+def first_line(error: BaseException) -> str:
+    """What an exception says, on one line and cut where it is long; its kind where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
 def shown(value) -> str:
     """A value as messages show it: quoted as in Python, on one line, and cut where it is long."""
     try:

@@ -9,10 +9,11 @@ import threading
 import time
 from pathlib import Path
 
+from model.errors import ProcessLost
 from model.status import STATUS_FILE, read_status
 from model.supervisor import INTERRUPTED, exit_code, file_identity
 
-PROCESS_LOST = 3  # exit code of a process that ends because another one of the run did
+PROCESS_LOST = ProcessLost.exit_code  # of a process that ends because another one of the run did
 
 
 def launch(processes: int, command: list[str], out_dir: Path) -> int:

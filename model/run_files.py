@@ -26,7 +26,7 @@ class RunFiles:
         keep_last: step checkpoints to keep.
         status: of this run.
         say: prints one line for the user.
-        waiting: called every second while a full queue of saves keeps training waiting.
+        waiting: called every second while training waits for saves.
 
     Raises:
         InputError: the folder cannot be written, or another process trains into it.
@@ -82,13 +82,13 @@ class RunFiles:
 
         self._saver.submit(name, weights.state_dict, write, self._waiting)
 
-    def wait(self, every_second: Callable[[], None]) -> None:
+    def wait(self) -> None:
         """Wait until all is on the disk.
 
         Raises:
             InputError, TrainingDiverged: the last save failed.
         """
-        self._saver.wait(every_second)
+        self._saver.wait(self._waiting)
 
     def check(self, step: int) -> None:
         """Between two steps: raise what became of earlier saves, and keep status.json fresh.

@@ -16,9 +16,10 @@ import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from model.errors import InputError, TrainingDiverged
 from model.status import STATUS_FILE, read_status
 
-DIVERGED, BAD_INPUT, INTERRUPTED = 1, 2, 130  # exit codes of train.py; 3: another process of the run failed
+DIVERGED, BAD_INPUT, INTERRUPTED = TrainingDiverged.exit_code, InputError.exit_code, 130  # exit codes of train.py
 FRUITLESS_ATTEMPTS = 3  # in a row without a newer checkpoint, after which the supervisor gives up
 SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")
 

@@ -16,7 +16,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from model.archive import is_finite
 from model.archive_checks import check_shapes, read_shape
-from model.errors import InputError, shown
+from model.errors import InputError, first_line, shown
 from model.optim import load_optimizer_state
 from model.settings import SECTIONS
 
@@ -197,5 +197,5 @@ def _random_problem(states: list) -> str | None:
             if not all(isinstance(s, Tensor) for s in state["cuda"]) or not isinstance(state["mps"], (Tensor, NONE)):
                 return "random_states holds no states of a GPU"
     except (KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
-        return f"random_states cannot be used ({str(error).splitlines()[0]})"
+        return f"random_states cannot be used ({first_line(error)})"
     return None if states else "random_states is empty"

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from model.errors import first_line
 from model.metrics import parse_event
 
 POLL_SECONDS = 0.5  # between two looks at metrics.jsonl
@@ -103,8 +104,8 @@ def send(order: dict, ended: threading.Event, killed: Callable[[], bool], tell: 
 
 
 def reason(error: BaseException) -> str:
-    """The first line of what an exception says."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(". ")
+    """The first line of what an exception says, to go on after it."""
+    return first_line(error).rstrip(". ")
 
 
 def main() -> None:

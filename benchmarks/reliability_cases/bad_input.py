@@ -28,11 +28,7 @@ TOKENS = 3000
 
 def run(scale: str, folder: Path) -> Counts:
     """Run the cases: all of them in scale "full", some in "fast"."""
-    cases = all_cases(folder)
-    if scale == "fast":
-        cases = cases[::FAST]
-    passed, failures, figures = run_cases(cases, folder / "runs", OWN_EVERY if scale == "full" else 0)
-    return Counts(cases=len(cases), passed=passed, failures=failures, figures=figures)
+    return run_cases(all_cases(folder), folder / "runs", scale, FAST, OWN_EVERY)
 
 
 def all_cases(folder: Path) -> list[Case]:
@@ -353,6 +349,7 @@ def edited(name: str, edit: Callable[[dict], object]) -> Callable[[Path], None]:
 
 
 def without_control_tokens(values: dict) -> None:
+    """Take away every name of a control token."""
     for name in ("bos_token", "eos_token", "extra_special_tokens", "additional_special_tokens"):
         values.pop(name, None)
 

@@ -246,6 +246,7 @@ def missing_parts(kinds, progress, scaler) -> Iterator[tuple[str, Callable[[dict
 
 
 def remove_layer(content: dict) -> None:
+    """Take the last layer's weights away."""
     for key in [key for key in content["model"] if key.startswith("layers.1.")]:
         content["model"].pop(key)
 
@@ -275,6 +276,7 @@ def wrong_values(kinds, progress) -> Iterator[tuple[str, Callable[[dict], None]]
 
 
 def cut_random_state(content: dict) -> None:
+    """Make torch's random state of rank 0 one byte shorter."""
     state = content["random_states"][0]
     state["torch"] = state["torch"][:-1].clone()
 
@@ -299,10 +301,12 @@ def wrong_tensors() -> Iterator[tuple[str, Callable[[dict], None]]]:
 
 
 def change_weight(part: str, change: Callable, content: dict) -> None:
+    """Change the embedding of a part, the model or the average."""
     content[part]["tok_embeddings.weight"] = change(content[part]["tok_embeddings.weight"])
 
 
 def change_moment(key: str, change: Callable, content: dict) -> None:
+    """Change one part of the optimizer's state of the first parameter."""
     state = content["optimizer"]["state"][0]
     state[key] = change(state[key])
 

@@ -32,6 +32,7 @@ from benchmarks.reliability_cases.faults import Fault
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 CHILD = Path(__file__).with_name("child.py")
+SENTENCES = ["中国是一个历史悠久的国家。", "长江、黄河都在中国。", "The quick brown fox."]
 HANG = "hang"  # in the place of the exit code of a process that had to be killed
 
 # 41 thousand parameters; every step and evaluation is logged.
@@ -140,8 +141,8 @@ def _corpus_ids(tokenizer) -> np.ndarray:
     return np.array(ids, dtype="<u2")
 
 
-def make_tokenizer(folder: Path) -> None:
-    """A byte-level BPE of 300 tokens."""
+def make_tokenizer(folder: Path, sentences: list[str] = SENTENCES, chat_template: str | None = None) -> None:
+    """A byte-level BPE of 300 tokens, trained on a few sentences."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -154,8 +155,9 @@ def make_tokenizer(folder: Path) -> None:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    backend.train_from_iterator(["中国是一个历史悠久的国家。", "长江、黄河都在中国。", "The quick brown fox."], trainer)
+    backend.train_from_iterator(sentences, trainer)
     wrapped = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    wrapped.chat_template = chat_template
     wrapped.save_pretrained(folder)
 
 

@@ -173,6 +173,7 @@ class Lab:
 
 
 def finished_problems(job: Job) -> list[str]:
+    """What is wrong where both ranks should end with 0."""
     codes = job.wait(PATIENCE)
     return [] if codes == [0, 0] else [f"ended with {codes}: {last_line(job)}"]
 

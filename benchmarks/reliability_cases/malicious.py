@@ -21,22 +21,13 @@ SECONDS = 20
 FAST = 6  # in the fast scale each sixth case is run
 OWN_EVERY = 12
 EVIL_MODULE = "import os\n\nos.mkdir('CANARY')\n\n\nclass Evil:\n    pass\n"
-BASE = """\
-data: {train_data_path: train.bin}
-model: {dim: 32, n_layers: 1, n_heads: 2, n_kv_heads: 1, max_seq_len: 64}
-training: {max_steps: 1, batch_size: 2, warmup_steps: 0, device: cpu, dtype: float32, out_dir: out}
-"""
 GENERATE = ["--prompt", "中国", "--max_new_tokens", "2", "--device", "cpu", "--model_path"]
 RESUME = ["--config", "config.yaml", "--resume_from"]
 
 
 def run(scale: str, folder: Path) -> Counts:
     """Run the cases: all of them in scale "full", some in "fast"."""
-    cases = all_cases(folder)
-    if scale == "fast":
-        cases = cases[::FAST]
-    passed, failures, figures = run_cases(cases, folder / "runs", OWN_EVERY if scale == "full" else 0)
-    return Counts(cases=len(cases), passed=passed, failures=failures, figures=figures)
+    return run_cases(all_cases(folder), folder / "runs", scale, FAST, OWN_EVERY)
 
 
 def all_cases(folder: Path) -> list[Case]:

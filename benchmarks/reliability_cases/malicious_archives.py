@@ -281,18 +281,21 @@ class Evil:
 
 
 def legacy(path: Path) -> None:
+    """A payload in torch's old format, which is no zip file."""
     import torch
 
     torch.save({"a": Evil(), "b": torch.zeros(4)}, path, _use_new_zipfile_serialization=False)
 
 
 def legacy_good(path: Path) -> None:
+    """The old format without a payload: refused all the same."""
     import torch
 
     torch.save({"tok_embeddings.weight": torch.zeros(4)}, path, _use_new_zipfile_serialization=False)
 
 
 def tar(path: Path) -> None:
+    """A payload in the tar file that the oldest torch wrote."""
     with tarfile.open(path, "w") as archive:
         for name in ("sys_info", "pickle", "storages", "tensors", "../CANARY"):
             entry = tarfile.TarInfo(name)
@@ -301,6 +304,7 @@ def tar(path: Path) -> None:
 
 
 def numpy_objects(path: Path) -> None:
+    """A payload as NumPy's array of objects, under the name of weights."""
     import numpy as np
 
     with open(path, "wb") as file:
@@ -308,6 +312,7 @@ def numpy_objects(path: Path) -> None:
 
 
 def numpy_archive(path: Path) -> None:
+    """The same in NumPy's zip file, under the name of torch's pickle."""
     import numpy as np
 
     with open(path, "wb") as file:
@@ -315,12 +320,14 @@ def numpy_archive(path: Path) -> None:
 
 
 def whole_model(path: Path) -> None:
+    """A whole module, not its weights."""
     import torch
 
     torch.save(torch.nn.Linear(2, 2), path)
 
 
 def compressed_pickle(path: Path) -> None:
+    """A pickle of 64 MB, compressed to a thousandth."""
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("bad/data.pkl", b"\x80\x02" + b"]0" * (32 << 20) + b"}.")
         archive.writestr("bad/version", b"3\n")

@@ -94,6 +94,7 @@ def all_cases() -> dict[str, Case]:
 
 
 def diverging(where: str, value: str, ranks: int) -> Case:
+    """A case whose fault stays, until the run ends as diverged."""
     says = f"step {FIRST}: {SAID[where]}"
     return Case(where, value, FOR_EVER, ranks, code=1, skipped=11, says=says)
 

@@ -145,8 +145,17 @@ def names(lines: Sequence[str], text: str) -> bool:
     return any(text in line for line in lines)
 
 
-def run_cases(cases: Sequence[Case], folder: Path, own_every: int = 0):
-    """Run the cases: (passed, failures, figures). Each `own_every`-th is run by an interpreter of its own as well."""
+def run_cases(cases: Sequence[Case], folder: Path, scale: str, fast_every: int, own_every: int):
+    """Run the cases, and count them.
+
+    Args:
+        scale: "full": all of them; "fast": each `fast_every`-th.
+        own_every: in "full" each so many-th is run by an interpreter of its own as well.
+    """
+    from benchmarks.reliability_cases.harness import Counts  # imports torch, which the server does in its own time
+
+    if scale == "fast":
+        cases, own_every = cases[::fast_every], 0
     failures, slowest, slow, peak, longest, own = [], 0.0, "", 0, 0, 0
     with Scripts(folder) as scripts:
         for number, case in enumerate(cases):
@@ -168,7 +177,7 @@ def run_cases(cases: Sequence[Case], folder: Path, own_every: int = 0):
         f"at most {slowest:.2f} s of a processor after start-up ({slow}) and {peak / 2**20:,.0f} MiB,"
         f" longest line {longest} characters, {own} also by an interpreter of their own"
     )
-    return len(cases) - len(failures), failures, figures
+    return Counts(len(cases), len(cases) - len(failures), failures, figures)
 
 
 # --------------------------------------------------------------------------------------------- the server's own code
