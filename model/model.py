@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.dataset import IGNORE_INDEX
+from model.attention import attention_written_out, causal_attention
 from model.errors import InputError
 from model.kv_cache import KVCache
 from model.LMConfig import LMConfig
+from model.loss import cross_entropy
 
 
 def rope_table(config: LMConfig) -> tuple[Tensor, Tensor]:
@@ -66,26 +67,14 @@ class Attention(nn.Module):
             k, v = cache.append(self.layer, k, v)  # [B, H_kv, S, D]
 
         dropout = self.dropout if self.training else 0.0
-        attend = F.scaled_dot_product_attention if self.flash_attn else attention_written_out
         grouped = self.n_kv_heads < self.n_heads
-        x = attend(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=cache is None, enable_gqa=grouped)
+        if self.flash_attn and cache is None:
+            x = causal_attention(q, k, v, dropout)
+        else:
+            attend = F.scaled_dot_product_attention if self.flash_attn else attention_written_out
+            x = attend(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=cache is None, enable_gqa=grouped)
         x = self.wo(x.transpose(1, 2).reshape(batch, tokens, -1))
         return F.dropout(x, self.dropout, self.training)
-
-
-def attention_written_out(
-    q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, dropout_p: float, is_causal: bool, enable_gqa: bool
-) -> Tensor:
-    """What `scaled_dot_product_attention` computes, step by step. q [B, H, T, D], k and v [B, H_kv, S, D]."""
-    if enable_gqa:
-        k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))  # [B, H, S, D]
-    scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])  # [B, H, T, S]
-    if is_causal:
-        attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
-    if attn_mask is not None:
-        scores = scores.masked_fill(~attn_mask, -torch.inf)
-    weights = F.dropout(scores.float().softmax(-1).type_as(q), dropout_p)
-    return weights @ v
 
 
 class FeedForward(nn.Module):
@@ -207,12 +196,8 @@ class Transformer(nn.Module):
             logits [B, T, vocab_size]; with targets, the cross-entropy in nats, summed over all targets that count
             (float32, 0-dimensional): a sum, so that micro-batches and ranks add up to one large batch exactly.
         """
-        logits = self.output(self.hidden_states(tokens, cache))
-        if targets is None:
-            return logits
-        return F.cross_entropy(
-            logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
-        )
+        hidden = self.hidden_states(tokens, cache)
+        return self.output(hidden) if targets is None else cross_entropy(hidden, self.output.weight, targets)
 
     def load_state_dict(self, state_dict: dict, strict: bool = True, assign: bool = False):
         """As `nn.Module.load_state_dict`, with one clear line where the weights belong to another model.

@@ -2,12 +2,16 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import as_llama, random_model
 
+from model.attention import chunked_attention
 from model.checkpoint import infer_config
+from model.dataset import IGNORE_INDEX
 from model.errors import InputError
 from model.kv_cache import KVCache
 from model.LMConfig import LMConfig
+from model.loss import cross_entropy
 from model.model import Transformer
 
 LAYER_KEYS = [
@@ -173,3 +177,30 @@ def test_impossible_shapes_are_all_named_at_once():
         LMConfig(n_layers=0, dropout=1.5)
     with pytest.raises(InputError, match="n_kv_heads: 3 does not divide n_heads = 4"):
         LMConfig(dim=64, n_heads=4, n_kv_heads=3)
+
+
+@pytest.mark.parametrize("tokens, heads, kv_heads", [(64, 4, 4), (150, 4, 2), (100, 40, 20)])
+def test_chunked_attention_equals_pytorchs_with_its_gradients(tokens, heads, kv_heads):
+    q, k, v = (
+        torch.randn(2, h, tokens, 8, dtype=torch.float64, requires_grad=True) for h in (heads, kv_heads, kv_heads)
+    )
+    grad = torch.randn(2, heads, tokens, 8, dtype=torch.float64)
+    ours, _ = chunked_attention(q, k, v)
+    theirs = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    torch.testing.assert_close(ours, theirs)
+    for one, other in zip(*(torch.autograd.grad(out, (q, k, v), grad) for out in (ours, theirs)), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_chunked_loss_equals_pytorchs_with_its_gradients(monkeypatch):
+    monkeypatch.setattr("model.loss.CHUNK_BYTES", 4 * 50 * 5)  # five rows: the last chunk is smaller
+    hidden = torch.randn(3, 7, 16, requires_grad=True)
+    weight = torch.randn(50, 16, requires_grad=True)
+    targets = torch.randint(0, 50, (3, 7))
+    targets[0, 2], targets[2] = IGNORE_INDEX, IGNORE_INDEX
+    logits = (hidden @ weight.t()).flatten(0, 1)
+    theirs = F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
+    ours = cross_entropy(hidden, weight, targets)
+    torch.testing.assert_close(ours, theirs)
+    for one, other in zip(*(torch.autograd.grad(3 * loss, (hidden, weight)) for loss in (ours, theirs)), strict=True):
+        torch.testing.assert_close(one, other)
