@@ -83,6 +83,8 @@ class Trainer:
         say(f"device {self.device}: {why}")
         self.dtype, why = utils.pick_dtype(self.training.dtype, self.device)
         say(f"dtype {str(self.dtype).removeprefix('torch.')}: {why}")
+        if self.device.type == "cpu":
+            utils.keep_freed_memory()
         self.peak_flops = utils.measure_matmul_flops(self.device, self.dtype)
 
     def _build_model(self, checkpoint: dict | None) -> None:
