@@ -93,7 +93,7 @@ class Trainer:
         utils.seed_everything(t.seed)
         self.model = Transformer(self.config).to(self.device)
         self.ema = build_ema(self.model, t.ema_decay) if t.use_ema else None
-        self.optimizer = build_optimizer(self.model, t.optimizer_type, t.learning_rate, t.weight_decay)
+        self.optimizer = build_optimizer(self.model, t.optimizer_type, t.learning_rate, t.weight_decay, self.dtype)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.progress = Progress()
         utils.seed_everything(t.seed + 1 + self.processes.rank)  # dropout differs between ranks

@@ -171,7 +171,7 @@ def pick_dtype(asked: str, device):
 
 
 def keep_freed_memory() -> bool:
-    """Let this process keep the memory that its tensors free, where glibc's malloc serves them; returns whether it does.
+    """Let this process keep the memory that its tensors free, where malloc is glibc's; returns whether it does.
 
     By default glibc takes each large block from the system and gives it back when it is freed. In training on a CPU,
     where each step allocates the same tensors again, the system then clears some gigabytes of pages a step, which costs

@@ -8,24 +8,45 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from model.errors import InputError
+from model.muon import Muon
 from model.settings import TrainingSettings
+
+DECAY_SHARE = 0.5  # of a run's steps after the warm-up: "wsd" stays at the highest rate before them
+
+
+def is_hidden_matrix(name: str, parameter: Tensor) -> bool:
+    """Whether Muon is for this parameter: a matrix of a layer, but neither the embedding nor the output layer."""
+    return name.startswith("layers.") and parameter.dim() == 2
 
 
 def build_optimizer(
-    model: nn.Module, optimizer_type: str, learning_rate: float, weight_decay: float
+    model: nn.Module,
+    optimizer_type: str,
+    learning_rate: float,
+    weight_decay: float,
+    dtype: torch.dtype = torch.float32,
 ) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov & Hutter, 2019) or Adam (Kingma & Ba, 2015); matrices decay, norms do not.
+    """Muon (Jordan, 2024), AdamW (Loshchilov & Hutter, 2019) or Adam (Kingma & Ba, 2015); matrices decay, norms do not.
 
     Parameters keep their names in the optimizer's state, so that a checkpoint of another model is noticed.
+
+    Args:
+        dtype: of Muon's own matrix products.
     """
     named = dict(model.named_parameters())  # a tied matrix once
+    hidden = [(n, p) for n, p in named.items() if optimizer_type == "muon" and is_hidden_matrix(n, p)]
+    others = [(n, p) for n, p in named.items() if optimizer_type != "muon" or not is_hidden_matrix(n, p)]
     groups = [
-        {"params": [(n, p) for n, p in named.items() if p.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [(n, p) for n, p in named.items() if p.dim() < 2], "weight_decay": 0.0},
+        {"params": hidden, "weight_decay": weight_decay, "muon": True},
+        {"params": [(n, p) for n, p in others if p.dim() >= 2], "weight_decay": weight_decay, "muon": False},
+        {"params": [(n, p) for n, p in others if p.dim() < 2], "weight_decay": 0.0, "muon": False},
     ]
+    groups = [group for group in groups if group["params"]]
     covered = sum(len(group["params"]) for group in groups)
     if covered != len(named):
         raise AssertionError(f"the groups hold {covered} of {len(named)} parameters")
+    if optimizer_type == "muon":
+        return Muon(groups, lr=learning_rate, dtype=torch.float32 if dtype == torch.float16 else dtype)
     kind = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[optimizer_type]
     return kind(groups, lr=learning_rate, betas=(0.9, 0.95), eps=1e-8, fused=True)
 
@@ -38,7 +59,7 @@ class Schedule:
     warmup_steps: int
     learning_rate: float  # after the rise
     min_lr: float  # of the last step
-    lr_scheduler: str  # the shape of the fall: "cosine", "linear" or "polynomial"
+    lr_scheduler: str  # the shape of the fall: "cosine", "linear", "polynomial" or "wsd"
 
     def at(self, step: int) -> float:
         """The learning rate of a step, counted from 0."""
@@ -50,6 +71,7 @@ class Schedule:
             "cosine": (1 + math.cos(math.pi * progress)) / 2,  # Loshchilov & Hutter, 2017
             "linear": 1 - progress,
             "polynomial": (1 - progress) ** 2,
+            "wsd": min(1.0, (1 - progress) / DECAY_SHARE),  # warm-up, stable, decay (Hu et al., 2024)
         }[self.lr_scheduler]
         return self.min_lr + (self.learning_rate - self.min_lr) * remaining
 
@@ -70,11 +92,11 @@ def plan_schedule(training: TrainingSettings, total_steps: int) -> Schedule:
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict) -> None:
-    """Load a state, but keep the groups' own `weight_decay`: it belongs to the settings, which may have changed."""
-    own = [group["weight_decay"] for group in optimizer.param_groups]
+    """Load a state, but keep the groups' own numbers: they belong to the settings, which may have changed."""
+    own = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
     optimizer.load_state_dict(state)
-    for group, weight_decay in zip(optimizer.param_groups, own, strict=True):
-        group["weight_decay"] = weight_decay
+    for group, numbers in zip(optimizer.param_groups, own, strict=True):
+        group.update(numbers)
 
 
 def build_ema(model: nn.Module, decay: float) -> AveragedModel:

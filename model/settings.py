@@ -25,6 +25,7 @@ DEEPEST = 16  # lists and mappings within each other in a config file; two are o
 MOST_PROBLEMS = 20  # that are written out; the rest is counted
 LONGEST_TEXT = 4096  # characters: Linux takes no longer path
 MOST_PARAMETERS = 10**12  # of a model: each process holds all of it
+SCHEDULERS = ("cosine", "linear", "polynomial", "wsd")
 MOST = 10**12  # of any whole number: their products stay within 64 bits
 
 
@@ -89,8 +90,8 @@ class TrainingSettings:
     warmup_steps: int | None = setting(
         None, "steps in which the learning rate rises from 0; null: 2 %% of all steps, at most 1000", at_least=0
     )
-    lr_scheduler: str = setting("cosine", "how the learning rate falls", choices=("cosine", "linear", "polynomial"))
-    optimizer_type: str = setting("adamw", "optimizer", choices=("adamw", "adam"))
+    lr_scheduler: str = setting("cosine", "how the learning rate falls", choices=SCHEDULERS)
+    optimizer_type: str = setting("adamw", "optimizer", choices=("adamw", "adam", "muon"))
     weight_decay: float = setting(0.1, "of matrices only; adam's is added to the gradient", at_least=0, at_most=100)
     grad_clip: float = setting(1.0, "largest norm of the gradient; 0: not clipped", at_least=0)
     max_skipped_steps: int = setting(

@@ -17,7 +17,7 @@ from torch.optim.swa_utils import AveragedModel
 from model.archive import is_finite
 from model.archive_checks import check_shapes, read_shape
 from model.errors import InputError, first_line, shown
-from model.optim import load_optimizer_state
+from model.optim import is_hidden_matrix, load_optimizer_state
 from model.settings import SECTIONS
 
 CHECKPOINT_VERSION = 2
@@ -42,7 +42,7 @@ KINDS = {  # the keys of a checkpoint and what lies under them
     "random_states": list,  # of each process
     "environment": dict,  # versions, threads and processes, on which equal bits depend
 }
-OPTIMIZER_STATE = {name: {"step", "exp_avg", "exp_avg_sq"} for name in ("adamw", "adam")}  # of each parameter
+ADAM_STATE, MUON_STATE = {"step", "exp_avg", "exp_avg_sq"}, {"momentum_buffer"}  # of each parameter
 SCALER_STATE = {"scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"}
 
 
@@ -161,7 +161,7 @@ def _optimizer_problem(content: Mapping) -> str | None:
     try:
         groups, states = optimizer["param_groups"], optimizer["state"]
         names = {number: name for g in groups for number, name in zip(g["params"], g["param_names"], strict=True)}
-        wanted = OPTIMIZER_STATE[content["settings"]["training"]["optimizer_type"]]
+        muon = content["settings"]["training"]["optimizer_type"] == "muon"
         tied = {"output.weight"} if content["config"]["tie_embeddings"] else set()
         if set(names.values()) != model.keys() - tied:
             return "optimizer is not this model's"
@@ -172,6 +172,7 @@ def _optimizer_problem(content: Mapping) -> str | None:
             return "optimizer lacks the state of some parameters"
         for number, state in states.items():
             weight = model[names[number]]
+            wanted = MUON_STATE if muon and is_hidden_matrix(names[number], weight) else ADAM_STATE
             kinds = {key: (tensor.shape, tensor.dtype) for key, tensor in state.items()}
             if kinds != {key: ((), torch.float32) if key == "step" else (weight.shape, weight.dtype) for key in wanted}:
                 return f"optimizer: the state of {names[number]} has other parts, shapes or dtypes"

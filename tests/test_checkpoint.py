@@ -24,15 +24,17 @@ from utils import random_state
 CONFIG = LMConfig(dim=16, n_layers=1, n_heads=2, n_kv_heads=1, vocab_size=300, max_seq_len=16)
 
 
-def checkpoint_content(step=5, started="20260101T120000"):
+def checkpoint_content(step=5, started="20260101T120000", optimizer_type="adamw"):
     """All that a checkpoint holds, of a small model after one step of its optimizer."""
     model = random_model(CONFIG)
-    optimizer = build_optimizer(model, "adamw", 1e-3, 0.1)
+    optimizer = build_optimizer(model, optimizer_type, 1e-3, 0.1)
+    settings = Settings()
+    settings.training.optimizer_type = optimizer_type
     tokens = torch.arange(17).view(1, -1)
     model(tokens[:, :-1], tokens[:, 1:]).backward()
     optimizer.step()
     return {
-        "format_version": CHECKPOINT_VERSION, "started": started, "settings": Settings().as_dict(),
+        "format_version": CHECKPOINT_VERSION, "started": started, "settings": settings.as_dict(),
         "config": dataclasses.asdict(CONFIG), "tokenizer_path": None, "tokenizer_sha256": "abc", "data": {},
         "validation": {}, "pace": {}, "total_steps": 10, "progress": dataclasses.asdict(Progress(step=step)),
         "model": model.state_dict(), "ema": None, "ema_updates": 0, "optimizer": optimizer.state_dict(), "scaler": {},
@@ -171,6 +173,18 @@ def test_a_checkpoint_that_lacks_something_is_noticed(tmp_path, case):
     path = tmp_path / "checkpoint_step_5.pth"
     save_torch(path, content)
     with pytest.raises(InputError, match=expected):
+        load_checkpoint(path)
+
+
+def test_the_state_of_muon_is_looked_at_by_parameter(tmp_path):
+    path = tmp_path / "checkpoint_step_5.pth"
+    content = checkpoint_content(optimizer_type="muon")
+    save_torch(path, content)
+    load_checkpoint(path)
+    matrix = next(state for state in content["optimizer"]["state"].values() if "momentum_buffer" in state)
+    matrix["momentum_buffer"] = torch.ones(3)
+    save_torch(path, content)
+    with pytest.raises(InputError, match="attention.wq.weight has other parts"):
         load_checkpoint(path)
 
 

@@ -7,6 +7,7 @@ import torch
 
 from model.LMConfig import LMConfig
 from model.model import Transformer
+from model.muon import orthogonalized
 from model.optim import Schedule, build_ema, build_optimizer
 
 CONFIG = LMConfig(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=64, max_seq_len=16)
@@ -40,6 +41,56 @@ def test_a_step_is_torchs_own(optimizer_type, oracle):
             optimizer.zero_grad()
     for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(24, 24), (16, 40), (40, 16)])
+def test_muon_turns_matrices_into_nearly_orthogonal_ones(shape):
+    torch.manual_seed(0)
+    u, _, vh = torch.linalg.svd(torch.randn(3, *shape), full_matrices=False)
+    singular_values = torch.logspace(0, -2.5, min(shape))
+    turned = u.mT @ orthogonalized(u @ (singular_values[:, None] * vh), torch.float32) @ vh.mT
+    diagonal = turned.diagonal(dim1=1, dim2=2)
+    torch.testing.assert_close(turned, torch.diag_embed(diagonal), rtol=0, atol=1e-3)  # U and V stay
+    assert 0.85 < diagonal.min() and diagonal.max() < 1.15
+
+
+def test_a_step_of_muon_is_the_papers():
+    """W - lr (0.2 sqrt(max(m, n)) U V^T + decay W) for each matrix of the layers, and torch's AdamW for the rest."""
+    torch.manual_seed(0)
+    ours = Transformer(CONFIG)
+    theirs = copy.deepcopy(ours)
+    optimizer = build_optimizer(ours, "muon", 1e-2, 0.1)
+    hidden = {n: p for n, p in theirs.named_parameters() if n.startswith("layers.") and p.dim() == 2}
+    assert len(hidden) == 2 * 7
+    rest = [p for n, p in theirs.named_parameters() if n not in hidden]
+    groups = [{"params": [p for p in rest if p.dim() == 2]}, {"params": [p for p in rest if p.dim() == 1]}]
+    groups[1]["weight_decay"] = 0.0
+    adamw = torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1)
+    buffers = {name: torch.zeros_like(p) for name, p in hidden.items()}
+    tokens = torch.randint(64, (4, 9))
+    for _ in range(3):
+        for model in (ours, theirs):
+            model(tokens[:, :-1], tokens[:, 1:]).backward()
+        with torch.no_grad():
+            for name, p in hidden.items():
+                buffers[name] = 0.95 * buffers[name] + 0.05 * p.grad
+                update = orthogonalized((0.05 * p.grad + 0.95 * buffers[name])[None], torch.float32)[0]
+                p -= 1e-2 * (0.2 * max(p.shape) ** 0.5 * update + 0.1 * p)
+        optimizer.step()
+        adamw.step()
+        for model in (ours, theirs):
+            model.zero_grad()
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+    assert sum(p.numel() for g in optimizer.param_groups for p in g["params"]) == sum(
+        p.numel() for p in ours.parameters()
+    )
+
+
+def test_wsd_stays_and_then_falls_to_the_end():
+    rates = [Schedule(lr_scheduler="wsd", **SCHEDULE).at(step) for step in range(100)]
+    assert rates[10:55] == [1.0] * 45
+    assert rates[99] == pytest.approx(0.1) and all(a > b for a, b in zip(rates[55:], rates[56:], strict=False))
 
 
 @pytest.mark.parametrize("lr_scheduler", ["cosine", "linear", "polynomial"])

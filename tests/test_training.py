@@ -249,6 +249,7 @@ RESUMED = {
     "plain": {},
     "everything": {"use_ema": "true", "dropout": 0.1, "accumulation_steps": 2, "optimizer_type": "adam"},
     "float16": {"dtype": "float16", "use_ema": "true"},
+    "muon": {"optimizer_type": "muon", "lr_scheduler": "wsd", "dtype": "bfloat16"},
     "across epochs": {"batch_size": 200, "lr_scheduler": "linear", "early_stopping": "true", "patience": 3},
 }
 

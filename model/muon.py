@@ -1,0 +1,110 @@
+"""Muon for the matrices of the layers, AdamW for all else, as one optimizer."""
+
+from collections import defaultdict
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+# One after another these odd polynomials a x + b x³ + c x⁵ bring singular values from 0.001 to 1 as near to 1 as any of
+# their degree can: Polar Express (Amsel et al., 2025).
+POLYNOMIALS = (
+    (8.287212, -23.595887, 17.300387),
+    (4.107059, -2.947850, 0.544843),
+    (3.948691, -2.908902, 0.551819),
+    (3.318420, -2.488488, 0.510049),
+    (2.300652, -1.668904, 0.418807),
+)
+
+
+def orthogonalized(matrices: Tensor, dtype: torch.dtype) -> Tensor:
+    """The nearest matrices with orthonormal rows or columns, nearly: U V^T of the singular value decomposition U S V^T.
+
+    Args:
+        matrices: float32 [N, rows, columns]
+        dtype: of the products; bfloat16 is enough (Jordan, 2024).
+    """
+    x = matrices.to(dtype)
+    wide = x.shape[1] <= x.shape[2]
+    x = x if wide else x.mT  # the smaller side squared is less work
+    x = x / (x.norm(dim=(1, 2), keepdim=True) * 1.01 + 1e-7)
+    for a, b, c in POLYNOMIALS:
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x if wide else x.mT).to(matrices.dtype)
+
+
+class Muon(torch.optim.Optimizer):
+    """Steps of one size in every direction of a matrix (Jordan, 2024); other parameters are AdamW's.
+
+    An update of Muon is scaled to the root mean square of one of AdamW's, 0.2, so that both share a learning rate and a
+    weight decay (Liu et al., 2025). Matrices of one shape are worked on together.
+
+    Args:
+        groups: parameter groups with names; those with "muon": True hold matrices, and the rest is AdamW's.
+        lr: learning rate; a group's "lr_scale" multiplies it.
+        momentum: of Muon, Nesterov's.
+        betas, eps: of AdamW.
+        dtype: of Muon's matrix products.
+    """
+
+    def __init__(
+        self,
+        groups: list[dict],
+        lr: float,
+        momentum: float = 0.95,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        defaults = {"lr": lr, "lr_scale": 1.0, "momentum": momentum, "betas": betas, "eps": eps, "weight_decay": 0.0}
+        super().__init__(groups, defaults)
+        self.dtype = dtype
+
+    @torch.no_grad()
+    def step(self, closure=None) -> None:
+        """Take a step with the gradients that the parameters hold."""
+        for group in self.param_groups:
+            with_gradient = [p for p in group["params"] if p.grad is not None]
+            if with_gradient:
+                (self._step_muon if group["muon"] else self._step_adamw)(group, with_gradient)
+
+    def _step_muon(self, group: dict, parameters: list[Tensor]) -> None:
+        lr, momentum = group["lr"] * group["lr_scale"], group["momentum"]
+        for p in parameters:
+            if not self.state[p]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        gradients = [p.grad for p in parameters]
+        buffers = [self.state[p]["momentum_buffer"] for p in parameters]
+        torch._foreach_lerp_(buffers, gradients, 1 - momentum)
+        directions = torch._foreach_lerp(gradients, buffers, momentum)
+        torch._foreach_mul_(parameters, 1 - lr * group["weight_decay"])
+        by_shape = defaultdict(list)
+        for p, direction in zip(parameters, directions, strict=True):
+            by_shape[p.shape].append((p, direction))
+        for shape, pairs in by_shape.items():
+            some, their_directions = zip(*pairs, strict=True)
+            updates = orthogonalized(torch.stack(their_directions), self.dtype)
+            torch._foreach_add_(some, updates.unbind(0), alpha=-lr * 0.2 * max(shape) ** 0.5)
+
+    def _step_adamw(self, group: dict, parameters: list[Tensor]) -> None:
+        for p in parameters:
+            if not self.state[p]:
+                self.state[p]["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
+                self.state[p]["exp_avg"], self.state[p]["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
+        beta1, beta2 = group["betas"]
+        adamw(
+            parameters,
+            [p.grad for p in parameters],
+            *([self.state[p][key] for p in parameters] for key in ("exp_avg", "exp_avg_sq")),
+            max_exp_avg_sqs=[],
+            state_steps=[self.state[p]["step"] for p in parameters],
+            fused=True,
+            amsgrad=False,
+            beta1=beta1,
+            beta2=beta2,
+            lr=group["lr"] * group["lr_scale"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
