@@ -187,6 +187,8 @@ def main() -> None:
         f"torch {torch.__version__}, {options.device}, {torch.get_num_threads()} threads, {options.dtype}; batches of"
         f" {options.batch_size} x {options.max_seq_len} tokens"
     )
+    if hasattr(os, "getloadavg") and os.getloadavg()[0] > 0.5:
+        print(f"this machine is busy (load {os.getloadavg()[0]:.1f}): the ratios tell little, the rates nothing")
     if options.profile:
         from step_profile import print_profile
 
