@@ -186,7 +186,7 @@ def serve(name: str, keeps_freed_memory: bool, options: argparse.Namespace) -> N
     if keeps_freed_memory:
         import utils
 
-        getattr(utils, "keep_freed_memory", lambda: None)()
+        utils.keep_freed_memory()
     torch.manual_seed(0)
     contender = build(name.removesuffix("-compiled"), options)
     steps = Steps(contender, name.endswith("-compiled"), options)

@@ -64,8 +64,7 @@ def step_groups(steps: step_contenders.Steps, vocab_size: int, count: int) -> tu
 
 def print_profile(options: argparse.Namespace) -> None:
     """Profile ours, eager, and print a table."""
-    if hasattr(utils, "keep_freed_memory"):
-        utils.keep_freed_memory()
+    utils.keep_freed_memory()
     torch.manual_seed(0)
     contender = step_contenders.build("ours", options)
     steps = step_contenders.Steps(contender, False, options)
