@@ -1,0 +1,199 @@
+"""Who takes part in train_step.py: each one's model, its optimizer, and one training step, run in a process of its own.
+
+Every contender trains as its own project does: MateConv as `Trainer`, transformers' Llama with the fused AdamW that is
+its Trainer's default, nanoGPT with its `configure_optimizers`, MiniMind v1 with the Adam of its 1-pretrain.py.
+"""
+
+import argparse
+import contextlib
+import importlib
+import importlib.util
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+LEARNING_RATE, WEIGHT_DECAY = 1e-4, 0.1
+
+NAMES = {
+    "ours": "MateConv, eager",
+    "ours-compiled": "MateConv, compiled",
+    "llama": "transformers Llama, eager",
+    "llama-compiled": "transformers Llama, compiled",
+    "nanogpt": "nanoGPT, eager",
+    "nanogpt-compiled": "nanoGPT, compiled",
+    "minimind": "MiniMind v1, eager",  # it turns compiling off itself
+}
+
+
+@dataclass
+class Contender:
+    """A model that can take training steps."""
+
+    model: nn.Module
+    mean_loss: Callable[[nn.Module, Tensor, Tensor], Tensor]  # (model, inputs, targets) -> nats a token
+    optimizer: torch.optim.Optimizer
+    flops_per_token: int
+
+
+def build(name: str, options: argparse.Namespace) -> Contender:
+    """The contender of that name (without "-compiled"), on options.device."""
+    return {"ours": _ours, "llama": _llama, "nanogpt": _nanogpt, "minimind": _minimind}[name](options)
+
+
+def our_config(options: argparse.Namespace):
+    """The shape, as an LMConfig."""
+    from model.LMConfig import LMConfig
+
+    names = ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "max_seq_len")
+    return LMConfig(**{name: getattr(options, name) for name in names})
+
+
+def _ours(options: argparse.Namespace) -> Contender:
+    from model.model import Transformer
+    from model.optim import build_optimizer
+
+    model = Transformer(our_config(options)).to(options.device)
+    optimizer = build_optimizer(model, "adamw", LEARNING_RATE, WEIGHT_DECAY)
+    return Contender(model, lambda m, x, y: m(x, y) / y.numel(), optimizer, model.training_flops_per_token())
+
+
+def _llama(options: argparse.Namespace) -> Contender:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shape = our_config(options)
+    config = LlamaConfig(
+        vocab_size=shape.vocab_size,
+        hidden_size=shape.dim,
+        intermediate_size=shape.hidden_dim,
+        num_hidden_layers=shape.n_layers,
+        num_attention_heads=shape.n_heads,
+        num_key_value_heads=shape.n_kv_heads,
+        max_position_embeddings=shape.max_seq_len,
+        rms_norm_eps=shape.norm_eps,
+        tie_word_embeddings=True,
+        use_cache=False,
+        attn_implementation="sdpa",
+    )
+    model = LlamaForCausalLM(config).to(options.device).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=True)
+    # shift_labels: the targets are shifted already, so that as many count as for the others.
+    return Contender(
+        model,
+        lambda m, x, y: m(input_ids=x, labels=y, shift_labels=y).loss,
+        optimizer,
+        _flops_per_token(sum(p.numel() for p in model.parameters()), options),
+    )
+
+
+def _nanogpt(options: argparse.Namespace) -> Contender:
+    code = _import_from(Path(options.nanogpt), "nanogpt", "model")
+    config = code.GPTConfig(
+        block_size=options.max_seq_len,
+        vocab_size=options.vocab_size,
+        n_layer=options.n_layers,
+        n_head=options.n_heads,
+        n_embd=options.dim,
+        bias=False,
+    )
+    model = code.GPT(config).to(options.device)
+    device_type = torch.device(options.device).type
+    optimizer = model.configure_optimizers(WEIGHT_DECAY, LEARNING_RATE, (0.9, 0.95), device_type)
+    flops = _flops_per_token(model.get_num_params(), options)  # which leaves out the positions: they are only read
+    return Contender(model, lambda m, x, y: m(x, y)[1], optimizer, flops)
+
+
+def _minimind(options: argparse.Namespace) -> Contender:
+    folder = Path(options.minimind) / "model"
+    config_code, code = (_import_from(folder, "minimind", name) for name in ("LMConfig", "model"))
+    names = ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "max_seq_len")
+    model = code.Transformer(config_code.LMConfig(**{name: getattr(options, name) for name in names}))
+    model = model.to(options.device).train()
+    optimizer = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE)
+    flops = _flops_per_token(sum(p.numel() for p in model.parameters()), options)
+    return Contender(model, lambda m, x, y: m(x, y).last_loss, optimizer, flops)
+
+
+def _import_from(folder: Path, package: str, name: str):
+    """The module folder/name.py as package.name: MiniMind's own package is called `model`, as ours is."""
+    if package not in sys.modules:
+        spec = importlib.util.spec_from_loader(package, None, is_package=True)
+        spec.submodule_search_locations = [str(folder)]
+        sys.modules[package] = importlib.util.module_from_spec(spec)
+    return importlib.import_module(f"{package}.{name}")
+
+
+def _flops_per_token(weights: int, options: argparse.Namespace) -> int:
+    """As our Transformer.training_flops_per_token counts."""
+    return 6 * weights + 6 * options.n_layers * options.dim * options.max_seq_len
+
+
+# ------------------------------------------------------------------------------------------------------- its steps
+
+
+class Steps:
+    """Training steps of one contender, always on the same random batch."""
+
+    def __init__(self, contender: Contender, compiled: bool, options: argparse.Namespace) -> None:
+        self.contender, self.device = contender, torch.device(options.device)
+        self.run_model = torch.compile(contender.model) if compiled else contender.model
+        dtype = getattr(torch, options.dtype)
+        self.autocast = contextlib.nullcontext()
+        if dtype != torch.float32:
+            self.autocast = torch.autocast(self.device.type, dtype)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)
+        size = (options.batch_size, options.max_seq_len + 1)
+        tokens = torch.randint(options.vocab_size, size, device=self.device)
+        self.inputs, self.targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+    def take(self) -> float:
+        """Forward, backward, clipping, optimizer step, zero_grad; the loss before it, in nats a token."""
+        optimizer = self.contender.optimizer
+        with self.autocast:
+            loss = self.contender.mean_loss(self.run_model, self.inputs, self.targets)
+        self.scaler.scale(loss).backward()
+        with torch.profiler.record_function("update of the weights"):
+            self.scaler.unscale_(optimizer)
+            float(torch.nn.utils.clip_grad_norm_(self.contender.model.parameters(), 1.0))
+            self.scaler.step(optimizer)
+            self.scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+        return float(loss.detach())
+
+    def seconds(self) -> float:
+        """What one step takes."""
+        self._synchronize()
+        start = time.perf_counter()
+        self.take()
+        self._synchronize()
+        return time.perf_counter() - start
+
+    def _synchronize(self) -> None:
+        if self.device.type != "cpu":
+            getattr(torch, self.device.type).synchronize()
+
+
+def serve(name: str, keeps_freed_memory: bool, options: argparse.Namespace) -> None:
+    """A contender's process: warm up, say so in a line of JSON, then take a step for every line that comes on stdin."""
+    answers, sys.stdout = sys.stdout, sys.stderr  # nanoGPT prints
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    if keeps_freed_memory:
+        import utils
+
+        utils.keep_freed_memory()
+    torch.manual_seed(0)
+    contender = build(name.removesuffix("-compiled"), options)
+    steps = Steps(contender, name.endswith("-compiled"), options)
+    first = steps.seconds()
+    steps.seconds()
+    parameters = sum(p.numel() for p in contender.model.parameters())
+    ready = {"parameters": parameters, "flops_per_token": contender.flops_per_token, "first_step_seconds": first}
+    print(json.dumps(ready), file=answers, flush=True)
+    for _ in sys.stdin:
+        print(json.dumps(steps.seconds()), file=answers, flush=True)

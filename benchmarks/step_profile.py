@@ -1,0 +1,88 @@
+"""Where one training step of ours spends its time: what `train_step.py --profile` prints."""
+
+import argparse
+from collections import defaultdict
+
+import step_contenders
+import torch
+from torch.autograd.profiler_util import FunctionEvent
+from torch.profiler import ProfilerActivity
+
+import utils
+
+PRODUCTS, ATTENTION, LOSS = "matrix products of the layers", "attention", "the vocabulary's loss"
+UPDATE, COPIES, ELEMENTWISE = "clipping and optimizer", "copies, casts and fills", "norms and elementwise"
+REST = "Python, and waiting"
+
+# An operation's whole time belongs to the first group that it, or an operation that called it, is of.
+CALLERS = {
+    "update of the weights": UPDATE,
+    "mateconv::chunked_attention": ATTENTION,
+    "mateconv::chunked_cross_entropy": LOSS,
+    "aten::scaled_dot_product_attention": ATTENTION,
+    "aten::_scaled_dot_product": ATTENTION,
+    "aten::cross_entropy": LOSS,
+    "LogSoftmaxBackward": LOSS,
+    "NllLossBackward": LOSS,
+}
+MATRIX_PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::matmul", "aten::linear", "aten::mkldnn_linear")
+MOVES = ("aten::copy_", "aten::_to_copy", "aten::to", "aten::clone", "aten::contiguous", "aten::fill_", "aten::zero_")
+
+
+def group_of(event: FunctionEvent, vocab_size: int) -> str:
+    """What an operation is for; a product with the vocabulary's matrix is part of the loss."""
+    caller = event
+    while caller is not None:
+        name = caller.name.removeprefix("autograd::engine::evaluate_function: ")
+        for start, group in CALLERS.items():
+            if name.startswith(start):
+                return group
+        caller = caller.cpu_parent
+    if event.name in MATRIX_PRODUCTS:
+        shapes = [shape for shape in event.input_shapes or [] if isinstance(shape, list)]
+        return LOSS if any(vocab_size in shape for shape in shapes) else PRODUCTS
+    return COPIES if event.name in MOVES else ELEMENTWISE
+
+
+def step_groups(steps: step_contenders.Steps, vocab_size: int, count: int) -> tuple[dict[str, float], float]:
+    """Seconds of each group in the quickest of `count` steps, and those of that step in all."""
+    on_gpu = steps.device.type == "cuda"
+    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if on_gpu else [])
+    best: tuple[dict[str, float], float] = ({}, float("inf"))
+    for _ in range(count):
+        with torch.profiler.profile(activities=activities, record_shapes=True) as profiler:
+            whole = steps.seconds()
+        groups: dict[str, float] = defaultdict(float)
+        for event in profiler.events():
+            if event.device_type == torch.autograd.DeviceType.CPU:  # a GPU's kernels count for what launched them
+                microseconds = event.self_device_time_total if on_gpu else event.self_cpu_time_total
+                groups[group_of(event, vocab_size)] += microseconds / 1e6
+        if whole < best[1]:
+            best = groups, whole
+    return best
+
+
+def print_profile(options: argparse.Namespace) -> None:
+    """Profile ours, eager, and print a table."""
+    utils.keep_freed_memory()
+    torch.manual_seed(0)
+    contender = step_contenders.build("ours", options)
+    steps = step_contenders.Steps(contender, False, options)
+    steps.seconds()
+    plain = min(steps.seconds() for _ in range(options.rounds))
+    groups, whole = step_groups(steps, options.vocab_size, options.rounds)
+    rate = utils.measure_matmul_flops(steps.device, getattr(torch, options.dtype))
+    groups[REST] = max(0.0, whole - sum(groups.values()))
+
+    tokens = options.batch_size * options.max_seq_len
+    matrices = sum(p.numel() for p in contender.model.layers.parameters() if p.dim() == 2)
+    flops = {
+        PRODUCTS: 6 * matrices * tokens,
+        LOSS: 6 * options.vocab_size * options.dim * tokens,
+        ATTENTION: 6 * options.n_layers * options.dim * options.max_seq_len * tokens,
+    }
+    print(f"\nthe quickest of {options.rounds} steps: {plain:.3f} s; profiled {whole:.3f} s, of which")
+    for group, seconds in sorted(groups.items(), key=lambda item: -item[1]):
+        speed = f"{flops[group] / seconds / 1e9:>9,.0f} GFLOP/s" if group in flops and seconds else ""
+        print(f"{group:30} {seconds:8.3f} s {seconds / whole:>5.0%} {speed}")
+    print(f"(a large matrix product: {rate / 1e9:,.0f} GFLOP/s)")

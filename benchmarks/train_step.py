@@ -1,0 +1,214 @@
+"""How fast one training step is beside other projects' models of the same shape, and where its time goes.
+
+    python benchmarks/train_step.py --nanogpt ../nanoGPT --minimind ../minimind
+    python benchmarks/train_step.py --device cuda --batch_size 64 --only ours-compiled llama-compiled
+    python benchmarks/train_step.py --profile
+
+A step is forward, backward, clipping at 1.0, the optimizer's step and zero_grad. Every contender has its own process
+and they take turns, one step each a round, so that what else the machine does meets all of them. MiniMind's folder is
+a checkout of its tag minimind-v1; transformers has to be installed. What is not there is left out.
+
+GFLOP/s: 6 for each of the contender's own weights and token, and causal attention. Limit: the rate of a large matrix
+product on this device in this dtype, measured in every round too.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import step_contenders
+import torch
+
+import utils
+from model.errors import InputError, OneLineError
+
+ROW = "{:30} {:>7} {:>8} {:>8} {:>9} {:>7} {:>9}   {:>8}"
+
+
+def read_options(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line; `device` and `dtype` as they are used."""
+    parser = utils.CommandParser(description=__doc__.split("\n")[0])
+    numbers = {"dim": 512, "n_layers": 8, "n_heads": 16, "n_kv_heads": 8, "vocab_size": 6400, "max_seq_len": 512}
+    for name, default in (numbers | {"batch_size": 8, "rounds": 6}).items():
+        parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"[{default}]")
+    parser.add_argument("--threads", type=int, metavar="N", help="of every process [as torch chooses]")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps [auto]")
+    parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16", "float16"), help="[bfloat16]")
+    parser.add_argument("--nanogpt", metavar="FOLDER", help="a checkout of nanoGPT")
+    parser.add_argument("--minimind", metavar="FOLDER", help="a checkout of MiniMind at its tag minimind-v1")
+    parser.add_argument(
+        "--only", nargs="+", choices=step_contenders.NAMES, metavar="NAME", help="these contenders only"
+    )
+    parser.add_argument(
+        "--keep_freed_memory",
+        action="store_true",
+        help="measure a second time, with the peers' C library told, as ours is, to keep memory that was freed",
+    )
+    parser.add_argument("--profile", action="store_true", help="instead: where a step of ours, eager, spends its time")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)  # this process is that contender's
+    options = parser.parse_args(arguments)
+    below_one = [name for name in (*numbers, "batch_size", "rounds", "threads") if (getattr(options, name) or 1) < 1]
+    if below_one or options.threads == 0:
+        raise InputError(f"--{(below_one or ['threads'])[0]}: at least 1 expected")
+    step_contenders.our_config(options)  # a shape that no model can have is named here
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    options.device = str(utils.pick_device(options.device)[0])
+    dtype, why = utils.pick_dtype(options.dtype, torch.device(options.device))
+    if str(dtype) != f"torch.{options.dtype}":
+        print(f"dtype {str(dtype).removeprefix('torch.')}: {why}")
+    options.dtype = str(dtype).removeprefix("torch.")
+    return options
+
+
+class Worker:
+    """A contender's process, warmed up.
+
+    Raises:
+        OneLineError: it ended; with the last line that it had to say.
+    """
+
+    def __init__(self, name: str, options: argparse.Namespace, keeps_freed_memory: bool) -> None:
+        self.name, self.seconds = name, []
+        order = json.dumps({"name": name, "keeps_freed_memory": keeps_freed_memory, "options": vars(options)})
+        environment = dict(os.environ)
+        if options.threads:
+            environment["OMP_NUM_THREADS"] = str(options.threads)
+        self.said = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115 (lives as long)
+        self.process = subprocess.Popen(
+            [sys.executable, __file__, "--worker", order],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.said,
+            text=True,
+            env=environment,
+        )
+        ready = self._answer()
+        self.parameters, self.flops_per_token = ready["parameters"], ready["flops_per_token"]
+        self.first_step_seconds = ready["first_step_seconds"]
+
+    def step(self) -> None:
+        """Take one step and note its seconds."""
+        self.process.stdin.write("go\n")
+        self.process.stdin.flush()
+        self.seconds.append(self._answer())
+
+    def close(self) -> None:
+        """End the process."""
+        self.process.stdin.close()
+        self.process.wait()
+        self.said.close()
+
+    def _answer(self):
+        line = self.process.stdout.readline()
+        if not line:
+            self.process.wait()
+            self.said.seek(0)
+            lines = [line for line in self.said.read().splitlines() if line.strip()] or ["no word"]
+            raise OneLineError(f"{self.name} ended with code {self.process.returncode}: {lines[-1].strip()}")
+        return json.loads(line)
+
+
+def contenders_here(options: argparse.Namespace) -> list[str]:
+    """Who can take part; says who cannot."""
+    names = list(options.only or step_contenders.NAMES)
+    for peer, file in (("nanogpt", "model.py"), ("minimind", "model/LMConfig.py")):
+        folder = getattr(options, peer)
+        if folder is not None and not (Path(folder) / file).exists():
+            raise InputError(f"--{peer}: no {file} in {folder}, a checkout expected")
+        if folder is None and any(name.startswith(peer) for name in names):
+            print(f"{peer}: left out, since --{peer} FOLDER is not given")
+            names = [name for name in names if not name.startswith(peer)]
+    return names
+
+
+def start(names: list[str], options: argparse.Namespace, keeps_freed_memory: bool) -> list[Worker]:
+    """Their processes, one after another; says whose could not start."""
+    workers = []
+    for name in names:
+        try:
+            workers.append(Worker(name, options, keeps_freed_memory or name.startswith("ours")))
+        except OneLineError as error:
+            print(f"left out: {error}")
+    return workers
+
+
+def compare(workers: list[Worker], options: argparse.Namespace, title: str) -> None:
+    """Let them take turns, and print a table."""
+    device, dtype, rates = torch.device(options.device), getattr(torch, options.dtype), []
+    for worker in workers:
+        worker.seconds.clear()
+    for _ in range(options.rounds):
+        for worker in workers:
+            worker.step()
+        rates.append(utils.measure_matmul_flops(device, dtype))
+    rate, tokens = statistics.median(rates), options.batch_size * options.max_seq_len
+    print(f"\n{title}; a large matrix product: {rate / 1e9:,.0f} GFLOP/s (best: {max(rates) / 1e9:,.0f})")
+    print(ROW.format("", "weights", "first", "tok/s", "best", "GFLOP/s", "of the", "of the"))
+    print(ROW.format("", "", "step", "median", "", "median", "product", "best peer"))
+    peers = [worker for worker in workers if not worker.name.startswith("ours")]
+    best_peer = min(peers, key=lambda worker: statistics.median(worker.seconds), default=None)
+    for worker in workers:
+        median = statistics.median(worker.seconds)
+        flops = worker.flops_per_token * tokens / median
+        beside = "-"
+        if best_peer is not None:  # of the same round each
+            pairs = zip(best_peer.seconds, worker.seconds, strict=True)
+            beside = f"{statistics.median(peer / own for peer, own in pairs):.2f}"
+        print(
+            ROW.format(
+                step_contenders.NAMES[worker.name],
+                f"{worker.parameters / 1e6:.1f}M",
+                f"{worker.first_step_seconds:.1f} s",
+                f"{tokens / median:,.0f}",
+                f"{tokens / min(worker.seconds):,.0f}",
+                f"{flops / 1e9:,.0f}",
+                f"{flops / rate:.0%}",
+                beside,
+            )
+        )
+
+
+def main() -> None:
+    """Measure and print."""
+    if sys.argv[1:2] == ["--worker"]:
+        order = json.loads(sys.argv[2])
+        step_contenders.serve(order["name"], order["keeps_freed_memory"], argparse.Namespace(**order["options"]))
+        return
+    options = read_options()
+    print(
+        f"torch {torch.__version__}, {options.device}, {torch.get_num_threads()} threads, {options.dtype}; batches of"
+        f" {options.batch_size} x {options.max_seq_len} tokens"
+    )
+    if hasattr(os, "getloadavg") and os.getloadavg()[0] > 0.5:
+        print(f"this machine is busy (load {os.getloadavg()[0]:.1f}): the ratios tell little, the rates nothing")
+    if options.profile:
+        from step_profile import print_profile
+
+        print_profile(options)
+        return
+    names = contenders_here(options)
+    workers = start(names, options, keeps_freed_memory=False)
+    if workers:
+        compare(workers, options, "Each as it comes")
+    if options.keep_freed_memory and workers:
+        for worker in workers:
+            if not worker.name.startswith("ours"):
+                worker.close()
+        ours = [worker for worker in workers if worker.name.startswith("ours")]
+        peers = [worker.name for worker in workers if not worker.name.startswith("ours")]
+        workers = ours + start(peers, options, keeps_freed_memory=True)
+        compare(workers, options, "With our allocator's setting for all")
+    for worker in workers:
+        worker.close()
+
+
+if __name__ == "__main__":
+    utils.run_command(main)
