@@ -4,7 +4,7 @@
     python benchmarks/learning.py --tokens 10000000 --data my.bin --seeds 1 2 3 --jobs 2
     python benchmarks/learning.py --only ours --extra "dropout: 0.1"       # any setting on top of a recipe
 
-Each run is `train.py` itself with a schedule of its own that ends with its tokens: a shorter run is a finished one, not a
+Each run is `train.py` itself, with a schedule that ends with its tokens: a shorter run is a finished one, not a
 piece of a longer one. Recipes differ in nothing but the settings that RECIPES shows. Compared are the loss and the bits
 per byte on held-out samples, the same for all. Finished runs are kept and not run again: the command can be stopped and
 repeated.
