@@ -235,7 +235,7 @@ def test_documents_in_one_sample_are_as_if_each_was_run_alone(tiny_config, varia
     alone = sum(model(*part) for part in parts)
     torch.testing.assert_close(packed, alone, rtol=1e-6, atol=0)  # the rotation is computed in float32
     for one, other in zip(*(torch.autograd.grad(loss, parameters) for loss in (packed, alone)), strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+        assert (one - other).norm() < 1e-5 * other.norm()
     with torch.no_grad():
         logits = torch.cat([model(own)[0] for own, _ in parts])
         torch.testing.assert_close(model(tokens, documents=documents).flatten(0, 1), logits, rtol=1e-4, atol=1e-4)
