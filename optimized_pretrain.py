@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 import utils
 from model.archive import tensor_bytes
 from model.checkpoint import Weights
-from model.dataset import PretrainDataset, SampleOrder
+from model.dataset import PretrainDataset, SampleOrder, number_documents
 from model.divergence import difference_of_weights, fault_of_step, remember, weights_norm
 from model.errors import ProcessLost, TrainingDiverged
 from model.evaluation import bits_per_byte, validation_sums
@@ -124,7 +124,7 @@ class Trainer:
         state = utils.random_state()
         tokens = torch.zeros(self.training.batch_size, self.config.max_seq_len, dtype=torch.int64, device=self.device)
         with self.autocast:
-            loss = self.train_model(tokens, tokens)
+            loss = self.train_model(tokens, tokens, documents=self._documents(tokens, tokens))
         loss.backward()
         self.optimizer.zero_grad(set_to_none=True)
         utils.restore_random_state(state)
@@ -268,7 +268,7 @@ class Trainer:
         """
         t, progress = self.training, self.progress
         samples = self.order.next_step(progress.samples)
-        tokens = len(samples) * self.config.max_seq_len  # of all processes: what the summed loss is divided by
+        tokens = self.data.train.count_targets(samples)  # of all processes: what the summed loss is divided by
         self.lr = self.schedule.at(progress.step)
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr
@@ -276,12 +276,12 @@ class Trainer:
         loss_sum = torch.zeros((), device=self.device)
         for micro in range(t.accumulation_steps):
             self.processes.beat(f"reading the batch of step {progress.step + 1}", self.patience)
-            inputs, targets = self._local_batch(self.data.train, samples, micro)
+            inputs, targets, documents = self._local_batch(self.data.train, samples, micro)
             last = micro == t.accumulation_steps - 1
             wait = contextlib.nullcontext() if last or self.processes.world_size == 1 else self.train_model.no_sync()
             with wait:  # gradients are exchanged once a step
                 with self.autocast:
-                    loss = self.train_model(inputs, targets)
+                    loss = self.train_model(inputs, targets, documents=documents)
                 self.processes.beat(f"the gradients of step {progress.step + 1}", self.patience)
                 # DistributedDataParallel averages over processes; the loss is a sum over all of them.
                 self.scaler.scale(loss * (self.processes.world_size / tokens)).backward()
@@ -334,14 +334,21 @@ class Trainer:
         if not overflow:
             say(f"step {progress.step + 1}: {fault}; its samples are skipped, and the weights stay")
 
-    def _local_batch(self, data: PretrainDataset, samples: np.ndarray, micro: int) -> tuple[Tensor, Tensor]:
-        """This process's rows of micro-batch `micro`: inputs and targets, int64 [batch_size, max_seq_len]."""
+    def _local_batch(
+        self, data: PretrainDataset, samples: np.ndarray, micro: int
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """This process's rows of micro-batch `micro`: inputs, targets and the numbers of their documents, where they
+        are asked for; int64 [batch_size, max_seq_len] each."""
         rows = self.training.batch_size
         start = micro * self.batch_rows + self.processes.rank * rows
         inputs, targets = data.batch(samples[start : start + rows], rows)
         if self.device.type == "cuda":
             inputs, targets = inputs.pin_memory(), targets.pin_memory()
-        return inputs.to(self.device, non_blocking=True), targets.to(self.device, non_blocking=True)
+        inputs, targets = (t.to(self.device, non_blocking=True) for t in (inputs, targets))
+        return inputs, targets, self._documents(inputs, targets)
+
+    def _documents(self, inputs: Tensor, targets: Tensor) -> Tensor | None:
+        return number_documents(inputs, targets, self.data.bos_id) if self.training.document_mask else None
 
     # -------------------------------------------------------------------------------------------------- evaluation
 
@@ -477,7 +484,7 @@ class Trainer:
         return {
             "step": progress.step,
             "epoch": round(progress.samples / len(self.data.train_samples), 4),
-            "tokens": progress.samples * self.config.max_seq_len,
+            "tokens": self.order.count_targets(progress.samples, self.data.train),
             "elapsed": round(progress.seconds, 2),
         }
 

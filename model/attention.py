@@ -15,14 +15,41 @@ LONGEST = (
 )
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
-    """Position t sees 0 to t: q [B, H, T, D], k and v [B, H_kv, T, D] -> [B, H, T, D]."""
-    trains = torch.is_grad_enabled() and q.requires_grad
-    if trains and q.device.type == "cpu" and not dropout and CHUNK <= q.shape[2] <= LONGEST:
-        return chunked_attention(q, k, v)[0]
+def causal_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dropout: float = 0.0,
+    documents: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Position t sees 0 to t: q [B, H, T, D], k and v [B, H_kv, T, D] -> [B, H, T, D].
+
+    Args:
+        documents: int64 [B, T], the number of each token's document, which never falls; t sees its own document only.
+        mask: `document_mask(documents)`, where it is at hand already. PyTorch's flash kernels take no mask, so that a
+            GPU computes all of the square; `torch.nn.attention.flex_attention` would skip the other documents there.
+    """
+    if in_chunks(q, q.shape[2], dropout):
+        return chunked_attention(q, k, v, documents)[0]
+    if mask is None and documents is not None:
+        mask = document_mask(documents)
+    grouped = k.shape[1] < q.shape[1]
     return F.scaled_dot_product_attention(
-        q, k, v, dropout_p=dropout, is_causal=True, enable_gqa=k.shape[1] < q.shape[1]
+        q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, enable_gqa=grouped
     )
+
+
+def in_chunks(x: Tensor, tokens: int, dropout: float) -> bool:
+    """Whether attention over so many tokens is computed in chunks: where `x`, which it reads, is trained on a CPU."""
+    trains = torch.is_grad_enabled() and x.requires_grad
+    return trains and x.device.type == "cpu" and not dropout and CHUNK <= tokens <= LONGEST
+
+
+def document_mask(documents: Tensor) -> Tensor:
+    """Which keys each query may look at: those before it in its document. int64 [B, T] -> bool [B, 1, T, T]."""
+    same = documents[:, None, :, None] == documents[:, None, None, :]
+    return same & torch.ones(same.shape[-2:], dtype=torch.bool, device=same.device).tril()
 
 
 def attention_written_out(
@@ -43,28 +70,40 @@ def attention_written_out(
 # ------------------------------------------------------------------------------------------- in chunks, on a CPU
 
 
-def _blocks(heads: int, grouped: int, tokens: int):
+def _blocks(heads: int, grouped: int, tokens: int, documents: Tensor | None):
     """The pieces of the computation, one after another.
 
+    Keys before the first document that any query of a piece belongs to are left out.
+
     Yields:
-        slice of key heads, slice of queries, where their weights begin in what is kept, and the weights' shape:
-        [key heads, grouped * queries, keys up to the last query].
+        slice of key heads, of queries and of keys, where their weights begin in what is kept, and the weights' shape:
+        [key heads, grouped * queries, keys].
     """
-    begin = 0
+    begin, first = 0, 0
+    if documents is not None:  # [B, T]; where the document of each piece's first query begins, [B, chunks]
+        firsts = torch.searchsorted(documents.contiguous(), documents[:, ::CHUNK].contiguous())
+        kv_heads = heads // len(documents)
     for head in range(0, heads, HEADS):
         some = min(HEADS, heads - head)
+        if documents is not None:
+            earliest = firsts[head // kv_heads : (head + some - 1) // kv_heads + 1].amin(0).tolist()
         for query in range(0, tokens, CHUNK):
-            keys = min(query + CHUNK, tokens)
-            shape = (some, grouped * (keys - query), keys)
-            yield slice(head, head + some), slice(query, keys), begin, shape
+            stop = min(query + CHUNK, tokens)
+            if documents is not None:
+                first = earliest[query // CHUNK]
+            shape = (some, grouped * (stop - query), stop - first)
+            yield slice(head, head + some), slice(query, stop), slice(first, stop), begin, shape
             begin += math.prod(shape)
 
 
 @torch.library.custom_op("mateconv::chunked_attention", mutates_args=())
-def chunked_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def chunked_attention(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Causal attention in pieces small enough for the cache, skipping what lies above the diagonal.
 
     An operator of its own: `torch.compile` takes it as a whole. Query heads of one key head are rows of one product.
+
+    Args:
+        documents: as `causal_attention` takes them.
 
     Returns:
         [B, H, T, D] and the attention weights, which the backward pass reads again.
@@ -77,14 +116,19 @@ def chunked_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     out = torch.empty_like(q)
     kept = q.new_empty(_weights_kept(batch * kv_heads, grouped, tokens))
     hidden = q.new_full((CHUNK, CHUNK), -torch.inf).triu(1)  # what lies after the query
-    for head, query, begin, shape in _blocks(batch * kv_heads, grouped, tokens):
+    if documents is not None:
+        own = documents.repeat_interleave(kv_heads, 0)[:, None]  # [B * H_kv, 1, T]
+    for head, query, key, begin, shape in _blocks(batch * kv_heads, grouped, tokens, documents):
         count = query.stop - query.start
         some = q[head, :, query].reshape(shape[0], shape[1], size)
-        scores = torch.bmm(some, k[head, : query.stop].transpose(1, 2)).mul_(size**-0.5)
-        scores.view(shape[0], grouped, count, -1)[..., query] += hidden[:count, :count]
+        scores = torch.bmm(some, k[head, key].transpose(1, 2)).mul_(size**-0.5)
+        by_query = scores.view(shape[0], grouped, count, -1)
+        by_query[..., -count:] += hidden[:count, :count]
+        if documents is not None:
+            by_query.masked_fill_(own[head, :, query, None] != own[head, :, None, key], -torch.inf)
         weights = kept[begin : begin + scores.numel()].view(shape)
         torch.softmax(scores, -1, out=weights)
-        out[head, :, query] = torch.bmm(weights, v[head, : query.stop]).view(shape[0], grouped, count, size)
+        out[head, :, query] = torch.bmm(weights, v[head, key]).view(shape[0], grouped, count, size)
     return out.view(batch, heads, tokens, size), kept
 
 
@@ -98,7 +142,7 @@ def _weights_kept(heads: int, grouped: int, tokens: int) -> int:
 
 @torch.library.custom_op("mateconv::chunked_attention_backward", mutates_args=())
 def chunked_attention_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, kept: Tensor
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None, kept: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of q, k and v, from that of the output [B, H, T, D]."""
     batch, heads, tokens, size = q.shape
@@ -107,14 +151,14 @@ def chunked_attention_backward(
     q, grad = (t.reshape(batch * kv_heads, grouped, tokens, size) for t in (q, grad))
     k, v = k.reshape(-1, tokens, size), v.reshape(-1, tokens, size)
     grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    for head, query, begin, shape in _blocks(batch * kv_heads, grouped, tokens):
+    for head, query, key, begin, shape in _blocks(batch * kv_heads, grouped, tokens, documents):
         some, some_grad = (t[head, :, query].reshape(shape[0], shape[1], size) for t in (q, grad))
         weights = kept[begin : begin + math.prod(shape)].view(shape)
-        grad_v[head, : query.stop].baddbmm_(weights.transpose(1, 2), some_grad)
-        grad_weights = torch.bmm(some_grad, v[head, : query.stop].transpose(1, 2))
+        grad_v[head, key].baddbmm_(weights.transpose(1, 2), some_grad)
+        grad_weights = torch.bmm(some_grad, v[head, key].transpose(1, 2))
         grad_scores = torch.ops.aten._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
-        grad_q[head, :, query] = torch.bmm(grad_scores, k[head, : query.stop]).view(shape[0], grouped, -1, size)
-        grad_k[head, : query.stop].baddbmm_(grad_scores.transpose(1, 2), some, alpha=size**-0.5)
+        grad_q[head, :, query] = torch.bmm(grad_scores, k[head, key]).view(shape[0], grouped, -1, size)
+        grad_k[head, key].baddbmm_(grad_scores.transpose(1, 2), some, alpha=size**-0.5)
     return (
         grad_q.mul_(size**-0.5).view(batch, heads, tokens, size),
         grad_k.view(batch, kv_heads, tokens, size),
@@ -123,7 +167,7 @@ def chunked_attention_backward(
 
 
 @chunked_attention.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def _(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None = None) -> tuple[Tensor, Tensor]:
     batch, heads, tokens, _ = q.shape
     kv_heads = k.shape[1]
     kept = _weights_kept(batch * kv_heads, heads // kv_heads, tokens)
@@ -131,17 +175,19 @@ def _(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @chunked_attention_backward.register_fake
-def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None, kept: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-def _save(ctx, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
+def _save(ctx, inputs: tuple[Tensor | None, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.save_for_backward(*inputs, output[1])
     ctx.mark_non_differentiable(output[1])
 
 
-def _backward(ctx, grad: Tensor, _) -> tuple[Tensor, Tensor, Tensor]:
-    return chunked_attention_backward(grad, *ctx.saved_tensors)
+def _backward(ctx, grad: Tensor, _) -> tuple[Tensor, Tensor, Tensor, None]:
+    return *chunked_attention_backward(grad, *ctx.saved_tensors), None
 
 
 chunked_attention.register_autograd(_backward, setup_context=_save)

@@ -12,6 +12,7 @@ import torch
 
 from model.errors import InputError
 from model.manifest import read_manifest
+from model.packing import find_documents, pack_documents
 
 IGNORE_INDEX = -100  # a target with this id counts in no loss
 VERIFY_BYTES = 8 << 30  # a larger token file is not read through before training: 8 GiB take some ten seconds
@@ -21,6 +22,8 @@ BLOCK_BYTES = 16 << 20
 class PretrainDataset:
     """A token file cut into samples of `seq_len + 1` tokens; neighbours share one, so every token is predicted once.
 
+    Or packed into samples that begin where documents do (`model.packing`): there every token but a document's first is.
+
     Reads the file through a memory map: nothing is loaded ahead, and any number of processes share the pages.
 
     Args:
@@ -28,12 +31,21 @@ class PretrainDataset:
         seq_len: tokens that the model reads of each sample.
         vocab_size: rows of the model's embedding; an id past them is an error.
         tokenizer_sha256: of the tokenizer in use, to compare with the manifest's.
+        bos_id: begins each document; given, samples begin where documents do.
 
     Raises:
-        InputError: the file is missing, of another size, dtype or tokenizer than its manifest says, or too short.
+        InputError: the file is missing, of another size, dtype or tokenizer than its manifest says, too short, or
+            without `bos_id`.
     """
 
-    def __init__(self, path: str | Path, seq_len: int, vocab_size: int, tokenizer_sha256: str | None = None) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        seq_len: int,
+        vocab_size: int,
+        tokenizer_sha256: str | None = None,
+        bos_id: int | None = None,
+    ) -> None:
         self.path, self.seq_len, self.vocab_size = Path(path), seq_len, vocab_size
         if not self.path.is_file():
             found = "no plain file" if self.path.exists() else "no such token file"
@@ -45,6 +57,12 @@ class PretrainDataset:
             raise InputError(f"{path}: {held:,} tokens, fewer than one sample of max_seq_len + 1 = {seq_len + 1}")
         self.tokens = np.memmap(self.path, dtype=dtype, mode="r")  # [tokens]
         self.verified_sha256: str | None = None  # of the bytes, once they were read through
+        self.packing = None  # None: sample s is the tokens from s * seq_len on
+        if bos_id is not None:
+            begins = find_documents(self.tokens, bos_id)
+            if not len(begins):
+                raise InputError(f"{path}: no document begins in it (bos id {bos_id}); use sample_start packed")
+            self.packing = pack_documents(begins, len(self.tokens), seq_len)
 
     def _checked_dtype(self, tokenizer_sha256: str | None) -> np.dtype:
         size = self.path.stat().st_size
@@ -67,17 +85,35 @@ class PretrainDataset:
         return dtype
 
     def __len__(self) -> int:
-        return (len(self.tokens) - 1) // self.seq_len
+        return (len(self.tokens) - 1) // self.seq_len if self.packing is None else len(self.packing.targets)
+
+    def count_targets(self, samples: np.ndarray) -> int:
+        """Tokens that these samples predict."""
+        return len(samples) * self.seq_len if self.packing is None else int(self.packing.targets[samples].sum())
+
+    def _runs(self, sample: int) -> list[tuple[int, int]]:
+        """Where the tokens of a sample lie: (start, length) of each run."""
+        if self.packing is None:
+            return [(sample * self.seq_len, self.seq_len + 1)]
+        runs = slice(*self.packing.first[sample : sample + 2])
+        return [*zip(self.packing.starts[runs].tolist(), self.packing.lengths[runs].tolist(), strict=True)]
 
     def fingerprint(self) -> dict:
         """What tells this data from other data: a resumed run must find the same."""
         sha256 = self.manifest.sha256 if self.manifest else self.verified_sha256
-        return {"tokens": len(self.tokens), "dtype": self.tokens.dtype.name, "sha256": sha256, "seq_len": self.seq_len}
+        return {
+            "tokens": len(self.tokens),
+            "dtype": self.tokens.dtype.name,
+            "sha256": sha256,
+            "seq_len": self.seq_len,
+            "sample_start": "packed" if self.packing is None else "document",
+        }
 
     def batch(self, samples: np.ndarray, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Read samples into inputs and targets, int64 [rows, seq_len] each.
 
-        Rows past the last sample are filled up, with targets that no loss counts: every batch has the same shape.
+        Rows past the last sample are filled up, with targets that no loss counts: every batch has the same shape. So is
+        what a sample leaves empty, and the last token of a run has no target.
 
         Raises:
             InputError: an id that the model has no embedding for.
@@ -85,13 +121,27 @@ class PretrainDataset:
         inputs = torch.zeros(rows, self.seq_len, dtype=torch.int64)
         targets = torch.full((rows, self.seq_len), IGNORE_INDEX, dtype=torch.int64)
         for row, sample in enumerate(samples):
-            start = int(sample) * self.seq_len
-            window = torch.from_numpy(self.tokens[start : start + self.seq_len + 1].astype(np.int64))
-            inputs[row], targets[row] = window[:-1], window[1:]
+            place = 0
+            for start, length in self._runs(int(sample)):
+                run = torch.from_numpy(self.tokens[start : start + length].astype(np.int64))
+                targets[row, place : place + length - 1] = run[1:]
+                read = min(length, self.seq_len - place)  # a sample's very last token is a target only
+                inputs[row, place : place + read] = run[:read]
+                place += length
         largest = int(max(inputs.max(), targets.max()))
         if largest >= self.vocab_size:
             raise InputError(f"{self.path}: holds id {largest}, but the model has {self.vocab_size} (vocab_size)")
         return inputs, targets
+
+
+def number_documents(inputs: torch.Tensor, targets: torch.Tensor, bos_id: int) -> torch.Tensor:
+    """Number the documents in each row of a batch: int64 [B, T], rising by one where a document begins.
+
+    It begins with `bos_id`; and after a token without a target, since what follows that does not continue it.
+    """
+    begins = inputs == bos_id
+    begins[:, 1:] |= targets[:, :-1] == IGNORE_INDEX
+    return begins.cumsum(1)
 
 
 def verify_tokens(dataset: PretrainDataset) -> str:
@@ -174,6 +224,15 @@ class SampleOrder:
     def next_step(self, position: int) -> np.ndarray:
         """The samples of the step that begins at `position`; the last step of an epoch may have fewer rows."""
         epoch, start = divmod(position, len(self.samples))
+        return self.samples[self._order_of(epoch)[start : start + self.rows_per_step]]
+
+    def count_targets(self, position: int, dataset: PretrainDataset) -> int:
+        """Tokens that all samples before `position` predict, over all epochs."""
+        epoch, start = divmod(position, len(self.samples))
+        begun = dataset.count_targets(self.samples[self._order_of(epoch)[:start]])
+        return epoch * dataset.count_targets(self.samples) + begun
+
+    def _order_of(self, epoch: int) -> np.ndarray:
         if epoch != self._epoch:
             self._epoch, self._order = epoch, epoch_order(len(self.samples), self.seed, epoch)
-        return self.samples[self._order[start : start + self.rows_per_step]]
+        return self._order

@@ -13,7 +13,7 @@ from model.model import Transformer
 @torch.no_grad()
 def validation_sums(
     model: Transformer,
-    batches: Iterable[tuple[Tensor, Tensor]],
+    batches: Iterable[tuple[Tensor, Tensor, Tensor | None]],
     token_bytes: np.ndarray,
     autocast,
     asked_to_stop: Callable[[], bool],
@@ -22,15 +22,15 @@ def validation_sums(
 
     Args:
         model: in evaluation mode.
-        batches: inputs and targets, int64 [B, T] each; targets below 0 do not count.
+        batches: inputs, targets and numbers of documents or None, int64 [B, T] each; targets below 0 do not count.
         token_bytes: UTF-8 bytes that each id stands for, int [vocab_size].
         autocast: context in which the model runs.
         asked_to_stop: called after each batch, by every process.
     """
     sums = [0.0, 0.0, 0.0]
-    for inputs, targets in batches:
+    for inputs, targets, documents in batches:
         with autocast:
-            sums[0] += float(model(inputs, targets))
+            sums[0] += float(model(inputs, targets, documents=documents))
         counted = targets[targets >= 0].cpu().numpy()
         sums[1] += len(counted)
         sums[2] += int(token_bytes[counted].sum())

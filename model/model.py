@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.attention import attention_written_out, causal_attention
+from model.attention import attention_written_out, causal_attention, document_mask, in_chunks
 from model.errors import InputError
 from model.kv_cache import KVCache
 from model.LMConfig import LMConfig
@@ -57,9 +57,16 @@ class Attention(nn.Module):
         self.k_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None = None, cache: KVCache | None = None
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        mask: Tensor | None = None,
+        cache: KVCache | None = None,
+        documents: Tensor | None = None,
     ) -> Tensor:
-        """x [B, T, dim] -> [B, T, dim]. Without a cache, position t sees 0 to t; with one, what `mask` allows."""
+        """x [B, T, dim] -> [B, T, dim]. Position t sees what `mask` allows; without mask and cache, 0 to t, as far as
+        they are of its document."""
         batch, tokens, _ = x.shape
         q = self.q_norm(self.wq(x).view(batch, tokens, self.n_heads, self.head_dim))
         k = self.k_norm(self.wk(x).view(batch, tokens, self.n_kv_heads, self.head_dim))
@@ -73,10 +80,11 @@ class Attention(nn.Module):
         dropout = self.dropout if self.training else 0.0
         grouped = self.n_kv_heads < self.n_heads
         if self.flash_attn and cache is None:
-            x = causal_attention(q, k, v, dropout)
+            x = causal_attention(q, k, v, dropout, documents, mask)
         else:
             attend = F.scaled_dot_product_attention if self.flash_attn else attention_written_out
-            x = attend(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=cache is None, enable_gqa=grouped)
+            is_causal = cache is None and mask is None
+            x = attend(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal, enable_gqa=grouped)
         x = self.wo(x.transpose(1, 2).reshape(batch, tokens, -1))
         return F.dropout(x, self.dropout, self.training)
 
@@ -106,11 +114,9 @@ class TransformerBlock(nn.Module):
         self.attention_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
         self.ffn_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
 
-    def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None = None, cache: KVCache | None = None
-    ) -> Tensor:
-        """x [B, T, dim] -> [B, T, dim]."""
-        x = x + self.attention(self.attention_norm(x), cos, sin, mask, cache)
+    def forward(self, x: Tensor, *position: Tensor | KVCache | None) -> Tensor:
+        """x [B, T, dim] -> [B, T, dim]; `position` goes to the attention as it is."""
+        x = x + self.attention(self.attention_norm(x), *position)
         return x + self.feed_forward(self.ffn_norm(x))
 
 
@@ -168,7 +174,7 @@ class Transformer(nn.Module):
             weights -= self.tok_embeddings.weight.numel()  # reading a row costs nothing
         return 6 * weights + 6 * self.config.n_layers * self.config.dim * self.config.max_seq_len
 
-    def hidden_states(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
+    def hidden_states(self, tokens: Tensor, cache: KVCache | None = None, documents: Tensor | None = None) -> Tensor:
         """What the output layer reads: tokens int64 [B, T] -> [B, T, dim], normalised.
 
         With a cache, `tokens` go on from what it holds, and it holds them too afterwards.
@@ -181,26 +187,37 @@ class Transformer(nn.Module):
             cos, sin = self.rope_cos[positions], self.rope_sin[positions]
         cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)  # [T, 1, D / 2] or [B, T, 1, D / 2]: the same for all heads
 
-        x = F.dropout(self.tok_embeddings(tokens), self.config.dropout, self.training)
+        dropout = self.config.dropout if self.training else 0.0
+        x = F.dropout(self.tok_embeddings(tokens), dropout)
+        if documents is not None and not (self.config.flash_attn and in_chunks(x, count, dropout)):
+            mask = document_mask(documents)  # once for all layers; in chunks none is needed
         for layer in self.layers:
-            x = layer(x, cos, sin, mask, cache)
+            x = layer(x, cos, sin, mask, cache, documents)
         if cache is not None:
             cache.advance(count)
         return self.norm(x)
 
-    def forward(self, tokens: Tensor, targets: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        targets: Tensor | None = None,
+        cache: KVCache | None = None,
+        documents: Tensor | None = None,
+    ) -> Tensor:
         """Logits, or with `targets` their loss.
 
         Args:
             tokens: int64 [B, T], T at most `max_seq_len` together with what the cache holds.
             targets: int64 [B, T], the next token of each position; IGNORE_INDEX where none counts.
             cache: keys and values of the tokens before these.
+            documents: int64 [B, T], the number of each token's document, which never falls: a token sees those of its
+                own document only, as if each document was run alone (RoPE's positions are relative). Without a cache.
 
         Returns:
             logits [B, T, vocab_size]; with targets, the cross-entropy in nats, summed over all targets that count
             (float32, 0-dimensional): a sum, so that micro-batches and ranks add up to one large batch exactly.
         """
-        hidden = self.hidden_states(tokens, cache)
+        hidden = self.hidden_states(tokens, cache, documents)
         return self.output(hidden) if targets is None else cross_entropy(hidden, self.output.weight, targets)
 
     def load_state_dict(self, state_dict: dict, strict: bool = True, assign: bool = False):

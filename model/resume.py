@@ -31,6 +31,8 @@ def load_checkpoint(path: Path) -> dict:
         raise InputError(f"{path}: a checkpoint of version {version!r}; this program reads {CHECKPOINT_VERSION}")
     if (problem := state_problem(path, content)) is not None:
         raise InputError(f"{path}: not a whole checkpoint ({problem}); use an older file")
+    for data in (content["data"], content["validation"]):
+        data.setdefault("sample_start", "packed")  # earlier versions knew no other
     return content
 
 

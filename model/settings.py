@@ -53,6 +53,11 @@ class DataSettings:
     raw_data_path: str | None = setting(
         None, "JSONL from which a missing train_data_path is made; null: for the default path, what is in dataset/"
     )
+    sample_start: str = setting(
+        "packed",
+        "where samples begin: packed, anywhere; document, with a document or, of a long one, where the last ended",
+        choices=("packed", "document"),
+    )
 
 
 @dataclass
@@ -100,6 +105,7 @@ class TrainingSettings:
     spike_threshold: float = setting(
         10.0, "a loss so many standard deviations above the last 128 is a leap; 0: not looked for", at_least=0
     )
+    document_mask: bool = setting(False, "a token sees its own document only, not those before it in the sample")
     dtype: str = setting(
         "bfloat16", "numbers of the matrix products; weights stay float32", choices=("float32", "float16", "bfloat16")
     )

@@ -17,6 +17,7 @@ class TrainingData:
         config: LMConfig, the model's shape for this tokenizer.
         tokenizer_sha256: of the tokenizer.
         token_bytes: UTF-8 bytes that each id stands for, int64 [vocab_size].
+        bos_id: begins each document.
         train, val: PretrainDataset.
         train_samples, val_samples: numbers of the samples to use of them, int64.
         fingerprint, validation: what tells the training and the validation data from others.
@@ -31,7 +32,8 @@ class TrainingData:
     def __init__(self, settings: Settings, verify: bool, say: Callable[[str], None]) -> None:
         data, self._verify = settings.data, verify
         tokenizer = load_tokenizer(data.tokenizer_path)
-        self.tokenizer_sha256 = tokenizer_sha256(data.tokenizer_path)
+        self.tokenizer_sha256, self.bos_id = tokenizer_sha256(data.tokenizer_path), tokenizer.bos_token_id
+        self._sample_start = data.sample_start
         tokens = vocabulary_size(tokenizer)
         self.config = settings.lm_config(tokens)
         self.token_bytes = np.zeros(self.config.vocab_size, dtype=np.int64)
@@ -54,7 +56,12 @@ class TrainingData:
         self.validation = self.val.fingerprint() | {"validation_samples": len(self.val_samples)}
 
     def _open(self, path: str, say: Callable[[str], None]) -> PretrainDataset:
-        dataset = PretrainDataset(path, self.config.max_seq_len, self.config.vocab_size, self.tokenizer_sha256)
+        bos_id = self.bos_id if self._sample_start == "document" else None
+        config = self.config
+        dataset = PretrainDataset(path, config.max_seq_len, config.vocab_size, self.tokenizer_sha256, bos_id)
+        if dataset.packing is not None:
+            empty = 1 - dataset.packing.targets.mean() / config.max_seq_len
+            say(f"{path}: documents packed into {len(dataset):,} samples, of which {empty:.1%} stays empty")
         if dataset.manifest is None:
             say(f"{path}: no manifest beside it; read as MiniMind's uint16 tokens, which nothing here can check")
         if self._verify and dataset.tokens.nbytes <= VERIFY_BYTES:

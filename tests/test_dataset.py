@@ -4,10 +4,12 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
-from model.dataset import IGNORE_INDEX, PretrainDataset, SampleOrder, epoch_order, hold_out
+from model.dataset import IGNORE_INDEX, PretrainDataset, SampleOrder, epoch_order, hold_out, number_documents
 from model.errors import InputError
 from model.manifest import Manifest, file_sha256, manifest_path, write_manifest
+from model.packing import pack_documents
 
 
 def write_tokens(path, ids, dtype="uint16", manifest=True, **changes):
@@ -36,6 +38,68 @@ def test_rows_past_the_last_sample_count_in_no_loss(tmp_path):
     inputs, targets = data.batch(np.array([3]), rows=3)
     assert inputs.shape == targets.shape == (3, 8)
     assert (targets[1:] == IGNORE_INDEX).all() and (targets[0] != IGNORE_INDEX).all()
+
+
+def documents_of(*lengths):
+    """A token file's ids: documents of so many tokens, begun by 1 and ended by 2, and all others differ."""
+    ids, content = [], 3
+    for length in lengths:
+        ids += [1, *range(content, content + length - 2), 2]
+        content += length - 2
+    return np.array(ids)
+
+
+def test_samples_begin_where_documents_do_and_what_is_left_stays_empty(tmp_path):
+    path = write_tokens(tmp_path / "a.bin", documents_of(6, 20, 3, 5, 4))
+    data = PretrainDataset(path, seq_len=8, vocab_size=100, bos_id=1)
+    inputs, targets = data.batch(np.arange(len(data)), rows=len(data))
+    assert inputs.tolist() == [
+        [1, 3, 4, 5, 6, 2, 1, 25],  # of the third document only what a sample holds is an input; its 2 is a target
+        [1, 7, 8, 9, 10, 11, 12, 13],
+        [14, 15, 16, 17, 18, 19, 20, 21],
+        [22, 23, 24, 2, 1, 26, 27, 28],  # the long document's tail, then another
+        [1, 29, 30, 2, 0, 0, 0, 0],
+    ]
+    empty = IGNORE_INDEX
+    assert targets.tolist() == [
+        [3, 4, 5, 6, 2, empty, 25, 2],
+        [7, 8, 9, 10, 11, 12, 13, 14],
+        [15, 16, 17, 18, 19, 20, 21, 22],
+        [23, 24, 2, empty, 26, 27, 28, 2],
+        [29, 30, 2, empty, empty, empty, empty, empty],
+    ]
+    assert data.count_targets(np.array([0, 4])) == 7 + 3
+    assert number_documents(inputs, targets, bos_id=1)[[0, 1, 3]].tolist() == [
+        [1, 1, 1, 1, 1, 1, 2, 2], [1] * 8, [0, 0, 0, 0, 1, 1, 1, 1]
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_packing_predicts_every_token_but_a_documents_first_once(seed):
+    random = np.random.default_rng(seed)
+    lengths = np.maximum(1, random.lognormal(2.5, 1.2, 2000)).astype(np.int64)
+    ends = lengths.cumsum()
+    packing = pack_documents(ends - lengths, int(ends[-1]), seq_len=32)
+    predicted = np.zeros(ends[-1], dtype=np.int64)
+    for start, length in zip(packing.starts, packing.lengths, strict=True):
+        predicted[start + 1 : start + length] += 1
+    begins = np.isin(np.arange(ends[-1]), ends - lengths)
+    assert (predicted == ~begins).all()
+    assert (np.add.reduceat(packing.lengths, packing.first[:-1]) <= 33).all()
+    assert packing.targets.sum() == (~begins).sum()
+    fewest = -(-(~begins).sum() // 32)
+    assert fewest <= len(packing.targets) < 1.05 * fewest
+
+
+def test_tails_in_the_middle_of_a_sample_are_documents_of_their_own():
+    inputs = torch.tensor([[1, 5, 6, 2, 8, 9], [1, 5, 2, 1, 6, 7]])
+    targets = torch.tensor([[5, 6, 2, IGNORE_INDEX, 9, 2], [5, 2, 1, 6, 7, 8]])
+    assert number_documents(inputs, targets, bos_id=1).tolist() == [[1, 1, 1, 1, 2, 2], [1, 1, 1, 2, 2, 2]]
+
+
+def test_a_file_in_which_no_document_begins_is_one_clear_line(tmp_path):
+    with pytest.raises(InputError, match=r"no document begins in it \(bos id 1\); use sample_start packed"):
+        PretrainDataset(write_tokens(tmp_path / "a.bin", range(3, 44)), seq_len=8, vocab_size=100, bos_id=1)
 
 
 def test_minimind_and_nanogpt_files_without_a_manifest_are_read(tmp_path):

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from conftest import as_llama, random_model
 
-from model.attention import chunked_attention
+from model.attention import chunked_attention, document_mask
 from model.checkpoint import infer_config
 from model.dataset import IGNORE_INDEX
 from model.errors import InputError
@@ -190,6 +190,69 @@ def test_chunked_attention_equals_pytorchs_with_its_gradients(tokens, heads, kv_
     torch.testing.assert_close(ours, theirs)
     for one, other in zip(*(torch.autograd.grad(out, (q, k, v), grad) for out in (ours, theirs)), strict=True):
         torch.testing.assert_close(one, other)
+
+
+DOCUMENTS = [[1, 3, 60, 86], [130, 20], [150]]  # tokens of each document, in three samples of 150
+
+
+def numbered(samples):
+    return torch.stack([torch.arange(len(s)).repeat_interleave(torch.tensor(s)) for s in samples])
+
+
+@pytest.mark.parametrize("heads, kv_heads", [(4, 4), (4, 2), (30, 10)])
+def test_chunked_attention_within_documents_equals_each_document_alone(heads, kv_heads):
+    q, k, v = (torch.randn(3, h, 150, 8, dtype=torch.float64, requires_grad=True) for h in (heads, kv_heads, kv_heads))
+    grad, documents = torch.randn(3, heads, 150, 8, dtype=torch.float64), numbered(DOCUMENTS)
+    ours, _ = chunked_attention(q, k, v, documents)
+    masked = F.scaled_dot_product_attention(q, k, v, attn_mask=document_mask(documents), enable_gqa=True)
+    alone = []
+    for row, lengths in enumerate(DOCUMENTS):
+        parts = zip(*(t[row, None].split(lengths, dim=2) for t in (q, k, v)), strict=True)
+        outs = [F.scaled_dot_product_attention(*part, is_causal=True, enable_gqa=True) for part in parts]
+        alone.append(torch.cat(outs, dim=2))
+    gradients = [torch.autograd.grad(out, (q, k, v), grad) for out in (ours, masked, torch.cat(alone))]
+    for other, its_gradients in ((masked, gradients[1]), (torch.cat(alone), gradients[2])):
+        torch.testing.assert_close(ours, other)
+        for one, its in zip(gradients[0], its_gradients, strict=True):
+            torch.testing.assert_close(one, its)
+
+
+@pytest.mark.parametrize("variant", [{}, {"flash_attn": False}, {"qk_norm": True}])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_documents_in_one_sample_are_as_if_each_was_run_alone(tiny_config, variant, frozen):
+    config = LMConfig(**{**vars(tiny_config), **variant, "max_seq_len": 150})
+    model = random_model(config).double().train()
+    model.tok_embeddings.weight.requires_grad_(not frozen)
+    tokens, targets = some_tokens(config, 3, 150), some_tokens(config, 3, 150, seed=2)
+    documents = numbered(DOCUMENTS)
+    parts = [
+        (own[None], target[None])
+        for row, lengths in enumerate(DOCUMENTS)
+        for own, target in zip(tokens[row].split(lengths), targets[row].split(lengths), strict=True)
+    ]
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    packed = model(tokens, targets, documents=documents)
+    alone = sum(model(*part) for part in parts)
+    torch.testing.assert_close(packed, alone, rtol=1e-6, atol=0)  # the rotation is computed in float32
+    for one, other in zip(*(torch.autograd.grad(loss, parameters) for loss in (packed, alone)), strict=True):
+        assert (one - other).norm() < 1e-5 * other.norm()
+    with torch.no_grad():
+        logits = torch.cat([model(own)[0] for own, _ in parts])
+        torch.testing.assert_close(model(tokens, documents=documents).flatten(0, 1), logits, rtol=1e-4, atol=1e-4)
+        assert not torch.allclose(model(tokens).flatten(0, 1), logits, rtol=1e-4, atol=1e-4)
+
+
+def test_the_training_step_with_documents_is_one_graph(tiny_config):
+    model = random_model(tiny_config).train()
+    tokens, targets = some_tokens(tiny_config, 2, 100), some_tokens(tiny_config, 2, 100, seed=2)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for lengths in ([[40, 60], [1, 99]], [[100], [7, 93]]):
+        documents = numbered(lengths)
+        losses = [call(tokens, targets, documents=documents) for call in (compiled, model)]
+        torch.testing.assert_close(*losses)
+        gradients = [torch.autograd.grad(loss, [*model.parameters()]) for loss in losses]
+        for one, other in zip(*gradients, strict=True):
+            torch.testing.assert_close(one, other)
 
 
 def test_chunked_loss_equals_pytorchs_with_its_gradients(monkeypatch):

@@ -1,6 +1,7 @@
 """Training: what a user does, and what must come of it: a tiny model on the sample corpus, real processes, signals."""
 
 import copy
+import itertools
 import json
 import os
 import re
@@ -10,13 +11,14 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from conftest import ROOT
 
 from model.archive import load_torch
-from model.dataset import PretrainDataset
+from model.dataset import IGNORE_INDEX, PretrainDataset
 from model.errors import InputError, TrainingDiverged
 from model.manifest import Manifest, file_sha256, write_manifest
 from model.settings import build_settings
@@ -34,8 +36,6 @@ ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUTF8": "1"}
 @pytest.fixture(scope="session")
 def token_file(tmp_path_factory, tokenizer_folder):
     """The first 60 texts of the sample corpus as a token file: some 650 samples of 32 tokens."""
-    import numpy as np
-
     tokenizer, ids = load_tokenizer(tokenizer_folder), []
     lines = (ROOT / "dataset" / "classics_zh.jsonl").read_text(encoding="utf-8").splitlines()[:60]
     for encoded in encode_texts(tokenizer, [json.loads(line)["text"] for line in lines]):
@@ -167,6 +167,28 @@ def test_epochs_read_every_training_sample_once_and_no_held_out_one(flags, read_
     assert not set(trainer.data.val_samples) & set(samples)
 
 
+def test_with_samples_from_documents_an_epoch_predicts_all_but_the_first_token_of_each(flags, tmp_path):
+    options = {"sample_start": "document", "document_mask": "true", "max_seq_len": 96, "batch_size": 50}
+    trainer = train(flags(max_steps=None, epochs=2, eval_interval=99, save_interval=99, **options))
+    data, train_samples, held_out = trainer.data.train, trainer.data.train_samples, trainer.data.val_samples
+    predicted = np.sort(data.batch(np.arange(len(data)), rows=len(data))[1].flatten().numpy())
+    tokens = np.asarray(data.tokens)
+    assert predicted[predicted != IGNORE_INDEX].tolist() == np.sort(tokens[tokens != 1]).tolist()
+    in_epoch = len(tokens) - data.manifest.documents - data.count_targets(held_out)
+    assert [event["tokens"] for event in events(tmp_path / "out")][-1] == 2 * in_epoch
+    assert data.count_targets(train_samples) == in_epoch
+
+    loss = trainer.evaluate()[0]  # on the held-out samples, each document alone
+    total, rows = 0.0, data.batch(held_out, rows=len(held_out))
+    trainer.model.eval()
+    for inputs, targets in zip(*rows, strict=True):
+        begins = [t for t in range(96) if t == 0 or inputs[t] == 1 or targets[t - 1] == IGNORE_INDEX] + [96]
+        for begin, end in itertools.pairwise(begins):
+            with torch.no_grad(), trainer.autocast:
+                total += float(trainer.model(inputs[None, begin:end], targets[None, begin:end]))
+    assert loss == pytest.approx(total / data.count_targets(held_out), rel=1e-5)
+
+
 def test_a_second_run_moves_the_first_one_aside(flags, tmp_path, capfd):
     train(flags(max_steps=4))
     before = (tmp_path / "out" / "pretrain_32.pth").read_bytes()
@@ -250,6 +272,7 @@ RESUMED = {
     "everything": {"use_ema": "true", "dropout": 0.1, "accumulation_steps": 2, "optimizer_type": "adam"},
     "float16": {"dtype": "float16", "use_ema": "true"},
     "muon": {"optimizer_type": "muon", "lr_scheduler": "wsd", "dtype": "bfloat16"},
+    "documents": {"sample_start": "document", "document_mask": "true", "max_seq_len": 96, "batch_size": 80},
     "across epochs": {"batch_size": 200, "lr_scheduler": "linear", "early_stopping": "true", "patience": 3},
 }
 
@@ -314,6 +337,8 @@ def test_a_checkpoint_of_another_model_or_data_is_refused(flags, tmp_path):
     for change, named in ({"dim": 64}, "dim 32 there, 64 here"), ({"optimizer_type": "adam"}, "optimizer_type"):
         with pytest.raises(InputError, match=named):
             train(flags(resume="true", **change))
+    with pytest.raises(InputError, match="sample_start packed there, document here"):
+        train(flags(resume="true", sample_start="document"))
     other = tmp_path / "other.bin"
     other.write_bytes(b"\1\0" * 5000)
     with pytest.raises(InputError, match="another data"):
@@ -401,10 +426,17 @@ def torchrun(flags, *launcher):
     return run([sys.executable, *launcher, "--nproc_per_node=2", str(ROOT / "train.py"), *names, "--ddp"])
 
 
-@pytest.mark.parametrize("launcher", ["torch.distributed.run", "torch.distributed.launch"])
-def test_two_processes_compute_what_one_does(flags, tmp_path, launcher):
-    train(flags(batch_size=4, out_dir=tmp_path / "one"))
-    result = torchrun(flags(batch_size=2, out_dir=tmp_path / "two"), "-m", launcher)
+@pytest.mark.parametrize(
+    ("launcher", "options"),
+    [
+        ("torch.distributed.run", {}),
+        ("torch.distributed.launch", {}),
+        ("torch.distributed.run", {"sample_start": "document", "document_mask": "true", "max_seq_len": 96}),
+    ],
+)
+def test_two_processes_compute_what_one_does(flags, tmp_path, launcher, options):
+    train(flags(batch_size=4, out_dir=tmp_path / "one", **options))
+    result = torchrun(flags(batch_size=2, out_dir=tmp_path / "two", **options), "-m", launcher)
     assert result.returncode == 0, result.stderr
     for (_, one), (_, two) in zip(losses(tmp_path / "one"), losses(tmp_path / "two"), strict=True):
         assert two == pytest.approx(one, abs=1e-5)
