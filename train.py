@@ -16,7 +16,7 @@ from pathlib import Path
 
 from model.corpus.job_folder import job_path
 from model.errors import InputError
-from model.settings import FIELDS, SECTIONS, TYPES, DataSettings, Settings, build_settings, read_config
+from model.settings import FIELDS, SECTIONS, DataSettings, Settings, accepted_types, build_settings, read_config
 from utils import CommandParser, Processes, run_command, say
 
 PREVIEW_PROMPTS = ("春风", "中国", "天下大势")
@@ -35,7 +35,7 @@ def read_settings(arguments: list[str], of_checkpoint: bool = True) -> Settings:
     for section, cls in SECTIONS.items():
         group = parser.add_argument_group(section)
         for field in dataclasses.fields(cls):
-            optional_value = {"nargs": "?", "const": "true"} if TYPES[field.name] is bool else {}
+            optional_value = {"nargs": "?", "const": "true"} if accepted_types(field.name)[0] is bool else {}
             choices = field.metadata["choices"]
             text = field.metadata["help"] + (f" ({', '.join(choices)})" if choices else "")
             group.add_argument(
