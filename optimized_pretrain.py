@@ -77,6 +77,7 @@ class Trainer:
         self.training = self.choices.training
         self._build_model(checkpoint)
         self._plan(checkpoint)
+        self.resumed_step, self.resumed_samples = self.progress.step, self.progress.samples
         self.train_model = self._wrapped_model()  # what the loop calls; self.model stays the plain one
         describe_run(self)
 
@@ -197,6 +198,20 @@ class Trainer:
         finally:
             if self.files is not None:
                 self.files.close()
+
+    def measure_steps(self, seconds: float, least: int, most: int) -> float:
+        """Train for so long, without saving or evaluating; returns the tokens a second, of all processes.
+
+        Args:
+            seconds: to go on for, within `least` and `most` steps.
+        """
+        self._begin_session()
+        for taken in range(1, most + 1):
+            self._train_step()
+            elapsed = time.perf_counter() - self.window_clock
+            if taken >= least and self.processes.any(elapsed > seconds):  # all of them stop together
+                break
+        return self.tokens_read / elapsed
 
     def exit_code(self, outcome: str) -> int:
         """Of a process that ended so. To torchrun all but 0 is a failure, and a reason to start the processes again."""

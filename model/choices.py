@@ -15,6 +15,7 @@ from model.recipe import (
     automatic_learning_rate,
     automatic_tokens_per_step,
     automatic_warmup,
+    batch_text,
     compile_pays,
     cpp_compiler,
     run_seconds,
@@ -114,12 +115,15 @@ class Choices:
                 f" ({free / 1e9:.1f} GB); a smaller model or max_seq_len does"
             )
         rows = automatic_batch_size(tokens, length * shares, max(1, samples // shares), fits)
-        memory = f"memory would take {fits:,}" if fits > wanted else f"it fits the memory ({free / 1e9:.1f} GB free)"
+        memory = f"memory would take {'' if self._device.type != 'cuda' else 'at least '}{fits:,}"
         if fits < wanted:
             memory = (
                 f"{wanted:,} would be better, but memory takes no more; accumulation_steps {-(-wanted // fits)} helps"
             )
-        return rows, f"{_product(rows, t.accumulation_steps, processes.world_size)} x {length} tokens, {why}; {memory}"
+        return (
+            rows,
+            f"{batch_text(rows, t.accumulation_steps, processes.world_size)} x {length} tokens, {why}; {memory}",
+        )
 
     def learning_rate(self, model: Transformer, tokens_per_step: int) -> None:
         """Settle learning_rate.
@@ -164,12 +168,3 @@ def total_steps(training: TrainingSettings, order: SampleOrder, checkpoint: Mapp
         return training.max_steps
     done = checkpoint["progress"] if checkpoint is not None else {"step": 0, "samples": 0}
     return done["step"] + order.steps_left(done["samples"], training.epochs)
-
-
-def _product(rows: int, accumulated: int, processes: int) -> str:
-    parts = [str(rows)]
-    if accumulated > 1:
-        parts.append(f"{accumulated} accumulated")
-    if processes > 1:
-        parts.append(f"{processes} processes")
-    return " x ".join(parts)

@@ -123,6 +123,16 @@ def cpp_compiler() -> str | None:
         return None
 
 
+def batch_text(rows: int, accumulated: int, processes: int) -> str:
+    """Where a step's samples come from: "16 x 2 accumulated x 4 processes"."""
+    parts = [str(rows)]
+    if accumulated > 1:
+        parts.append(f"{accumulated} accumulated")
+    if processes > 1:
+        parts.append(f"{processes} processes")
+    return " x ".join(parts)
+
+
 def count_text(number: float) -> str:
     """A large number as people say it: "2.0M"."""
     for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
