@@ -127,10 +127,8 @@ def _disk_rows(trainer: "Trainer") -> list[tuple[str, str]]:
     kept = min(t.keep_last, -(-trainer.schedule.total_steps // t.save_interval))
     together = (kept + 1) * checkpoint + CHECKPOINTS_BESIDE * weights
     free = size_text(free_bytes(trainer.out_dir))
+    sizes = f"{size_text(checkpoint)}, {kept} of them kept; best and last weights {size_text(weights)}"
     return [
-        (
-            "disk, a checkpoint",
-            f"{size_text(checkpoint)}, {kept} of them kept; best and last weights {size_text(weights)}",
-        ),
+        ("disk:    a checkpoint", sizes),
         ("         together", f"{size_text(together)} at most, {free} are free in {trainer.out_dir}"),
     ]
