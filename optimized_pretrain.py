@@ -20,8 +20,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 import utils
 from model.archive import tensor_bytes
+from model.buckets import settle_buckets
 from model.checkpoint import Weights
+from model.choices import Choices, total_steps
 from model.dataset import PretrainDataset, SampleOrder, number_documents
+from model.describe import describe_run
 from model.divergence import difference_of_weights, fault_of_step, remember, weights_norm
 from model.errors import ProcessLost, TrainingDiverged
 from model.evaluation import bits_per_byte, validation_sums
@@ -30,7 +33,7 @@ from model.optim import build_ema, build_optimizer, plan_schedule
 from model.resume import checkpoint_to_go_on_from, environment
 from model.run_files import RunFiles
 from model.run_folder import check_space, step_checkpoint, write_config
-from model.settings import Settings
+from model.settings import Settings, TrainingSettings
 from model.status import Status
 from model.training_data import TrainingData
 from model.training_state import CHECKPOINT_VERSION, Progress, restore_state, saved_state
@@ -50,41 +53,46 @@ class Trainer:
         preview: called on rank 0 after each evaluation with the evaluated model; returns lines to print.
 
     Raises:
-        InputError: data, tokenizer or checkpoint are missing or do not fit together, or the disk has no room.
+        InputError: data, tokenizer or checkpoint are missing or do not fit together.
         ProcessLost: not all processes came.
     """
 
     def __init__(
         self, settings: Settings, processes: Processes, preview: Callable[[Transformer], list[str]] | None = None
     ) -> None:
-        self.settings = copy.deepcopy(settings)  # as asked for; what is chosen by itself is kept elsewhere
-        self.training, self.processes, self.preview = self.settings.training, processes, preview
-        self.out_dir = Path(self.training.out_dir)
+        self.settings = copy.deepcopy(settings)  # as asked for; `self.training` has what `auto` came to
+        self.processes, self.preview = processes, preview
+        self.out_dir = Path(settings.training.out_dir)
         self.stop = utils.StopSignal()
-        self.files: RunFiles | None = None  # rank 0 has them
-        self._choose_hardware()
-        processes.start(self.device, self.training.ddp_timeout, self._give_up)
+        self.files: RunFiles | None = None  # rank 0 has them, once it trains
+        self._choose_hardware(settings.training)
+        processes.start(self.device, settings.training.ddp_timeout, self._give_up)
         self.data = TrainingData(self.settings, verify=processes.local_rank == 0, say=say)
         self.config = self.data.config
         self.environment = environment(self.processes.world_size, self.dtype, self.device)
-        found = checkpoint_to_go_on_from(self.training, self.data, self.environment, say)
-        checkpoint = found[1] if found else None
+        found = checkpoint_to_go_on_from(self.settings.training, self.data, self.environment, say)
+        self.resumed_from, checkpoint = found or (None, None)
+        self.started = checkpoint["started"] if found else None
+        self.choices = Choices(self.settings, found, processes, self.device, say)
+        self.training = self.choices.training
         self._build_model(checkpoint)
         self._plan(checkpoint)
-        with processes.main_first():
-            if processes.is_main:
-                self._prepare_out_dir(found)
-        self._describe()
+        self.resumed_step, self.resumed_samples = self.progress.step, self.progress.samples
+        self.train_model = self._wrapped_model()  # what the loop calls; self.model stays the plain one
+        describe_run(self)
 
     # ------------------------------------------------------------------------------------------------- setting up
 
-    def _choose_hardware(self) -> None:
-        self.device, why = utils.pick_device(self.training.device, self.processes.local_rank)
+    def _choose_hardware(self, asked: TrainingSettings) -> None:
+        self.device, why = utils.pick_device(asked.device, self.processes.local_rank)
         say(f"device {self.device}: {why}")
-        self.dtype, why = utils.pick_dtype(self.training.dtype, self.device)
+        self.dtype, why = utils.pick_dtype(asked.dtype, self.device)
         say(f"dtype {str(self.dtype).removeprefix('torch.')}: {why}")
         if self.device.type == "cpu":
             utils.keep_freed_memory()
+        self.autocast = contextlib.nullcontext()
+        if self.dtype != torch.float32:
+            self.autocast = torch.autocast(self.device.type, self.dtype)
         self.peak_flops = utils.measure_matmul_flops(self.device, self.dtype)
 
     def _build_model(self, checkpoint: dict | None) -> None:
@@ -92,7 +100,12 @@ class Trainer:
         t = self.training
         utils.seed_everything(t.seed)
         self.model = Transformer(self.config).to(self.device)
+        self.flops_per_token = self.model.training_flops_per_token()
         self.ema = build_ema(self.model, t.ema_decay) if t.use_ema else None
+        self.choices.batch_size(self.model, self.data, self.autocast)
+        self.batch_rows = t.batch_size * self.processes.world_size  # samples of one micro-batch, over all processes
+        self.order = SampleOrder(self.data.train_samples, t.seed, self.batch_rows * t.accumulation_steps)
+        self.choices.learning_rate(self.model, self.order.rows_per_step * self.config.max_seq_len)
         self.optimizer = build_optimizer(self.model, t.optimizer_type, t.learning_rate, t.weight_decay, self.dtype)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.progress = Progress()
@@ -100,34 +113,20 @@ class Trainer:
         if checkpoint is not None:
             self._restore(checkpoint)
 
-        self.train_model = self.model  # what the loop calls: compiled and wrapped; self.model stays the plain one
-        if t.compile:
-            self.train_model = torch.compile(self.train_model)
-        if self.processes.world_size > 1:
-            device_ids = [self.device] if self.device.type == "cuda" else None
-            self.train_model = DistributedDataParallel(self.train_model, device_ids=device_ids, broadcast_buffers=False)
-            # The embedding's gradient is the last one computed; what follows is waiting for the others.
-            embedding = self.model.tok_embeddings.weight
-            embedding.register_post_accumulate_grad_hook(lambda _: self.processes.arrive())
-        self.autocast = contextlib.nullcontext()
-        if self.dtype != torch.float32:
-            self.autocast = torch.autocast(self.device.type, self.dtype)
+    def _wrapped_model(self) -> torch.nn.Module:
+        """The model compiled, where it should be, and so that all processes' gradients are averaged."""
+        wrapped = torch.compile(self.model) if self.training.compile else self.model
+        if self.processes.world_size == 1:
+            return wrapped
+        device_ids = [self.device] if self.device.type == "cuda" else None
+        wrapped = DistributedDataParallel(wrapped, device_ids=device_ids, broadcast_buffers=False)
+        # The embedding's gradient is the last one computed; what follows is waiting for the others.
+        embedding = self.model.tok_embeddings.weight
+        embedding.register_post_accumulate_grad_hook(lambda _: self.processes.arrive())
         if self.processes.world_size > 2:
-            self._settle_buckets()
-
-    def _settle_buckets(self) -> None:
-        """Let DistributedDataParallel order its buckets of gradients now, which it does after its first step.
-
-        Where three or more processes add a gradient up, its place in a bucket decides in which order, and so the last
-        bit (the sum of two numbers has but one order). Without this a resumed run would differ in it.
-        """
-        state = utils.random_state()
-        tokens = torch.zeros(self.training.batch_size, self.config.max_seq_len, dtype=torch.int64, device=self.device)
-        with self.autocast:
-            loss = self.train_model(tokens, tokens, documents=self._documents(tokens, tokens))
-        loss.backward()
-        self.optimizer.zero_grad(set_to_none=True)
-        utils.restore_random_state(state)
+            settle_buckets(wrapped, self.training.batch_size, self.config.max_seq_len, self.device, self.autocast)
+            self.optimizer.zero_grad(set_to_none=True)
+        return wrapped
 
     def _restore(self, checkpoint: dict) -> None:
         self.progress = restore_state(checkpoint, self.model, self.ema, self.optimizer, self.scaler)
@@ -145,57 +144,34 @@ class Trainer:
             utils.seed_everything(self.training.seed + 1 + self.processes.rank + 1000 * self.progress.step)
 
     def _plan(self, checkpoint: dict | None) -> None:
-        """How many samples a step takes, how many steps there are, and what the learning rate does in them."""
+        """How many steps there are, what the learning rate does in them, and whether compiling pays."""
         t = self.training
-        self.batch_rows = t.batch_size * self.processes.world_size  # samples of one micro-batch, over all processes
         if t.eval_steps is not None:
             self.data.spread_validation(t.eval_steps * self.batch_rows)
-        self.order = SampleOrder(self.data.train_samples, t.seed, self.batch_rows * t.accumulation_steps)
         self.pace = {"rows_per_step": self.order.rows_per_step, "epochs": t.epochs, "max_steps": t.max_steps}
-        if checkpoint is not None and checkpoint["pace"] == self.pace:
-            total_steps = checkpoint["total_steps"]
-        elif t.max_steps is not None:
-            total_steps = t.max_steps
-        else:
-            total_steps = self.progress.step + self.order.steps_left(self.progress.samples, t.epochs)
-        self.schedule = plan_schedule(t, total_steps)
+        steps = total_steps(t, self.order, checkpoint, self.pace)
+        self.choices.warmup_steps(steps)
+        self.schedule = plan_schedule(t, steps)
+        self.tokens_per_step = self.order.rows_per_step * self.config.max_seq_len
+        left = (steps - self.progress.step) * self.tokens_per_step
+        self.choices.compile(left * self.flops_per_token, self.peak_flops)
 
-    def _prepare_out_dir(self, found: tuple[Path, dict] | None) -> None:
+    def _prepare_out_dir(self) -> None:
         """Claim the folder, see that it has room, and write the settings as resolved."""
-        t, resumed_from = self.training, found[0] if found else None
+        t = self.training
         weights = tensor_bytes(self.model.state_dict())
         checkpoint = weights * (4 if t.use_ema else 3)  # Adam keeps two numbers for each weight
         kept = min(t.keep_last, -(-self.schedule.total_steps // t.save_interval))
-        goes_on = resumed_from is not None and resumed_from.resolve().parent == self.out_dir.resolve()
+        goes_on = self.resumed_from is not None and self.resumed_from.resolve().parent == self.out_dir.resolve()
         check_space(self.out_dir, checkpoint, weights, kept, goes_on)
-        status = Status(self.out_dir, self.processes.world_size, self.schedule.total_steps)
-        self.files = RunFiles(self.out_dir, resumed_from, self.progress.step, t.keep_last, status, say, self._on_disk)
-        self.started = self.files.started or found[1]["started"]
+        status, step = Status(self.out_dir, self.processes.world_size, self.schedule.total_steps), self.progress.step
+        self.files = RunFiles(self.out_dir, self.resumed_from, step, t.keep_last, status, say, self._on_disk)
+        self.started = self.files.started or self.started
         resolved = self.settings.as_dict()
         resolved["model"] |= dataclasses.asdict(self.config)
-        resolved["training"] |= {name: getattr(self.schedule, name) for name in ("warmup_steps", "min_lr")}
+        resolved["training"] |= dataclasses.asdict(t) | {"min_lr": self.schedule.min_lr}
+        resolved["training"]["warmup_steps"] = self.schedule.warmup_steps
         write_config(self.out_dir, self.started, resolved)
-
-    def _describe(self) -> None:
-        t = self.training
-        parameters = sum(p.numel() for p in self.model.parameters())
-        self.flops_per_token = self.model.training_flops_per_token()
-        say(
-            f"model: {parameters:,} parameters; {self.flops_per_token / 1e6:,.0f} MFLOP a token; matrix products reach"
-            f" {self.peak_flops / 1e9:,.0f} GFLOP/s here, which mfu is measured by"
-        )
-        rows = f"{t.batch_size} x {t.accumulation_steps} accumulated x {self.processes.world_size} processes"
-        decides = f"epochs {t.epochs}" if t.max_steps is None else f"max_steps, which beats epochs {t.epochs}"
-        say(
-            f"data: {len(self.data.train_samples):,} samples of {self.config.max_seq_len} tokens; a step takes"
-            f" {self.order.rows_per_step} ({rows}); {self.order.steps_per_epoch:,} steps an epoch,"
-            f" {self.schedule.total_steps:,} in all ({decides})"
-        )
-        rise = f"{self.schedule.warmup_steps} steps up to" if self.schedule.warmup_steps else "from"
-        say(
-            f"schedule: {rise} {t.learning_rate:g}, then down to {self.schedule.min_lr:g} ({t.lr_scheduler});"
-            f" {t.optimizer_type}{f', clipped at {t.grad_clip:g}' if t.grad_clip else ''}{', EMA' if t.use_ema else ''}"
-        )
 
     # ---------------------------------------------------------------------------------------------------- the loop
 
@@ -205,8 +181,11 @@ class Trainer:
         Raises:
             TrainingDiverged: too many steps in a row could not be used.
             ProcessLost: another process failed or no longer answers.
-            InputError: too many saves in a row failed, or the last one did.
+            InputError: the folder cannot be used or has no room; too many saves in a row failed, or the last one did.
         """
+        with self.processes.main_first():
+            if self.processes.is_main:
+                self._prepare_out_dir()
         self.stop.install()
         if self.files is not None and self.settings.logging.use_wandb:
             log = self.settings.logging
@@ -221,6 +200,20 @@ class Trainer:
         finally:
             if self.files is not None:
                 self.files.close()
+
+    def measure_steps(self, seconds: float, least: int, most: int) -> float:
+        """Train for so long, without saving or evaluating; returns the tokens a second, of all processes.
+
+        Args:
+            seconds: to go on for, within `least` and `most` steps.
+        """
+        self._begin_session()
+        for taken in range(1, most + 1):
+            self._train_step()
+            elapsed = time.perf_counter() - self.window_clock
+            if taken >= least and self.processes.any(elapsed > seconds):  # all of them stop together
+                break
+        return self.tokens_read / elapsed
 
     def exit_code(self, outcome: str) -> int:
         """Of a process that ended so. To torchrun all but 0 is a failure, and a reason to start the processes again."""
@@ -426,6 +419,7 @@ class Trainer:
             "validation": self.data.validation,
             "pace": self.pace,
             "total_steps": self.schedule.total_steps,
+            "chosen": self.choices.made,
             **saved_state(self.progress, self.model, self.ema, self.optimizer, self.scaler),
             "random_states": [state for state, _ in states],
             "environment": self.environment,

@@ -4,6 +4,7 @@ python train.py --config config_demo.yaml
 python train.py --config config.yaml --learning_rate 1e-3 --use_ema
 python train.py --resume
 python train.py --config config.yaml --restarts 10 --nproc_per_node 2
+python train.py --config config.yaml --dry_run
 """
 
 import argparse
@@ -16,7 +17,7 @@ from pathlib import Path
 
 from model.corpus.job_folder import job_path
 from model.errors import InputError
-from model.settings import FIELDS, SECTIONS, TYPES, DataSettings, Settings, build_settings, read_config
+from model.settings import FIELDS, SECTIONS, DataSettings, Settings, accepted_types, build_settings, read_config
 from utils import CommandParser, Processes, run_command, say
 
 PREVIEW_PROMPTS = ("春风", "中国", "天下大势")
@@ -35,7 +36,7 @@ def read_settings(arguments: list[str], of_checkpoint: bool = True) -> Settings:
     for section, cls in SECTIONS.items():
         group = parser.add_argument_group(section)
         for field in dataclasses.fields(cls):
-            optional_value = {"nargs": "?", "const": "true"} if TYPES[field.name] is bool else {}
+            optional_value = {"nargs": "?", "const": "true"} if accepted_types(field.name)[0] is bool else {}
             choices = field.metadata["choices"]
             text = field.metadata["help"] + (f" ({', '.join(choices)})" if choices else "")
             group.add_argument(
@@ -123,7 +124,8 @@ def make_preview(settings: Settings):
 
 
 def add_launcher_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags that say how processes are started. They are no settings: a run is the same with and without them."""
+    """The flags that say how processes are started, and whether to train at all. They are no settings: a run is the
+    same with and without them."""
 
     def whole_number(text: str) -> int:
         if not text.isdecimal():
@@ -146,6 +148,12 @@ def add_launcher_flags(parser: argparse.ArgumentParser) -> None:
         default=None,
         help="train in N processes on this machine, started as torchrun --standalone does, with an exit code that"
         " tells; not given: in this process",
+    )
+    group.add_argument(
+        "--dry_run",
+        action="store_true",
+        help="do not train: measure a few steps, and tell memory, FLOPs and the time that the run will take; out_dir"
+        " stays as it is",
     )
 
 
@@ -176,7 +184,9 @@ def main() -> int:
     parser = CommandParser(prog="train.py", add_help=False)
     add_launcher_flags(parser)
     launcher, arguments = parser.parse_known_args(sys.argv[1:])
-    if launcher.restarts or launcher.nproc_per_node is not None:
+    if launcher.dry_run and launcher.nproc_per_node is not None:
+        return start_processes(0, launcher.nproc_per_node, [*arguments, "--dry_run"])
+    if not launcher.dry_run and (launcher.restarts or launcher.nproc_per_node is not None):
         return start_processes(launcher.restarts, launcher.nproc_per_node, arguments)
     if "TORCHELASTIC_RUN_ID" in os.environ:
         from model.launch import end_with_parent
@@ -190,12 +200,18 @@ def main() -> int:
     elif several and not settings.training.ddp:
         say(f"ddp: torchrun started {processes.world_size} processes, so they train together")
     prepare_data_if_missing(settings, processes)
+    return train(settings, processes, launcher.dry_run)
 
+
+def train(settings: Settings, processes: Processes, dry_run: bool) -> int:
+    """Train, or only tell what that would take; returns the exit code."""
     from optimized_pretrain import Trainer  # imports torch: after everything that can fail early
 
     trainer = None
     try:
         trainer = Trainer(settings, processes, make_preview(settings))
+        if dry_run:
+            return tell_dry_run(trainer, processes)
         outcome = trainer.train()
     except BaseException as error:
         if is_out_of_memory(error):
@@ -209,6 +225,7 @@ def main() -> int:
         processes.close()
     out_dir = Path(settings.training.out_dir)
     if outcome == "interrupted":
+        several = processes.world_size > 1
         launcher = f"torchrun --nproc_per_node={processes.world_size}" if several else "python"
         command = f"{launcher} train.py --resume --out_dir {out_dir}"
         say(f"stopped after step {trainer.progress.step:,}; go on with: {command}")
@@ -216,6 +233,17 @@ def main() -> int:
         say(f"{outcome.replace('_', ' ')} after step {trainer.progress.step:,}; metrics and curves are in {out_dir}")
         say(f"talk to it: python inference.py --model_path {out_dir / 'best_model.pth'} --interactive")
     return trainer.exit_code(outcome)
+
+
+def tell_dry_run(trainer, processes: Processes) -> int:
+    """Print, on rank 0, what the run would take; returns the exit code."""
+    from model.dry_run import dry_run
+
+    lines = dry_run(trainer)
+    if processes.is_main:
+        print("\n".join(["", *lines, "", "this was a dry run: nothing was trained, and nothing written to out_dir"]))
+    processes.barrier()
+    return 0
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -442,6 +442,10 @@ class Processes:
         """Whether the flag is set on any process."""
         return self.all_sum([float(flag)])[0] > 0
 
+    def smallest(self, value: float) -> float:
+        """The smallest of all processes' values."""
+        return min(self.all_sum([float(value) if rank == self.rank else 0.0 for rank in range(self.world_size)]))
+
     def gather(self, value) -> list | None:
         """Every process's value in a list, on rank 0; None elsewhere."""
         if self._control is None:

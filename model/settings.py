@@ -27,6 +27,8 @@ LONGEST_TEXT = 4096  # characters: Linux takes no longer path
 MOST_PARAMETERS = 10**12  # of a model: each process holds all of it
 SCHEDULERS = ("cosine", "linear", "polynomial", "wsd")
 MOST = 10**12  # of any whole number: their products stay within 64 bits
+AUTO = "auto"  # the word for: chosen by the program, see model/recipe.py
+Auto = typing.Literal["auto"]  # in a setting's type: that word is accepted too
 
 
 def setting(
@@ -88,12 +90,18 @@ class TrainingSettings:
 
     epochs: int = setting(15, "passes over the training samples", at_least=1)
     max_steps: int | None = setting(None, "steps to train, whatever epochs says; null: epochs decide", at_least=1)
-    batch_size: int = setting(32, "samples a process reads at once", at_least=1, at_most=2**20)
+    batch_size: int | Auto = setting(
+        32, "samples a process reads at once; auto: for this run, and what fits the memory", at_least=1, at_most=2**20
+    )
     accumulation_steps: int = setting(1, "batches of every process that make up one step", at_least=1, at_most=2**20)
-    learning_rate: float = setting(3e-4, "highest learning rate, reached after the warm-up", above=0, at_most=100)
+    learning_rate: float | Auto = setting(
+        3e-4, "highest learning rate, reached after the warm-up; auto: for this model and batch", above=0, at_most=100
+    )
     min_lr: float | None = setting(None, "learning rate at the end; null: a tenth of learning_rate", at_least=0)
-    warmup_steps: int | None = setting(
-        None, "steps in which the learning rate rises from 0; null: 2 %% of all steps, at most 1000", at_least=0
+    warmup_steps: int | Auto | None = setting(
+        None,
+        "steps in which the learning rate rises from 0; null: 2 %% of all steps, at most 1000; auto: about 5 %%",
+        at_least=0,
     )
     lr_scheduler: str = setting("cosine", "how the learning rate falls", choices=SCHEDULERS)
     optimizer_type: str = setting("adamw", "optimizer", choices=("adamw", "adam", "muon"))
@@ -121,7 +129,9 @@ class TrainingSettings:
     keep_last: int = setting(3, "checkpoints kept; older ones are removed", at_least=1)
     log_interval: int = setting(10, "steps between lines of metrics.jsonl", at_least=1)
     seed: int = setting(42, "of weights, dropout and the order of samples", at_least=0, at_most=2**32 - 1)
-    compile: bool = setting(False, "compile the model with torch.compile; needs a C++ compiler on a CPU")
+    compile: bool | Auto = setting(
+        AUTO, "compile the model with torch.compile, which needs a C++ compiler; auto: where it pays"
+    )
     device: str = setting("auto", "cuda, cuda:1, mps or cpu; auto: the best there is")
     ddp: bool = setting(False, "train in several processes, started by torchrun")
     ddp_timeout: float = setting(600.0, "seconds without progress after which several processes give up", above=0)
@@ -233,20 +243,30 @@ def _nearest(name, known) -> str:
     return f"known: {', '.join(known)}" if len(known) < 20 else "config.yaml shows all that are known"
 
 
+def accepted_types(name: str) -> tuple[type, tuple[str, ...], bool]:
+    """What a setting's type hint accepts: the kind of its values, words beside them, and whether null."""
+    parts = typing.get_args(TYPES[name]) or (TYPES[name],)
+    kind = next(part for part in parts if isinstance(part, type) and part is not type(None))
+    words = tuple(word for part in parts if typing.get_origin(part) is typing.Literal for word in typing.get_args(part))
+    return kind, words, type(None) in parts
+
+
 def parse_value(name: str, value):
     """Turn a YAML value or a flag's text into the setting's type.
 
     Raises:
         ValueError: its text says what would be accepted.
     """
-    hint, limits = TYPES[name], FIELDS[name].metadata
-    optional = type(None) in typing.get_args(hint)
-    kind = next(t for t in (typing.get_args(hint) or (hint,)) if t is not type(None))
-    expected = _describe(kind, optional, limits)
-    if value is None or (optional and isinstance(value, str) and value.strip().lower() in ("null", "none", "~")):
+    limits = FIELDS[name].metadata
+    kind, words, optional = accepted_types(name)
+    expected = _describe(kind, words, optional, limits)
+    word = value.strip().lower() if isinstance(value, str) else None
+    if value is None or (optional and word in ("null", "none", "~")):
         if optional:
             return None
         raise ValueError(expected)
+    if word in words:
+        return word
     try:
         parsed = _CONVERT[kind](value)
     except (ValueError, TypeError, OverflowError):
@@ -300,7 +320,7 @@ _CONVERT = {bool: _to_bool, int: _to_int, float: _to_float, str: _to_str}
 _NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 
 
-def _describe(kind: type, optional: bool, limits: Mapping) -> str:
+def _describe(kind: type, words: Sequence[str], optional: bool, limits: Mapping) -> str:
     text = f"one of {', '.join(limits['choices'])}" if limits["choices"] else _NAMES[kind]
     if limits["at_least"] is not None:
         text += f" of at least {limits['at_least']:g}"
@@ -308,7 +328,7 @@ def _describe(kind: type, optional: bool, limits: Mapping) -> str:
         text += f" above {limits['above']:g}"
     if limits["at_most"] is not None:
         text += f" and at most {limits['at_most']:,}"
-    return text + (" or null" if optional else "")
+    return " or ".join([text, *words, *(["null"] if optional else [])])
 
 
 def _impossible_combinations(settings: Settings) -> list[str]:
@@ -318,9 +338,10 @@ def _impossible_combinations(settings: Settings) -> list[str]:
         problems.append(f"dim, n_layers: {parameters:,} parameters or more, at most {MOST_PARAMETERS:,} expected")
     if training.ema_decay >= 1:
         problems.append(f"ema_decay: {training.ema_decay} found, a number below 1 expected")
-    if training.min_lr is not None and training.min_lr > training.learning_rate:
+    if training.learning_rate != AUTO and (training.min_lr or 0) > training.learning_rate:
         problems.append(f"min_lr: {training.min_lr} is above learning_rate {training.learning_rate}")
-    if training.max_steps is not None and (training.warmup_steps or 0) >= training.max_steps:
+    warmup_steps = 0 if training.warmup_steps in (None, AUTO) else training.warmup_steps
+    if training.max_steps is not None and warmup_steps >= training.max_steps:
         problems.append(f"warmup_steps: {training.warmup_steps} leaves none of max_steps {training.max_steps}")
     return problems
 

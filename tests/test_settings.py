@@ -63,6 +63,35 @@ def test_a_number_that_yaml_reads_as_text_is_a_number(tmp_path):
     assert build_settings(read_config(path), {}).training.learning_rate == 3e-4
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("learning_rate", "auto", "auto"), ("learning_rate", " Auto ", "auto"), ("learning_rate", "1e-3", 1e-3),
+        ("batch_size", "auto", "auto"), ("batch_size", 8, 8), ("warmup_steps", "auto", "auto"),
+        ("warmup_steps", None, None), ("warmup_steps", "0", 0), ("compile", "auto", "auto"), ("compile", True, True),
+        ("compile", "off", False),
+    ],
+)  # fmt: skip
+def test_some_settings_accept_the_word_auto(name, value, expected):
+    for settings in build_settings({"training": {name: value}}, {}), build_settings({}, {name: str(value)}):
+        assert getattr(settings.training, name) == expected
+        assert type(getattr(settings.training, name)) is type(expected)
+
+
+def test_auto_in_a_config_file_is_a_word(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("training:\n  learning_rate: auto\n  batch_size: auto\n  compile: false\n", encoding="utf-8")
+    training = build_settings(read_config(path), {"min_lr": "50", "max_steps": "1"}).training
+    assert (training.learning_rate, training.batch_size, training.compile) == ("auto", "auto", False)
+
+
+@pytest.mark.parametrize(("arguments", "expected"), [([], "auto"), (["--compile"], True), (["--compile", "no"], False)])
+def test_a_bare_compile_flag_means_true(arguments, expected):
+    from train import read_settings
+
+    assert read_settings(arguments).training.compile is expected
+
+
 WRONG = {
     "a misspelt key": ({"training": {"epohs": 3}}, "training.epohs", "'epochs'"),
     "a key in the wrong section": ({"training": {"dim": 64}}, "training.dim", "'model'"),
@@ -75,6 +104,10 @@ WRONG = {
     "zero": ({"training": {"batch_size": 0}}, "batch_size", "at least 1"),
     "a negative rate": ({"training": {"learning_rate": -1}}, "learning_rate", "above 0"),
     "nan": ({"training": {"learning_rate": float("nan")}}, "learning_rate", "a number"),
+    "another word than auto": ({"training": {"learning_rate": "automatic"}}, "learning_rate", "a number", "or auto"),
+    "auto where it is not offered": ({"training": {"epochs": "auto"}}, "epochs", "'auto' found, a whole number"),
+    "a number for compile": ({"training": {"compile": 1}}, "compile", "true or false or auto"),
+    "null for a batch": ({"training": {"batch_size": None}}, "batch_size", "whole number", "or auto"),
     "an unknown choice": ({"training": {"dtype": "fp16"}}, "dtype", "float16"),
     "null where a value is needed": ({"training": {"epochs": None}}, "epochs", "whole number"),
     "a list for text": ({"data": {"train_data_path": ["a"]}}, "train_data_path", "text"),
