@@ -10,9 +10,7 @@ from torch import Tensor
 
 CHUNK = 64  # queries that are looked at together, and so the share of the square above the diagonal that is computed
 HEADS = 16  # key heads that are: their scores (16 x 128 x 512 float32 are 4 MiB) stay in a CPU's cache
-LONGEST = (
-    1024  # the chunks keep their weights for the backward pass, T² / 2 numbers a head; longer, and PyTorch's serves
-)
+LONGEST = 1024  # tokens: chunks keep their weights for the backward pass, T² / 2 a head; PyTorch's keeps none
 
 
 def causal_attention(
