@@ -1,7 +1,7 @@
 """The recipe behind the word `auto`: settings as functions of the model's size, the tokens and the machine.
 
-Pure functions, without torch; model/choices.py asks them, and says what they answered. The numbers were measured on
-small models and Chinese text: benchmarks/RESULTS.md.
+Pure functions, without torch; model/choices.py asks them, and says what they answered. Rates were measured on a small
+model and Chinese text (benchmarks/RESULTS.md); the other numbers are choices, and where they come from is said there.
 """
 
 import importlib
@@ -11,8 +11,8 @@ import shutil
 import sys
 
 BASE_PARAMETERS = 3e6  # of the model, and
-BASE_TOKENS = 4096  # tokens of a step, at which these rates were best
-BASE_RATES = {"muon": 1e-2, "adamw": 2e-3, "adam": 2e-3}
+BASE_TOKENS = 2048  # tokens of a step, at which these rates are best
+BASE_RATES = {"muon": 5e-3, "adamw": 2e-3, "adam": 2e-3}
 MOST_SCALING = 4.0  # of the rate for larger or smaller steps, either way
 
 STEPS_OF_A_RUN = 600  # at least: more tokens make larger steps
@@ -21,7 +21,7 @@ LEAST_TOKENS, MOST_TOKENS = 2048, 2**19  # of a step
 LEAST_WARMUP, MOST_WARMUP = 10, 1000  # steps
 WARMUP_SHARE = 0.05  # of all steps
 
-COMPILE_PAYS_AFTER = 180.0  # seconds of training on a GPU: compiling takes about one minute, and then a third is won
+COMPILE_PAYS_AFTER = 180.0  # seconds of training on a GPU, as compiling takes about one minute; not measured here
 USUAL_SHARE = 0.4  # of the peak that a step's matrix products reach, before anything was measured
 
 
@@ -29,7 +29,8 @@ def automatic_learning_rate(optimizer_type: str, parameters: int, tokens_per_ste
     """The highest learning rate: for each optimizer a rate that was best for a small model, scaled to this one.
 
     It grows with the square root of the tokens a step, as gradients get less noisy (Malladi et al., 2022), by a factor
-    of 4 at most either way, and falls with the fourth root of the model's size. Measured: benchmarks/RESULTS.md.
+    of 4 at most either way, and falls with the square root of the model's size. Only the small model was measured
+    (benchmarks/RESULTS.md); at the size of GPT-2 it comes near to what nanoGPT and modded-nanogpt use.
 
     Args:
         optimizer_type: as in the settings.
@@ -37,7 +38,7 @@ def automatic_learning_rate(optimizer_type: str, parameters: int, tokens_per_ste
         tokens_per_step: over all micro-batches and processes.
     """
     by_batch = math.sqrt(tokens_per_step / BASE_TOKENS)
-    by_size = (BASE_PARAMETERS / parameters) ** 0.25
+    by_size = math.sqrt(BASE_PARAMETERS / parameters)
     rate = BASE_RATES[optimizer_type] * min(MOST_SCALING, max(1 / MOST_SCALING, by_batch)) * by_size
     return float(f"{rate:.2g}")  # two digits: nobody can tell more of them apart
 

@@ -25,11 +25,11 @@ def test_the_rate_grows_with_the_batch_and_falls_with_the_model(optimizer_type):
     def rate(parameters, tokens):
         return automatic_learning_rate(optimizer_type, parameters, tokens)
 
-    assert rate(3_000_000, 4096) == BASE_RATES[optimizer_type]
-    assert rate(3_000_000, 16384) == pytest.approx(2 * rate(3_000_000, 4096), rel=0.05)
-    assert rate(48_000_000, 4096) == pytest.approx(rate(3_000_000, 4096) / 2, rel=0.05)
-    assert rate(3_000_000, 2**30) == pytest.approx(4 * rate(3_000_000, 4096), rel=0.05)
-    assert rate(3_000_000, 1) == pytest.approx(rate(3_000_000, 4096) / 4, rel=0.05)
+    assert rate(3_000_000, 2048) == BASE_RATES[optimizer_type]
+    assert rate(3_000_000, 8192) == pytest.approx(2 * rate(3_000_000, 2048), rel=0.05)
+    assert rate(48_000_000, 2048) == pytest.approx(rate(3_000_000, 2048) / 4, rel=0.05)
+    assert rate(3_000_000, 2**30) == pytest.approx(4 * rate(3_000_000, 2048), rel=0.05)
+    assert rate(3_000_000, 1) == pytest.approx(rate(3_000_000, 2048) / 4, rel=0.05)
 
 
 @pytest.mark.parametrize(("total", "warmup"), [(1, 0), (12, 3), (100, 10), (1600, 80), (10**6, 1000)])
