@@ -153,8 +153,7 @@ class Choices:
 
         def choose() -> tuple[bool, str]:
             peak = self._processes.smallest(peak_flops) * self._processes.world_size  # the same on all of them
-            compiler = cpp_compiler() if self._device.type == "cuda" else None
-            pays, why = compile_pays(self._device.type, run_seconds(flops, peak), compiler)
+            pays, why = compile_pays(self._device.type, run_seconds(flops, peak), cpp_compiler())
             return self._processes.smallest(pays) > 0, why
 
         self._settle("compile", choose)

@@ -8,7 +8,7 @@ import torch
 from model.archive import tensor_bytes
 from model.files import free_bytes, size_text
 from model.memory import free_memory, saved_bytes
-from model.recipe import batch_text, count_text, duration_text
+from model.recipe import batch_text, duration_text
 from model.training_state import saved_state
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ def _time_rows(trainer: "Trainer", tokens_per_second: float, first_seconds: floa
     first = duration_text(first_seconds) + (", which compiles" if t.compile else "")
     return [
         ("speed", f"{tokens_per_second:,.0f} tokens/s, measured"),
-        ("mfu", f"{share:.1%} of the {count_text(peak)}FLOP/s that matrix products reach here"),
+        ("mfu", f"{share:.1%} of the {peak / 1e9:,.0f} GFLOP/s that matrix products reach here"),
         (
             "time",
             f"about {duration_text(training + evaluating)}: {duration_text(training)} of training (its first step"
