@@ -14,7 +14,7 @@ from model.training_state import saved_state
 if TYPE_CHECKING:
     from optimized_pretrain import Trainer
 
-MEASURED_SECONDS, LEAST_STEPS, MOST_STEPS = 5.0, 3, 50  # measured: so long, and so many
+MEASURED_SECONDS, MOST_STEPS = 5.0, 50  # measured: so long, or so many; a longer step is measured once
 EVALUATION_SHARE = 1 / 3  # of a training step's time for as many tokens: forward without backward
 CHECKPOINTS_BESIDE = 3  # the best and the last weights, and one file being written
 
@@ -33,7 +33,7 @@ def dry_run(trainer: "Trainer") -> list[str]:
     start = time.perf_counter()
     trainer.measure_steps(seconds=0, least=1, most=1)  # allocates memory, compiles
     first_seconds = time.perf_counter() - start
-    tokens_per_second = trainer.measure_steps(MEASURED_SECONDS, LEAST_STEPS, MOST_STEPS)
+    tokens_per_second = trainer.measure_steps(MEASURED_SECONDS, least=1, most=MOST_STEPS)
     rows = [
         *_model_rows(trainer),
         *_memory_rows(trainer),
