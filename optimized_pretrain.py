@@ -20,7 +20,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 import utils
 from model.archive import tensor_bytes
-from model.buckets import settle_buckets
 from model.checkpoint import Weights
 from model.choices import Choices, total_steps
 from model.dataset import PretrainDataset, SampleOrder, number_documents
@@ -79,7 +78,8 @@ class Trainer:
         self._plan(checkpoint)
         self.resumed_step, self.resumed_samples = self.progress.step, self.progress.samples
         self.train_model = self._wrapped_model()  # what the loop calls; self.model stays the plain one
-        describe_run(self)
+        for line in describe_run(self):
+            say(line)
 
     # ------------------------------------------------------------------------------------------------- setting up
 
@@ -124,7 +124,7 @@ class Trainer:
         embedding = self.model.tok_embeddings.weight
         embedding.register_post_accumulate_grad_hook(lambda _: self.processes.arrive())
         if self.processes.world_size > 2:
-            settle_buckets(wrapped, self.training.batch_size, self.config.max_seq_len, self.device, self.autocast)
+            utils.settle_buckets(wrapped, self.training.batch_size, self.config.max_seq_len, self.device, self.autocast)
             self.optimizer.zero_grad(set_to_none=True)
         return wrapped
 
@@ -201,17 +201,17 @@ class Trainer:
             if self.files is not None:
                 self.files.close()
 
-    def measure_steps(self, seconds: float, least: int, most: int) -> float:
+    def measure_steps(self, seconds: float, most: int) -> float:
         """Train for so long, without saving or evaluating; returns the tokens a second, of all processes.
 
         Args:
-            seconds: to go on for, within `least` and `most` steps.
+            seconds: to go on for, at least one step and at most `most`.
         """
         self._begin_session()
-        for taken in range(1, most + 1):
+        for _ in range(most):
             self._train_step()
             elapsed = time.perf_counter() - self.window_clock
-            if taken >= least and self.processes.any(elapsed > seconds):  # all of them stop together
+            if self.processes.any(elapsed > seconds):  # all of them stop together
                 break
         return self.tokens_read / elapsed
 

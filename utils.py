@@ -278,6 +278,27 @@ class StopSignal:
 # -------------------------------------------------------------------------------------------------- process group
 
 
+def settle_buckets(model, rows: int, seq_len: int, device, autocast) -> None:
+    """Let DistributedDataParallel order its buckets of gradients now, which it does after its first step.
+
+    Where three or more processes add a gradient up, its place in a bucket decides in which order, and so the last
+    bit (the sum of two numbers has but one order). Without this a resumed run would differ in it.
+
+    Args:
+        model: a DistributedDataParallel; its parameters have gradients afterwards, which are to be cleared.
+        rows, seq_len: of a batch.
+        autocast: context in which the model runs.
+    """
+    import torch
+
+    state = random_state()
+    tokens = torch.zeros(rows, seq_len, dtype=torch.int64, device=device)
+    with autocast:
+        loss = model(tokens, tokens)
+    loss.backward()
+    restore_random_state(state)
+
+
 class Processes:
     """The processes that train together: one, or those that torchrun started.
 

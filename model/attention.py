@@ -131,11 +131,8 @@ def chunked_attention(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None 
 
 
 def _weights_kept(heads: int, grouped: int, tokens: int) -> int:
-    return (
-        heads
-        * grouped
-        * sum((min(query + CHUNK, tokens) - query) * min(query + CHUNK, tokens) for query in range(0, tokens, CHUNK))
-    )
+    """Numbers that all pieces' weights take at most, whatever the documents."""
+    return sum(math.prod(shape) for *_, shape in _blocks(heads, grouped, tokens, None))
 
 
 @torch.library.custom_op("mateconv::chunked_attention_backward", mutates_args=())

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -22,7 +23,9 @@ from model.recipe import (
 )
 from model.settings import AUTO, Settings, TrainingSettings, parse_value
 from model.training_data import TrainingData
-from utils import Processes
+
+if TYPE_CHECKING:
+    from utils import Processes
 
 ADAM_STATES = 2  # numbers for each weight
 SAVED_COPIES = 3  # of the weights' size: a checkpoint that waits to be written, on a CPU in the same memory
@@ -53,7 +56,7 @@ class Choices:
         self,
         settings: Settings,
         found: tuple[Path, Mapping] | None,
-        processes: Processes,
+        processes: "Processes",
         device: torch.device,
         say: Callable[[str], None],
     ) -> None:

@@ -228,6 +228,8 @@ class SampleOrder:
 
     def count_targets(self, position: int, dataset: PretrainDataset) -> int:
         """Tokens that all samples before `position` predict, over all epochs."""
+        if dataset.packing is None:
+            return position * dataset.seq_len
         epoch, start = divmod(position, len(self.samples))
         begun = dataset.count_targets(self.samples[self._order_of(epoch)[:start]])
         return epoch * dataset.count_targets(self.samples) + begun

@@ -31,9 +31,9 @@ def dry_run(trainer: "Trainer") -> list[str]:
         TrainingDiverged, ProcessLost: as training itself.
     """
     start = time.perf_counter()
-    trainer.measure_steps(seconds=0, least=1, most=1)  # allocates memory, compiles
+    trainer.measure_steps(seconds=0, most=1)  # allocates memory, compiles
     first_seconds = time.perf_counter() - start
-    tokens_per_second = trainer.measure_steps(MEASURED_SECONDS, least=1, most=MOST_STEPS)
+    tokens_per_second = trainer.measure_steps(MEASURED_SECONDS, MOST_STEPS)
     rows = [
         *_model_rows(trainer),
         *_memory_rows(trainer),
