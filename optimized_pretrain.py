@@ -28,10 +28,10 @@ from model.divergence import difference_of_weights, fault_of_step, remember, wei
 from model.errors import ProcessLost, TrainingDiverged
 from model.evaluation import bits_per_byte, validation_sums
 from model.model import Transformer
-from model.optim import build_ema, build_optimizer, plan_schedule
+from model.optim import build_ema, build_optimizer, optimizer_bytes, plan_schedule
 from model.resume import checkpoint_to_go_on_from, environment
 from model.run_files import RunFiles
-from model.run_folder import check_space, step_checkpoint, write_config
+from model.run_folder import RunSpace, check_space, step_checkpoint, write_config
 from model.settings import Settings, TrainingSettings
 from model.status import Status
 from model.training_data import TrainingData
@@ -76,7 +76,6 @@ class Trainer:
         self.training = self.choices.training
         self._build_model(checkpoint)
         self._plan(checkpoint)
-        self.resumed_step, self.resumed_samples = self.progress.step, self.progress.samples
         self.train_model = self._wrapped_model()  # what the loop calls; self.model stays the plain one
         for line in describe_run(self):
             say(line)
@@ -105,7 +104,8 @@ class Trainer:
         self.choices.batch_size(self.model, self.data, self.autocast)
         self.batch_rows = t.batch_size * self.processes.world_size  # samples of one micro-batch, over all processes
         self.order = SampleOrder(self.data.train_samples, t.seed, self.batch_rows * t.accumulation_steps)
-        self.choices.learning_rate(self.model, self.order.rows_per_step * self.config.max_seq_len)
+        self.tokens_per_step = self.order.rows_per_step * self.config.max_seq_len
+        self.choices.learning_rate(self.model, self.tokens_per_step)
         self.optimizer = build_optimizer(self.model, t.optimizer_type, t.learning_rate, t.weight_decay, self.dtype)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.progress = Progress()
@@ -152,18 +152,22 @@ class Trainer:
         steps = total_steps(t, self.order, checkpoint, self.pace)
         self.choices.warmup_steps(steps)
         self.schedule = plan_schedule(t, steps)
-        self.tokens_per_step = self.order.rows_per_step * self.config.max_seq_len
         left = (steps - self.progress.step) * self.tokens_per_step
         self.choices.compile(left * self.flops_per_token, self.peak_flops)
+
+    def space(self) -> RunSpace:
+        """The room on the disk that the whole run takes."""
+        t = self.training
+        weights = tensor_bytes(self.model.state_dict())
+        state = optimizer_bytes(self.model, t.optimizer_type)
+        kept = min(t.keep_last, -(-self.schedule.total_steps // t.save_interval))
+        return RunSpace(weights * (2 if t.use_ema else 1) + state, weights, kept)
 
     def _prepare_out_dir(self) -> None:
         """Claim the folder, see that it has room, and write the settings as resolved."""
         t = self.training
-        weights = tensor_bytes(self.model.state_dict())
-        checkpoint = weights * (4 if t.use_ema else 3)  # Adam keeps two numbers for each weight
-        kept = min(t.keep_last, -(-self.schedule.total_steps // t.save_interval))
         goes_on = self.resumed_from is not None and self.resumed_from.resolve().parent == self.out_dir.resolve()
-        check_space(self.out_dir, checkpoint, weights, kept, goes_on)
+        check_space(self.out_dir, self.space(), goes_on)
         status, step = Status(self.out_dir, self.processes.world_size, self.schedule.total_steps), self.progress.step
         self.files = RunFiles(self.out_dir, self.resumed_from, step, t.keep_last, status, say, self._on_disk)
         self.started = self.files.started or self.started

@@ -7,7 +7,8 @@
 Each run is `train.py` itself, with a schedule that ends with its tokens: a shorter run is a finished one, not a
 piece of a longer one. Recipes differ in nothing but the settings that RECIPES shows. Compared are the loss and the bits
 per byte on held-out samples, the same for all. Finished runs are kept and not run again: the command can be stopped and
-repeated.
+repeated. Seconds are what a recipe's tokens take at the rate that it has when nothing else runs: after the runs each
+recipe trains for a few seconds alone, in turn.
 """
 
 import argparse
@@ -38,70 +39,104 @@ RECIPES = {  # name: settings, and the shares of --tokens that it is trained wit
         (0.1, 0.3, 0.5, 1.0),
     ),
 }
+SPEED_TOKENS, SPEED_TURNS = 100_000, 3
 
 
-def run(recipe: str, share: float, seed: int, options: argparse.Namespace) -> dict:
-    """Train once, unless it was done before.
+def run(recipe: str, tokens: float, seed: int, folder: Path, threads: int, options: argparse.Namespace) -> list[dict]:
+    """Train once, unless it was done before; returns the lines of `metrics.jsonl`.
 
-    Returns:
-        recipe, share, seed, tokens, val_loss (nats a token), bits_per_byte, seconds (of training alone) and the curve:
-        a list of (tokens, val_loss, bits_per_byte).
+    Args:
+        folder: for the run's files; "FOLDER.log" beside it gets what it prints.
     """
     settings = RECIPES[recipe][0] | (yaml.safe_load(options.extra) or {})
-    folder = options.out / f"{recipe.replace(' ', '-')}-{round(options.tokens * share)}-{seed}"
-    row = {"recipe": recipe, "share": share, "seed": seed}
-    steps = round(options.tokens * share / (settings["batch_size"] * MODEL["max_seq_len"]))
+    steps = round(tokens / (settings["batch_size"] * MODEL["max_seq_len"]))
     fixed = {
         "max_steps": steps, "seed": seed, "eval_interval": max(1, steps // 8), "save_interval": steps,
         "log_interval": max(1, steps // 50), "out_dir": str(folder),
     }  # fmt: skip
-    metrics = folder / "metrics.jsonl"
-    if (
-        not (folder / "best_model.pth").exists()
-        or json.loads((folder / "status.json").read_text())["state"] != "finished"
-    ):
+    status = folder / "status.json"
+    if not status.exists() or json.loads(status.read_text(encoding="utf-8"))["state"] != "finished":
         config = {"data": {"train_data_path": str(options.data)}, "model": MODEL, "training": settings | fixed}
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "asked.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
         command = [sys.executable, str(ROOT / "train.py"), "--config", str(folder / "asked.yaml")]
-        threads = str(max(1, (os.cpu_count() or 1) // options.jobs))
-        with open(folder.with_suffix(".log"), "w", encoding="utf-8") as log:
-            subprocess.run(
-                command, check=True, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": threads}, cwd=ROOT
-            )
-    events = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+        environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+        with open(f"{folder}.log", "w", encoding="utf-8") as log:
+            subprocess.run(command, check=True, stdout=log, stderr=log, env=environment, cwd=ROOT)
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def learned(recipe: str, share: float, seed: int, options: argparse.Namespace) -> dict:
+    """What a recipe learns from this share of the tokens.
+
+    Returns:
+        recipe, share, seed, tokens, val_loss (nats a token), bits_per_byte, and the curve: a list of
+        (tokens, val_loss, bits_per_byte).
+    """
+    folder = options.out / f"{recipe.replace(' ', '-')}-{round(options.tokens * share)}-{seed}"
+    threads = max(1, (os.cpu_count() or 1) // options.jobs)
+    events = run(recipe, options.tokens * share, seed, folder, threads, options)
     curve = [(e["tokens"], e["val_loss"], e["bits_per_byte"]) for e in events if "val_loss" in e]
-    speed = statistics.median(e["tokens_per_second"] for e in events if "tokens_per_second" in e)
-    row |= {"tokens": curve[-1][0], "val_loss": curve[-1][1], "bits_per_byte": curve[-1][2]}
-    return row | {"seconds": curve[-1][0] / speed, "curve": curve}
+    tokens, loss, bits = curve[-1]
+    row = {"recipe": recipe, "share": share, "seed": seed, "tokens": tokens}
+    return row | {"val_loss": loss, "bits_per_byte": bits, "curve": curve}
 
 
-def summarised(rows: list[dict]) -> list[dict]:
-    """One row for each recipe and share: the mean over seeds, and the standard deviation of the loss."""
+def tokens_per_second(recipes: list[str], options: argparse.Namespace) -> dict[str, float]:
+    """How fast each recipe trains alone on all cores: the best of a few short runs, in which they take turns."""
+    best = dict.fromkeys(recipes, 0.0)
+    for turn in range(SPEED_TURNS):
+        for recipe in recipes:
+            folder = options.out / "speed" / f"{recipe.replace(' ', '-')}-{turn}"
+            events = run(recipe, SPEED_TOKENS, 1, folder, os.cpu_count() or 1, options)
+            rates = [e["tokens_per_second"] for e in events if "tokens_per_second" in e]
+            best[recipe] = max(best[recipe], statistics.median(rates))
+    return best
+
+
+def summarised(rows: list[dict], speed: dict[str, float]) -> list[dict]:
+    """One row for each recipe and share: the mean over seeds, and the standard deviation of the loss.
+
+    Args:
+        speed: each recipe's tokens a second.
+    """
     groups: dict[tuple, list[dict]] = {}
     for row in rows:
         groups.setdefault((row["recipe"], row["share"]), []).append(row)
     summary = []
     for (recipe, share), same in groups.items():
         losses = [row["val_loss"] for row in same]
-        means = {key: statistics.mean(row[key] for row in same) for key in ("tokens", "bits_per_byte", "seconds")}
+        means = {key: statistics.mean(row[key] for row in same) for key in ("tokens", "bits_per_byte")}
+        means["seconds"] = means["tokens"] / speed[recipe]
         spread = statistics.stdev(losses) if len(losses) > 1 else 0.0
         row = {"recipe": recipe, "share": share, "seeds": len(same), "val_loss": statistics.mean(losses)}
         summary.append(row | means | {"deviation": spread})
     return summary
 
 
-def tokens_to_reach(summary: list[dict], recipe: str, loss: float) -> str:
-    """With how many tokens a recipe's own finished runs reach a loss: the first that does, "more" where none does."""
-    runs = sorted((row for row in summary if row["recipe"] == recipe), key=lambda row: row["tokens"])
-    return next((f"{row['tokens']:,.0f}" for row in runs if row["val_loss"] <= loss), "more")
+def comparison(summary: list[dict], other: dict) -> list[str]:
+    """What ours needs for the loss of another recipe's run, and what ours learns in that run's seconds."""
+    ours = sorted((row for row in summary if row["recipe"] == "ours"), key=lambda row: row["tokens"])
+    first = f"{other['recipe']} has {other['val_loss']:.4f} after {other['tokens']:,.0f} tokens"
+    lines = [f"{first} and {other['seconds']:.0f} s"]
+    reached = next((row for row in ours if row["val_loss"] <= other["val_loss"]), None)
+    if reached is not None:
+        tokens, seconds = (reached[key] / other[key] for key in ("tokens", "seconds"))
+        lines.append(
+            f"ours has {reached['val_loss']:.4f} after {tokens:.2f} of the tokens and {seconds:.2f} of the seconds"
+        )
+    in_time = [row for row in ours if row["seconds"] <= other["seconds"]]
+    if in_time:
+        last = in_time[-1]
+        lines.append(
+            f"ours has {last['val_loss']:.4f} after {last['seconds']:.0f} s, the longest of its runs in that time"
+        )
+    return lines
 
 
 def print_tables(summary: list[dict]) -> None:
-    """Print the runs, and with how many tokens ours reaches the loss of each other recipe."""
-    print(
-        "| recipe | tokens | seeds | validation loss, nats a token (deviation) | bits per byte | seconds of training |"
-    )
+    """Print the runs, and what ours needs for the loss of each other recipe."""
+    print("| recipe | tokens | seeds | validation loss, nats a token (deviation) | bits per byte | seconds, alone |")
     print("|---|---:|---:|---:|---:|---:|")
     for row in summary:
         loss = f"{row['val_loss']:.4f} ({row['deviation']:.4f}) | {row['bits_per_byte']:.4f}"
@@ -109,8 +144,7 @@ def print_tables(summary: list[dict]) -> None:
     print()
     for row in summary:
         if row["recipe"] != "ours" and any(other["recipe"] == "ours" for other in summary):
-            reached = tokens_to_reach(summary, "ours", row["val_loss"])
-            print(f"what {row['recipe']} has after {row['tokens']:,.0f} tokens, ours has after {reached}")
+            print("; ".join(comparison(summary, row)))
 
 
 def draw(rows: list[dict], path: Path) -> None:
@@ -143,7 +177,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=list(RECIPES), choices=list(RECIPES), help="recipes")
     parser.add_argument("--shares", type=float, nargs="+", help="run only these shares of --tokens")
     parser.add_argument("--extra", default="", help="settings on top of each recipe's, as YAML; give another --out")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at once; with more than 1 the seconds mean nothing")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at once, but those for the seconds")
     parser.add_argument("--out", type=Path, default=ROOT / "out" / "learning", help="folder for the runs")
     options = parser.parse_args()
     options.data, options.out = options.data.resolve(), options.out.resolve()
@@ -156,11 +190,11 @@ def main() -> None:
     ]
     rows = []
     with ThreadPoolExecutor(options.jobs) as pool:
-        for row in pool.map(lambda case: run(*case, options), wanted):
+        for row in pool.map(lambda case: learned(*case, options), wanted):
             rows.append(row)
             print(f"{row['recipe']}, {row['tokens']:,} tokens, seed {row['seed']}: {row['val_loss']:.4f}", flush=True)
     print()
-    print_tables(summarised(rows))
+    print_tables(summarised(rows, tokens_per_second(options.only, options)))
     draw(rows, options.out / "learning.png")
     print(f"\ndrawn: {options.out / 'learning.png'}")
 

@@ -11,6 +11,7 @@ from model.dataset import SampleOrder
 from model.errors import InputError
 from model.memory import free_memory, rows_that_fit
 from model.model import Transformer
+from model.optim import optimizer_bytes
 from model.recipe import (
     automatic_batch_size,
     automatic_learning_rate,
@@ -26,9 +27,6 @@ from model.training_data import TrainingData
 
 if TYPE_CHECKING:
     from utils import Processes
-
-ADAM_STATES = 2  # numbers for each weight
-SAVED_COPIES = 3  # of the weights' size: a checkpoint that waits to be written, on a CPU in the same memory
 
 
 class Choices:
@@ -105,8 +103,9 @@ class Choices:
         tokens, why = automatic_tokens_per_step(samples * length, t.epochs, t.max_steps)
         wanted = automatic_batch_size(tokens, length * shares, max(1, samples // shares), None)
         processes.beat("measuring how large a batch fits the memory", 3)
-        weights = sum(parameter.nbytes for parameter in model.parameters())
-        beside = weights * (ADAM_STATES + (0 if self._device.type == "cuda" else SAVED_COPIES))
+        beside = state = optimizer_bytes(model, t.optimizer_type)
+        if self._device.type != "cuda":  # a checkpoint that waits to be written lies in the same memory
+            beside += state + sum(parameter.nbytes for parameter in model.parameters())
         free = free_memory(self._device, processes.local_world_size)
         fits = rows_that_fit(
             model, autocast, wanted, beside, free, lambda: processes.beat("measuring how large a batch fits", 3)
@@ -134,7 +133,7 @@ class Choices:
         Raises:
             InputError: min_lr is above it.
         """
-        t, parameters = self.training, sum(parameter.numel() for parameter in model.parameters())
+        t, parameters = self.training, model.parameter_count()
         why = f"{t.optimizer_type}, {parameters:,} parameters, {tokens_per_step:,} tokens a step"
         self._settle(
             "learning_rate", lambda: (automatic_learning_rate(t.optimizer_type, parameters, tokens_per_step), why)

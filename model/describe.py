@@ -9,10 +9,9 @@ if TYPE_CHECKING:
 def describe_run(trainer: "Trainer") -> list[str]:
     """The model, the data and the schedule, a line each."""
     t, order, schedule = trainer.training, trainer.order, trainer.schedule
-    parameters = sum(p.numel() for p in trainer.model.parameters())
     model = (
-        f"model: {parameters:,} parameters; {trainer.flops_per_token / 1e6:,.0f} MFLOP a token; matrix products reach"
-        f" {trainer.peak_flops / 1e9:,.0f} GFLOP/s here, which mfu is measured by"
+        f"model: {trainer.model.parameter_count():,} parameters; {trainer.flops_per_token / 1e6:,.0f} MFLOP a"
+        f" token; matrix products reach {trainer.peak_flops / 1e9:,.0f} GFLOP/s here, which mfu is measured by"
     )
     rows = f"{t.batch_size} x {t.accumulation_steps} accumulated x {trainer.processes.world_size} processes"
     decides = f"epochs {t.epochs}" if t.max_steps is None else f"max_steps, which beats epochs {t.epochs}"

@@ -9,14 +9,12 @@ from model.archive import tensor_bytes
 from model.files import free_bytes, size_text
 from model.memory import free_memory, saved_bytes
 from model.recipe import batch_text, duration_text
-from model.training_state import saved_state
 
 if TYPE_CHECKING:
     from optimized_pretrain import Trainer
 
 MEASURED_SECONDS, MOST_STEPS = 5.0, 50  # measured: so long, or so many; a longer step is measured once
 EVALUATION_SHARE = 1 / 3  # of a training step's time for as many tokens: forward without backward
-CHECKPOINTS_BESIDE = 3  # the best and the last weights, and one file being written
 
 
 def dry_run(trainer: "Trainer") -> list[str]:
@@ -30,6 +28,7 @@ def dry_run(trainer: "Trainer") -> list[str]:
     Raises:
         TrainingDiverged, ProcessLost: as training itself.
     """
+    done = trainer.progress.step, trainer.progress.samples  # of the run that it goes on with
     start = time.perf_counter()
     trainer.measure_steps(seconds=0, most=1)  # allocates memory, compiles
     first_seconds = time.perf_counter() - start
@@ -37,8 +36,8 @@ def dry_run(trainer: "Trainer") -> list[str]:
     rows = [
         *_model_rows(trainer),
         *_memory_rows(trainer),
-        *_data_rows(trainer),
-        *_time_rows(trainer, tokens_per_second, first_seconds),
+        *_data_rows(trainer, done[0]),
+        *_time_rows(trainer, done, tokens_per_second, first_seconds),
         *_disk_rows(trainer),
     ]
     width = max(len(name) for name, _ in rows)
@@ -47,10 +46,9 @@ def dry_run(trainer: "Trainer") -> list[str]:
 
 def _model_rows(trainer: "Trainer") -> list[tuple[str, str]]:
     config, model = trainer.config, trainer.model
-    parameters = sum(parameter.numel() for parameter in model.parameters())
     embedding = model.tok_embeddings.weight.numel() * (1 if config.tie_embeddings else 2)
     shape = f"{config.n_layers} layers of {config.dim}, {config.vocab_size:,} tokens, context {config.max_seq_len}"
-    return [("parameters", f"{parameters:,}, {embedding:,} of them embedding and output ({shape})")]
+    return [("parameters", f"{model.parameter_count():,}, {embedding:,} of them embedding and output ({shape})")]
 
 
 def _memory_rows(trainer: "Trainer") -> list[tuple[str, str]]:
@@ -77,7 +75,7 @@ def _memory_rows(trainer: "Trainer") -> list[tuple[str, str]]:
     ]
 
 
-def _data_rows(trainer: "Trainer") -> list[tuple[str, str]]:
+def _data_rows(trainer: "Trainer", steps_done: int) -> list[tuple[str, str]]:
     t, length, steps = trainer.training, trainer.config.max_seq_len, trainer.schedule.total_steps
     epoch = len(trainer.data.train_samples) * length
     if t.max_steps is None:
@@ -90,20 +88,23 @@ def _data_rows(trainer: "Trainer") -> list[tuple[str, str]]:
         ("tokens:  an epoch", f"{epoch:,}, and {len(trainer.data.val_samples) * length:,} to validate on"),
         ("         the run", f"{run:,} ({why})"),
         ("         a step", f"{trainer.tokens_per_step:,} ({batch} samples of {length} tokens)"),
-        ("steps", f"{steps:,}" + (f", {trainer.resumed_step:,} of them done" if trainer.resumed_step else "")),
+        ("steps", f"{steps:,}" + (f", {steps_done:,} of them done" if steps_done else "")),
         ("FLOPs of the run", f"{flops:.2e} ({trainer.flops_per_token / 1e6:,.0f} MFLOP a token)"),
     ]
 
 
-def _time_rows(trainer: "Trainer", tokens_per_second: float, first_seconds: float) -> list[tuple[str, str]]:
-    t, steps = trainer.training, trainer.schedule.total_steps - trainer.resumed_step
+def _time_rows(
+    trainer: "Trainer", done: tuple[int, int], tokens_per_second: float, first_seconds: float
+) -> list[tuple[str, str]]:
+    """`done`: steps and samples."""
+    t, steps = trainer.training, trainer.schedule.total_steps - done[0]
     peak = trainer.peak_flops * trainer.processes.world_size
     share = tokens_per_second * trainer.flops_per_token / peak
     # The last step of an epoch may be a shorter one: what is left is counted in tokens.
     epoch = len(trainer.data.train_samples)
     samples = steps * trainer.order.rows_per_step
     if t.max_steps is None:
-        samples = max(0, t.epochs * epoch - trainer.resumed_samples)
+        samples = max(0, t.epochs * epoch - done[1])
     training = samples * trainer.config.max_seq_len / tokens_per_second + first_seconds
     evaluations = -(-steps // t.eval_interval) if len(trainer.data.val_samples) else 0
     validated = evaluations * len(trainer.data.val_samples) * trainer.config.max_seq_len
@@ -121,14 +122,10 @@ def _time_rows(trainer: "Trainer", tokens_per_second: float, first_seconds: floa
 
 
 def _disk_rows(trainer: "Trainer") -> list[tuple[str, str]]:
-    t, weights = trainer.training, tensor_bytes(trainer.model.state_dict())
-    state = saved_state(trainer.progress, trainer.model, trainer.ema, trainer.optimizer, trainer.scaler)
-    checkpoint = tensor_bytes(state)
-    kept = min(t.keep_last, -(-trainer.schedule.total_steps // t.save_interval))
-    together = (kept + 1) * checkpoint + CHECKPOINTS_BESIDE * weights
-    free = size_text(free_bytes(trainer.out_dir))
-    sizes = f"{size_text(checkpoint)}, {kept} of them kept; best and last weights {size_text(weights)}"
+    space, free = trainer.space(), size_text(free_bytes(trainer.out_dir))
+    checkpoint, weights = size_text(space.checkpoint_bytes), size_text(space.weights_bytes)
+    sizes = f"{checkpoint}, {space.checkpoints} of them kept; best and last weights {weights}"
     return [
         ("disk:    a checkpoint", sizes),
-        ("         together", f"{size_text(together)} at most, {free} are free in {trainer.out_dir}"),
+        ("         together", f"{size_text(space.most)} at most, {free} are free in {trainer.out_dir}"),
     ]

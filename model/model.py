@@ -164,12 +164,16 @@ class Transformer(nn.Module):
                 residual = name.endswith(("wo.weight", "w2.weight"))
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * self.config.n_layers) if residual else 0.02)
 
+    def parameter_count(self) -> int:
+        """Numbers that are trained; a tied matrix counts once."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
     def training_flops_per_token(self) -> int:
         """Floating-point operations of forward and backward for one token of a full sample.
 
         6 for each weight, and causal attention, which is half of the square (Chowdhery et al., 2022, appendix B).
         """
-        weights = sum(parameter.numel() for parameter in self.parameters())
+        weights = self.parameter_count()
         if not self.config.tie_embeddings:
             weights -= self.tok_embeddings.weight.numel()  # reading a row costs nothing
         return 6 * weights + 6 * self.config.n_layers * self.config.dim * self.config.max_seq_len

@@ -51,6 +51,14 @@ def build_optimizer(
     return kind(groups, lr=learning_rate, betas=(0.9, 0.95), eps=1e-8, fused=True)
 
 
+def optimizer_bytes(model: nn.Module, optimizer_type: str) -> int:
+    """Bytes of the state that the optimizer will have: two numbers for each of Adam's weights, one for Muon's."""
+    return sum(
+        parameter.nbytes * (1 if optimizer_type == "muon" and is_hidden_matrix(name, parameter) else 2)
+        for name, parameter in model.named_parameters()
+    )
+
+
 @dataclass(frozen=True)
 class Schedule:
     """The learning rate as a function of the step: a linear rise, then a fall that ends with the last step."""

@@ -4,6 +4,7 @@ import datetime
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -138,12 +139,24 @@ def prune_checkpoints(out_dir: Path, keep_last: int, verified: int) -> None:
     (out_dir / INTERRUPTED).unlink(missing_ok=True)
 
 
-def check_space(out_dir: Path, checkpoint_bytes: int, weights_bytes: int, checkpoints: int, goes_on: bool) -> None:
-    """See that what a run will write has room, before it starts: its checkpoints, one being written, and its weights.
+@dataclass(frozen=True)
+class RunSpace:
+    """What a run will write: its checkpoints, one being written, and its weights."""
+
+    checkpoint_bytes: int  # of one file, as
+    weights_bytes: int
+    checkpoints: int  # that will lie there at the end
+
+    @property
+    def most(self) -> int:
+        """Bytes on the disk at any time: three files of weights are the best, the last, and one being written."""
+        return (self.checkpoints + 1) * self.checkpoint_bytes + 3 * self.weights_bytes
+
+
+def check_space(out_dir: Path, space: RunSpace, goes_on: bool) -> None:
+    """See that what a run will write has room, before it starts.
 
     Args:
-        checkpoint_bytes, weights_bytes: of one file each.
-        checkpoints: how many will lie there at the end.
         goes_on: the run has files there already, which new ones take the place of.
 
     Raises:
@@ -155,12 +168,12 @@ def check_space(out_dir: Path, checkpoint_bytes: int, weights_bytes: int, checkp
         taken = sum(path.stat().st_size for path in there)
     except OSError as error:  # a name that no file system takes
         raise InputError(f"out_dir: cannot write to {shown(str(out_dir))} ({error.strerror})") from error
-    needed = (checkpoints + 1) * checkpoint_bytes + 3 * weights_bytes  # the best, the last, and one being written
-    if needed - taken > free:
+    needed = space.most - taken
+    if needed > free:
         raise InputError(
-            f"out_dir: {size_text(free)} are free in {out_dir}, but this run needs {size_text(needed - taken)}"
-            f" ({checkpoints} checkpoints of {size_text(checkpoint_bytes)} and one being written, weights of"
-            f" {size_text(weights_bytes)}); free some, give another folder, or lower keep_last"
+            f"out_dir: {size_text(free)} are free in {out_dir}, but this run needs {size_text(needed)}"
+            f" ({space.checkpoints} checkpoints of {size_text(space.checkpoint_bytes)} and one being written, weights"
+            f" of {size_text(space.weights_bytes)}); free some, give another folder, or lower keep_last"
         )
 
 

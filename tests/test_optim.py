@@ -54,6 +54,18 @@ def test_muon_turns_matrices_into_nearly_orthogonal_ones(shape):
     assert 0.85 < diagonal.min() and diagonal.max() < 1.15
 
 
+@pytest.mark.parametrize("tail", [0.3, 0.1, 0.03])
+@pytest.mark.parametrize("shape", [(192, 192), (512, 192), (96, 192)])
+def test_rounding_to_bfloat16_takes_no_singular_value_far_past_1(shape, tail):
+    """One direction is far ahead of the others, as in real gradients: the polynomials meet a value at 1."""
+    torch.manual_seed(0)
+    u, _, vh = torch.linalg.svd(torch.randn(12, *shape), full_matrices=False)
+    singular_values = tail * torch.rand(min(shape))
+    singular_values[0] = 1.0
+    turned = orthogonalized(u @ (singular_values[:, None] * vh), torch.bfloat16)
+    assert torch.linalg.svdvals(turned).max() < 1.15
+
+
 def test_a_step_of_muon_is_the_papers():
     """W - lr (0.2 sqrt(max(m, n)) U V^T + decay W) for each matrix of the layers, and torch's AdamW for the rest."""
     torch.manual_seed(0)
