@@ -29,8 +29,12 @@ def main() -> None:
         temperature=arguments.temperature,
         top_k=arguments.top_k,
         top_p=arguments.top_p,
+        min_p=arguments.min_p,
         max_new_tokens=arguments.max_new_tokens,
+        min_new_tokens=arguments.min_new_tokens,
         repetition_penalty=arguments.repetition_penalty,
+        presence_penalty=arguments.presence_penalty,
+        frequency_penalty=arguments.frequency_penalty,
         no_repeat_ngram_size=arguments.no_repeat_ngram_size,
         use_cache=arguments.use_cache,
         seed=arguments.seed,
@@ -88,10 +92,14 @@ def build_parser() -> argparse.ArgumentParser:
     text.add_argument("--greedy", action="store_true", help="take the likeliest token each time")
     for name, kind, meaning in (
         ("max_new_tokens", int, "most tokens to generate"),
+        ("min_new_tokens", int, "the text does not end before so many tokens"),
         ("temperature", float, "higher is more random; 0 is greedy"),
         ("top_k", int, "choose among the k likeliest tokens; 0: off"),
         ("top_p", float, "choose among the likeliest tokens that reach this probability together; 1: off"),
+        ("min_p", float, "choose among tokens at least so many times as likely as the likeliest; 0: off"),
         ("repetition_penalty", float, "higher repeats less; 1: off"),
+        ("presence_penalty", float, "taken off the logits of tokens that the output has; 0: off"),
+        ("frequency_penalty", float, "the same, times how often it has them; 0: off"),
         ("no_repeat_ngram_size", int, "no run of this many tokens occurs twice; 0: off"),
     ):
         default = getattr(defaults, name)
