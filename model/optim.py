@@ -11,6 +11,7 @@ from model.errors import InputError
 from model.muon import Muon
 from model.settings import TrainingSettings
 
+BESIDE_MUON = 6.0  # times the learning rate: AdamW's for the embedding and the norms (benchmarks/RESULTS.md)
 DECAY_SHARE = 0.5  # of a run's steps after the warm-up: "wsd" stays at the highest rate before them
 
 
@@ -46,6 +47,8 @@ def build_optimizer(
     if covered != len(named):
         raise AssertionError(f"the groups hold {covered} of {len(named)} parameters")
     if optimizer_type == "muon":
+        for group in groups:
+            group["lr_scale"] = 1.0 if group["muon"] else BESIDE_MUON
         return Muon(groups, lr=learning_rate, dtype=torch.float32 if dtype == torch.float16 else dtype)
     kind = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[optimizer_type]
     return kind(groups, lr=learning_rate, betas=(0.9, 0.95), eps=1e-8, fused=True)

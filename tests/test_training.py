@@ -208,8 +208,8 @@ def test_only_the_newest_checkpoints_are_kept(flags, tmp_path):
 
 
 def test_accumulation_equals_the_large_batch(flags, tmp_path):
-    train(flags(batch_size=8, out_dir=tmp_path / "large"))
-    train(flags(batch_size=2, accumulation_steps=4, out_dir=tmp_path / "small"))
+    train(flags(dtype="float32", batch_size=8, out_dir=tmp_path / "large"))
+    train(flags(dtype="float32", batch_size=2, accumulation_steps=4, out_dir=tmp_path / "small"))
     for (_, large), (_, small) in zip(losses(tmp_path / "large"), losses(tmp_path / "small"), strict=True):
         assert small == pytest.approx(large, abs=1e-5)
 
