@@ -5,18 +5,20 @@ From top to bottom: what can be set (GenerationConfig), the loop (`decode`: toke
 """
 
 import contextlib
+import itertools
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from model.chat_template import render_template
 from model.checkpoint import load_weights
-from model.detokenize import new_detokenizer
+from model.detokenize import Text, new_detokenizer
 from model.errors import InputError
 from model.kv_cache import KVCache
 from model.model import Transformer
@@ -65,6 +67,8 @@ class GenerationConfig:
     presence_penalty: float = 0.0  # 0: off; of what the output holds, not the prompt
     frequency_penalty: float = 0.0  # 0: off; times the tokens' number in the output
     no_repeat_ngram_size: int = 0  # 0: off
+    stop_strings: Sequence[str] = ()  # the text ends before any of these
+    max_repeats: int = 0  # 0: off; the text ends once its last tokens are one passage so many times
     logit_bias: dict[int, float] | None = None  # added to the logits of these ids; -inf bans one
     use_cache: bool = True  # False recomputes the whole sequence for each token: slow, to compare with
     seed: int | None = None  # equal seeds give equal text; None: different each time
@@ -119,6 +123,7 @@ def generation_problems(config: GenerationConfig) -> list[str]:
         )
 
     seed, penalty, bias, most = config.seed, config.repetition_penalty, config.logit_bias, config.max_new_tokens
+    stops = config.stop_strings
     accepted = {  # setting: (is it usable, what would be)
         "do_sample": (type(config.do_sample) is bool, "true or false"),
         "temperature": (number(config.temperature) and config.temperature >= 0, "a number from 0 (greedy) up"),
@@ -133,6 +138,14 @@ def generation_problems(config: GenerationConfig) -> list[str]:
         ),
         "presence_penalty": (number(config.presence_penalty), "a number (0: off)"),
         "frequency_penalty": (number(config.frequency_penalty), "a number (0: off)"),
+        "stop_strings": (
+            type(stops) in (list, tuple) and all(type(stop) is str and stop for stop in stops),
+            "a list of texts",
+        ),
+        "max_repeats": (
+            whole(config.max_repeats, 0) and config.max_repeats != 1,
+            "0 (off) or a whole number from 2 up",
+        ),
         "logit_bias": (bias is None or usable_bias(bias), "None or numbers by token id, -inf to ban one"),
         "no_repeat_ngram_size": (whole(config.no_repeat_ngram_size, 0), "a whole number from 0 (off) up"),
         "use_cache": (type(config.use_cache) is bool, "true or false"),
@@ -148,71 +161,131 @@ def generation_problems(config: GenerationConfig) -> list[str]:
 # ---------------------------------------------------------------------------------------------------------- the loop
 
 
+@dataclass(slots=True)
+class Row:
+    """A text in the making: one of the rows that a step of the model continues."""
+
+    number: int  # of its prompt
+    length: int  # tokens that it has, and
+    start: int  # those of its prompt
+    limit: int  # at which it ends
+    generator: torch.Generator | None  # None: greedy
+    end: str | None = None  # why it ended: "eos", "length" or "stopped"
+
+
+class Event(NamedTuple):
+    """What happened to the text of prompt `number`: a token was chosen, or it ended, or both."""
+
+    number: int
+    token: int | None  # None: the end, which is no part of the text
+    end: str | None  # as in Row; None: it goes on
+
+
 @torch.inference_mode()
 def decode(
-    model: Transformer, prompts: Sequence[Sequence[int]], config: GenerationConfig, eos_id: int
-) -> Iterator[list[int | None]]:
-    """Continue B prompts (ids, each of 1 to max_seq_len - 1 tokens); each step yields the next id of every row.
+    model: Transformer,
+    prompts: Iterable[Sequence[int]],
+    config: GenerationConfig,
+    eos_ids: Sequence[int],
+    rows_at_once: int = 1,
+    stopped: Container[int] = (),
+) -> Iterator[Event]:
+    """Continue any number of prompts (ids, each of 1 to max_seq_len - 1 tokens); one that ends makes room for the next.
 
-    None stands for a row that has ended: at eos (which is not yielded), after `max_new_tokens`, or where its text
-    fills the context. A row's ids are those that its prompt gets alone, up to float rounding.
+    A text ends at an eos, after `max_new_tokens`, where it fills the context, or once the caller has put its number
+    into `stopped`. It is the text that its prompt gets alone, up to float rounding.
+
+    Args:
+        rows_at_once: texts that are continued together.
     """
     device, context = model.tok_embeddings.weight.device, model.config.max_seq_len
-    lengths = [len(prompt) for prompt in prompts]
-    length = start = max(lengths)  # where all prompts end, and their output begins
-    limits = [min(config.max_new_tokens, context - own) for own in lengths]
-    processors = config.processors([eos_id])
-    generators = None if config.greedy else [new_generator(config.seed, device) for _ in prompts]
-
-    capacity = length + max(limits)
-    tokens = torch.full((len(prompts), capacity), PADDING, device=device)  # [B, capacity], each prompt ends at `length`
-    for row, prompt in enumerate(prompts):
-        tokens[row, length - len(prompt) : length] = torch.tensor(prompt, device=device)
-    padding = None
-    if min(lengths) < length:
-        padding = torch.tensor([length - own for own in lengths], device=device)  # [B]
-
-    cache, logits = prefill(model, tokens[:, :length], padding, capacity)  # logits float32 [B, V]
-    if not logits.isfinite().all():
-        raise InputError("the weights give logits that are not finite: the training diverged, or the file is damaged")
-    ended = [False] * len(prompts)
-    for step in range(max(limits)):
-        for process in processors:
-            logits = process(logits, tokens[:, :length], tokens[:, start:length])
-        chosen = sample(logits, generators)  # [B]
-
-        ids = chosen.tolist()
-        ended = [done or own == eos_id or step >= limit for done, own, limit in zip(ended, ids, limits, strict=True)]
-        yield [None if done else own for done, own in zip(ended, ids, strict=True)]
-        if all(ended) or step + 1 == max(limits):
+    processors = config.processors(eos_ids)
+    cache = KVCache(model.config, rows_at_once, context, device=device, dtype=model.tok_embeddings.weight.dtype)
+    texts = torch.full((rows_at_once, context), PADDING, device=device)  # prompts and outputs, as far as they are
+    waiting, rows = enumerate(prompts), []
+    while True:
+        going_on = len(rows)
+        for number, prompt in itertools.islice(waiting, rows_at_once - going_on):
+            generator = None if config.greedy else new_generator(config.seed, device)
+            limit = min(context, len(prompt) + config.max_new_tokens)
+            texts[len(rows)] = PADDING
+            texts[len(rows), : len(prompt)] = torch.tensor(prompt, device=device)
+            rows.append(Row(number, len(prompt), len(prompt), limit, generator))
+        if not rows:
             return
 
-        tokens[:, length] = chosen
-        length += 1
-        if padding is not None:  # an ended row stands still: its positions must not run past the context
-            padding += torch.tensor(ended, device=device)
-        if config.use_cache:
-            logits = decode_one_token(model, chosen, cache)
-        else:
-            cache, logits = prefill(model, tokens[:, :length], padding, capacity)
+        if not config.use_cache:
+            going_on = 0  # all of them are read anew
+        logits = [read_last(model, cache, rows[:going_on], texts)] if going_on else []
+        if going_on < len(rows):
+            logits.append(read_texts(model, cache, rows, going_on, texts))
+        logits = torch.cat(logits)  # float32 [rows, V]
+        if not logits.isfinite().all():
+            raise InputError(
+                "the weights give logits that are not finite: the training diverged, or the file is damaged"
+            )
+        if processors:
+            tokens, output = written(rows, texts)
+            for process in processors:
+                logits = process(logits, tokens, output)
+        chosen = sample(logits, None if config.greedy else [row.generator for row in rows])  # [rows]
+
+        texts[list(range(len(rows))), [row.length for row in rows]] = chosen
+        for row, token in zip(rows, chosen.tolist(), strict=True):
+            row.length += 1
+            if token in eos_ids:
+                row.end = "eos"
+            elif row.length == row.limit:
+                row.end = "length"
+            yield Event(row.number, None if row.end == "eos" else token, row.end)
+            if row.end is None and row.number in stopped:
+                row.end = "stopped"
+        drop_ended(rows, cache, texts)
 
 
-def prefill(model: Transformer, tokens: Tensor, padding: Tensor | None, capacity: int) -> tuple[KVCache, Tensor]:
-    """Read whole prompts: tokens int64 [B, T], PADDING on the left -> their cache, next-token logits [B, V]."""
-    weight = model.tok_embeddings.weight
-    cache = KVCache(model.config, tokens.shape[0], capacity, padding=padding, device=weight.device, dtype=weight.dtype)
-    return cache, next_token_logits(model, tokens.clamp(min=0), cache)  # any id will do where the cache masks it
+def read_texts(model: Transformer, cache: KVCache, rows: list[Row], begin: int, texts: Tensor) -> Tensor:
+    """Read the texts of rows from `begin` on into their part of the cache -> next-token logits, float32 [rows, V].
+
+    Shorter ones are padded on the right, where causal attention keeps what is read from being seen.
+    """
+    new = rows[begin:]
+    lengths = [row.length for row in new]
+    part = cache.part(begin, len(rows))
+    part.lengths = [0] * len(new)
+    hidden = model.hidden_states(texts[begin : len(rows), : max(lengths)].clamp(min=0), part)  # [rows, T, dim]
+    cache.lengths[begin : len(rows)] = lengths
+    last = hidden[list(range(len(new))), [length - 1 for length in lengths]]
+    return model.output(last).float()  # the output layer is the widest: only where it is needed
 
 
-def decode_one_token(model: Transformer, tokens: Tensor, cache: KVCache) -> Tensor:
-    """Read one more token of each row: tokens int64 [B] -> next-token logits [B, V]."""
-    return next_token_logits(model, tokens[:, None], cache)
+def read_last(model: Transformer, cache: KVCache, rows: list[Row], texts: Tensor) -> Tensor:
+    """Read the newest token of the first rows -> next-token logits, float32 [rows, V]."""
+    part = cache.part(0, len(rows))
+    tokens = texts[list(range(len(rows))), [row.length - 1 for row in rows]]
+    hidden = model.hidden_states(tokens[:, None], part)  # [rows, 1, dim]
+    cache.lengths[: len(rows)] = part.lengths
+    return model.output(hidden[:, 0]).float()
 
 
-def next_token_logits(model: Transformer, tokens: Tensor, cache: KVCache) -> Tensor:
-    """tokens int64 [B, T] -> logits of the token after the last, float32 [B, V]."""
-    hidden = model.hidden_states(tokens, cache)  # [B, T, dim]
-    return model.output(hidden[:, -1]).float()  # the output layer is the widest: only where it is needed
+def written(rows: list[Row], texts: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows' texts and their output alone, int64 [rows, T] each: the newest token last, PADDING before the first."""
+    lengths = torch.tensor([row.length for row in rows], device=texts.device)[:, None]
+    starts = torch.tensor([row.start for row in rows], device=texts.device)[:, None]
+    longest = max(row.length for row in rows)
+    positions = torch.arange(longest, device=texts.device) + (lengths - longest)  # [rows, T], below 0: no token
+    tokens = texts[: len(rows)].gather(1, positions.clamp(min=0)).where(positions >= 0, PADDING)
+    return tokens, tokens.where(positions >= starts, PADDING)
+
+
+def drop_ended(rows: list[Row], cache: KVCache, texts: Tensor) -> None:
+    """Take the rows that ended out of the list; the last ones move into their places, in all three."""
+    for place in reversed(range(len(rows))):
+        if rows[place].end is not None:
+            last = rows.pop()
+            if place < len(rows):
+                rows[place] = last
+                cache.move(len(rows), place)
+                texts[place] = texts[len(rows)]
 
 
 def new_generator(seed: int | None, device: torch.device) -> torch.Generator:
@@ -262,7 +335,7 @@ class TextGenerator:
         Raises:
             InputError: the prompt is longer than the context less one token.
         """
-        return self._complete([self.encode_prompt(prompt)], config, _emitter(stream, callback))[0]
+        return self._generate(self.encode_prompt(prompt), config, _emitter(stream, callback))
 
     def batch_generate(
         self, prompts: Sequence[str], config: GenerationConfig | None = None, batch_size: int = BATCH_SIZE
@@ -279,9 +352,9 @@ class TextGenerator:
         if isinstance(prompts, str):
             raise InputError("batch_generate takes a list of prompts; use generate for a single one")
         encoded = [self.encode_prompt(prompt) for prompt in prompts]
-        results: list[str] = []
-        for start in range(0, len(encoded), batch_size):
-            results += self._complete(encoded[start : start + batch_size], config)
+        results = [""] * len(encoded)
+        for number, piece, _ in self.pieces(encoded, config, max(1, min(batch_size, len(encoded)))):
+            results[number] += piece
         return results
 
     def chat(
@@ -301,7 +374,21 @@ class TextGenerator:
                 longer than the context.
         """
         ids = self.encode_chat(self.fit_history(history, config))
-        return self._complete([ids], config, _emitter(stream, callback))[0]
+        return self._generate(ids, config, _emitter(stream, callback))
+
+    def stream(self, prompt: str, config: GenerationConfig | None = None) -> Iterator[str]:
+        """The pieces of `generate`'s text, one after another: `for piece in generator.stream("春风")`."""
+        ids = self.encode_prompt(prompt)  # what is wrong with the prompt is said now, not at the first piece
+        return (piece for _, piece, _ in self.pieces([ids], config) if piece)
+
+    def _generate(self, ids: list[int], config: GenerationConfig | None, emit: Callable[[str], None] | None) -> str:
+        whole = []
+        for _, piece, _ in self.pieces([ids], config):
+            if piece:
+                whole.append(piece)
+                if emit is not None:
+                    emit(piece)
+        return "".join(whole)
 
     def fit_history(
         self, history: Sequence[dict[str, str]], config: GenerationConfig | None = None
@@ -355,30 +442,30 @@ class TextGenerator:
             ids = self._encode_template(self._render(history))
         return self._fitting("chat", ids) if check else ids
 
-    def _complete(
-        self,
-        prompts: Sequence[list[int]],
-        config: GenerationConfig | None,
-        emit: Callable[[str], None] | None = None,
-    ) -> list[str]:
-        """Texts that follow the prompts' ids; `emit`, for a single prompt, gets each piece as it comes."""
-        pieces: list[list[str]] = [[] for _ in prompts]
-        detokenizers = [new_detokenizer(self.tokenizer, prompt) for prompt in prompts]
+    def pieces(
+        self, prompts: Iterable[Sequence[int]], config: GenerationConfig | None, rows_at_once: int = 1
+    ) -> Iterator[tuple[int, str, str | None]]:
+        """Continue prompts' ids, as `decode` does, in text.
 
-        def add(row: int, piece: str) -> None:
-            if piece:
-                pieces[row].append(piece)
-                if emit is not None:
-                    emit(piece)
+        Yields:
+            a prompt's number, the next piece of its text, which can be "", and with the last piece why it ended: "eos",
+            "length", "stop_string" or "repeats". The pieces of a text follow each other; those of different texts mix.
+        """
+        config, started, stopped = config or GenerationConfig(), {}, set()
+
+        def known() -> Iterator[Sequence[int]]:
+            for number, prompt in enumerate(prompts):
+                started[number] = Text(new_detokenizer(self.tokenizer, prompt), config.stop_strings, config.max_repeats)
+                yield prompt
 
         with evaluation_mode(self.model):
-            for step in decode(self.model, prompts, config or GenerationConfig(), self.tokenizer.eos_token_id):
-                for row, index in enumerate(step):
-                    if index is not None:
-                        add(row, detokenizers[row].push(index))
-        for row, detokenizer in enumerate(detokenizers):
-            add(row, detokenizer.flush())
-        return ["".join(own) for own in pieces]
+            for event in decode(self.model, known(), config, [self.tokenizer.eos_token_id], rows_at_once, stopped):
+                text = started[event.number]
+                piece, end = text.add(event.token, event.end)
+                yield event.number, piece, end
+                if end is not None:
+                    stopped.add(event.number)
+                    del started[event.number]
 
     def _fitting(self, what: str, ids: list[int]) -> list[int]:
         context = self.model.config.max_seq_len

@@ -132,7 +132,7 @@ def test_draws_follow_the_probabilities():
 
 
 def ids_of(model, prompt, config, eos_id=2):
-    return [step[0] for step in decode(model, [prompt], config, eos_id) if step[0] is not None]
+    return [event.token for event in decode(model, [prompt], config, [eos_id]) if event.token is not None]
 
 
 @pytest.mark.parametrize(("penalty", "ngram"), [(1.0, 0), (1.3, 0), (1.2, 3)])
