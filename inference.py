@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from model.errors import InputError
-from optimized_inference import BATCH_SIZE, DTYPES, GenerationConfig, TextGenerator, load_generator
+from optimized_inference import DTYPES, GenerationConfig, TextGenerator, load_generator
 from utils import CommandParser, run_command, say, true_or_false
 
 DEFAULT_PROMPT = "中国"
@@ -42,7 +42,7 @@ def main() -> None:
     prompts = read_prompts(Path(arguments.batch_file)) if arguments.batch_file is not None else []
     generator = load_generator(arguments.model_path, arguments.tokenizer_path, arguments.device, arguments.dtype)
     if arguments.batch_file is not None:
-        run_batch(generator, config, prompts, arguments.batch_file, arguments.output_file)
+        run_batch(generator, config, prompts, arguments)
     elif arguments.interactive:
         run_interactive(generator, config)
     else:
@@ -62,6 +62,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         raise InputError(f"{' and '.join(modes)} exclude each other: one mode at a time")
     if arguments.output_file is not None and arguments.batch_file is None:
         raise InputError("--output_file is for the results of --batch_file")
+    if arguments.resume and arguments.output_file is None:
+        raise InputError("--resume goes on with the --output_file of a batch that was cut off")
     if not modes and sys.stdin is not None and sys.stdin.isatty():
         arguments.interactive = True
     elif not modes:
@@ -84,6 +86,7 @@ def build_parser() -> argparse.ArgumentParser:
     files.add_argument("--model_path", metavar="FILE", help="weights or a checkpoint (default: the newest under out/)")
     files.add_argument("--tokenizer_path", metavar="FOLDER", help="default: the one the weights were trained with")
     files.add_argument("--output_file", metavar="FILE", help="write the results of --batch_file here too, as JSONL")
+    files.add_argument("--resume", action="store_true", help="keep what --output_file has, and go on behind it")
     files.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: the fastest there is)")
     files.add_argument("--dtype", choices=DTYPES, help="of the weights in memory (default: float32)")
 
@@ -154,28 +157,59 @@ def read_prompts(path: Path) -> list[tuple[int, str]]:
 
 
 def run_batch(
-    generator: TextGenerator, config: GenerationConfig, prompts: list[tuple[int, str]], source: str, output: str | None
+    generator: TextGenerator, config: GenerationConfig, prompts: list[tuple[int, str]], arguments: argparse.Namespace
 ) -> None:
-    """Print each prompt and its continuation, a group at a time, so that a long run shows what it has."""
+    """Print each prompt and its continuation, and write them to the output file, as soon as they are done."""
+    encoded = []
     for number, prompt in prompts:  # all of them before the first is generated
         try:
-            generator.encode_prompt(prompt)
+            encoded.append(generator.encode_prompt(prompt))
         except InputError as error:
-            raise InputError(f"{source}, line {number}: {error}") from error
+            raise InputError(f"{arguments.batch_file}, line {number}: {error}") from error
+    done = 0
     with contextlib.ExitStack() as stack:
         file = None
-        if output is not None:
+        if arguments.output_file is not None:
+            path = Path(arguments.output_file)
             try:
-                file = stack.enter_context(open(output, "w", encoding="utf-8", newline="\n"))
+                done, end = finished_results(path, prompts) if arguments.resume and path.exists() else (0, 0)
+                file = stack.enter_context(open(path, "ab"))
+                file.truncate(end)
             except OSError as error:
-                raise InputError(f"output_file: {output} cannot be written ({error.strerror})") from error
-        for start in range(0, len(prompts), BATCH_SIZE):
-            group = [prompt for _, prompt in prompts[start : start + BATCH_SIZE]]
-            for n, (prompt, text) in enumerate(zip(group, generator.batch_generate(group, config), strict=True)):
-                print(printable(f"[{start + n + 1}] {prompt}\n{prompt}{text}\n"), flush=True)
-                if file is not None:
-                    file.write(json.dumps({"prompt": prompt, "text": text}, ensure_ascii=False) + "\n")
-                    file.flush()
+                raise InputError(f"output_file: {path} cannot be written ({error.strerror})") from error
+        if done:
+            say(f"{done} of {len(prompts)} results are in {arguments.output_file} already")
+        texts = generator.completions(encoded[done:], config)
+        for number, ((_, prompt), text) in enumerate(zip(prompts[done:], texts, strict=True), done + 1):
+            print(printable(f"[{number}] {prompt}\n{prompt}{text}\n"), flush=True)
+            if file is not None:
+                file.write(json.dumps({"prompt": prompt, "text": text}, ensure_ascii=False).encode() + b"\n")
+                file.flush()
+
+
+def finished_results(path: Path, prompts: list[tuple[int, str]]) -> tuple[int, int]:
+    """How many results a batch wrote before it was cut off, and where the last of them ends in the file, in bytes.
+
+    Raises:
+        InputError: they are no results of these prompts.
+    """
+    count = end = 0
+    for line in path.read_bytes().splitlines(keepends=True):
+        if not line.endswith(b"\n"):  # cut off within it
+            break
+        try:
+            written = json.loads(line)["prompt"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(
+                f"output_file: line {count + 1} of {path} is no result of a batch; give another file"
+            ) from error
+        if count == len(prompts) or written != prompts[count][1]:
+            raise InputError(
+                f"output_file: line {count + 1} of {path} is a result of another prompt than line {count + 1} of the"
+                " batch; give another file, or leave --resume away to write it anew"
+            )
+        count, end = count + 1, end + len(line)
+    return count, end
 
 
 def run_interactive(generator: TextGenerator, config: GenerationConfig) -> None:

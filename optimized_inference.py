@@ -8,6 +8,7 @@ import contextlib
 import itertools
 import math
 import re
+from collections import defaultdict
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -352,10 +353,21 @@ class TextGenerator:
         if isinstance(prompts, str):
             raise InputError("batch_generate takes a list of prompts; use generate for a single one")
         encoded = [self.encode_prompt(prompt) for prompt in prompts]
-        results = [""] * len(encoded)
-        for number, piece, _ in self.pieces(encoded, config, max(1, min(batch_size, len(encoded)))):
-            results[number] += piece
-        return results
+        return list(self.completions(encoded, config, batch_size))
+
+    def completions(
+        self, prompts: Sequence[Sequence[int]], config: GenerationConfig | None = None, batch_size: int = BATCH_SIZE
+    ) -> Iterator[str]:
+        """The texts that follow prompts' ids, in their order, each as soon as it and those before it are done."""
+        texts, done, next_one = defaultdict(str), set(), 0
+        for number, piece, end in self.pieces(prompts, config, max(1, min(batch_size, len(prompts)))):
+            texts[number] += piece
+            if end is not None:
+                done.add(number)
+            while next_one in done:
+                done.remove(next_one)
+                yield texts.pop(next_one)
+                next_one += 1
 
     def chat(
         self,

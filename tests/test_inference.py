@@ -1,5 +1,6 @@
 """Generating text as a user does: the Python calls of the guide, then inference.py itself as a command."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -11,6 +12,7 @@ from conftest import CHAT_TEMPLATE, ROOT, random_model
 
 import inference
 from model.checkpoint import Weights, load_weights, save_weights
+from model.detokenize import repeats
 from model.errors import InputError
 from model.LMConfig import LMConfig
 from model.tokenization import encode_texts, tokenizer_sha256
@@ -47,6 +49,44 @@ def test_a_batch_gives_what_single_prompts_give(generator, config):
     assert generator.batch_generate(PROMPTS, config) == alone
     assert generator.batch_generate(PROMPTS, config, batch_size=2) == alone
     assert len(set(alone)) == len(PROMPTS)
+
+
+def test_texts_that_end_early_make_room_for_the_next(generator):
+    """More prompts than rows, of other lengths, some of which end at once: each is what it is alone, in its place."""
+    prompts = [text[:length] for length in (1, 9, 3) for text in ("春风又绿江南岸水", "却说曹操引军而去不", "长江")]
+    config = GenerationConfig(do_sample=False, max_new_tokens=25, stop_strings=["a", "s"])
+    alone = [generator.generate(prompt, config) for prompt in prompts]
+    assert len({len(text) for text in alone}) > 3  # they end at different steps
+    for rows in (1, 2, 4, 99):
+        assert generator.batch_generate(prompts, config, batch_size=rows) == alone
+
+
+def test_a_stop_string_ends_the_text_before_it_and_is_never_shown_in_part(generator):
+    whole = generator.generate("中国", GREEDY)
+    for begin in range(1, len(whole) - 3, 3):
+        stop = whole[begin : begin + 3]
+        config = GenerationConfig(do_sample=False, max_new_tokens=30, stop_strings=["nowhere", stop])
+        pieces = list(generator.stream("中国", config))
+        assert "".join(pieces) == whole[: whole.index(stop)]
+
+
+def test_a_text_that_repeats_itself_can_end(generator, tokenizer):
+    (index,) = encode_texts(tokenizer, ["a"])[0]
+    endless = GenerationConfig(do_sample=False, logit_bias={index: 1e4}, max_new_tokens=100)
+    assert generator.generate("中国", endless) == "a" * 100
+    assert generator.generate("中国", dataclasses.replace(endless, max_repeats=4)) == "a" * 4
+
+
+@pytest.mark.parametrize(
+    ("ids", "times", "expected"),
+    [
+        ([], 2, False), ([5], 2, False), ([5, 5], 2, True), ([5, 5], 3, False), ([1, 2, 3, 1, 2, 3], 2, True),
+        ([9, 1, 2, 1, 2, 1, 2], 3, True), ([1, 2, 1, 2, 1], 3, False), ([1, 1, 2], 2, False),
+        (list(range(64)) * 2, 2, True), (list(range(65)) * 2, 2, False),
+    ],
+)  # fmt: skip
+def test_repeats_are_whole_passages_at_the_end(ids, times, expected):
+    assert repeats(ids, times) == expected
 
 
 def test_rows_that_fill_the_context_stop_and_the_others_go_on(generator):
@@ -381,6 +421,27 @@ def test_a_file_of_prompts_gives_each_its_single_result(in_run_folder, tiny_mode
     ]
 
 
+def test_a_batch_that_was_cut_off_goes_on_and_ends_with_the_same_file(in_run_folder, monkeypatch, capsys):
+    (in_run_folder / "prompts.txt").write_text("\n".join(["中国", "长江", "你好", "春风"]), encoding="utf-8")
+    results = in_run_folder / "results.jsonl"
+    flags = ["--batch_file", "prompts.txt", "--output_file", "results.jsonl", "--seed", "3", "--max_new_tokens", "12"]
+    monkeypatch.setattr(sys, "argv", ["inference.py", *flags])
+    inference.main()
+    whole = results.read_bytes()
+    second_line = whole.index(b"\n") + 1
+    for cut in (0, 5, second_line, second_line + 7, len(whole) - 1, len(whole)):
+        results.write_bytes(whole[:cut])
+        monkeypatch.setattr(sys, "argv", ["inference.py", *flags, "--resume"])
+        inference.main()
+        assert results.read_bytes() == whole
+    assert "4 of 4 results are in results.jsonl already" in capsys.readouterr().err
+
+    (in_run_folder / "prompts.txt").write_text("中国\n黄河\n你好\n春风", encoding="utf-8")
+    with pytest.raises(InputError, match="line 2 of results.jsonl is a result of another prompt"):
+        inference.main()
+    assert results.read_bytes() == whole
+
+
 def test_bad_input_ends_the_command_with_one_line_and_code_2(run_folder):
     result = run(run_folder, "--tempreture", "0.8")
 
@@ -400,6 +461,7 @@ def test_bad_input_ends_the_command_with_one_line_and_code_2(run_folder):
         (["--batch_file", "latin.txt"], r"batch_file: latin.txt is not UTF-8 \(line 2\)"),
         (["--batch_file", "long.txt"], "long.txt, line 3: the prompt has"),
         (["--batch_file", "ok.txt", "--output_file", "none/results.jsonl"], "output_file: .* cannot be written"),
+        (["--batch_file", "ok.txt", "--resume"], "--resume goes on with the --output_file"),
         (["--output_file", "results.jsonl"], "--output_file is for the results of --batch_file"),
         (["--interactive", "--batch_file", "ok.txt"], "--batch_file and --interactive exclude each other"),
         (["--prompt", "a", "--interactive"], "--prompt and --interactive exclude each other"),
