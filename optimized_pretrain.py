@@ -28,7 +28,7 @@ from model.divergence import difference_of_weights, fault_of_step, remember, wei
 from model.errors import ProcessLost, TrainingDiverged
 from model.evaluation import bits_per_byte, validation_sums
 from model.model import Transformer
-from model.optim import build_ema, build_optimizer, optimizer_bytes, plan_schedule
+from model.optim import build_ema, build_optimizer, momentum_at, optimizer_bytes, plan_schedule
 from model.resume import checkpoint_to_go_on_from, environment
 from model.run_files import RunFiles
 from model.run_folder import RunSpace, check_space, step_checkpoint, write_config
@@ -269,6 +269,8 @@ class Trainer:
         self.lr = self.schedule.at(progress.step)
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr
+            if "momentum" in group:
+                group["momentum"] = momentum_at(progress.step)
 
         loss_sum = torch.zeros((), device=self.device)
         for micro in range(t.accumulation_steps):

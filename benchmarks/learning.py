@@ -35,7 +35,7 @@ RECIPES = {  # name: settings, and the shares of --tokens that it is trained wit
     "adamw 2e-3": (ADAMW | {"learning_rate": 2e-3}, (1.0,)),
     "adamw 4e-3": (ADAMW | {"learning_rate": 4e-3}, (1.0,)),
     "ours": (
-        {"optimizer_type": "muon", "learning_rate": 5e-3, "lr_scheduler": "linear", "min_lr": 0.0, "batch_size": 8},
+        {"optimizer_type": "muon", "learning_rate": 5e-3, "lr_scheduler": "linear", "batch_size": 8},
         (0.1, 0.3, 0.5, 1.0),
     ),
 }

@@ -12,6 +12,7 @@ from model.muon import Muon
 from model.settings import TrainingSettings
 
 BESIDE_MUON = 6.0  # times the learning rate: AdamW's for the embedding and the norms (benchmarks/RESULTS.md)
+FIRST_MOMENTUM, MOMENTUM, MOMENTUM_STEPS = 0.85, 0.95, 300  # of Muon, in the first step and after so many
 DECAY_SHARE = 0.5  # of a run's steps after the warm-up: "wsd" stays at the highest rate before them
 
 
@@ -85,6 +86,11 @@ class Schedule:
             "wsd": min(1.0, (1 - progress) / DECAY_SHARE),  # warm-up, stable, decay (Hu et al., 2024)
         }[self.lr_scheduler]
         return self.min_lr + (self.learning_rate - self.min_lr) * remaining
+
+
+def momentum_at(step: int) -> float:
+    """Muon's momentum in a step, counted from 0: it rises, as in modded-nanogpt, while gradients change fast."""
+    return FIRST_MOMENTUM + (MOMENTUM - FIRST_MOMENTUM) * min(1.0, step / MOMENTUM_STEPS)
 
 
 def plan_schedule(training: TrainingSettings, total_steps: int) -> Schedule:

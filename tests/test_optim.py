@@ -8,7 +8,7 @@ import torch
 from model.LMConfig import LMConfig
 from model.model import Transformer
 from model.muon import orthogonalized
-from model.optim import Schedule, build_ema, build_optimizer
+from model.optim import Schedule, build_ema, build_optimizer, momentum_at
 
 CONFIG = LMConfig(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=64, max_seq_len=16)
 SCHEDULE = {"total_steps": 100, "warmup_steps": 10, "learning_rate": 1.0, "min_lr": 0.1}
@@ -97,6 +97,10 @@ def test_a_step_of_muon_is_the_papers():
     assert sum(p.numel() for g in optimizer.param_groups for p in g["params"]) == sum(
         p.numel() for p in ours.parameters()
     )
+
+
+def test_muons_momentum_rises_and_stays():
+    assert [momentum_at(step) for step in (0, 150, 300, 10_000)] == pytest.approx([0.85, 0.90, 0.95, 0.95])
 
 
 def test_wsd_stays_and_then_falls_to_the_end():

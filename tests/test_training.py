@@ -21,6 +21,7 @@ from model.archive import load_torch
 from model.dataset import IGNORE_INDEX, PretrainDataset
 from model.errors import InputError, TrainingDiverged
 from model.manifest import Manifest, file_sha256, write_manifest
+from model.optim import momentum_at
 from model.settings import build_settings
 from model.tokenization import encode_texts, load_tokenizer, tokenizer_sha256
 from optimized_pretrain import Trainer
@@ -205,6 +206,11 @@ def test_only_the_newest_checkpoints_are_kept(flags, tmp_path):
 
 
 # ------------------------------------------------------------------------------------------- what a step computes
+
+
+def test_the_steps_set_muons_momentum(flags):
+    trainer = train(flags(optimizer_type="muon", max_steps=3))
+    assert [group["momentum"] for group in trainer.optimizer.param_groups] == [momentum_at(2)] * 3
 
 
 def test_accumulation_equals_the_large_batch(flags, tmp_path):
