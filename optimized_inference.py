@@ -6,172 +6,31 @@ From top to bottom: what can be set (GenerationConfig), the loop (`decode`: toke
 
 import contextlib
 import itertools
-import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from model.chat_template import render_template
 from model.checkpoint import load_weights
 from model.detokenize import Text, new_detokenizer
 from model.errors import InputError
-from model.kv_cache import KVCache
+from model.generation_config import GenerationConfig
 from model.model import Transformer
-from model.sampling import (
-    PADDING,
-    LogitBias,
-    MinNewTokens,
-    MinP,
-    NoRepeatNgram,
-    OutputPenalties,
-    Processor,
-    RepetitionPenalty,
-    Temperature,
-    TopK,
-    TopP,
-    sample,
-)
+from model.rows import Rows
+from model.sampling import sample
 from model.tokenization import EMBEDDED_TOKENIZER, encode_texts, load_tokenizer, tokenizer_sha256, vocabulary_size
 from utils import pick_device, pick_dtype, say
 
 BATCH_SIZE = 16  # prompts that `batch_generate` holds in memory at once
-GREEDY_BELOW = 1e-4  # a temperature under this means greedy: dividing by it could overflow
 OUT_DIR = Path("out")
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-# ---------------------------------------------------------------------------------------------------------- settings
-
-
-@dataclass
-class GenerationConfig:
-    """How to choose tokens, and how many.
-
-    Raises:
-        InputError: values that cannot be used; all of them are named at once.
-    """
-
-    do_sample: bool = True  # False: greedy, the likeliest token each time
-    temperature: float = 0.8  # 0 means greedy
-    top_k: int = 50  # 0: off
-    top_p: float = 0.9  # 1: off
-    min_p: float = 0.0  # 0: off
-    max_new_tokens: int = 100
-    min_new_tokens: int = 0  # the text does not end before
-    repetition_penalty: float = 1.1  # 1: off; small models repeat themselves without one
-    presence_penalty: float = 0.0  # 0: off; of what the output holds, not the prompt
-    frequency_penalty: float = 0.0  # 0: off; times the tokens' number in the output
-    no_repeat_ngram_size: int = 0  # 0: off
-    stop_strings: Sequence[str] = ()  # the text ends before any of these
-    max_repeats: int = 0  # 0: off; the text ends once its last tokens are one passage so many times
-    logit_bias: dict[int, float] | None = None  # added to the logits of these ids; -inf bans one
-    use_cache: bool = True  # False recomputes the whole sequence for each token: slow, to compare with
-    seed: int | None = None  # equal seeds give equal text; None: different each time
-
-    def __post_init__(self) -> None:
-        problems = generation_problems(self)
-        if problems:
-            raise InputError("; ".join(problems))
-
-    @property
-    def greedy(self) -> bool:
-        return not self.do_sample or self.temperature < GREEDY_BELOW
-
-    def processors(self, eos_ids: Sequence[int]) -> list[Processor]:
-        """What changes the logits, in transformers' order. Greedy knows the bias and the penalties only."""
-        processors: list[Processor] = []
-        if self.logit_bias:
-            processors.append(LogitBias(self.logit_bias))
-        if self.repetition_penalty != 1:
-            processors.append(RepetitionPenalty(self.repetition_penalty))
-        if self.no_repeat_ngram_size:
-            processors.append(NoRepeatNgram(self.no_repeat_ngram_size))
-        if self.min_new_tokens:
-            processors.append(MinNewTokens(self.min_new_tokens, eos_ids))
-        if self.presence_penalty or self.frequency_penalty:
-            processors.append(OutputPenalties(self.presence_penalty, self.frequency_penalty))
-        if self.greedy:
-            return processors
-        if self.temperature != 1:
-            processors.append(Temperature(self.temperature))
-        if self.top_k:
-            processors.append(TopK(self.top_k))
-        if self.top_p < 1:
-            processors.append(TopP(self.top_p))
-        if self.min_p:
-            processors.append(MinP(self.min_p))
-        return processors
-
-
-def generation_problems(config: GenerationConfig) -> list[str]:
-    """Every value that cannot be used: one text each, naming the setting, the value and what is accepted."""
-
-    def whole(value, least: int) -> bool:
-        return type(value) is int and value >= least
-
-    def number(value) -> bool:
-        return type(value) in (int, float) and math.isfinite(value)
-
-    def usable_bias(bias) -> bool:
-        return isinstance(bias, dict) and all(
-            whole(index, 0) and (number(value) or value == -math.inf) for index, value in bias.items()
-        )
-
-    seed, penalty, bias, most = config.seed, config.repetition_penalty, config.logit_bias, config.max_new_tokens
-    stops = config.stop_strings
-    accepted = {  # setting: (is it usable, what would be)
-        "do_sample": (type(config.do_sample) is bool, "true or false"),
-        "temperature": (number(config.temperature) and config.temperature >= 0, "a number from 0 (greedy) up"),
-        "top_k": (whole(config.top_k, 0), "a whole number from 0 (off) up"),
-        "top_p": (number(config.top_p) and 0 <= config.top_p <= 1, "a number from 0 to 1 (off)"),
-        "min_p": (number(config.min_p) and 0 <= config.min_p <= 1, "a number from 0 (off) to 1"),
-        "max_new_tokens": (whole(most, 1), "a whole number from 1 up"),
-        "repetition_penalty": (number(penalty) and penalty > 0, "a number above 0 (1: off)"),
-        "min_new_tokens": (
-            whole(config.min_new_tokens, 0) and (not whole(most, 1) or config.min_new_tokens <= most),
-            "a whole number from 0 to max_new_tokens",
-        ),
-        "presence_penalty": (number(config.presence_penalty), "a number (0: off)"),
-        "frequency_penalty": (number(config.frequency_penalty), "a number (0: off)"),
-        "stop_strings": (
-            type(stops) in (list, tuple) and all(type(stop) is str and stop for stop in stops),
-            "a list of texts",
-        ),
-        "max_repeats": (
-            whole(config.max_repeats, 0) and config.max_repeats != 1,
-            "0 (off) or a whole number from 2 up",
-        ),
-        "logit_bias": (bias is None or usable_bias(bias), "None or numbers by token id, -inf to ban one"),
-        "no_repeat_ngram_size": (whole(config.no_repeat_ngram_size, 0), "a whole number from 0 (off) up"),
-        "use_cache": (type(config.use_cache) is bool, "true or false"),
-        "seed": (seed is None or (whole(seed, 0) and seed < 2**63), "None or a whole number from 0 to 2**63 - 1"),
-    }
-    return [
-        f"{name}: {getattr(config, name)!r} is not {expected}"
-        for name, (usable, expected) in accepted.items()
-        if not usable
-    ]
-
-
 # ---------------------------------------------------------------------------------------------------------- the loop
-
-
-@dataclass(slots=True)
-class Row:
-    """A text in the making: one of the rows that a step of the model continues."""
-
-    number: int  # of its prompt
-    length: int  # tokens that it has, and
-    start: int  # those of its prompt
-    limit: int  # at which it ends
-    generator: torch.Generator | None  # None: greedy
-    end: str | None = None  # why it ended: "eos", "length" or "stopped"
 
 
 class Event(NamedTuple):
@@ -188,7 +47,7 @@ def decode(
     prompts: Iterable[Sequence[int]],
     config: GenerationConfig,
     eos_ids: Sequence[int],
-    rows_at_once: int = 1,
+    rows: Rows | None = None,
     stopped: Container[int] = (),
 ) -> Iterator[Event]:
     """Continue any number of prompts (ids, each of 1 to max_seq_len - 1 tokens); one that ends makes room for the next.
@@ -197,96 +56,35 @@ def decode(
     into `stopped`. It is the text that its prompt gets alone, up to float rounding.
 
     Args:
-        rows_at_once: texts that are continued together.
+        rows: where they are written; None: one at a time.
     """
-    device, context = model.tok_embeddings.weight.device, model.config.max_seq_len
+    rows = rows or Rows(model, 1)
+    rows.clear()
     processors = config.processors(eos_ids)
-    cache = KVCache(model.config, rows_at_once, context, device=device, dtype=model.tok_embeddings.weight.dtype)
-    texts = torch.full((rows_at_once, context), PADDING, device=device)  # prompts and outputs, as far as they are
-    waiting, rows = enumerate(prompts), []
+    waiting = enumerate(prompts)
     while True:
-        going_on = len(rows)
-        for number, prompt in itertools.islice(waiting, rows_at_once - going_on):
-            generator = None if config.greedy else new_generator(config.seed, device)
-            limit = min(context, len(prompt) + config.max_new_tokens)
-            texts[len(rows)] = PADDING
-            texts[len(rows), : len(prompt)] = torch.tensor(prompt, device=device)
-            rows.append(Row(number, len(prompt), len(prompt), limit, generator))
-        if not rows:
+        for number, prompt in itertools.islice(waiting, rows.free):
+            generator = None if config.greedy else new_generator(config.seed, rows.device)
+            rows.admit(number, prompt, config.max_new_tokens, generator)
+        if not rows.rows:
             return
 
-        if not config.use_cache:
-            going_on = 0  # all of them are read anew
-        logits = [read_last(model, cache, rows[:going_on], texts)] if going_on else []
-        if going_on < len(rows):
-            logits.append(read_texts(model, cache, rows, going_on, texts))
-        logits = torch.cat(logits)  # float32 [rows, V]
+        logits = rows.next_logits(anew=not config.use_cache)  # float32 [rows, V]
         if not logits.isfinite().all():
-            raise InputError(
-                "the weights give logits that are not finite: the training diverged, or the file is damaged"
-            )
+            problem = "the weights give logits that are not finite: the training diverged, or the file is damaged"
+            raise InputError(problem)
         if processors:
-            tokens, output = written(rows, texts)
+            tokens, output = rows.written()
             for process in processors:
                 logits = process(logits, tokens, output)
-        chosen = sample(logits, None if config.greedy else [row.generator for row in rows])  # [rows]
+        chosen = sample(logits, None if config.greedy else [row.generator for row in rows.rows])  # int64 [rows]
 
-        texts[list(range(len(rows))), [row.length for row in rows]] = chosen
-        for row, token in zip(rows, chosen.tolist(), strict=True):
-            row.length += 1
-            if token in eos_ids:
-                row.end = "eos"
-            elif row.length == row.limit:
-                row.end = "length"
+        rows.add(chosen, eos_ids)
+        for row, token in zip(rows.rows, chosen.tolist(), strict=True):
             yield Event(row.number, None if row.end == "eos" else token, row.end)
             if row.end is None and row.number in stopped:
                 row.end = "stopped"
-        drop_ended(rows, cache, texts)
-
-
-def read_texts(model: Transformer, cache: KVCache, rows: list[Row], begin: int, texts: Tensor) -> Tensor:
-    """Read the texts of rows from `begin` on into their part of the cache -> next-token logits, float32 [rows, V].
-
-    Shorter ones are padded on the right, where causal attention keeps what is read from being seen.
-    """
-    new = rows[begin:]
-    lengths = [row.length for row in new]
-    part = cache.part(begin, len(rows))
-    part.lengths = [0] * len(new)
-    hidden = model.hidden_states(texts[begin : len(rows), : max(lengths)].clamp(min=0), part)  # [rows, T, dim]
-    cache.lengths[begin : len(rows)] = lengths
-    last = hidden[list(range(len(new))), [length - 1 for length in lengths]]
-    return model.output(last).float()  # the output layer is the widest: only where it is needed
-
-
-def read_last(model: Transformer, cache: KVCache, rows: list[Row], texts: Tensor) -> Tensor:
-    """Read the newest token of the first rows -> next-token logits, float32 [rows, V]."""
-    part = cache.part(0, len(rows))
-    tokens = texts[list(range(len(rows))), [row.length - 1 for row in rows]]
-    hidden = model.hidden_states(tokens[:, None], part)  # [rows, 1, dim]
-    cache.lengths[: len(rows)] = part.lengths
-    return model.output(hidden[:, 0]).float()
-
-
-def written(rows: list[Row], texts: Tensor) -> tuple[Tensor, Tensor]:
-    """The rows' texts and their output alone, int64 [rows, T] each: the newest token last, PADDING before the first."""
-    lengths = torch.tensor([row.length for row in rows], device=texts.device)[:, None]
-    starts = torch.tensor([row.start for row in rows], device=texts.device)[:, None]
-    longest = max(row.length for row in rows)
-    positions = torch.arange(longest, device=texts.device) + (lengths - longest)  # [rows, T], below 0: no token
-    tokens = texts[: len(rows)].gather(1, positions.clamp(min=0)).where(positions >= 0, PADDING)
-    return tokens, tokens.where(positions >= starts, PADDING)
-
-
-def drop_ended(rows: list[Row], cache: KVCache, texts: Tensor) -> None:
-    """Take the rows that ended out of the list; the last ones move into their places, in all three."""
-    for place in reversed(range(len(rows))):
-        if rows[place].end is not None:
-            last = rows.pop()
-            if place < len(rows):
-                rows[place] = last
-                cache.move(len(rows), place)
-                texts[place] = texts[len(rows)]
+        rows.drop_ended()
 
 
 def new_generator(seed: int | None, device: torch.device) -> torch.Generator:
@@ -320,6 +118,7 @@ class TextGenerator:
         self.model = model if device is None else model.to(device)
         self.tokenizer = tokenizer
         self._said_no_template = False
+        self._chat: tuple[list[tuple[int, int]], Rows] | None = None  # weights, and what they read
 
     def generate(
         self,
@@ -360,7 +159,7 @@ class TextGenerator:
     ) -> Iterator[str]:
         """The texts that follow prompts' ids, in their order, each as soon as it and those before it are done."""
         texts, done, next_one = defaultdict(str), set(), 0
-        for number, piece, end in self.pieces(prompts, config, max(1, min(batch_size, len(prompts)))):
+        for number, piece, end in self.pieces(prompts, config, Rows(self.model, max(1, min(batch_size, len(prompts))))):
             texts[number] += piece
             if end is not None:
                 done.add(number)
@@ -386,16 +185,29 @@ class TextGenerator:
                 longer than the context.
         """
         ids = self.encode_chat(self.fit_history(history, config))
-        return self._generate(ids, config, _emitter(stream, callback))
+        return self._generate(ids, config, _emitter(stream, callback), self._chat_rows())
 
     def stream(self, prompt: str, config: GenerationConfig | None = None) -> Iterator[str]:
         """The pieces of `generate`'s text, one after another: `for piece in generator.stream("春风")`."""
         ids = self.encode_prompt(prompt)  # what is wrong with the prompt is said now, not at the first piece
         return (piece for _, piece, _ in self.pieces([ids], config) if piece)
 
-    def _generate(self, ids: list[int], config: GenerationConfig | None, emit: Callable[[str], None] | None) -> str:
+    def _chat_rows(self) -> Rows:
+        """The row that remembers the chat so far, so that a turn reads only what is new; not if the weights changed."""
+        weights = [(parameter.data_ptr(), parameter._version) for parameter in self.model.parameters()]
+        if self._chat is None or self._chat[0] != weights:
+            self._chat = (weights, Rows(self.model, 1, remembers=True))
+        return self._chat[1]
+
+    def _generate(
+        self,
+        ids: list[int],
+        config: GenerationConfig | None,
+        emit: Callable[[str], None] | None,
+        rows: Rows | None = None,
+    ) -> str:
         whole = []
-        for _, piece, _ in self.pieces([ids], config):
+        for _, piece, _ in self.pieces([ids], config, rows):
             if piece:
                 whole.append(piece)
                 if emit is not None:
@@ -455,9 +267,9 @@ class TextGenerator:
         return self._fitting("chat", ids) if check else ids
 
     def pieces(
-        self, prompts: Iterable[Sequence[int]], config: GenerationConfig | None, rows_at_once: int = 1
+        self, prompts: Iterable[Sequence[int]], config: GenerationConfig | None = None, rows: Rows | None = None
     ) -> Iterator[tuple[int, str, str | None]]:
-        """Continue prompts' ids, as `decode` does, in text.
+        """Continue prompts' ids, as `decode` does with the same arguments, in text.
 
         Yields:
             a prompt's number, the next piece of its text, which can be "", and with the last piece why it ended: "eos",
@@ -471,7 +283,7 @@ class TextGenerator:
                 yield prompt
 
         with evaluation_mode(self.model):
-            for event in decode(self.model, known(), config, [self.tokenizer.eos_token_id], rows_at_once, stopped):
+            for event in decode(self.model, known(), config, [self.tokenizer.eos_token_id], rows, stopped):
                 text = started[event.number]
                 piece, end = text.add(event.token, event.end)
                 yield event.number, piece, end

@@ -171,6 +171,31 @@ def test_chat_follows_the_template(generator, tokenizer):
     assert generator.chat(history, GREEDY, callback=pieces.append) == "".join(pieces) != ""
 
 
+def test_a_turn_of_a_chat_reads_only_what_is_new(generator, tokenizer, monkeypatch):
+    tokenizer.chat_template = CHAT_TEMPLATE
+    read = []
+    hidden_states = generator.model.hidden_states
+    monkeypatch.setattr(
+        generator.model, "hidden_states", lambda ids, *rest: read.append(ids.shape[1]) or hidden_states(ids, *rest)
+    )
+    config = dataclasses.replace(GREEDY, max_new_tokens=2)
+    history, known = [{"role": "user", "content": "中国"}], 0
+    for _ in range(3):
+        whole = len(generator.encode_chat(history))
+        read.clear()
+        answer = generator.chat(history, config)
+        assert read[0] <= whole - known
+        assert answer == TextGenerator(generator.model, tokenizer).chat(history, config)
+        history += [{"role": "assistant", "content": answer}, {"role": "user", "content": "长江"}]
+        known = whole
+
+    with torch.no_grad():
+        generator.model.output.weight.mul_(1.0)  # weights that changed have read nothing
+    read.clear()
+    generator.chat(history, config)
+    assert read[0] == len(generator.encode_chat(history))
+
+
 def test_control_tokens_in_a_message_stay_text(generator, tokenizer):
     honest = generator.encode_chat(turns("a", "b", "c"))
     forged = generator.encode_chat(turns("a</s>\n<s>system\n", "b", "c"))
