@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 from model.errors import InputError
+from model.scoring import Score
 from optimized_inference import DTYPES, GenerationConfig, TextGenerator, load_generator
 from utils import CommandParser, run_command, say, true_or_false
 
@@ -43,6 +44,8 @@ def main() -> None:
     generator = load_generator(arguments.model_path, arguments.tokenizer_path, arguments.device, arguments.dtype)
     if arguments.batch_file is not None:
         run_batch(generator, config, prompts, arguments)
+    elif arguments.score_file is not None:
+        run_score(generator, read_texts(Path(arguments.score_file)))
     elif arguments.interactive:
         run_interactive(generator, config)
     else:
@@ -56,7 +59,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         InputError: an unknown flag, an unusable value, or flags that exclude each other.
     """
     arguments = build_parser().parse_args(argv)
-    given = {"--prompt": arguments.prompt is not None, "--batch_file": arguments.batch_file is not None}
+    given = {f"--{name}": getattr(arguments, name) is not None for name in ("prompt", "batch_file", "score_file")}
     modes = [flag for flag, used in (given | {"--interactive": arguments.interactive}).items() if used]
     if len(modes) > 1:
         raise InputError(f"{' and '.join(modes)} exclude each other: one mode at a time")
@@ -81,6 +84,10 @@ def build_parser() -> argparse.ArgumentParser:
     mode.add_argument("--prompt", metavar="TEXT", help="continue this text once")
     mode.add_argument("--interactive", action="store_true", help="chat: exit, quit or q leaves, clear forgets")
     mode.add_argument("--batch_file", metavar="FILE", help="continue each line of a UTF-8 file")
+
+    mode.add_argument(
+        "--score_file", metavar="FILE", help="how well the model predicts a UTF-8 text, or a JSONL's texts"
+    )
 
     files = parser.add_argument_group("files and machine")
     files.add_argument("--model_path", metavar="FILE", help="weights or a checkpoint (default: the newest under out/)")
@@ -136,19 +143,58 @@ def run_single(generator: TextGenerator, config: GenerationConfig, prompt: str, 
         print(printable(prompt + generator.generate(prompt, config)))
 
 
+def read_utf8(flag: str, path: Path) -> str:
+    """A text file's content.
+
+    Raises:
+        InputError: no such file, or not UTF-8; with the flag that named it.
+    """
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise InputError(f"{flag}: {path} cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise InputError(f"{flag}: {path} is not UTF-8 (line {line}); save it as UTF-8") from error
+
+
+def read_texts(path: Path) -> list[str]:
+    """The texts to score: those of a JSONL, or any other file as one.
+
+    Raises:
+        InputError: the file cannot be read, a line is no {"text": ...}, or it holds no text.
+    """
+    content = read_utf8("score_file", path)
+    texts = [content]
+    if path.suffix == ".jsonl":
+        texts = []
+        for number, line in enumerate(content.split("\n"), 1):
+            if line.strip():
+                try:
+                    texts.append(json.loads(line)["text"])
+                except (ValueError, KeyError, TypeError) as error:
+                    raise InputError(f'score_file: line {number} of {path} is no {{"text": ...}}') from error
+    if not any(texts):
+        raise InputError(f"score_file: {path} holds no text")
+    return texts
+
+
+def run_score(generator: TextGenerator, texts: list[str]) -> None:
+    """Print the loss of all texts together."""
+    score = sum((generator.score(text) for text in texts), Score())
+    print(
+        f"{len(texts):,} texts, {score.tokens:,} tokens, {score.bytes:,} bytes: loss {score.loss:.4f} nats a token,"
+        f" perplexity {score.perplexity:,.2f}, {score.bits_per_byte:.4f} bits per byte"
+    )
+
+
 def read_prompts(path: Path) -> list[tuple[int, str]]:
     """Line number and text of each line that is not blank.
 
     Raises:
         InputError: no such file, not UTF-8, or no prompt inside.
     """
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise InputError(f"batch_file: {path} cannot be read ({error.strerror})") from error
-    except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        raise InputError(f"batch_file: {path} is not UTF-8 (line {line}); save it as UTF-8") from error
+    text = read_utf8("batch_file", path)
     lines = [(number, line.rstrip("\r")) for number, line in enumerate(text.split("\n"), 1)]
     prompts = [(number, line) for number, line in lines if line.strip()]
     if not prompts:

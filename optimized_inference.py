@@ -22,6 +22,7 @@ from model.generation_config import GenerationConfig
 from model.model import Transformer
 from model.rows import Rows
 from model.sampling import sample
+from model.scoring import Score, token_losses
 from model.tokenization import EMBEDDED_TOKENIZER, encode_texts, load_tokenizer, tokenizer_sha256, vocabulary_size
 from utils import pick_device, pick_dtype, say
 
@@ -191,6 +192,13 @@ class TextGenerator:
         """The pieces of `generate`'s text, one after another: `for piece in generator.stream("春风")`."""
         ids = self.encode_prompt(prompt)  # what is wrong with the prompt is said now, not at the first piece
         return (piece for _, piece, _ in self.pieces([ids], config) if piece)
+
+    def score(self, text: str) -> Score:
+        """How well the model predicts a text of any length, as a document of its own."""
+        ids = encode_texts(self.tokenizer, [valid_text("the text", text)])[0]
+        with evaluation_mode(self.model):
+            nats = float(token_losses(self.model, [self.tokenizer.bos_token_id, *ids]).double().sum())
+        return Score(nats, len(ids), len(text.encode()))
 
     def _chat_rows(self) -> Rows:
         """The row that remembers the chat so far, so that a turn reads only what is new; not if the weights changed."""

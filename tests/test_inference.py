@@ -15,6 +15,7 @@ from model.checkpoint import Weights, load_weights, save_weights
 from model.detokenize import repeats
 from model.errors import InputError
 from model.LMConfig import LMConfig
+from model.scoring import Score, token_losses
 from model.tokenization import encode_texts, tokenizer_sha256
 from optimized_inference import GenerationConfig, TextGenerator, load_generator
 
@@ -156,6 +157,32 @@ def test_a_prompt_begins_like_a_document_and_spells_no_control_token(generator, 
 def turns(*contents):
     roles = ("user", "assistant")
     return [{"role": roles[n % 2], "content": content} for n, content in enumerate(contents)]
+
+
+def test_a_text_is_scored_as_training_scores_it(generator, tokenizer):
+    text = "春风又绿江南岸"
+    ids = torch.tensor([[tokenizer.bos_token_id, *encode_texts(tokenizer, [text])[0]]])
+    score = generator.score(text)
+    with torch.no_grad():
+        assert score.nats == pytest.approx(float(generator.model.eval()(ids[:, :-1], ids[:, 1:])), rel=1e-5)
+    assert (score.tokens, score.bytes) == (ids.shape[1] - 1, 21)
+    assert score.bits_per_byte == pytest.approx(score.nats / 21 / 0.6931472)
+    both = score + generator.score("长江")
+    assert both.bytes == 27 and both.loss == pytest.approx(both.nats / both.tokens)
+    assert generator.score("") == Score()
+
+
+@pytest.mark.parametrize("tokens", [127, 128, 129, 191, 192, 193, 300])
+def test_a_long_text_is_scored_in_windows_that_overlap(tiny_model, tokens):
+    """Each token once, seeing all before it in the first window and at least 64 tokens after that."""
+    ids = torch.randint(300, (tokens,), generator=torch.Generator().manual_seed(0))
+    losses = token_losses(tiny_model.eval(), ids.tolist())
+    assert losses.shape == (tokens - 1,)
+    for target in range(1, tokens):
+        begin = 0 if target <= 128 else 64 * (1 + (target - 129) // 64)
+        with torch.no_grad():
+            alone = tiny_model(ids[None, begin:target])[0, -1].log_softmax(-1)[ids[target]]
+        assert float(losses[target - 1]) == pytest.approx(-float(alone), abs=1e-4)
 
 
 def test_chat_follows_the_template(generator, tokenizer):
@@ -467,6 +494,18 @@ def test_a_batch_that_was_cut_off_goes_on_and_ends_with_the_same_file(in_run_fol
     assert results.read_bytes() == whole
 
 
+def test_a_file_is_scored(in_run_folder, tiny_model, tokenizer, monkeypatch, capsys):
+    texts = ["春风又绿江南岸", "长江"]
+    (in_run_folder / "a.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts), encoding="utf-8")
+    monkeypatch.setattr(sys, "argv", ["inference.py", "--score_file", "a.jsonl"])
+    inference.main()
+    score = sum((TextGenerator(tiny_model, tokenizer).score(text) for text in texts), Score())
+    assert capsys.readouterr().out == (
+        f"2 texts, {score.tokens} tokens, 27 bytes: loss {score.loss:.4f} nats a token, perplexity"
+        f" {score.perplexity:,.2f}, {score.bits_per_byte:.4f} bits per byte\n"
+    )
+
+
 def test_bad_input_ends_the_command_with_one_line_and_code_2(run_folder):
     result = run(run_folder, "--tempreture", "0.8")
 
@@ -486,6 +525,9 @@ def test_bad_input_ends_the_command_with_one_line_and_code_2(run_folder):
         (["--batch_file", "latin.txt"], r"batch_file: latin.txt is not UTF-8 \(line 2\)"),
         (["--batch_file", "long.txt"], "long.txt, line 3: the prompt has"),
         (["--batch_file", "ok.txt", "--output_file", "none/results.jsonl"], "output_file: .* cannot be written"),
+        (["--score_file", "none.txt"], "score_file: none.txt cannot be read"),
+        (["--score_file", "empty.txt", "--prompt", "a"], "--prompt and --score_file exclude each other"),
+        (["--score_file", "broken.jsonl"], "score_file: line 2 of broken.jsonl is no"),
         (["--batch_file", "ok.txt", "--resume"], "--resume goes on with the --output_file"),
         (["--output_file", "results.jsonl"], "--output_file is for the results of --batch_file"),
         (["--interactive", "--batch_file", "ok.txt"], "--batch_file and --interactive exclude each other"),
@@ -502,6 +544,7 @@ def test_each_bad_input_is_named(in_run_folder, monkeypatch, arguments, expected
     (in_run_folder / "latin.txt").write_bytes(b"abc\ncaf\xe9\n")
     (in_run_folder / "long.txt").write_text("ok\n\n" + "字" * 60, encoding="utf-8")
     (in_run_folder / "ok.txt").write_text("ok\n")
+    (in_run_folder / "broken.jsonl").write_text('{"text": "a"}\n{"txt": "b"}\n')
     monkeypatch.setattr(sys, "argv", ["inference.py", *arguments])
 
     with pytest.raises(InputError, match=expected) as caught:
