@@ -40,6 +40,25 @@ class Event(NamedTuple):
     number: int
     token: int | None  # None: the end, which is no part of the text
     end: str | None  # as in Row; None: it goes on
+    logprob: float | None  # of the token that was chosen, the end included, where it was asked for
+
+
+class Piece(NamedTuple):
+    """The next piece of a text."""
+
+    number: int  # of its prompt
+    text: str  # may be "": a token often ends within a character
+    end: str | None  # with the last piece, why the text ended: "eos", "length", "stop_string" or "repeats"
+    event: Event  # that it came with
+
+
+class Sample(NamedTuple):
+    """A whole text."""
+
+    text: str
+    end: str  # as in Piece
+    ids: list[int]
+    logprobs: list[float]  # of the ids, where they were asked for
 
 
 @torch.inference_mode()
@@ -50,6 +69,7 @@ def decode(
     eos_ids: Sequence[int],
     rows: Rows | None = None,
     stopped: Container[int] = (),
+    own_seeds: bool = False,
 ) -> Iterator[Event]:
     """Continue any number of prompts (ids, each of 1 to max_seq_len - 1 tokens); one that ends makes room for the next.
 
@@ -58,6 +78,7 @@ def decode(
 
     Args:
         rows: where they are written; None: one at a time.
+        own_seeds: text n draws from the seed plus n, so that equal prompts get different texts.
     """
     rows = rows or Rows(model, 1)
     rows.clear()
@@ -65,7 +86,8 @@ def decode(
     waiting = enumerate(prompts)
     while True:
         for number, prompt in itertools.islice(waiting, rows.free):
-            generator = None if config.greedy else new_generator(config.seed, rows.device)
+            seed = config.seed if config.seed is None or not own_seeds else (config.seed + number) % 2**63
+            generator = None if config.greedy else new_generator(seed, rows.device)
             rows.admit(number, prompt, config.max_new_tokens, generator)
         if not rows.rows:
             return
@@ -74,15 +96,19 @@ def decode(
         if not logits.isfinite().all():
             problem = "the weights give logits that are not finite: the training diverged, or the file is damaged"
             raise InputError(problem)
+        given = logits
         if processors:
             tokens, output = rows.written()
             for process in processors:
                 logits = process(logits, tokens, output)
         chosen = sample(logits, None if config.greedy else [row.generator for row in rows.rows])  # int64 [rows]
 
+        logprobs = [None] * len(chosen)
+        if config.logprobs:
+            logprobs = given.log_softmax(-1).gather(1, chosen[:, None])[:, 0].tolist()
         rows.add(chosen, eos_ids)
-        for row, token in zip(rows.rows, chosen.tolist(), strict=True):
-            yield Event(row.number, None if row.end == "eos" else token, row.end)
+        for row, token, logprob in zip(rows.rows, chosen.tolist(), logprobs, strict=True):
+            yield Event(row.number, None if row.end == "eos" else token, row.end, logprob)
             if row.end is None and row.number in stopped:
                 row.end = "stopped"
         rows.drop_ended()
@@ -160,10 +186,10 @@ class TextGenerator:
     ) -> Iterator[str]:
         """The texts that follow prompts' ids, in their order, each as soon as it and those before it are done."""
         texts, done, next_one = defaultdict(str), set(), 0
-        for number, piece, end in self.pieces(prompts, config, Rows(self.model, max(1, min(batch_size, len(prompts))))):
-            texts[number] += piece
-            if end is not None:
-                done.add(number)
+        for piece in self.pieces(prompts, config, Rows(self.model, max(1, min(batch_size, len(prompts))))):
+            texts[piece.number] += piece.text
+            if piece.end is not None:
+                done.add(piece.number)
             while next_one in done:
                 done.remove(next_one)
                 yield texts.pop(next_one)
@@ -191,7 +217,24 @@ class TextGenerator:
     def stream(self, prompt: str, config: GenerationConfig | None = None) -> Iterator[str]:
         """The pieces of `generate`'s text, one after another: `for piece in generator.stream("春风")`."""
         ids = self.encode_prompt(prompt)  # what is wrong with the prompt is said now, not at the first piece
-        return (piece for _, piece, _ in self.pieces([ids], config) if piece)
+        return (piece.text for piece in self.pieces([ids], config) if piece.text)
+
+    def samples(self, prompt: str, n: int, config: GenerationConfig | None = None) -> list[Sample]:
+        """n continuations of a prompt, with their ids and why they ended; with a seed, each draws from one of its own.
+
+        Raises:
+            InputError: as `generate`.
+        """
+        prompts = [self.encode_prompt(prompt)] * n
+        found = [Sample("", "", [], []) for _ in prompts]
+        for piece in self.pieces(prompts, config, Rows(self.model, max(1, min(BATCH_SIZE, n))), own_seeds=True):
+            sample, event = found[piece.number], piece.event
+            if event.token is not None:
+                sample.ids.append(event.token)
+                if event.logprob is not None:
+                    sample.logprobs.append(event.logprob)
+            found[piece.number] = sample._replace(text=sample.text + piece.text, end=piece.end or "")
+        return found
 
     def score(self, text: str) -> Score:
         """How well the model predicts a text of any length, as a document of its own."""
@@ -215,11 +258,11 @@ class TextGenerator:
         rows: Rows | None = None,
     ) -> str:
         whole = []
-        for _, piece, _ in self.pieces([ids], config, rows):
-            if piece:
-                whole.append(piece)
+        for piece in self.pieces([ids], config, rows):
+            if piece.text:
+                whole.append(piece.text)
                 if emit is not None:
-                    emit(piece)
+                    emit(piece.text)
         return "".join(whole)
 
     def fit_history(
@@ -275,13 +318,15 @@ class TextGenerator:
         return self._fitting("chat", ids) if check else ids
 
     def pieces(
-        self, prompts: Iterable[Sequence[int]], config: GenerationConfig | None = None, rows: Rows | None = None
-    ) -> Iterator[tuple[int, str, str | None]]:
-        """Continue prompts' ids, as `decode` does with the same arguments, in text.
+        self,
+        prompts: Iterable[Sequence[int]],
+        config: GenerationConfig | None = None,
+        rows: Rows | None = None,
+        own_seeds: bool = False,
+    ) -> Iterator[Piece]:
+        """Continue prompts' ids in text, as `decode` does with the same arguments.
 
-        Yields:
-            a prompt's number, the next piece of its text, which can be "", and with the last piece why it ended: "eos",
-            "length", "stop_string" or "repeats". The pieces of a text follow each other; those of different texts mix.
+        The pieces of one text follow each other; those of different texts mix.
         """
         config, started, stopped = config or GenerationConfig(), {}, set()
 
@@ -291,10 +336,9 @@ class TextGenerator:
                 yield prompt
 
         with evaluation_mode(self.model):
-            for event in decode(self.model, known(), config, [self.tokenizer.eos_token_id], rows, stopped):
-                text = started[event.number]
-                piece, end = text.add(event.token, event.end)
-                yield event.number, piece, end
+            for event in decode(self.model, known(), config, [self.tokenizer.eos_token_id], rows, stopped, own_seeds):
+                text, end = started[event.number].add(event.token, event.end)
+                yield Piece(event.number, text, end, event)
                 if end is not None:
                     stopped.add(event.number)
                     del started[event.number]

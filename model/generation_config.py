@@ -44,6 +44,7 @@ class GenerationConfig:
     max_repeats: int = 0  # 0: off; the text ends once its last tokens are one passage so many times
     logit_bias: dict[int, float] | None = None  # added to the logits of these ids; -inf bans one
     use_cache: bool = True  # False recomputes the whole sequence for each token: slow, to compare with
+    logprobs: bool = False  # tell each token's log-probability, as the model gives it before any of the above
     seed: int | None = None  # equal seeds give equal text; None: different each time
 
     def __post_init__(self) -> None:
@@ -121,6 +122,7 @@ def generation_problems(config: GenerationConfig) -> list[str]:
         ),
         "logit_bias": (bias is None or usable_bias(bias), "None or numbers by token id, -inf to ban one"),
         "no_repeat_ngram_size": (whole(config.no_repeat_ngram_size, 0), "a whole number from 0 (off) up"),
+        "logprobs": (type(config.logprobs) is bool, "true or false"),
         "use_cache": (type(config.use_cache) is bool, "true or false"),
         "seed": (seed is None or (whole(seed, 0) and seed < 2**63), "None or a whole number from 0 to 2**63 - 1"),
     }

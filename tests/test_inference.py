@@ -159,6 +159,20 @@ def turns(*contents):
     return [{"role": roles[n % 2], "content": content} for n, content in enumerate(contents)]
 
 
+def test_samples_differ_repeat_with_a_seed_and_tell_their_probabilities(generator, tokenizer):
+    config = GenerationConfig(seed=5, temperature=1.5, max_new_tokens=12, logprobs=True)
+    found = generator.samples("中国", 20, config)
+    assert found == generator.samples("中国", 20, config) and len({sample.text for sample in found}) == 20
+    assert found[0].text == generator.generate("中国", config)  # the first draws from the seed itself
+    for sample in found[:3]:
+        ids = torch.tensor([[*generator.encode_prompt("中国"), *sample.ids]])
+        with torch.no_grad():
+            expected = generator.model.eval()(ids).log_softmax(-1)[0, -len(sample.ids) - 1 : -1]
+        expected = expected.gather(1, ids[0, -len(sample.ids) :, None])[:, 0]
+        assert sample.logprobs == pytest.approx(expected.tolist(), abs=1e-4)
+        assert sample.end in ("eos", "length")
+
+
 def test_a_text_is_scored_as_training_scores_it(generator, tokenizer):
     text = "春风又绿江南岸"
     ids = torch.tensor([[tokenizer.bos_token_id, *encode_texts(tokenizer, [text])[0]]])
