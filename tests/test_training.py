@@ -441,6 +441,7 @@ def torchrun(flags, *launcher):
     ],
 )
 def test_two_processes_compute_what_one_does(flags, tmp_path, launcher, options):
+    options = options | {"dtype": "float32"}
     train(flags(batch_size=4, out_dir=tmp_path / "one", **options))
     result = torchrun(flags(batch_size=2, out_dir=tmp_path / "two", **options), "-m", launcher)
     assert result.returncode == 0, result.stderr
