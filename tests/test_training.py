@@ -205,6 +205,25 @@ def test_only_the_newest_checkpoints_are_kept(flags, tmp_path):
     assert steps == ["checkpoint_step_12.pth", "checkpoint_step_8.pth"]
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="threads are counted in /proc")
+def test_saving_starts_no_second_team_of_threads():
+    """More OpenMP threads than cores slow all of them down: see `BackgroundSaver._work`."""
+    script = """
+import os, torch
+from model.saving import BackgroundSaver
+weights = {"w": torch.randn(1_000_000)}
+weights["w"].isfinite().all()  # the main thread's team
+saver = BackgroundSaver(print)
+before = len(os.listdir("/proc/self/task"))
+saver.submit("weights", weights, lambda copy: None)
+saver.wait()
+print(len(os.listdir("/proc/self/task")) - before, torch.get_num_threads())
+"""
+    environment = os.environ | {"OMP_NUM_THREADS": "2"}
+    result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.stdout.split() == ["0", "2"], result.stderr
+
+
 # ------------------------------------------------------------------------------------------- what a step computes
 
 
@@ -441,6 +460,7 @@ def torchrun(flags, *launcher):
     ],
 )
 def test_two_processes_compute_what_one_does(flags, tmp_path, launcher, options):
+    options = options | {"dtype": "float32"}
     train(flags(batch_size=4, out_dir=tmp_path / "one", **options))
     result = torchrun(flags(batch_size=2, out_dir=tmp_path / "two", **options), "-m", launcher)
     assert result.returncode == 0, result.stderr
