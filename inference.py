@@ -12,7 +12,8 @@ import sys
 from pathlib import Path
 
 from model.errors import InputError
-from optimized_inference import BATCH_SIZE, DTYPES, GenerationConfig, TextGenerator, load_generator
+from model.scoring import Score
+from optimized_inference import DTYPES, GenerationConfig, TextGenerator, load_generator
 from utils import CommandParser, run_command, say, true_or_false
 
 DEFAULT_PROMPT = "中国"
@@ -29,8 +30,12 @@ def main() -> None:
         temperature=arguments.temperature,
         top_k=arguments.top_k,
         top_p=arguments.top_p,
+        min_p=arguments.min_p,
         max_new_tokens=arguments.max_new_tokens,
+        min_new_tokens=arguments.min_new_tokens,
         repetition_penalty=arguments.repetition_penalty,
+        presence_penalty=arguments.presence_penalty,
+        frequency_penalty=arguments.frequency_penalty,
         no_repeat_ngram_size=arguments.no_repeat_ngram_size,
         use_cache=arguments.use_cache,
         seed=arguments.seed,
@@ -38,7 +43,9 @@ def main() -> None:
     prompts = read_prompts(Path(arguments.batch_file)) if arguments.batch_file is not None else []
     generator = load_generator(arguments.model_path, arguments.tokenizer_path, arguments.device, arguments.dtype)
     if arguments.batch_file is not None:
-        run_batch(generator, config, prompts, arguments.batch_file, arguments.output_file)
+        run_batch(generator, config, prompts, arguments)
+    elif arguments.score_file is not None:
+        run_score(generator, read_texts(Path(arguments.score_file)))
     elif arguments.interactive:
         run_interactive(generator, config)
     else:
@@ -52,12 +59,14 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         InputError: an unknown flag, an unusable value, or flags that exclude each other.
     """
     arguments = build_parser().parse_args(argv)
-    given = {"--prompt": arguments.prompt is not None, "--batch_file": arguments.batch_file is not None}
+    given = {f"--{name}": getattr(arguments, name) is not None for name in ("prompt", "batch_file", "score_file")}
     modes = [flag for flag, used in (given | {"--interactive": arguments.interactive}).items() if used]
     if len(modes) > 1:
         raise InputError(f"{' and '.join(modes)} exclude each other: one mode at a time")
     if arguments.output_file is not None and arguments.batch_file is None:
         raise InputError("--output_file is for the results of --batch_file")
+    if arguments.resume and arguments.output_file is None:
+        raise InputError("--resume goes on with the --output_file of a batch that was cut off")
     if not modes and sys.stdin is not None and sys.stdin.isatty():
         arguments.interactive = True
     elif not modes:
@@ -76,10 +85,15 @@ def build_parser() -> argparse.ArgumentParser:
     mode.add_argument("--interactive", action="store_true", help="chat: exit, quit or q leaves, clear forgets")
     mode.add_argument("--batch_file", metavar="FILE", help="continue each line of a UTF-8 file")
 
+    mode.add_argument(
+        "--score_file", metavar="FILE", help="how well the model predicts a UTF-8 text, or a JSONL's texts"
+    )
+
     files = parser.add_argument_group("files and machine")
     files.add_argument("--model_path", metavar="FILE", help="weights or a checkpoint (default: the newest under out/)")
     files.add_argument("--tokenizer_path", metavar="FOLDER", help="default: the one the weights were trained with")
     files.add_argument("--output_file", metavar="FILE", help="write the results of --batch_file here too, as JSONL")
+    files.add_argument("--resume", action="store_true", help="keep what --output_file has, and go on behind it")
     files.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: the fastest there is)")
     files.add_argument("--dtype", choices=DTYPES, help="of the weights in memory (default: float32)")
 
@@ -88,10 +102,14 @@ def build_parser() -> argparse.ArgumentParser:
     text.add_argument("--greedy", action="store_true", help="take the likeliest token each time")
     for name, kind, meaning in (
         ("max_new_tokens", int, "most tokens to generate"),
+        ("min_new_tokens", int, "the text does not end before so many tokens"),
         ("temperature", float, "higher is more random; 0 is greedy"),
         ("top_k", int, "choose among the k likeliest tokens; 0: off"),
         ("top_p", float, "choose among the likeliest tokens that reach this probability together; 1: off"),
+        ("min_p", float, "choose among tokens at least so many times as likely as the likeliest; 0: off"),
         ("repetition_penalty", float, "higher repeats less; 1: off"),
+        ("presence_penalty", float, "taken off the logits of tokens that the output has; 0: off"),
+        ("frequency_penalty", float, "the same, times how often it has them; 0: off"),
         ("no_repeat_ngram_size", int, "no run of this many tokens occurs twice; 0: off"),
     ):
         default = getattr(defaults, name)
@@ -125,19 +143,58 @@ def run_single(generator: TextGenerator, config: GenerationConfig, prompt: str, 
         print(printable(prompt + generator.generate(prompt, config)))
 
 
+def read_utf8(flag: str, path: Path) -> str:
+    """A text file's content.
+
+    Raises:
+        InputError: no such file, or not UTF-8; with the flag that named it.
+    """
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise InputError(f"{flag}: {path} cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise InputError(f"{flag}: {path} is not UTF-8 (line {line}); save it as UTF-8") from error
+
+
+def read_texts(path: Path) -> list[str]:
+    """The texts to score: those of a JSONL, or any other file as one.
+
+    Raises:
+        InputError: the file cannot be read, a line is no {"text": ...}, or it holds no text.
+    """
+    content = read_utf8("score_file", path)
+    texts = [content]
+    if path.suffix == ".jsonl":
+        texts = []
+        for number, line in enumerate(content.split("\n"), 1):
+            if line.strip():
+                try:
+                    texts.append(json.loads(line)["text"])
+                except (ValueError, KeyError, TypeError) as error:
+                    raise InputError(f'score_file: line {number} of {path} is no {{"text": ...}}') from error
+    if not any(texts):
+        raise InputError(f"score_file: {path} holds no text")
+    return texts
+
+
+def run_score(generator: TextGenerator, texts: list[str]) -> None:
+    """Print the loss of all texts together."""
+    score = sum((generator.score(text) for text in texts), Score())
+    print(
+        f"{len(texts):,} texts, {score.tokens:,} tokens, {score.bytes:,} bytes: loss {score.loss:.4f} nats a token,"
+        f" perplexity {score.perplexity:,.2f}, {score.bits_per_byte:.4f} bits per byte"
+    )
+
+
 def read_prompts(path: Path) -> list[tuple[int, str]]:
     """Line number and text of each line that is not blank.
 
     Raises:
         InputError: no such file, not UTF-8, or no prompt inside.
     """
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise InputError(f"batch_file: {path} cannot be read ({error.strerror})") from error
-    except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        raise InputError(f"batch_file: {path} is not UTF-8 (line {line}); save it as UTF-8") from error
+    text = read_utf8("batch_file", path)
     lines = [(number, line.rstrip("\r")) for number, line in enumerate(text.split("\n"), 1)]
     prompts = [(number, line) for number, line in lines if line.strip()]
     if not prompts:
@@ -146,28 +203,59 @@ def read_prompts(path: Path) -> list[tuple[int, str]]:
 
 
 def run_batch(
-    generator: TextGenerator, config: GenerationConfig, prompts: list[tuple[int, str]], source: str, output: str | None
+    generator: TextGenerator, config: GenerationConfig, prompts: list[tuple[int, str]], arguments: argparse.Namespace
 ) -> None:
-    """Print each prompt and its continuation, a group at a time, so that a long run shows what it has."""
+    """Print each prompt and its continuation, and write them to the output file, as soon as they are done."""
+    encoded = []
     for number, prompt in prompts:  # all of them before the first is generated
         try:
-            generator.encode_prompt(prompt)
+            encoded.append(generator.encode_prompt(prompt))
         except InputError as error:
-            raise InputError(f"{source}, line {number}: {error}") from error
+            raise InputError(f"{arguments.batch_file}, line {number}: {error}") from error
+    done = 0
     with contextlib.ExitStack() as stack:
         file = None
-        if output is not None:
+        if arguments.output_file is not None:
+            path = Path(arguments.output_file)
             try:
-                file = stack.enter_context(open(output, "w", encoding="utf-8", newline="\n"))
+                done, end = finished_results(path, prompts) if arguments.resume and path.exists() else (0, 0)
+                file = stack.enter_context(open(path, "ab"))
+                file.truncate(end)
             except OSError as error:
-                raise InputError(f"output_file: {output} cannot be written ({error.strerror})") from error
-        for start in range(0, len(prompts), BATCH_SIZE):
-            group = [prompt for _, prompt in prompts[start : start + BATCH_SIZE]]
-            for n, (prompt, text) in enumerate(zip(group, generator.batch_generate(group, config), strict=True)):
-                print(printable(f"[{start + n + 1}] {prompt}\n{prompt}{text}\n"), flush=True)
-                if file is not None:
-                    file.write(json.dumps({"prompt": prompt, "text": text}, ensure_ascii=False) + "\n")
-                    file.flush()
+                raise InputError(f"output_file: {path} cannot be written ({error.strerror})") from error
+        if done:
+            say(f"{done} of {len(prompts)} results are in {arguments.output_file} already")
+        texts = generator.completions(encoded[done:], config)
+        for number, ((_, prompt), text) in enumerate(zip(prompts[done:], texts, strict=True), done + 1):
+            print(printable(f"[{number}] {prompt}\n{prompt}{text}\n"), flush=True)
+            if file is not None:
+                file.write(json.dumps({"prompt": prompt, "text": text}, ensure_ascii=False).encode() + b"\n")
+                file.flush()
+
+
+def finished_results(path: Path, prompts: list[tuple[int, str]]) -> tuple[int, int]:
+    """How many results a batch wrote before it was cut off, and where the last of them ends in the file, in bytes.
+
+    Raises:
+        InputError: they are no results of these prompts.
+    """
+    count = end = 0
+    for line in path.read_bytes().splitlines(keepends=True):
+        if not line.endswith(b"\n"):  # cut off within it
+            break
+        try:
+            written = json.loads(line)["prompt"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(
+                f"output_file: line {count + 1} of {path} is no result of a batch; give another file"
+            ) from error
+        if count == len(prompts) or written != prompts[count][1]:
+            raise InputError(
+                f"output_file: line {count + 1} of {path} is a result of another prompt than line {count + 1} of the"
+                " batch; give another file, or leave --resume away to write it anew"
+            )
+        count, end = count + 1, end + len(line)
+    return count, end
 
 
 def run_interactive(generator: TextGenerator, config: GenerationConfig) -> None:

@@ -5,175 +5,113 @@ From top to bottom: what can be set (GenerationConfig), the loop (`decode`: toke
 """
 
 import contextlib
-import math
+import itertools
 import re
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from model.chat_template import render_template
 from model.checkpoint import load_weights
-from model.detokenize import new_detokenizer
+from model.detokenize import Text, new_detokenizer
 from model.errors import InputError
-from model.kv_cache import KVCache
+from model.generation_config import GenerationConfig
 from model.model import Transformer
-from model.sampling import PADDING, NoRepeatNgram, Processor, RepetitionPenalty, Temperature, TopK, TopP, sample
+from model.rows import Rows
+from model.sampling import sample
+from model.scoring import Score, token_losses
 from model.tokenization import EMBEDDED_TOKENIZER, encode_texts, load_tokenizer, tokenizer_sha256, vocabulary_size
 from utils import pick_device, pick_dtype, say
 
 BATCH_SIZE = 16  # prompts that `batch_generate` holds in memory at once
-GREEDY_BELOW = 1e-4  # a temperature under this means greedy: dividing by it could overflow
 OUT_DIR = Path("out")
 DTYPES = ("float32", "bfloat16", "float16")
-
-
-# ---------------------------------------------------------------------------------------------------------- settings
-
-
-@dataclass
-class GenerationConfig:
-    """How to choose tokens, and how many.
-
-    Raises:
-        InputError: values that cannot be used; all of them are named at once.
-    """
-
-    do_sample: bool = True  # False: greedy, the likeliest token each time
-    temperature: float = 0.8  # 0 means greedy
-    top_k: int = 50  # 0: off
-    top_p: float = 0.9  # 1: off
-    max_new_tokens: int = 100
-    repetition_penalty: float = 1.1  # 1: off; small models repeat themselves without one
-    no_repeat_ngram_size: int = 0  # 0: off
-    use_cache: bool = True  # False recomputes the whole sequence for each token: slow, to compare with
-    seed: int | None = None  # equal seeds give equal text; None: different each time
-
-    def __post_init__(self) -> None:
-        problems = generation_problems(self)
-        if problems:
-            raise InputError("; ".join(problems))
-
-    @property
-    def greedy(self) -> bool:
-        return not self.do_sample or self.temperature < GREEDY_BELOW
-
-    def processors(self) -> list[Processor]:
-        """What changes the logits, in transformers' order. Greedy knows the penalties only."""
-        processors: list[Processor] = []
-        if self.repetition_penalty != 1:
-            processors.append(RepetitionPenalty(self.repetition_penalty))
-        if self.no_repeat_ngram_size:
-            processors.append(NoRepeatNgram(self.no_repeat_ngram_size))
-        if self.greedy:
-            return processors
-        if self.temperature != 1:
-            processors.append(Temperature(self.temperature))
-        if self.top_k:
-            processors.append(TopK(self.top_k))
-        if self.top_p < 1:
-            processors.append(TopP(self.top_p))
-        return processors
-
-
-def generation_problems(config: GenerationConfig) -> list[str]:
-    """Every value that cannot be used: one text each, naming the setting, the value and what is accepted."""
-
-    def whole(value, least: int) -> bool:
-        return type(value) is int and value >= least
-
-    def number(value) -> bool:
-        return type(value) in (int, float) and math.isfinite(value)
-
-    seed, penalty = config.seed, config.repetition_penalty
-    accepted = {  # setting: (is it usable, what would be)
-        "do_sample": (type(config.do_sample) is bool, "true or false"),
-        "temperature": (number(config.temperature) and config.temperature >= 0, "a number from 0 (greedy) up"),
-        "top_k": (whole(config.top_k, 0), "a whole number from 0 (off) up"),
-        "top_p": (number(config.top_p) and 0 <= config.top_p <= 1, "a number from 0 to 1 (off)"),
-        "max_new_tokens": (whole(config.max_new_tokens, 1), "a whole number from 1 up"),
-        "repetition_penalty": (number(penalty) and penalty > 0, "a number above 0 (1: off)"),
-        "no_repeat_ngram_size": (whole(config.no_repeat_ngram_size, 0), "a whole number from 0 (off) up"),
-        "use_cache": (type(config.use_cache) is bool, "true or false"),
-        "seed": (seed is None or (whole(seed, 0) and seed < 2**63), "None or a whole number from 0 to 2**63 - 1"),
-    }
-    return [
-        f"{name}: {getattr(config, name)!r} is not {expected}"
-        for name, (usable, expected) in accepted.items()
-        if not usable
-    ]
 
 
 # ---------------------------------------------------------------------------------------------------------- the loop
 
 
+class Event(NamedTuple):
+    """What happened to the text of prompt `number`: a token was chosen, or it ended, or both."""
+
+    number: int
+    token: int | None  # None: the end, which is no part of the text
+    end: str | None  # as in Row; None: it goes on
+    logprob: float | None  # of the token that was chosen, the end included, where it was asked for
+
+
+class Piece(NamedTuple):
+    """The next piece of a text."""
+
+    number: int  # of its prompt
+    text: str  # may be "": a token often ends within a character
+    end: str | None  # with the last piece, why the text ended: "eos", "length", "stop_string" or "repeats"
+    event: Event  # that it came with
+
+
+class Sample(NamedTuple):
+    """A whole text."""
+
+    text: str
+    end: str  # as in Piece
+    ids: list[int]
+    logprobs: list[float]  # of the ids, where they were asked for
+
+
 @torch.inference_mode()
 def decode(
-    model: Transformer, prompts: Sequence[Sequence[int]], config: GenerationConfig, eos_id: int
-) -> Iterator[list[int | None]]:
-    """Continue B prompts (ids, each of 1 to max_seq_len - 1 tokens); each step yields the next id of every row.
+    model: Transformer,
+    prompts: Iterable[Sequence[int]],
+    config: GenerationConfig,
+    eos_ids: Sequence[int],
+    rows: Rows | None = None,
+    stopped: Container[int] = (),
+    own_seeds: bool = False,
+) -> Iterator[Event]:
+    """Continue any number of prompts (ids, each of 1 to max_seq_len - 1 tokens); one that ends makes room for the next.
 
-    None stands for a row that has ended: at eos (which is not yielded), after `max_new_tokens`, or where its text
-    fills the context. A row's ids are those that its prompt gets alone, up to float rounding.
+    A text ends at an eos, after `max_new_tokens`, where it fills the context, or once the caller has put its number
+    into `stopped`. It is the text that its prompt gets alone, up to float rounding.
+
+    Args:
+        rows: where they are written; None: one at a time.
+        own_seeds: text n draws from the seed plus n, so that equal prompts get different texts.
     """
-    device, context = model.tok_embeddings.weight.device, model.config.max_seq_len
-    lengths = [len(prompt) for prompt in prompts]
-    length = max(lengths)
-    limits = [min(config.max_new_tokens, context - own) for own in lengths]
-    processors = config.processors()
-    generators = None if config.greedy else [new_generator(config.seed, device) for _ in prompts]
-
-    capacity = length + max(limits)
-    tokens = torch.full((len(prompts), capacity), PADDING, device=device)  # [B, capacity], each prompt ends at `length`
-    for row, prompt in enumerate(prompts):
-        tokens[row, length - len(prompt) : length] = torch.tensor(prompt, device=device)
-    padding = None
-    if min(lengths) < length:
-        padding = torch.tensor([length - own for own in lengths], device=device)  # [B]
-
-    cache, logits = prefill(model, tokens[:, :length], padding, capacity)  # logits float32 [B, V]
-    if not logits.isfinite().all():
-        raise InputError("the weights give logits that are not finite: the training diverged, or the file is damaged")
-    ended = [False] * len(prompts)
-    for step in range(max(limits)):
-        for process in processors:
-            logits = process(tokens[:, :length], logits)
-        chosen = sample(logits, generators)  # [B]
-
-        ids = chosen.tolist()
-        ended = [done or own == eos_id or step >= limit for done, own, limit in zip(ended, ids, limits, strict=True)]
-        yield [None if done else own for done, own in zip(ended, ids, strict=True)]
-        if all(ended) or step + 1 == max(limits):
+    rows = rows or Rows(model, 1)
+    rows.clear()
+    processors = config.processors(eos_ids)
+    waiting = enumerate(prompts)
+    while True:
+        for number, prompt in itertools.islice(waiting, rows.free):
+            seed = config.seed if config.seed is None or not own_seeds else (config.seed + number) % 2**63
+            generator = None if config.greedy else new_generator(seed, rows.device)
+            rows.admit(number, prompt, config.max_new_tokens, generator)
+        if not rows.rows:
             return
 
-        tokens[:, length] = chosen
-        length += 1
-        if padding is not None:  # an ended row stands still: its positions must not run past the context
-            padding += torch.tensor(ended, device=device)
-        if config.use_cache:
-            logits = decode_one_token(model, chosen, cache)
-        else:
-            cache, logits = prefill(model, tokens[:, :length], padding, capacity)
+        logits = rows.next_logits(anew=not config.use_cache)  # float32 [rows, V]
+        if not logits.isfinite().all():
+            problem = "the weights give logits that are not finite: the training diverged, or the file is damaged"
+            raise InputError(problem)
+        given = logits
+        if processors:
+            tokens, output = rows.written()
+            for process in processors:
+                logits = process(logits, tokens, output)
+        chosen = sample(logits, None if config.greedy else [row.generator for row in rows.rows])  # int64 [rows]
 
-
-def prefill(model: Transformer, tokens: Tensor, padding: Tensor | None, capacity: int) -> tuple[KVCache, Tensor]:
-    """Read whole prompts: tokens int64 [B, T], PADDING on the left -> their cache, next-token logits [B, V]."""
-    weight = model.tok_embeddings.weight
-    cache = KVCache(model.config, tokens.shape[0], capacity, padding=padding, device=weight.device, dtype=weight.dtype)
-    return cache, next_token_logits(model, tokens.clamp(min=0), cache)  # any id will do where the cache masks it
-
-
-def decode_one_token(model: Transformer, tokens: Tensor, cache: KVCache) -> Tensor:
-    """Read one more token of each row: tokens int64 [B] -> next-token logits [B, V]."""
-    return next_token_logits(model, tokens[:, None], cache)
-
-
-def next_token_logits(model: Transformer, tokens: Tensor, cache: KVCache) -> Tensor:
-    """tokens int64 [B, T] -> logits of the token after the last, float32 [B, V]."""
-    hidden = model.hidden_states(tokens, cache)  # [B, T, dim]
-    return model.output(hidden[:, -1]).float()  # the output layer is the widest: only where it is needed
+        logprobs = [None] * len(chosen)
+        if config.logprobs:
+            logprobs = given.log_softmax(-1).gather(1, chosen[:, None])[:, 0].tolist()
+        rows.add(chosen, eos_ids)
+        for row, token, logprob in zip(rows.rows, chosen.tolist(), logprobs, strict=True):
+            yield Event(row.number, None if row.end == "eos" else token, row.end, logprob)
+            if row.end is None and row.number in stopped:
+                row.end = "stopped"
+        rows.drop_ended()
 
 
 def new_generator(seed: int | None, device: torch.device) -> torch.Generator:
@@ -207,6 +145,7 @@ class TextGenerator:
         self.model = model if device is None else model.to(device)
         self.tokenizer = tokenizer
         self._said_no_template = False
+        self._chat: tuple[list[tuple[int, int]], Rows] | None = None  # weights, and what they read
 
     def generate(
         self,
@@ -223,7 +162,7 @@ class TextGenerator:
         Raises:
             InputError: the prompt is longer than the context less one token.
         """
-        return self._complete([self.encode_prompt(prompt)], config, _emitter(stream, callback))[0]
+        return self._generate(self.encode_prompt(prompt), config, _emitter(stream, callback))
 
     def batch_generate(
         self, prompts: Sequence[str], config: GenerationConfig | None = None, batch_size: int = BATCH_SIZE
@@ -240,10 +179,21 @@ class TextGenerator:
         if isinstance(prompts, str):
             raise InputError("batch_generate takes a list of prompts; use generate for a single one")
         encoded = [self.encode_prompt(prompt) for prompt in prompts]
-        results: list[str] = []
-        for start in range(0, len(encoded), batch_size):
-            results += self._complete(encoded[start : start + batch_size], config)
-        return results
+        return list(self.completions(encoded, config, batch_size))
+
+    def completions(
+        self, prompts: Sequence[Sequence[int]], config: GenerationConfig | None = None, batch_size: int = BATCH_SIZE
+    ) -> Iterator[str]:
+        """The texts that follow prompts' ids, in their order, each as soon as it and those before it are done."""
+        texts, done, next_one = defaultdict(str), set(), 0
+        for piece in self.pieces(prompts, config, Rows(self.model, max(1, min(batch_size, len(prompts))))):
+            texts[piece.number] += piece.text
+            if piece.end is not None:
+                done.add(piece.number)
+            while next_one in done:
+                done.remove(next_one)
+                yield texts.pop(next_one)
+                next_one += 1
 
     def chat(
         self,
@@ -262,7 +212,58 @@ class TextGenerator:
                 longer than the context.
         """
         ids = self.encode_chat(self.fit_history(history, config))
-        return self._complete([ids], config, _emitter(stream, callback))[0]
+        return self._generate(ids, config, _emitter(stream, callback), self._chat_rows())
+
+    def stream(self, prompt: str, config: GenerationConfig | None = None) -> Iterator[str]:
+        """The pieces of `generate`'s text, one after another: `for piece in generator.stream("春风")`."""
+        ids = self.encode_prompt(prompt)  # what is wrong with the prompt is said now, not at the first piece
+        return (piece.text for piece in self.pieces([ids], config) if piece.text)
+
+    def samples(self, prompt: str, n: int, config: GenerationConfig | None = None) -> list[Sample]:
+        """n continuations of a prompt, with their ids and why they ended; with a seed, each draws from one of its own.
+
+        Raises:
+            InputError: as `generate`.
+        """
+        prompts = [self.encode_prompt(prompt)] * n
+        found = [Sample("", "", [], []) for _ in prompts]
+        for piece in self.pieces(prompts, config, Rows(self.model, max(1, min(BATCH_SIZE, n))), own_seeds=True):
+            sample, event = found[piece.number], piece.event
+            if event.token is not None:
+                sample.ids.append(event.token)
+                if event.logprob is not None:
+                    sample.logprobs.append(event.logprob)
+            found[piece.number] = sample._replace(text=sample.text + piece.text, end=piece.end or "")
+        return found
+
+    def score(self, text: str) -> Score:
+        """How well the model predicts a text of any length, as a document of its own."""
+        ids = encode_texts(self.tokenizer, [valid_text("the text", text)])[0]
+        with evaluation_mode(self.model):
+            nats = float(token_losses(self.model, [self.tokenizer.bos_token_id, *ids]).double().sum())
+        return Score(nats, len(ids), len(text.encode()))
+
+    def _chat_rows(self) -> Rows:
+        """The row that remembers the chat so far, so that a turn reads only what is new; not if the weights changed."""
+        weights = [(parameter.data_ptr(), parameter._version) for parameter in self.model.parameters()]
+        if self._chat is None or self._chat[0] != weights:
+            self._chat = (weights, Rows(self.model, 1, remembers=True))
+        return self._chat[1]
+
+    def _generate(
+        self,
+        ids: list[int],
+        config: GenerationConfig | None,
+        emit: Callable[[str], None] | None,
+        rows: Rows | None = None,
+    ) -> str:
+        whole = []
+        for piece in self.pieces([ids], config, rows):
+            if piece.text:
+                whole.append(piece.text)
+                if emit is not None:
+                    emit(piece.text)
+        return "".join(whole)
 
     def fit_history(
         self, history: Sequence[dict[str, str]], config: GenerationConfig | None = None
@@ -316,30 +317,31 @@ class TextGenerator:
             ids = self._encode_template(self._render(history))
         return self._fitting("chat", ids) if check else ids
 
-    def _complete(
+    def pieces(
         self,
-        prompts: Sequence[list[int]],
-        config: GenerationConfig | None,
-        emit: Callable[[str], None] | None = None,
-    ) -> list[str]:
-        """Texts that follow the prompts' ids; `emit`, for a single prompt, gets each piece as it comes."""
-        pieces: list[list[str]] = [[] for _ in prompts]
-        detokenizers = [new_detokenizer(self.tokenizer, prompt) for prompt in prompts]
+        prompts: Iterable[Sequence[int]],
+        config: GenerationConfig | None = None,
+        rows: Rows | None = None,
+        own_seeds: bool = False,
+    ) -> Iterator[Piece]:
+        """Continue prompts' ids in text, as `decode` does with the same arguments.
 
-        def add(row: int, piece: str) -> None:
-            if piece:
-                pieces[row].append(piece)
-                if emit is not None:
-                    emit(piece)
+        The pieces of one text follow each other; those of different texts mix.
+        """
+        config, started, stopped = config or GenerationConfig(), {}, set()
+
+        def known() -> Iterator[Sequence[int]]:
+            for number, prompt in enumerate(prompts):
+                started[number] = Text(new_detokenizer(self.tokenizer, prompt), config.stop_strings, config.max_repeats)
+                yield prompt
 
         with evaluation_mode(self.model):
-            for step in decode(self.model, prompts, config or GenerationConfig(), self.tokenizer.eos_token_id):
-                for row, index in enumerate(step):
-                    if index is not None:
-                        add(row, detokenizers[row].push(index))
-        for row, detokenizer in enumerate(detokenizers):
-            add(row, detokenizer.flush())
-        return ["".join(own) for own in pieces]
+            for event in decode(self.model, known(), config, [self.tokenizer.eos_token_id], rows, stopped, own_seeds):
+                text, end = started[event.number].add(event.token, event.end)
+                yield Piece(event.number, text, end, event)
+                if end is not None:
+                    stopped.add(event.number)
+                    del started[event.number]
 
     def _fitting(self, what: str, ids: list[int]) -> list[int]:
         context = self.model.config.max_seq_len

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from model.tokenization import is_byte_level
 
 WINDOW = 8  # tokens of the prompt that a tokenizer other than byte-level BPE needs to see to place its spaces
+LONGEST_PASSAGE = 64  # tokens that are looked for again and again
 LONGEST_TAIL = 3  # bytes of a UTF-8 character that is not complete yet
 
 
@@ -100,3 +101,59 @@ class WindowDetokenizer:
 
     def _decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+class Text:
+    """A text that grows by tokens, and may have to end before its model ends it.
+
+    Args:
+        detokenizer: for its tokens.
+        stop_strings: it ends before the first of them; what could be the beginning of one is held back.
+        max_repeats: it ends after a passage that came so many times in a row; 0: never.
+    """
+
+    def __init__(
+        self,
+        detokenizer: "ByteLevelDetokenizer | WindowDetokenizer",
+        stop_strings: Sequence[str] = (),
+        max_repeats: int = 0,
+    ) -> None:
+        self._detokenizer, self._stop_strings, self._max_repeats = detokenizer, tuple(stop_strings), max_repeats
+        self._ids: list[int] = []
+        self._held = ""
+
+    def add(self, token: int | None, end: str | None = None) -> tuple[str, str | None]:
+        """The piece of text that may now be shown, and why the text ends.
+
+        Args:
+            token: None: there is no more.
+            end: the model ends the text with this token, for this reason.
+        """
+        if token is not None:
+            self._ids.append(token)
+            self._held += self._detokenizer.push(token)
+        if end is not None:
+            self._held += self._detokenizer.flush()
+        found = [place for stop in self._stop_strings if (place := self._held.find(stop)) >= 0]
+        if found:
+            return self._held[: min(found)], "stop_string"
+        if end is None and self._max_repeats and repeats(self._ids, self._max_repeats):
+            return self._held + self._detokenizer.flush(), "repeats"
+        keep = 0 if end is not None else max((self._beginning(stop) for stop in self._stop_strings), default=0)
+        shown = len(self._held) - keep
+        piece, self._held = self._held[:shown], self._held[shown:]
+        return piece, end
+
+    def _beginning(self, stop: str) -> int:
+        """How many of the last characters are the beginning of this stop string."""
+        longest = min(len(stop) - 1, len(self._held))
+        return next((count for count in range(longest, 0, -1) if self._held.endswith(stop[:count])), 0)
+
+
+def repeats(ids: Sequence[int], times: int) -> bool:
+    """Whether a list ends with one passage of at most LONGEST_PASSAGE ids so many times."""
+    for length in range(1, min(LONGEST_PASSAGE, len(ids) // times) + 1):
+        tail = ids[len(ids) - length * times :]
+        if tail[-1] == tail[-1 - length] and tail[length:] == tail[:-length]:
+            return True
+    return False

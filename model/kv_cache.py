@@ -7,63 +7,82 @@ from model.LMConfig import LMConfig
 
 
 class KVCache:
-    """Keys and values of B sequences, in buffers that are allocated once and written in place.
+    """Keys and values of several texts, one a row, in buffers that are allocated once and written in place.
 
-    Sequences of different lengths end at the same slot: the shorter ones are padded on the left, and `padding` [B]
-    says with how many tokens. A row's position in its own text is its slot less its padding, and its padding is
-    masked, so that a prompt's logits in a batch are those it has alone.
+    Each row fills its slots from 0 on, so that a token's slot is its position in its own text, whatever the other rows
+    hold. Rows can be read into apart from the others (`part`), cut (by their length) or moved.
+
+    Attributes:
+        lengths: tokens that each row holds.
     """
 
     def __init__(
         self,
         config: LMConfig,
-        batch_size: int,
+        rows: int,
         capacity: int,
         *,
-        padding: Tensor | None = None,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        shape = (config.n_layers, batch_size, config.n_kv_heads, capacity, config.head_dim)
-        self.keys = torch.zeros(shape, device=device, dtype=dtype)  # [layers, B, H_kv, capacity, D]
+        shape = (config.n_layers, rows, config.n_kv_heads, capacity, config.head_dim)
+        self.keys = torch.zeros(shape, device=device, dtype=dtype)  # [layers, rows, H_kv, capacity, D]
         self.values = torch.zeros(shape, device=device, dtype=dtype)
-        self.padding = padding  # int64 [B], or None where no row is padded
-        self.length = 0  # slots filled
+        self.lengths = [0] * rows
 
     @property
     def capacity(self) -> int:
         return self.keys.shape[3]
 
-    def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Write one layer's new keys and values [B, H_kv, T, D]; return all of that layer's [B, H_kv, length + T, D].
+    def part(self, begin: int, end: int) -> "KVCache":
+        """Some rows as a cache of their own, in the same memory; its lengths go their own way from here."""
+        view = object.__new__(KVCache)
+        view.keys, view.values = self.keys[:, begin:end], self.values[:, begin:end]
+        view.lengths = self.lengths[begin:end]
+        return view
 
-        `length` itself moves on only after the last layer: see `advance`.
+    def move(self, source: int, target: int) -> None:
+        """Let row `target` hold what `source` holds."""
+        if source != target:
+            length = self.lengths[target] = self.lengths[source]
+            for buffer in (self.keys, self.values):
+                buffer[:, target, :, :length] = buffer[:, source, :, :length]
+
+    def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Write one layer's new keys and values [rows, H_kv, T, D] behind what the rows hold.
+
+        Returns:
+            all of that layer's, [rows, H_kv, S, D], S being the longest row's. The lengths themselves move on after the
+            last layer: see `advance`.
         """
-        end = self.length + keys.shape[2]
-        self.keys[layer, :, :, self.length : end] = keys
-        self.values[layer, :, :, self.length : end] = values
+        tokens, longest = keys.shape[2], max(self.lengths)
+        if min(self.lengths) == longest:
+            self.keys[layer, :, :, longest : longest + tokens] = keys
+            self.values[layer, :, :, longest : longest + tokens] = values
+        else:
+            rows = torch.arange(len(self.lengths), device=keys.device)[:, None]
+            slots = self.positions(tokens)  # [rows, T]
+            self.keys[layer][rows, :, slots] = keys.transpose(1, 2)
+            self.values[layer][rows, :, slots] = values.transpose(1, 2)
+        end = longest + tokens
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
 
     def advance(self, tokens: int) -> None:
-        """Count `tokens` more slots as filled: once a forward pass, after all layers."""
-        self.length += tokens
+        """Count `tokens` more slots of each row as filled: once a forward pass, after all layers."""
+        self.lengths = [length + tokens for length in self.lengths]
 
     def positions(self, tokens: int) -> Tensor:
-        """Positions of the next `tokens` tokens in their rows' texts: int64 [T], or [B, T] where rows are padded."""
-        slots = torch.arange(self.length, self.length + tokens, device=self.keys.device)
-        if self.padding is None:
-            return slots
-        return (slots - self.padding[:, None]).clamp(min=0)
+        """Positions of the next `tokens` tokens in their rows' texts: int64 [T], or [rows, T] where rows differ."""
+        new = torch.arange(tokens, device=self.keys.device)
+        if min(self.lengths) == max(self.lengths):
+            return self.lengths[0] + new
+        return torch.tensor(self.lengths, device=self.keys.device)[:, None] + new
 
     def attention_mask(self, tokens: int) -> Tensor | None:
-        """Which slots the next `tokens` tokens may look at: bool [B or 1, 1, T, length + T]; None means all of them."""
-        if tokens == 1 and self.padding is None:
+        """Which slots the next `tokens` tokens may look at: bool [rows or 1, 1, T, S]; None means all of them."""
+        longest = max(self.lengths)
+        if tokens == 1 and min(self.lengths) == longest:
             return None
-        keys = torch.arange(self.length + tokens, device=self.keys.device)  # [S]
-        queries = keys[self.length :]  # [T]
-        mask = keys <= queries[:, None]  # [T, S]
-        if self.padding is None:
-            return mask[None, None]
-        # A padding token sees itself, so that no row of the softmax is empty; nobody looks at what it computes.
-        own = keys == queries[:, None]
-        return ((mask & (keys >= self.padding[:, None, None])) | own)[:, None]
+        slots = torch.arange(longest + tokens, device=self.keys.device)  # [S]
+        mask = slots <= self.positions(tokens)[..., None]  # [T, S] or [rows, T, S]
+        return mask[None, None] if mask.dim() == 2 else mask[:, None]

@@ -1,10 +1,11 @@
 """From a step's logits to the next token: processors that compose, and the draw.
 
-A processor is called with `tokens` int64 [B, T] (prompt and output so far, PADDING where a row has no token) and
-`logits` float32 [B, V], and returns the new logits. Each equals the transformers 5 processor that it names.
+A processor is called with `logits` float32 [B, V], `tokens` int64 [B, T] (prompt and output so far, ending with the
+newest token) and `output` int64 [B, N] (the output alone), PADDING where a row has no token; it returns the new logits.
+Each equals the transformers 5 processor that it names.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 PADDING = -1  # in `tokens`: no token here; left of the shorter rows of a batch
 
-Processor = Callable[[Tensor, Tensor], Tensor]
+Processor = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def _marked(ids: Tensor, vocab_size: int) -> Tensor:
@@ -20,6 +21,20 @@ def _marked(ids: Tensor, vocab_size: int) -> Tensor:
     marked = torch.zeros(ids.shape[0], vocab_size + 1, dtype=torch.bool, device=ids.device)
     marked.scatter_(1, ids.where(ids != PADDING, vocab_size), True)
     return marked[:, :vocab_size]
+
+
+@dataclass(frozen=True)
+class LogitBias:
+    """Add to the logits of single tokens: -inf bans one.
+
+    transformers: SequenceBiasLogitsProcessor, for sequences of one token.
+    """
+
+    bias: Mapping[int, float]
+
+    def __call__(self, logits: Tensor, tokens: Tensor, output: Tensor) -> Tensor:
+        ids = torch.tensor(list(self.bias), device=logits.device)
+        return logits.index_add(1, ids, logits.new_tensor(list(self.bias.values())).expand(len(logits), -1))
 
 
 @dataclass(frozen=True)
@@ -31,7 +46,7 @@ class RepetitionPenalty:
 
     penalty: float
 
-    def __call__(self, tokens: Tensor, logits: Tensor) -> Tensor:
+    def __call__(self, logits: Tensor, tokens: Tensor, output: Tensor) -> Tensor:
         penalised = torch.where(logits < 0, logits * self.penalty, logits / self.penalty)
         return torch.where(_marked(tokens, logits.shape[-1]), penalised, logits)
 
@@ -45,7 +60,7 @@ class NoRepeatNgram:
 
     size: int
 
-    def __call__(self, tokens: Tensor, logits: Tensor) -> Tensor:
+    def __call__(self, logits: Tensor, tokens: Tensor, output: Tensor) -> Tensor:
         if tokens.shape[1] < self.size:
             return logits
         ngrams = tokens.unfold(1, self.size, 1)  # [B, T - size + 1, size]
@@ -53,6 +68,40 @@ class NoRepeatNgram:
         completes = (ngrams[..., :-1] == last[:, None]).all(-1)  # [B, T - size + 1]; padding has no second beginning
         banned = _marked(ngrams[..., -1].where(completes, PADDING), logits.shape[-1])
         return logits.masked_fill(banned, -torch.inf)
+
+
+@dataclass(frozen=True)
+class MinNewTokens:
+    """Ban the end for the first `count` tokens of the output.
+
+    transformers: MinNewTokensLengthLogitsProcessor.
+    """
+
+    count: int
+    eos_ids: Sequence[int]
+
+    def __call__(self, logits: Tensor, tokens: Tensor, output: Tensor) -> Tensor:
+        short = (output != PADDING).sum(1, keepdim=True) < self.count  # [B, 1]
+        ends = torch.tensor(self.eos_ids, device=logits.device).expand(len(logits), -1)
+        return torch.where(short, logits.scatter(1, ends, -torch.inf), logits)
+
+
+@dataclass(frozen=True)
+class OutputPenalties:
+    """Subtract `presence` from the logit of each token in the output, and `frequency` for each time that it is there.
+
+    OpenAI's and vLLM's presence_penalty and frequency_penalty; transformers has none.
+    """
+
+    presence: float
+    frequency: float
+
+    def __call__(self, logits: Tensor, tokens: Tensor, output: Tensor) -> Tensor:
+        vocab_size = logits.shape[-1]
+        counts = torch.zeros(logits.shape[0], vocab_size + 1, dtype=logits.dtype, device=logits.device)
+        counts.scatter_add_(1, output.where(output != PADDING, vocab_size), torch.ones_like(output, dtype=logits.dtype))
+        counts = counts[:, :vocab_size]
+        return logits - self.presence * (counts > 0) - self.frequency * counts
 
 
 @dataclass(frozen=True)
@@ -64,7 +113,7 @@ class Temperature:
 
     temperature: float
 
-    def __call__(self, tokens: Tensor, logits: Tensor) -> Tensor:
+    def __call__(self, logits: Tensor, tokens: Tensor, output: Tensor) -> Tensor:
         return logits / self.temperature
 
 
@@ -77,7 +126,7 @@ class TopK:
 
     k: int
 
-    def __call__(self, tokens: Tensor, logits: Tensor) -> Tensor:
+    def __call__(self, logits: Tensor, tokens: Tensor, output: Tensor) -> Tensor:
         smallest_kept = logits.topk(min(self.k, logits.shape[-1])).values[:, -1:]  # [B, 1]
         return logits.masked_fill(logits < smallest_kept, -torch.inf)
 
@@ -91,11 +140,25 @@ class TopP:
 
     p: float
 
-    def __call__(self, tokens: Tensor, logits: Tensor) -> Tensor:
+    def __call__(self, logits: Tensor, tokens: Tensor, output: Tensor) -> Tensor:
         ascending, order = logits.sort(descending=False)  # [B, V] each
         removed = ascending.softmax(-1).cumsum(-1) <= 1 - self.p
         removed[:, -1] = False
         return logits.masked_fill(removed.scatter(1, order, removed), -torch.inf)
+
+
+@dataclass(frozen=True)
+class MinP:
+    """Keep the tokens that are at least `p` times as likely as the likeliest (Nguyen et al., 2025).
+
+    transformers: MinPLogitsWarper.
+    """
+
+    p: float
+
+    def __call__(self, logits: Tensor, tokens: Tensor, output: Tensor) -> Tensor:
+        probabilities = logits.softmax(-1)
+        return logits.masked_fill(probabilities < self.p * probabilities.amax(-1, keepdim=True), -torch.inf)
 
 
 def sample(logits: Tensor, generators: Sequence[torch.Generator] | None = None) -> Tensor:

@@ -1,5 +1,6 @@
 """Generating text as a user does: the Python calls of the guide, then inference.py itself as a command."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -11,8 +12,10 @@ from conftest import CHAT_TEMPLATE, ROOT, random_model
 
 import inference
 from model.checkpoint import Weights, load_weights, save_weights
+from model.detokenize import repeats
 from model.errors import InputError
 from model.LMConfig import LMConfig
+from model.scoring import Score, token_losses
 from model.tokenization import encode_texts, tokenizer_sha256
 from optimized_inference import GenerationConfig, TextGenerator, load_generator
 
@@ -47,6 +50,44 @@ def test_a_batch_gives_what_single_prompts_give(generator, config):
     assert generator.batch_generate(PROMPTS, config) == alone
     assert generator.batch_generate(PROMPTS, config, batch_size=2) == alone
     assert len(set(alone)) == len(PROMPTS)
+
+
+def test_texts_that_end_early_make_room_for_the_next(generator):
+    """More prompts than rows, of other lengths, some of which end at once: each is what it is alone, in its place."""
+    prompts = [text[:length] for length in (1, 9, 3) for text in ("春风又绿江南岸水", "却说曹操引军而去不", "长江")]
+    config = GenerationConfig(do_sample=False, max_new_tokens=25, stop_strings=["a", "s"])
+    alone = [generator.generate(prompt, config) for prompt in prompts]
+    assert len({len(text) for text in alone}) > 3  # they end at different steps
+    for rows in (1, 2, 4, 99):
+        assert generator.batch_generate(prompts, config, batch_size=rows) == alone
+
+
+def test_a_stop_string_ends_the_text_before_it_and_is_never_shown_in_part(generator):
+    whole = generator.generate("中国", GREEDY)
+    for begin in range(1, len(whole) - 3, 3):
+        stop = whole[begin : begin + 3]
+        config = GenerationConfig(do_sample=False, max_new_tokens=30, stop_strings=["nowhere", stop])
+        pieces = list(generator.stream("中国", config))
+        assert "".join(pieces) == whole[: whole.index(stop)]
+
+
+def test_a_text_that_repeats_itself_can_end(generator, tokenizer):
+    (index,) = encode_texts(tokenizer, ["a"])[0]
+    endless = GenerationConfig(do_sample=False, logit_bias={index: 1e4}, max_new_tokens=100)
+    assert generator.generate("中国", endless) == "a" * 100
+    assert generator.generate("中国", dataclasses.replace(endless, max_repeats=4)) == "a" * 4
+
+
+@pytest.mark.parametrize(
+    ("ids", "times", "expected"),
+    [
+        ([], 2, False), ([5], 2, False), ([5, 5], 2, True), ([5, 5], 3, False), ([1, 2, 3, 1, 2, 3], 2, True),
+        ([9, 1, 2, 1, 2, 1, 2], 3, True), ([1, 2, 1, 2, 1], 3, False), ([1, 1, 2], 2, False),
+        (list(range(64)) * 2, 2, True), (list(range(65)) * 2, 2, False),
+    ],
+)  # fmt: skip
+def test_repeats_are_whole_passages_at_the_end(ids, times, expected):
+    assert repeats(ids, times) == expected
 
 
 def test_rows_that_fill_the_context_stop_and_the_others_go_on(generator):
@@ -118,6 +159,46 @@ def turns(*contents):
     return [{"role": roles[n % 2], "content": content} for n, content in enumerate(contents)]
 
 
+def test_samples_differ_repeat_with_a_seed_and_tell_their_probabilities(generator, tokenizer):
+    config = GenerationConfig(seed=5, temperature=1.5, max_new_tokens=12, logprobs=True)
+    found = generator.samples("中国", 20, config)
+    assert found == generator.samples("中国", 20, config) and len({sample.text for sample in found}) == 20
+    assert found[0].text == generator.generate("中国", config)  # the first draws from the seed itself
+    for sample in found[:3]:
+        ids = torch.tensor([[*generator.encode_prompt("中国"), *sample.ids]])
+        with torch.no_grad():
+            expected = generator.model.eval()(ids).log_softmax(-1)[0, -len(sample.ids) - 1 : -1]
+        expected = expected.gather(1, ids[0, -len(sample.ids) :, None])[:, 0]
+        assert sample.logprobs == pytest.approx(expected.tolist(), abs=1e-4)
+        assert sample.end in ("eos", "length")
+
+
+def test_a_text_is_scored_as_training_scores_it(generator, tokenizer):
+    text = "春风又绿江南岸"
+    ids = torch.tensor([[tokenizer.bos_token_id, *encode_texts(tokenizer, [text])[0]]])
+    score = generator.score(text)
+    with torch.no_grad():
+        assert score.nats == pytest.approx(float(generator.model.eval()(ids[:, :-1], ids[:, 1:])), rel=1e-5)
+    assert (score.tokens, score.bytes) == (ids.shape[1] - 1, 21)
+    assert score.bits_per_byte == pytest.approx(score.nats / 21 / 0.6931472)
+    both = score + generator.score("长江")
+    assert both.bytes == 27 and both.loss == pytest.approx(both.nats / both.tokens)
+    assert generator.score("") == Score()
+
+
+@pytest.mark.parametrize("tokens", [127, 128, 129, 191, 192, 193, 300])
+def test_a_long_text_is_scored_in_windows_that_overlap(tiny_model, tokens):
+    """Each token once, seeing all before it in the first window and at least 64 tokens after that."""
+    ids = torch.randint(300, (tokens,), generator=torch.Generator().manual_seed(0))
+    losses = token_losses(tiny_model.eval(), ids.tolist())
+    assert losses.shape == (tokens - 1,)
+    for target in range(1, tokens):
+        begin = 0 if target <= 128 else 64 * (1 + (target - 129) // 64)
+        with torch.no_grad():
+            alone = tiny_model(ids[None, begin:target])[0, -1].log_softmax(-1)[ids[target]]
+        assert float(losses[target - 1]) == pytest.approx(-float(alone), abs=1e-4)
+
+
 def test_chat_follows_the_template(generator, tokenizer):
     history = turns("你好", "你好！", "介绍一下中国")
 
@@ -129,6 +210,31 @@ def test_chat_follows_the_template(generator, tokenizer):
     assert ids.count(1) == 4 and ids.count(2) == 3  # control tokens, not their spelling
     pieces = []
     assert generator.chat(history, GREEDY, callback=pieces.append) == "".join(pieces) != ""
+
+
+def test_a_turn_of_a_chat_reads_only_what_is_new(generator, tokenizer, monkeypatch):
+    tokenizer.chat_template = CHAT_TEMPLATE
+    read = []
+    hidden_states = generator.model.hidden_states
+    monkeypatch.setattr(
+        generator.model, "hidden_states", lambda ids, *rest: read.append(ids.shape[1]) or hidden_states(ids, *rest)
+    )
+    config = dataclasses.replace(GREEDY, max_new_tokens=2)
+    history, known = [{"role": "user", "content": "中国"}], 0
+    for _ in range(3):
+        whole = len(generator.encode_chat(history))
+        read.clear()
+        answer = generator.chat(history, config)
+        assert read[0] <= whole - known
+        assert answer == TextGenerator(generator.model, tokenizer).chat(history, config)
+        history += [{"role": "assistant", "content": answer}, {"role": "user", "content": "长江"}]
+        known = whole
+
+    with torch.no_grad():
+        generator.model.output.weight.mul_(1.0)  # weights that changed have read nothing
+    read.clear()
+    generator.chat(history, config)
+    assert read[0] == len(generator.encode_chat(history))
 
 
 def test_control_tokens_in_a_message_stay_text(generator, tokenizer):
@@ -287,6 +393,18 @@ def output(result) -> str:
     return result.stdout.decode()
 
 
+def test_the_notebook_runs_from_its_first_cell_to_its_last(run_folder):
+    cells = json.loads((ROOT / "examples" / "generate.ipynb").read_text(encoding="utf-8"))["cells"]
+    code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    (run_folder / "notebook.py").write_text(code.replace('os.chdir("..")', "pass"), encoding="utf-8")
+    command = [sys.executable, "notebook.py"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUTF8": "1"}
+    result = subprocess.run(command, cwd=run_folder, capture_output=True, timeout=120, env=environment)
+    shown = output(result)
+    assert result.returncode == 0, shown
+    assert shown.count("bits per byte") == 2 and "却说曹操" in shown
+
+
 def test_one_prompt_printed_or_streamed_is_the_same_text(in_run_folder, tiny_model, tokenizer, monkeypatch, capsys):
     text = TextGenerator(tiny_model, tokenizer).generate("中国", GenerationConfig(do_sample=False, max_new_tokens=20))
     flags = ["--model_path", "out/pretrain_64.pth", "--prompt", "中国", "--max_new_tokens", "20", "--greedy"]
@@ -381,6 +499,39 @@ def test_a_file_of_prompts_gives_each_its_single_result(in_run_folder, tiny_mode
     ]
 
 
+def test_a_batch_that_was_cut_off_goes_on_and_ends_with_the_same_file(in_run_folder, monkeypatch, capsys):
+    (in_run_folder / "prompts.txt").write_text("\n".join(["中国", "长江", "你好", "春风"]), encoding="utf-8")
+    results = in_run_folder / "results.jsonl"
+    flags = ["--batch_file", "prompts.txt", "--output_file", "results.jsonl", "--seed", "3", "--max_new_tokens", "12"]
+    monkeypatch.setattr(sys, "argv", ["inference.py", *flags])
+    inference.main()
+    whole = results.read_bytes()
+    second_line = whole.index(b"\n") + 1
+    for cut in (0, 5, second_line, second_line + 7, len(whole) - 1, len(whole)):
+        results.write_bytes(whole[:cut])
+        monkeypatch.setattr(sys, "argv", ["inference.py", *flags, "--resume"])
+        inference.main()
+        assert results.read_bytes() == whole
+    assert "4 of 4 results are in results.jsonl already" in capsys.readouterr().err
+
+    (in_run_folder / "prompts.txt").write_text("中国\n黄河\n你好\n春风", encoding="utf-8")
+    with pytest.raises(InputError, match="line 2 of results.jsonl is a result of another prompt"):
+        inference.main()
+    assert results.read_bytes() == whole
+
+
+def test_a_file_is_scored(in_run_folder, tiny_model, tokenizer, monkeypatch, capsys):
+    texts = ["春风又绿江南岸", "长江"]
+    (in_run_folder / "a.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts), encoding="utf-8")
+    monkeypatch.setattr(sys, "argv", ["inference.py", "--score_file", "a.jsonl"])
+    inference.main()
+    score = sum((TextGenerator(tiny_model, tokenizer).score(text) for text in texts), Score())
+    assert capsys.readouterr().out == (
+        f"2 texts, {score.tokens} tokens, 27 bytes: loss {score.loss:.4f} nats a token, perplexity"
+        f" {score.perplexity:,.2f}, {score.bits_per_byte:.4f} bits per byte\n"
+    )
+
+
 def test_bad_input_ends_the_command_with_one_line_and_code_2(run_folder):
     result = run(run_folder, "--tempreture", "0.8")
 
@@ -400,6 +551,10 @@ def test_bad_input_ends_the_command_with_one_line_and_code_2(run_folder):
         (["--batch_file", "latin.txt"], r"batch_file: latin.txt is not UTF-8 \(line 2\)"),
         (["--batch_file", "long.txt"], "long.txt, line 3: the prompt has"),
         (["--batch_file", "ok.txt", "--output_file", "none/results.jsonl"], "output_file: .* cannot be written"),
+        (["--score_file", "none.txt"], "score_file: none.txt cannot be read"),
+        (["--score_file", "empty.txt", "--prompt", "a"], "--prompt and --score_file exclude each other"),
+        (["--score_file", "broken.jsonl"], "score_file: line 2 of broken.jsonl is no"),
+        (["--batch_file", "ok.txt", "--resume"], "--resume goes on with the --output_file"),
         (["--output_file", "results.jsonl"], "--output_file is for the results of --batch_file"),
         (["--interactive", "--batch_file", "ok.txt"], "--batch_file and --interactive exclude each other"),
         (["--prompt", "a", "--interactive"], "--prompt and --interactive exclude each other"),
@@ -415,6 +570,7 @@ def test_each_bad_input_is_named(in_run_folder, monkeypatch, arguments, expected
     (in_run_folder / "latin.txt").write_bytes(b"abc\ncaf\xe9\n")
     (in_run_folder / "long.txt").write_text("ok\n\n" + "字" * 60, encoding="utf-8")
     (in_run_folder / "ok.txt").write_text("ok\n")
+    (in_run_folder / "broken.jsonl").write_text('{"text": "a"}\n{"txt": "b"}\n')
     monkeypatch.setattr(sys, "argv", ["inference.py", *arguments])
 
     with pytest.raises(InputError, match=expected) as caught:

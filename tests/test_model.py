@@ -92,7 +92,7 @@ def test_decoding_with_the_cache_equals_a_full_forward(tiny_config, variant):
     config = LMConfig(**{**vars(tiny_config), **variant})
     model = random_model(config)
     tokens = some_tokens(config, 2, 40)
-    cache = KVCache(config, batch_size=2, capacity=40)
+    cache = KVCache(config, 2, capacity=40)
 
     with torch.no_grad():
         pieces = [model(piece, cache=cache) for piece in (tokens[:, :7], tokens[:, 7:20])]
@@ -112,23 +112,25 @@ def test_qk_norm_makes_the_scale_of_queries_irrelevant(tiny_config):
         torch.testing.assert_close(model(tokens), before, rtol=1e-4, atol=1e-4)
 
 
-def test_rows_of_a_ragged_batch_equal_the_rows_alone(tiny_model, tiny_config):
+def test_rows_of_different_lengths_equal_the_rows_alone(tiny_model, tiny_config):
     lengths, more = [3, 11, 7], 6
     texts = [some_tokens(tiny_config, length + more, seed=length) for length in lengths]
-    longest = max(lengths)
-    padding = torch.tensor([longest - length for length in lengths])
-    prompts = torch.stack([torch.nn.functional.pad(text[:-more], (longest - len(text) + more, 0)) for text in texts])
-    cache = KVCache(tiny_config, 3, longest + more, padding=padding)
+    cache = KVCache(tiny_config, 4, max(lengths) + more)
 
     with torch.no_grad():
-        logits = [tiny_model(prompts, cache=cache)[:, -1:]]
+        for row, (length, text) in enumerate(zip(lengths, texts, strict=True)):
+            tiny_model(text[None, :length], cache=cache.part(row, row + 1))
+        cache.lengths = [*lengths, 0]
+        cache.move(2, 3)  # a row is the same in another place
+        cache.move(1, 2)
+        cache.move(3, 1)
+        texts, batch = [texts[0], texts[2], texts[1]], cache.part(0, 3)
         for step in range(more):
             following = torch.stack([text[len(text) - more + step] for text in texts])[:, None]
-            logits.append(tiny_model(following, cache=cache))
-        batch = torch.cat(logits, dim=1)  # [3, 1 + more, V]
-        for row, text in enumerate(texts):
-            alone = tiny_model(text[None])[0, -1 - more :]
-            torch.testing.assert_close(batch[row], alone, rtol=1e-4, atol=1e-4)
+            logits = tiny_model(following, cache=batch)[:, -1]
+            for row, text in enumerate(texts):
+                alone = tiny_model(text[None, : len(text) - more + step + 1])[0, -1]
+                torch.testing.assert_close(logits[row], alone, rtol=1e-4, atol=1e-4)
 
 
 def test_half_precision_keeps_the_positions_exact(tiny_config):

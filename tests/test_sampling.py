@@ -7,19 +7,42 @@ from transformers.generation import logits_process as theirs
 
 from model.errors import InputError
 from model.LMConfig import LMConfig
-from model.sampling import PADDING, NoRepeatNgram, RepetitionPenalty, Temperature, TopK, TopP, sample
+from model.sampling import (
+    PADDING,
+    LogitBias,
+    MinNewTokens,
+    MinP,
+    NoRepeatNgram,
+    OutputPenalties,
+    RepetitionPenalty,
+    Temperature,
+    TopK,
+    TopP,
+    sample,
+)
 from optimized_inference import GenerationConfig, decode
 
 VOCAB = 50
+PROMPT, OUTPUT = 20, 10  # tokens
 
 PAIRS = [(RepetitionPenalty(p), theirs.RepetitionPenaltyLogitsProcessor(p)) for p in (0.7, 1.1, 2.0)]
 PAIRS += [(NoRepeatNgram(n), theirs.NoRepeatNGramLogitsProcessor(n)) for n in (1, 2, 3, 40)]
 PAIRS += [(Temperature(t), theirs.TemperatureLogitsWarper(t)) for t in (0.01, 0.8, 3.0)]
 PAIRS += [(TopK(k), theirs.TopKLogitsWarper(k)) for k in (1, 7, 50, 999)]
 PAIRS += [(TopP(p), theirs.TopPLogitsWarper(p)) for p in (0.0, 0.3, 0.9, 0.999)]
+PAIRS += [(MinP(p), theirs.MinPLogitsWarper(p)) for p in (0.0, 0.05, 0.5, 1.0)]
+PAIRS += [
+    (MinNewTokens(n, ends), theirs.MinNewTokensLengthLogitsProcessor(PROMPT, n, ends))
+    for n in (1, OUTPUT, OUTPUT + 1)
+    for ends in ([3], [3, 7])
+]
+PAIRS += [
+    (LogitBias(bias), theirs.SequenceBiasLogitsProcessor({(index,): value for index, value in bias.items()}))
+    for bias in ({5: 2.5}, {0: -1.0, 49: 0.5, 7: float("-inf")})
+]
 
 
-def random_case(seed, rows=4, length=30):
+def random_case(seed, rows=4, length=PROMPT + OUTPUT):
     """Tokens with many repeats, and logits rounded so coarsely that many tie."""
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(0, 12, (rows, length), generator=generator)
@@ -31,47 +54,71 @@ def random_case(seed, rows=4, length=30):
 def test_each_processor_equals_transformers(ours, their):
     for seed in range(40):
         tokens, logits = random_case(seed)
-        assert torch.equal(ours(tokens, logits), their(tokens, logits.clone()))
+        assert torch.equal(ours(logits, tokens, tokens[:, PROMPT:]), their(tokens, logits.clone()))
 
 
 def test_composed_processors_equal_transformers():
-    config = GenerationConfig(temperature=0.7, top_k=20, top_p=0.8, repetition_penalty=1.3, no_repeat_ngram_size=2)
+    config = GenerationConfig(
+        temperature=0.7, top_k=20, top_p=0.8, min_p=0.1, repetition_penalty=1.3, no_repeat_ngram_size=2,
+        min_new_tokens=OUTPUT + 1, logit_bias={4: 1.5},
+    )  # fmt: skip
     chain = theirs.LogitsProcessorList(
         [
+            theirs.SequenceBiasLogitsProcessor({(4,): 1.5}),
             theirs.RepetitionPenaltyLogitsProcessor(1.3),
             theirs.NoRepeatNGramLogitsProcessor(2),
+            theirs.MinNewTokensLengthLogitsProcessor(PROMPT, OUTPUT + 1, [2]),
             theirs.TemperatureLogitsWarper(0.7),
             theirs.TopKLogitsWarper(20),
             theirs.TopPLogitsWarper(0.8),
+            theirs.MinPLogitsWarper(0.1),
         ]
     )
     for seed in range(40):
         tokens, logits = random_case(seed)
         expected = chain(tokens, logits.clone())
-        for process in config.processors():
-            logits = process(tokens, logits)
+        for process in config.processors([2]):
+            logits = process(logits, tokens, tokens[:, PROMPT:])
         assert torch.equal(logits, expected)
 
 
-@pytest.mark.parametrize("process", [RepetitionPenalty(1.5), NoRepeatNgram(1), NoRepeatNgram(2), NoRepeatNgram(5)])
+def test_output_penalties_follow_openais_formula():
+    for seed in range(20):
+        tokens, logits = random_case(seed)
+        output = tokens[:, PROMPT:]
+        expected = logits.clone()
+        for row, ids in enumerate(output.tolist()):
+            for index in set(ids):
+                expected[row, index] -= 0.7 + 0.25 * ids.count(index)
+        torch.testing.assert_close(OutputPenalties(0.7, 0.25)(logits, tokens, output), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "process",
+    [
+        RepetitionPenalty(1.5), NoRepeatNgram(1), NoRepeatNgram(2), NoRepeatNgram(5), OutputPenalties(1.0, 0.5),
+        MinNewTokens(5, [3]),
+    ],
+)  # fmt: skip
 def test_padding_is_not_penalised(process):
     for length in (1, 3, 10):
         tokens, logits = random_case(1, length=length)
         padded = torch.nn.functional.pad(tokens, (6, 0), value=PADDING)
-        assert torch.equal(process(padded, logits), process(tokens, logits))
+        assert torch.equal(process(logits, padded, padded), process(logits, tokens, tokens))
 
 
 def test_ties_with_the_kth_survive():
     logits = torch.tensor([[1.0, 3.0, 2.0, 2.0, 0.0]])
-    kept = TopK(2)(torch.zeros(1, 1, dtype=torch.long), logits).isfinite()
+    tokens = torch.zeros(1, 1, dtype=torch.long)
+    kept = TopK(2)(logits, tokens, tokens).isfinite()
     assert kept.tolist() == [[False, True, True, True, False]]
 
 
 def test_the_token_that_reaches_p_exactly_is_the_last_one():
     logits = torch.zeros(1, 4)  # a quarter each, so that the sums are exact
     tokens = torch.zeros(1, 1, dtype=torch.long)
-    assert TopP(0.5)(tokens, logits).isfinite().sum() == 2
-    assert torch.equal(TopP(0.5)(tokens, logits), theirs.TopPLogitsWarper(0.5)(tokens, logits))
+    assert TopP(0.5)(logits, tokens, tokens).isfinite().sum() == 2
+    assert torch.equal(TopP(0.5)(logits, tokens, tokens), theirs.TopPLogitsWarper(0.5)(tokens, logits))
 
 
 def test_draws_follow_the_probabilities():
@@ -85,7 +132,7 @@ def test_draws_follow_the_probabilities():
 
 
 def ids_of(model, prompt, config, eos_id=2):
-    return [step[0] for step in decode(model, [prompt], config, eos_id) if step[0] is not None]
+    return [event.token for event in decode(model, [prompt], config, [eos_id]) if event.token is not None]
 
 
 @pytest.mark.parametrize(("penalty", "ngram"), [(1.0, 0), (1.3, 0), (1.2, 3)])
@@ -132,8 +179,14 @@ def test_temperature_zero_is_greedy(tiny_model, temperature):
 
 def test_wrong_settings_are_all_named_at_once():
     with pytest.raises(InputError) as caught:
-        GenerationConfig(temperature=-1, top_k=2.5, top_p=1.5, max_new_tokens=0, repetition_penalty=0, seed="x")
+        GenerationConfig(
+            temperature=-1, top_k=2.5, top_p=1.5, max_new_tokens=0, repetition_penalty=0, seed="x", min_p=2,
+            min_new_tokens=-1, presence_penalty="a", frequency_penalty=float("nan"), logit_bias={"a": 1},
+        )  # fmt: skip
     message = str(caught.value)
-    for problem in ("temperature: -1", "top_k: 2.5", "top_p: 1.5", "max_new_tokens: 0", "penalty: 0", "seed: 'x'"):
+    for problem in (
+        "temperature: -1", "top_k: 2.5", "top_p: 1.5", "max_new_tokens: 0", "penalty: 0", "seed: 'x'", "min_p: 2",
+        "min_new_tokens: -1", "presence_penalty: 'a'", "frequency_penalty: nan", "logit_bias: {'a': 1}",
+    ):  # fmt: skip
         assert problem in message
     assert "use_cache" not in message and "\n" not in message

@@ -1,0 +1,136 @@
+"""Texts in the making, a row each: what is written, and the keys and values of what the model has read of it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from model.kv_cache import KVCache
+from model.model import Transformer
+from model.sampling import PADDING
+
+
+@dataclass(slots=True)
+class Row:
+    """One text."""
+
+    number: int  # of its prompt
+    length: int  # tokens that it has, and
+    start: int  # those of its prompt
+    limit: int  # at which it ends
+    generator: torch.Generator | None  # None: greedy
+    end: str | None = None  # why it ended: "eos", "length" or "stopped"
+
+
+class Rows:
+    """Up to `capacity` texts, which a step of the model continues together; a text that ends makes room for another.
+
+    The first rows have been read but for their newest token, those after them not yet: `next_logits` reads both.
+
+    Args:
+        model: whose context limits each text.
+        remembers: keep the keys and values of a text that ended, for a text that begins with the same tokens. For one
+            row at a time: a chat, in which each turn begins with all the turns before it.
+    """
+
+    def __init__(self, model: Transformer, capacity: int, remembers: bool = False) -> None:
+        weight, context = model.tok_embeddings.weight, model.config.max_seq_len
+        self.model, self.capacity, self.remembers = model, capacity, remembers
+        self.rows: list[Row] = []
+        self._read = 0  # rows that the cache knows
+        self._cache = KVCache(model.config, capacity, context, device=weight.device, dtype=weight.dtype)
+        self._ids = torch.full((capacity, context), PADDING, device=weight.device)
+
+    @property
+    def device(self) -> torch.device:
+        return self._ids.device
+
+    @property
+    def free(self) -> int:
+        """How many more texts there is room for."""
+        return self.capacity - len(self.rows)
+
+    def clear(self) -> None:
+        """Drop all texts; what is remembered of the last one stays."""
+        self.rows, self._read = [], 0
+
+    def admit(self, number: int, prompt: Sequence[int], most: int, generator: torch.Generator | None) -> None:
+        """Begin a text with a prompt, to go on for at most so many tokens, as far as the context reaches."""
+        place = len(self.rows)
+        ids = torch.tensor(prompt, device=self.device)
+        known = self._begin_known(place, ids) if self.remembers else 0
+        self._cache.lengths[place] = known
+        self._ids[place] = PADDING
+        self._ids[place, : len(ids)] = ids
+        limit = min(self.model.config.max_seq_len, len(ids) + most)
+        self.rows.append(Row(number, len(ids), len(ids), limit, generator))
+
+    def _begin_known(self, place: int, ids: Tensor) -> int:
+        """How many tokens this row's cache has read already; the last one must be read for what follows it."""
+        most = min(self._cache.lengths[place], len(ids) - 1)
+        same = self._ids[place, :most] == ids[:most]
+        return int(same.cumprod(0).sum())
+
+    def next_logits(self, anew: bool = False) -> Tensor:
+        """Read what is not read yet -> logits of each row's next token, float32 [rows, V].
+
+        Args:
+            anew: read all of every text once more: slow, to compare with.
+        """
+        if anew:
+            self._read = 0
+            self._cache.lengths = [0] * self.capacity
+        logits = []
+        if self._read:
+            logits.append(self._read_texts(0, self._read))
+        if self._read < len(self.rows):
+            logits.append(self._read_texts(self._read, len(self.rows)))
+        self._read = len(self.rows)
+        return torch.cat(logits)
+
+    def _read_texts(self, begin: int, end: int) -> Tensor:
+        """Read these rows to their ends. All of them have as much to read, or nothing of them was read before.
+
+        Shorter ones are padded on the right, where causal attention keeps what is read from being seen.
+        """
+        places, lengths = list(range(begin, end)), [row.length for row in self.rows[begin:end]]
+        part = self._cache.part(begin, end)
+        unread = [length - known for length, known in zip(lengths, part.lengths, strict=True)]
+        steps = torch.arange(max(unread), device=self.device)
+        positions = torch.tensor(part.lengths, device=self.device)[:, None] + steps  # [rows, T]
+        ids = self._ids[begin:end].gather(1, positions.clamp(max=self._ids.shape[1] - 1)).clamp(min=0)
+        hidden = self.model.hidden_states(ids, part)  # [rows, T, dim]
+        self._cache.lengths[begin:end] = lengths
+        last = hidden[list(range(len(places))), [count - 1 for count in unread]]
+        return self.model.output(last).float()  # the output layer is the widest: only where it is needed
+
+    def written(self) -> tuple[Tensor, Tensor]:
+        """The texts and their output alone, int64 [rows, T] each: the newest token last, PADDING before the first."""
+        lengths = torch.tensor([row.length for row in self.rows], device=self.device)[:, None]
+        starts = torch.tensor([row.start for row in self.rows], device=self.device)[:, None]
+        longest = max(row.length for row in self.rows)
+        positions = torch.arange(longest, device=self.device) + (lengths - longest)  # [rows, T], below 0: no token
+        ids = self._ids[: len(self.rows)].gather(1, positions.clamp(min=0)).where(positions >= 0, PADDING)
+        return ids, ids.where(positions >= starts, PADDING)
+
+    def add(self, chosen: Tensor, eos_ids: Sequence[int]) -> None:
+        """Write the next token of each row, int64 [rows], and note which rows end with it."""
+        self._ids[list(range(len(self.rows))), [row.length for row in self.rows]] = chosen
+        for row, token in zip(self.rows, chosen.tolist(), strict=True):
+            row.length += 1
+            if token in eos_ids:
+                row.end = "eos"
+            elif row.length == row.limit:
+                row.end = "length"
+
+    def drop_ended(self) -> None:
+        """Take the rows that ended out; the last ones move into their places."""
+        for place in reversed(range(len(self.rows))):
+            if self.rows[place].end is not None:
+                last = self.rows.pop()
+                if place < len(self.rows):
+                    self.rows[place] = last
+                    self._cache.move(len(self.rows), place)
+                    self._ids[place] = self._ids[len(self.rows)]
+        self._read = len(self.rows)
