@@ -18,7 +18,7 @@ from model.archive import is_finite
 from model.archive_checks import check_shapes, read_shape
 from model.errors import InputError, first_line, shown
 from model.optim import is_hidden_matrix, load_optimizer_state
-from model.settings import SECTIONS
+from model.settings import FIELDS, SECTIONS
 
 CHECKPOINT_VERSION = 2
 NONE = type(None)
@@ -161,7 +161,10 @@ def _optimizer_problem(content: Mapping) -> str | None:
     try:
         groups, states = optimizer["param_groups"], optimizer["state"]
         names = {number: name for g in groups for number, name in zip(g["params"], g["param_names"], strict=True)}
-        muon = content["settings"]["training"]["optimizer_type"] == "muon"
+        optimizer_type = content["settings"]["training"]["optimizer_type"]
+        if optimizer_type not in FIELDS["optimizer_type"].metadata["choices"]:
+            return f"optimizer_type is {optimizer_type!r}"
+        muon = optimizer_type == "muon"
         tied = {"output.weight"} if content["config"]["tie_embeddings"] else set()
         if set(names.values()) != model.keys() - tied:
             return "optimizer is not this model's"

@@ -157,6 +157,10 @@ WRONG = {
     "a moment of another shape": (lambda c: c["optimizer"]["state"][0].update(exp_avg=torch.ones(3)), "other parts"),
     "no state of a parameter": (lambda c: c["optimizer"]["state"].pop(0), "some parameters"),
     "an optimizer of another model": (lambda c: c["optimizer"]["param_groups"].pop(), "not this model's"),
+    "an unknown optimizer": (
+        lambda c: c["settings"]["training"].update(optimizer_type="sgd"),
+        "optimizer_type is 'sgd'",
+    ),
     "half a scaler": (lambda c: c.update(scaler={"scale": 2.0}), "scaler"),
     "no random states": (lambda c: c.update(random_states=[]), "random_states is empty"),
     "half a random state": (lambda c: c["random_states"][0].pop("numpy"), "random_states"),
