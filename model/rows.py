@@ -94,7 +94,7 @@ class Rows:
 
         Shorter ones are padded on the right, where causal attention keeps what is read from being seen.
         """
-        places, lengths = list(range(begin, end)), [row.length for row in self.rows[begin:end]]
+        lengths = [row.length for row in self.rows[begin:end]]
         part = self._cache.part(begin, end)
         unread = [length - known for length, known in zip(lengths, part.lengths, strict=True)]
         steps = torch.arange(max(unread), device=self.device)
@@ -102,7 +102,7 @@ class Rows:
         ids = self._ids[begin:end].gather(1, positions.clamp(max=self._ids.shape[1] - 1)).clamp(min=0)
         hidden = self.model.hidden_states(ids, part)  # [rows, T, dim]
         self._cache.lengths[begin:end] = lengths
-        last = hidden[list(range(len(places))), [count - 1 for count in unread]]
+        last = hidden[list(range(len(lengths))), [count - 1 for count in unread]]
         return self.model.output(last).float()  # the output layer is the widest: only where it is needed
 
     def written(self) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from model.evaluation import bits_per_byte
 from model.model import Transformer
 
 
@@ -34,7 +35,7 @@ class Score:
     @property
     def bits_per_byte(self) -> float:
         """Comparable between tokenizers."""
-        return self.nats / math.log(2) / max(1, self.bytes)
+        return bits_per_byte(self.nats, self.bytes)
 
 
 @torch.inference_mode()
