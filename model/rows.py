@@ -35,12 +35,12 @@ class Rows:
     """
 
     def __init__(self, model: Transformer, capacity: int, remembers: bool = False) -> None:
-        weight, context = model.tok_embeddings.weight, model.config.max_seq_len
+        context = model.config.max_seq_len
         self.model, self.capacity, self.remembers = model, capacity, remembers
         self.rows: list[Row] = []
         self._read = 0  # rows that the cache knows
-        self._cache = KVCache(model.config, capacity, context, device=weight.device, dtype=weight.dtype)
-        self._ids = torch.full((capacity, context), PADDING, device=weight.device)
+        self._cache = KVCache(model.config, capacity, context, device=model.device, dtype=model.dtype)
+        self._ids = torch.full((capacity, context), PADDING, device=model.device)
 
     @property
     def device(self) -> torch.device:

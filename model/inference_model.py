@@ -1,0 +1,153 @@
+"""A Transformer for generating on a CPU: the same computation on weights that are laid out for it.
+
+Writing a token reads each weight once and computes little with it, so what counts is how fast memory is read. So
+matrices that read the same vector are one (query, key and value), and oneDNN holds each in the order in which it reads.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model.kv_cache import KVCache
+from model.LMConfig import LMConfig
+from model.model import Attention, FeedForward, Transformer, TransformerBlock
+
+PACKED_FOR = 32  # rows that oneDNN lays a matrix out for; as fast for 1 or 512, where one laid out for 1 is not
+
+
+def packs(dtype: torch.dtype) -> bool:
+    """Whether oneDNN can hold matrices of this type in an order of its own here."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    if dtype == torch.bfloat16:
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return dtype == torch.float32
+
+
+class Matrix:
+    """A weight [N, K] of x -> x Wᵀ, packed by oneDNN where it can: a copy, twice to three times as fast as F.linear."""
+
+    def __init__(self, *weights: Tensor) -> None:
+        weight = weights[0].detach() if len(weights) == 1 else torch.cat([weight.detach() for weight in weights])
+        self.packed = packs(weight.dtype)
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_FOR) if self.packed else weight
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [..., K] -> x Wᵀ [..., N]."""
+        if self.packed:
+            return torch.ops.mkldnn._linear_pointwise(x, self.weight, None, "none", [], "")
+        return F.linear(x, self.weight)
+
+    def silu(self, x: Tensor) -> Tensor:
+        """silu(x Wᵀ)."""
+        if self.packed:
+            return torch.ops.mkldnn._linear_pointwise(x, self.weight, None, "swish", [], "")
+        return F.silu(self(x))
+
+
+class Int8Matrix(Matrix):
+    """A weight as int8 with a scale for each of its N rows: a quarter of float32's bytes; computed in bfloat16.
+
+    Rounding is to nearest, the largest of a row being 127 (LLM.int8's "absmax", Dettmers et al., 2022, for weights only).
+    """
+
+    def __init__(self, *weights: Tensor) -> None:
+        self.packed = False
+        self.weight, self.scale = quantized(torch.cat([weight.detach() for weight in weights]))
+        self.scale = self.scale.bfloat16()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if x.numel() == x.shape[-1]:  # one row: torch's kernel reads int8; for more it is slower than what follows
+            return torch._weight_int8pack_mm(x.view(1, -1), self.weight, self.scale).view(*x.shape[:-1], -1)
+        return F.linear(x, self.weight.bfloat16() * self.scale[:, None])
+
+
+def quantized(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """weight [N, K] -> int8 [N, K] and float32 [N], whose product comes nearest to it."""
+    weight = weight.float()
+    scale = weight.abs().amax(1).clamp(min=torch.finfo(torch.float32).tiny) / 127
+    return (weight / scale[:, None]).round().to(torch.int8), scale
+
+
+class InferenceModel:
+    """What `Rows` asks of a Transformer, faster. It copies the weights: make a new one when they change.
+
+    Args:
+        model: on the CPU.
+        int8: hold the matrices as `Int8Matrix`; the rest and the activations are bfloat16 then.
+    """
+
+    def __init__(self, model: Transformer, int8: bool = False) -> None:
+        self.config: LMConfig = model.config
+        matrix = Int8Matrix if int8 else Matrix
+        self.dtype = torch.bfloat16 if int8 else model.tok_embeddings.weight.dtype
+        self.embedding = model.tok_embeddings.weight.detach().to(self.dtype)
+        self.layers = [_Layer(layer, matrix, self.dtype) for layer in model.layers]
+        self.norm = model.norm.weight.detach().to(self.dtype)
+        self.output = matrix(model.output.weight)
+        self.turns = torch.complex(model.rope_cos, model.rope_sin)  # complex64 [max_seq_len, D / 2]
+
+    @property
+    def device(self) -> torch.device:
+        return self.embedding.device
+
+    def hidden_states(self, tokens: Tensor, cache: KVCache) -> Tensor:
+        """As Transformer.hidden_states: tokens int64 [B, T], which go on from what the cache holds -> [B, T, dim]."""
+        count, eps = tokens.shape[1], self.config.norm_eps
+        mask, positions = cache.attention_mask(count), cache.positions(count)
+        turns = self.turns[positions].unsqueeze(-2)  # [T, 1, D / 2] or [B, T, 1, D / 2]
+        x = F.embedding(tokens, self.embedding)
+        for layer in self.layers:
+            x = layer.attend(x, turns, mask, cache, eps)
+            x = layer.feed_forward(x, eps)
+        cache.advance(count)
+        return F.rms_norm(x, x.shape[-1:], self.norm, eps)
+
+
+class _Layer:
+    """A TransformerBlock's weights and what is computed with them."""
+
+    def __init__(self, block: TransformerBlock, matrix: type[Matrix], dtype: torch.dtype) -> None:
+        attention: Attention = block.attention
+        feed_forward: FeedForward = block.feed_forward
+        self.layer = attention.layer
+        self.heads = (attention.n_heads, attention.n_kv_heads, attention.n_kv_heads)  # of queries, keys and values
+        self.head_dim = attention.head_dim
+        self.q_norm, self.k_norm = attention.q_norm, attention.k_norm
+        self.attention_norm = block.attention_norm.weight.detach().to(dtype)
+        self.ffn_norm = block.ffn_norm.weight.detach().to(dtype)
+        self.wqkv = matrix(attention.wq.weight, attention.wk.weight, attention.wv.weight)
+        self.wo = matrix(attention.wo.weight)
+        self.w1, self.w2, self.w3 = (matrix(w.weight) for w in (feed_forward.w1, feed_forward.w2, feed_forward.w3))
+
+    def attend(self, x: Tensor, turns: Tensor, mask: Tensor | None, cache: KVCache, eps: float) -> Tensor:
+        """x + attention(norm(x)), x [B, T, dim]."""
+        batch, tokens, dim = x.shape
+        qkv = self.wqkv(F.rms_norm(x, (dim,), self.attention_norm, eps))
+        q, k, v = qkv.view(batch, tokens, -1, self.head_dim).split(self.heads, dim=2)  # [B, T, H or H_kv, D]
+        q, k = self.q_norm(q), self.k_norm(k)
+        q = _turned(q, turns).transpose(1, 2)  # [B, H, T, D]
+        k, v = cache.append(self.layer, _turned(k, turns).transpose(1, 2), v.transpose(1, 2))  # [B, H_kv, S, D]
+        heads = _attention(q, k, v, mask).transpose(1, 2).reshape(batch, tokens, dim)
+        return x + self.wo(heads)
+
+    def feed_forward(self, x: Tensor, eps: float) -> Tensor:
+        """x + w2(silu(w1 x) * w3 x) of the normalised x [B, T, dim]."""
+        normed = F.rms_norm(x, x.shape[-1:], self.ffn_norm, eps)
+        return x + self.w2(self.w1.silu(normed) * self.w3(normed))
+
+
+def _turned(x: Tensor, turns: Tensor) -> Tensor:
+    """As `apply_rope`: x [B, T, H, D], turns complex64 [T, 1, D / 2] or [B, T, 1, D / 2]."""
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * turns).flatten(-2).type_as(x)
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """q [B, H, T, D], k and v [B, H_kv, S, D] -> [B, H, T, D]."""
+    batch, heads, tokens, head_dim = q.shape
+    if tokens > 1:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=k.shape[1] < heads)
+    # The query heads of a group as if they were positions: PyTorch's kernel then reads the group's keys once.
+    grouped = q.view(batch, k.shape[1], -1, head_dim)  # [B, H_kv, H / H_kv, D]
+    return F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask).view(q.shape)
