@@ -127,32 +127,37 @@ class DecodeStep(nn.Module):
 
 
 class CompiledStep:
-    """A compiled DecodeStep with a model's weights, and the keys and values of one text."""
+    """A compiled DecodeStep with a model's weights, and the keys and values of one text.
+
+    Attributes:
+        reader: whose text that is; free to be set.
+    """
 
     def __init__(self, path: Path, model: Transformer, int8: bool = False) -> None:
         step = DecodeStep(model, int8)
-        config = model.config
-        slots = config.max_seq_len + SPARE
+        config, slots = model.config, model.config.max_seq_len + SPARE
+        self.reader: object = None
         self.keys = torch.zeros(config.n_layers, config.n_kv_heads, config.head_dim, slots)
         self.values = torch.zeros(config.n_layers, config.n_kv_heads, slots, config.head_dim)
         for layer, keys, values in zip(step.layers, self.keys, self.values, strict=True):
             layer.keys, layer.values = keys, values
         self._places = torch.zeros(config.max_seq_len)
-        self._compiled = torch._inductor.aoti_load_package(str(path))
+        # What torch._inductor.aoti_load_package wraps: importing that takes a second, and its wrapper 50 µs a call.
+        self._function = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", False, 1, -1)
         tensors = dict(step.named_buffers(remove_duplicate=False))
-        names = self._compiled.get_constant_fqns()
-        self._tensors = {name: tensors[name] for name in names}  # they must live as long as the function
-        self._compiled.load_constants(self._tensors, check_full_update=True, user_managed=True)
+        self._tensors = {name: tensors[name] for name in self._function.get_constant_fqns()}  # it keeps only pointers
+        self._function.load_constants(self._tensors, use_inactive=False, check_full_update=True, user_managed=True)
 
     def read(self, cache: KVCache, begin: int, end: int) -> None:
         """Take over what row 0 of a cache holds in these slots."""
-        self.keys[..., begin:end] = cache.keys[:, 0, :, begin:end].transpose(-1, -2)
-        self.values[:, :, begin:end] = cache.values[:, 0, :, begin:end]
+        if begin < end:
+            self.keys[..., begin:end] = cache.keys[:, 0, :, begin:end].transpose(-1, -2)
+            self.values[:, :, begin:end] = cache.values[:, 0, :, begin:end]
 
     def __call__(self, token: Tensor, cache: KVCache) -> Tensor:
-        """The logits that follow `token`, int64 [1], float32 [V]; row 0 of the cache holds it afterwards."""
+        """The logits that follow `token`: int64 [1] -> float32 [V]. Row 0 of the cache holds it afterwards."""
         place = cache.lengths[0]
-        logits = self._compiled(token, torch.tensor([place]), self._places[: place + 1])
+        logits = self._function.boxed_run([token, torch.tensor([place]), self._places[: place + 1]])[0]
         cache.keys[:, 0, :, place] = self.keys[..., place]
         cache.values[:, 0, :, place] = self.values[:, :, place]
         cache.lengths[0] = place + 1

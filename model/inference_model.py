@@ -27,9 +27,9 @@ def packs(dtype: torch.dtype) -> bool:
 class Matrix:
     """A weight [N, K] of x -> x Wᵀ, packed by oneDNN where it can: a copy, twice to three times as fast as F.linear."""
 
-    def __init__(self, *weights: Tensor) -> None:
-        weight = weights[0].detach() if len(weights) == 1 else torch.cat([weight.detach() for weight in weights])
-        self.packed = packs(weight.dtype)
+    def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
+        weight = weight.to(dtype)
+        self.packed = packs(dtype)
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_FOR) if self.packed else weight
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -46,20 +46,24 @@ class Matrix:
 
 
 class Int8Matrix(Matrix):
-    """A weight as int8 with a scale for each of its N rows: a quarter of float32's bytes; computed in bfloat16.
+    """A weight as int8 with a scale for each of its N rows: a quarter of float32's bytes to read.
 
-    Rounding is to nearest, the largest of a row being 127 (LLM.int8's "absmax", Dettmers et al., 2022, for weights only).
+    Rounding is to nearest, the largest of a row being 127 ("absmax" of LLM.int8, Dettmers et al., 2022, for the weights
+    only). PyTorch's int8 product is fast for one row in bfloat16; all others use the same numbers as `dtype`.
     """
 
-    def __init__(self, *weights: Tensor) -> None:
-        self.packed = False
-        self.weight, self.scale = quantized(torch.cat([weight.detach() for weight in weights]))
-        self.scale = self.scale.bfloat16()
+    def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
+        self.int8, scale = quantized(weight)
+        self.scale = scale.to(dtype)
+        super().__init__(self.int8.to(dtype) * self.scale[:, None], dtype)
 
     def __call__(self, x: Tensor) -> Tensor:
-        if x.numel() == x.shape[-1]:  # one row: torch's kernel reads int8; for more it is slower than what follows
-            return torch._weight_int8pack_mm(x.view(1, -1), self.weight, self.scale).view(*x.shape[:-1], -1)
-        return F.linear(x, self.weight.bfloat16() * self.scale[:, None])
+        if x.dtype == torch.bfloat16 and x.numel() == x.shape[-1]:
+            return torch._weight_int8pack_mm(x.view(1, -1), self.int8, self.scale).view(*x.shape[:-1], -1)
+        return super().__call__(x)
+
+    def silu(self, x: Tensor) -> Tensor:
+        return F.silu(self(x))
 
 
 def quantized(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -74,17 +78,19 @@ class InferenceModel:
 
     Args:
         model: on the CPU.
-        int8: hold the matrices as `Int8Matrix`; the rest and the activations are bfloat16 then.
+        int8: hold the matrices as `Int8Matrix`; all else is bfloat16 then, or float32 where that is not fast.
     """
 
     def __init__(self, model: Transformer, int8: bool = False) -> None:
         self.config: LMConfig = model.config
         matrix = Int8Matrix if int8 else Matrix
-        self.dtype = torch.bfloat16 if int8 else model.tok_embeddings.weight.dtype
+        self.dtype = model.dtype
+        if int8:
+            self.dtype = torch.bfloat16 if packs(torch.bfloat16) else torch.float32
         self.embedding = model.tok_embeddings.weight.detach().to(self.dtype)
         self.layers = [_Layer(layer, matrix, self.dtype) for layer in model.layers]
         self.norm = model.norm.weight.detach().to(self.dtype)
-        self.output = matrix(model.output.weight)
+        self.output = matrix(model.output.weight.detach(), self.dtype)
         self.turns = torch.complex(model.rope_cos, model.rope_sin)  # complex64 [max_seq_len, D / 2]
 
     @property
@@ -116,9 +122,12 @@ class _Layer:
         self.q_norm, self.k_norm = attention.q_norm, attention.k_norm
         self.attention_norm = block.attention_norm.weight.detach().to(dtype)
         self.ffn_norm = block.ffn_norm.weight.detach().to(dtype)
-        self.wqkv = matrix(attention.wq.weight, attention.wk.weight, attention.wv.weight)
-        self.wo = matrix(attention.wo.weight)
-        self.w1, self.w2, self.w3 = (matrix(w.weight) for w in (feed_forward.w1, feed_forward.w2, feed_forward.w3))
+        wqkv = torch.cat([linear.weight.detach() for linear in (attention.wq, attention.wk, attention.wv)])
+        self.wqkv = matrix(wqkv, dtype)
+        self.wo = matrix(attention.wo.weight.detach(), dtype)
+        self.w1 = matrix(feed_forward.w1.weight.detach(), dtype)
+        self.w2 = matrix(feed_forward.w2.weight.detach(), dtype)
+        self.w3 = matrix(feed_forward.w3.weight.detach(), dtype)
 
     def attend(self, x: Tensor, turns: Tensor, mask: Tensor | None, cache: KVCache, eps: float) -> Tensor:
         """x + attention(norm(x)), x [B, T, dim]."""

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from model.compiled_step import CompiledStep
+from model.engine import Engine
 from model.kv_cache import KVCache
 from model.model import Transformer
 from model.sampling import PADDING
@@ -29,16 +31,17 @@ class Rows:
     The first rows have been read but for their newest token, those after them not yet: `next_logits` reads both.
 
     Args:
-        model: whose context limits each text.
+        model: whose context limits each text; an `Engine`, or a Transformer.
         remembers: keep the keys and values of a text that ended, for a text that begins with the same tokens. For one
             row at a time: a chat, in which each turn begins with all the turns before it.
     """
 
-    def __init__(self, model: Transformer, capacity: int, remembers: bool = False) -> None:
+    def __init__(self, model: Engine | Transformer, capacity: int, remembers: bool = False) -> None:
         context = model.config.max_seq_len
         self.model, self.capacity, self.remembers = model, capacity, remembers
         self.rows: list[Row] = []
         self._read = 0  # rows that the cache knows
+        self._stepped = 0  # slots of the first row that the engine's compiled step knows too
         self._cache = KVCache(model.config, capacity, context, device=model.device, dtype=model.dtype)
         self._ids = torch.full((capacity, context), PADDING, device=model.device)
 
@@ -72,15 +75,20 @@ class Rows:
         same = self._ids[place, :most] == ids[:most]
         return int(same.cumprod(0).sum())
 
-    def next_logits(self, anew: bool = False) -> Tensor:
+    def next_logits(self, anew: bool = False, repeatable: bool = False) -> Tensor:
         """Read what is not read yet -> logits of each row's next token, float32 [rows, V].
 
         Args:
             anew: read all of every text once more: slow, to compare with.
+            repeatable: compute them the same way each time, whether or not a compiled step is there by now.
         """
         if anew:
             self._read = 0
             self._cache.lengths = [0] * self.capacity
+        elif len(self.rows) == self._read == 1 and isinstance(self.model, Engine):
+            step = self.model.step(repeatable)
+            if step is not None:
+                return self._step(step)
         logits = []
         if self._read:
             logits.append(self._read_texts(0, self._read))
@@ -89,6 +97,15 @@ class Rows:
         self._read = len(self.rows)
         return torch.cat(logits)
 
+    def _step(self, step: CompiledStep) -> Tensor:
+        """Read the newest token of the only row with the compiled step."""
+        known = self._cache.lengths[0]
+        if step.reader is not self:
+            step.reader, self._stepped = self, 0
+        step.read(self._cache, self._stepped, known)
+        self._stepped = known + 1
+        return step(self._ids[0, known : known + 1], self._cache)[None]
+
     def _read_texts(self, begin: int, end: int) -> Tensor:
         """Read these rows to their ends. All of them have as much to read, or nothing of them was read before.
 
@@ -96,6 +113,8 @@ class Rows:
         """
         lengths = [row.length for row in self.rows[begin:end]]
         part = self._cache.part(begin, end)
+        if begin == 0:
+            self._stepped = min(self._stepped, part.lengths[0])
         unread = [length - known for length, known in zip(lengths, part.lengths, strict=True)]
         steps = torch.arange(max(unread), device=self.device)
         positions = torch.tensor(part.lengths, device=self.device)[:, None] + steps  # [rows, T]
@@ -132,5 +151,6 @@ class Rows:
                 if place < len(self.rows):
                     self.rows[place] = last
                     self._cache.move(len(self.rows), place)
+                    self._stepped = 0
                     self._ids[place] = self._ids[len(self.rows)]
         self._read = len(self.rows)

@@ -1,0 +1,191 @@
+"""What a model's tokens are read with: on a CPU its weights laid out anew, and its compiled step once there is one."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from model.compiled_step import CompiledStep, compile_step, step_path
+from model.errors import InputError, first_line
+from model.inference_model import InferenceModel
+from model.kv_cache import KVCache
+from model.LMConfig import LMConfig
+from model.model import Transformer
+
+WORTH_COMPILING = 500  # tokens of single texts after which more are to be expected
+
+
+class Engine:
+    """A Transformer as `Rows` reads with it.
+
+    Args:
+        model: not in training mode. Its weights are copied: make a new engine when they change (see `fits`).
+        int8: hold the matrices as int8 with a scale for each row; on a CPU.
+        compiles: True: wait for the compiled step; False: never use it; None: use it where it is on the disk or comes
+            there (it is made in the background for a chat and for long texts), except for what must be repeatable.
+        say: where the choice between them is told, a line each time it changes.
+
+    Raises:
+        InputError: int8 or a compiled step on a GPU, or `compiles` is True and it cannot be compiled.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        int8: bool = False,
+        compiles: bool | None = None,
+        say: Callable[[str], None] = lambda line: None,
+    ) -> None:
+        on_cpu = model.device.type == "cpu"
+        if (int8 or compiles) and not on_cpu:
+            raise InputError(f"int8 and the compiled step are for CPUs; the model is on {model.device}")
+        self._weights, self.settings = _fingerprint(model), (int8, compiles)
+        self._model, self._int8, self._compiles, self._say = model, int8, compiles, say
+        self._reader = InferenceModel(model, int8) if on_cpu else model
+        self._step: CompiledStep | None = None
+        self._path: Path | None = None  # of a step that may be there; None: there will be none
+        self._compiler: BackgroundCompiler | None = None
+        self._single_tokens = 0
+        if on_cpu and compiles is not False:
+            self._path = step_path(model.config, model.dtype, int8)
+            if compiles and not self._path.exists():
+                say("compiling the decode step, once for this shape and machine: half a minute or so")
+                BackgroundCompiler(model, int8, self._path).wait()
+
+    def fits(self, model: Transformer, int8: bool, compiles: bool | None) -> bool:
+        """Whether this is an engine of that model, with the weights that it has now."""
+        return self.settings == (int8, compiles) and self._weights == _fingerprint(model)
+
+    @property
+    def config(self) -> LMConfig:
+        return self._model.config
+
+    @property
+    def device(self) -> torch.device:
+        return self._model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of keys and values."""
+        return self._reader.dtype
+
+    def hidden_states(self, tokens: Tensor, cache: KVCache) -> Tensor:
+        """As Transformer.hidden_states."""
+        return self._reader.hidden_states(tokens, cache)
+
+    def output(self, hidden: Tensor) -> Tensor:
+        """hidden [..., dim] -> logits [..., V]."""
+        return self._reader.output(hidden)
+
+    def expect_more(self) -> None:
+        """More texts will come one at a time: have the step compiled meanwhile."""
+        if self._path is None or self._step is not None or self._compiler is not None or self._path.exists():
+            return
+        self._compiler = BackgroundCompiler(self._model, self._int8, self._path)
+        self._say("decoding: eager; a compiled step, which is faster, is made in the background and kept for later")
+
+    def step(self, repeatable: bool) -> CompiledStep | None:
+        """The compiled step for the next token of a single text, if it is there and to be used."""
+        if self._path is None or (repeatable and not self._compiles):
+            return None
+        if self._step is None:
+            self._single_tokens += 1
+            if self._single_tokens == WORTH_COMPILING:
+                self.expect_more()
+            self._look_for_step()
+        return self._step
+
+    def _look_for_step(self) -> None:
+        if self._compiler is not None:
+            if not self._compiler.done():
+                return
+            if self._compiler.problem is not None:
+                self._say(f"decoding: eager; the step could not be compiled ({self._compiler.problem})")
+                self._path = None
+                return
+        elif self._single_tokens > 1:
+            return  # it was not there at the first token, and nobody makes it
+        if self._path.exists():
+            try:
+                self._step = CompiledStep(self._path, self._model, self._int8)
+                self._say(f"decoding: a compiled step, kept in {self._path.parent}")
+            except (RuntimeError, OSError) as error:  # a damaged file; it is only the faster way
+                self._say(f"decoding: eager; {self._path} cannot be used ({first_line(error)})")
+                self._path.unlink(missing_ok=True)
+                self._path = None
+
+
+class BackgroundCompiler:
+    """A process of low priority that compiles a model's step into a file; it ends with this one."""
+
+    def __init__(self, model: Transformer, int8: bool, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        job = {
+            "config": dataclasses.asdict(model.config),
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "int8": int8,
+            "path": str(path),
+            "threads": torch.get_num_threads(),
+        }
+        self.problem: str | None = None
+        self._errors = tempfile.TemporaryFile()
+        root = str(Path(__file__).resolve().parent.parent)
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "model.engine", json.dumps(job)],
+            cwd=root,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=self._errors,
+        )
+        weakref.finalize(self, self._process.kill)
+
+    def done(self) -> bool:
+        """Whether it has ended; `problem` then says why without a file, if so."""
+        if self._process.poll() is None:
+            return False
+        if self._process.returncode and self.problem is None:
+            self._errors.seek(0)
+            lines = self._errors.read().decode("utf-8", "replace").strip().splitlines()
+            self.problem = lines[-1][:200] if lines else f"exit code {self._process.returncode}"
+            if "InvalidCxxCompiler" in self.problem:
+                self.problem = "there is no C++ compiler"
+        return True
+
+    def wait(self) -> None:
+        """Wait for the file.
+
+        Raises:
+            InputError: it could not be made.
+        """
+        while not self.done():
+            time.sleep(0.05)
+        if self.problem is not None:
+            raise InputError(f"compile: the decode step could not be compiled ({self.problem}); leave --compile away")
+
+
+def _fingerprint(model: Transformer) -> list:
+    """Changes when a weight does."""
+    return [(parameter.data_ptr(), parameter._version) for parameter in model.parameters()]
+
+
+def _main() -> None:
+    job = json.loads(sys.argv[1])
+    if hasattr(os, "nice"):
+        os.nice(10)
+    torch.set_num_threads(job["threads"])
+    with contextlib.suppress(KeyboardInterrupt):
+        compile_step(LMConfig(**job["config"]), getattr(torch, job["dtype"]), job["int8"], Path(job["path"]))
+
+
+if __name__ == "__main__":
+    _main()
