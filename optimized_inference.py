@@ -117,7 +117,7 @@ def decode(
     """
     rows = rows or Rows(model, 1)
     rows.clear()
-    processors = config.processors(eos_ids)
+    processors, warpers = config.processors(eos_ids), config.warpers()
     waiting = enumerate(prompts)
     while True:
         for number, prompt in itertools.islice(waiting, rows.free):
@@ -128,7 +128,7 @@ def decode(
             return
 
         logits = rows.next_logits(not config.use_cache, repeatable=config.seed is not None)  # float32 [rows, V]
-        if not logits.isfinite().all():
+        if not logits.amax(-1).isfinite().all():  # NaN counts as the largest
             problem = "the weights give logits that are not finite: the training diverged, or the file is damaged"
             raise InputError(problem)
         given = logits
@@ -136,13 +136,15 @@ def decode(
             tokens, output = rows.written()
             for process in processors:
                 logits = process(logits, tokens, output)
-        chosen = sample(logits, None if config.greedy else [row.generator for row in rows.rows])  # int64 [rows]
+        generators = None if config.greedy else [row.generator for row in rows.rows]
+        chosen = sample(logits, generators, warpers)
 
         logprobs = [None] * len(chosen)
         if config.logprobs:
-            logprobs = given.log_softmax(-1).gather(1, chosen[:, None])[:, 0].tolist()
+            picked = torch.tensor(chosen, device=given.device)[:, None]
+            logprobs = given.log_softmax(-1).gather(1, picked)[:, 0].tolist()
         rows.add(chosen, eos_ids)
-        for row, token, logprob in zip(rows.rows, chosen.tolist(), logprobs, strict=True):
+        for row, token, logprob in zip(rows.rows, chosen, logprobs, strict=True):
             yield Event(row.number, None if row.end == "eos" else token, row.end, logprob)
             if row.end is None and row.number in stopped:
                 row.end = "stopped"

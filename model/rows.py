@@ -125,7 +125,11 @@ class Rows:
         return self.model.output(last).float()  # the output layer is the widest: only where it is needed
 
     def written(self) -> tuple[Tensor, Tensor]:
-        """The texts and their output alone, int64 [rows, T] each: the newest token last, PADDING before the first."""
+        """The texts, int64 [rows, T], and their output alone, [rows, T or less]: the newest token last, PADDING before
+        the first."""
+        if len(self.rows) == 1:
+            row = self.rows[0]
+            return self._ids[:1, : row.length], self._ids[:1, row.start : row.length]
         lengths = torch.tensor([row.length for row in self.rows], device=self.device)[:, None]
         starts = torch.tensor([row.start for row in self.rows], device=self.device)[:, None]
         longest = max(row.length for row in self.rows)
@@ -133,10 +137,10 @@ class Rows:
         ids = self._ids[: len(self.rows)].gather(1, positions.clamp(min=0)).where(positions >= 0, PADDING)
         return ids, ids.where(positions >= starts, PADDING)
 
-    def add(self, chosen: Tensor, eos_ids: Sequence[int]) -> None:
-        """Write the next token of each row, int64 [rows], and note which rows end with it."""
-        self._ids[list(range(len(self.rows))), [row.length for row in self.rows]] = chosen
-        for row, token in zip(self.rows, chosen.tolist(), strict=True):
+    def add(self, chosen: Sequence[int], eos_ids: Sequence[int]) -> None:
+        """Write the next token of each row, and note which rows end with it."""
+        for place, (row, token) in enumerate(zip(self.rows, chosen, strict=True)):
+            self._ids[place, row.length] = token
             row.length += 1
             if token in eos_ids:
                 row.end = "eos"
