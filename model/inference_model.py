@@ -10,7 +10,7 @@ from torch import Tensor
 
 from model.kv_cache import KVCache
 from model.LMConfig import LMConfig
-from model.model import Attention, FeedForward, Transformer, TransformerBlock
+from model.model import Transformer, TransformerBlock
 
 PACKED_FOR = 32  # rows that oneDNN lays a matrix out for; as fast for 1 or 512, where one laid out for 1 is not
 
@@ -88,7 +88,7 @@ class InferenceModel:
         if int8:
             self.dtype = torch.bfloat16 if packs(torch.bfloat16) else torch.float32
         self.embedding = model.tok_embeddings.weight.detach().to(self.dtype)
-        self.layers = [_Layer(layer, matrix, self.dtype) for layer in model.layers]
+        self.layers = [_Layer(layer, model.config, matrix, self.dtype) for layer in model.layers]
         self.norm = model.norm.weight.detach().to(self.dtype)
         self.output = matrix(model.output.weight.detach(), self.dtype)
         self.turns = torch.complex(model.rope_cos, model.rope_sin)  # complex64 [max_seq_len, D / 2]
@@ -113,13 +113,13 @@ class InferenceModel:
 class _Layer:
     """A TransformerBlock's weights and what is computed with them."""
 
-    def __init__(self, block: TransformerBlock, matrix: type[Matrix], dtype: torch.dtype) -> None:
-        attention: Attention = block.attention
-        feed_forward: FeedForward = block.feed_forward
+    def __init__(self, block: TransformerBlock, config: LMConfig, matrix: type[Matrix], dtype: torch.dtype) -> None:
+        attention, feed_forward = block.attention, block.feed_forward
         self.layer = attention.layer
         self.heads = (attention.n_heads, attention.n_kv_heads, attention.n_kv_heads)  # of queries, keys and values
         self.head_dim = attention.head_dim
-        self.q_norm, self.k_norm = attention.q_norm, attention.k_norm
+        norms = (attention.q_norm, attention.k_norm) if config.qk_norm else ()
+        self.qk_norms = [norm.weight.detach().to(dtype) for norm in norms]
         self.attention_norm = block.attention_norm.weight.detach().to(dtype)
         self.ffn_norm = block.ffn_norm.weight.detach().to(dtype)
         wqkv = torch.cat([linear.weight.detach() for linear in (attention.wq, attention.wk, attention.wv)])
@@ -134,7 +134,8 @@ class _Layer:
         batch, tokens, dim = x.shape
         qkv = self.wqkv(F.rms_norm(x, (dim,), self.attention_norm, eps))
         q, k, v = qkv.view(batch, tokens, -1, self.head_dim).split(self.heads, dim=2)  # [B, T, H or H_kv, D]
-        q, k = self.q_norm(q), self.k_norm(k)
+        if self.qk_norms:
+            q, k = (F.rms_norm(x, x.shape[-1:], gain, eps) for x, gain in zip((q, k), self.qk_norms, strict=True))
         q = _turned(q, turns).transpose(1, 2)  # [B, H, T, D]
         k, v = cache.append(self.layer, _turned(k, turns).transpose(1, 2), v.transpose(1, 2))  # [B, H_kv, S, D]
         heads = _attention(q, k, v, mask).transpose(1, 2).reshape(batch, tokens, dim)
