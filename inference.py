@@ -37,6 +37,8 @@ def main() -> None:
         presence_penalty=arguments.presence_penalty,
         frequency_penalty=arguments.frequency_penalty,
         no_repeat_ngram_size=arguments.no_repeat_ngram_size,
+        stop_strings=arguments.stop_strings,
+        max_repeats=arguments.max_repeats,
         use_cache=arguments.use_cache,
         seed=arguments.seed,
     )
@@ -125,9 +127,11 @@ def build_parser() -> argparse.ArgumentParser:
         ("presence_penalty", float, "taken off the logits of tokens that the output has; 0: off"),
         ("frequency_penalty", float, "the same, times how often it has them; 0: off"),
         ("no_repeat_ngram_size", int, "no run of this many tokens occurs twice; 0: off"),
+        ("max_repeats", int, "the text ends once its last tokens are one passage so many times; 0: off"),
     ):
         default = getattr(defaults, name)
         text.add_argument(f"--{name}", type=kind, default=default, metavar="N", help=f"{meaning} (default: {default})")
+    text.add_argument("--stop_strings", nargs="+", default=(), metavar="TEXT", help="the text ends before any of these")
     text.add_argument("--seed", type=int, metavar="N", help="equal seeds, equal text (default: different each time)")
     cache = text.add_mutually_exclusive_group()
     boolean = {"type": true_or_false, "nargs": "?", "const": True, "default": True, "metavar": "true|false"}

@@ -290,7 +290,7 @@ class TextGenerator:
         """How well the model predicts a text of any length, as a document of its own."""
         ids = encode_texts(self.tokenizer, [valid_text("the text", text)])[0]
         with evaluation_mode(self.model):
-            nats = float(token_losses(self.model, [self.tokenizer.bos_token_id, *ids]).double().sum())
+            nats = float(token_losses(self.engine(), [self.tokenizer.bos_token_id, *ids]).double().sum())
         return Score(nats, len(ids), len(text.encode()))
 
     def engine(self) -> Engine:

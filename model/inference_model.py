@@ -100,11 +100,12 @@ class InferenceModel:
     def hidden_states(self, tokens: Tensor, cache: KVCache) -> Tensor:
         """As Transformer.hidden_states: tokens int64 [B, T], which go on from what the cache holds -> [B, T, dim]."""
         count, eps = tokens.shape[1], self.config.norm_eps
-        mask, positions = cache.attention_mask(count), cache.positions(count)
+        from_the_start = max(cache.lengths) == 0
+        mask, positions = None if from_the_start else cache.attention_mask(count), cache.positions(count)
         turns = self.turns[positions].unsqueeze(-2)  # [T, 1, D / 2] or [B, T, 1, D / 2]
         x = F.embedding(tokens, self.embedding)
         for layer in self.layers:
-            x = layer.attend(x, turns, mask, cache, eps)
+            x = layer.attend(x, turns, mask, from_the_start, cache, eps)
             x = layer.feed_forward(x, eps)
         cache.advance(count)
         return F.rms_norm(x, x.shape[-1:], self.norm, eps)
@@ -129,7 +130,9 @@ class _Layer:
         self.w2 = matrix(feed_forward.w2.weight.detach(), dtype)
         self.w3 = matrix(feed_forward.w3.weight.detach(), dtype)
 
-    def attend(self, x: Tensor, turns: Tensor, mask: Tensor | None, cache: KVCache, eps: float) -> Tensor:
+    def attend(
+        self, x: Tensor, turns: Tensor, mask: Tensor | None, is_causal: bool, cache: KVCache, eps: float
+    ) -> Tensor:
         """x + attention(norm(x)), x [B, T, dim]."""
         batch, tokens, dim = x.shape
         qkv = self.wqkv(F.rms_norm(x, (dim,), self.attention_norm, eps))
@@ -138,7 +141,7 @@ class _Layer:
             q, k = (F.rms_norm(x, x.shape[-1:], gain, eps) for x, gain in zip((q, k), self.qk_norms, strict=True))
         q = _turned(q, turns).transpose(1, 2)  # [B, H, T, D]
         k, v = cache.append(self.layer, _turned(k, turns).transpose(1, 2), v.transpose(1, 2))  # [B, H_kv, S, D]
-        heads = _attention(q, k, v, mask).transpose(1, 2).reshape(batch, tokens, dim)
+        heads = _attention(q, k, v, mask, is_causal).transpose(1, 2).reshape(batch, tokens, dim)
         return x + self.wo(heads)
 
     def feed_forward(self, x: Tensor, eps: float) -> Tensor:
@@ -153,11 +156,12 @@ def _turned(x: Tensor, turns: Tensor) -> Tensor:
     return torch.view_as_real(pairs * turns).flatten(-2).type_as(x)
 
 
-def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
     """q [B, H, T, D], k and v [B, H_kv, S, D] -> [B, H, T, D]."""
     batch, heads, tokens, head_dim = q.shape
     if tokens > 1:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=k.shape[1] < heads)
+        grouped = k.shape[1] < heads
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=grouped)
     # The query heads of a group as if they were positions: PyTorch's kernel then reads the group's keys once.
     grouped = q.view(batch, k.shape[1], -1, head_dim)  # [B, H_kv, H / H_kv, D]
     return F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask).view(q.shape)
