@@ -98,7 +98,7 @@ class Stopwatch:
 
 @torch.inference_mode()
 def decode(
-    model: Engine | Transformer,
+    engine: Engine,
     prompts: Iterable[Sequence[int]],
     config: GenerationConfig,
     eos_ids: Sequence[int],
@@ -115,7 +115,7 @@ def decode(
         rows: where they are written; None: one at a time.
         own_seeds: text n draws from the seed plus n, so that equal prompts get different texts.
     """
-    rows = rows or Rows(model, 1)
+    rows = rows or Rows(engine, 1)
     rows.clear()
     processors, warpers = config.processors(eos_ids), config.warpers()
     waiting = enumerate(prompts)
@@ -399,7 +399,7 @@ class TextGenerator:
 
         with evaluation_mode(self.model):
             eos_ids, rows = [self.tokenizer.eos_token_id], rows or Rows(self.engine(), 1)
-            for event in decode(rows.model, known(), config, eos_ids, rows, stopped, own_seeds):
+            for event in decode(rows.engine, known(), config, eos_ids, rows, stopped, own_seeds):
                 text, end = started[event.number].add(event.token, event.end)
                 yield Piece(event.number, text, end, event)
                 if end is not None:

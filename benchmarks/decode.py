@@ -40,7 +40,6 @@ SHAPES = {
 NAMES = {
     "transformers": "transformers generate",
     "llama_cpp": "llama.cpp",
-    "plain": "MateConv, the Transformer itself",
     "eager": "MateConv, eager",
     "compiled": "MateConv, compiled",
     "sampled": "MateConv, compiled, sampling",
@@ -66,9 +65,9 @@ def contenders(options: argparse.Namespace, form: str, batch: int) -> list[str]:
     """Who takes part in a table."""
     absent = set()
     if form == "int8":
-        absent |= {"transformers", "plain"}
+        absent.add("transformers")
     if batch > 1:
-        absent |= {"llama_cpp", "compiled", "sampled"}
+        absent.add("llama_cpp")
     return [name for name in options.only if name not in absent]
 
 

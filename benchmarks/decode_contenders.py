@@ -27,7 +27,7 @@ def prompts(order: argparse.Namespace) -> list[list[int]]:
 
 
 def ours(order: argparse.Namespace) -> Callable[[int], Written]:
-    """MateConv: the engine that TextGenerator has, or (`plain`) the Transformer without it."""
+    """MateConv, as TextGenerator generates."""
     import torch
 
     from model.checkpoint import load_weights
@@ -41,16 +41,14 @@ def ours(order: argparse.Namespace) -> Callable[[int], Written]:
     model.load_state_dict(weights.state_dict)
     if order.format == "bf16":
         model = model.to(torch.bfloat16)
-    reader = model if order.kind == "plain" else Engine(model, order.format == "int8", order.kind == "compiled")
-    settings = {"do_sample": False, "repetition_penalty": 1.0}
-    if order.kind == "sampled":  # as GenerationConfig is by default
-        reader, settings = Engine(model, order.format == "int8", True), {}
-    rows, texts = Rows(reader, order.batch), prompts(order)
+    engine = Engine(model, order.format == "int8", order.kind != "eager")
+    settings = {} if order.kind == "sampled" else {"do_sample": False, "repetition_penalty": 1.0}
+    rows, texts = Rows(engine, order.batch), prompts(order)
 
     def write(tokens: int) -> Written:
         config = GenerationConfig(max_new_tokens=tokens, **settings)
         start, first, ids = time.perf_counter(), None, []
-        for event in decode(reader, texts, config, [-1], rows):
+        for event in decode(engine, texts, config, [-1], rows):
             first = first or time.perf_counter() - start
             if event.number == 0:
                 ids.append(event.token)

@@ -1,9 +1,13 @@
-"""A decode step of one text as one compiled C++ function, so that a token costs little beyond reading the weights.
+"""What is compiled for writing on a CPU: a whole step for one text, the attention of a step for several.
 
-Each product is written as a multiplication and a sum over a row of the weight: torch.compile's C++ backend makes each a
-loop that streams the weight from memory, and puts all loops of the step into one parallel region. In eager PyTorch the
-same would need a temporary as large as the weight. The function is compiled for a shape, not for its weights: it is
-kept on disk, and finds the weights where the model has them.
+The step is one C++ function, so that a token costs little beyond reading the weights. Each product is written as a
+multiplication and a sum over a row of the weight: torch.compile's C++ backend makes each a loop that streams the weight
+from memory, and puts all loops of the step into one parallel region. In eager PyTorch the same would need a temporary
+as large as the weight. For several texts oneDNN's products are better; what PyTorch has no fast kernel for is the
+attention of many short queries.
+
+Both are compiled for a shape, not for its weights: they are kept on disk, and find the weights where the model has
+them.
 """
 
 import dataclasses
@@ -19,16 +23,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.inference_model import quantized
-from model.kv_cache import KVCache
+from model.int8 import quantized
+from model.kv_cache import SPARE, KVCache
 from model.LMConfig import LMConfig
 from model.model import Transformer, TransformerBlock, apply_rope
 
-SPARE = 16  # slots of the caches that are never used: torch.export would treat a text that fills them as another case
 OPTIONS = {
     "realize_reads_threshold": 0,  # what several loops read is computed once, not anew in each of their iterations
     "aot_inductor.package_constants_in_so": False,  # the weights stay out of the file
 }
+
+
+def _normed(x: Tensor, gain: Tensor, eps: float) -> Tensor:
+    """RMSNorm in float32."""
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * gain.float()
 
 
 class _Matrix(nn.Module):
@@ -69,8 +77,9 @@ class _Layer(nn.Module):
 
     def forward(self, x: Tensor, position: Tensor, tokens: int, cos: Tensor, sin: Tensor) -> Tensor:
         """x float32 [dim] -> [dim]; position int64 [1], cos and sin [D / 2]."""
-        x = x + self._attention(self._normed(x, self.attention_norm), position, tokens, cos, sin)
-        h = self._normed(x, self.ffn_norm)
+        eps = self.config.norm_eps
+        x = x + self._attention(_normed(x, self.attention_norm, eps), position, tokens, cos, sin)
+        h = _normed(x, self.ffn_norm, eps)
         return x + self.w2(F.silu(self.w1(h)) * self.w3(h))
 
     def _attention(self, h: Tensor, position: Tensor, tokens: int, cos: Tensor, sin: Tensor) -> Tensor:
@@ -78,7 +87,8 @@ class _Layer(nn.Module):
         q = self.wq(h).view(-1, head_dim)  # [H, D]
         k, v = self.wk(h).view(kv_heads, head_dim), self.wv(h).view(kv_heads, head_dim)  # [H_kv, D] each
         if self.config.qk_norm:
-            q, k = self._normed(q, self.q_norm), self._normed(k, self.k_norm)
+            eps = self.config.norm_eps
+            q, k = _normed(q, self.q_norm, eps), _normed(k, self.k_norm, eps)
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
         self.keys.index_copy_(2, position, k[:, :, None])
         self.values.index_copy_(1, position, v[:, None])
@@ -87,9 +97,6 @@ class _Layer(nn.Module):
         scores = (self.keys[:, None, :, :tokens] * q).sum(2)  # [H_kv, H / H_kv, S]
         heads = (scores.softmax(-1)[..., None] * self.values[:, None, :tokens]).sum(2)  # [H_kv, H / H_kv, D]
         return self.wo(heads.flatten())
-
-    def _normed(self, x: Tensor, gain: Tensor) -> Tensor:
-        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.config.norm_eps) * gain.float()
 
 
 class DecodeStep(nn.Module):
@@ -122,8 +129,41 @@ class DecodeStep(nn.Module):
         cos, sin = self.rope_cos[position], self.rope_sin[position]  # [1, D / 2]
         for layer in self.layers:
             x = layer(x, position, places.shape[0], cos, sin)
-        x = x * torch.rsqrt(x.square().mean() + self.config.norm_eps) * self.norm.float()
-        return self.output(x)
+        return self.output(_normed(x, self.norm, self.config.norm_eps))
+
+
+class BatchAttention(nn.Module):
+    """The attention of one layer for the next token of several texts, which may stand at different positions."""
+
+    def __init__(self, config: LMConfig) -> None:
+        super().__init__()
+        self.heads = (config.n_heads, config.n_kv_heads, config.n_kv_heads)
+        self.head_dim = config.head_dim
+
+    def forward(
+        self, qkv: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, places: Tensor, keys: Tensor, values: Tensor
+    ) -> Tensor:
+        """The heads' outputs [B, 1, H * D]; the new keys and values go into the caches.
+
+        Args:
+            qkv: [B, 1, (H + 2 H_kv) * D], without qk_norm.
+            cos, sin: float32 [B, 1, 1, D / 2], of the positions.
+            positions: int64 [B], of the tokens.
+            places: int64 [S], 0 to the largest position.
+            keys, values: [B, H_kv, C, D], C more than S.
+        """
+        rows, tokens = qkv.shape[0], places.shape[0]
+        q, k, v = qkv.float().view(rows, 1, -1, self.head_dim).split(self.heads, dim=2)
+        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+        row = torch.arange(rows)
+        keys[row, :, positions] = k[:, 0].type_as(keys)
+        values[row, :, positions] = v[:, 0].type_as(values)
+
+        q = q.view(rows, self.heads[1], -1, 1, self.head_dim) * self.head_dim**-0.5  # [B, H_kv, H / H_kv, 1, D]
+        scores = (keys[:, :, None, :tokens].float() * q).sum(-1)  # [B, H_kv, H / H_kv, S]
+        scores = torch.where(places <= positions[:, None, None, None], scores, -torch.inf)
+        heads = (scores.softmax(-1)[..., None] * values[:, :, None, :tokens].float()).sum(-2)  # [B, H_kv, H / H_kv, D]
+        return heads.view(rows, 1, -1).type_as(qkv)
 
 
 class CompiledStep:
@@ -164,28 +204,59 @@ class CompiledStep:
         return logits
 
 
+class CompiledAttention:
+    """A compiled BatchAttention, for all layers."""
+
+    def __init__(self, path: Path, model: Transformer) -> None:
+        self._function = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", False, 1, -1)
+        self._places = torch.arange(model.config.max_seq_len)
+
+    def __call__(
+        self, qkv: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, longest: int, keys: Tensor, values: Tensor
+    ) -> Tensor:
+        """As BatchAttention, `longest` being the largest position."""
+        return self._function.boxed_run([qkv, cos, sin, positions, self._places[: longest + 1], keys, values])[0]
+
+
 def compile_step(config: LMConfig, dtype: torch.dtype, int8: bool, path: Path) -> None:
     """Compile the step of all models of that shape into a file, in half a minute or so."""
     with torch.device("meta"):
         step = DecodeStep(Transformer(config).to(dtype), int8)
-    step = step.to_empty(device="cpu").requires_grad_(False)
+    token, position = (torch.zeros(1, dtype=torch.int64) for _ in range(2))  # one tensor twice would be one input
     tokens = torch.export.Dim("tokens", min=2, max=config.max_seq_len)
-    example = (torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64), torch.zeros(2 + SPARE // 2))
-    with torch.no_grad():
-        program = torch.export.export(step, example, dynamic_shapes=(None, None, {0: tokens}))
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            made = torch._inductor.aoti_compile_and_package(
-                program, package_path=str(Path(folder) / "step.pt2"), inductor_configs=OPTIONS
-            )
-            os.replace(made, path)
+    _compile(step.to_empty(device="cpu"), (token, position, torch.zeros(9)), (None, None, {0: tokens}), path)
 
 
-def step_path(config: LMConfig, dtype: torch.dtype, int8: bool) -> Path:
-    """Where the step of that shape is kept for this machine and this version of it and of PyTorch."""
+def compile_attention(config: LMConfig, dtype: torch.dtype, path: Path) -> None:
+    """The same for the attention of several texts."""
+    rows, slots, length = 6, config.max_seq_len + SPARE, min(9, config.max_seq_len)
+    heads = torch.zeros(rows, 1, (config.n_heads + 2 * config.n_kv_heads) * config.head_dim, dtype=dtype)
+    cos, sin = (torch.zeros(rows, 1, 1, config.head_dim // 2) for _ in range(2))
+    cache = torch.zeros(rows, config.n_kv_heads, slots, config.head_dim, dtype=dtype)
+    positions, places = torch.zeros(rows, dtype=torch.int64), torch.arange(length)
+    example = (heads, cos, sin, positions, places, cache, cache.clone())
+    by_row = {0: torch.export.Dim("rows", min=2, max=2**16)}
+    by_token = {0: torch.export.Dim("tokens", min=2, max=config.max_seq_len)}
+    _compile(BatchAttention(config), example, (by_row, by_row, by_row, by_row, by_token, by_row, by_row), path)
+
+
+@torch.no_grad()
+def _compile(module: nn.Module, example: tuple, dynamic_shapes: tuple, path: Path) -> None:
+    """Compile a module into a file, which is whole or not there."""
+    program = torch.export.export(module, example, dynamic_shapes=dynamic_shapes)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        made = torch._inductor.aoti_compile_and_package(
+            program, package_path=str(Path(folder) / "compiled.pt2"), inductor_configs=OPTIONS
+        )
+        os.replace(made, path)
+
+
+def kept_path(kind: str, config: LMConfig, dtype: torch.dtype, int8: bool) -> Path:
+    """Where what was compiled for that shape is kept for this machine and this version of it and of PyTorch."""
     shape = {**dataclasses.asdict(config), "dropout": 0, "flash_attn": True}
     parts = [json.dumps(shape), str(dtype), str(int8), torch.__version__, str(torch.get_num_threads()), _processor()]
     parts += [Path(__file__).read_text(encoding="utf-8")]
-    return cache_folder() / f"step_{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:24]}.pt2"
+    return cache_folder() / f"{kind}_{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:24]}.pt2"
 
 
 def cache_folder() -> Path:

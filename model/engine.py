@@ -15,14 +15,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from model.compiled_step import CompiledStep, compile_step, step_path
+from model.compiled_step import CompiledAttention, CompiledStep, compile_attention, compile_step, kept_path
 from model.errors import InputError, first_line
 from model.inference_model import InferenceModel
 from model.kv_cache import KVCache
 from model.LMConfig import LMConfig
 from model.model import Transformer
 
-WORTH_COMPILING = 500  # tokens of single texts after which more are to be expected
+WORTH_COMPILING = 500  # steps after which more are to be expected
 
 
 class Engine:
@@ -31,8 +31,9 @@ class Engine:
     Args:
         model: not in training mode. Its weights are copied: make a new engine when they change (see `fits`).
         int8: hold the matrices as int8 with a scale for each row; on a CPU.
-        compiles: True: wait for the compiled step; False: never use it; None: use it where it is on the disk or comes
-            there (it is made in the background for a chat and for long texts), except for what must be repeatable.
+        compiles: on a CPU, whether compiled code reads single tokens (`model/compiled_step.py`). True: wait for it;
+            False: never; None: where it is on the disk or comes there (it is made in the background for a chat and for
+            long texts), except for what must be repeatable.
         say: where the choice between them is told, a line each time it changes.
 
     Raises:
@@ -48,19 +49,23 @@ class Engine:
     ) -> None:
         on_cpu = model.device.type == "cpu"
         if (int8 or compiles) and not on_cpu:
-            raise InputError(f"int8 and the compiled step are for CPUs; the model is on {model.device}")
+            raise InputError(f"int8 and compiled code are for CPUs; the model is on {model.device}")
         self._weights, self.settings = _fingerprint(model), (int8, compiles)
         self._model, self._int8, self._compiles, self._say = model, int8, compiles, say
         self._reader = InferenceModel(model, int8) if on_cpu else model
         self._step: CompiledStep | None = None
-        self._path: Path | None = None  # of a step that may be there; None: there will be none
+        self._attention: CompiledAttention | None = None
+        self._paths: tuple[Path, Path] | None = None  # of step and attention; None: there will be none
         self._compiler: BackgroundCompiler | None = None
-        self._single_tokens = 0
+        self._eager_steps = 0
         if on_cpu and compiles is not False:
-            self._path = step_path(model.config, model.dtype, int8)
-            if compiles and not self._path.exists():
+            self._paths = (
+                kept_path("step", model.config, model.dtype, int8),
+                kept_path("attention", model.config, self.dtype, False),
+            )
+            if compiles and not self._on_disk():
                 say("compiling the decode step, once for this shape and machine: half a minute or so")
-                BackgroundCompiler(model, int8, self._path).wait()
+                self._new_compiler().wait()
 
     def fits(self, model: Transformer, int8: bool, compiles: bool | None) -> bool:
         """Whether this is an engine of that model, with the weights that it has now."""
@@ -79,62 +84,83 @@ class Engine:
         """Of keys and values."""
         return self._reader.dtype
 
-    def hidden_states(self, tokens: Tensor, cache: KVCache) -> Tensor:
-        """As Transformer.hidden_states."""
+    def hidden_states(self, tokens: Tensor, cache: KVCache, repeatable: bool = True) -> Tensor:
+        """As Transformer.hidden_states.
+
+        Args:
+            repeatable: compute them the same way each time, whether or not compiled code is there by now.
+        """
+        if tokens.shape[0] > 1 == tokens.shape[1] and self._may_use_compiled(repeatable):
+            return self._reader.hidden_states(tokens, cache, self._attention)
         return self._reader.hidden_states(tokens, cache)
 
     def output(self, hidden: Tensor) -> Tensor:
         """hidden [..., dim] -> logits [..., V]."""
         return self._reader.output(hidden)
 
-    def expect_more(self) -> None:
-        """More texts will come one at a time: have the step compiled meanwhile."""
-        if self._path is None or self._step is not None or self._compiler is not None or self._path.exists():
-            return
-        self._compiler = BackgroundCompiler(self._model, self._int8, self._path)
-        self._say("decoding: eager; a compiled step, which is faster, is made in the background and kept for later")
-
     def step(self, repeatable: bool) -> CompiledStep | None:
         """The compiled step for the next token of a single text, if it is there and to be used."""
-        if self._path is None or (repeatable and not self._compiles):
-            return None
-        if self._step is None:
-            self._single_tokens += 1
-            if self._single_tokens == WORTH_COMPILING:
-                self.expect_more()
-            self._look_for_step()
-        return self._step
+        return self._step if self._may_use_compiled(repeatable) else None
 
-    def _look_for_step(self) -> None:
+    def expect_more(self) -> None:
+        """Many more tokens will be written: have what reads them compiled meanwhile."""
+        if self._paths is None or self._step is not None or self._compiler is not None or self._on_disk():
+            return
+        self._compiler = self._new_compiler()
+        self._say("decoding: eager; a compiled step, which is faster, is made in the background and kept for later")
+
+    def _on_disk(self) -> bool:
+        return all(path.exists() for path in self._paths)
+
+    def _new_compiler(self) -> "BackgroundCompiler":
+        return BackgroundCompiler(self._model, self._int8, self.dtype, *self._paths)
+
+    def _may_use_compiled(self, repeatable: bool) -> bool:
+        """Whether there is compiled code, for a step that eager code could take; looks for it if need be."""
+        if self._paths is None or (repeatable and not self._compiles):
+            return False
+        if self._step is None:
+            self._eager_steps += 1
+            if self._eager_steps == WORTH_COMPILING:
+                self.expect_more()
+            self._look_for_compiled()
+        return self._step is not None
+
+    def _look_for_compiled(self) -> None:
         if self._compiler is not None:
             if not self._compiler.done():
                 return
             if self._compiler.problem is not None:
                 self._say(f"decoding: eager; the step could not be compiled ({self._compiler.problem})")
-                self._path = None
+                self._paths = None
                 return
-        elif self._single_tokens > 1:
-            return  # it was not there at the first token, and nobody makes it
-        if self._path.exists():
+        elif self._eager_steps > 1:
+            return  # it was not there at the first step, and nobody makes it
+        if self._on_disk():
+            step, attention = self._paths
             try:
-                self._step = CompiledStep(self._path, self._model, self._int8)
-                self._say(f"decoding: a compiled step, kept in {self._path.parent}")
+                self._attention = CompiledAttention(attention, self._model)
+                self._step = CompiledStep(step, self._model, self._int8)
+                self._say(f"decoding: a compiled step, kept in {step.parent}")
             except (RuntimeError, OSError) as error:  # a damaged file; it is only the faster way
-                self._say(f"decoding: eager; {self._path} cannot be used ({first_line(error)})")
-                self._path.unlink(missing_ok=True)
-                self._path = None
+                self._say(f"decoding: eager; what was compiled cannot be used and is deleted ({first_line(error)})")
+                for path in self._paths:
+                    path.unlink(missing_ok=True)
+                self._paths = None
 
 
 class BackgroundCompiler:
-    """A process of low priority that compiles a model's step into a file; it ends with this one."""
+    """A process of low priority that compiles a model's step and attention into files; it ends with this one."""
 
-    def __init__(self, model: Transformer, int8: bool, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    def __init__(self, model: Transformer, int8: bool, cache_dtype: torch.dtype, step: Path, attention: Path) -> None:
+        step.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         job = {
             "config": dataclasses.asdict(model.config),
             "dtype": str(model.dtype).removeprefix("torch."),
+            "cache_dtype": str(cache_dtype).removeprefix("torch."),
             "int8": int8,
-            "path": str(path),
+            "step": str(step),
+            "attention": str(attention),
             "threads": torch.get_num_threads(),
         }
         self.problem: str | None = None
@@ -184,7 +210,9 @@ def _main() -> None:
         os.nice(10)
     torch.set_num_threads(job["threads"])
     with contextlib.suppress(KeyboardInterrupt):
-        compile_step(LMConfig(**job["config"]), getattr(torch, job["dtype"]), job["int8"], Path(job["path"]))
+        config, dtype = LMConfig(**job["config"]), getattr(torch, job["dtype"])
+        compile_attention(config, getattr(torch, job["cache_dtype"]), Path(job["attention"]))
+        compile_step(config, dtype, job["int8"], Path(job["step"]))
 
 
 if __name__ == "__main__":

@@ -4,15 +4,22 @@ Writing a token reads each weight once and computes little with it, so what coun
 matrices that read the same vector are one (query, key and value), and oneDNN holds each in the order in which it reads.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from model.compiled_step import CompiledAttention
+from model.int8 import quantized
 from model.kv_cache import KVCache
 from model.LMConfig import LMConfig
 from model.model import Transformer, TransformerBlock
 
 PACKED_FOR = 32  # rows that oneDNN lays a matrix out for; as fast for 1 or 512, where one laid out for 1 is not
+
+
+Attend = Callable[["_Layer", Tensor], Tensor]  # [B, T, (H + 2 H_kv) * D] -> [B, T, H * D]
 
 
 def packs(dtype: torch.dtype) -> bool:
@@ -66,13 +73,6 @@ class Int8Matrix(Matrix):
         return F.silu(self(x))
 
 
-def quantized(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """weight [N, K] -> int8 [N, K] and float32 [N], whose product comes nearest to it."""
-    weight = weight.float()
-    scale = weight.abs().amax(1).clamp(min=torch.finfo(torch.float32).tiny) / 127
-    return (weight / scale[:, None]).round().to(torch.int8), scale
-
-
 class InferenceModel:
     """What `Rows` asks of a Transformer, faster. It copies the weights: make a new one when they change.
 
@@ -97,18 +97,46 @@ class InferenceModel:
     def device(self) -> torch.device:
         return self.embedding.device
 
-    def hidden_states(self, tokens: Tensor, cache: KVCache) -> Tensor:
-        """As Transformer.hidden_states: tokens int64 [B, T], which go on from what the cache holds -> [B, T, dim]."""
-        count, eps = tokens.shape[1], self.config.norm_eps
-        from_the_start = max(cache.lengths) == 0
-        mask, positions = None if from_the_start else cache.attention_mask(count), cache.positions(count)
-        turns = self.turns[positions].unsqueeze(-2)  # [T, 1, D / 2] or [B, T, 1, D / 2]
+    def hidden_states(self, tokens: Tensor, cache: KVCache, compiled: CompiledAttention | None = None) -> Tensor:
+        """As Transformer.hidden_states: tokens int64 [B, T], which go on from what the cache holds -> [B, T, dim].
+
+        Args:
+            compiled: attention for one token each of several texts.
+        """
+        attend = self._attention(tokens.shape[1], cache) if compiled is None else self._compiled(compiled, cache)
         x = F.embedding(tokens, self.embedding)
         for layer in self.layers:
-            x = layer.attend(x, turns, mask, from_the_start, cache, eps)
-            x = layer.feed_forward(x, eps)
-        cache.advance(count)
-        return F.rms_norm(x, x.shape[-1:], self.norm, eps)
+            x = layer(x, attend)
+        cache.advance(tokens.shape[1])
+        return F.rms_norm(x, x.shape[-1:], self.norm, self.config.norm_eps)
+
+    def _attention(self, count: int, cache: KVCache) -> Attend:
+        """From a layer's queries, keys and values for `count` tokens to its heads' outputs."""
+        from_the_start = max(cache.lengths) == 0
+        mask = None if from_the_start else cache.attention_mask(count)
+        turns = self.turns[cache.positions(count)].unsqueeze(-2)  # [T, 1, D / 2] or [B, T, 1, D / 2]
+
+        def attend(layer: "_Layer", qkv: Tensor) -> Tensor:
+            q, k, v = layer.split(qkv)
+            q = _turned(q, turns).transpose(1, 2)  # [B, H, T, D]
+            k, v = cache.append(layer.number, _turned(k, turns).transpose(1, 2), v.transpose(1, 2))  # [B, H_kv, S, D]
+            return _attention(q, k, v, mask, from_the_start).transpose(1, 2).flatten(2)
+
+        return attend
+
+    def _compiled(self, compiled: CompiledAttention, cache: KVCache) -> Attend:
+        """The same for one token of each row."""
+        positions = torch.tensor(cache.lengths)  # [B]
+        turns = self.turns[positions][:, None, None]  # [B, 1, 1, D / 2]
+        cos, sin, longest = turns.real.contiguous(), turns.imag.contiguous(), max(cache.lengths)
+
+        def attend(layer: "_Layer", qkv: Tensor) -> Tensor:
+            if layer.qk_norms:
+                qkv = torch.cat(layer.split(qkv), dim=2).flatten(2)
+            keys, values = cache.keys[layer.number], cache.values[layer.number]
+            return compiled(qkv, cos, sin, positions, longest, keys, values)
+
+        return attend
 
 
 class _Layer:
@@ -116,7 +144,7 @@ class _Layer:
 
     def __init__(self, block: TransformerBlock, config: LMConfig, matrix: type[Matrix], dtype: torch.dtype) -> None:
         attention, feed_forward = block.attention, block.feed_forward
-        self.layer = attention.layer
+        self.number, self.eps = attention.layer, config.norm_eps
         self.heads = (attention.n_heads, attention.n_kv_heads, attention.n_kv_heads)  # of queries, keys and values
         self.head_dim = attention.head_dim
         norms = (attention.q_norm, attention.k_norm) if config.qk_norm else ()
@@ -130,24 +158,19 @@ class _Layer:
         self.w2 = matrix(feed_forward.w2.weight.detach(), dtype)
         self.w3 = matrix(feed_forward.w3.weight.detach(), dtype)
 
-    def attend(
-        self, x: Tensor, turns: Tensor, mask: Tensor | None, is_causal: bool, cache: KVCache, eps: float
-    ) -> Tensor:
-        """x + attention(norm(x)), x [B, T, dim]."""
-        batch, tokens, dim = x.shape
-        qkv = self.wqkv(F.rms_norm(x, (dim,), self.attention_norm, eps))
-        q, k, v = qkv.view(batch, tokens, -1, self.head_dim).split(self.heads, dim=2)  # [B, T, H or H_kv, D]
-        if self.qk_norms:
-            q, k = (F.rms_norm(x, x.shape[-1:], gain, eps) for x, gain in zip((q, k), self.qk_norms, strict=True))
-        q = _turned(q, turns).transpose(1, 2)  # [B, H, T, D]
-        k, v = cache.append(self.layer, _turned(k, turns).transpose(1, 2), v.transpose(1, 2))  # [B, H_kv, S, D]
-        heads = _attention(q, k, v, mask, is_causal).transpose(1, 2).reshape(batch, tokens, dim)
-        return x + self.wo(heads)
-
-    def feed_forward(self, x: Tensor, eps: float) -> Tensor:
-        """x + w2(silu(w1 x) * w3 x) of the normalised x [B, T, dim]."""
-        normed = F.rms_norm(x, x.shape[-1:], self.ffn_norm, eps)
+    def __call__(self, x: Tensor, attend: Attend) -> Tensor:
+        """x [B, T, dim] -> [B, T, dim]."""
+        normed = F.rms_norm(x, x.shape[-1:], self.attention_norm, self.eps)
+        x = x + self.wo(attend(self, self.wqkv(normed)))
+        normed = F.rms_norm(x, x.shape[-1:], self.ffn_norm, self.eps)
         return x + self.w2(self.w1.silu(normed) * self.w3(normed))
+
+    def split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """qkv [B, T, (H + 2 H_kv) * D] -> queries [B, T, H, D], keys and values [B, T, H_kv, D]."""
+        q, k, v = qkv.unflatten(-1, (-1, self.head_dim)).split(self.heads, dim=2)
+        if self.qk_norms:
+            q, k = (F.rms_norm(x, x.shape[-1:], gain, self.eps) for x, gain in zip((q, k), self.qk_norms, strict=True))
+        return q, k, v
 
 
 def _turned(x: Tensor, turns: Tensor) -> Tensor:

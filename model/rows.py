@@ -8,8 +8,7 @@ from torch import Tensor
 
 from model.compiled_step import CompiledStep
 from model.engine import Engine
-from model.kv_cache import KVCache
-from model.model import Transformer
+from model.kv_cache import SPARE, KVCache
 from model.sampling import PADDING
 
 
@@ -31,19 +30,19 @@ class Rows:
     The first rows have been read but for their newest token, those after them not yet: `next_logits` reads both.
 
     Args:
-        model: whose context limits each text; an `Engine`, or a Transformer.
+        engine: what reads them; its model's context limits each text.
         remembers: keep the keys and values of a text that ended, for a text that begins with the same tokens. For one
             row at a time: a chat, in which each turn begins with all the turns before it.
     """
 
-    def __init__(self, model: Engine | Transformer, capacity: int, remembers: bool = False) -> None:
-        context = model.config.max_seq_len
-        self.model, self.capacity, self.remembers = model, capacity, remembers
+    def __init__(self, engine: Engine, capacity: int, remembers: bool = False) -> None:
+        context = engine.config.max_seq_len
+        self.engine, self.capacity, self.remembers = engine, capacity, remembers
         self.rows: list[Row] = []
         self._read = 0  # rows that the cache knows
         self._stepped = 0  # slots of the first row that the engine's compiled step knows too
-        self._cache = KVCache(model.config, capacity, context, device=model.device, dtype=model.dtype)
-        self._ids = torch.full((capacity, context), PADDING, device=model.device)
+        self._cache = KVCache(engine.config, capacity, context + SPARE, device=engine.device, dtype=engine.dtype)
+        self._ids = torch.full((capacity, context), PADDING, device=engine.device)
 
     @property
     def device(self) -> torch.device:
@@ -66,7 +65,7 @@ class Rows:
         self._cache.lengths[place] = known
         self._ids[place] = PADDING
         self._ids[place, : len(ids)] = ids
-        limit = min(self.model.config.max_seq_len, len(ids) + most)
+        limit = min(self.engine.config.max_seq_len, len(ids) + most)
         self.rows.append(Row(number, len(ids), len(ids), limit, generator))
 
     def _begin_known(self, place: int, ids: Tensor) -> int:
@@ -85,15 +84,15 @@ class Rows:
         if anew:
             self._read = 0
             self._cache.lengths = [0] * self.capacity
-        elif len(self.rows) == self._read == 1 and isinstance(self.model, Engine):
-            step = self.model.step(repeatable)
+        elif len(self.rows) == self._read == 1:
+            step = self.engine.step(repeatable)
             if step is not None:
                 return self._step(step)
         logits = []
         if self._read:
-            logits.append(self._read_texts(0, self._read))
+            logits.append(self._read_texts(0, self._read, repeatable))
         if self._read < len(self.rows):
-            logits.append(self._read_texts(self._read, len(self.rows)))
+            logits.append(self._read_texts(self._read, len(self.rows), repeatable))
         self._read = len(self.rows)
         return torch.cat(logits)
 
@@ -106,7 +105,7 @@ class Rows:
         self._stepped = known + 1
         return step(self._ids[0, known : known + 1], self._cache)[None]
 
-    def _read_texts(self, begin: int, end: int) -> Tensor:
+    def _read_texts(self, begin: int, end: int, repeatable: bool) -> Tensor:
         """Read these rows to their ends. All of them have as much to read, or nothing of them was read before.
 
         Shorter ones are padded on the right, where causal attention keeps what is read from being seen.
@@ -119,10 +118,10 @@ class Rows:
         steps = torch.arange(max(unread), device=self.device)
         positions = torch.tensor(part.lengths, device=self.device)[:, None] + steps  # [rows, T]
         ids = self._ids[begin:end].gather(1, positions.clamp(max=self._ids.shape[1] - 1)).clamp(min=0)
-        hidden = self.model.hidden_states(ids, part)  # [rows, T, dim]
+        hidden = self.engine.hidden_states(ids, part, repeatable)  # [rows, T, dim]
         self._cache.lengths[begin:end] = lengths
         last = hidden[list(range(len(lengths))), [count - 1 for count in unread]]
-        return self.model.output(last).float()  # the output layer is the widest: only where it is needed
+        return self.engine.output(last).float()  # the output layer is the widest: only where it is needed
 
     def written(self) -> tuple[Tensor, Tensor]:
         """The texts, int64 [rows, T], and their output alone, [rows, T or less]: the newest token last, PADDING before

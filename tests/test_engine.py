@@ -11,7 +11,8 @@ import torch
 from conftest import ROOT, random_model
 
 from model.engine import WORTH_COMPILING, Engine
-from model.inference_model import InferenceModel, packs, quantized
+from model.inference_model import InferenceModel, packs
+from model.int8 import quantized
 from model.kv_cache import KVCache
 from model.LMConfig import LMConfig
 from model.rows import Rows
@@ -105,6 +106,7 @@ def steps(kept, monkeypatch):
 
 
 def ids_of(reader, prompts, config=GREEDY, rows=None):
+    reader = reader if isinstance(reader, Engine) else Engine(reader, compiles=False)
     texts = [[] for _ in prompts]
     for event in decode(reader, prompts, config, [], rows):
         texts[event.number].append(event.token)
@@ -130,6 +132,9 @@ def test_the_compiled_step_writes_what_the_eager_one_writes(tiny_config, steps, 
                 values, scale = quantized(parameter)
                 parameter.copy_(values * scale[:, None])
     assert compiled == ids_of(model, prompts)
+
+    if not int8:
+        assert ids_of(engine, prompts, rows=Rows(engine, 3)) == compiled
 
     full = ids_of(engine, [[1, 2]], GenerationConfig(do_sample=False, max_new_tokens=500))
     assert full == ids_of(model, [[1, 2]], GenerationConfig(do_sample=False, max_new_tokens=500))
@@ -176,7 +181,7 @@ def test_the_step_comes_in_the_background_and_not_for_a_seed(tiny_model, tokeniz
 @needs_compiler
 def test_a_damaged_file_of_a_step_is_told_and_not_used(tiny_model, tokenizer, steps, capsys):
     TextGenerator(tiny_model, tokenizer, compiles=True).engine()  # there by now, or compiled here
-    (path,) = [Engine(tiny_model, False, None)._path]
+    path, _ = Engine(tiny_model, False, None)._paths
     whole = path.read_bytes()
     try:
         path.write_bytes(whole[: len(whole) // 2])

@@ -218,7 +218,7 @@ def test_a_turn_of_a_chat_reads_only_what_is_new(generator, tokenizer, monkeypat
     read = []
     hidden_states = Engine.hidden_states
     monkeypatch.setattr(
-        Engine, "hidden_states", lambda self, ids, cache: read.append(ids.shape[1]) or hidden_states(self, ids, cache)
+        Engine, "hidden_states", lambda self, ids, *rest: read.append(ids.shape[1]) or hidden_states(self, ids, *rest)
     )
     config = dataclasses.replace(GREEDY, max_new_tokens=2)
     history, known = [{"role": "user", "content": "中国"}], 0

@@ -5,6 +5,7 @@ import torch
 from conftest import as_llama, random_model
 from transformers.generation import logits_process as theirs
 
+from model.engine import Engine
 from model.errors import InputError
 from model.LMConfig import LMConfig
 from model.sampling import (
@@ -153,7 +154,7 @@ def test_a_tie_with_the_kth_is_drawn_too():
 
 
 def ids_of(model, prompt, config, eos_id=2):
-    return [event.token for event in decode(model, [prompt], config, [eos_id]) if event.token is not None]
+    return [event.token for event in decode(Engine(model), [prompt], config, [eos_id]) if event.token is not None]
 
 
 @pytest.mark.parametrize(("penalty", "ngram"), [(1.0, 0), (1.3, 0), (1.2, 3)])
