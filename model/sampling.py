@@ -5,6 +5,7 @@ newest token) and `output` int64 [B, N] (the output alone), PADDING where a row 
 A warper looks at the logits only. Each equals the transformers 5 processor that it names.
 """
 
+import bisect
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -177,41 +178,38 @@ def sample(
     """
     if generators is None:
         return logits.argmax(-1).tolist()
-    drawn = _draw_from_top_k(logits, generators, warpers)
-    if drawn is not None:
-        return drawn
+    if any(isinstance(warper, TopK) and warper.k < logits.shape[-1] for warper in warpers):
+        return _draw_from_top_k(logits, generators, warpers)
     for warper in warpers:
         logits = warper(logits)
     rows = zip(logits.softmax(-1), generators, strict=True)
     return [int(torch.multinomial(row, 1, generator=generator)) for row, generator in rows]
 
 
-def _draw_from_top_k(
-    logits: Tensor, generators: Sequence[torch.Generator], warpers: Sequence[Processor]
-) -> list[int] | None:
-    """The same for a TopK and any of the other warpers, in plain Python on the k logits that are left.
+def _draw_from_top_k(logits: Tensor, generators: Sequence[torch.Generator], warpers: Sequence[Processor]) -> list[int]:
+    """The same for a TopK and any of the other warpers, in plain Python on the logits that it leaves.
 
     A token may take a millisecond, in which the weights drive all else out of the processor's caches: each of the
-    thirty small tensor operations that the warpers are would cost 4 µs. None: there is no TopK, or a tie with the k-th.
+    thirty small tensor operations that the warpers are would cost 4 µs.
     """
     settings = {type(warper): warper for warper in warpers}
-    top_k = settings.get(TopK)
-    if top_k is None or top_k.k >= logits.shape[-1]:
-        return None
     temperature = settings[Temperature].temperature if Temperature in settings else 1.0
     removed = 1 - settings[TopP].p if TopP in settings else 0.0
     least = settings[MinP].p if MinP in settings else 0.0
-    found, ids = logits.topk(top_k.k + 1)  # descending
+    found, ids = logits.topk(settings[TopK].k + 1)  # descending
     drawn = []
-    for values, candidates, generator in zip(found.tolist(), ids.tolist(), generators, strict=True):
-        if values[-1] == values[-2]:
-            return None
-        weights = [math.exp((value - values[0]) / temperature) for value in values[:-1]]
-        count = _kept(weights, removed, least)
-        point = float(torch.rand((), generator=generator, device=generator.device, dtype=torch.float64))
-        reached = itertools.accumulate(weights[:count])
-        point *= sum(weights[:count])
-        drawn.append(candidates[next((n for n, sum_so_far in enumerate(reached) if sum_so_far > point), count - 1)])
+    for row, values, candidates, generator in zip(logits, found.tolist(), ids.tolist(), generators, strict=True):
+        if values[-1] == values[-2]:  # more than k: those that tie with the k-th stay, as 16-bit logits often do
+            tied = (row >= values[-1]).nonzero()[:, 0]
+            ordered, order = row[tied].sort(descending=True, stable=True)
+            values, candidates = ordered.tolist(), tied[order].tolist()
+        else:
+            values.pop()
+        weights = [math.exp((value - values[0]) / temperature) for value in values]
+        kept = weights[: _kept(weights, removed, least)]
+        point = sum(kept) * float(torch.rand((), generator=generator, device=generator.device, dtype=torch.float64))
+        place = bisect.bisect_right(list(itertools.accumulate(kept)), point)
+        drawn.append(candidates[min(place, len(kept) - 1)])
     return drawn
 
 
