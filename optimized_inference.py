@@ -6,6 +6,7 @@ From top to bottom: what can be set (GenerationConfig), the loop (`decode`: toke
 
 import contextlib
 import itertools
+import random
 import re
 import time
 from collections import defaultdict
@@ -122,7 +123,7 @@ def decode(
     while True:
         for number, prompt in itertools.islice(waiting, rows.free):
             seed = config.seed if config.seed is None or not own_seeds else (config.seed + number) % 2**63
-            generator = None if config.greedy else new_generator(seed, rows.device)
+            generator = None if config.greedy else random.Random(seed)  # noqa: S311 (None: from fresh entropy)
             rows.admit(number, prompt, config.max_new_tokens, generator)
         if not rows.rows:
             return
@@ -149,16 +150,6 @@ def decode(
             if row.end is None and row.number in stopped:
                 row.end = "stopped"
         rows.drop_ended()
-
-
-def new_generator(seed: int | None, device: torch.device) -> torch.Generator:
-    """A private random generator, so that torch's global one is never touched; without a seed, from fresh entropy."""
-    generator = torch.Generator(device)
-    if seed is None:
-        generator.seed()
-    else:
-        generator.manual_seed(seed)
-    return generator
 
 
 # -------------------------------------------------------------------------------------------------------------- text

@@ -1,5 +1,6 @@
 """Texts in the making, a row each: what is written, and the keys and values of what the model has read of it."""
 
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,7 +21,7 @@ class Row:
     length: int  # tokens that it has, and
     start: int  # those of its prompt
     limit: int  # at which it ends
-    generator: torch.Generator | None  # None: greedy
+    generator: random.Random | None  # None: greedy
     end: str | None = None  # why it ended: "eos", "length" or "stopped"
 
 
@@ -57,7 +58,7 @@ class Rows:
         """Drop all texts; what is remembered of the last one stays."""
         self.rows, self._read = [], 0
 
-    def admit(self, number: int, prompt: Sequence[int], most: int, generator: torch.Generator | None) -> None:
+    def admit(self, number: int, prompt: Sequence[int], most: int, generator: random.Random | None) -> None:
         """Begin a text with a prompt, to go on for at most so many tokens, as far as the context reaches."""
         place = len(self.rows)
         ids = torch.tensor(prompt, device=self.device)

@@ -8,6 +8,7 @@ A warper looks at the logits only. Each equals the transformers 5 processor that
 import bisect
 import itertools
 import math
+import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -168,13 +169,12 @@ class MinP:
 
 
 def sample(
-    logits: Tensor, generators: Sequence[torch.Generator] | None = None, warpers: Sequence[Processor] = ()
+    logits: Tensor, generators: Sequence[random.Random] | None = None, warpers: Sequence[Processor] = ()
 ) -> list[int]:
     """The next id of each row of logits, float32 [B, V].
 
-    With generators, one a row and on the logits' device, a draw from softmax(logits) after the warpers: a row's draws
-    depend on its own generator alone, whatever the batch, and torch's global generator is not touched. Without, the
-    largest logit.
+    With generators, one a row, a draw from softmax(logits) after the warpers: a row's draws depend on its own generator
+    alone, whatever the batch and the device, and no global generator is touched. Without, the largest logit.
     """
     if generators is None:
         return logits.argmax(-1).tolist()
@@ -182,11 +182,12 @@ def sample(
         return _draw_from_top_k(logits, generators, warpers)
     for warper in warpers:
         logits = warper(logits)
-    rows = zip(logits.softmax(-1), generators, strict=True)
-    return [int(torch.multinomial(row, 1, generator=generator)) for row, generator in rows]
+    sums = logits.softmax(-1).double().cumsum(-1)  # [B, V]
+    shares = torch.tensor([[generator.random()] for generator in generators], dtype=sums.dtype, device=sums.device)
+    return torch.searchsorted(sums, shares * sums[:, -1:], right=True)[:, 0].clamp(max=sums.shape[1] - 1).tolist()
 
 
-def _draw_from_top_k(logits: Tensor, generators: Sequence[torch.Generator], warpers: Sequence[Processor]) -> list[int]:
+def _draw_from_top_k(logits: Tensor, generators: Sequence[random.Random], warpers: Sequence[Processor]) -> list[int]:
     """The same for a TopK and any of the other warpers, in plain Python on the logits that it leaves.
 
     A token may take a millisecond, in which the weights drive all else out of the processor's caches: each of the
@@ -198,18 +199,16 @@ def _draw_from_top_k(logits: Tensor, generators: Sequence[torch.Generator], warp
     least = settings[MinP].p if MinP in settings else 0.0
     found, ids = logits.topk(settings[TopK].k + 1)  # descending
     drawn = []
-    for row, values, candidates, generator in zip(logits, found.tolist(), ids.tolist(), generators, strict=True):
+    for row, (values, candidates, generator) in enumerate(zip(found.tolist(), ids.tolist(), generators, strict=True)):
         if values[-1] == values[-2]:  # more than k: those that tie with the k-th stay, as 16-bit logits often do
-            tied = (row >= values[-1]).nonzero()[:, 0]
-            ordered, order = row[tied].sort(descending=True, stable=True)
+            tied = (logits[row] >= values[-1]).nonzero()[:, 0]
+            ordered, order = logits[row, tied].sort(descending=True, stable=True)
             values, candidates = ordered.tolist(), tied[order].tolist()
         else:
             values.pop()
         weights = [math.exp((value - values[0]) / temperature) for value in values]
-        kept = weights[: _kept(weights, removed, least)]
-        point = sum(kept) * float(torch.rand((), generator=generator, device=generator.device, dtype=torch.float64))
-        place = bisect.bisect_right(list(itertools.accumulate(kept)), point)
-        drawn.append(candidates[min(place, len(kept) - 1)])
+        sums = list(itertools.accumulate(weights[: _kept(weights, removed, least)]))
+        drawn.append(candidates[bisect.bisect_right(sums, generator.random() * sums[-1], hi=len(sums) - 1)])
     return drawn
 
 

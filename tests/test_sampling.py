@@ -1,5 +1,7 @@
 """Choosing the next token: each processor against transformers' own, and greedy decoding against `generate`."""
 
+import random
+
 import pytest
 import torch
 from conftest import as_llama, random_model
@@ -124,7 +126,7 @@ def test_the_token_that_reaches_p_exactly_is_the_last_one():
 
 def test_draws_follow_the_probabilities():
     probabilities = torch.tensor([0.5, 0.3, 0.2, 0.0])
-    generator = torch.Generator().manual_seed(0)
+    generator = random.Random(0)
     logits = probabilities.log()[None]
     draws = torch.tensor([sample(logits, [generator])[0] for _ in range(4000)])
     frequencies = draws.bincount(minlength=4) / 4000
@@ -141,7 +143,7 @@ def test_draws_from_the_top_k_follow_the_warpers(top_p, min_p):
         expected = logits
         for warper in warpers:
             expected = warper(expected)
-        generator = torch.Generator().manual_seed(seed)
+        generator = random.Random(seed)
         draws = torch.tensor([sample(logits, [generator], warpers)[0] for _ in range(2000)])
         frequencies = draws.bincount(minlength=logits.shape[1]) / 2000
         assert not frequencies[expected[0].isinf()].any()
@@ -149,7 +151,7 @@ def test_draws_from_the_top_k_follow_the_warpers(top_p, min_p):
 
 
 def test_a_tie_with_the_kth_is_drawn_too():
-    logits, generator = torch.tensor([[3.0, 3.0, 3.0, 0.0]]), torch.Generator().manual_seed(0)
+    logits, generator = torch.tensor([[3.0, 3.0, 3.0, 0.0]]), random.Random(0)
     assert {sample(logits, [generator], [TopK(2)])[0] for _ in range(100)} == {0, 1, 2}
 
 
