@@ -162,7 +162,7 @@ class TextGenerator:
         model: moved to `device`; None leaves it where it is.
         tokenizer: a `transformers` fast tokenizer with a bos and an eos token.
         int8: hold the matrices as int8 (weight-only, a scale for each row); on a CPU.
-        compiles: on a CPU, whether a compiled step writes single texts. True waits until it is compiled; None uses it
+        compile: on a CPU, whether a compiled step writes single texts. True waits until it is compiled; None uses it
             where it is there already or meanwhile, except with a seed, whose text must not depend on that.
 
     Raises:
@@ -175,14 +175,14 @@ class TextGenerator:
         tokenizer,
         device: torch.device | str | None = None,
         int8: bool = False,
-        compiles: bool | None = None,
+        compile: bool | None = None,
     ) -> None:
         needed, rows = vocabulary_size(tokenizer), model.config.vocab_size
         if needed > rows:
             raise InputError(f"the tokenizer has {needed} tokens, the model's embedding {rows} rows: they do not fit")
         self.model = model if device is None else model.to(device)
         self.tokenizer = tokenizer
-        self.int8, self.compiles = int8, compiles
+        self.int8, self.compile = int8, compile
         self.speed: Speed | None = None  # of the last text of generate or chat
         self._said_no_template = False
         self._last_engine: Engine | None = None
@@ -286,8 +286,8 @@ class TextGenerator:
 
     def engine(self) -> Engine:
         """What reads tokens with the model's weights as they are now."""
-        if self._last_engine is None or not self._last_engine.fits(self.model, self.int8, self.compiles):
-            self._last_engine, self._chat = Engine(self.model, self.int8, self.compiles, say), None
+        if self._last_engine is None or not self._last_engine.fits(self.model, self.int8, self.compile):
+            self._last_engine, self._chat = Engine(self.model, self.int8, self.compile, say), None
         return self._last_engine
 
     def _chat_rows(self) -> Rows:
@@ -480,7 +480,7 @@ def load_generator(
     tokenizer_path: str | Path | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | str | None = None,
-    compiles: bool | None = None,
+    compile: bool | None = None,
 ) -> TextGenerator:
     """A generator from files; one line on stderr for each choice that was made.
 
@@ -490,7 +490,7 @@ def load_generator(
         device: None (or "auto") takes the fastest kind there is.
         dtype: of the weights in memory, a torch.dtype or its name; None is float32, in which a batch gives what
             single prompts give. int8 is for CPUs: a fourth of the bytes to read for each token.
-        compiles: as in TextGenerator.
+        compile: as in TextGenerator.
 
     Raises:
         InputError: a file is missing, damaged, or does not fit the others; the device or dtype cannot be used.
@@ -504,7 +504,7 @@ def load_generator(
         raise InputError(
             f"dtype: int8 is for generating on a CPU, the device is {chosen_device}; give --device cpu too"
         )
-    if compiles and chosen_device.type != "cpu":
+    if compile and chosen_device.type != "cpu":
         raise InputError(f"compile: the compiled step is for CPUs, the device is {chosen_device}; leave --compile away")
     chosen_dtype, dtype_reason = pick_dtype("float32" if int8 else asked, chosen_device)
     path = Path(model_path) if model_path is not None else newest_weights()
@@ -522,7 +522,7 @@ def load_generator(
     say(f"device {chosen_device}: {device_reason}")
     shown = "int8" if int8 else str(chosen_dtype).removeprefix("torch.")
     say(f"dtype {shown}: {dtype_reason if dtype else 'the default'}")
-    return TextGenerator(model.to(chosen_device, chosen_dtype), tokenizer, int8=int8, compiles=compiles)
+    return TextGenerator(model.to(chosen_device, chosen_dtype), tokenizer, int8=int8, compile=compile)
 
 
 def newest_weights() -> Path:

@@ -31,45 +31,45 @@ class Engine:
     Args:
         model: not in training mode. Its weights are copied: make a new engine when they change (see `fits`).
         int8: hold the matrices as int8 with a scale for each row; on a CPU.
-        compiles: on a CPU, whether compiled code reads single tokens (`model/compiled_step.py`). True: wait for it;
+        compile: on a CPU, whether compiled code reads single tokens (`model/compiled_step.py`). True: wait for it;
             False: never; None: where it is on the disk or comes there (it is made in the background for a chat and for
             long texts), except for what must be repeatable.
         say: where the choice between them is told, a line each time it changes.
 
     Raises:
-        InputError: int8 or a compiled step on a GPU, or `compiles` is True and it cannot be compiled.
+        InputError: int8 or a compiled step on a GPU, or `compile` is True and it cannot be compiled.
     """
 
     def __init__(
         self,
         model: Transformer,
         int8: bool = False,
-        compiles: bool | None = None,
+        compile: bool | None = None,
         say: Callable[[str], None] = lambda line: None,
     ) -> None:
         on_cpu = model.device.type == "cpu"
-        if (int8 or compiles) and not on_cpu:
+        if (int8 or compile) and not on_cpu:
             raise InputError(f"int8 and compiled code are for CPUs; the model is on {model.device}")
-        self._weights, self.settings = _fingerprint(model), (int8, compiles)
-        self._model, self._int8, self._compiles, self._say = model, int8, compiles, say
+        self._weights, self.settings = _fingerprint(model), (int8, compile)
+        self._model, self._int8, self._compile, self._say = model, int8, compile, say
         self._reader = InferenceModel(model, int8) if on_cpu else model
         self._step: CompiledStep | None = None
         self._attention: CompiledAttention | None = None
         self._paths: tuple[Path, Path] | None = None  # of step and attention; None: there will be none
         self._compiler: BackgroundCompiler | None = None
         self._eager_steps = 0
-        if on_cpu and compiles is not False:
+        if on_cpu and compile is not False:
             self._paths = (
                 kept_path("step", model.config, model.dtype, int8),
                 kept_path("attention", model.config, self.dtype, False),
             )
-            if compiles and not self._on_disk():
+            if compile and not self._on_disk():
                 say("compiling the decode step, once for this shape and machine: half a minute or so")
                 self._new_compiler().wait()
 
-    def fits(self, model: Transformer, int8: bool, compiles: bool | None) -> bool:
+    def fits(self, model: Transformer, int8: bool, compile: bool | None) -> bool:
         """Whether this is an engine of that model, with the weights that it has now."""
-        return self.settings == (int8, compiles) and self._weights == _fingerprint(model)
+        return self.settings == (int8, compile) and self._weights == _fingerprint(model)
 
     @property
     def config(self) -> LMConfig:
@@ -117,7 +117,7 @@ class Engine:
 
     def _may_use_compiled(self, repeatable: bool) -> bool:
         """Whether there is compiled code, for a step that eager code could take; looks for it if need be."""
-        if self._paths is None or (repeatable and not self._compiles):
+        if self._paths is None or (repeatable and not self._compile):
             return False
         if self._step is None:
             self._eager_steps += 1

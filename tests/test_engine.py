@@ -106,7 +106,7 @@ def steps(kept, monkeypatch):
 
 
 def ids_of(reader, prompts, config=GREEDY, rows=None):
-    reader = reader if isinstance(reader, Engine) else Engine(reader, compiles=False)
+    reader = reader if isinstance(reader, Engine) else Engine(reader, compile=False)
     texts = [[] for _ in prompts]
     for event in decode(reader, prompts, config, [], rows):
         texts[event.number].append(event.token)
@@ -173,14 +173,14 @@ def test_the_step_comes_in_the_background_and_not_for_a_seed(tiny_model, tokeniz
     step = generator.engine().step(repeatable=False)
     assert step is not None and generator.engine().step(repeatable=True) is None
     seeded = GenerationConfig(seed=4, max_new_tokens=30)
-    plain = TextGenerator(tiny_model, tokenizer, compiles=False)
+    plain = TextGenerator(tiny_model, tokenizer, compile=False)
     assert generator.generate("中国", seeded) == plain.generate("中国", seeded)
     assert not list((steps / "background").glob("tmp*"))
 
 
 @needs_compiler
 def test_a_damaged_file_of_a_step_is_told_and_not_used(tiny_model, tokenizer, steps, capsys):
-    TextGenerator(tiny_model, tokenizer, compiles=True).engine()  # there by now, or compiled here
+    TextGenerator(tiny_model, tokenizer, compile=True).engine()  # there by now, or compiled here
     path, _ = Engine(tiny_model, False, None)._paths
     whole = path.read_bytes()
     try:
@@ -189,7 +189,7 @@ def test_a_damaged_file_of_a_step_is_told_and_not_used(tiny_model, tokenizer, st
         assert "cannot be used" in capsys.readouterr().err and not path.exists()
     finally:
         path.write_bytes(whole)
-    assert text == TextGenerator(tiny_model, tokenizer, compiles=False).generate("中国", GREEDY)
+    assert text == TextGenerator(tiny_model, tokenizer, compile=False).generate("中国", GREEDY)
 
 
 def test_without_a_compiler_texts_are_written_all_the_same(tmp_path, tiny_model, tokenizer_folder):

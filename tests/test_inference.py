@@ -29,7 +29,7 @@ TRANSCRIPT_HEAD = (
 
 @pytest.fixture
 def generator(tiny_model, tokenizer):
-    return TextGenerator(tiny_model, tokenizer, compiles=False)
+    return TextGenerator(tiny_model, tokenizer, compile=False)
 
 
 # ------------------------------------------------------------------------------------------------ the Python calls
@@ -227,7 +227,7 @@ def test_a_turn_of_a_chat_reads_only_what_is_new(generator, tokenizer, monkeypat
         read.clear()
         answer = generator.chat(history, config)
         assert read[0] <= whole - known
-        assert answer == TextGenerator(generator.model, tokenizer, compiles=False).chat(history, config)
+        assert answer == TextGenerator(generator.model, tokenizer, compile=False).chat(history, config)
         history += [{"role": "assistant", "content": answer}, {"role": "user", "content": "长江"}]
         known = whole
 
