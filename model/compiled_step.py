@@ -39,6 +39,12 @@ def _normed(x: Tensor, gain: Tensor, eps: float) -> Tensor:
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * gain.float()
 
 
+def _weighted(scores: Tensor, values: Tensor) -> Tensor:
+    """softmax(scores) values, [..., S] and [..., S, D] -> [..., D]; divided at the end, not in the loop over S."""
+    weights = (scores - scores.amax(-1, keepdim=True)).exp()
+    return (weights[..., None] * values).sum(-2) / weights.sum(-1, keepdim=True)
+
+
 class _Matrix(nn.Module):
     """x [K] -> x Wᵀ [N] in float32, of a weight of any type."""
 
@@ -95,7 +101,7 @@ class _Layer(nn.Module):
 
         q = q.view(kv_heads, -1, head_dim, 1) * head_dim**-0.5  # [H_kv, H / H_kv, D, 1]
         scores = (self.keys[:, None, :, :tokens] * q).sum(2)  # [H_kv, H / H_kv, S]
-        heads = (scores.softmax(-1)[..., None] * self.values[:, None, :tokens]).sum(2)  # [H_kv, H / H_kv, D]
+        heads = _weighted(scores, self.values[:, None, :tokens])  # [H_kv, H / H_kv, D]
         return self.wo(heads.flatten())
 
 
@@ -162,7 +168,7 @@ class BatchAttention(nn.Module):
         q = q.view(rows, self.heads[1], -1, 1, self.head_dim) * self.head_dim**-0.5  # [B, H_kv, H / H_kv, 1, D]
         scores = (keys[:, :, None, :tokens].float() * q).sum(-1)  # [B, H_kv, H / H_kv, S]
         scores = torch.where(places <= positions[:, None, None, None], scores, -torch.inf)
-        heads = (scores.softmax(-1)[..., None] * values[:, :, None, :tokens].float()).sum(-2)  # [B, H_kv, H / H_kv, D]
+        heads = _weighted(scores, values[:, :, None, :tokens].float())  # [B, H_kv, H / H_kv, D]
         return heads.view(rows, 1, -1).type_as(qkv)
 
 
