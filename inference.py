@@ -322,6 +322,7 @@ def answer(generator: TextGenerator, config: GenerationConfig, history: list[dic
 
     try:
         history = generator.fit_history(history, config)
+        generator.prepare_chat(config)  # what it says comes before the answer
         show("🤖 助手: ")
         generator.chat(history, config, stream=True, callback=hear)
     except InputError as error:

@@ -123,6 +123,7 @@ def decode(
     while True:
         for number, prompt in itertools.islice(waiting, rows.free):
             seed = config.seed if config.seed is None or not own_seeds else (config.seed + number) % 2**63
+            engine.look_for_compiled(config.seed is not None)
             generator = None if config.greedy else random.Random(seed)  # noqa: S311 (None: from fresh entropy)
             rows.admit(number, prompt, config.max_new_tokens, generator)
         if not rows.rows:
@@ -253,6 +254,7 @@ class TextGenerator:
                 longer than the context.
         """
         ids = self.encode_chat(self.fit_history(history, config))
+        self.prepare_chat(config)
         return self._generate(ids, config, _emitter(stream, callback), self._chat_rows())
 
     def stream(self, prompt: str, config: GenerationConfig | None = None) -> Iterator[str]:
@@ -284,6 +286,13 @@ class TextGenerator:
             nats = float(token_losses(self.engine(), [self.tokenizer.bos_token_id, *ids]).double().sum())
         return Score(nats, len(ids), len(text.encode()))
 
+    def prepare_chat(self, config: GenerationConfig | None = None) -> None:
+        """Before an answer begins: have compiled what reads it, in the background, or use it if it is there."""
+        repeatable = config is not None and config.seed is not None
+        if not repeatable:
+            self.engine().expect_more()
+        self.engine().look_for_compiled(repeatable)
+
     def engine(self) -> Engine:
         """What reads tokens with the model's weights as they are now."""
         if self._last_engine is None or not self._last_engine.fits(self.model, self.int8, self.compile):
@@ -295,7 +304,6 @@ class TextGenerator:
         engine = self.engine()
         if self._chat is None:
             self._chat = Rows(engine, 1, remembers=True)
-            engine.expect_more()
         return self._chat
 
     def _generate(

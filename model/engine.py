@@ -57,7 +57,7 @@ class Engine:
         self._attention: CompiledAttention | None = None
         self._paths: tuple[Path, Path] | None = None  # of step and attention; None: there will be none
         self._compiler: BackgroundCompiler | None = None
-        self._eager_steps = 0
+        self._steps = 0
         if on_cpu and compile is not False:
             self._paths = (
                 kept_path("step", model.config, model.dtype, int8),
@@ -116,17 +116,18 @@ class Engine:
         return BackgroundCompiler(self._model, self._int8, self.dtype, *self._paths)
 
     def _may_use_compiled(self, repeatable: bool) -> bool:
-        """Whether there is compiled code, for a step that eager code could take; looks for it if need be."""
+        """Whether there is compiled code for a step that eager code could take."""
         if self._paths is None or (repeatable and not self._compile):
             return False
-        if self._step is None:
-            self._eager_steps += 1
-            if self._eager_steps == WORTH_COMPILING:
-                self.expect_more()
-            self._look_for_compiled()
+        self._steps += 1
         return self._step is not None
 
-    def _look_for_compiled(self) -> None:
+    def look_for_compiled(self, repeatable: bool) -> None:
+        """Use compiled code from now on if it is there. When a text begins: no text changes on its way."""
+        if self._paths is None or self._step is not None or (repeatable and not self._compile):
+            return
+        if self._steps >= WORTH_COMPILING:
+            self.expect_more()
         if self._compiler is not None:
             if not self._compiler.done():
                 return
@@ -134,8 +135,6 @@ class Engine:
                 self._say(f"decoding: eager; the step could not be compiled ({self._compiler.problem})")
                 self._paths = None
                 return
-        elif self._eager_steps > 1:
-            return  # it was not there at the first step, and nobody makes it
         if self._on_disk():
             step, attention = self._paths
             try:
