@@ -37,19 +37,25 @@ def main() -> None:
         presence_penalty=arguments.presence_penalty,
         frequency_penalty=arguments.frequency_penalty,
         no_repeat_ngram_size=arguments.no_repeat_ngram_size,
+        stop_strings=arguments.stop_strings,
+        max_repeats=arguments.max_repeats,
         use_cache=arguments.use_cache,
         seed=arguments.seed,
     )
     prompts = read_prompts(Path(arguments.batch_file)) if arguments.batch_file is not None else []
-    generator = load_generator(arguments.model_path, arguments.tokenizer_path, arguments.device, arguments.dtype)
+    generator = load_generator(
+        arguments.model_path, arguments.tokenizer_path, arguments.device, arguments.dtype, arguments.compile
+    )
     if arguments.batch_file is not None:
         run_batch(generator, config, prompts, arguments)
     elif arguments.score_file is not None:
         run_score(generator, read_texts(Path(arguments.score_file)))
     elif arguments.interactive:
-        run_interactive(generator, config)
+        run_interactive(generator, config, arguments.show_speed)
     else:
         run_single(generator, config, arguments.prompt, arguments.stream)
+        if arguments.show_speed:
+            say_speed(generator)
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
@@ -96,9 +102,19 @@ def build_parser() -> argparse.ArgumentParser:
     files.add_argument("--resume", action="store_true", help="keep what --output_file has, and go on behind it")
     files.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: the fastest there is)")
     files.add_argument("--dtype", choices=DTYPES, help="of the weights in memory (default: float32)")
+    files.add_argument(
+        "--compile",
+        type=true_or_false,
+        nargs="?",
+        const=True,
+        metavar="true|false",
+        help="write single texts with a compiled step, on a CPU: true waits until it is compiled (default: where it is"
+        " there already, or once it is compiled in the background of a chat; not with a seed)",
+    )
 
     text = parser.add_argument_group("how to generate")
     text.add_argument("--stream", action="store_true", help="show the text as it comes")
+    text.add_argument("--show_speed", action="store_true", help="say on stderr how fast each text came")
     text.add_argument("--greedy", action="store_true", help="take the likeliest token each time")
     for name, kind, meaning in (
         ("max_new_tokens", int, "most tokens to generate"),
@@ -111,9 +127,11 @@ def build_parser() -> argparse.ArgumentParser:
         ("presence_penalty", float, "taken off the logits of tokens that the output has; 0: off"),
         ("frequency_penalty", float, "the same, times how often it has them; 0: off"),
         ("no_repeat_ngram_size", int, "no run of this many tokens occurs twice; 0: off"),
+        ("max_repeats", int, "the text ends once its last tokens are one passage so many times; 0: off"),
     ):
         default = getattr(defaults, name)
         text.add_argument(f"--{name}", type=kind, default=default, metavar="N", help=f"{meaning} (default: {default})")
+    text.add_argument("--stop_strings", nargs="+", default=(), metavar="TEXT", help="the text ends before any of these")
     text.add_argument("--seed", type=int, metavar="N", help="equal seeds, equal text (default: different each time)")
     cache = text.add_mutually_exclusive_group()
     boolean = {"type": true_or_false, "nargs": "?", "const": True, "default": True, "metavar": "true|false"}
@@ -258,7 +276,13 @@ def finished_results(path: Path, prompts: list[tuple[int, str]]) -> tuple[int, i
     return count, end
 
 
-def run_interactive(generator: TextGenerator, config: GenerationConfig) -> None:
+def say_speed(generator: TextGenerator) -> None:
+    """One line on how fast the last text came."""
+    if generator.speed is not None:
+        say(f"speed: {generator.speed}")
+
+
+def run_interactive(generator: TextGenerator, config: GenerationConfig, show_speed: bool = False) -> None:
     """Chat until the user leaves. Ctrl-C stops an answer, which stays in the history as far as it came."""
     with contextlib.suppress(ImportError):  # Windows has none; its console edits lines by itself
         import readline  # noqa: F401  (importing it gives input() line editing and history)
@@ -271,6 +295,8 @@ def run_interactive(generator: TextGenerator, config: GenerationConfig) -> None:
             print("✨ 对话历史已清空\n")
         elif message:
             history = answer(generator, config, [*history, {"role": "user", "content": message}])
+            if show_speed:
+                say_speed(generator)
     print("👋 再见！")
 
 
@@ -296,6 +322,7 @@ def answer(generator: TextGenerator, config: GenerationConfig, history: list[dic
 
     try:
         history = generator.fit_history(history, config)
+        generator.prepare_chat(config)  # what it says comes before the answer
         show("🤖 助手: ")
         generator.chat(history, config, stream=True, callback=hear)
     except InputError as error:

@@ -6,7 +6,9 @@ From top to bottom: what can be set (GenerationConfig), the loop (`decode`: toke
 
 import contextlib
 import itertools
+import random
 import re
+import time
 from collections import defaultdict
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -15,20 +17,21 @@ from typing import NamedTuple
 import torch
 
 from model.chat_template import render_template
-from model.checkpoint import load_weights
+from model.checkpoint import fitting_tokenizer, load_weights
 from model.detokenize import Text, new_detokenizer
+from model.engine import Engine
 from model.errors import InputError
 from model.generation_config import GenerationConfig
 from model.model import Transformer
 from model.rows import Rows
 from model.sampling import sample
 from model.scoring import Score, token_losses
-from model.tokenization import EMBEDDED_TOKENIZER, encode_texts, load_tokenizer, tokenizer_sha256, vocabulary_size
+from model.tokenization import encode_texts, vocabulary_size
 from utils import pick_device, pick_dtype, say
 
 BATCH_SIZE = 16  # prompts that `batch_generate` holds in memory at once
 OUT_DIR = Path("out")
-DTYPES = ("float32", "bfloat16", "float16")
+DTYPES = ("float32", "bfloat16", "float16", "int8")
 
 
 # ---------------------------------------------------------------------------------------------------------- the loop
@@ -61,9 +64,42 @@ class Sample(NamedTuple):
     logprobs: list[float]  # of the ids, where they were asked for
 
 
+class Speed(NamedTuple):
+    """How fast a text came."""
+
+    first: float  # seconds to the first token, in which the prompt is read
+    tokens: int
+    seconds: float  # in all
+
+    def __str__(self) -> str:
+        later = f", {(self.tokens - 1) / (self.seconds - self.first):.1f} tokens/s after it" if self.tokens > 1 else ""
+        return f"{self.tokens} tokens in {self.seconds:.2f} s: the first after {self.first * 1000:.0f} ms{later}"
+
+
+class Stopwatch:
+    """Times a text."""
+
+    def __init__(self) -> None:
+        self._start = self._first = self._newest = time.perf_counter()
+        self._tokens = 0
+
+    def token(self) -> None:
+        """One more token is there."""
+        self._tokens += 1
+        self._newest = time.perf_counter()
+        if self._tokens == 1:
+            self._first = self._newest
+
+    def speed(self) -> Speed | None:
+        """None: there was no token."""
+        if not self._tokens:
+            return None
+        return Speed(self._first - self._start, self._tokens, self._newest - self._start)
+
+
 @torch.inference_mode()
 def decode(
-    model: Transformer,
+    engine: Engine,
     prompts: Iterable[Sequence[int]],
     config: GenerationConfig,
     eos_ids: Sequence[int],
@@ -80,20 +116,21 @@ def decode(
         rows: where they are written; None: one at a time.
         own_seeds: text n draws from the seed plus n, so that equal prompts get different texts.
     """
-    rows = rows or Rows(model, 1)
+    rows = rows or Rows(engine, 1)
     rows.clear()
-    processors = config.processors(eos_ids)
+    processors, warpers = config.processors(eos_ids), config.warpers()
     waiting = enumerate(prompts)
     while True:
         for number, prompt in itertools.islice(waiting, rows.free):
             seed = config.seed if config.seed is None or not own_seeds else (config.seed + number) % 2**63
-            generator = None if config.greedy else new_generator(seed, rows.device)
+            engine.look_for_compiled(config.seed is not None)
+            generator = None if config.greedy else random.Random(seed)  # noqa: S311 (None: from fresh entropy)
             rows.admit(number, prompt, config.max_new_tokens, generator)
         if not rows.rows:
             return
 
-        logits = rows.next_logits(anew=not config.use_cache)  # float32 [rows, V]
-        if not logits.isfinite().all():
+        logits = rows.next_logits(not config.use_cache, repeatable=config.seed is not None)  # float32 [rows, V]
+        if not logits.amax(-1).isfinite().all():  # NaN counts as the largest
             problem = "the weights give logits that are not finite: the training diverged, or the file is damaged"
             raise InputError(problem)
         given = logits
@@ -101,27 +138,19 @@ def decode(
             tokens, output = rows.written()
             for process in processors:
                 logits = process(logits, tokens, output)
-        chosen = sample(logits, None if config.greedy else [row.generator for row in rows.rows])  # int64 [rows]
+        generators = None if config.greedy else [row.generator for row in rows.rows]
+        chosen = sample(logits, generators, warpers)
 
         logprobs = [None] * len(chosen)
         if config.logprobs:
-            logprobs = given.log_softmax(-1).gather(1, chosen[:, None])[:, 0].tolist()
+            picked = torch.tensor(chosen, device=given.device)[:, None]
+            logprobs = given.log_softmax(-1).gather(1, picked)[:, 0].tolist()
         rows.add(chosen, eos_ids)
-        for row, token, logprob in zip(rows.rows, chosen.tolist(), logprobs, strict=True):
+        for row, token, logprob in zip(rows.rows, chosen, logprobs, strict=True):
             yield Event(row.number, None if row.end == "eos" else token, row.end, logprob)
             if row.end is None and row.number in stopped:
                 row.end = "stopped"
         rows.drop_ended()
-
-
-def new_generator(seed: int | None, device: torch.device) -> torch.Generator:
-    """A private random generator, so that torch's global one is never touched; without a seed, from fresh entropy."""
-    generator = torch.Generator(device)
-    if seed is None:
-        generator.seed()
-    else:
-        generator.manual_seed(seed)
-    return generator
 
 
 # -------------------------------------------------------------------------------------------------------------- text
@@ -133,19 +162,32 @@ class TextGenerator:
     Args:
         model: moved to `device`; None leaves it where it is.
         tokenizer: a `transformers` fast tokenizer with a bos and an eos token.
+        int8: hold the matrices as int8 (weight-only, a scale for each row); on a CPU.
+        compile: on a CPU, whether a compiled step writes single texts. True waits until it is compiled; None uses it
+            where it is there already or meanwhile, except with a seed, whose text must not depend on that.
 
     Raises:
         InputError: the tokenizer has ids that the model has no embedding for.
     """
 
-    def __init__(self, model: Transformer, tokenizer, device: torch.device | str | None = None) -> None:
+    def __init__(
+        self,
+        model: Transformer,
+        tokenizer,
+        device: torch.device | str | None = None,
+        int8: bool = False,
+        compile: bool | None = None,
+    ) -> None:
         needed, rows = vocabulary_size(tokenizer), model.config.vocab_size
         if needed > rows:
             raise InputError(f"the tokenizer has {needed} tokens, the model's embedding {rows} rows: they do not fit")
         self.model = model if device is None else model.to(device)
         self.tokenizer = tokenizer
+        self.int8, self.compile = int8, compile
+        self.speed: Speed | None = None  # of the last text of generate or chat
         self._said_no_template = False
-        self._chat: tuple[list[tuple[int, int]], Rows] | None = None  # weights, and what they read
+        self._last_engine: Engine | None = None
+        self._chat: Rows | None = None  # the row that remembers the chat so far
 
     def generate(
         self,
@@ -186,7 +228,7 @@ class TextGenerator:
     ) -> Iterator[str]:
         """The texts that follow prompts' ids, in their order, each as soon as it and those before it are done."""
         texts, done, next_one = defaultdict(str), set(), 0
-        for piece in self.pieces(prompts, config, Rows(self.model, max(1, min(batch_size, len(prompts))))):
+        for piece in self.pieces(prompts, config, Rows(self.engine(), max(1, min(batch_size, len(prompts))))):
             texts[piece.number] += piece.text
             if piece.end is not None:
                 done.add(piece.number)
@@ -212,6 +254,7 @@ class TextGenerator:
                 longer than the context.
         """
         ids = self.encode_chat(self.fit_history(history, config))
+        self.prepare_chat(config)
         return self._generate(ids, config, _emitter(stream, callback), self._chat_rows())
 
     def stream(self, prompt: str, config: GenerationConfig | None = None) -> Iterator[str]:
@@ -227,7 +270,7 @@ class TextGenerator:
         """
         prompts = [self.encode_prompt(prompt)] * n
         found = [Sample("", "", [], []) for _ in prompts]
-        for piece in self.pieces(prompts, config, Rows(self.model, max(1, min(BATCH_SIZE, n))), own_seeds=True):
+        for piece in self.pieces(prompts, config, Rows(self.engine(), max(1, min(BATCH_SIZE, n))), own_seeds=True):
             sample, event = found[piece.number], piece.event
             if event.token is not None:
                 sample.ids.append(event.token)
@@ -240,15 +283,28 @@ class TextGenerator:
         """How well the model predicts a text of any length, as a document of its own."""
         ids = encode_texts(self.tokenizer, [valid_text("the text", text)])[0]
         with evaluation_mode(self.model):
-            nats = float(token_losses(self.model, [self.tokenizer.bos_token_id, *ids]).double().sum())
+            nats = float(token_losses(self.engine(), [self.tokenizer.bos_token_id, *ids]).double().sum())
         return Score(nats, len(ids), len(text.encode()))
+
+    def prepare_chat(self, config: GenerationConfig | None = None) -> None:
+        """Before an answer begins: have compiled what reads it, in the background, or use it if it is there."""
+        repeatable = config is not None and config.seed is not None
+        if not repeatable:
+            self.engine().expect_more()
+        self.engine().look_for_compiled(repeatable)
+
+    def engine(self) -> Engine:
+        """What reads tokens with the model's weights as they are now."""
+        if self._last_engine is None or not self._last_engine.fits(self.model, self.int8, self.compile):
+            self._last_engine, self._chat = Engine(self.model, self.int8, self.compile, say), None
+        return self._last_engine
 
     def _chat_rows(self) -> Rows:
         """The row that remembers the chat so far, so that a turn reads only what is new; not if the weights changed."""
-        weights = [(parameter.data_ptr(), parameter._version) for parameter in self.model.parameters()]
-        if self._chat is None or self._chat[0] != weights:
-            self._chat = (weights, Rows(self.model, 1, remembers=True))
-        return self._chat[1]
+        engine = self.engine()
+        if self._chat is None:
+            self._chat = Rows(engine, 1, remembers=True)
+        return self._chat
 
     def _generate(
         self,
@@ -257,12 +313,17 @@ class TextGenerator:
         emit: Callable[[str], None] | None,
         rows: Rows | None = None,
     ) -> str:
-        whole = []
-        for piece in self.pieces([ids], config, rows):
-            if piece.text:
-                whole.append(piece.text)
-                if emit is not None:
-                    emit(piece.text)
+        rows = rows or Rows(self.engine(), 1)
+        whole, stopwatch = [], Stopwatch()
+        try:
+            for piece in self.pieces([ids], config, rows):
+                stopwatch.token()
+                if piece.text:
+                    whole.append(piece.text)
+                    if emit is not None:
+                        emit(piece.text)
+        finally:
+            self.speed = stopwatch.speed()
         return "".join(whole)
 
     def fit_history(
@@ -336,7 +397,8 @@ class TextGenerator:
                 yield prompt
 
         with evaluation_mode(self.model):
-            for event in decode(self.model, known(), config, [self.tokenizer.eos_token_id], rows, stopped, own_seeds):
+            eos_ids, rows = [self.tokenizer.eos_token_id], rows or Rows(self.engine(), 1)
+            for event in decode(rows.engine, known(), config, eos_ids, rows, stopped, own_seeds):
                 text, end = started[event.number].add(event.token, event.end)
                 yield Piece(event.number, text, end, event)
                 if end is not None:
@@ -426,6 +488,7 @@ def load_generator(
     tokenizer_path: str | Path | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | str | None = None,
+    compile: bool | None = None,
 ) -> TextGenerator:
     """A generator from files; one line on stderr for each choice that was made.
 
@@ -434,7 +497,8 @@ def load_generator(
         tokenizer_path: a tokenizer's folder; None takes the one that the weights were trained with.
         device: None (or "auto") takes the fastest kind there is.
         dtype: of the weights in memory, a torch.dtype or its name; None is float32, in which a batch gives what
-            single prompts give.
+            single prompts give. int8 is for CPUs: a fourth of the bytes to read for each token.
+        compile: as in TextGenerator.
 
     Raises:
         InputError: a file is missing, damaged, or does not fit the others; the device or dtype cannot be used.
@@ -443,7 +507,14 @@ def load_generator(
     asked = str(dtype or "float32").removeprefix("torch.")
     if asked not in DTYPES:
         raise InputError(f"dtype: {asked!r} found, one of {', '.join(DTYPES)} expected")
-    chosen_dtype, dtype_reason = pick_dtype(asked, chosen_device)
+    int8 = asked == "int8"
+    if int8 and chosen_device.type != "cpu":
+        raise InputError(
+            f"dtype: int8 is for generating on a CPU, the device is {chosen_device}; give --device cpu too"
+        )
+    if compile and chosen_device.type != "cpu":
+        raise InputError(f"compile: the compiled step is for CPUs, the device is {chosen_device}; leave --compile away")
+    chosen_dtype, dtype_reason = pick_dtype("float32" if int8 else asked, chosen_device)
     path = Path(model_path) if model_path is not None else newest_weights()
     weights = load_weights(path)
     if weights.inferred:
@@ -457,8 +528,9 @@ def load_generator(
     model = Transformer(weights.config)
     model.load_state_dict(weights.state_dict)
     say(f"device {chosen_device}: {device_reason}")
-    say(f"dtype {str(chosen_dtype).removeprefix('torch.')}: {dtype_reason if dtype else 'the default'}")
-    return TextGenerator(model.to(chosen_device, chosen_dtype), tokenizer)
+    shown = "int8" if int8 else str(chosen_dtype).removeprefix("torch.")
+    say(f"dtype {shown}: {dtype_reason if dtype else 'the default'}")
+    return TextGenerator(model.to(chosen_device, chosen_dtype), tokenizer, int8=int8, compile=compile)
 
 
 def newest_weights() -> Path:
@@ -472,27 +544,3 @@ def newest_weights() -> Path:
         say(f"weights {best.as_posix()}: no final weights (pretrain_*.pth) under {OUT_DIR}/ yet")
         return best
     raise InputError(f"no weights under {OUT_DIR}/: train first (python train.py), or give --model_path")
-
-
-def fitting_tokenizer(path: Path, weights, tokenizer_path: str | Path | None):
-    """The tokenizer given, else the recorded one, else the embedded one.
-
-    Raises:
-        InputError: it is not the one that the weights were trained with, or its size is not the embedding's.
-    """
-    folder, recorded = tokenizer_path or weights.tokenizer_path, weights.tokenizer_sha256
-    if tokenizer_path is None and folder and not Path(folder).is_dir() and recorded == tokenizer_sha256():
-        folder = None  # the recorded folder is gone, and the embedded tokenizer is the same
-    tokenizer = load_tokenizer(folder)
-    shown = folder or EMBEDDED_TOKENIZER.name
-    found = tokenizer_sha256(folder)
-    if recorded is not None and found != recorded:
-        raise InputError(
-            f"{path} was trained with another tokenizer: sha256 {recorded[:12]}… is recorded, "
-            f"{shown} has {found[:12]}…; give the right one with --tokenizer_path"
-        )
-    tokens, rows = vocabulary_size(tokenizer), weights.config.vocab_size
-    if tokens > rows or (tokens < rows and recorded is None):  # a recorded tokenizer may leave rows unused on purpose
-        found = f"the tokenizer {shown} has {tokens} tokens, the embedding in {path} has {rows} rows"
-        raise InputError(f"{found}; give the right one with --tokenizer_path")
-    return tokenizer

@@ -16,15 +16,14 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import step_contenders
 import torch
+from worker import Worker
 
 import utils
 from model.errors import InputError, OneLineError
@@ -68,52 +67,19 @@ def read_options(arguments: list[str] | None = None) -> argparse.Namespace:
     return options
 
 
-class Worker:
-    """A contender's process, warmed up.
-
-    Raises:
-        OneLineError: it ended; with the last line that it had to say.
-    """
+class Contender(Worker):
+    """One that takes training steps, warmed up."""
 
     def __init__(self, name: str, options: argparse.Namespace, keeps_freed_memory: bool) -> None:
-        self.name, self.seconds = name, []
-        order = json.dumps({"name": name, "keeps_freed_memory": keeps_freed_memory, "options": vars(options)})
-        environment = dict(os.environ)
-        if options.threads:
-            environment["OMP_NUM_THREADS"] = str(options.threads)
-        self.said = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115 (lives as long)
-        self.process = subprocess.Popen(
-            [sys.executable, __file__, "--worker", order],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self.said,
-            text=True,
-            env=environment,
-        )
-        ready = self._answer()
-        self.parameters, self.flops_per_token = ready["parameters"], ready["flops_per_token"]
-        self.first_step_seconds = ready["first_step_seconds"]
+        order = {"name": name, "keeps_freed_memory": keeps_freed_memory, "options": vars(options)}
+        super().__init__(name, __file__, order, options.threads)
+        self.seconds: list[float] = []
+        self.parameters, self.flops_per_token = self.ready["parameters"], self.ready["flops_per_token"]
+        self.first_step_seconds = self.ready["first_step_seconds"]
 
     def step(self) -> None:
         """Take one step and note its seconds."""
-        self.process.stdin.write("go\n")
-        self.process.stdin.flush()
-        self.seconds.append(self._answer())
-
-    def close(self) -> None:
-        """End the process."""
-        self.process.stdin.close()
-        self.process.wait()
-        self.said.close()
-
-    def _answer(self):
-        line = self.process.stdout.readline()
-        if not line:
-            self.process.wait()
-            self.said.seek(0)
-            lines = [line for line in self.said.read().splitlines() if line.strip()] or ["no word"]
-            raise OneLineError(f"{self.name} ended with code {self.process.returncode}: {lines[-1].strip()}")
-        return json.loads(line)
+        self.seconds.append(self.ask())
 
 
 def contenders_here(options: argparse.Namespace) -> list[str]:
@@ -129,18 +95,18 @@ def contenders_here(options: argparse.Namespace) -> list[str]:
     return names
 
 
-def start(names: list[str], options: argparse.Namespace, keeps_freed_memory: bool) -> list[Worker]:
+def start(names: list[str], options: argparse.Namespace, keeps_freed_memory: bool) -> list[Contender]:
     """Their processes, one after another; says whose could not start."""
     workers = []
     for name in names:
         try:
-            workers.append(Worker(name, options, keeps_freed_memory or name.startswith("ours")))
+            workers.append(Contender(name, options, keeps_freed_memory or name.startswith("ours")))
         except OneLineError as error:
             print(f"left out: {error}")
     return workers
 
 
-def compare(workers: list[Worker], options: argparse.Namespace, title: str) -> None:
+def compare(workers: list[Contender], options: argparse.Namespace, title: str) -> None:
     """Let them take turns, and print a table."""
     device, dtype, rates = torch.device(options.device), getattr(torch, options.dtype), []
     for worker in workers:

@@ -17,6 +17,7 @@ from model.archive_checks import check_shapes, read_shape, read_sidecar
 from model.errors import InputError, shown
 from model.files import write_json
 from model.LMConfig import LMConfig
+from model.tokenization import EMBEDDED_TOKENIZER, load_tokenizer, tokenizer_sha256, vocabulary_size
 from model.training_state import state_problem
 
 FORMAT_VERSION = 1  # of the JSON beside weights
@@ -121,3 +122,27 @@ def infer_config(state_dict: Mapping[str, Tensor], path: str | Path = "weights")
         )
     except InputError as error:
         raise InputError(f"{path}: its shapes are of no model ({error})") from error
+
+
+def fitting_tokenizer(path: Path, weights: Weights, tokenizer_path: str | Path | None):
+    """The tokenizer given, else the recorded one, else the embedded one.
+
+    Raises:
+        InputError: it is not the one that the weights were trained with, or its size is not the embedding's.
+    """
+    folder, recorded = tokenizer_path or weights.tokenizer_path, weights.tokenizer_sha256
+    if tokenizer_path is None and folder and not Path(folder).is_dir() and recorded == tokenizer_sha256():
+        folder = None  # the recorded folder is gone, and the embedded tokenizer is the same
+    tokenizer = load_tokenizer(folder)
+    shown = folder or EMBEDDED_TOKENIZER.name
+    found = tokenizer_sha256(folder)
+    if recorded is not None and found != recorded:
+        raise InputError(
+            f"{path} was trained with another tokenizer: sha256 {recorded[:12]}… is recorded, "
+            f"{shown} has {found[:12]}…; give the right one with --tokenizer_path"
+        )
+    tokens, rows = vocabulary_size(tokenizer), weights.config.vocab_size
+    if tokens > rows or (tokens < rows and recorded is None):  # a recorded tokenizer may leave rows unused on purpose
+        found = f"the tokenizer {shown} has {tokens} tokens, the embedding in {path} has {rows} rows"
+        raise InputError(f"{found}; give the right one with --tokenizer_path")
+    return tokenizer

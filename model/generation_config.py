@@ -57,7 +57,7 @@ class GenerationConfig:
         return not self.do_sample or self.temperature < GREEDY_BELOW
 
     def processors(self, eos_ids: Sequence[int]) -> list[Processor]:
-        """What changes the logits, in transformers' order. Greedy knows the bias and the penalties only."""
+        """The bias and the penalties, in transformers' order."""
         processors: list[Processor] = []
         if self.logit_bias:
             processors.append(LogitBias(self.logit_bias))
@@ -69,17 +69,22 @@ class GenerationConfig:
             processors.append(MinNewTokens(self.min_new_tokens, eos_ids))
         if self.presence_penalty or self.frequency_penalty:
             processors.append(OutputPenalties(self.presence_penalty, self.frequency_penalty))
-        if self.greedy:
-            return processors
-        if self.temperature != 1:
-            processors.append(Temperature(self.temperature))
-        if self.top_k:
-            processors.append(TopK(self.top_k))
-        if self.top_p < 1:
-            processors.append(TopP(self.top_p))
-        if self.min_p:
-            processors.append(MinP(self.min_p))
         return processors
+
+    def warpers(self) -> list[Processor]:
+        """What shapes the distribution that is drawn from, after the processors, in transformers' order."""
+        warpers: list[Processor] = []
+        if self.greedy:
+            return warpers
+        if self.temperature != 1:
+            warpers.append(Temperature(self.temperature))
+        if self.top_k:
+            warpers.append(TopK(self.top_k))
+        if self.top_p < 1:
+            warpers.append(TopP(self.top_p))
+        if self.min_p:
+            warpers.append(MinP(self.min_p))
+        return warpers
 
 
 def generation_problems(config: GenerationConfig) -> list[str]:

@@ -5,6 +5,8 @@ from torch import Tensor
 
 from model.LMConfig import LMConfig
 
+SPARE = 16  # slots that a text which fills the context leaves: torch.export would compile that case apart
+
 
 class KVCache:
     """Keys and values of several texts, one a row, in buffers that are allocated once and written in place.

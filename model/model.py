@@ -164,6 +164,16 @@ class Transformer(nn.Module):
                 residual = name.endswith(("wo.weight", "w2.weight"))
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * self.config.n_layers) if residual else 0.02)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.tok_embeddings.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The weights' type."""
+        return self.tok_embeddings.weight.dtype
+
     def parameter_count(self) -> int:
         """Numbers that are trained; a tied matrix counts once."""
         return sum(parameter.numel() for parameter in self.parameters())

@@ -1,13 +1,15 @@
 """Texts in the making, a row each: what is written, and the keys and values of what the model has read of it."""
 
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from model.kv_cache import KVCache
-from model.model import Transformer
+from model.compiled_step import CompiledStep
+from model.engine import Engine
+from model.kv_cache import SPARE, KVCache
 from model.sampling import PADDING
 
 
@@ -19,7 +21,7 @@ class Row:
     length: int  # tokens that it has, and
     start: int  # those of its prompt
     limit: int  # at which it ends
-    generator: torch.Generator | None  # None: greedy
+    generator: random.Random | None  # None: greedy
     end: str | None = None  # why it ended: "eos", "length" or "stopped"
 
 
@@ -29,18 +31,19 @@ class Rows:
     The first rows have been read but for their newest token, those after them not yet: `next_logits` reads both.
 
     Args:
-        model: whose context limits each text.
+        engine: what reads them; its model's context limits each text.
         remembers: keep the keys and values of a text that ended, for a text that begins with the same tokens. For one
             row at a time: a chat, in which each turn begins with all the turns before it.
     """
 
-    def __init__(self, model: Transformer, capacity: int, remembers: bool = False) -> None:
-        weight, context = model.tok_embeddings.weight, model.config.max_seq_len
-        self.model, self.capacity, self.remembers = model, capacity, remembers
+    def __init__(self, engine: Engine, capacity: int, remembers: bool = False) -> None:
+        context = engine.config.max_seq_len
+        self.engine, self.capacity, self.remembers = engine, capacity, remembers
         self.rows: list[Row] = []
         self._read = 0  # rows that the cache knows
-        self._cache = KVCache(model.config, capacity, context, device=weight.device, dtype=weight.dtype)
-        self._ids = torch.full((capacity, context), PADDING, device=weight.device)
+        self._stepped = 0  # slots of the first row that the engine's compiled step knows too
+        self._cache = KVCache(engine.config, capacity, context + SPARE, device=engine.device, dtype=engine.dtype)
+        self._ids = torch.full((capacity, context), PADDING, device=engine.device)
 
     @property
     def device(self) -> torch.device:
@@ -55,7 +58,7 @@ class Rows:
         """Drop all texts; what is remembered of the last one stays."""
         self.rows, self._read = [], 0
 
-    def admit(self, number: int, prompt: Sequence[int], most: int, generator: torch.Generator | None) -> None:
+    def admit(self, number: int, prompt: Sequence[int], most: int, generator: random.Random | None) -> None:
         """Begin a text with a prompt, to go on for at most so many tokens, as far as the context reaches."""
         place = len(self.rows)
         ids = torch.tensor(prompt, device=self.device)
@@ -63,7 +66,7 @@ class Rows:
         self._cache.lengths[place] = known
         self._ids[place] = PADDING
         self._ids[place, : len(ids)] = ids
-        limit = min(self.model.config.max_seq_len, len(ids) + most)
+        limit = min(self.engine.config.max_seq_len, len(ids) + most)
         self.rows.append(Row(number, len(ids), len(ids), limit, generator))
 
     def _begin_known(self, place: int, ids: Tensor) -> int:
@@ -72,41 +75,61 @@ class Rows:
         same = self._ids[place, :most] == ids[:most]
         return int(same.cumprod(0).sum())
 
-    def next_logits(self, anew: bool = False) -> Tensor:
+    def next_logits(self, anew: bool = False, repeatable: bool = False) -> Tensor:
         """Read what is not read yet -> logits of each row's next token, float32 [rows, V].
 
         Args:
             anew: read all of every text once more: slow, to compare with.
+            repeatable: compute them the same way each time, whether or not a compiled step is there by now.
         """
         if anew:
             self._read = 0
             self._cache.lengths = [0] * self.capacity
+        elif len(self.rows) == self._read == 1:
+            step = self.engine.step(repeatable)
+            if step is not None:
+                return self._step(step)
         logits = []
         if self._read:
-            logits.append(self._read_texts(0, self._read))
+            logits.append(self._read_texts(0, self._read, repeatable))
         if self._read < len(self.rows):
-            logits.append(self._read_texts(self._read, len(self.rows)))
+            logits.append(self._read_texts(self._read, len(self.rows), repeatable))
         self._read = len(self.rows)
         return torch.cat(logits)
 
-    def _read_texts(self, begin: int, end: int) -> Tensor:
+    def _step(self, step: CompiledStep) -> Tensor:
+        """Read the newest token of the only row with the compiled step."""
+        known = self._cache.lengths[0]
+        if step.reader is not self:
+            step.reader, self._stepped = self, 0
+        step.read(self._cache, self._stepped, known)
+        self._stepped = known + 1
+        return step(self._ids[0, known : known + 1], self._cache)[None]
+
+    def _read_texts(self, begin: int, end: int, repeatable: bool) -> Tensor:
         """Read these rows to their ends. All of them have as much to read, or nothing of them was read before.
 
         Shorter ones are padded on the right, where causal attention keeps what is read from being seen.
         """
         lengths = [row.length for row in self.rows[begin:end]]
         part = self._cache.part(begin, end)
+        if begin == 0:
+            self._stepped = min(self._stepped, part.lengths[0])
         unread = [length - known for length, known in zip(lengths, part.lengths, strict=True)]
         steps = torch.arange(max(unread), device=self.device)
         positions = torch.tensor(part.lengths, device=self.device)[:, None] + steps  # [rows, T]
         ids = self._ids[begin:end].gather(1, positions.clamp(max=self._ids.shape[1] - 1)).clamp(min=0)
-        hidden = self.model.hidden_states(ids, part)  # [rows, T, dim]
+        hidden = self.engine.hidden_states(ids, part, repeatable)  # [rows, T, dim]
         self._cache.lengths[begin:end] = lengths
         last = hidden[list(range(len(lengths))), [count - 1 for count in unread]]
-        return self.model.output(last).float()  # the output layer is the widest: only where it is needed
+        return self.engine.output(last).float()  # the output layer is the widest: only where it is needed
 
     def written(self) -> tuple[Tensor, Tensor]:
-        """The texts and their output alone, int64 [rows, T] each: the newest token last, PADDING before the first."""
+        """The texts, int64 [rows, T], and their output alone, [rows, T or less]: the newest token last, PADDING before
+        the first."""
+        if len(self.rows) == 1:
+            row = self.rows[0]
+            return self._ids[:1, : row.length], self._ids[:1, row.start : row.length]
         lengths = torch.tensor([row.length for row in self.rows], device=self.device)[:, None]
         starts = torch.tensor([row.start for row in self.rows], device=self.device)[:, None]
         longest = max(row.length for row in self.rows)
@@ -114,10 +137,10 @@ class Rows:
         ids = self._ids[: len(self.rows)].gather(1, positions.clamp(min=0)).where(positions >= 0, PADDING)
         return ids, ids.where(positions >= starts, PADDING)
 
-    def add(self, chosen: Tensor, eos_ids: Sequence[int]) -> None:
-        """Write the next token of each row, int64 [rows], and note which rows end with it."""
-        self._ids[list(range(len(self.rows))), [row.length for row in self.rows]] = chosen
-        for row, token in zip(self.rows, chosen.tolist(), strict=True):
+    def add(self, chosen: Sequence[int], eos_ids: Sequence[int]) -> None:
+        """Write the next token of each row, and note which rows end with it."""
+        for place, (row, token) in enumerate(zip(self.rows, chosen, strict=True)):
+            self._ids[place, row.length] = token
             row.length += 1
             if token in eos_ids:
                 row.end = "eos"
@@ -132,5 +155,6 @@ class Rows:
                 if place < len(self.rows):
                     self.rows[place] = last
                     self._cache.move(len(self.rows), place)
+                    self._stepped = 0
                     self._ids[place] = self._ids[len(self.rows)]
         self._read = len(self.rows)

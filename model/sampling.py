@@ -1,10 +1,14 @@
-"""From a step's logits to the next token: processors that compose, and the draw.
+"""From a step's logits to the next token: processors that compose, warpers for what is drawn, and the draw.
 
 A processor is called with `logits` float32 [B, V], `tokens` int64 [B, T] (prompt and output so far, ending with the
 newest token) and `output` int64 [B, N] (the output alone), PADDING where a row has no token; it returns the new logits.
-Each equals the transformers 5 processor that it names.
+A warper looks at the logits only. Each equals the transformers 5 processor that it names.
 """
 
+import bisect
+import itertools
+import math
+import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -47,8 +51,11 @@ class RepetitionPenalty:
     penalty: float
 
     def __call__(self, logits: Tensor, tokens: Tensor, output: Tensor) -> Tensor:
-        penalised = torch.where(logits < 0, logits * self.penalty, logits / self.penalty)
-        return torch.where(_marked(tokens, logits.shape[-1]), penalised, logits)
+        if len(tokens) > 1:
+            tokens = tokens.where(tokens != PADDING, tokens[:, -1:])  # the newest token is none; twice is as once
+        seen = logits.gather(1, tokens)  # [B, T]
+        lower = torch.minimum if self.penalty > 1 else torch.maximum
+        return logits.scatter(1, tokens, lower(seen * self.penalty, seen / self.penalty))
 
 
 @dataclass(frozen=True)
@@ -113,7 +120,7 @@ class Temperature:
 
     temperature: float
 
-    def __call__(self, logits: Tensor, tokens: Tensor, output: Tensor) -> Tensor:
+    def __call__(self, logits: Tensor, *_: Tensor) -> Tensor:
         return logits / self.temperature
 
 
@@ -126,7 +133,7 @@ class TopK:
 
     k: int
 
-    def __call__(self, logits: Tensor, tokens: Tensor, output: Tensor) -> Tensor:
+    def __call__(self, logits: Tensor, *_: Tensor) -> Tensor:
         smallest_kept = logits.topk(min(self.k, logits.shape[-1])).values[:, -1:]  # [B, 1]
         return logits.masked_fill(logits < smallest_kept, -torch.inf)
 
@@ -140,7 +147,7 @@ class TopP:
 
     p: float
 
-    def __call__(self, logits: Tensor, tokens: Tensor, output: Tensor) -> Tensor:
+    def __call__(self, logits: Tensor, *_: Tensor) -> Tensor:
         ascending, order = logits.sort(descending=False)  # [B, V] each
         removed = ascending.softmax(-1).cumsum(-1) <= 1 - self.p
         removed[:, -1] = False
@@ -156,19 +163,60 @@ class MinP:
 
     p: float
 
-    def __call__(self, logits: Tensor, tokens: Tensor, output: Tensor) -> Tensor:
+    def __call__(self, logits: Tensor, *_: Tensor) -> Tensor:
         probabilities = logits.softmax(-1)
         return logits.masked_fill(probabilities < self.p * probabilities.amax(-1, keepdim=True), -torch.inf)
 
 
-def sample(logits: Tensor, generators: Sequence[torch.Generator] | None = None) -> Tensor:
-    """The next id of each row: logits float32 [B, V] -> int64 [B].
+def sample(
+    logits: Tensor, generators: Sequence[random.Random] | None = None, warpers: Sequence[Processor] = ()
+) -> list[int]:
+    """The next id of each row of logits, float32 [B, V].
 
-    With generators, one a row and on the logits' device, a draw from softmax(logits): a row's draws depend on its own
-    generator alone, whatever the batch, and torch's global generator is not touched. Without, the largest logit.
+    With generators, one a row, a draw from softmax(logits) after the warpers: a row's draws depend on its own generator
+    alone, whatever the batch and the device, and no global generator is touched. Without, the largest logit.
     """
     if generators is None:
-        return logits.argmax(-1)
-    probabilities = logits.softmax(-1)
-    draws = [torch.multinomial(row, 1, generator=own) for row, own in zip(probabilities, generators, strict=True)]
-    return torch.cat(draws)
+        return logits.argmax(-1).tolist()
+    if any(isinstance(warper, TopK) and warper.k < logits.shape[-1] for warper in warpers):
+        return _draw_from_top_k(logits, generators, warpers)
+    for warper in warpers:
+        logits = warper(logits)
+    sums = logits.softmax(-1).double().cumsum(-1)  # [B, V]
+    shares = torch.tensor([[generator.random()] for generator in generators], dtype=sums.dtype, device=sums.device)
+    return torch.searchsorted(sums, shares * sums[:, -1:], right=True)[:, 0].clamp(max=sums.shape[1] - 1).tolist()
+
+
+def _draw_from_top_k(logits: Tensor, generators: Sequence[random.Random], warpers: Sequence[Processor]) -> list[int]:
+    """The same for a TopK and any of the other warpers, in plain Python on the logits that it leaves.
+
+    A token may take a millisecond, in which the weights drive all else out of the processor's caches: each of the
+    thirty small tensor operations that the warpers are would cost 4 µs.
+    """
+    settings = {type(warper): warper for warper in warpers}
+    temperature = settings[Temperature].temperature if Temperature in settings else 1.0
+    removed = 1 - settings[TopP].p if TopP in settings else 0.0
+    least = settings[MinP].p if MinP in settings else 0.0
+    found, ids = logits.topk(settings[TopK].k + 1)  # descending
+    drawn = []
+    for row, (values, candidates, generator) in enumerate(zip(found.tolist(), ids.tolist(), generators, strict=True)):
+        if values[-1] == values[-2]:  # more than k: those that tie with the k-th stay, as 16-bit logits often do
+            tied = (logits[row] >= values[-1]).nonzero()[:, 0]
+            ordered, order = logits[row, tied].sort(descending=True, stable=True)
+            values, candidates = ordered.tolist(), tied[order].tolist()
+        else:
+            values.pop()
+        weights = [math.exp((value - values[0]) / temperature) for value in values]
+        sums = list(itertools.accumulate(weights[: _kept(weights, removed, least)]))
+        drawn.append(candidates[bisect.bisect_right(sums, generator.random() * sums[-1], hi=len(sums) - 1)])
+    return drawn
+
+
+def _kept(weights: list[float], removed: float, least: float) -> int:
+    """How many of the weights, which fall from 1, TopP (that removes a share of 1 - p) and MinP leave."""
+    tail, share = 0.0, removed * sum(weights)
+    for count in range(len(weights), 1, -1):
+        tail += weights[count - 1]
+        if tail > share and weights[count - 1] >= least:
+            return count
+    return 1

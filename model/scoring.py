@@ -8,7 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from model.engine import Engine
 from model.evaluation import bits_per_byte
+from model.kv_cache import KVCache
 from model.model import Transformer
 
 
@@ -39,19 +41,21 @@ class Score:
 
 
 @torch.inference_mode()
-def token_losses(model: Transformer, ids: Sequence[int]) -> Tensor:
+def token_losses(model: Engine | Transformer, ids: Sequence[int]) -> Tensor:
     """The loss of each token but the first, in nats, given those before it: float32 [len(ids) - 1].
 
     A text longer than the context is read in windows that overlap by half, so that a token past the first window sees
     half a context at least.
     """
-    device, context = model.tok_embeddings.weight.device, model.config.max_seq_len
-    text = torch.tensor(ids, device=device)
+    context = model.config.max_seq_len
+    text = torch.tensor(ids, device=model.device)
+    cache = KVCache(model.config, 1, context, device=model.device, dtype=model.dtype)
     losses, begin, done = [], 0, 1  # losses of the tokens before `done` are known
     while done < len(ids):
         window = text[begin : begin + context + 1]
         new = begin + len(window) - done
-        hidden = model.hidden_states(window[None, :-1])[0, -new:]
+        cache.lengths = [0]
+        hidden = model.hidden_states(window[None, :-1], cache)[0, -new:]
         losses.append(F.cross_entropy(model.output(hidden).float(), window[-new:], reduction="none"))
         done += new
         begin += context // 2 if context > 1 else 1

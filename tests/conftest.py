@@ -4,10 +4,12 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for the network; set before transformers is imported
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads only wait for each other on models this small
+os.environ["MATECONV_CACHE"] = tempfile.mkdtemp(prefix="mateconv_tests_")  # no test finds what another run compiled
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))

@@ -1,10 +1,13 @@
 """Choosing the next token: each processor against transformers' own, and greedy decoding against `generate`."""
 
+import random
+
 import pytest
 import torch
 from conftest import as_llama, random_model
 from transformers.generation import logits_process as theirs
 
+from model.engine import Engine
 from model.errors import InputError
 from model.LMConfig import LMConfig
 from model.sampling import (
@@ -77,7 +80,7 @@ def test_composed_processors_equal_transformers():
     for seed in range(40):
         tokens, logits = random_case(seed)
         expected = chain(tokens, logits.clone())
-        for process in config.processors([2]):
+        for process in [*config.processors([2]), *config.warpers()]:
             logits = process(logits, tokens, tokens[:, PROMPT:])
         assert torch.equal(logits, expected)
 
@@ -123,16 +126,37 @@ def test_the_token_that_reaches_p_exactly_is_the_last_one():
 
 def test_draws_follow_the_probabilities():
     probabilities = torch.tensor([0.5, 0.3, 0.2, 0.0])
-    generator = torch.Generator().manual_seed(0)
+    generator = random.Random(0)
     logits = probabilities.log()[None]
-    draws = torch.cat([sample(logits, [generator]) for _ in range(4000)])
+    draws = torch.tensor([sample(logits, [generator])[0] for _ in range(4000)])
     frequencies = draws.bincount(minlength=4) / 4000
     assert frequencies[3] == 0
     torch.testing.assert_close(frequencies, probabilities, atol=0.03, rtol=0)  # four standard deviations
 
 
+@pytest.mark.parametrize("top_p", [1.0, 0.9, 0.5, 0.0])
+@pytest.mark.parametrize("min_p", [0.0, 0.05])
+def test_draws_from_the_top_k_follow_the_warpers(top_p, min_p):
+    warpers = GenerationConfig(temperature=0.7, top_k=8, top_p=top_p, min_p=min_p).warpers()
+    for seed in range(1, 10, 2):  # without ties: which of several equal logits TopP leaves is not determined
+        _, logits = random_case(seed, rows=1)
+        expected = logits
+        for warper in warpers:
+            expected = warper(expected)
+        generator = random.Random(seed)
+        draws = torch.tensor([sample(logits, [generator], warpers)[0] for _ in range(2000)])
+        frequencies = draws.bincount(minlength=logits.shape[1]) / 2000
+        assert not frequencies[expected[0].isinf()].any()
+        torch.testing.assert_close(frequencies, expected.softmax(-1)[0], atol=0.045, rtol=0)  # four deviations
+
+
+def test_a_tie_with_the_kth_is_drawn_too():
+    logits, generator = torch.tensor([[3.0, 3.0, 3.0, 0.0]]), random.Random(0)
+    assert {sample(logits, [generator], [TopK(2)])[0] for _ in range(100)} == {0, 1, 2}
+
+
 def ids_of(model, prompt, config, eos_id=2):
-    return [event.token for event in decode(model, [prompt], config, [eos_id]) if event.token is not None]
+    return [event.token for event in decode(Engine(model), [prompt], config, [eos_id]) if event.token is not None]
 
 
 @pytest.mark.parametrize(("penalty", "ngram"), [(1.0, 0), (1.3, 0), (1.2, 3)])

@@ -1,0 +1,180 @@
+"""How fast texts are written beside transformers and llama.cpp, with the same weights, prompts and number of tokens.
+
+    python benchmarks/decode.py
+    python benchmarks/decode.py --llama_python ../llama/bin/python
+    python benchmarks/decode.py --shapes 26.9M --formats fp32 --batches 1 --tokens 64 --rounds 3
+
+llama.cpp takes part where llama-cpp-python is installed, here or for the interpreter that --llama_python names, and
+gguf is installed here. Every contender has its own process and they take turns, one text each a round, so that what
+else the machine does meets all of them. first: milliseconds to the first token, in which the prompt is read. tok/s: the
+tokens after it over the time after it; medians over the rounds. GB/s: the weights' bytes, read once a step. Limit: the
+rate at which a sum of 1 GiB reads memory, measured in every round too; what a cache holds of the weights is faster.
+"""
+
+import argparse
+import os
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import decode_contenders
+import torch
+from worker import Worker
+
+import utils
+from model.checkpoint import Weights, save_weights
+from model.errors import OneLineError
+from model.LMConfig import LMConfig
+from model.model import Transformer
+
+SHAPES = {
+    "26.9M": LMConfig(),  # MiniMind v1's
+    "135M": LMConfig(  # SmolLM2-135M's
+        dim=576, n_layers=30, n_heads=9, n_kv_heads=3, hidden_dim=1536, vocab_size=49152, max_seq_len=512
+    ),
+}
+NAMES = {
+    "transformers": "transformers generate",
+    "llama_cpp": "llama.cpp",
+    "eager": "MateConv, eager",
+    "compiled": "MateConv, compiled",
+    "sampled": "MateConv, compiled, sampling",
+}
+ROW = "{:34} {:>8} {:>8} {:>8} {:>7} {:>9} {:>8} {:>8}   {}"
+
+
+def read_options() -> argparse.Namespace:
+    """The command line."""
+    parser = utils.CommandParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--formats", nargs="+", choices=("fp32", "bf16", "int8"), default=["fp32", "bf16", "int8"])
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 32], metavar="N", help="[1 32]")
+    for name, default in {"prompt": 32, "tokens": 128, "rounds": 7}.items():
+        parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"[{default}]")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), metavar="N", help="of every process")
+    parser.add_argument("--only", nargs="+", choices=NAMES, default=list(NAMES), metavar="NAME")
+    parser.add_argument("--llama_python", default=sys.executable, metavar="FILE", help="a Python with llama-cpp-python")
+    return parser.parse_args()
+
+
+def contenders(options: argparse.Namespace, form: str, batch: int) -> list[str]:
+    """Who takes part in a table."""
+    absent = set()
+    if form == "int8":
+        absent.add("transformers")
+    if batch > 1:
+        absent.add("llama_cpp")
+    return [name for name in options.only if name not in absent]
+
+
+def bandwidth(memory: torch.Tensor) -> float:
+    """Bytes a second that a sum reads."""
+    start = time.perf_counter()
+    memory.sum()
+    return memory.numel() * memory.element_size() / (time.perf_counter() - start)
+
+
+def start(names: list[str], order: dict, options: argparse.Namespace) -> list[Worker]:
+    """Their processes, warmed up; says whose could not start."""
+    workers = []
+    for name in names:
+        python = options.llama_python if name == "llama_cpp" else sys.executable
+        try:
+            workers.append(Worker(name, decode_contenders.__file__, order | {"kind": name}, options.threads, python))
+        except OneLineError as error:
+            print(f"left out: {error}")
+    return workers
+
+
+def compare(workers: list[Worker], order: dict, weight_bytes: int, options: argparse.Namespace) -> None:
+    """Let them take turns, and print a table."""
+    memory = torch.ones(2**28)
+    rates, answers = [], {worker.name: [] for worker in workers}
+    for _ in range(options.rounds):
+        for worker in workers:
+            answers[worker.name].append(worker.ask())
+        rates.append(bandwidth(memory))
+    limit = statistics.median(rates)
+    print(f"\n{order['shape']}, {order['format']}, batch {order['batch']}; reading memory: {limit / 1e9:.1f} GB/s")
+    columns = ("", "first", "tok/s", "best", "GB/s", "of limit", "of HF", "of llama", "text")
+    print(ROW.format(*columns))
+    speeds = {
+        name: [order["batch"] * (options.tokens - 1) / (seconds - first) for first, seconds, _ in texts]
+        for name, texts in answers.items()
+    }
+
+    def beside(name: str, peer: str) -> str:
+        if peer not in speeds:
+            return "-"
+        return f"{statistics.median(own / its for own, its in zip(speeds[name], speeds[peer], strict=True)):.2f}"
+
+    reference = None
+    for name, texts in answers.items():
+        first = statistics.median(first for first, _, _ in texts)
+        speed, ids = statistics.median(speeds[name]), texts[0][2]
+        reference = reference or ids
+        same = next((n for n, (a, b) in enumerate(zip(ids, reference, strict=True)) if a != b), len(ids))
+        read = speed / order["batch"] * weight_bytes
+        print(
+            ROW.format(
+                NAMES[name] + (f" {decode_contenders.LLAMA_FORMATS[order['format']]}" if name == "llama_cpp" else ""),
+                f"{first * 1000:.0f} ms",
+                f"{speed:,.0f}",
+                f"{max(speeds[name]):,.0f}",
+                f"{read / 1e9:.1f}",
+                f"{read / limit:.0%}",
+                beside(name, "transformers"),
+                beside(name, "llama_cpp"),
+                "the same" if same == len(ids) else f"the same for {same} tokens",
+            )
+        )
+
+
+def measure(shape: str, options: argparse.Namespace) -> None:
+    """All tables of one shape."""
+    config = SHAPES[shape]
+    torch.manual_seed(0)
+    model = Transformer(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(3)  # logits of a trained model's size: with small ones 16-bit rounding decides the text
+    weights = model.parameter_count() - (0 if config.tie_embeddings else model.tok_embeddings.weight.numel())
+    with tempfile.TemporaryDirectory() as folder:
+        save_weights(Path(folder) / "weights.pth", Weights(model.state_dict(), config))
+        if "llama_cpp" in options.only:
+            try:
+                decode_contenders.write_gguf(Path(folder), options.formats)
+            except ImportError as error:
+                print(f"llama.cpp is left out: {error}")
+        for form in options.formats:
+            for batch in options.batches:
+                order = {"shape": shape, "format": form, "batch": batch, "folder": folder}
+                order |= {"vocab_size": config.vocab_size, "max_seq_len": config.max_seq_len}
+                order |= {name: getattr(options, name) for name in ("prompt", "tokens", "threads")}
+                workers = start(contenders(options, form, batch), order, options)
+                if workers:
+                    compare(workers, order, weights * {"fp32": 4, "bf16": 2, "int8": 1}[form], options)
+                for worker in workers:
+                    worker.close()
+
+
+def main() -> None:
+    """Measure and print."""
+    options = read_options()
+    print(
+        f"torch {torch.__version__}, {options.threads} threads; prompts of {options.prompt} tokens and"
+        f" {options.tokens} new ones, greedy"
+    )
+    if hasattr(os, "getloadavg") and os.getloadavg()[0] > 0.5:
+        print(f"this machine is busy (load {os.getloadavg()[0]:.1f}): the ratios tell little, the rates nothing")
+    for shape in options.shapes:
+        measure(shape, options)
+
+
+if __name__ == "__main__":
+    utils.run_command(main)

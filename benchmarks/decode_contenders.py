@@ -1,0 +1,216 @@
+"""Who takes part in decode.py: each one's model of the same weights, and one text written with it.
+
+A contender is built from the weights that decode.py made, and then called with `tokens`: it continues every prompt by
+so many tokens, greedily and never ending before, and tells the seconds to the first token and in all.
+"""
+
+import argparse
+import itertools
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+LLAMA_FORMATS = {"fp32": "F32", "bf16": "BF16", "int8": "Q8_0"}
+FIRST_ID = 5  # below: what ends a text
+Written = tuple[float, float, list[int]]  # seconds to the first token, seconds in all, the first prompt's new ids
+
+
+def prompts(order: argparse.Namespace) -> list[list[int]]:
+    """As many prompts as the batch has rows, of as many ids each."""
+    numbers = itertools.count(7)
+    ids = range(FIRST_ID, order.vocab_size)
+    return [[ids[next(numbers) * 7919 % len(ids)] for _ in range(order.prompt)] for _ in range(order.batch)]
+
+
+def ours(order: argparse.Namespace) -> Callable[[int], Written]:
+    """MateConv, as TextGenerator generates."""
+    import torch
+
+    from model.checkpoint import load_weights
+    from model.engine import Engine
+    from model.model import Transformer
+    from model.rows import Rows
+    from optimized_inference import GenerationConfig, decode
+
+    weights = load_weights(Path(order.folder) / "weights.pth")
+    model = Transformer(weights.config).eval()
+    model.load_state_dict(weights.state_dict)
+    if order.format == "bf16":
+        model = model.to(torch.bfloat16)
+    engine = Engine(model, order.format == "int8", order.kind != "eager")
+    settings = {} if order.kind == "sampled" else {"do_sample": False, "repetition_penalty": 1.0}
+    rows, texts = Rows(engine, order.batch), prompts(order)
+
+    def write(tokens: int) -> Written:
+        config = GenerationConfig(max_new_tokens=tokens, **settings)
+        start, first, ids = time.perf_counter(), None, []
+        for event in decode(engine, texts, config, [-1], rows):
+            first = first or time.perf_counter() - start
+            if event.number == 0:
+                ids.append(event.token)
+        return first, time.perf_counter() - start, ids
+
+    return write
+
+
+def transformers(order: argparse.Namespace) -> Callable[[int], Written]:
+    """transformers' Llama and its `generate`."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from model.checkpoint import load_weights
+
+    weights = load_weights(Path(order.folder) / "weights.pth")
+    shape = weights.config
+    config = LlamaConfig(
+        vocab_size=shape.vocab_size,
+        hidden_size=shape.dim,
+        intermediate_size=shape.hidden_dim,
+        num_hidden_layers=shape.n_layers,
+        num_attention_heads=shape.n_heads,
+        num_key_value_heads=shape.n_kv_heads,
+        max_position_embeddings=shape.max_seq_len,
+        rms_norm_eps=shape.norm_eps,
+        rope_theta=shape.rope_theta,
+        tie_word_embeddings=shape.tie_embeddings,
+    )
+    names = {
+        "attention.wq": "self_attn.q_proj",
+        "attention.wk": "self_attn.k_proj",
+        "attention.wv": "self_attn.v_proj",
+        "attention.wo": "self_attn.o_proj",
+        "feed_forward.w1": "mlp.gate_proj",
+        "feed_forward.w2": "mlp.down_proj",
+        "feed_forward.w3": "mlp.up_proj",
+        "attention_norm": "input_layernorm",
+        "ffn_norm": "post_attention_layernorm",
+    }
+    state = {"lm_head.weight": weights.state_dict["output.weight"]}
+    for key, value in weights.state_dict.items():
+        if key.endswith(("wq.weight", "wk.weight")):  # Hugging Face turns halves of a head, Meta neighbours
+            value = value.unflatten(0, (-1, shape.head_dim // 2, 2)).transpose(1, 2).reshape(value.shape)
+        for old, new in names.items():
+            key = key.replace(f".{old}.", f".{new}.")
+        state[f"model.{key.replace('tok_embeddings', 'embed_tokens')}"] = value
+    model = LlamaForCausalLM(config).eval()
+    model.load_state_dict({key: value for key, value in state.items() if key != "model.output.weight"})
+    model = model.to(torch.bfloat16 if order.format == "bf16" else torch.float32)
+    ids = torch.tensor(prompts(order))
+
+    def generate(tokens: int) -> torch.Tensor:
+        options = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+        return model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, **options)
+
+    def write(tokens: int) -> Written:
+        start = time.perf_counter()
+        generate(1)
+        first = time.perf_counter() - start
+        start = time.perf_counter()
+        found = generate(tokens)
+        return first, time.perf_counter() - start, found[0, order.prompt :].tolist()
+
+    return write
+
+
+def llama_cpp(order: argparse.Namespace) -> Callable[[int], Written]:
+    """llama.cpp through llama-cpp-python's own calls, one prompt."""
+    import llama_cpp
+    import numpy as np
+
+    path = str(Path(order.folder) / f"weights_{order.format}.gguf")
+    model = llama_cpp.Llama(
+        path, n_ctx=order.max_seq_len, n_threads=order.threads, n_threads_batch=order.threads, verbose=False
+    )
+    (prompt,) = prompts(order)
+
+    def likeliest() -> int:
+        logits = llama_cpp.llama_get_logits_ith(model.ctx, -1)
+        return int(np.ctypeslib.as_array(logits, shape=(model.n_vocab(),)).argmax())
+
+    def write(tokens: int) -> Written:
+        model.reset()
+        start = time.perf_counter()
+        model.eval(prompt)
+        ids = [likeliest()]
+        first = time.perf_counter() - start
+        for _ in range(tokens - 1):
+            model.eval(ids[-1:])
+            ids.append(likeliest())
+        return first, time.perf_counter() - start, ids
+
+    return write
+
+
+def write_gguf(folder: Path, formats: list[str]) -> None:
+    """The weights for llama.cpp, whose names and order of a head's numbers are Meta's: those of MateConv too."""
+    import gguf
+
+    from model.checkpoint import load_weights
+
+    weights = load_weights(folder / "weights.pth")
+    shape = weights.config
+    blocks = {
+        "attention_norm": "attn_norm",
+        "ffn_norm": "ffn_norm",
+        "attention.wq": "attn_q",
+        "attention.wk": "attn_k",
+        "attention.wv": "attn_v",
+        "attention.wo": "attn_output",
+        "feed_forward.w1": "ffn_gate",
+        "feed_forward.w2": "ffn_down",
+        "feed_forward.w3": "ffn_up",
+    }
+    names = {"tok_embeddings.weight": "token_embd.weight", "norm.weight": "output_norm.weight"}
+    for layer, (ours, theirs) in itertools.product(range(shape.n_layers), blocks.items()):
+        names[f"layers.{layer}.{ours}.weight"] = f"blk.{layer}.{theirs}.weight"
+    tokens = [b"<unk>", b"<s>", b"</s>", *(b"<%d>" % n for n in range(3, shape.vocab_size))]
+    for name in formats:
+        kind = gguf.GGMLQuantizationType[LLAMA_FORMATS[name]]
+        file = gguf.GGUFWriter(folder / f"weights_{name}.gguf", "llama")
+        file.add_context_length(shape.max_seq_len)
+        file.add_embedding_length(shape.dim)
+        file.add_block_count(shape.n_layers)
+        file.add_feed_forward_length(shape.hidden_dim)
+        file.add_head_count(shape.n_heads)
+        file.add_head_count_kv(shape.n_kv_heads)
+        file.add_layer_norm_rms_eps(shape.norm_eps)
+        file.add_rope_freq_base(shape.rope_theta)
+        file.add_rope_dimension_count(shape.head_dim)
+        file.add_vocab_size(shape.vocab_size)
+        file.add_tokenizer_model("llama")
+        file.add_token_list(tokens)
+        file.add_token_scores([0.0] * len(tokens))
+        file.add_token_types([2, 3, 3] + [1] * (len(tokens) - 3))
+        for ours, theirs in names.items():
+            tensor = weights.state_dict[ours].float().numpy()
+            if tensor.ndim == 1 or name == "fp32":
+                file.add_tensor(theirs, tensor)
+            else:
+                file.add_tensor(theirs, gguf.quants.quantize(tensor, kind), raw_dtype=kind)
+        file.write_header_to_file()
+        file.write_kv_data_to_file()
+        file.write_tensors_to_file()
+        file.close()
+
+
+def serve(order: argparse.Namespace) -> None:
+    """A contender's process: warm up, say so in JSON, then write a text for every line that comes on stdin."""
+    answers, sys.stdout = sys.stdout, sys.stderr
+    if order.kind not in ("llama_cpp", "transformers"):
+        import torch
+
+        torch.set_num_threads(order.threads)
+    build = {"llama_cpp": llama_cpp, "transformers": transformers}.get(order.kind, ours)
+    write = build(order)
+    write(order.tokens)
+    print(json.dumps("ready"), file=answers, flush=True)
+    for _ in sys.stdin:
+        print(json.dumps(write(order.tokens)), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    serve(argparse.Namespace(**json.loads(sys.argv[2])))

@@ -1,0 +1,57 @@
+"""A contender of a benchmark, in a process of its own that answers lines with JSON."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+
+from model.errors import OneLineError
+
+
+class Worker:
+    """Runs `python script --worker order`, which answers once when it is ready, and then once for each line.
+
+    Attributes:
+        ready: its first answer.
+
+    Raises:
+        OneLineError: it ended; with the last line that it had to say.
+    """
+
+    def __init__(self, name: str, script: str, order: dict, threads: int | None = None, python: str = sys.executable):
+        self.name = name
+        environment = dict(os.environ)
+        if threads:
+            environment["OMP_NUM_THREADS"] = str(threads)
+        self.said = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115 (lives as long)
+        self.process = subprocess.Popen(
+            [python, script, "--worker", json.dumps(order)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.said,
+            text=True,
+            env=environment,
+        )
+        self.ready = self._answer()
+
+    def ask(self, line: str = "go"):
+        """What it answers to a line."""
+        self.process.stdin.write(f"{line}\n")
+        self.process.stdin.flush()
+        return self._answer()
+
+    def close(self) -> None:
+        """End the process."""
+        self.process.stdin.close()
+        self.process.wait()
+        self.said.close()
+
+    def _answer(self):
+        line = self.process.stdout.readline()
+        if not line:
+            self.process.wait()
+            self.said.seek(0)
+            lines = [line for line in self.said.read().splitlines() if line.strip()] or ["no word"]
+            raise OneLineError(f"{self.name} ended with code {self.process.returncode}: {lines[-1].strip()}")
+        return json.loads(line)
