@@ -8,7 +8,6 @@ import contextlib
 import itertools
 import random
 import re
-import time
 from collections import defaultdict
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -26,6 +25,7 @@ from model.model import Transformer
 from model.rows import Rows
 from model.sampling import sample
 from model.scoring import Score, token_losses
+from model.speed import Speed, Stopwatch
 from model.tokenization import encode_texts, vocabulary_size
 from utils import pick_device, pick_dtype, say
 
@@ -62,39 +62,6 @@ class Sample(NamedTuple):
     end: str  # as in Piece
     ids: list[int]
     logprobs: list[float]  # of the ids, where they were asked for
-
-
-class Speed(NamedTuple):
-    """How fast a text came."""
-
-    first: float  # seconds to the first token, in which the prompt is read
-    tokens: int
-    seconds: float  # in all
-
-    def __str__(self) -> str:
-        later = f", {(self.tokens - 1) / (self.seconds - self.first):.1f} tokens/s after it" if self.tokens > 1 else ""
-        return f"{self.tokens} tokens in {self.seconds:.2f} s: the first after {self.first * 1000:.0f} ms{later}"
-
-
-class Stopwatch:
-    """Times a text."""
-
-    def __init__(self) -> None:
-        self._start = self._first = self._newest = time.perf_counter()
-        self._tokens = 0
-
-    def token(self) -> None:
-        """One more token is there."""
-        self._tokens += 1
-        self._newest = time.perf_counter()
-        if self._tokens == 1:
-            self._first = self._newest
-
-    def speed(self) -> Speed | None:
-        """None: there was no token."""
-        if not self._tokens:
-            return None
-        return Speed(self._first - self._start, self._tokens, self._newest - self._start)
 
 
 @torch.inference_mode()

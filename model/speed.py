@@ -1,0 +1,37 @@
+"""How fast a text comes."""
+
+import time
+from typing import NamedTuple
+
+
+class Speed(NamedTuple):
+    """How fast a text came."""
+
+    first: float  # seconds to the first token, in which the prompt is read
+    tokens: int
+    seconds: float  # in all
+
+    def __str__(self) -> str:
+        later = f", {(self.tokens - 1) / (self.seconds - self.first):.1f} tokens/s after it" if self.tokens > 1 else ""
+        return f"{self.tokens} tokens in {self.seconds:.2f} s: the first after {self.first * 1000:.0f} ms{later}"
+
+
+class Stopwatch:
+    """Times a text."""
+
+    def __init__(self) -> None:
+        self._start = self._first = self._newest = time.perf_counter()
+        self._tokens = 0
+
+    def token(self) -> None:
+        """One more token is there."""
+        self._tokens += 1
+        self._newest = time.perf_counter()
+        if self._tokens == 1:
+            self._first = self._newest
+
+    def speed(self) -> Speed | None:
+        """None: there was no token."""
+        if not self._tokens:
+            return None
+        return Speed(self._first - self._start, self._tokens, self._newest - self._start)
