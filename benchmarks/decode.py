@@ -12,7 +12,6 @@ rate at which a sum of 1 GiB reads memory, measured in every round too; what a c
 """
 
 import argparse
-import os
 import statistics
 import sys
 import tempfile
@@ -23,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import decode_contenders
 import torch
-from worker import Worker
+from worker import Worker, warn_if_busy
 
 import utils
 from model.checkpoint import Weights, save_weights
@@ -170,8 +169,7 @@ def main() -> None:
         f"torch {torch.__version__}, {options.threads} threads; prompts of {options.prompt} tokens and"
         f" {options.tokens} new ones, greedy"
     )
-    if hasattr(os, "getloadavg") and os.getloadavg()[0] > 0.5:
-        print(f"this machine is busy (load {os.getloadavg()[0]:.1f}): the ratios tell little, the rates nothing")
+    warn_if_busy()
     for shape in options.shapes:
         measure(shape, options)
 

@@ -26,21 +26,27 @@ def prompts(order: argparse.Namespace) -> list[list[int]]:
     return [[ids[next(numbers) * 7919 % len(ids)] for _ in range(order.prompt)] for _ in range(order.batch)]
 
 
-def ours(order: argparse.Namespace) -> Callable[[int], Written]:
-    """MateConv, as TextGenerator generates."""
+def our_model(order: argparse.Namespace):
+    """The weights in the order's format; int8 is made of float32."""
     import torch
 
     from model.checkpoint import load_weights
-    from model.engine import Engine
     from model.model import Transformer
-    from model.rows import Rows
-    from optimized_inference import GenerationConfig, decode
 
     weights = load_weights(Path(order.folder) / "weights.pth")
     model = Transformer(weights.config).eval()
     model.load_state_dict(weights.state_dict)
-    if order.format == "bf16":
-        model = model.to(torch.bfloat16)
+    return model.to(torch.bfloat16 if order.format == "bf16" else torch.float32)
+
+
+def ours(order: argparse.Namespace) -> Callable[[int], Written]:
+    """MateConv, as TextGenerator generates."""
+
+    from model.engine import Engine
+    from model.rows import Rows
+    from optimized_inference import GenerationConfig, decode
+
+    model = our_model(order)
     engine = Engine(model, order.format == "int8", order.kind != "eager")
     settings = {} if order.kind == "sampled" else {"do_sample": False, "repetition_penalty": 1.0}
     rows, texts = Rows(engine, order.batch), prompts(order)
@@ -60,45 +66,9 @@ def ours(order: argparse.Namespace) -> Callable[[int], Written]:
 def transformers(order: argparse.Namespace) -> Callable[[int], Written]:
     """transformers' Llama and its `generate`."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from llama import as_llama
 
-    from model.checkpoint import load_weights
-
-    weights = load_weights(Path(order.folder) / "weights.pth")
-    shape = weights.config
-    config = LlamaConfig(
-        vocab_size=shape.vocab_size,
-        hidden_size=shape.dim,
-        intermediate_size=shape.hidden_dim,
-        num_hidden_layers=shape.n_layers,
-        num_attention_heads=shape.n_heads,
-        num_key_value_heads=shape.n_kv_heads,
-        max_position_embeddings=shape.max_seq_len,
-        rms_norm_eps=shape.norm_eps,
-        rope_theta=shape.rope_theta,
-        tie_word_embeddings=shape.tie_embeddings,
-    )
-    names = {
-        "attention.wq": "self_attn.q_proj",
-        "attention.wk": "self_attn.k_proj",
-        "attention.wv": "self_attn.v_proj",
-        "attention.wo": "self_attn.o_proj",
-        "feed_forward.w1": "mlp.gate_proj",
-        "feed_forward.w2": "mlp.down_proj",
-        "feed_forward.w3": "mlp.up_proj",
-        "attention_norm": "input_layernorm",
-        "ffn_norm": "post_attention_layernorm",
-    }
-    state = {"lm_head.weight": weights.state_dict["output.weight"]}
-    for key, value in weights.state_dict.items():
-        if key.endswith(("wq.weight", "wk.weight")):  # Hugging Face turns halves of a head, Meta neighbours
-            value = value.unflatten(0, (-1, shape.head_dim // 2, 2)).transpose(1, 2).reshape(value.shape)
-        for old, new in names.items():
-            key = key.replace(f".{old}.", f".{new}.")
-        state[f"model.{key.replace('tok_embeddings', 'embed_tokens')}"] = value
-    model = LlamaForCausalLM(config).eval()
-    model.load_state_dict({key: value for key, value in state.items() if key != "model.output.weight"})
-    model = model.to(torch.bfloat16 if order.format == "bf16" else torch.float32)
+    model = as_llama(our_model(order))
     ids = torch.tensor(prompts(order))
 
     def generate(tokens: int) -> torch.Tensor:

@@ -64,22 +64,10 @@ def _ours(options: argparse.Namespace) -> Contender:
 
 
 def _llama(options: argparse.Namespace) -> Contender:
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from llama import llama_config
+    from transformers import LlamaForCausalLM
 
-    shape = our_config(options)
-    config = LlamaConfig(
-        vocab_size=shape.vocab_size,
-        hidden_size=shape.dim,
-        intermediate_size=shape.hidden_dim,
-        num_hidden_layers=shape.n_layers,
-        num_attention_heads=shape.n_heads,
-        num_key_value_heads=shape.n_kv_heads,
-        max_position_embeddings=shape.max_seq_len,
-        rms_norm_eps=shape.norm_eps,
-        tie_word_embeddings=True,
-        use_cache=False,
-        attn_implementation="sdpa",
-    )
+    config = llama_config(our_config(options), use_cache=False, attn_implementation="sdpa")
     model = LlamaForCausalLM(config).to(options.device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=True)
     # shift_labels: the targets are shifted already, so that as many count as for the others.

@@ -14,7 +14,6 @@ product on this device in this dtype, measured in every round too.
 
 import argparse
 import json
-import os
 import statistics
 import sys
 from pathlib import Path
@@ -23,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import step_contenders
 import torch
-from worker import Worker
+from worker import Worker, warn_if_busy
 
 import utils
 from model.errors import InputError, OneLineError
@@ -153,8 +152,7 @@ def main() -> None:
         f"torch {torch.__version__}, {options.device}, {torch.get_num_threads()} threads, {options.dtype}; batches of"
         f" {options.batch_size} x {options.max_seq_len} tokens"
     )
-    if hasattr(os, "getloadavg") and os.getloadavg()[0] > 0.5:
-        print(f"this machine is busy (load {os.getloadavg()[0]:.1f}): the ratios tell little, the rates nothing")
+    warn_if_busy()
     if options.profile:
         from step_profile import print_profile
 

@@ -55,3 +55,9 @@ class Worker:
             lines = [line for line in self.said.read().splitlines() if line.strip()] or ["no word"]
             raise OneLineError(f"{self.name} ended with code {self.process.returncode}: {lines[-1].strip()}")
         return json.loads(line)
+
+
+def warn_if_busy() -> None:
+    """Say so where other work would blur what is measured."""
+    if hasattr(os, "getloadavg") and os.getloadavg()[0] > 0.5:
+        print(f"this machine is busy (load {os.getloadavg()[0]:.1f}): the ratios tell little, the rates nothing")

@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -50,7 +49,7 @@ class Engine:
         on_cpu = model.device.type == "cpu"
         if (int8 or compile) and not on_cpu:
             raise InputError(f"int8 and compiled code are for CPUs; the model is on {model.device}")
-        self._weights, self.settings = _fingerprint(model), (int8, compile)
+        self._weights = _fingerprint(model)
         self._model, self._int8, self._compile, self._say = model, int8, compile, say
         self._reader = InferenceModel(model, int8) if on_cpu else model
         self._step: CompiledStep | None = None
@@ -69,7 +68,7 @@ class Engine:
 
     def fits(self, model: Transformer, int8: bool, compile: bool | None) -> bool:
         """Whether this is an engine of that model, with the weights that it has now."""
-        return self.settings == (int8, compile) and self._weights == _fingerprint(model)
+        return (self._int8, self._compile) == (int8, compile) and self._weights == _fingerprint(model)
 
     @property
     def config(self) -> LMConfig:
@@ -192,8 +191,8 @@ class BackgroundCompiler:
         Raises:
             InputError: it could not be made.
         """
-        while not self.done():
-            time.sleep(0.05)
+        self._process.wait()
+        self.done()
         if self.problem is not None:
             raise InputError(f"compile: the decode step could not be compiled ({self.problem}); leave --compile away")
 

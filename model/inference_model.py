@@ -14,7 +14,7 @@ from model.compiled_step import CompiledAttention
 from model.int8 import quantized
 from model.kv_cache import KVCache
 from model.LMConfig import LMConfig
-from model.model import Transformer, TransformerBlock
+from model.model import Transformer, TransformerBlock, turned
 
 PACKED_FOR = 32  # rows that oneDNN lays a matrix out for; as fast for 1 or 512, where one laid out for 1 is not
 
@@ -118,8 +118,8 @@ class InferenceModel:
 
         def attend(layer: "_Layer", qkv: Tensor) -> Tensor:
             q, k, v = layer.split(qkv)
-            q = _turned(q, turns).transpose(1, 2)  # [B, H, T, D]
-            k, v = cache.append(layer.number, _turned(k, turns).transpose(1, 2), v.transpose(1, 2))  # [B, H_kv, S, D]
+            q = turned(q, turns).transpose(1, 2)  # [B, H, T, D]
+            k, v = cache.append(layer.number, turned(k, turns).transpose(1, 2), v.transpose(1, 2))  # [B, H_kv, S, D]
             return _attention(q, k, v, mask, from_the_start).transpose(1, 2).flatten(2)
 
         return attend
@@ -171,12 +171,6 @@ class _Layer:
         if self.qk_norms:
             q, k = (F.rms_norm(x, x.shape[-1:], gain, self.eps) for x, gain in zip((q, k), self.qk_norms, strict=True))
         return q, k, v
-
-
-def _turned(x: Tensor, turns: Tensor) -> Tensor:
-    """As `apply_rope`: x [B, T, H, D], turns complex64 [T, 1, D / 2] or [B, T, 1, D / 2]."""
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * turns).flatten(-2).type_as(x)
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:

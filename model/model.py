@@ -31,13 +31,16 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         x: [B, T, H, D]
         cos, sin: [T, 1, D / 2], or [B, T, 1, D / 2] where rows stand at different positions.
     """
-    pairs = x.float().unflatten(-1, (-1, 2))  # [B, T, H, D / 2, 2]
-    if x.device.type == "cpu" and not torch.compiler.is_compiling():  # one pass over memory instead of seven
-        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.complex(cos, sin))
-    else:
-        even, odd = pairs.unbind(-1)
-        turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
-    return turned.flatten(-2).type_as(x)
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+        return turned(x, torch.complex(cos, sin))
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # [B, T, H, D / 2] each
+    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).type_as(x)
+
+
+def turned(x: Tensor, turns: Tensor) -> Tensor:
+    """`apply_rope` by complex numbers cos + i sin: on a CPU one pass over memory instead of seven."""
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))  # [B, T, H, D / 2]
+    return torch.view_as_real(pairs * turns).flatten(-2).type_as(x)
 
 
 class Attention(nn.Module):

@@ -3,8 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import as_llama, random_model
+from conftest import random_model
 
+from benchmarks.llama import as_llama
 from model.attention import chunked_attention, document_mask
 from model.checkpoint import infer_config
 from model.dataset import IGNORE_INDEX

@@ -4,9 +4,10 @@ import random
 
 import pytest
 import torch
-from conftest import as_llama, random_model
+from conftest import random_model
 from transformers.generation import logits_process as theirs
 
+from benchmarks.llama import as_llama
 from model.engine import Engine
 from model.errors import InputError
 from model.LMConfig import LMConfig
