@@ -85,9 +85,8 @@ def print_profile(options: argparse.Namespace) -> None:
         LOSS: 6 * options.vocab_size * options.dim * tokens,
         ATTENTION: 6 * options.n_layers * options.dim * options.max_seq_len * tokens,
     }
-    print(
-        f"\n{step_contenders.NAMES['ours-compiled' if compiled else 'ours']}: the quickest of {options.rounds} steps: {plain:.4f} s; profiled {profiled:.4f} s; of {whole:.4f} s"
-    )
+    name = step_contenders.NAMES["ours-compiled" if compiled else "ours"]
+    print(f"\n{name}, the quickest of {options.rounds}: {plain:.4f} s, profiled {profiled:.4f} s; of {whole:.4f} s")
     for group, seconds in sorted(groups.items(), key=lambda item: -item[1]):
         speed = f"{flops[group] / seconds / 1e9:>9,.0f} GFLOP/s" if group in flops and seconds else ""
         print(f"{group:30} {seconds:8.4f} s {seconds / whole:>5.0%} {speed}")
