@@ -89,6 +89,8 @@ class Trainer:
         say(f"dtype {str(self.dtype).removeprefix('torch.')}: {why}")
         if self.device.type == "cpu":
             utils.keep_freed_memory()
+        elif self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
         self.autocast = contextlib.nullcontext()
         if self.dtype != torch.float32:
             self.autocast = torch.autocast(self.device.type, self.dtype)

@@ -379,12 +379,9 @@ class Processes:
         """
         if self.world_size == 1 or self._control is not None:
             return
-        import torch
         import torch.distributed as dist
 
         on_gpu = device is not None and device.type == "cuda"
-        if on_gpu:
-            torch.cuda.set_device(device)
         patience = datetime.timedelta(seconds=timeout)
         # Where there is a watch, it decides first.
         group_timeout = datetime.timedelta(seconds=timeout if give_up is None else 4 * timeout + 60)

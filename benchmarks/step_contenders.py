@@ -31,7 +31,10 @@ NAMES = {
     "nanogpt": "nanoGPT, eager",
     "nanogpt-compiled": "nanoGPT, compiled",
     "minimind": "MiniMind v1, eager",  # it turns compiling off itself
+    "ours-any-order": "MateConv, eager, any order",
+    "ours-any-order-compiled": "MateConv, compiled, any order",
 }
+ONLY_IF_ASKED = ("ours-any-order", "ours-any-order-compiled")  # adding up on a GPU in any order, as Trainer does not
 
 
 @dataclass
@@ -48,7 +51,10 @@ class Contender:
 
 def build(name: str, options: argparse.Namespace) -> Contender:
     """The contender of that name (without "-compiled"), on options.device."""
-    return {"ours": _ours, "llama": _llama, "nanogpt": _nanogpt, "minimind": _minimind}[name](options)
+    builders = {"ours": _ours, "ours-any-order": _ours, "llama": _llama, "nanogpt": _nanogpt, "minimind": _minimind}
+    contender = builders[name](options)
+    contender.deterministic = name == "ours"
+    return contender
 
 
 def our_config(options: argparse.Namespace):
@@ -65,8 +71,8 @@ def _ours(options: argparse.Namespace) -> Contender:
 
     model = Transformer(our_config(options)).to(options.device)
     optimizer = build_optimizer(model, "adamw", LEARNING_RATE, WEIGHT_DECAY)
-    flops, deterministic = model.training_flops_per_token(), not options.any_order
-    return Contender(model, lambda m, x, y: m(x, y) / y.numel(), optimizer, flops, True, deterministic)
+    flops = model.training_flops_per_token()
+    return Contender(model, lambda m, x, y: m(x, y) / y.numel(), optimizer, flops, looks_first=True)
 
 
 def _llama(options: argparse.Namespace) -> Contender:

@@ -43,7 +43,6 @@ def read_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16", "float16"), help="[bfloat16]")
     parser.add_argument("--steps", type=int, metavar="N", help="of a turn [1, on a GPU 10]")
     parser.add_argument("--together", action="store_true", help="warm up at the same time: first steps are slower")
-    parser.add_argument("--any_order", action="store_true", help="ours too may add numbers up in any order on a GPU")
     parser.add_argument("--nanogpt", metavar="FOLDER", help="a checkout of nanoGPT")
     parser.add_argument("--minimind", metavar="FOLDER", help="a checkout of MiniMind at its tag minimind-v1")
     parser.add_argument(
@@ -90,7 +89,7 @@ class Contender(Worker):
 
 def contenders_here(options: argparse.Namespace) -> list[str]:
     """Who can take part; says who cannot."""
-    names = list(options.only or step_contenders.NAMES)
+    names = options.only or [name for name in step_contenders.NAMES if name not in step_contenders.ONLY_IF_ASKED]
     for peer, file in (("nanogpt", "model.py"), ("minimind", "model/LMConfig.py")):
         folder = getattr(options, peer)
         if folder is not None and not (Path(folder) / file).exists():

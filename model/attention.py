@@ -58,18 +58,14 @@ def pytorch_attention(
 ) -> Tensor:
     """`scaled_dot_product_attention` for q [B, H, T, D], k and v [B, H_kv, S, D]."""
     grouped = k.shape[1] < q.shape[1]
-    if grouped and q.device.type == "cuda" and not _flash(v, mask):
-        # Its other fast kernels for GPUs know no groups, and PyTorch would compute and keep all T x S scores.
+    if grouped and q.device.type == "cuda" and not (v.dtype == torch.bfloat16 and mask is None):
+        # Of its fast kernels for GPUs only flash attention knows groups, which takes no mask and no float32, and needs
+        # Ampere, as bfloat16 does. Otherwise PyTorch would compute and keep all T x S scores.
         k, v = (t[:, :, None].expand(-1, -1, q.shape[1] // t.shape[1], -1, -1).flatten(1, 2) for t in (k, v))
         grouped = False
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal, enable_gqa=grouped
     )
-
-
-def _flash(values: Tensor, mask: Tensor | None) -> bool:
-    """Whether PyTorch's flash attention can be used on this GPU: it needs 16 bits, no mask, and Ampere or newer."""
-    return mask is None and values.dtype != torch.float32 and torch.cuda.get_device_capability(values.device) >= (8, 0)
 
 
 def kernels_for_any_length(device: torch.device) -> contextlib.AbstractContextManager:
