@@ -221,7 +221,7 @@ def read_shape(values, path: str | Path) -> LMConfig:
             continue
         try:
             parsed[name] = parse_value(name, value)
-            if isinstance(value, str) or (value is None and name == "vocab_size"):
+            if (isinstance(value, str) and name != "rope_scaling") or (value is None and name == "vocab_size"):
                 raise ValueError("a number")
         except ValueError as error:
             problems.append(f"config.{name}: {shown(value)} found, {error} expected")
@@ -265,7 +265,10 @@ def weight_shapes(config: LMConfig) -> dict[str, tuple[int, ...]]:
     }  # fmt: skip
     if config.qk_norm:
         of_a_layer |= {"attention.q_norm": (head_dim,), "attention.k_norm": (head_dim,)}
-    shapes = {f"layers.{n}.{name}.weight": shape for n in range(config.n_layers) for name, shape in of_a_layer.items()}
+    of_a_layer = {f"{name}.weight": shape for name, shape in of_a_layer.items()}
+    if config.qkv_bias:
+        of_a_layer |= {f"attention.{n}.bias": of_a_layer[f"attention.{n}.weight"][:1] for n in ("wq", "wk", "wv")}
+    shapes = {f"layers.{n}.{name}": shape for n in range(config.n_layers) for name, shape in of_a_layer.items()}
     embedding = (config.vocab_size, dim)
     return shapes | {"tok_embeddings.weight": embedding, "output.weight": embedding, "norm.weight": (dim,)}
 
