@@ -31,6 +31,7 @@ class Weights:
     config: LMConfig
     tokenizer_path: str | None = None  # None: the embedded tokenizer
     tokenizer_sha256: str | None = None  # None: not known
+    begins_with_bos: bool = True  # a text is read behind the tokenizer's bos, as in the documents of our token files
     inferred: bool = False  # the config was read off the shapes, since no JSON lay beside the weights
 
     def with_state(self, state_dict: dict[str, Tensor]) -> "Weights":

@@ -6,9 +6,13 @@ change places, and every product and sum stays what it was.
 """
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
+import torch
 from torch import Tensor
 
+from model.archive_checks import check_shapes, weight_shapes
+from model.errors import InputError
 from model.LMConfig import LMConfig
 
 # Of a layer: our name, transformers' and GGUF's.
@@ -66,3 +70,42 @@ def in_halves(tensor: Tensor, head_dim: int) -> Tensor:
 def in_pairs(tensor: Tensor, head_dim: int) -> Tensor:
     """Undoes `in_halves`."""
     return tensor.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).reshape(tensor.shape)
+
+
+def gather(
+    config: LMConfig,
+    rename: Callable[[str], str],
+    shapes: Mapping[str, tuple[int, ...]],
+    read: Callable[[str], Tensor],
+    path: str | Path,
+) -> dict[str, Tensor]:
+    """A state dict under our names, in the order that the file has; all shapes are compared before anything is read.
+
+    Args:
+        rename: ours to theirs.
+        shapes: of all that the file holds, by their names.
+        read: a tensor, by its name there.
+        path: for messages.
+
+    Raises:
+        InputError: a weight is missing, unknown, or of another shape than the config says.
+    """
+    wanted = {name: rename(name) for name in weight_shapes(config)}
+    ours = {theirs: name for name, theirs in wanted.items()}
+    extra = shapes.keys() - ours.keys()
+    biases = sorted(name for name in extra if name.endswith((".o_proj.bias", ".attn_output.bias")))
+    found = {ours.get(name, name): torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    for name in biases:  # some have them, of zeros
+        if bool(read(name).any()):
+            raise InputError(f"{path}: {name} is not zero; such models are not supported")
+        del found[name]
+    if config.tie_embeddings:
+        found["output.weight"] = found.get("tok_embeddings.weight")
+    check_shapes(found, config, path)
+    state_dict = {name: read(theirs) for name, theirs in wanted.items() if theirs in shapes}
+    if config.tie_embeddings:
+        state_dict["output.weight"] = state_dict["tok_embeddings.weight"]
+    for name, tensor in state_dict.items():
+        if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            raise InputError(f"{path}: {wanted[name]} holds {tensor.dtype}, float32, float16 or bfloat16 expected")
+    return state_dict
