@@ -63,13 +63,21 @@ def _on_cpu(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return result
 
 
-def load_weights(path: str | Path) -> Weights:
-    """Read weights: ours, MiniMind v1's, or those inside one of our checkpoints (the EMA's where it has them).
+def load_weights(path: str | Path, given: Mapping[str, float] | None = None) -> Weights:
+    """Read weights: ours, MiniMind's, those inside one of our checkpoints (the EMA's where it has them), or another
+    program's (`model/formats`).
+
+    Args:
+        given: values of the shape that a file without a description leaves open, such as {"n_heads": 8}.
 
     Raises:
         InputError: the file is missing, damaged, or holds no model that this program knows.
     """
+    from model.formats.reading import load_foreign  # which makes Weights
+
     path = Path(path)
+    if (weights := load_foreign(path)) is not None:
+        return weights
     content, sidecar = load_torch(path), path.with_suffix(".json")
     if "progress" in content:
         if (problem := state_problem(path, content)) is not None:

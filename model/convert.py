@@ -65,7 +65,6 @@ def convert(
     weights = load_weights(source, given)
     if weights.inferred:
         say(weights.inferred)
-    config = weights.config
     say(f"{source}: {describe(weights)}")
     fitting_tokenizer(source, weights, tokenizer_path)
     if tokenizer_path is not None:

@@ -21,7 +21,7 @@ from model.generation_config import GenerationConfig
 from model.LMConfig import LMConfig
 
 MAX_JSON_BYTES = 16 << 20  # of a config or an index; thousands of weights stay below
-# What a config.json that leaves a value out means, by model_type: n_kv_heads (None: n_heads), context, eps, RoPE's base.
+# What a config.json that leaves a value out means: n_kv_heads (None: n_heads), context, norm_eps, base of RoPE.
 DEFAULTS = {
     "llama": (None, 2048, 1e-6, 1e4),
     "mistral": (8, 131072, 1e-6, 1e4),
