@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.files import cache_folder
 from model.int8 import quantized
 from model.kv_cache import SPARE, KVCache
 from model.LMConfig import LMConfig
@@ -266,17 +267,6 @@ def kept_path(kind: str, config: LMConfig, dtype: torch.dtype, int8: bool) -> Pa
     parts = [json.dumps(shape), str(dtype), str(int8), torch.__version__, str(torch.get_num_threads()), _processor()]
     parts += [Path(__file__).read_text(encoding="utf-8")]
     return cache_folder() / f"{kind}_{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:24]}.pt2"
-
-
-def cache_folder() -> Path:
-    """The folder of what can be made again: $MATECONV_CACHE, or mateconv under the user's cache folder."""
-    if os.environ.get("MATECONV_CACHE"):
-        return Path(os.environ["MATECONV_CACHE"])
-    if sys.platform == "win32":
-        base = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local"
-    else:
-        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "mateconv"
 
 
 def _processor() -> str:

@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -88,6 +89,17 @@ def write_json(path: str | Path, value) -> None:
     """Write a value as indented UTF-8 JSON, replacing the file in one step."""
     with replacing(path) as file:
         file.write((json.dumps(value, ensure_ascii=False, indent=2) + "\n").encode("utf-8"))
+
+
+def cache_folder() -> Path:
+    """The folder of what can be made again: $MATECONV_CACHE, or mateconv under the user's cache folder."""
+    if os.environ.get("MATECONV_CACHE"):
+        return Path(os.environ["MATECONV_CACHE"])
+    if sys.platform == "win32":
+        base = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local"
+    else:
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "mateconv"
 
 
 def free_bytes(folder: Path) -> int:

@@ -100,8 +100,22 @@ def tokenizer_sha256(path: str | Path | None = None) -> str:
     return hashlib.sha256(_tokenizer_file(path).read_bytes()).hexdigest()
 
 
-def _tokenizer_file(path: str | Path | None) -> Path:
+def tokenizer_folder(path: str | Path | None = None) -> Path:
+    """The folder of a tokenizer: None is the embedded one; that inside a GGUF file is unpacked into the cache.
+
+    Raises:
+        InputError: the file is damaged, or its tokenizer is of a kind that is not known.
+    """
     folder = Path(path or EMBEDDED_TOKENIZER)
+    if folder.suffix == ".gguf" and folder.is_file():
+        from model.formats.gguf_file import unpacked_tokenizer  # which needs the library gguf
+
+        return unpacked_tokenizer(folder)
+    return folder
+
+
+def _tokenizer_file(path: str | Path | None) -> Path:
+    folder = tokenizer_folder(path)
     if not folder.is_dir():
         raise InputError(
             f"tokenizer_path: no folder {folder}; give a folder with a tokenizer.json, or null for the embedded one"

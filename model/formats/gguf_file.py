@@ -4,6 +4,7 @@ Llama's and Mistral's keep the numbers of a head in pairs of neighbours, as ours
 Matrices may be quantised: they are read as the float32 numbers that they stand for.
 """
 
+import hashlib
 import math
 import os
 import struct
@@ -18,6 +19,7 @@ from torch import Tensor
 from model.archive_checks import read_shape
 from model.checkpoint import Weights
 from model.errors import InputError, first_line, shown
+from model.files import cache_folder, new_folder, replacing
 from model.formats.gguf_values import Refused, single_value
 from model.formats.names import gather, gguf_name, in_halves, in_pairs, reordered
 from model.LMConfig import LMConfig
@@ -32,6 +34,7 @@ IN_HALVES = {"llama": False, "qwen2": True, "qwen3": True}  # of the architectur
 MOST_VALUES, MOST_TENSORS, MOST_BYTES = 4096, 1 << 16, 1 << 28  # of a header: keys, tensors, and all of it
 FIXED_SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # bytes, by the type of a value
 STRING, ARRAY = 8, 9
+READ_BY = 1  # version of what makes a tokenizer's folder: unpacked ones of other versions are left alone
 ROPE_TENSOR = "rope_freqs.weight"
 LLAMA3_KEYS = ("rope_factor", "rope_low_freq_factor", "rope_high_freq_factor", "rope_original_max_seq_len")
 
@@ -279,7 +282,6 @@ def save_gguf(path: str | Path, weights: Weights, kind: str = "F32") -> None:
     """
     import gguf
 
-    from model.files import replacing
     from model.formats.gguf_tokenizer import write_tokenizer
     from model.tokenization import tokenizer_folder
 
