@@ -174,6 +174,27 @@ class _Header:
         return InputError(f"{self._path}: damaged, or not a GGUF file ({found})")
 
 
+def unpacked_tokenizer(path: Path) -> Path:
+    """The folder of the tokenizer inside a file: in the cache, under a name that its content gives.
+
+    Raises:
+        InputError: it is damaged, or llama.cpp's name of its pre-tokenizer is not known.
+    """
+    from model.formats.gguf_tokenizer import read_tokenizer
+
+    fields = open_gguf(path).fields
+    content = hashlib.sha256(READ_BY.to_bytes(4, "little"))
+    for key in sorted(key for key in fields if key.startswith("tokenizer.")):
+        content.update(key.encode() + b"\0")
+        for part in fields[key].parts:
+            content.update(part)
+    folder = cache_folder() / "tokenizers" / content.hexdigest()[:24]
+    if not (folder / "tokenizer.json").is_file():
+        with new_folder(folder) as temporary:
+            read_tokenizer(fields, temporary, path)
+    return folder
+
+
 def _config(fields: Mapping, shapes: Mapping[str, tuple], factors: Tensor | None, path: Path) -> tuple[str, LMConfig]:
     architecture = single_value(fields, "general.architecture", str)
     if architecture not in IN_HALVES:
