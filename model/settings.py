@@ -148,6 +148,9 @@ class TrainingSettings:
     device: str = setting("auto", "cuda, cuda:1, mps or cpu; auto: the best there is")
     ddp: bool = setting(False, "train in several processes, started by torchrun")
     ddp_timeout: float = setting(600.0, "seconds without progress after which several processes give up", above=0)
+    init_from: str | None = setting(
+        None, "weights to begin with, of any format; the model's shape is theirs; null: drawn anew"
+    )
     resume: bool = setting(False, "go on from the newest whole checkpoint in out_dir")
     resume_from: str | None = setting(None, "go on from this checkpoint")
     out_dir: str = setting("out", "folder for checkpoints, metrics and curves")
