@@ -1,0 +1,1 @@
+"""Weights and tokenizers in the file formats of other programs, written and read."""
