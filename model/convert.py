@@ -70,7 +70,8 @@ def convert(
     if tokenizer_path is not None:
         sha256 = tokenizer_sha256(tokenizer_path)
         weights = dataclasses.replace(weights, tokenizer_path=str(tokenizer_path), tokenizer_sha256=sha256)
-    _WRITERS[to](target, weights, dtype)
+    for remark in _WRITERS[to](target, weights, dtype) or ():
+        say(f"{target}: {remark}")
     say(f"{target}: written for {_READERS[to]}")
     return weights
 
@@ -112,10 +113,10 @@ def _write_transformers(target: Path, weights: Weights, dtype: str) -> None:
     save_transformers(target, weights, DTYPES[dtype])
 
 
-def _write_gguf(target: Path, weights: Weights, dtype: str) -> None:
+def _write_gguf(target: Path, weights: Weights, dtype: str) -> list[str]:
     from model.formats.gguf_file import save_gguf
 
-    save_gguf(target, weights, dtype)
+    return save_gguf(target, weights, dtype)
 
 
 def _write_llama2c(target: Path, weights: Weights, dtype: str) -> None:

@@ -291,12 +291,15 @@ def _dequantised(tensor: "gguf.ReaderTensor", path: Path) -> Tensor:
 # --------------------------------------------------------------------------------------------------------- writing
 
 
-def save_gguf(path: str | Path, weights: Weights, kind: str = "F32") -> None:
+def save_gguf(path: str | Path, weights: Weights, kind: str = "F32") -> list[str]:
     """Write a GGUF file that llama.cpp reads, with the tokenizer.
 
     Args:
         kind: of the matrices, one of FORMATS; norms and biases are always F32. Q8_0 needs rows of a multiple of 32
             numbers; other matrices are F16 then.
+
+    Returns:
+        what llama.cpp will do otherwise with the tokenizer, a line each; none as a rule.
 
     Raises:
         InputError: the file cannot be written, llama.cpp has no such tokenizer, or a number is too large for F16.
@@ -313,7 +316,8 @@ def save_gguf(path: str | Path, weights: Weights, kind: str = "F32") -> None:
     with replacing(path) as file:
         writer = gguf.GGUFWriter(file.name, architecture)  # which opens the file once more
         _write_shape(writer, config, kind, path.stem)
-        write_tokenizer(writer, tokenizer_folder(weights.tokenizer_path), config.vocab_size, weights.begins_with_bos)
+        folder = tokenizer_folder(weights.tokenizer_path)
+        remarks = write_tokenizer(writer, folder, config.vocab_size, weights.begins_with_bos)
         if config.rope_scaling == "llama3":
             writer.add_tensor(ROPE_TENSOR, rope_factors(config).numpy())
         for name, tensor in _to_write(weights, IN_HALVES[architecture]).items():
@@ -328,6 +332,7 @@ def save_gguf(path: str | Path, weights: Weights, kind: str = "F32") -> None:
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
+    return remarks
 
 
 def _to_write(weights: Weights, halves: bool) -> dict[str, Tensor]:
