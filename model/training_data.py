@@ -63,7 +63,8 @@ class TrainingData:
             empty = 1 - dataset.packing.targets.mean() / config.max_seq_len
             say(f"{path}: documents packed into {len(dataset):,} samples, of which {empty:.1%} stays empty")
         if dataset.manifest is None:
-            say(f"{path}: no manifest beside it; read as MiniMind's uint16 tokens, which nothing here can check")
+            only = f"of the tokens only that they are below {config.vocab_size} (vocab_size) can be checked"
+            say(f"{path}: no manifest beside it; read as {dataset.layout.origin}; {only}")
         if self._verify and dataset.tokens.nbytes <= VERIFY_BYTES:
             dataset.verified_sha256 = verify_tokens(dataset)
         elif self._verify:
