@@ -1,7 +1,8 @@
 """The token file and its manifest, and the order in which training reads its samples.
 
 A token file `X.bin` is headerless little-endian uint16 (uint32 when the largest id needs it), documents one after
-another as `<bos> ids <eos>`. Its manifest `X.json` says what is inside (`model.manifest`).
+another as `<bos> ids <eos>` (`ids <eos>` where the tokenizer has no bos). Its manifest `X.json` says what is inside
+(`model.manifest`). Files of others are read as well (`model.token_layout`).
 """
 
 import hashlib
@@ -32,11 +33,12 @@ class PretrainDataset:
         seq_len: tokens that the model reads of each sample.
         vocab_size: rows of the model's embedding; an id past them is an error.
         tokenizer_sha256: of the tokenizer in use, to compare with the manifest's.
-        bos_id: begins each document; given, samples begin where documents do.
+        bos_id, eos_id: begin and end each document; one of them given, samples begin where documents do: at each bos,
+            or after each eos where there is no bos.
 
     Raises:
         InputError: the file is missing, of another size, dtype or tokenizer than its manifest says, too short, or
-            without `bos_id`.
+            without a document.
     """
 
     def __init__(
@@ -46,6 +48,7 @@ class PretrainDataset:
         vocab_size: int,
         tokenizer_sha256: str | None = None,
         bos_id: int | None = None,
+        eos_id: int | None = None,
     ) -> None:
         self.path, self.seq_len, self.vocab_size = Path(path), seq_len, vocab_size
         if not self.path.is_file():
@@ -60,10 +63,11 @@ class PretrainDataset:
         self.tokens = np.memmap(self.path, dtype=layout.dtype, mode="r", offset=layout.offset)  # [tokens]
         self.verified_sha256: str | None = None  # of the bytes, once they were read through
         self.packing = None  # None: sample s is the tokens from s * seq_len on
-        if bos_id is not None:
-            begins = find_documents(self.tokens, bos_id)
+        if bos_id is not None or eos_id is not None:
+            begins = find_documents(self.tokens, bos_id, eos_id)
             if not len(begins):
-                raise InputError(f"{path}: no document begins in it (bos id {bos_id}); use sample_start packed")
+                found = f"begins in it (bos id {bos_id})" if bos_id is not None else f"ends in it (eos id {eos_id})"
+                raise InputError(f"{path}: no document {found}; use sample_start packed")
             self.packing = pack_documents(begins, len(self.tokens), seq_len)
 
     def _check_tokenizer(self, tokenizer_sha256: str | None) -> None:
@@ -124,13 +128,20 @@ class PretrainDataset:
         return inputs, targets
 
 
-def number_documents(inputs: torch.Tensor, targets: torch.Tensor, bos_id: int) -> torch.Tensor:
+def number_documents(
+    inputs: torch.Tensor, targets: torch.Tensor, bos_id: int | None, eos_id: int | None = None
+) -> torch.Tensor:
     """Number the documents in each row of a batch: int64 [B, T], rising by one where a document begins.
 
-    It begins with `bos_id`; and after a token without a target, since what follows that does not continue it.
+    It begins with `bos_id`, or after `eos_id` where there is no bos; and after a token without a target, since what
+    follows that does not continue it.
     """
-    begins = inputs == bos_id
-    begins[:, 1:] |= targets[:, :-1] == IGNORE_INDEX
+    begins = torch.zeros_like(inputs, dtype=torch.bool)
+    begins[:, 1:] = targets[:, :-1] == IGNORE_INDEX
+    if bos_id is None:
+        begins[:, 1:] |= inputs[:, :-1] == eos_id
+    else:
+        begins |= inputs == bos_id
     return begins.cumsum(1)
 
 
