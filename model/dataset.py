@@ -133,15 +133,15 @@ def number_documents(
 ) -> torch.Tensor:
     """Number the documents in each row of a batch: int64 [B, T], rising by one where a document begins.
 
-    It begins with `bos_id`, or after `eos_id` where there is no bos; and after a token without a target, since what
-    follows that does not continue it.
+    It begins with `bos_id`, or after `eos_id` where there is no bos; where both are one token, with the second of two
+    in a row. And it begins after a token without a target, since what follows that does not continue it.
     """
     begins = torch.zeros_like(inputs, dtype=torch.bool)
     begins[:, 1:] = targets[:, :-1] == IGNORE_INDEX
     if bos_id is None:
         begins[:, 1:] |= inputs[:, :-1] == eos_id
     else:
-        begins |= inputs == bos_id
+        begins |= (inputs == bos_id) & (targets != eos_id if bos_id == eos_id else True)
     return begins.cumsum(1)
 
 

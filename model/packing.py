@@ -20,10 +20,12 @@ class Packing:
 def find_documents(tokens: np.ndarray, bos_id: int | None, eos_id: int | None) -> np.ndarray:
     """Where documents begin: int64 [documents], ascending; none where no delimiter is found.
 
-    At each bos; without a bos, at the file's start and after each eos. Reads a memory map in blocks.
+    At each bos; without a bos, at the file's start and after each eos. Where one token is both (GPT-2), the first of
+    two in a row ends a document and the second begins one. Reads a memory map in blocks.
     """
     if bos_id is not None:
-        return _places(tokens, bos_id)
+        begins = _places(tokens, bos_id)
+        return begins[np.diff(begins, append=len(tokens)) > 1] if bos_id == eos_id else begins
     ends = _places(tokens, eos_id) + 1
     return np.append(0, ends[ends < len(tokens)]) if len(ends) else ends
 

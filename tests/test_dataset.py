@@ -105,6 +105,28 @@ def test_tails_in_the_middle_of_a_sample_are_documents_of_their_own():
     assert number_documents(inputs, targets, bos_id=1).tolist() == [[1, 1, 1, 1, 2, 2], [1, 1, 1, 2, 2, 2]]
 
 
+@pytest.mark.parametrize(
+    ("ids", "lengths"),
+    [
+        ([9, 3, 4, 9, 9, 5, 6, 7, 9, 9, 8, 9], [4, 5, 3]),  # ours: each between two of them
+        ([9, 3, 4, 9, 5, 6, 7, 9, 8, 2], [3, 4, 3]),  # llm.c's: one before each
+        ([3, 4, 9, 5, 6, 7, 9, 8, 2, 9], [2, 4, 4]),  # nanoGPT's: one after each
+    ],
+)
+def test_one_token_can_begin_and_end_documents(tmp_path, ids, lengths):
+    """GPT-2's <|endoftext|>."""
+    path = write_tokens(tmp_path / "a.bin", ids, vocab_size=10)
+    data = PretrainDataset(path, seq_len=5, vocab_size=10, bos_id=9, eos_id=9)
+    starts = np.cumsum([0, *lengths])[:-1].tolist()
+    runs = sorted(zip(data.packing.starts.tolist(), data.packing.lengths.tolist(), strict=True))
+    assert runs == [*zip(starts, lengths, strict=True)]
+
+    inputs, targets = PretrainDataset(path, seq_len=len(ids) - 1, vocab_size=10).batch(np.array([0]), rows=1)
+    numbers = number_documents(inputs, targets, bos_id=9, eos_id=9)[0]
+    expected = np.repeat(np.arange(3), lengths)[:-1]  # of the inputs, all tokens but the last
+    assert (numbers - numbers[0]).tolist() == expected.tolist()
+
+
 def test_a_file_in_which_no_document_begins_is_one_clear_line(tmp_path):
     with pytest.raises(InputError, match=r"no document begins in it \(bos id 1\); use sample_start packed"):
         PretrainDataset(write_tokens(tmp_path / "a.bin", range(3, 44)), seq_len=8, vocab_size=100, bos_id=1)
