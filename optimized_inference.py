@@ -26,7 +26,7 @@ from model.rows import Rows
 from model.sampling import sample
 from model.scoring import Score, token_losses
 from model.speed import Speed, Stopwatch
-from model.tokenization import encode_texts, vocabulary_size
+from model.tokenization import delimiters, encode_texts, end_ids, vocabulary_size
 from utils import pick_device, pick_dtype, say
 
 BATCH_SIZE = 16  # prompts that `batch_generate` holds in memory at once
@@ -128,13 +128,13 @@ class TextGenerator:
 
     Args:
         model: moved to `device`; None leaves it where it is.
-        tokenizer: a `transformers` fast tokenizer with a bos and an eos token.
+        tokenizer: a `transformers` fast tokenizer with an eos token.
         int8: hold the matrices as int8 (weight-only, a scale for each row); on a CPU.
         compile: on a CPU, whether a compiled step writes single texts. True waits until it is compiled; None uses it
             where it is there already or meanwhile, except with a seed, whose text must not depend on that.
 
     Raises:
-        InputError: the tokenizer has ids that the model has no embedding for.
+        InputError: the tokenizer has ids that the model has no embedding for, or a damaged generation_config.json.
     """
 
     def __init__(
@@ -149,7 +149,7 @@ class TextGenerator:
         if needed > rows:
             raise InputError(f"the tokenizer has {needed} tokens, the model's embedding {rows} rows: they do not fit")
         self.model = model if device is None else model.to(device)
-        self.tokenizer = tokenizer
+        self.tokenizer, self.delimiters, self.eos_ids = tokenizer, delimiters(tokenizer), end_ids(tokenizer)
         self.int8, self.compile = int8, compile
         self.speed: Speed | None = None  # of the last text of generate or chat
         self._said_no_template = False
@@ -250,7 +250,7 @@ class TextGenerator:
         """How well the model predicts a text of any length, as a document of its own."""
         ids = encode_texts(self.tokenizer, [valid_text("the text", text)])[0]
         with evaluation_mode(self.model):
-            nats = float(token_losses(self.engine(), [self.tokenizer.bos_token_id, *ids]).double().sum())
+            nats = float(token_losses(self.engine(), [self.delimiters.before_text, *ids]).double().sum())
         return Score(nats, len(ids), len(text.encode()))
 
     def prepare_chat(self, config: GenerationConfig | None = None) -> None:
@@ -323,9 +323,11 @@ class TextGenerator:
         return kept
 
     def encode_prompt(self, prompt: str) -> list[int]:
-        """`<bos> ids`, as documents begin in training. A control token that the prompt spells out stays text."""
-        ids = [self.tokenizer.bos_token_id, *encode_texts(self.tokenizer, [valid_text("the prompt", prompt)])[0]]
-        return self._fitting("prompt", ids)
+        """`<bos> ids`, as documents begin in training. A control token that the prompt spells out stays text.
+
+        Without a bos `ids`; where there are none, the eos, after which documents begin.
+        """
+        return self._fitting("prompt", self._encode_start(valid_text("the prompt", prompt)))
 
     def encode_chat(self, history: Sequence[dict[str, str]], check: bool = True) -> list[int]:
         """A history's ids, up to where the answer begins. A control token that a content spells out stays text.
@@ -338,7 +340,7 @@ class TextGenerator:
             if not self._said_no_template:
                 say("this tokenizer has no chat template: the chat is continued as plain text")
                 self._said_no_template = True
-            ids = [self.tokenizer.bos_token_id, *encode_texts(self.tokenizer, ["\n".join(contents)])[0]]
+            ids = self._encode_start("\n".join(contents))
         elif any(token.content in text for token in self._special_tokens() for text in contents):
             ids = self._encode_apart(history)
         else:
@@ -364,13 +366,18 @@ class TextGenerator:
                 yield prompt
 
         with evaluation_mode(self.model):
-            eos_ids, rows = [self.tokenizer.eos_token_id], rows or Rows(self.engine(), 1)
-            for event in decode(rows.engine, known(), config, eos_ids, rows, stopped, own_seeds):
+            rows = rows or Rows(self.engine(), 1)
+            for event in decode(rows.engine, known(), config, self.eos_ids, rows, stopped, own_seeds):
                 text, end = started[event.number].add(event.token, event.end)
                 yield Piece(event.number, text, end, event)
                 if end is not None:
                     stopped.add(event.number)
                     del started[event.number]
+
+    def _encode_start(self, text: str) -> list[int]:
+        """Ids of a document that begins with this text."""
+        ids = [*self.delimiters.opening, *encode_texts(self.tokenizer, [text])[0]]
+        return ids or [self.delimiters.before_text]
 
     def _fitting(self, what: str, ids: list[int]) -> list[int]:
         context = self.model.config.max_seq_len

@@ -352,7 +352,10 @@ class Trainer:
         return inputs, targets, self._documents(inputs, targets)
 
     def _documents(self, inputs: Tensor, targets: Tensor) -> Tensor | None:
-        return number_documents(inputs, targets, self.data.bos_id) if self.training.document_mask else None
+        if not self.training.document_mask:
+            return None
+        delimiters = self.data.delimiters
+        return number_documents(inputs, targets, delimiters.bos_id, delimiters.eos_id)
 
     # -------------------------------------------------------------------------------------------------- evaluation
 
