@@ -233,8 +233,9 @@ def read_shape(values, path: str | Path) -> LMConfig:
         raise InputError(f"{path}: config: {error}") from error
 
 
-def read_sidecar(path: str | Path) -> tuple[LMConfig, str | None, str | None]:
-    """What lies beside weights, `{stem}.json`: the shape, the tokenizer's folder and its SHA-256.
+def read_sidecar(path: str | Path) -> tuple[LMConfig, str | None, str | None, bool]:
+    """What lies beside weights, `{stem}.json`: the shape, the tokenizer's folder and its SHA-256, and whether texts
+    begin with its bos.
 
     Raises:
         InputError: it is no such file, or holds what no shape or tokenizer has.
@@ -248,10 +249,13 @@ def read_sidecar(path: str | Path) -> tuple[LMConfig, str | None, str | None]:
         config, *tokenizer = (described[key] for key in ("config", "tokenizer_path", "tokenizer_sha256"))
         if any(value is not None and not isinstance(value, str) for value in tokenizer):
             raise TypeError(f"tokenizer {tokenizer!r}")
+        begins_with_bos = described.get("begins_with_bos", True)  # earlier versions knew nothing else
+        if not isinstance(begins_with_bos, bool):
+            raise TypeError(f"begins_with_bos {begins_with_bos!r}")
     except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         reason = shown(f"{type(error).__name__}: {error}")[1:-1]
         raise InputError(f"{path}: does not describe weights ({reason}); without it the shapes are read") from error
-    return read_shape(config, path), *tokenizer
+    return read_shape(config, path), *tokenizer, begins_with_bos
 
 
 def weight_shapes(config: LMConfig) -> dict[str, tuple[int, ...]]:

@@ -47,6 +47,7 @@ def save_weights(path: str | Path, weights: Weights) -> None:
         "config": asdict(weights.config),
         "tokenizer_path": weights.tokenizer_path,
         "tokenizer_sha256": weights.tokenizer_sha256,
+        "begins_with_bos": weights.begins_with_bos,
     }
     write_json(path.with_suffix(".json"), sidecar)
     save_torch(path, _on_cpu(weights.state_dict))
