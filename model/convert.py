@@ -70,10 +70,15 @@ def convert(
     if tokenizer_path is not None:
         sha256 = tokenizer_sha256(tokenizer_path)
         weights = dataclasses.replace(weights, tokenizer_path=str(tokenizer_path), tokenizer_sha256=sha256)
-    for remark in _WRITERS[to](target, weights, dtype) or ():
+    for remark in write(to, target, weights, dtype):
         say(f"{target}: {remark}")
     say(f"{target}: written for {_READERS[to]}")
     return weights
+
+
+def write(to: str, target: Path, weights: Weights, dtype: str = "F32") -> list[str]:
+    """Write weights in a format, as `convert` does; returns what there is to say of it."""
+    return _WRITERS[to](target, weights, dtype) or []
 
 
 def describe(weights: Weights) -> str:
