@@ -45,11 +45,11 @@ def load_meta_folder(path: str | Path) -> Weights:
     if [part.name for part in parts] != [PART]:
         found = f"{len(parts)} parts, from {parts[0].name} to {parts[-1].name}" if parts else "none of it"
         raise InputError(f"{path}: {PART} alone expected, {found} found; models split over several are not supported")
-    params = _read_params(path / PARAMS)
+    params = _params(path / PARAMS)
     state_dict, tied = whole_pair(plain_state_dict(load_torch(parts[0]), parts[0]))
     if params.get("vocab_size", -1) == -1 and "tok_embeddings.weight" in state_dict:  # Llama 2: the tokenizer's
         params["vocab_size"] = len(state_dict["tok_embeddings.weight"])
-    config, release = _config(params, path / PARAMS)
+    config, release = read_params(params, path / PARAMS)
     config.tie_embeddings = tied
     check_shapes(state_dict, config, path)
     assumed = "" if "max_seq_len" in params else f"max_seq_len {config.max_seq_len} is assumed, as in {release}; "
@@ -57,7 +57,7 @@ def load_meta_folder(path: str | Path) -> Weights:
     return Weights(state_dict, config, inferred=told)
 
 
-def _read_params(path: Path) -> dict:
+def _params(path: Path) -> dict:
     try:
         with open(path, "rb") as file:
             content = file.read(MAX_PARAMS_BYTES + 1)
@@ -78,8 +78,12 @@ def _read_params(path: Path) -> dict:
     return params
 
 
-def _config(params: dict, path: Path) -> tuple[LMConfig, str]:
-    """The config, and the release whose context it has where params.json does not say."""
+def read_params(params: dict, path: str | Path) -> tuple[LMConfig, str]:
+    """The config that a params.json describes, and the release whose context it is given where none is said.
+
+    Raises:
+        InputError: a value is of another kind than Meta's, or no model can have it.
+    """
     values = {name: params[name] for name in FIELDS if params.get(name) is not None}
     values = {"n_kv_heads": values.get("n_heads"), "multiple_of": 256, **values}
     multiplier, scaled = params.get("ffn_dim_multiplier"), params.get("use_scaled_rope") or False
