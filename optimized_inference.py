@@ -482,12 +482,7 @@ def load_generator(
     path = Path(model_path) if model_path is not None else newest_weights()
     weights = load_weights(path)
     if weights.inferred:
-        config = weights.config
-        say(
-            f"no {path.with_suffix('.json').name} beside the weights: read off their shapes dim {config.dim}, n_layers "
-            f"{config.n_layers}, n_heads {config.n_heads}, n_kv_heads {config.n_kv_heads}, vocab_size "
-            f"{config.vocab_size}; assumed max_seq_len {config.max_seq_len}, rope_theta {config.rope_theta:g}"
-        )
+        say(weights.inferred)
     tokenizer = fitting_tokenizer(path, weights, tokenizer_path)
     model = Transformer(_with_context(weights.config, max_seq_len, chosen_dtype))
     model.load_state_dict(weights.state_dict)
