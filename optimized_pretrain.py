@@ -29,7 +29,7 @@ from model.errors import ProcessLost, TrainingDiverged
 from model.evaluation import bits_per_byte, validation_sums
 from model.initial_weights import load_initial
 from model.model import Transformer
-from model.optim import build_ema, build_optimizer, momentum_at, optimizer_bytes, plan_schedule
+from model.optim import MovingAverage, build_optimizer, momentum_at, optimizer_bytes, plan_schedule
 from model.resume import checkpoint_to_go_on_from, environment
 from model.run_files import RunFiles
 from model.run_folder import RunSpace, check_space, step_checkpoint, write_config
@@ -91,9 +91,12 @@ class Trainer:
         say(f"dtype {str(self.dtype).removeprefix('torch.')}: {why}")
         if self.device.type == "cpu":
             utils.keep_freed_memory()
+        elif self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
         self.autocast = contextlib.nullcontext()
         if self.dtype != torch.float32:
             self.autocast = torch.autocast(self.device.type, self.dtype)
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic kernels ask of cuBLAS
         self.peak_flops = utils.measure_matmul_flops(self.device, self.dtype)
 
     def _build_model(self, checkpoint: dict | None, initial: dict[str, Tensor] | None) -> None:
@@ -105,8 +108,9 @@ class Trainer:
             self.model.load_state_dict(initial)
         self.model.to(self.device)
         self.flops_per_token = self.model.training_flops_per_token()
-        self.ema = build_ema(self.model, t.ema_decay) if t.use_ema else None
-        self.choices.batch_size(self.model, self.data, self.autocast)
+        self.ema = MovingAverage(self.model, t.ema_decay) if t.use_ema else None
+        with utils.deterministic_kernels(self.device):  # as training runs: others take another amount of memory
+            self.choices.batch_size(self.model, self.data, self.autocast)
         self.batch_rows = t.batch_size * self.processes.world_size  # samples of one micro-batch, over all processes
         self.order = SampleOrder(self.data.train_samples, t.seed, self.batch_rows * t.accumulation_steps)
         self.tokens_per_step = self.order.rows_per_step * self.config.max_seq_len
@@ -129,7 +133,9 @@ class Trainer:
         embedding = self.model.tok_embeddings.weight
         embedding.register_post_accumulate_grad_hook(lambda _: self.processes.arrive())
         if self.processes.world_size > 2:
-            utils.settle_buckets(wrapped, self.training.batch_size, self.config.max_seq_len, self.device, self.autocast)
+            rows, length = self.training.batch_size, self.config.max_seq_len
+            with utils.deterministic_kernels(self.device):
+                utils.settle_buckets(wrapped, rows, length, self.device, self.autocast)
             self.optimizer.zero_grad(set_to_none=True)
         return wrapped
 
@@ -283,7 +289,7 @@ class Trainer:
             inputs, targets, documents = self._local_batch(self.data.train, samples, micro)
             last = micro == t.accumulation_steps - 1
             wait = contextlib.nullcontext() if last or self.processes.world_size == 1 else self.train_model.no_sync()
-            with wait:  # gradients are exchanged once a step
+            with wait, utils.deterministic_kernels(self.device):  # gradients are exchanged once a step
                 with self.autocast:
                     loss = self.train_model(inputs, targets, documents=documents)
                 self.processes.beat(f"the gradients of step {progress.step + 1}", self.patience)
@@ -370,7 +376,8 @@ class Trainer:
         numbers = range(min(batches, self.training.eval_steps or batches))
         read = (self._local_batch(self.data.val, self.data.val_samples, number) for number in numbers)
         model = self.evaluated_model.eval()
-        sums = validation_sums(model, read, self.data.token_bytes, self.autocast, self._asked_to_stop)
+        with utils.deterministic_kernels(self.device):
+            sums = validation_sums(model, read, self.data.token_bytes, self.autocast, self._asked_to_stop)
         self.model.train()
         if sums is None:
             return None

@@ -112,19 +112,54 @@ def measure_matmul_flops(device, dtype, seconds: float = 0.3) -> float:
     """FLOP/s that a large square matrix product reaches here: the limit that MFU compares with."""
     import torch
 
-    synchronize = {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}.get(device.type, lambda: None)
+    sizes = (256, 2048, 8192) if device.type == "cuda" else (256, 1024)
     best = 0.0
-    for size in (256, 8192 if device.type == "cuda" else 1024):
+    for size in sizes:
         if best and 2 * size**3 / best > 4 * seconds:
-            break  # emulated numbers: the small product has told enough
-        a, end = torch.randn(size, size, device=device, dtype=dtype), time.perf_counter() + seconds / 2
+            break  # emulated numbers, or a small GPU: the smaller product has told enough
+        a = torch.randn(size, size, device=device, dtype=dtype)
+        a @ a  # a GPU's first product loads cuBLAS, for up to a second
+        synchronize(device)
+        end = time.perf_counter() + seconds / len(sizes)
         while time.perf_counter() < end:
-            synchronize()
             start = time.perf_counter()
             a @ a
-            synchronize()
+            synchronize(device)
             best = max(best, 2 * size**3 / (time.perf_counter() - start))
     return best
+
+
+def synchronize(device) -> None:
+    """Wait until the device has done all that it was told; a CPU has."""
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+@contextlib.contextmanager
+def deterministic_kernels(device) -> Iterator[None]:
+    """On a CUDA GPU, kernels that give the same bits each time. By default the gradients of attention and, compiled, of
+    the embedding are added up there in the order in which threads happen to come, and cuBLAS may choose another way.
+
+    CUBLAS_WORKSPACE_CONFIG must be set before this process's first matrix product there, see `Trainer`.
+    """
+    import torch
+
+    if device.type != "cuda":
+        yield
+        return
+    options = torch.utils.deterministic
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    fills, options.fill_uninitialized_memory = options.fill_uninitialized_memory, False  # that only finds faults
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        options.fill_uninitialized_memory = fills
 
 
 # ---------------------------------------------------------------------------------------------------------- seeds
@@ -268,12 +303,9 @@ class Processes:
         """
         if self.world_size == 1 or self._control is not None:
             return
-        import torch
         import torch.distributed as dist
 
         on_gpu = device is not None and device.type == "cuda"
-        if on_gpu:
-            torch.cuda.set_device(device)
         patience = datetime.timedelta(seconds=timeout)
         # Where there is a watch, it decides first.
         group_timeout = datetime.timedelta(seconds=timeout if give_up is None else 4 * timeout + 60)

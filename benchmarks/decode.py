@@ -3,15 +3,18 @@
     python benchmarks/decode.py
     python benchmarks/decode.py --llama_python ../llama/bin/python
     python benchmarks/decode.py --shapes 26.9M --formats fp32 --batches 1 --tokens 64 --rounds 3
+    python benchmarks/decode.py --device cuda --formats fp32 bf16
 
 llama.cpp takes part where llama-cpp-python is installed, here or for the interpreter that --llama_python names, and
 gguf is installed here. Every contender has its own process and they take turns, one text each a round, so that what
 else the machine does meets all of them. first: milliseconds to the first token, in which the prompt is read. tok/s: the
 tokens after it over the time after it; medians over the rounds. GB/s: the weights' bytes, read once a step. Limit: the
 rate at which a sum of 1 GiB reads memory, measured in every round too; what a cache holds of the weights is faster.
+On a GPU there are transformers and MateConv, eager, greedy and sampling.
 """
 
 import argparse
+import functools
 import statistics
 import sys
 import tempfile
@@ -22,11 +25,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import decode_contenders
 import torch
-from worker import Worker, warn_if_busy
+from worker import Worker, ready_workers, warn_if_busy
 
 import utils
 from model.checkpoint import Weights, save_weights
-from model.errors import OneLineError
+from model.errors import InputError
 from model.LMConfig import LMConfig
 from model.model import Transformer
 
@@ -42,7 +45,9 @@ NAMES = {
     "eager": "MateConv, eager",
     "compiled": "MateConv, compiled",
     "sampled": "MateConv, compiled, sampling",
+    "sampled_eager": "MateConv, eager, sampling",
 }
+ON_A_GPU = ("transformers", "eager", "sampled_eager")
 ROW = "{:34} {:>8} {:>8} {:>8} {:>7} {:>9} {:>8} {:>8}   {}"
 
 
@@ -50,14 +55,27 @@ def read_options() -> argparse.Namespace:
     """The command line."""
     parser = utils.CommandParser(description=__doc__.split("\n")[0])
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
-    parser.add_argument("--formats", nargs="+", choices=("fp32", "bf16", "int8"), default=["fp32", "bf16", "int8"])
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:N [cpu]")
+    parser.add_argument("--formats", nargs="+", choices=("fp32", "bf16", "int8"), help="[all that the device has]")
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 32], metavar="N", help="[1 32]")
     for name, default in {"prompt": 32, "tokens": 128, "rounds": 7}.items():
         parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"[{default}]")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), metavar="N", help="of every process")
-    parser.add_argument("--only", nargs="+", choices=NAMES, default=list(NAMES), metavar="NAME")
+    parser.add_argument("--only", nargs="+", choices=NAMES, metavar="NAME", help=f"of {', '.join(NAMES)}")
+    parser.add_argument("--together", action="store_true", help="warm up all contenders at the same time")
     parser.add_argument("--llama_python", default=sys.executable, metavar="FILE", help="a Python with llama-cpp-python")
-    return parser.parse_args()
+    options = parser.parse_args()
+    device = utils.pick_device(options.device)[0]
+    options.device = str(device)
+    if device.type == "cpu":
+        possible, formats = [name for name in NAMES if name != "sampled_eager"], ["fp32", "bf16", "int8"]
+    else:
+        possible, formats = ON_A_GPU, ["fp32", "bf16"]
+    options.only, options.formats = options.only or possible, options.formats or formats
+    if wrong := [*(set(options.only) - set(ON_A_GPU)), *(set(options.formats) - set(formats))]:
+        if device.type != "cpu":
+            raise InputError(f"{wrong[0]} is for CPUs, the device is {device}")
+    return options
 
 
 def contenders(options: argparse.Namespace, form: str, batch: int) -> list[str]:
@@ -72,26 +90,27 @@ def contenders(options: argparse.Namespace, form: str, batch: int) -> list[str]:
 
 def bandwidth(memory: torch.Tensor) -> float:
     """Bytes a second that a sum reads."""
+    utils.synchronize(memory.device)
     start = time.perf_counter()
     memory.sum()
+    utils.synchronize(memory.device)
     return memory.numel() * memory.element_size() / (time.perf_counter() - start)
 
 
 def start(names: list[str], order: dict, options: argparse.Namespace) -> list[Worker]:
-    """Their processes, warmed up; says whose could not start."""
-    workers = []
-    for name in names:
+    """Their processes, warmed up."""
+
+    def begin(name: str) -> Worker:
         python = options.llama_python if name == "llama_cpp" else sys.executable
-        try:
-            workers.append(Worker(name, decode_contenders.__file__, order | {"kind": name}, options.threads, python))
-        except OneLineError as error:
-            print(f"left out: {error}")
-    return workers
+        return Worker(name, decode_contenders.__file__, order | {"kind": name}, options.threads, python)
+
+    return ready_workers([functools.partial(begin, name) for name in names], options.together)
 
 
 def compare(workers: list[Worker], order: dict, weight_bytes: int, options: argparse.Namespace) -> None:
     """Let them take turns, and print a table."""
-    memory = torch.ones(2**28)
+    memory = torch.ones(2**28, device=options.device)
+    bandwidth(memory)
     rates, answers = [], {worker.name: [] for worker in workers}
     for _ in range(options.rounds):
         for worker in workers:
@@ -121,7 +140,7 @@ def compare(workers: list[Worker], order: dict, weight_bytes: int, options: argp
         print(
             ROW.format(
                 NAMES[name] + (f" {decode_contenders.LLAMA_FORMATS[order['format']]}" if name == "llama_cpp" else ""),
-                f"{first * 1000:.0f} ms",
+                f"{first * 1000:.1f} ms",
                 f"{speed:,.0f}",
                 f"{max(speeds[name]):,.0f}",
                 f"{read / 1e9:.1f}",
@@ -129,7 +148,8 @@ def compare(workers: list[Worker], order: dict, weight_bytes: int, options: argp
                 beside(name, "transformers"),
                 beside(name, "llama_cpp"),
                 "the same" if same == len(ids) else f"the same for {same} tokens",
-            )
+            ),
+            flush=True,
         )
 
 
@@ -154,7 +174,7 @@ def measure(shape: str, options: argparse.Namespace) -> None:
             for batch in options.batches:
                 order = {"shape": shape, "format": form, "batch": batch, "folder": folder}
                 order |= {"vocab_size": config.vocab_size, "max_seq_len": config.max_seq_len}
-                order |= {name: getattr(options, name) for name in ("prompt", "tokens", "threads")}
+                order |= {name: getattr(options, name) for name in ("prompt", "tokens", "threads", "device")}
                 workers = start(contenders(options, form, batch), order, options)
                 if workers:
                     compare(workers, order, weights * {"fp32": 4, "bf16": 2, "int8": 1}[form], options)
@@ -166,8 +186,8 @@ def main() -> None:
     """Measure and print."""
     options = read_options()
     print(
-        f"torch {torch.__version__}, {options.threads} threads; prompts of {options.prompt} tokens and"
-        f" {options.tokens} new ones, greedy"
+        f"torch {torch.__version__}, {options.device}, {options.threads} threads; prompts of {options.prompt} tokens"
+        f" and {options.tokens} new ones, greedy"
     )
     warn_if_busy()
     for shape in options.shapes:

@@ -1,7 +1,8 @@
 """Who takes part in train_step.py: each one's model, its optimizer, and one training step, run in a process of its own.
 
 Every contender trains as its own project does: MateConv as `Trainer`, transformers' Llama with the fused AdamW that is
-its Trainer's default, nanoGPT with its `configure_optimizers`, MiniMind v1 with the Adam of its 1-pretrain.py.
+its Trainer's default, nanoGPT with its `configure_optimizers`, MiniMind v1 with the Adam of its 1-pretrain.py. On a GPU
+MateConv alone uses kernels that give the same bits each time, and reads loss and norm before it changes the weights.
 """
 
 import argparse
@@ -18,6 +19,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+import utils
+
 LEARNING_RATE, WEIGHT_DECAY = 1e-4, 0.1
 
 NAMES = {
@@ -28,7 +31,10 @@ NAMES = {
     "nanogpt": "nanoGPT, eager",
     "nanogpt-compiled": "nanoGPT, compiled",
     "minimind": "MiniMind v1, eager",  # it turns compiling off itself
+    "ours-any-order": "MateConv, eager, any order",
+    "ours-any-order-compiled": "MateConv, compiled, any order",
 }
+ONLY_IF_ASKED = ("ours-any-order", "ours-any-order-compiled")  # adding up on a GPU in any order, as Trainer does not
 
 
 @dataclass
@@ -39,11 +45,16 @@ class Contender:
     mean_loss: Callable[[nn.Module, Tensor, Tensor], Tensor]  # (model, inputs, targets) -> nats a token
     optimizer: torch.optim.Optimizer
     flops_per_token: int
+    looks_first: bool = False  # whether loss and norm are looked at before the weights change
+    deterministic: bool = False  # whether a GPU gives the same bits each time
 
 
 def build(name: str, options: argparse.Namespace) -> Contender:
     """The contender of that name (without "-compiled"), on options.device."""
-    return {"ours": _ours, "llama": _llama, "nanogpt": _nanogpt, "minimind": _minimind}[name](options)
+    builders = {"ours": _ours, "ours-any-order": _ours, "llama": _llama, "nanogpt": _nanogpt, "minimind": _minimind}
+    contender = builders[name](options)
+    contender.deterministic = name == "ours"
+    return contender
 
 
 def our_config(options: argparse.Namespace):
@@ -60,7 +71,8 @@ def _ours(options: argparse.Namespace) -> Contender:
 
     model = Transformer(our_config(options)).to(options.device)
     optimizer = build_optimizer(model, "adamw", LEARNING_RATE, WEIGHT_DECAY)
-    return Contender(model, lambda m, x, y: m(x, y) / y.numel(), optimizer, model.training_flops_per_token())
+    flops = model.training_flops_per_token()
+    return Contender(model, lambda m, x, y: m(x, y) / y.numel(), optimizer, flops, looks_first=True)
 
 
 def _llama(options: argparse.Namespace) -> Contender:
@@ -125,10 +137,14 @@ def _flops_per_token(weights: int, options: argparse.Namespace) -> int:
 
 
 class Steps:
-    """Training steps of one contender, always on the same random batch."""
+    """Training steps of one contender, always on the same random batch.
+
+    Attributes:
+        count: steps that are timed together.
+    """
 
     def __init__(self, contender: Contender, compiled: bool, options: argparse.Namespace) -> None:
-        self.contender, self.device = contender, torch.device(options.device)
+        self.contender, self.device, self.count = contender, torch.device(options.device), options.steps
         self.run_model = torch.compile(contender.model) if compiled else contender.model
         dtype = getattr(torch, options.dtype)
         self.autocast = contextlib.nullcontext()
@@ -139,31 +155,45 @@ class Steps:
         tokens = torch.randint(options.vocab_size, size, device=self.device)
         self.inputs, self.targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
-    def take(self) -> float:
-        """Forward, backward, clipping, optimizer step, zero_grad; the loss before it, in nats a token."""
-        optimizer = self.contender.optimizer
-        with self.autocast:
-            loss = self.contender.mean_loss(self.run_model, self.inputs, self.targets)
-        self.scaler.scale(loss).backward()
+    def take(self) -> None:
+        """Forward, backward, clipping, optimizer step, zero_grad."""
+        contender, optimizer = self.contender, self.contender.optimizer
+        with utils.deterministic_kernels(self.device) if contender.deterministic else contextlib.nullcontext():
+            with self.autocast:
+                loss = contender.mean_loss(self.run_model, self.inputs, self.targets)
+            self.scaler.scale(loss).backward()
         with torch.profiler.record_function("update of the weights"):
             self.scaler.unscale_(optimizer)
-            float(torch.nn.utils.clip_grad_norm_(self.contender.model.parameters(), 1.0))
+            norm = torch.nn.utils.clip_grad_norm_(contender.model.parameters(), 1.0)
+            if contender.looks_first:
+                torch.stack((norm, loss.detach())).tolist()
             self.scaler.step(optimizer)
             self.scaler.update()
             optimizer.zero_grad(set_to_none=True)
-        return float(loss.detach())
 
     def seconds(self) -> float:
-        """What one step takes."""
-        self._synchronize()
+        """What one step takes, of `count` in a row."""
+        utils.synchronize(self.device)
         start = time.perf_counter()
-        self.take()
-        self._synchronize()
-        return time.perf_counter() - start
+        for _ in range(self.count):
+            self.take()
+        utils.synchronize(self.device)
+        return (time.perf_counter() - start) / self.count
 
-    def _synchronize(self) -> None:
-        if self.device.type != "cpu":
-            getattr(torch, self.device.type).synchronize()
+    def first_seconds(self) -> float:
+        """What the first step takes, which compiles; another one follows, so that all is warm."""
+        count, self.count = self.count, 1
+        first, _ = self.seconds(), self.seconds()
+        self.count = count
+        return first
+
+    def peak_bytes(self) -> int:
+        """Bytes of a GPU's memory that were in use at most since this was asked last; 0 on other devices."""
+        if self.device.type != "cuda":
+            return 0
+        peak = torch.cuda.max_memory_allocated(self.device)
+        torch.cuda.reset_peak_memory_stats(self.device)
+        return peak
 
 
 def serve(name: str, keeps_freed_memory: bool, options: argparse.Namespace) -> None:
@@ -172,16 +202,14 @@ def serve(name: str, keeps_freed_memory: bool, options: argparse.Namespace) -> N
     if options.threads:
         torch.set_num_threads(options.threads)
     if keeps_freed_memory:
-        import utils
-
         utils.keep_freed_memory()
     torch.manual_seed(0)
     contender = build(name.removesuffix("-compiled"), options)
     steps = Steps(contender, name.endswith("-compiled"), options)
-    first = steps.seconds()
-    steps.seconds()
+    first = steps.first_seconds()
+    steps.peak_bytes()
     parameters = sum(p.numel() for p in contender.model.parameters())
     ready = {"parameters": parameters, "flops_per_token": contender.flops_per_token, "first_step_seconds": first}
     print(json.dumps(ready), file=answers, flush=True)
     for _ in sys.stdin:
-        print(json.dumps(steps.seconds()), file=answers, flush=True)
+        print(json.dumps([steps.seconds(), steps.peak_bytes()]), file=answers, flush=True)

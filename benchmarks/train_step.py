@@ -5,15 +5,17 @@
     python benchmarks/train_step.py --profile
 
 A step is forward, backward, clipping at 1.0, the optimizer's step and zero_grad. Every contender has its own process
-and they take turns, one step each a round, so that what else the machine does meets all of them. MiniMind's folder is
-a checkout of its tag minimind-v1; transformers has to be installed. What is not there is left out.
+and they take turns, a step each a round (on a GPU ten in a row), so that what else the machine does meets all of them.
+MiniMind's folder is a checkout of its tag minimind-v1; transformers has to be installed. What is not there is left out.
 
 GFLOP/s: 6 for each of the contender's own weights and token, and causal attention. Limit: the rate of a large matrix
 product on this device in this dtype, measured in every round too.
 """
 
 import argparse
+import functools
 import json
+import os
 import statistics
 import sys
 from pathlib import Path
@@ -22,12 +24,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import step_contenders
 import torch
-from worker import Worker, warn_if_busy
+from worker import Worker, ready_workers, warn_if_busy
 
 import utils
-from model.errors import InputError, OneLineError
+from model.errors import InputError
 
-ROW = "{:30} {:>7} {:>8} {:>8} {:>9} {:>7} {:>9}   {:>8}"
+ROW = "{:30} {:>7} {:>8} {:>9} {:>9} {:>8} {:>7} {:>9} {:>9}"
 
 
 def read_options(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -39,6 +41,8 @@ def read_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, metavar="N", help="of every process [as torch chooses]")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps [auto]")
     parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16", "float16"), help="[bfloat16]")
+    parser.add_argument("--steps", type=int, metavar="N", help="of a turn [1, on a GPU 10]")
+    parser.add_argument("--together", action="store_true", help="warm up at the same time: first steps are slower")
     parser.add_argument("--nanogpt", metavar="FOLDER", help="a checkout of nanoGPT")
     parser.add_argument("--minimind", metavar="FOLDER", help="a checkout of MiniMind at its tag minimind-v1")
     parser.add_argument(
@@ -49,17 +53,18 @@ def read_options(arguments: list[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help="measure a second time, with the peers' C library told, as ours is, to keep memory that was freed",
     )
-    parser.add_argument("--profile", action="store_true", help="instead: where a step of ours, eager, spends its time")
+    parser.add_argument("--profile", action="store_true", help="instead: where a step of ours spends its time")
     parser.add_argument("--worker", help=argparse.SUPPRESS)  # this process is that contender's
     options = parser.parse_args(arguments)
-    below_one = [name for name in (*numbers, "batch_size", "rounds", "threads") if (getattr(options, name) or 1) < 1]
-    if below_one or options.threads == 0:
-        raise InputError(f"--{(below_one or ['threads'])[0]}: at least 1 expected")
+    given = {name: getattr(options, name) for name in (*numbers, "batch_size", "rounds", "threads", "steps")}
+    if below_one := [name for name, number in given.items() if number is not None and number < 1]:
+        raise InputError(f"--{below_one[0]}: at least 1 expected")
     step_contenders.our_config(options)  # a shape that no model can have is named here
     if options.threads:
         torch.set_num_threads(options.threads)
-    options.device = str(utils.pick_device(options.device)[0])
-    dtype, why = utils.pick_dtype(options.dtype, torch.device(options.device))
+    device = utils.pick_device(options.device)[0]
+    options.device, options.steps = str(device), options.steps or (1 if device.type == "cpu" else 10)
+    dtype, why = utils.pick_dtype(options.dtype, device)
     if str(dtype) != f"torch.{options.dtype}":
         print(f"dtype {str(dtype).removeprefix('torch.')}: {why}")
     options.dtype = str(dtype).removeprefix("torch.")
@@ -73,17 +78,18 @@ class Contender(Worker):
         order = {"name": name, "keeps_freed_memory": keeps_freed_memory, "options": vars(options)}
         super().__init__(name, __file__, order, options.threads)
         self.seconds: list[float] = []
-        self.parameters, self.flops_per_token = self.ready["parameters"], self.ready["flops_per_token"]
-        self.first_step_seconds = self.ready["first_step_seconds"]
+        self.peak_bytes = 0
 
     def step(self) -> None:
-        """Take one step and note its seconds."""
-        self.seconds.append(self.ask())
+        """Take its turn and note a step's seconds."""
+        seconds, peak = self.ask()
+        self.seconds.append(seconds)
+        self.peak_bytes = max(self.peak_bytes, peak)
 
 
 def contenders_here(options: argparse.Namespace) -> list[str]:
     """Who can take part; says who cannot."""
-    names = list(options.only or step_contenders.NAMES)
+    names = options.only or [name for name in step_contenders.NAMES if name not in step_contenders.ONLY_IF_ASKED]
     for peer, file in (("nanogpt", "model.py"), ("minimind", "model/LMConfig.py")):
         folder = getattr(options, peer)
         if folder is not None and not (Path(folder) / file).exists():
@@ -95,14 +101,11 @@ def contenders_here(options: argparse.Namespace) -> list[str]:
 
 
 def start(names: list[str], options: argparse.Namespace, keeps_freed_memory: bool) -> list[Contender]:
-    """Their processes, one after another; says whose could not start."""
-    workers = []
-    for name in names:
-        try:
-            workers.append(Contender(name, options, keeps_freed_memory or name.startswith("ours")))
-        except OneLineError as error:
-            print(f"left out: {error}")
-    return workers
+    """Their processes, warmed up."""
+    begin = [
+        functools.partial(Contender, name, options, keeps_freed_memory or name.startswith("ours")) for name in names
+    ]
+    return ready_workers(begin, options.together)
 
 
 def compare(workers: list[Contender], options: argparse.Namespace, title: str) -> None:
@@ -116,13 +119,13 @@ def compare(workers: list[Contender], options: argparse.Namespace, title: str) -
         rates.append(utils.measure_matmul_flops(device, dtype))
     rate, tokens = statistics.median(rates), options.batch_size * options.max_seq_len
     print(f"\n{title}; a large matrix product: {rate / 1e9:,.0f} GFLOP/s (best: {max(rates) / 1e9:,.0f})")
-    print(ROW.format("", "weights", "first", "tok/s", "best", "GFLOP/s", "of the", "of the"))
-    print(ROW.format("", "", "step", "median", "", "median", "product", "best peer"))
+    print(ROW.format("", "weights", "first", "tok/s", "best", "GFLOP/s", "of the", "of the", "memory"))
+    print(ROW.format("", "", "step", "median", "", "median", "product", "best peer", "at most"))
     peers = [worker for worker in workers if not worker.name.startswith("ours")]
     best_peer = min(peers, key=lambda worker: statistics.median(worker.seconds), default=None)
     for worker in workers:
         median = statistics.median(worker.seconds)
-        flops = worker.flops_per_token * tokens / median
+        flops = worker.ready["flops_per_token"] * tokens / median
         beside = "-"
         if best_peer is not None:  # of the same round each
             pairs = zip(best_peer.seconds, worker.seconds, strict=True)
@@ -130,14 +133,16 @@ def compare(workers: list[Contender], options: argparse.Namespace, title: str) -
         print(
             ROW.format(
                 step_contenders.NAMES[worker.name],
-                f"{worker.parameters / 1e6:.1f}M",
-                f"{worker.first_step_seconds:.1f} s",
+                f"{worker.ready['parameters'] / 1e6:.1f}M",
+                f"{worker.ready['first_step_seconds']:.1f} s",
                 f"{tokens / median:,.0f}",
                 f"{tokens / min(worker.seconds):,.0f}",
                 f"{flops / 1e9:,.0f}",
                 f"{flops / rate:.0%}",
                 beside,
-            )
+                f"{worker.peak_bytes / 1e9:.1f} GB" if worker.peak_bytes else "-",
+            ),
+            flush=True,
         )
 
 
@@ -148,6 +153,7 @@ def main() -> None:
         step_contenders.serve(order["name"], order["keeps_freed_memory"], argparse.Namespace(**order["options"]))
         return
     options = read_options()
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as Trainer does, and its processes inherit it
     print(
         f"torch {torch.__version__}, {options.device}, {torch.get_num_threads()} threads, {options.dtype}; batches of"
         f" {options.batch_size} x {options.max_seq_len} tokens"

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable, Iterable
 
 from model.errors import OneLineError
 
@@ -13,10 +14,7 @@ class Worker:
     """Runs `python script --worker order`, which answers once when it is ready, and then once for each line.
 
     Attributes:
-        ready: its first answer.
-
-    Raises:
-        OneLineError: it ended; with the last line that it had to say.
+        ready: its first answer, once it was waited for.
     """
 
     def __init__(self, name: str, script: str, order: dict, threads: int | None = None, python: str = sys.executable):
@@ -33,10 +31,17 @@ class Worker:
             text=True,
             env=environment,
         )
+
+    def wait(self) -> None:
+        """Wait until it is ready.
+
+        Raises:
+            OneLineError: it ended; with the last line that it had to say.
+        """
         self.ready = self._answer()
 
     def ask(self, line: str = "go"):
-        """What it answers to a line."""
+        """What it answers to a line; raises as `wait`."""
         self.process.stdin.write(f"{line}\n")
         self.process.stdin.flush()
         return self._answer()
@@ -55,6 +60,24 @@ class Worker:
             lines = [line for line in self.said.read().splitlines() if line.strip()] or ["no word"]
             raise OneLineError(f"{self.name} ended with code {self.process.returncode}: {lines[-1].strip()}")
         return json.loads(line)
+
+
+def ready_workers(begin: Iterable[Callable[[], Worker]], together: bool) -> list[Worker]:
+    """Workers that are ready; says which could not start.
+
+    Args:
+        begin: starts each.
+        together: get ready at the same time: sooner, but what each measures meanwhile is of a busy machine.
+    """
+    begun = [start() for start in begin] if together else (start() for start in begin)
+    workers = []
+    for worker in begun:
+        try:
+            worker.wait()
+            workers.append(worker)
+        except OneLineError as error:
+            print(f"left out: {error}")
+    return workers
 
 
 def warn_if_busy() -> None:

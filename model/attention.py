@@ -1,12 +1,14 @@
-"""Causal attention, three ways that give the same numbers: PyTorch's kernel, a faster one for training on a CPU, and
+"""Causal attention, three ways that give the same numbers: PyTorch's kernels, a faster one for training on a CPU, and
 one written out to be read.
 """
 
+import contextlib
 import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 CHUNK = 64  # queries that are looked at together, and so the share of the square above the diagonal that is computed
 HEADS = 16  # key heads that are: their scores (16 x 128 x 512 float32 are 4 MiB) stay in a CPU's cache
@@ -32,10 +34,47 @@ def causal_attention(
         return chunked_attention(q, k, v, documents)[0]
     if mask is None and documents is not None:
         mask = document_mask(documents)
+    return pytorch_attention(q, k, v, mask, dropout, is_causal=mask is None)
+
+
+def cached_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool = False) -> Tensor:
+    """Attention of the newest tokens over all that a cache holds: q [B, H, T, D], k and v [B, H_kv, S, D] ->
+    [B, H, T, D].
+
+    Args:
+        mask: bool [B or 1, 1, T, S], what each token may look at; None: all of it.
+        is_causal: nothing was there before these tokens.
+    """
+    batch, _, tokens, head_dim = q.shape
+    if tokens > 1:
+        return pytorch_attention(q, k, v, mask, is_causal=is_causal)
+    # The query heads of a group as if they were positions: a kernel then reads the group's keys once.
+    grouped = q.reshape(batch, k.shape[1], -1, head_dim)  # [B, H_kv, H / H_kv, D]
+    return F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask).reshape(q.shape)
+
+
+def pytorch_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, dropout: float = 0.0, is_causal: bool = False
+) -> Tensor:
+    """`scaled_dot_product_attention` for q [B, H, T, D], k and v [B, H_kv, S, D]."""
     grouped = k.shape[1] < q.shape[1]
+    if grouped and q.device.type == "cuda" and not (v.dtype == torch.bfloat16 and mask is None):
+        # Of its fast kernels for GPUs only flash attention knows groups, which takes no mask and no float32, and needs
+        # Ampere, as bfloat16 does. Otherwise PyTorch would compute and keep all T x S scores.
+        k, v = (t[:, :, None].expand(-1, -1, q.shape[1] // t.shape[1], -1, -1).flatten(1, 2) for t in (k, v))
+        grouped = False
     return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, enable_gqa=grouped
+        q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal, enable_gqa=grouped
     )
+
+
+def kernels_for_any_length(device: torch.device) -> contextlib.AbstractContextManager:
+    """Where a text grows token by token: without cuDNN's attention, which builds a plan for each new length, in up to
+    half a second. PyTorch prefers it on Hopper and Blackwell GPUs from cuDNN 9.15.1 on, its own from version 2.11.
+    """
+    if device.type != "cuda":
+        return contextlib.nullcontext()
+    return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
 
 
 def in_chunks(x: Tensor, tokens: int, dropout: float) -> bool:

@@ -29,13 +29,17 @@ def dry_run(trainer: "Trainer") -> list[str]:
         TrainingDiverged, ProcessLost: as training itself.
     """
     done = trainer.progress.step, trainer.progress.samples  # of the run that it goes on with
+    on_gpu = trainer.device.type == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats(trainer.device)  # of what was measured before
     start = time.perf_counter()
     trainer.measure_steps(seconds=0, most=1)  # allocates memory, compiles
     first_seconds = time.perf_counter() - start
     tokens_per_second = trainer.measure_steps(MEASURED_SECONDS, MOST_STEPS)
+    peak = torch.cuda.max_memory_allocated(trainer.device) if on_gpu else None
     rows = [
         *_model_rows(trainer),
-        *_memory_rows(trainer),
+        *_memory_rows(trainer, peak),
         *_data_rows(trainer, done[0]),
         *_time_rows(trainer, done, tokens_per_second, first_seconds),
         *_disk_rows(trainer),
@@ -51,17 +55,15 @@ def _model_rows(trainer: "Trainer") -> list[tuple[str, str]]:
     return [("parameters", f"{model.parameter_count():,}, {embedding:,} of them embedding and output ({shape})")]
 
 
-def _memory_rows(trainer: "Trainer") -> list[tuple[str, str]]:
+def _memory_rows(trainer: "Trainer", peak: int | None) -> list[tuple[str, str]]:
+    """`peak`: bytes of a GPU that the steps took at most."""
     model, device, rows = trainer.model, trainer.device, trainer.training.batch_size
     weights = tensor_bytes(model.state_dict()) + (tensor_bytes(trainer.ema.state_dict()) if trainer.ema else 0)
     gradients = sum(parameter.nbytes for parameter in model.parameters())
     optimizer = tensor_bytes(trainer.optimizer.state_dict())
     activations = saved_bytes(model, rows, trainer.autocast)
     together = weights + gradients + optimizer + activations
-    if device.type == "cuda":  # of the steps just taken
-        measured = f"; the steps' peak was {size_text(torch.cuda.max_memory_allocated(device))}"
-    else:
-        measured = ""
+    measured = "" if peak is None else f"; the steps' peak was {size_text(peak)}"
     free = free_memory(device, trainer.processes.local_world_size)
     return [
         ("memory:  weights", size_text(weights) + (", the average's included" if trainer.ema else "")),

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from model.attention import cached_attention
 from model.compiled_step import CompiledAttention
 from model.int8 import quantized
 from model.kv_cache import KVCache
@@ -123,7 +124,7 @@ class InferenceModel:
             q, k, v = layer.split(qkv)
             q = turned(q, turns).transpose(1, 2)  # [B, H, T, D]
             k, v = cache.append(layer.number, turned(k, turns).transpose(1, 2), v.transpose(1, 2))  # [B, H_kv, S, D]
-            return _attention(q, k, v, mask, from_the_start).transpose(1, 2).flatten(2)
+            return cached_attention(q, k, v, mask, from_the_start).transpose(1, 2).flatten(2)
 
         return attend
 
@@ -175,14 +176,3 @@ class _Layer:
         if self.qk_norms:
             q, k = (F.rms_norm(x, x.shape[-1:], gain, self.eps) for x, gain in zip((q, k), self.qk_norms, strict=True))
         return q, k, v
-
-
-def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
-    """q [B, H, T, D], k and v [B, H_kv, S, D] -> [B, H, T, D]."""
-    batch, heads, tokens, head_dim = q.shape
-    if tokens > 1:
-        grouped = k.shape[1] < heads
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=grouped)
-    # The query heads of a group as if they were positions: PyTorch's kernel then reads the group's keys once.
-    grouped = q.view(batch, k.shape[1], -1, head_dim)  # [B, H_kv, H / H_kv, D]
-    return F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask).view(q.shape)

@@ -31,6 +31,7 @@ class KVCache:
         self.keys = torch.zeros(shape, device=device, dtype=dtype)  # [layers, rows, H_kv, capacity, D]
         self.values = torch.zeros(shape, device=device, dtype=dtype)
         self.lengths = [0] * rows
+        self._positions: tuple[list[int], Tensor] | None = None  # as computed last, and for which lengths
 
     @property
     def capacity(self) -> int:
@@ -40,7 +41,7 @@ class KVCache:
         """Some rows as a cache of their own, in the same memory; its lengths go their own way from here."""
         view = object.__new__(KVCache)
         view.keys, view.values = self.keys[:, begin:end], self.values[:, begin:end]
-        view.lengths = self.lengths[begin:end]
+        view.lengths, view._positions = self.lengths[begin:end], None
         return view
 
     def move(self, source: int, target: int) -> None:
@@ -75,10 +76,14 @@ class KVCache:
 
     def positions(self, tokens: int) -> Tensor:
         """Positions of the next `tokens` tokens in their rows' texts: int64 [T], or [rows, T] where rows differ."""
-        new = torch.arange(tokens, device=self.keys.device)
-        if min(self.lengths) == max(self.lengths):
-            return self.lengths[0] + new
-        return torch.tensor(self.lengths, device=self.keys.device)[:, None] + new
+        # All layers ask the same, and sending the lengths to a GPU waits for what it still computes.
+        if self._positions is None or self._positions[0] != [*self.lengths, tokens]:
+            new = torch.arange(tokens, device=self.keys.device)
+            begins = self.lengths[0]
+            if min(self.lengths) < max(self.lengths):
+                begins = torch.tensor(self.lengths, device=self.keys.device)[:, None]
+            self._positions = [*self.lengths, tokens], begins + new
+        return self._positions[1]
 
     def attention_mask(self, tokens: int) -> Tensor | None:
         """Which slots the next `tokens` tokens may look at: bool [rows or 1, 1, T, S]; None means all of them."""

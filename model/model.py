@@ -5,13 +5,21 @@ With what an LMConfig can say beside that, it computes what Llama, Mistral, Qwen
 Plain PyTorch over a plain dataclass. Parameters carry Meta's Llama names, so MiniMind v1's files load as they are.
 """
 
+import contextlib
 import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.attention import attention_written_out, causal_attention, document_mask, in_chunks
+from model.attention import (
+    attention_written_out,
+    cached_attention,
+    causal_attention,
+    document_mask,
+    in_chunks,
+    kernels_for_any_length,
+)
 from model.errors import InputError
 from model.kv_cache import KVCache
 from model.LMConfig import LMConfig
@@ -49,14 +57,14 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         x: [B, T, H, D]
         cos, sin: [T, 1, D / 2], or [B, T, 1, D / 2] where rows stand at different positions.
     """
-    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+    if x.device.type in ("cpu", "cuda") and not torch.compiler.is_compiling():
         return turned(x, torch.complex(cos, sin))
     even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # [B, T, H, D / 2] each
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).type_as(x)
 
 
 def turned(x: Tensor, turns: Tensor) -> Tensor:
-    """`apply_rope` by complex numbers cos + i sin: on a CPU one pass over memory instead of seven."""
+    """`apply_rope` by complex numbers cos + i sin: where each operation runs apart, one pass over memory, not seven."""
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))  # [B, T, H, D / 2]
     return torch.view_as_real(pairs * turns).flatten(-2).type_as(x)
 
@@ -99,13 +107,13 @@ class Attention(nn.Module):
             k, v = cache.append(self.layer, k, v)  # [B, H_kv, S, D]
 
         dropout = self.dropout if self.training else 0.0
-        grouped = self.n_kv_heads < self.n_heads
-        if self.flash_attn and cache is None:
+        if not self.flash_attn:
+            is_causal, grouped = cache is None and mask is None, self.n_kv_heads < self.n_heads
+            x = attention_written_out(q, k, v, mask, dropout, is_causal, grouped)
+        elif cache is None:
             x = causal_attention(q, k, v, dropout, documents, mask)
         else:
-            attend = F.scaled_dot_product_attention if self.flash_attn else attention_written_out
-            is_causal = cache is None and mask is None
-            x = attend(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal, enable_gqa=grouped)
+            x = cached_attention(q, k, v, mask)
         x = self.wo(x.transpose(1, 2).reshape(batch, tokens, -1))
         return F.dropout(x, self.dropout, self.training)
 
@@ -228,8 +236,9 @@ class Transformer(nn.Module):
         x = F.dropout(self.tok_embeddings(tokens), dropout)
         if documents is not None and not (self.config.flash_attn and in_chunks(x, count, dropout)):
             mask = document_mask(documents)  # once for all layers; in chunks none is needed
-        for layer in self.layers:
-            x = layer(x, cos, sin, mask, cache, documents)
+        with kernels_for_any_length(self.device) if cache is not None else contextlib.nullcontext():
+            for layer in self.layers:
+                x = layer(x, cos, sin, mask, cache, documents)
         if cache is not None:
             cache.advance(count)
         return self.norm(x)

@@ -61,6 +61,7 @@ class Muon(torch.optim.Optimizer):
         dtype: torch.dtype = torch.float32,
     ) -> None:
         defaults = {"lr": lr, "lr_scale": 1.0, "momentum": momentum, "betas": betas, "eps": eps, "weight_decay": 0.0}
+        defaults["fused"] = True  # AdamW's; a state that is loaded then has its step where the parameters are
         super().__init__(groups, defaults)
         self.dtype = dtype
 
@@ -102,7 +103,7 @@ class Muon(torch.optim.Optimizer):
             *([self.state[p][key] for p in parameters] for key in ("exp_avg", "exp_avg_sq")),
             max_exp_avg_sqs=[],
             state_steps=[self.state[p]["step"] for p in parameters],
-            fused=True,
+            fused=group["fused"],
             amsgrad=False,
             beta1=beta1,
             beta2=beta2,

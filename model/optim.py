@@ -111,20 +111,27 @@ def plan_schedule(training: TrainingSettings, total_steps: int) -> Schedule:
 def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict) -> None:
     """Load a state, but keep the groups' own numbers: they belong to the settings, which may have changed."""
     own = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
-    optimizer.load_state_dict(state)
-    for group, numbers in zip(optimizer.param_groups, own, strict=True):
-        group.update(numbers)
+    groups = [{**theirs, **numbers} for theirs, numbers in zip(state["param_groups"], own, strict=True)]
+    optimizer.load_state_dict({**state, "param_groups": groups})
 
 
-def build_ema(model: nn.Module, decay: float) -> AveragedModel:
+class MovingAverage(AveragedModel):
     """An exponential moving average of the weights, updated with `update_parameters(model)` after each step.
 
     The decay starts low, min(decay, (1 + n) / (10 + n)) after n updates, so that the first steps are soon forgotten.
+    The count of updates stays on the CPU: PyTorch's own update sends it to the GPU and back, and waits there for all
+    that the GPU still has to do.
     """
 
-    @torch.no_grad()
-    def update(averaged: list[Tensor], current: list[Tensor], updates: Tensor) -> None:
-        n = int(updates)
-        torch._foreach_lerp_(averaged, current, 1 - min(decay, (1 + n) / (10 + n)))
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        super().__init__(model)
+        self.decay = decay
+        self.requires_grad_(False)
 
-    return AveragedModel(model, multi_avg_fn=update).requires_grad_(False)
+    @torch.no_grad()
+    def update_parameters(self, model: nn.Module) -> None:
+        """Count the weights in; the first ones are taken as they are."""
+        updates = int(self.n_averaged)
+        weight = 1 - min(self.decay, (1 + updates) / (10 + updates)) if updates else 1.0
+        torch._foreach_lerp_(list(self.module.parameters()), list(model.parameters()), weight)
+        self.n_averaged += 1

@@ -121,7 +121,9 @@ class Rows:
         ids = self._ids[begin:end].gather(1, positions.clamp(max=self._ids.shape[1] - 1)).clamp(min=0)
         hidden = self.engine.hidden_states(ids, part, repeatable)  # [rows, T, dim]
         self._cache.lengths[begin:end] = lengths
-        last = hidden[list(range(len(lengths))), [count - 1 for count in unread]]
+        last = hidden[:, -1]  # of single tokens, or of rows as long as each other
+        if min(unread) < len(steps):
+            last = hidden[list(range(len(lengths))), [count - 1 for count in unread]]
         return self.engine.output(last).float()  # the output layer is the widest: only where it is needed
 
     def written(self) -> tuple[Tensor, Tensor]:

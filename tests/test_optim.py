@@ -8,7 +8,7 @@ import torch
 from model.LMConfig import LMConfig
 from model.model import Transformer
 from model.muon import orthogonalized
-from model.optim import Schedule, build_ema, build_optimizer, momentum_at
+from model.optim import MovingAverage, Schedule, build_optimizer, load_optimizer_state, momentum_at
 
 CONFIG = LMConfig(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=64, max_seq_len=16)
 SCHEDULE = {"total_steps": 100, "warmup_steps": 10, "learning_rate": 1.0, "min_lr": 0.1}
@@ -99,6 +99,21 @@ def test_a_step_of_muon_is_the_papers():
     )
 
 
+@pytest.mark.parametrize("optimizer_type", ["muon", "adamw", "adam"])
+def test_a_state_that_is_loaded_lies_where_the_parameters_are(optimizer_type):
+    model = Transformer(CONFIG)
+    optimizer = build_optimizer(model, optimizer_type, 1e-2, 0.1)
+    model(*torch.randint(64, (2, 1, 9))).backward()
+    optimizer.step()
+    with torch.device("meta"):  # in the place of a GPU
+        elsewhere = build_optimizer(Transformer(CONFIG), optimizer_type, 1e-3, 0.1)
+
+    load_optimizer_state(elsewhere, optimizer.state_dict())
+
+    assert {t.device.type for state in elsewhere.state.values() for t in state.values()} == {"meta"}
+    assert {group["lr"] for group in elsewhere.param_groups} == {1e-3}
+
+
 def test_muons_momentum_rises_and_stays():
     assert [momentum_at(step) for step in (0, 150, 300, 10_000)] == pytest.approx([0.85, 0.90, 0.95, 0.95])
 
@@ -131,7 +146,7 @@ def test_cosine_is_torchs_own():
 def test_the_average_follows_the_weights():
     torch.manual_seed(0)
     model = Transformer(CONFIG)
-    ema, expected = build_ema(model, decay=0.9), None
+    ema, expected = MovingAverage(model, decay=0.9), None
     for update in range(30):
         with torch.no_grad():
             for parameter in model.parameters():

@@ -1,0 +1,246 @@
+"""Everything that a GPU should do, tried on this machine's: right, the same after a kill, and how fast.
+
+    python benchmarks/gpu.py --out gpu_results
+    python benchmarks/gpu.py --out gpu_results --only machine smoke tests
+    python benchmarks/gpu.py --out gpu_results --nanogpt ../nanoGPT --minimind ../minimind
+
+Some ten minutes on an H100 with 16 cores. Each part has processes and a limit of its own, and the next one begins
+whatever becomes of it. `summary.md` and `results.json` in the folder are written anew after each part, the logs as they
+come: a run that is cut off leaves what it found. With `--device cpu` all shapes are tiny: to try the parts themselves.
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import utils
+from model.errors import InputError
+
+ROOT = Path(__file__).resolve().parent.parent
+TOKENS = ROOT / "dataset" / "classics_zh.bin"
+SHOWN = 45  # last lines of a part in the summary
+SIDE_BY_SIDE = {"tests", "resume", "training_tests"}  # nothing in them is timed
+ORDER = (  # the most important ones first
+    "machine", "smoke", "tests", "resume", "training_tests", "train_speed", "decode", "demo", "training",
+    "train_speed_110M", "decode_135M", "profile", "dry_run", "saving", "decode_135M_fp32",
+)  # fmt: skip
+TINY = ("--dim", 64, "--n_layers", 2, "--n_heads", 4, "--n_kv_heads", 2, "--max_seq_len", 64, "--batch_size", 2)
+
+
+@dataclass
+class Part:
+    """Commands that run one after another, until one fails."""
+
+    name: str
+    question: str
+    seconds: float  # that all of them may take
+    commands: list[list[str]]
+    log: str = "log.txt"
+    outcome: str = "not run"
+    took: float = 0.0
+    said: list[str] = field(default_factory=list)
+
+
+def python(script: str, *arguments) -> list[str]:
+    """The command that runs a script of this repository."""
+    return [sys.executable, str(ROOT / script), *map(str, arguments)]
+
+
+def all_parts(options: argparse.Namespace, work: Path) -> list[Part]:
+    """The parts in their order."""
+    parts = {part.name: part for make in (checks, speeds, trainings) for part in make(options, work)}
+    for part in parts.values():
+        part.seconds *= 5 if options.device == "cpu" else 1
+    return [parts[name] for name in ORDER]
+
+
+def checks(options: argparse.Namespace, work: Path) -> list[Part]:
+    """Whether all is right."""
+    in_parallel = ["-n", "4"] if importlib.util.find_spec("xdist") else []
+    pytest = [sys.executable, "-m", "pytest", "-o", "addopts=", "-q", "-p", "no:cacheprovider", "--durations=5"]
+    files = [f"tests/test_{name}.py" for name in ("cuda", "recipe", "model", "optim", "sampling")]
+    parts = "benchmarks/gpu_parts.py"
+    demo = ["train.py", "--config", "config_demo.yaml", "--device", options.device, "--compile", "false"]
+    write = ["inference.py", "--device", options.device, "--model_path", work / "smoke" / "best_model.pth"]
+    return [
+        Part("machine", "what is here, and what limits it", 60, [python(parts, "machine", options.device, work)]),
+        Part("smoke", "does training and writing run at all", 120, [
+            python(*demo, "--max_steps", 20, "--eval_interval", 10, "--out_dir", work / "smoke"),
+            python(*write, "--prompt", "春风", "--max_new_tokens", 40, "--seed", 1, "--show_speed"),
+        ]),
+        Part("tests", "are the numbers those of the CPU", 180, [[*pytest, *in_parallel, *files]], "tests.log"),
+        Part("resume", "do killed and resumed runs end with the same bits", 240,
+             [python(parts, "resume", options.device, work / "resume")], "resume.log"),
+        Part("training_tests", "do the tests of training pass here", 240,
+             [[*pytest, *in_parallel, "tests/test_training.py", "-k", "not two_processes"]], "training_tests.log"),
+    ]  # fmt: skip
+
+
+def speeds(options: argparse.Namespace, work: Path) -> list[Part]:
+    """How fast each piece is."""
+    small, device = options.device == "cpu", ("--device", options.device)
+    middle = TINY if small else ("--batch_size", 32)
+    large = TINY if small else ("--dim", 768, "--n_layers", 16, "--max_seq_len", 1024, "--batch_size", 16)
+    ours, others, folders = ["ours", "ours-compiled"], ["llama", "llama-compiled"], []
+    if options.nanogpt:
+        others, folders = [*others, "nanogpt", "nanogpt-compiled"], ["--nanogpt", options.nanogpt]
+    if options.minimind:
+        others, folders = [*others, "minimind"], [*folders, "--minimind", options.minimind]
+    step = ["benchmarks/train_step.py", *device, "--dtype", "bfloat16", "--rounds", 2 if small else 6]
+    all_of_them = [*folders, "--together", "--only", *ours, *others]
+    decode = ["benchmarks/decode.py", *device, "--together"]
+    decode += ["--tokens", 4, "--rounds", 1, "--only", "transformers", "eager"] if small else ["--tokens", 64]
+    return [
+        Part("train_speed", "how fast is a step of 26.9M parameters", 150,
+             [python(*step, *middle, *all_of_them, "ours-any-order", "ours-any-order-compiled")]),
+        Part("train_speed_110M", "how fast is a step of 110M parameters", 150, [python(*step, *large, *all_of_them)]),
+        Part("profile", "where a step's time goes", 90,
+             [python(*step, *middle, "--profile"), python(*step, *middle, "--profile", "--only", "ours-compiled")]),
+        Part("decode", "how fast are texts written with 26.9M parameters", 150,
+             [python(*decode, "--rounds", 3, "--shapes", "26.9M", "--formats", "bf16", "fp32")]),
+        Part("decode_135M", "how fast are texts written with 135M parameters", 120,
+             [python(*decode, "--rounds", 2, "--shapes", "26.9M" if small else "135M", "--formats", "bf16")]),
+        Part("decode_135M_fp32", "the same in float32", 100,
+             [python(*decode, "--rounds", 2, "--shapes", "26.9M" if small else "135M", "--formats", "fp32")]),
+        Part("saving", "how long a save stops training", 60,
+             [python("benchmarks/saving.py", *device, *(TINY[:4] if small else ()))]),
+    ]  # fmt: skip
+
+
+def trainings(options: argparse.Namespace, work: Path) -> list[Part]:
+    """train.py itself."""
+    small, device = options.device == "cpu", ("--device", options.device)
+    shape = TINY if small else ("--batch_size", 32)
+    demo = ["train.py", "--config", "config_demo.yaml", *device, *(("--max_steps", 20) if small else ())]
+    run = ["train.py", "--train_data_path", TOKENS, *device, *shape, "--log_interval", 20, "--eval_steps", 4]
+    run += ["--max_steps", 40 if small else 300, "--eval_interval", 100, "--learning_rate", "1e-3"]
+    dry = ["train.py", "--train_data_path", TOKENS, *device, *shape, "--epochs", 2, "--dry_run"]
+    dry += [] if small else ["--batch_size", "auto", "--learning_rate", "auto"]
+
+    def told(name: str) -> list[str]:
+        return python("benchmarks/gpu_parts.py", "told", options.device, work / name)
+
+    return [
+        Part("demo", "the demo, compiled", 90,
+             [python(*demo, "--compile", "true", "--out_dir", work / "demo"), told("demo")]),
+        Part("training", "is train.py as fast as the bare steps, compiled and eager", 120, [
+            python(*run, "--compile", "true", "--out_dir", work / "compiled"), told("compiled"),
+            python(*run, "--compile", "false", "--use_ema", "--out_dir", work / "eager"), told("eager"),
+        ]),
+        Part("dry_run", "what a run would take, with the largest batch that fits", 90,
+             [python(*dry, "--compile", "true")]),
+    ]  # fmt: skip
+
+
+def run(part: Part, out: Path, environment: dict[str, str], left: float) -> None:
+    """Run a part's commands; what they print goes to its log, and the last lines into `part.said`."""
+    start, limit = time.monotonic(), min(part.seconds, left)
+    with open(out / part.log, "a+", encoding="utf-8", errors="replace") as log:
+        log.write(f"\n======== {part.name}: {part.question}\n")
+        log.flush()
+        begin = log.tell()
+        part.outcome = "passed"
+        for command in part.commands:
+            log.write(f"$ {' '.join(command[1:])}\n")
+            log.flush()
+            code = finish(command, log, environment, limit - (time.monotonic() - start))
+            if code != 0:
+                part.outcome = f"cut off after {limit:.0f} s" if code is None else f"failed with code {code}"
+                break
+        part.took = time.monotonic() - start
+        log.seek(begin)
+        part.said = [line.rstrip() for line in log.read().splitlines() if line.strip()]
+
+
+def finish(command: list[str], log, environment: dict[str, str], seconds: float) -> int | None:
+    """A command's exit code; None: it took too long and was ended, with all that it had started."""
+    own_group = {"start_new_session": True} if os.name == "posix" else {}
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, **own_group
+    )
+    try:
+        return process.wait(max(1.0, seconds))
+    except subprocess.TimeoutExpired:
+        if own_group:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.kill()
+        process.wait()
+        return None
+
+
+def write_summary(parts: list[Part], out: Path) -> None:
+    """What is known so far, to read and for programs."""
+    (out / "results.json").write_text(json.dumps([asdict(part) for part in parts], indent=1), encoding="utf-8")
+    lines = ["| part | question | outcome | seconds |", "|---|---|---|---:|"]
+    lines += [f"| {part.name} | {part.question} | {part.outcome} | {part.took:.0f} |" for part in parts]
+    for part in parts:
+        if part.said:
+            lines += ["", f"## {part.name}", "```", *part.said[-SHOWN:], "```"]
+    (out / "summary.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def keep_curves(out: Path, work: Path) -> None:
+    """The demo's curve and events, into the folder of results."""
+    for name in ("curves.png", "metrics.jsonl"):
+        if (work / "demo" / name).exists():
+            shutil.copy(work / "demo" / name, out / name)
+
+
+def read_options() -> argparse.Namespace:
+    """The command line."""
+    parser = utils.CommandParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="for the results")
+    parser.add_argument("--device", default="cuda", help="cuda, cuda:N, or cpu for tiny shapes [cuda]")
+    parser.add_argument("--only", nargs="+", metavar="PART", help="these parts only")
+    parser.add_argument("--seconds", type=float, default=540, metavar="N", help="after which no part begins [540]")
+    parser.add_argument("--nanogpt", metavar="FOLDER", help="a checkout of nanoGPT")
+    parser.add_argument("--minimind", metavar="FOLDER", help="a checkout of MiniMind at its tag minimind-v1")
+    options = parser.parse_args()
+    options.device = str(utils.pick_device(options.device)[0])
+    names = [part.name for part in all_parts(options, options.out)]
+    if unknown := sorted(set(options.only or []) - set(names)):
+        raise InputError(f"--only: {unknown[0]} found, of {', '.join(names)} expected")
+    return options
+
+
+def main() -> int:
+    """Run the parts; 0 if all of them passed."""
+    options = read_options()
+    options.out.mkdir(parents=True, exist_ok=True)
+    end = time.monotonic() + options.seconds
+    environment = os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONUTF8": "1", "HF_HUB_OFFLINE": "1"}
+    environment |= {"MATECONV_TEST_DEVICE": options.device}
+    with tempfile.TemporaryDirectory(prefix="mateconv_gpu_") as name:
+        work = Path(name)
+        parts = [part for part in all_parts(options, work) if options.only is None or part.name in options.only]
+        waiting = list(parts)
+        while waiting and end - time.monotonic() > 10:
+            count = 1
+            while count < len(waiting) and {waiting[0].name, waiting[count].name} <= SIDE_BY_SIDE:
+                count += 1
+            some, waiting = waiting[:count], waiting[count:]
+            with ThreadPoolExecutor(count) as pool:
+                list(pool.map(lambda part: run(part, options.out, environment, end - time.monotonic()), some))
+            for part in some:
+                print(f"\n=== {part.name}: {part.outcome}, {part.took:.0f} s")
+                print("\n".join(part.said[-15:]), flush=True)
+            keep_curves(options.out, work)
+            write_summary(parts, options.out)
+    print("\n".join(["", *(f"{part.name:18} {part.took:5.0f} s  {part.outcome}" for part in parts)]))
+    return 0 if all(part.outcome == "passed" for part in parts) else 1
+
+
+if __name__ == "__main__":
+    utils.run_command(main)
