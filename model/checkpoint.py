@@ -94,7 +94,7 @@ def fitting_tokenizer(path: Path, weights: Weights, tokenizer_path: str | Path |
         InputError: it is not the one that the weights were trained with, or its size is not the embedding's.
     """
     folder, recorded = tokenizer_path or weights.tokenizer_path, weights.tokenizer_sha256
-    if tokenizer_path is None and folder and not Path(folder).is_dir() and recorded == tokenizer_sha256():
+    if tokenizer_path is None and folder and not Path(folder).exists() and recorded == tokenizer_sha256():
         folder = None  # the recorded folder is gone, and the embedded tokenizer is the same
     tokenizer = load_tokenizer(folder)
     shown = folder or EMBEDDED_TOKENIZER.name

@@ -18,12 +18,13 @@ import torch
 from model.checkpoint import Weights, fitting_tokenizer, load_weights, save_weights
 from model.command import CommandParser, run_command, say
 from model.errors import InputError
+from model.formats.minimind import GIVABLE
+from model.settings import accepted_types
 from model.tokenization import tokenizer_sha256
 
 SUFFIXES = {".pth": "mateconv", ".gguf": "gguf", ".bin": "llama2c", ".pt": "llama2c_checkpoint", "": "transformers"}
 TARGETS = (*SUFFIXES.values(), "meta")
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-GIVEN = {"n_heads": int, "rope_theta": float, "max_seq_len": int, "norm_eps": float}  # what shapes do not tell
 
 
 def convert(
@@ -137,7 +138,7 @@ def _write_llama2c_checkpoint(target: Path, weights: Weights, dtype: str) -> Non
 
 
 def _write_meta(target: Path, weights: Weights, dtype: str) -> None:
-    from model.formats.llama2c import save_meta_folder
+    from model.formats.meta_folder import save_meta_folder
 
     save_meta_folder(target, weights)
 
@@ -170,10 +171,11 @@ def main() -> None:
     choices = (*DTYPES, "Q8_0")
     parser.add_argument("--dtype", choices=choices, default="F32", help="of the matrices; Q8_0 for GGUF [F32]")
     parser.add_argument("--tokenizer_path", help="folder of the tokenizer; not given: what comes with the weights")
-    for name, kind in GIVEN.items():
+    for name in GIVABLE:
+        kind = accepted_types(name)[0]
         parser.add_argument(f"--{name}", type=kind, help="for files without a description, whose shapes do not tell it")
     arguments = parser.parse_args(sys.argv[1:])
-    given = {name: value for name in GIVEN if (value := getattr(arguments, name)) is not None}
+    given = {name: value for name in GIVABLE if (value := getattr(arguments, name)) is not None}
     convert(arguments.source, arguments.target, arguments.to, arguments.dtype, arguments.tokenizer_path, given)
 
 

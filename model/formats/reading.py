@@ -12,7 +12,8 @@ def load_foreign(path: Path) -> Weights | None:
     Raises:
         InputError: it is such a file, but cannot be read.
     """
-    from model.formats.llama2c import is_llama2c_model, is_meta_folder, load_llama2c, load_meta_folder
+    from model.formats.llama2c import is_llama2c_model, load_llama2c
+    from model.formats.meta_folder import is_meta_folder, load_meta_folder
     from model.formats.transformers_folder import load_transformers
 
     if path.is_dir():
