@@ -44,7 +44,12 @@ def main() -> None:
     )
     prompts = read_prompts(Path(arguments.batch_file)) if arguments.batch_file is not None else []
     generator = load_generator(
-        arguments.model_path, arguments.tokenizer_path, arguments.device, arguments.dtype, arguments.compile
+        arguments.model_path,
+        arguments.tokenizer_path,
+        arguments.device,
+        arguments.dtype,
+        arguments.compile,
+        arguments.max_seq_len,
     )
     if arguments.batch_file is not None:
         run_batch(generator, config, prompts, arguments)
@@ -96,12 +101,19 @@ def build_parser() -> argparse.ArgumentParser:
     )
 
     files = parser.add_argument_group("files and machine")
-    files.add_argument("--model_path", metavar="FILE", help="weights or a checkpoint (default: the newest under out/)")
+    files.add_argument(
+        "--model_path",
+        metavar="PATH",
+        help="weights or a checkpoint; a folder of transformers, a .gguf … (default: the newest under out/)",
+    )
     files.add_argument("--tokenizer_path", metavar="FOLDER", help="default: the one the weights were trained with")
     files.add_argument("--output_file", metavar="FILE", help="write the results of --batch_file here too, as JSONL")
     files.add_argument("--resume", action="store_true", help="keep what --output_file has, and go on behind it")
     files.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: the fastest there is)")
     files.add_argument("--dtype", choices=DTYPES, help="of the weights in memory (default: float32)")
+    files.add_argument(
+        "--max_seq_len", type=int, metavar="N", help="tokens of the context (default: the model's, within reason)"
+    )
     files.add_argument(
         "--compile",
         type=true_or_false,

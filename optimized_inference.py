@@ -5,6 +5,7 @@ From top to bottom: what can be set (GenerationConfig), the loop (`decode`: toke
 """
 
 import contextlib
+import dataclasses
 import itertools
 import random
 import re
@@ -15,20 +16,25 @@ from typing import NamedTuple
 
 import torch
 
-from model.chat_template import render_template
+from model.chat_template import check_history, render_template, valid_text
 from model.checkpoint import fitting_tokenizer, load_weights
 from model.detokenize import Text, new_detokenizer
 from model.engine import Engine
 from model.errors import InputError
+from model.files import size_text
 from model.generation_config import GenerationConfig
+from model.kv_cache import cache_bytes
+from model.LMConfig import LMConfig
 from model.model import Transformer
 from model.rows import Rows
 from model.sampling import sample
 from model.scoring import Score, token_losses
 from model.speed import Speed, Stopwatch
-from model.tokenization import encode_texts, vocabulary_size
+from model.tokenization import Delimiters, delimiters, encode_texts, end_ids, vocabulary_size
 from utils import pick_device, pick_dtype, say
 
+BATCH_BYTES = 4 << 30  # of the keys and values of all texts that are written at once
+CONTEXT_BYTES = 1 << 30  # of those of one text; a longer context has to be asked for
 BATCH_SIZE = 16  # prompts that `batch_generate` holds in memory at once
 OUT_DIR = Path("out")
 DTYPES = ("float32", "bfloat16", "float16", "int8")
@@ -128,13 +134,14 @@ class TextGenerator:
 
     Args:
         model: moved to `device`; None leaves it where it is.
-        tokenizer: a `transformers` fast tokenizer with a bos and an eos token.
+        tokenizer: a `transformers` fast tokenizer with an eos token.
         int8: hold the matrices as int8 (weight-only, a scale for each row); on a CPU.
         compile: on a CPU, whether a compiled step writes single texts. True waits until it is compiled; None uses it
             where it is there already or meanwhile, except with a seed, whose text must not depend on that.
+        begins_with_bos: prompts are read behind the tokenizer's bos, as the documents that the model was trained on.
 
     Raises:
-        InputError: the tokenizer has ids that the model has no embedding for.
+        InputError: the tokenizer has ids that the model has no embedding for, or a damaged generation_config.json.
     """
 
     def __init__(
@@ -144,12 +151,14 @@ class TextGenerator:
         device: torch.device | str | None = None,
         int8: bool = False,
         compile: bool | None = None,
+        begins_with_bos: bool = True,
     ) -> None:
         needed, rows = vocabulary_size(tokenizer), model.config.vocab_size
         if needed > rows:
             raise InputError(f"the tokenizer has {needed} tokens, the model's embedding {rows} rows: they do not fit")
         self.model = model if device is None else model.to(device)
-        self.tokenizer = tokenizer
+        self.tokenizer, self.eos_ids = tokenizer, end_ids(tokenizer)
+        self.delimiters = delimiters(tokenizer) if begins_with_bos else Delimiters(None, tokenizer.eos_token_id)
         self.int8, self.compile = int8, compile
         self.speed: Speed | None = None  # of the last text of generate or chat
         self._said_no_template = False
@@ -195,7 +204,7 @@ class TextGenerator:
     ) -> Iterator[str]:
         """The texts that follow prompts' ids, in their order, each as soon as it and those before it are done."""
         texts, done, next_one = defaultdict(str), set(), 0
-        for piece in self.pieces(prompts, config, Rows(self.engine(), max(1, min(batch_size, len(prompts))))):
+        for piece in self.pieces(prompts, config, self._rows(min(batch_size, len(prompts)))):
             texts[piece.number] += piece.text
             if piece.end is not None:
                 done.add(piece.number)
@@ -237,7 +246,7 @@ class TextGenerator:
         """
         prompts = [self.encode_prompt(prompt)] * n
         found = [Sample("", "", [], []) for _ in prompts]
-        for piece in self.pieces(prompts, config, Rows(self.engine(), max(1, min(BATCH_SIZE, n))), own_seeds=True):
+        for piece in self.pieces(prompts, config, self._rows(min(BATCH_SIZE, n)), own_seeds=True):
             sample, event = found[piece.number], piece.event
             if event.token is not None:
                 sample.ids.append(event.token)
@@ -250,7 +259,7 @@ class TextGenerator:
         """How well the model predicts a text of any length, as a document of its own."""
         ids = encode_texts(self.tokenizer, [valid_text("the text", text)])[0]
         with evaluation_mode(self.model):
-            nats = float(token_losses(self.engine(), [self.tokenizer.bos_token_id, *ids]).double().sum())
+            nats = float(token_losses(self.engine(), [self.delimiters.before_text, *ids]).double().sum())
         return Score(nats, len(ids), len(text.encode()))
 
     def prepare_chat(self, config: GenerationConfig | None = None) -> None:
@@ -265,6 +274,11 @@ class TextGenerator:
         if self._last_engine is None or not self._last_engine.fits(self.model, self.int8, self.compile):
             self._last_engine, self._chat = Engine(self.model, self.int8, self.compile, say), None
         return self._last_engine
+
+    def _rows(self, most: int) -> Rows:
+        """Room for so many texts, or as many as the memory for keys and values allows."""
+        fitting = BATCH_BYTES // (cache_bytes(self.model.config, self.model.dtype) * self.model.config.max_seq_len)
+        return Rows(self.engine(), max(1, min(most, fitting)))
 
     def _chat_rows(self) -> Rows:
         """The row that remembers the chat so far, so that a turn reads only what is new; not if the weights changed."""
@@ -323,9 +337,11 @@ class TextGenerator:
         return kept
 
     def encode_prompt(self, prompt: str) -> list[int]:
-        """`<bos> ids`, as documents begin in training. A control token that the prompt spells out stays text."""
-        ids = [self.tokenizer.bos_token_id, *encode_texts(self.tokenizer, [valid_text("the prompt", prompt)])[0]]
-        return self._fitting("prompt", ids)
+        """`<bos> ids`, as documents begin in training. A control token that the prompt spells out stays text.
+
+        Without a bos `ids`; where there are none, the eos, after which documents begin.
+        """
+        return self._fitting("prompt", self._encode_start(valid_text("the prompt", prompt)))
 
     def encode_chat(self, history: Sequence[dict[str, str]], check: bool = True) -> list[int]:
         """A history's ids, up to where the answer begins. A control token that a content spells out stays text.
@@ -338,7 +354,7 @@ class TextGenerator:
             if not self._said_no_template:
                 say("this tokenizer has no chat template: the chat is continued as plain text")
                 self._said_no_template = True
-            ids = [self.tokenizer.bos_token_id, *encode_texts(self.tokenizer, ["\n".join(contents)])[0]]
+            ids = self._encode_start("\n".join(contents))
         elif any(token.content in text for token in self._special_tokens() for text in contents):
             ids = self._encode_apart(history)
         else:
@@ -364,13 +380,18 @@ class TextGenerator:
                 yield prompt
 
         with evaluation_mode(self.model):
-            eos_ids, rows = [self.tokenizer.eos_token_id], rows or Rows(self.engine(), 1)
-            for event in decode(rows.engine, known(), config, eos_ids, rows, stopped, own_seeds):
+            rows = rows or Rows(self.engine(), 1)
+            for event in decode(rows.engine, known(), config, self.eos_ids, rows, stopped, own_seeds):
                 text, end = started[event.number].add(event.token, event.end)
                 yield Piece(event.number, text, end, event)
                 if end is not None:
                     stopped.add(event.number)
                     del started[event.number]
+
+    def _encode_start(self, text: str) -> list[int]:
+        """Ids of a document that begins with this text."""
+        ids = [*self.delimiters.opening, *encode_texts(self.tokenizer, [text])[0]]
+        return ids or [self.delimiters.before_text]
 
     def _fitting(self, what: str, ids: list[int]) -> list[int]:
         context = self.model.config.max_seq_len
@@ -413,34 +434,6 @@ def evaluation_mode(model: Transformer) -> Iterator[None]:
         model.train(was_training)
 
 
-def check_history(history: Sequence[dict[str, str]]) -> list[dict[str, str]]:
-    """A copy of a chat's messages.
-
-    Raises:
-        InputError: there is none, or one is not `{"role": text, "content": text}`.
-    """
-    if not history:
-        raise InputError("the chat history is empty: it needs at least one message")
-    for n, message in enumerate(history):
-        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
-            raise InputError(f'message {n} of the chat is {message!r}; expected {{"role": "user", "content": "..."}}')
-        valid_text(f"message {n} of the chat", message["content"])
-    return list(history)
-
-
-def valid_text(what: str, text: str) -> str:
-    """The text itself.
-
-    Raises:
-        InputError: it is no text, or holds half of a surrogate pair (what bytes that are not UTF-8 turn into).
-    """
-    if not isinstance(text, str):
-        raise InputError(f"{what} is {type(text).__name__}, expected text")
-    if any("\ud800" <= character <= "\udfff" for character in text):
-        raise InputError(f"{what} is not valid Unicode text: {ascii(text)[:60]}")
-    return text
-
-
 def _emitter(stream: bool, callback: Callable[[str], None] | None) -> Callable[[str], None] | None:
     if callback is None and stream:
         return lambda piece: print(piece, end="", flush=True)
@@ -456,16 +449,20 @@ def load_generator(
     device: torch.device | str | None = None,
     dtype: torch.dtype | str | None = None,
     compile: bool | None = None,
+    max_seq_len: int | None = None,
 ) -> TextGenerator:
     """A generator from files; one line on stderr for each choice that was made.
 
     Args:
-        model_path: weights or a checkpoint; None takes the newest final weights under out/.
+        model_path: weights or a checkpoint, ours, a folder of transformers, GGUF … (`model/formats`); None takes the
+            newest final weights under out/.
         tokenizer_path: a tokenizer's folder; None takes the one that the weights were trained with.
         device: None (or "auto") takes the fastest kind there is.
         dtype: of the weights in memory, a torch.dtype or its name; None is float32, in which a batch gives what
             single prompts give. int8 is for CPUs: a fourth of the bytes to read for each token.
         compile: as in TextGenerator.
+        max_seq_len: of the context, at most the model's own; None takes that, as far as the keys and values of a text
+            then take no more than CONTEXT_BYTES.
 
     Raises:
         InputError: a file is missing, damaged, or does not fit the others; the device or dtype cannot be used.
@@ -485,19 +482,29 @@ def load_generator(
     path = Path(model_path) if model_path is not None else newest_weights()
     weights = load_weights(path)
     if weights.inferred:
-        config = weights.config
-        say(
-            f"no {path.with_suffix('.json').name} beside the weights: read off their shapes dim {config.dim}, n_layers "
-            f"{config.n_layers}, n_heads {config.n_heads}, n_kv_heads {config.n_kv_heads}, vocab_size "
-            f"{config.vocab_size}; assumed max_seq_len {config.max_seq_len}, rope_theta {config.rope_theta:g}"
-        )
+        say(weights.inferred)
     tokenizer = fitting_tokenizer(path, weights, tokenizer_path)
-    model = Transformer(weights.config)
+    model = Transformer(_with_context(weights.config, max_seq_len, chosen_dtype))
     model.load_state_dict(weights.state_dict)
     say(f"device {chosen_device}: {device_reason}")
     shown = "int8" if int8 else str(chosen_dtype).removeprefix("torch.")
     say(f"dtype {shown}: {dtype_reason if dtype else 'the default'}")
-    return TextGenerator(model.to(chosen_device, chosen_dtype), tokenizer, int8=int8, compile=compile)
+    model.to(chosen_device, chosen_dtype)
+    return TextGenerator(model, tokenizer, int8=int8, compile=compile, begins_with_bos=weights.begins_with_bos)
+
+
+def _with_context(config: LMConfig, max_seq_len: int | None, dtype: torch.dtype) -> LMConfig:
+    """The shape with the context that was asked for, or one that is not out of all proportion."""
+    if max_seq_len is not None and not 1 <= max_seq_len <= config.max_seq_len:
+        raise InputError(f"max_seq_len: {max_seq_len} found, 1 to {config.max_seq_len} expected, the model's own")
+    fitting = CONTEXT_BYTES // cache_bytes(config, dtype)
+    if max_seq_len is None and config.max_seq_len > fitting:
+        max_seq_len = fitting
+        say(
+            f"context {fitting:,} tokens of the model's {config.max_seq_len:,}: keys and values of a text take"
+            f" {size_text(CONTEXT_BYTES)} then; for another: --max_seq_len"
+        )
+    return config if max_seq_len is None else dataclasses.replace(config, max_seq_len=max_seq_len)
 
 
 def newest_weights() -> Path:

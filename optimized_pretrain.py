@@ -27,6 +27,7 @@ from model.describe import describe_run
 from model.divergence import difference_of_weights, fault_of_step, remember, weights_norm
 from model.errors import ProcessLost, TrainingDiverged
 from model.evaluation import bits_per_byte, validation_sums
+from model.initial_weights import load_initial
 from model.model import Transformer
 from model.optim import MovingAverage, build_optimizer, momentum_at, optimizer_bytes, plan_schedule
 from model.resume import checkpoint_to_go_on_from, environment
@@ -66,6 +67,7 @@ class Trainer:
         self.files: RunFiles | None = None  # rank 0 has them, once it trains
         self._choose_hardware(settings.training)
         processes.start(self.device, settings.training.ddp_timeout, self._give_up)
+        initial = load_initial(self.settings, say)
         self.data = TrainingData(self.settings, verify=processes.local_rank == 0, say=say)
         self.config = self.data.config
         self.environment = environment(self.processes.world_size, self.dtype, self.device)
@@ -74,7 +76,7 @@ class Trainer:
         self.started = checkpoint["started"] if found else None
         self.choices = Choices(self.settings, found, processes, self.device, say)
         self.training = self.choices.training
-        self._build_model(checkpoint)
+        self._build_model(checkpoint, initial)
         self._plan(checkpoint)
         self.train_model = self._wrapped_model()  # what the loop calls; self.model stays the plain one
         for line in describe_run(self):
@@ -97,11 +99,14 @@ class Trainer:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic kernels ask of cuBLAS
         self.peak_flops = utils.measure_matmul_flops(self.device, self.dtype)
 
-    def _build_model(self, checkpoint: dict | None) -> None:
+    def _build_model(self, checkpoint: dict | None, initial: dict[str, Tensor] | None) -> None:
         """Build model, optimizer, scaler and average, and put them where the checkpoint left them."""
         t = self.training
         utils.seed_everything(t.seed)
-        self.model = Transformer(self.config).to(self.device)
+        self.model = Transformer(self.config)
+        if initial is not None:
+            self.model.load_state_dict(initial)
+        self.model.to(self.device)
         self.flops_per_token = self.model.training_flops_per_token()
         self.ema = MovingAverage(self.model, t.ema_decay) if t.use_ema else None
         with utils.deterministic_kernels(self.device):  # as training runs: others take another amount of memory
@@ -353,7 +358,10 @@ class Trainer:
         return inputs, targets, self._documents(inputs, targets)
 
     def _documents(self, inputs: Tensor, targets: Tensor) -> Tensor | None:
-        return number_documents(inputs, targets, self.data.bos_id) if self.training.document_mask else None
+        if not self.training.document_mask:
+            return None
+        delimiters = self.data.delimiters
+        return number_documents(inputs, targets, delimiters.bos_id, delimiters.eos_id)
 
     # -------------------------------------------------------------------------------------------------- evaluation
 

@@ -5,6 +5,7 @@ python train.py --config config.yaml --learning_rate 1e-3 --use_ema
 python train.py --resume
 python train.py --config config.yaml --restarts 10 --nproc_per_node 2
 python train.py --config config.yaml --dry_run
+python train.py --config config.yaml --init_from model.gguf
 """
 
 import argparse
@@ -47,15 +48,25 @@ def read_settings(arguments: list[str], of_checkpoint: bool = True) -> Settings:
     flags = {name: value for name, value in vars(known).items() if name in FIELDS and value is not None}
 
     if known.config is not None:
-        return build_settings(read_config(known.config), flags, source=known.config, problems=problems)
+        settings = build_settings(read_config(known.config), flags, source=known.config, problems=problems)
+        return _with_shape_settled(settings, flags)
     asked = build_settings({}, flags, problems=problems)
     if not (asked.training.resume or asked.training.resume_from):
-        return asked
+        return _with_shape_settled(asked, flags)
     if not of_checkpoint:
         if asked.training.resume_from is not None and "out_dir" not in flags:
             asked.training.out_dir = str(Path(asked.training.resume_from).parent)
         return asked
-    return build_settings(*_settings_of_checkpoint(asked, flags))
+    return _with_shape_settled(build_settings(*_settings_of_checkpoint(asked, flags)), flags)
+
+
+def _with_shape_settled(settings: Settings, flags: dict) -> Settings:
+    """The settings themselves, once it is sure that no flag contradicts the weights to begin with."""
+    if settings.training.init_from is not None:
+        from model.initial_weights import refuse_shape  # imports torch
+
+        refuse_shape(list(flags))
+    return settings
 
 
 def _settings_of_checkpoint(asked: Settings, flags: dict) -> tuple[dict, dict, str]:
@@ -199,6 +210,10 @@ def main() -> int:
         say("ddp: this is a single process; several are started by: torchrun --nproc_per_node=N train.py … --ddp")
     elif several and not settings.training.ddp:
         say(f"ddp: torchrun started {processes.world_size} processes, so they train together")
+    if settings.training.init_from is not None:
+        from model.initial_weights import load_initial  # imports torch
+
+        load_initial(settings, say)  # the data are made with their tokenizer
     prepare_data_if_missing(settings, processes)
     return train(settings, processes, launcher.dry_run)
 

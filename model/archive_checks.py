@@ -221,7 +221,7 @@ def read_shape(values, path: str | Path) -> LMConfig:
             continue
         try:
             parsed[name] = parse_value(name, value)
-            if isinstance(value, str) or (value is None and name == "vocab_size"):
+            if (isinstance(value, str) and name != "rope_scaling") or (value is None and name == "vocab_size"):
                 raise ValueError("a number")
         except ValueError as error:
             problems.append(f"config.{name}: {shown(value)} found, {error} expected")
@@ -233,8 +233,9 @@ def read_shape(values, path: str | Path) -> LMConfig:
         raise InputError(f"{path}: config: {error}") from error
 
 
-def read_sidecar(path: str | Path) -> tuple[LMConfig, str | None, str | None]:
-    """What lies beside weights, `{stem}.json`: the shape, the tokenizer's folder and its SHA-256.
+def read_sidecar(path: str | Path) -> tuple[LMConfig, str | None, str | None, bool]:
+    """What lies beside weights, `{stem}.json`: the shape, the tokenizer's folder and its SHA-256, and whether texts
+    begin with its bos.
 
     Raises:
         InputError: it is no such file, or holds what no shape or tokenizer has.
@@ -248,10 +249,13 @@ def read_sidecar(path: str | Path) -> tuple[LMConfig, str | None, str | None]:
         config, *tokenizer = (described[key] for key in ("config", "tokenizer_path", "tokenizer_sha256"))
         if any(value is not None and not isinstance(value, str) for value in tokenizer):
             raise TypeError(f"tokenizer {tokenizer!r}")
+        begins_with_bos = described.get("begins_with_bos", True)  # earlier versions knew nothing else
+        if not isinstance(begins_with_bos, bool):
+            raise TypeError(f"begins_with_bos {begins_with_bos!r}")
     except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         reason = shown(f"{type(error).__name__}: {error}")[1:-1]
         raise InputError(f"{path}: does not describe weights ({reason}); without it the shapes are read") from error
-    return read_shape(config, path), *tokenizer
+    return read_shape(config, path), *tokenizer, begins_with_bos
 
 
 def weight_shapes(config: LMConfig) -> dict[str, tuple[int, ...]]:
@@ -265,7 +269,10 @@ def weight_shapes(config: LMConfig) -> dict[str, tuple[int, ...]]:
     }  # fmt: skip
     if config.qk_norm:
         of_a_layer |= {"attention.q_norm": (head_dim,), "attention.k_norm": (head_dim,)}
-    shapes = {f"layers.{n}.{name}.weight": shape for n in range(config.n_layers) for name, shape in of_a_layer.items()}
+    of_a_layer = {f"{name}.weight": shape for name, shape in of_a_layer.items()}
+    if config.qkv_bias:
+        of_a_layer |= {f"attention.{n}.bias": of_a_layer[f"attention.{n}.weight"][:1] for n in ("wq", "wk", "wv")}
+    shapes = {f"layers.{n}.{name}": shape for n in range(config.n_layers) for name, shape in of_a_layer.items()}
     embedding = (config.vocab_size, dim)
     return shapes | {"tok_embeddings.weight": embedding, "output.weight": embedding, "norm.weight": (dim,)}
 

@@ -67,3 +67,31 @@ def _time_limit(seconds: float) -> Iterator[None]:
         yield
     finally:
         sys.settrace(before)
+
+
+def check_history(history: Sequence[dict[str, str]]) -> list[dict[str, str]]:
+    """A copy of a chat's messages.
+
+    Raises:
+        InputError: there is none, or one is not `{"role": text, "content": text}`.
+    """
+    if not history:
+        raise InputError("the chat history is empty: it needs at least one message")
+    for n, message in enumerate(history):
+        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
+            raise InputError(f'message {n} of the chat is {message!r}; expected {{"role": "user", "content": "..."}}')
+        valid_text(f"message {n} of the chat", message["content"])
+    return list(history)
+
+
+def valid_text(what: str, text: str) -> str:
+    """The text itself.
+
+    Raises:
+        InputError: it is no text, or holds half of a surrogate pair (what bytes that are not UTF-8 turn into).
+    """
+    if not isinstance(text, str):
+        raise InputError(f"{what} is {type(text).__name__}, expected text")
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise InputError(f"{what} is not valid Unicode text: {ascii(text)[:60]}")
+    return text

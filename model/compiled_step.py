@@ -15,7 +15,6 @@ import hashlib
 import json
 import os
 import platform
-import sys
 import tempfile
 from pathlib import Path
 
@@ -23,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.files import cache_folder
 from model.int8 import quantized
 from model.kv_cache import SPARE, KVCache
 from model.LMConfig import LMConfig
@@ -46,19 +46,22 @@ def _weighted(scores: Tensor, values: Tensor) -> Tensor:
 
 
 class _Matrix(nn.Module):
-    """x [K] -> x Wᵀ [N] in float32, of a weight of any type."""
+    """x [K] -> x Wᵀ + bias [N] in float32, of weights of any type."""
 
-    def __init__(self, weight: Tensor, int8: bool) -> None:
+    def __init__(self, linear: nn.Linear, int8: bool) -> None:
         super().__init__()
-        scale = None
+        weight, scale = linear.weight.detach(), None
         if int8:
             weight, scale = quantized(weight)
         self.register_buffer("weight", weight)
         self.register_buffer("scale", scale)
+        self.register_buffer("bias", None if linear.bias is None else linear.bias.detach())
 
     def forward(self, x: Tensor) -> Tensor:
         y = (self.weight.float() * x).sum(-1)
-        return y if self.scale is None else y * self.scale
+        if self.scale is not None:
+            y = y * self.scale
+        return y if self.bias is None else y + self.bias.float()
 
 
 class _Layer(nn.Module):
@@ -68,9 +71,9 @@ class _Layer(nn.Module):
         super().__init__()
         self.config = config
         for name in ("wq", "wk", "wv", "wo"):
-            self.add_module(name, _Matrix(getattr(block.attention, name).weight.detach(), int8))
+            self.add_module(name, _Matrix(getattr(block.attention, name), int8))
         for name in ("w1", "w2", "w3"):
-            self.add_module(name, _Matrix(getattr(block.feed_forward, name).weight.detach(), int8))
+            self.add_module(name, _Matrix(getattr(block.feed_forward, name), int8))
         self.register_buffer("attention_norm", block.attention_norm.weight.detach())
         self.register_buffer("ffn_norm", block.ffn_norm.weight.detach())
         if config.qk_norm:
@@ -117,7 +120,7 @@ class DecodeStep(nn.Module):
         super().__init__()
         self.config = model.config
         self.layers = nn.ModuleList(_Layer(block, model.config, int8) for block in model.layers)
-        self.output = _Matrix(model.output.weight.detach(), int8)
+        self.output = _Matrix(model.output, int8)
         self.register_buffer("embedding", model.tok_embeddings.weight.detach())
         self.register_buffer("norm", model.norm.weight.detach())
         self.register_buffer("rope_cos", model.rope_cos)
@@ -263,17 +266,6 @@ def kept_path(kind: str, config: LMConfig, dtype: torch.dtype, int8: bool) -> Pa
     parts = [json.dumps(shape), str(dtype), str(int8), torch.__version__, str(torch.get_num_threads()), _processor()]
     parts += [Path(__file__).read_text(encoding="utf-8")]
     return cache_folder() / f"{kind}_{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:24]}.pt2"
-
-
-def cache_folder() -> Path:
-    """The folder of what can be made again: $MATECONV_CACHE, or mateconv under the user's cache folder."""
-    if os.environ.get("MATECONV_CACHE"):
-        return Path(os.environ["MATECONV_CACHE"])
-    if sys.platform == "win32":
-        base = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local"
-    else:
-        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "mateconv"
 
 
 def _processor() -> str:

@@ -1,7 +1,8 @@
 """The token file and its manifest, and the order in which training reads its samples.
 
 A token file `X.bin` is headerless little-endian uint16 (uint32 when the largest id needs it), documents one after
-another as `<bos> ids <eos>`. Its manifest `X.json` says what is inside (`model.manifest`).
+another as `<bos> ids <eos>` (`ids <eos>` where the tokenizer has no bos). Its manifest `X.json` says what is inside
+(`model.manifest`). Files of others are read as well (`model.token_layout`).
 """
 
 import hashlib
@@ -13,6 +14,7 @@ import torch
 from model.errors import InputError
 from model.manifest import read_manifest
 from model.packing import find_documents, pack_documents
+from model.token_layout import find_layout
 
 IGNORE_INDEX = -100  # a target with this id counts in no loss
 VERIFY_BYTES = 8 << 30  # a larger token file is not read through before training: 8 GiB take some ten seconds
@@ -27,15 +29,16 @@ class PretrainDataset:
     Reads the file through a memory map: nothing is loaded ahead, and any number of processes share the pages.
 
     Args:
-        path: our token file with its manifest, or MiniMind's or nanoGPT's headerless uint16 without one.
+        path: our token file with its manifest; without one MiniMind's or nanoGPT's headerless uint16, or llm.c's.
         seq_len: tokens that the model reads of each sample.
         vocab_size: rows of the model's embedding; an id past them is an error.
         tokenizer_sha256: of the tokenizer in use, to compare with the manifest's.
-        bos_id: begins each document; given, samples begin where documents do.
+        bos_id, eos_id: begin and end each document; one of them given, samples begin where documents do: at each bos,
+            or after each eos where there is no bos.
 
     Raises:
         InputError: the file is missing, of another size, dtype or tokenizer than its manifest says, too short, or
-            without `bos_id`.
+            without a document.
     """
 
     def __init__(
@@ -45,44 +48,35 @@ class PretrainDataset:
         vocab_size: int,
         tokenizer_sha256: str | None = None,
         bos_id: int | None = None,
+        eos_id: int | None = None,
     ) -> None:
         self.path, self.seq_len, self.vocab_size = Path(path), seq_len, vocab_size
         if not self.path.is_file():
             found = "no plain file" if self.path.exists() else "no such token file"
             raise InputError(f"{path}: {found}; make it with: python optimized_data_processing.py")
         self.manifest = read_manifest(path)
-        dtype = self._checked_dtype(tokenizer_sha256)
-        if self.path.stat().st_size < (seq_len + 1) * dtype.itemsize:
-            held = self.path.stat().st_size // dtype.itemsize
-            raise InputError(f"{path}: {held:,} tokens, fewer than one sample of max_seq_len + 1 = {seq_len + 1}")
-        self.tokens = np.memmap(self.path, dtype=dtype, mode="r")  # [tokens]
+        layout = self.layout = find_layout(self.path, self.manifest)
+        self._check_tokenizer(tokenizer_sha256)
+        if layout.count < seq_len + 1:
+            held = f"{layout.count:,} tokens"
+            raise InputError(f"{path}: {held}, fewer than one sample of max_seq_len + 1 = {seq_len + 1}")
+        self.tokens = np.memmap(self.path, dtype=layout.dtype, mode="r", offset=layout.offset)  # [tokens]
         self.verified_sha256: str | None = None  # of the bytes, once they were read through
         self.packing = None  # None: sample s is the tokens from s * seq_len on
-        if bos_id is not None:
-            begins = find_documents(self.tokens, bos_id)
+        if bos_id is not None or eos_id is not None:
+            begins = find_documents(self.tokens, bos_id, eos_id)
             if not len(begins):
-                raise InputError(f"{path}: no document begins in it (bos id {bos_id}); use sample_start packed")
+                found = f"begins in it (bos id {bos_id})" if bos_id is not None else f"ends in it (eos id {eos_id})"
+                raise InputError(f"{path}: no document {found}; use sample_start packed")
             self.packing = pack_documents(begins, len(self.tokens), seq_len)
 
-    def _checked_dtype(self, tokenizer_sha256: str | None) -> np.dtype:
-        size = self.path.stat().st_size
-        if self.manifest is None:
-            if size % 2:
-                raise InputError(f"{self.path}: {size:,} bytes and no manifest; uint16 tokens need an even number")
-            return np.dtype("<u2")
+    def _check_tokenizer(self, tokenizer_sha256: str | None) -> None:
         manifest = self.manifest
-        dtype = np.dtype(manifest.dtype).newbyteorder("<")
-        if size != manifest.tokens * dtype.itemsize:
-            raise InputError(
-                f"{self.path}: {size:,} bytes, but its manifest says {manifest.tokens:,} tokens of {dtype.itemsize}"
-                " bytes; make it again with optimized_data_processing.py"
-            )
-        if tokenizer_sha256 and manifest.tokenizer_sha256 != tokenizer_sha256:
+        if manifest and tokenizer_sha256 and manifest.tokenizer_sha256 != tokenizer_sha256:
             raise InputError(
                 f"{self.path}: made with another tokenizer (sha256 {manifest.tokenizer_sha256[:12]}…, in use is"
                 f" {tokenizer_sha256[:12]}…); set tokenizer_path to that one or make the file again"
             )
-        return dtype
 
     def __len__(self) -> int:
         return (len(self.tokens) - 1) // self.seq_len if self.packing is None else len(self.packing.targets)
@@ -134,13 +128,20 @@ class PretrainDataset:
         return inputs, targets
 
 
-def number_documents(inputs: torch.Tensor, targets: torch.Tensor, bos_id: int) -> torch.Tensor:
+def number_documents(
+    inputs: torch.Tensor, targets: torch.Tensor, bos_id: int | None, eos_id: int | None = None
+) -> torch.Tensor:
     """Number the documents in each row of a batch: int64 [B, T], rising by one where a document begins.
 
-    It begins with `bos_id`; and after a token without a target, since what follows that does not continue it.
+    It begins with `bos_id`, or after `eos_id` where there is no bos; where both are one token, with the second of two
+    in a row. And it begins after a token without a target, since what follows that does not continue it.
     """
-    begins = inputs == bos_id
-    begins[:, 1:] |= targets[:, :-1] == IGNORE_INDEX
+    begins = torch.zeros_like(inputs, dtype=torch.bool)
+    begins[:, 1:] = targets[:, :-1] == IGNORE_INDEX
+    if bos_id is None:
+        begins[:, 1:] |= inputs[:, :-1] == eos_id
+    else:
+        begins |= (inputs == bos_id) & (targets != eos_id if bos_id == eos_id else True)
     return begins.cumsum(1)
 
 
@@ -155,6 +156,7 @@ def verify_tokens(dataset: PretrainDataset) -> str:
     block, read, outside = bytearray(BLOCK_BYTES), 0, None  # outside: the first id past the vocabulary, and where
     try:
         with open(path, "rb") as file:
+            digest.update(file.read(dataset.layout.offset))
             while count := file.readinto(block):
                 digest.update(memoryview(block)[:count])
                 ids = np.frombuffer(block, dtype, count // dtype.itemsize)

@@ -7,7 +7,7 @@ and what a call returns cannot differ.
 import codecs
 from collections.abc import Sequence
 
-from model.tokenization import is_byte_level
+from model.tokenization import control_ids, is_byte_level
 
 WINDOW = 8  # tokens of the prompt that a tokenizer other than byte-level BPE needs to see to place its spaces
 LONGEST_PASSAGE = 64  # tokens that are looked for again and again
@@ -17,12 +17,6 @@ LONGEST_TAIL = 3  # bytes of a UTF-8 character that is not complete yet
 def new_detokenizer(tokenizer, prompt_ids: Sequence[int] = ()) -> "ByteLevelDetokenizer | WindowDetokenizer":
     """The detokenizer for what follows `prompt_ids`: feed it with `push(id)`, end with `flush()`."""
     return ByteLevelDetokenizer(tokenizer) if is_byte_level(tokenizer) else WindowDetokenizer(tokenizer, prompt_ids)
-
-
-def control_ids(tokenizer) -> set[int]:
-    """Ids of the tokens that stand for no text, such as `<s>` and `</s>`."""
-    added = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return added | set(tokenizer.all_special_ids)
 
 
 def byte_alphabet() -> dict[str, int]:

@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -60,10 +61,45 @@ def replacing(
             os.close(folder)
 
 
+@contextlib.contextmanager
+def new_folder(folder: str | Path) -> Iterator[Path]:
+    """A temporary folder to be filled, which gets its name once all is in it; if the block raises, nothing is left.
+
+    Raises:
+        InputError: there is a file, or a folder with something in it, of that name; or the system refuses.
+    """
+    folder = Path(folder)
+    temporary = folder.with_name(folder.name + TEMPORARY_SUFFIX)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{folder} is there already; give another name, or remove it first")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed
+        temporary.mkdir(parents=True)
+        yield temporary
+        if folder.exists():
+            folder.rmdir()
+        os.replace(temporary, folder)
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be written ({error.strerror or error})") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
 def write_json(path: str | Path, value) -> None:
     """Write a value as indented UTF-8 JSON, replacing the file in one step."""
     with replacing(path) as file:
         file.write((json.dumps(value, ensure_ascii=False, indent=2) + "\n").encode("utf-8"))
+
+
+def cache_folder() -> Path:
+    """The folder of what can be made again: $MATECONV_CACHE, or mateconv under the user's cache folder."""
+    if os.environ.get("MATECONV_CACHE"):
+        return Path(os.environ["MATECONV_CACHE"])
+    if sys.platform == "win32":
+        base = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local"
+    else:
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "mateconv"
 
 
 def free_bytes(folder: Path) -> int:

@@ -33,23 +33,25 @@ def packs(dtype: torch.dtype) -> bool:
 
 
 class Matrix:
-    """A weight [N, K] of x -> x Wᵀ, packed by oneDNN where it can: a copy, twice to three times as fast as F.linear."""
+    """A weight [N, K] of x -> x Wᵀ + bias, packed by oneDNN where it can: a copy, twice to three times as fast as
+    F.linear."""
 
-    def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
+    def __init__(self, weight: Tensor, dtype: torch.dtype, bias: Tensor | None = None) -> None:
         weight = weight.to(dtype)
+        self.bias = None if bias is None else bias.to(dtype)
         self.packed = packs(dtype)
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_FOR) if self.packed else weight
 
     def __call__(self, x: Tensor) -> Tensor:
-        """x [..., K] -> x Wᵀ [..., N]."""
+        """x [..., K] -> x Wᵀ + bias [..., N]."""
         if self.packed:
-            return torch.ops.mkldnn._linear_pointwise(x, self.weight, None, "none", [], "")
-        return F.linear(x, self.weight)
+            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+        return F.linear(x, self.weight, self.bias)
 
     def silu(self, x: Tensor) -> Tensor:
-        """silu(x Wᵀ)."""
+        """silu(x Wᵀ + bias)."""
         if self.packed:
-            return torch.ops.mkldnn._linear_pointwise(x, self.weight, None, "swish", [], "")
+            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "swish", [], "")
         return F.silu(self(x))
 
 
@@ -60,14 +62,15 @@ class Int8Matrix(Matrix):
     only). PyTorch's int8 product is fast for one row in bfloat16; all others use the same numbers as `dtype`.
     """
 
-    def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
+    def __init__(self, weight: Tensor, dtype: torch.dtype, bias: Tensor | None = None) -> None:
         self.int8, scale = quantized(weight)
         self.scale = scale.to(dtype)
-        super().__init__(self.int8.to(dtype) * self.scale[:, None], dtype)
+        super().__init__(self.int8.to(dtype) * self.scale[:, None], dtype, bias)
 
     def __call__(self, x: Tensor) -> Tensor:
         if x.dtype == torch.bfloat16 and x.numel() == x.shape[-1]:
-            return torch._weight_int8pack_mm(x.view(1, -1), self.int8, self.scale).view(*x.shape[:-1], -1)
+            y = torch._weight_int8pack_mm(x.view(1, -1), self.int8, self.scale).view(*x.shape[:-1], -1)
+            return y if self.bias is None else y + self.bias
         return super().__call__(x)
 
     def silu(self, x: Tensor) -> Tensor:
@@ -152,8 +155,9 @@ class _Layer:
         self.qk_norms = [norm.weight.detach().to(dtype) for norm in norms]
         self.attention_norm = block.attention_norm.weight.detach().to(dtype)
         self.ffn_norm = block.ffn_norm.weight.detach().to(dtype)
-        wqkv = torch.cat([linear.weight.detach() for linear in (attention.wq, attention.wk, attention.wv)])
-        self.wqkv = matrix(wqkv, dtype)
+        linears = (attention.wq, attention.wk, attention.wv)
+        bias = torch.cat([linear.bias.detach() for linear in linears]) if config.qkv_bias else None
+        self.wqkv = matrix(torch.cat([linear.weight.detach() for linear in linears]), dtype, bias)
         self.wo = matrix(attention.wo.weight.detach(), dtype)
         self.w1 = matrix(feed_forward.w1.weight.detach(), dtype)
         self.w2 = matrix(feed_forward.w2.weight.detach(), dtype)

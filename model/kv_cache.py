@@ -93,3 +93,8 @@ class KVCache:
         slots = torch.arange(longest + tokens, device=self.keys.device)  # [S]
         mask = slots <= self.positions(tokens)[..., None]  # [T, S] or [rows, T, S]
         return mask[None, None] if mask.dim() == 2 else mask[:, None]
+
+
+def cache_bytes(config: LMConfig, dtype: torch.dtype) -> int:
+    """Bytes that the keys and values of one token take."""
+    return 2 * config.n_layers * config.n_kv_heads * config.head_dim * dtype.itemsize

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import types
 import typing
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -21,7 +22,7 @@ class Manifest:
 
     dtype: str  # "uint16" or "uint32", little-endian
     vocab_size: int  # ids are below this
-    bos_id: int
+    bos_id: int | None  # None: documents are `ids <eos>`
     eos_id: int
     tokens: int
     documents: int
@@ -83,6 +84,10 @@ def manifest_problems(values: dict) -> list[str]:
     problems = []
     for name, hint in typing.get_type_hints(Manifest).items():
         kind = typing.get_origin(hint) or hint
+        if kind is types.UnionType:
+            kind = typing.get_args(hint)[0]
+            if values.get(name, "") is None:
+                continue
         if name not in values:
             problems.append(f"{name} is missing")
         elif type(values[name]) is not kind:
@@ -92,7 +97,7 @@ def manifest_problems(values: dict) -> list[str]:
     if not problems and values["dtype"] not in ("uint16", "uint32"):
         problems.append(f"dtype is {shown(values['dtype'])}, expected uint16 or uint32")
     for name in ("bos_id", "eos_id"):
-        if not problems and values[name] >= values["vocab_size"]:
+        if not problems and values[name] is not None and values[name] >= values["vocab_size"]:
             problems.append(f"{name} is {values[name]}, expected an id below vocab_size {values['vocab_size']}")
     return problems
 

@@ -1,5 +1,7 @@
 """MiniMind v1's Transformer: RMSNorm, interleaved RoPE, grouped-query attention, SwiGLU, tied embeddings.
 
+With what an LMConfig can say beside that, it computes what Llama, Mistral, Qwen2 and Qwen3 do (`model/formats`).
+
 Plain PyTorch over a plain dataclass. Parameters carry Meta's Llama names, so MiniMind v1's files load as they are.
 """
 
@@ -26,10 +28,26 @@ from model.loss import cross_entropy
 
 def rope_table(config: LMConfig) -> tuple[Tensor, Tensor]:
     """Cosines and sines of RoPE (Su et al., 2021), float32 [max_seq_len, head_dim / 2] each."""
-    pairs = torch.arange(0, config.head_dim, 2).float() / config.head_dim
-    frequencies = config.rope_theta**-pairs
-    angles = torch.outer(torch.arange(config.max_seq_len).float(), frequencies)
+    angles = torch.outer(torch.arange(config.max_seq_len).float(), rope_frequencies(config))
     return angles.cos(), angles.sin()
+
+
+def rope_frequencies(config: LMConfig) -> Tensor:
+    """Radians that each pair of a head turns from one position to the next, float32 [head_dim / 2].
+
+    Written as transformers computes them: at position 8,000 the last bit of a frequency shows in the logits.
+    """
+    pairs = torch.arange(0, config.head_dim, 2).float() / config.head_dim
+    frequencies = 1.0 / config.rope_theta**pairs
+    if config.rope_scaling is None:
+        return frequencies
+    slowed = frequencies / config.rope_factor
+    if config.rope_scaling == "linear":
+        return slowed
+    turns = config.rope_original_max_seq_len * frequencies / (2 * math.pi)  # in the original context
+    low, high = config.rope_low_freq_factor, config.rope_high_freq_factor
+    share = ((turns - low) / (high - low)).clamp(0, 1)  # of the original frequency
+    return torch.where(share == 1, frequencies, (1 - share) * slowed + share * frequencies)
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -60,9 +78,9 @@ class Attention(nn.Module):
         self.n_heads, self.n_kv_heads, self.head_dim = config.n_heads, config.n_kv_heads, config.head_dim
         self.dropout = config.dropout
         self.flash_attn = config.flash_attn
-        self.wq = nn.Linear(config.dim, config.n_heads * config.head_dim, bias=False)
-        self.wk = nn.Linear(config.dim, config.n_kv_heads * config.head_dim, bias=False)
-        self.wv = nn.Linear(config.dim, config.n_kv_heads * config.head_dim, bias=False)
+        self.wq = nn.Linear(config.dim, config.n_heads * config.head_dim, bias=config.qkv_bias)
+        self.wk = nn.Linear(config.dim, config.n_kv_heads * config.head_dim, bias=config.qkv_bias)
+        self.wv = nn.Linear(config.dim, config.n_kv_heads * config.head_dim, bias=config.qkv_bias)
         self.wo = nn.Linear(config.n_heads * config.head_dim, config.dim, bias=False)
         self.q_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
@@ -167,10 +185,11 @@ class Transformer(nn.Module):
         | embedding, output, wq, wk, wv, w1, w3       | N(0, 0.02)                           |
         | wo, w2 (they add to the residual stream)    | N(0, 0.02 / sqrt(2 n_layers)), GPT-2 |
         | norms                                       | 1                                    |
+        | biases                                      | 0                                    |
         """
         for name, parameter in self.named_parameters():
             if parameter.dim() == 1:
-                nn.init.ones_(parameter)
+                nn.init.constant_(parameter, 0.0 if name.endswith(".bias") else 1.0)
             else:
                 residual = name.endswith(("wo.weight", "w2.weight"))
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * self.config.n_layers) if residual else 0.02)
@@ -197,7 +216,8 @@ class Transformer(nn.Module):
         weights = self.parameter_count()
         if not self.config.tie_embeddings:
             weights -= self.tok_embeddings.weight.numel()  # reading a row costs nothing
-        return 6 * weights + 6 * self.config.n_layers * self.config.dim * self.config.max_seq_len
+        attention = self.config.n_layers * self.config.n_heads * self.config.head_dim * self.config.max_seq_len
+        return 6 * weights + 6 * attention
 
     def hidden_states(self, tokens: Tensor, cache: KVCache | None = None, documents: Tensor | None = None) -> Tensor:
         """What the output layer reads: tokens int64 [B, T] -> [B, T, dim], normalised.

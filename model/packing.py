@@ -17,10 +17,23 @@ class Packing:
     targets: np.ndarray  # int64 [samples], tokens that each predicts
 
 
-def find_documents(tokens: np.ndarray, bos_id: int) -> np.ndarray:
-    """Where documents begin: int64 [documents], places of `bos_id`. Reads a memory map in blocks."""
+def find_documents(tokens: np.ndarray, bos_id: int | None, eos_id: int | None) -> np.ndarray:
+    """Where documents begin: int64 [documents], ascending; none where no delimiter is found.
+
+    At each bos; without a bos, at the file's start and after each eos. Where one token is both (GPT-2), the first of
+    two in a row ends a document and the second begins one. Reads a memory map in blocks.
+    """
+    if bos_id is not None:
+        begins = _places(tokens, bos_id)
+        return begins[np.diff(begins, append=len(tokens)) > 1] if bos_id == eos_id else begins
+    ends = _places(tokens, eos_id) + 1
+    return np.append(0, ends[ends < len(tokens)]) if len(ends) else ends
+
+
+def _places(tokens: np.ndarray, index: int) -> np.ndarray:
+    """Where this id stands: int64 [places]."""
     blocks = range(0, len(tokens), BLOCK_TOKENS)
-    found = [np.flatnonzero(tokens[begin : begin + BLOCK_TOKENS] == bos_id) + begin for begin in blocks]
+    found = [np.flatnonzero(tokens[begin : begin + BLOCK_TOKENS] == index) + begin for begin in blocks]
     return np.concatenate(found) if found else np.zeros(0, dtype=np.int64)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from model.archive import load_torch
+from model.archive_checks import read_shape
 from model.errors import InputError
 from model.run_folder import INTERRUPTED, all_checkpoints, started_at
 from model.settings import TrainingSettings
@@ -31,6 +32,7 @@ def load_checkpoint(path: Path) -> dict:
         raise InputError(f"{path}: a checkpoint of version {version!r}; this program reads {CHECKPOINT_VERSION}")
     if (problem := state_problem(path, content)) is not None:
         raise InputError(f"{path}: not a whole checkpoint ({problem}); use an older file")
+    content["config"] = dataclasses.asdict(read_shape(content["config"], path))  # earlier versions knew fewer fields
     for data in (content["data"], content["validation"]):
         data.setdefault("sample_start", "packed")  # earlier versions knew no other
     return content

@@ -18,7 +18,7 @@ from pathlib import Path
 import yaml
 
 from model.errors import MOST_CHARACTERS, InputError, shown
-from model.LMConfig import LMConfig, config_problems
+from model.LMConfig import ROPE_SCALINGS, LMConfig, config_problems
 
 MAX_CONFIG_BYTES = 1 << 16  # a config file is a page of text; anything larger is another file
 DEEPEST = 16  # lists and mappings within each other in a config file; two are of use
@@ -70,6 +70,7 @@ class ModelSettings:
     n_layers: int = setting(8, "layers", at_least=1, at_most=10_000)
     n_heads: int = setting(16, "query heads", at_least=1, at_most=2**20)
     n_kv_heads: int = setting(8, "key and value heads; must divide n_heads", at_least=1, at_most=2**20)
+    head_dim: int | None = setting(None, "numbers of a head, even; null: dim / n_heads", at_least=2, at_most=2**16)
     vocab_size: int | None = setting(None, "rows of the embedding; null: from the tokenizer", at_least=1, at_most=2**24)
     hidden_dim: int | None = setting(None, "width of the feed-forward; null: 8/3 of dim", at_least=1, at_most=2**24)
     multiple_of: int = setting(
@@ -78,10 +79,22 @@ class ModelSettings:
     norm_eps: float = setting(1e-5, "added under the root of RMSNorm", above=0, at_most=1)
     max_seq_len: int = setting(512, "tokens of a training sample and of the context", at_least=1, at_most=2**20)
     rope_theta: float = setting(10000.0, "base of the rotary position embedding", above=0, at_most=1e12)
+    rope_scaling: str | None = setting(
+        None, "slower turns for a longer context; null: as rope_theta says", choices=ROPE_SCALINGS
+    )
+    rope_factor: float = setting(1.0, "of rope_scaling: so many times slower", at_least=1, at_most=1e6)
+    rope_low_freq_factor: float = setting(
+        1.0, "of llama3: pairs that turn less often in the original context are slowed in full", above=0, at_most=1e6
+    )
+    rope_high_freq_factor: float = setting(
+        4.0, "of llama3: pairs that turn more often than this are not slowed", above=0, at_most=1e6
+    )
+    rope_original_max_seq_len: int = setting(8192, "of llama3: the original context", at_least=1, at_most=2**30)
     dropout: float = setting(0.0, "probability of dropout, below 1", at_least=0)
     flash_attn: bool = setting(True, "scaled_dot_product_attention; false: written out in plain PyTorch, slower")
     tie_embeddings: bool = setting(True, "output layer and embedding share one matrix")
     qk_norm: bool = setting(False, "normalise query and key heads (not in MiniMind v1)")
+    qkv_bias: bool = setting(False, "biases of queries, keys and values (not in MiniMind v1)")
 
 
 @dataclass
@@ -135,6 +148,9 @@ class TrainingSettings:
     device: str = setting("auto", "cuda, cuda:1, mps or cpu; auto: the best there is")
     ddp: bool = setting(False, "train in several processes, started by torchrun")
     ddp_timeout: float = setting(600.0, "seconds without progress after which several processes give up", above=0)
+    init_from: str | None = setting(
+        None, "weights to begin with, of any format; the model's shape is theirs; null: drawn anew"
+    )
     resume: bool = setting(False, "go on from the newest whole checkpoint in out_dir")
     resume_from: str | None = setting(None, "go on from this checkpoint")
     out_dir: str = setting("out", "folder for checkpoints, metrics and curves")
@@ -349,7 +365,9 @@ def _impossible_combinations(settings: Settings) -> list[str]:
 def _least_parameters(model: ModelSettings) -> int:
     """Weights of the matrices that any such model has: queries, outputs and the feed-forward of each layer."""
     hidden_dim = model.hidden_dim or 8 * model.dim // 3
-    return model.n_layers * (2 * model.dim**2 + 3 * model.dim * hidden_dim) + model.dim * (model.vocab_size or 0)
+    heads = model.n_heads * model.head_dim if model.head_dim else model.dim
+    of_a_layer = 2 * model.dim * heads + 3 * model.dim * hidden_dim
+    return model.n_layers * of_a_layer + model.dim * (model.vocab_size or 0)
 
 
 class _StrictLoader(yaml.SafeLoader):

@@ -1,49 +1,152 @@
 """Loading a tokenizer, telling two of them apart, and turning text into ids without ever making a control token."""
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from model.errors import InputError
+from model.errors import InputError, first_line, shown
 
 EMBEDDED_TOKENIZER = Path(__file__).parent / "tokenizer"
 MOST_TOKENS = 2**24  # rows of an embedding; the largest tokenizers have a quarter of a million
+GENERATION_CONFIG = "generation_config.json"
+MAX_GENERATION_CONFIG_BYTES = 1 << 20  # of transformers' defaults for generating; a few hundred are usual
+
+
+@dataclass(frozen=True)
+class Delimiters:
+    """The control tokens that tell documents apart: each is `<bos> ids <eos>`, or `ids <eos>` without a bos.
+
+    Tokenizers without one are those of Qwen 2 and later.
+    """
+
+    bos_id: int | None
+    eos_id: int
+
+    @property
+    def count(self) -> int:
+        """Tokens that a document has besides those of its text."""
+        return 1 if self.bos_id is None else 2
+
+    @property
+    def opening(self) -> list[int]:
+        """Ids that a document begins with, before those of its text."""
+        return [] if self.bos_id is None else [self.bos_id]
+
+    @property
+    def before_text(self) -> int:
+        """The id that stands before a document's text in a token file: its bos, else the eos of the one before it."""
+        return self.eos_id if self.bos_id is None else self.bos_id
 
 
 def load_tokenizer(path: str | Path | None = None):
     """Load a tokenizer folder as a `transformers` fast tokenizer; None takes the embedded one.
 
-    Nothing is downloaded and no code from the folder is run. The tokenizer must name a bos and an eos token:
-    documents are stored as `<bos> ids <eos>`.
+    Nothing is downloaded and no code from the folder is run. The ids are those of its `tokenizer.json`, whatever class
+    `tokenizer_config.json` names: another version of transformers may not know it, or (5.0 with DeepSeek's)
+    build another tokenizer from the same vocabulary. It must name an eos token, which ends each document; a bos token
+    is used where there is one.
 
     Raises:
-        InputError: the folder is missing, holds no `tokenizer.json`, or names no bos or eos token.
+        InputError: the folder is missing, holds no `tokenizer.json` that can be read, or names no eos token.
     """
     folder = _tokenizer_file(path).parent
 
-    from transformers import AutoTokenizer  # takes seconds to import: only where a tokenizer is used
+    from transformers import PreTrainedTokenizerFast  # takes seconds to import: only where a tokenizer is used
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        with _without_warnings():
+            names = _names_without_type(folder)
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True, **names)
     except Exception as error:  # the libraries raise plain Exception, KeyError, OSError … for a damaged file
-        reason = str(error).strip().splitlines()
-        why = f"{type(error).__name__}: {reason[0][:200] if reason else 'no reason'}"
+        why = f"{type(error).__name__}: {first_line(error)}"
         raise InputError(f"tokenizer_path: {folder} cannot be loaded ({why})") from error
-    if getattr(tokenizer, "backend_tokenizer", None) is None:
-        kind = type(tokenizer).__name__
-        raise InputError(f"tokenizer_path: {folder} is a {kind}, a fast tokenizer expected (tokenizer.json)")
-    if (tokens := vocabulary_size(tokenizer)) > MOST_TOKENS:
-        raise InputError(f"tokenizer_path: {folder} holds the id {tokens - 1:,}, at most {MOST_TOKENS - 1:,} expected")
-    for name in ("bos", "eos"):
-        if getattr(tokenizer, f"{name}_token_id") is None:
-            raise InputError(f"tokenizer_path: {folder} names no {name}_token; add one to its tokenizer_config.json")
+    _check_size(folder, vocabulary_size(tokenizer))
+    if tokenizer.bos_token is None or tokenizer.eos_token is None:
+        _take_names_of_class(tokenizer, folder)
+    if tokenizer.eos_token_id is None:
+        raise InputError(f"tokenizer_path: {folder} names no eos_token; add one to its tokenizer_config.json")
     # Whole books are encoded at once; the library's warning about the model's maximum length says nothing here.
     tokenizer.model_max_length = int(1e30)
     return tokenizer
+
+
+def _names_without_type(folder: Path) -> dict[str, str]:
+    """The control tokens that are given as `{"content": "</s>", …}`, which transformers reads with a "__type" only."""
+    try:
+        config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        given = {f"{name}_token": config.get(f"{name}_token") for name in ("bos", "eos", "unk", "pad")}
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return {}  # there is none, or transformers says what is wrong with it
+    bare = {name: token for name, token in given.items() if isinstance(token, dict) and "__type" not in token}
+    return {name: token["content"] for name, token in bare.items() if isinstance(token.get("content"), str)}
+
+
+def _check_size(folder: Path, tokens: int) -> None:
+    if tokens > MOST_TOKENS:
+        raise InputError(f"tokenizer_path: {folder} holds the id {tokens - 1:,}, at most {MOST_TOKENS - 1:,} expected")
+
+
+def _take_names_of_class(tokenizer, folder: Path) -> None:
+    """Give a tokenizer the bos and eos that its class has by itself, where the folder names none: GPT-2's has."""
+    from transformers import AutoTokenizer
+
+    try:
+        with _without_warnings():
+            named = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    except Exception:  # as above; a class that transformers does not know has no names to give
+        return
+    for name in ("bos_token", "eos_token"):
+        token = getattr(named, name)
+        if getattr(tokenizer, name) is None and tokenizer.backend_tokenizer.token_to_id(str(token)) is not None:
+            setattr(tokenizer, name, token)
+
+
+@contextlib.contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Keep transformers from warning that a folder's class is not the one that is loaded."""
+    logger = logging.getLogger("transformers")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
+def delimiters(tokenizer) -> Delimiters:
+    """What documents begin and end with in the token files of a `transformers` tokenizer."""
+    return Delimiters(tokenizer.bos_token_id, tokenizer.eos_token_id)
+
+
+def end_ids(tokenizer) -> list[int]:
+    """Ids that end a text: the eos, and those that `generation_config.json` beside the tokenizer names.
+
+    Instruct models name several there (`eos_token_id`, a number or a list): the end of an answer, of a document.
+
+    Raises:
+        InputError: that file is damaged, or names what is no id of the tokenizer.
+    """
+    ids, file = [tokenizer.eos_token_id], Path(tokenizer.name_or_path) / GENERATION_CONFIG
+    if not tokenizer.name_or_path or not file.is_file():  # it was made by hand, or has no such file
+        return ids
+    try:
+        with open(file, "rb") as content:
+            values = json.loads(content.read(MAX_GENERATION_CONFIG_BYTES))
+        named = values.get("eos_token_id")
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise InputError(f"{file}: not a generation config ({first_line(error)}); mend or remove it") from error
+    size = vocabulary_size(tokenizer)
+    for index in named if isinstance(named, list) else [] if named is None else [named]:
+        if type(index) is not int or not 0 <= index < size:
+            raise InputError(f"{file}: eos_token_id {shown(index)} found, ids from 0 to {size - 1} expected")
+        ids.append(index)
+    return list(dict.fromkeys(ids))
 
 
 @dataclass(frozen=True)
@@ -51,9 +154,13 @@ class BulkTokenizer:
     """What data processing needs of a tokenizer."""
 
     json: str  # of the `tokenizers` library
-    bos_id: int
+    bos_id: int | None
     eos_id: int
     vocab_size: int  # the largest id plus one
+
+    @property
+    def delimiters(self) -> Delimiters:
+        return Delimiters(self.bos_id, self.eos_id)
 
 
 def load_bulk_tokenizer(path: str | Path | None = None) -> BulkTokenizer:
@@ -70,7 +177,7 @@ def load_bulk_tokenizer(path: str | Path | None = None) -> BulkTokenizer:
         config = json.loads((file.parent / "tokenizer_config.json").read_text(encoding="utf-8"))
         plain = config["tokenizer_class"] in ("PreTrainedTokenizerFast", "TokenizersBackend")
         names = [config["bos_token"], config["eos_token"]]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         plain, names = False, []
     if plain and all(isinstance(name, str) for name in names):
         from tokenizers import Tokenizer
@@ -79,9 +186,11 @@ def load_bulk_tokenizer(path: str | Path | None = None) -> BulkTokenizer:
             backend = Tokenizer.from_file(str(file))
         except Exception as error:  # the library raises plain Exception for a damaged file
             raise InputError(f"tokenizer_path: {file.parent} cannot be loaded ({str(error).strip()})") from error
+        size = max(backend.get_vocab().values(), default=-1) + 1
+        _check_size(file.parent, size)
         bos_id, eos_id = map(backend.token_to_id, names)
         if bos_id is not None and eos_id is not None:
-            return BulkTokenizer(backend.to_str(), bos_id, eos_id, max(backend.get_vocab().values()) + 1)
+            return BulkTokenizer(backend.to_str(), bos_id, eos_id, size)
     tokenizer = load_tokenizer(path)
     return BulkTokenizer(
         tokenizer.backend_tokenizer.to_str(),
@@ -100,8 +209,22 @@ def tokenizer_sha256(path: str | Path | None = None) -> str:
     return hashlib.sha256(_tokenizer_file(path).read_bytes()).hexdigest()
 
 
-def _tokenizer_file(path: str | Path | None) -> Path:
+def tokenizer_folder(path: str | Path | None = None) -> Path:
+    """The folder of a tokenizer: None is the embedded one; that inside a GGUF file is unpacked into the cache.
+
+    Raises:
+        InputError: the file is damaged, or its tokenizer is of a kind that is not known.
+    """
     folder = Path(path or EMBEDDED_TOKENIZER)
+    if folder.suffix == ".gguf" and folder.is_file():
+        from model.formats.gguf_file import unpacked_tokenizer  # which needs the library gguf
+
+        return unpacked_tokenizer(folder)
+    return folder
+
+
+def _tokenizer_file(path: str | Path | None) -> Path:
+    folder = tokenizer_folder(path)
     if not folder.is_dir():
         raise InputError(
             f"tokenizer_path: no folder {folder}; give a folder with a tokenizer.json, or null for the embedded one"
@@ -130,6 +253,12 @@ def encode_texts(tokenizer, texts: Sequence[str]) -> list[list[int]]:
         backend.encode_special_tokens = before
 
 
+def control_ids(tokenizer) -> set[int]:
+    """Ids of the tokens that stand for no text, such as `<s>` and `</s>`."""
+    added = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return added | set(tokenizer.all_special_ids)
+
+
 def token_byte_lengths(tokenizer) -> np.ndarray:
     """UTF-8 bytes that each id stands for, int32 [vocabulary_size]; 0 for control tokens.
 
@@ -137,12 +266,11 @@ def token_byte_lengths(tokenizer) -> np.ndarray:
     BPE, where a token is written with one character a byte; for other kinds, the length of the token's own text.
     """
     lengths = np.zeros(vocabulary_size(tokenizer), dtype=np.int32)
-    special = set(tokenizer.all_special_ids)
-    byte_level = is_byte_level(tokenizer)
+    silent, added, byte_level = control_ids(tokenizer), tokenizer.added_tokens_decoder, is_byte_level(tokenizer)
     for token, index in tokenizer.get_vocab().items():
-        if index not in special:
-            text = token if byte_level else tokenizer.decode([index])
-            lengths[index] = len(text) if byte_level else len(text.encode("utf-8", "replace"))
+        if index not in silent:
+            in_bytes = byte_level and index not in added  # an added token is spelled as plain text
+            lengths[index] = len(token if in_bytes else tokenizer.decode([index]).encode("utf-8", "replace"))
     return lengths
 
 

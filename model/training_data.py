@@ -1,5 +1,6 @@
 """What a run trains and validates on: the tokenizer, the token files, and which of their samples."""
 
+import dataclasses
 from collections.abc import Callable
 
 import numpy as np
@@ -7,7 +8,7 @@ import numpy as np
 from model.dataset import VERIFY_BYTES, PretrainDataset, hold_out, verify_tokens
 from model.files import size_text
 from model.settings import Settings
-from model.tokenization import load_tokenizer, token_byte_lengths, tokenizer_sha256, vocabulary_size
+from model.tokenization import delimiters, load_tokenizer, token_byte_lengths, tokenizer_sha256, vocabulary_size
 
 
 class TrainingData:
@@ -17,7 +18,7 @@ class TrainingData:
         config: LMConfig, the model's shape for this tokenizer.
         tokenizer_sha256: of the tokenizer.
         token_bytes: UTF-8 bytes that each id stands for, int64 [vocab_size].
-        bos_id: begins each document.
+        delimiters: what documents begin and end with.
         train, val: PretrainDataset.
         train_samples, val_samples: numbers of the samples to use of them, int64.
         fingerprint, validation: what tells the training and the validation data from others.
@@ -32,7 +33,7 @@ class TrainingData:
     def __init__(self, settings: Settings, verify: bool, say: Callable[[str], None]) -> None:
         data, self._verify = settings.data, verify
         tokenizer = load_tokenizer(data.tokenizer_path)
-        self.tokenizer_sha256, self.bos_id = tokenizer_sha256(data.tokenizer_path), tokenizer.bos_token_id
+        self.tokenizer_sha256, self.delimiters = tokenizer_sha256(data.tokenizer_path), delimiters(tokenizer)
         self._sample_start = data.sample_start
         tokens = vocabulary_size(tokenizer)
         self.config = settings.lm_config(tokens)
@@ -56,14 +57,15 @@ class TrainingData:
         self.validation = self.val.fingerprint() | {"validation_samples": len(self.val_samples)}
 
     def _open(self, path: str, say: Callable[[str], None]) -> PretrainDataset:
-        bos_id = self.bos_id if self._sample_start == "document" else None
         config = self.config
-        dataset = PretrainDataset(path, config.max_seq_len, config.vocab_size, self.tokenizer_sha256, bos_id)
+        marks = dataclasses.asdict(self.delimiters) if self._sample_start == "document" else {}
+        dataset = PretrainDataset(path, config.max_seq_len, config.vocab_size, self.tokenizer_sha256, **marks)
         if dataset.packing is not None:
             empty = 1 - dataset.packing.targets.mean() / config.max_seq_len
             say(f"{path}: documents packed into {len(dataset):,} samples, of which {empty:.1%} stays empty")
         if dataset.manifest is None:
-            say(f"{path}: no manifest beside it; read as MiniMind's uint16 tokens, which nothing here can check")
+            only = f"of the tokens only that they are below {config.vocab_size} (vocab_size) can be checked"
+            say(f"{path}: no manifest beside it; read as {dataset.layout.origin}; {only}")
         if self._verify and dataset.tokens.nbytes <= VERIFY_BYTES:
             dataset.verified_sha256 = verify_tokens(dataset)
         elif self._verify:

@@ -10,8 +10,9 @@ import torch
 from conftest import random_model
 
 from model.archive import load_torch, save_torch
-from model.checkpoint import Weights, infer_config, load_weights, save_weights
+from model.checkpoint import Weights, load_weights, save_weights
 from model.errors import InputError
+from model.formats.minimind import recognise
 from model.LMConfig import LMConfig
 from model.model import Transformer
 from model.optim import build_optimizer
@@ -77,8 +78,8 @@ def test_minimind_v1_weights_are_accepted_as_they_are(tmp_path):
 
 
 def test_other_names_are_refused(tmp_path):
-    with pytest.raises(InputError, match="MiniMind v1's names"):
-        infer_config({"model.embed_tokens.weight": torch.zeros(2, 2)})
+    with pytest.raises(InputError, match="no tok_embeddings.weight inside; expected Meta's names, as MiniMind v1"):
+        recognise({"transformer.wte.weight": torch.zeros(2, 2)}, "ckpt.pth", {})
     torch.save([1, 2], tmp_path / "list.pth")
     with pytest.raises(InputError, match="found list"):
         load_weights(tmp_path / "list.pth")

@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from model.dataset import IGNORE_INDEX, PretrainDataset, SampleOrder, epoch_order, hold_out, number_documents
+from model.dataset import (
+    IGNORE_INDEX,
+    PretrainDataset,
+    SampleOrder,
+    epoch_order,
+    hold_out,
+    number_documents,
+    verify_tokens,
+)
 from model.errors import InputError
 from model.manifest import Manifest, file_sha256, manifest_path, write_manifest
 from model.packing import pack_documents
@@ -97,6 +105,28 @@ def test_tails_in_the_middle_of_a_sample_are_documents_of_their_own():
     assert number_documents(inputs, targets, bos_id=1).tolist() == [[1, 1, 1, 1, 2, 2], [1, 1, 1, 2, 2, 2]]
 
 
+@pytest.mark.parametrize(
+    ("ids", "lengths"),
+    [
+        ([9, 3, 4, 9, 9, 5, 6, 7, 9, 9, 8, 9], [4, 5, 3]),  # ours: each between two of them
+        ([9, 3, 4, 9, 5, 6, 7, 9, 8, 2], [3, 4, 3]),  # llm.c's: one before each
+        ([3, 4, 9, 5, 6, 7, 9, 8, 2, 9], [2, 4, 4]),  # nanoGPT's: one after each
+    ],
+)
+def test_one_token_can_begin_and_end_documents(tmp_path, ids, lengths):
+    """GPT-2's <|endoftext|>."""
+    path = write_tokens(tmp_path / "a.bin", ids, vocab_size=10)
+    data = PretrainDataset(path, seq_len=5, vocab_size=10, bos_id=9, eos_id=9)
+    starts = np.cumsum([0, *lengths])[:-1].tolist()
+    runs = sorted(zip(data.packing.starts.tolist(), data.packing.lengths.tolist(), strict=True))
+    assert runs == [*zip(starts, lengths, strict=True)]
+
+    inputs, targets = PretrainDataset(path, seq_len=len(ids) - 1, vocab_size=10).batch(np.array([0]), rows=1)
+    numbers = number_documents(inputs, targets, bos_id=9, eos_id=9)[0]
+    expected = np.repeat(np.arange(3), lengths)[:-1]  # of the inputs, all tokens but the last
+    assert (numbers - numbers[0]).tolist() == expected.tolist()
+
+
 def test_a_file_in_which_no_document_begins_is_one_clear_line(tmp_path):
     with pytest.raises(InputError, match=r"no document begins in it \(bos id 1\); use sample_start packed"):
         PretrainDataset(write_tokens(tmp_path / "a.bin", range(3, 44)), seq_len=8, vocab_size=100, bos_id=1)
@@ -105,6 +135,66 @@ def test_a_file_in_which_no_document_begins_is_one_clear_line(tmp_path):
 def test_minimind_and_nanogpt_files_without_a_manifest_are_read(tmp_path):
     data = PretrainDataset(write_tokens(tmp_path / "a.bin", range(41), manifest=False), seq_len=8, vocab_size=100)
     assert data.manifest is None and len(data) == 5
+
+
+def write_llm_c(path, ids, dtype="uint16", magic=20240520, version=1, count=None):
+    """As write_datafile of karpathy/llm.c, dev/data/data_common.py: 256 int32 and the tokens."""
+    header = np.zeros(256, dtype="<i4")
+    header[:3] = magic, version, len(ids) if count is None else count
+    path.write_bytes(header.tobytes() + np.asarray(ids, dtype=np.dtype(dtype).newbyteorder("<")).tobytes())
+    return path
+
+
+LLAMA_3 = {"dtype": "uint32", "magic": 20240801, "version": 7}
+
+
+@pytest.mark.parametrize("form", [{}, LLAMA_3], ids=["gpt-2", "llama-3"])
+@pytest.mark.parametrize("marks", [{}, {"bos_id": 1}], ids=["packed", "document"])
+def test_llm_c_files_are_the_same_as_their_tokens_without_the_header(tmp_path, form, marks):
+    ids = documents_of(6, 20, 3, 5, 4)
+    plain = PretrainDataset(write_tokens(tmp_path / "a.bin", ids, manifest=False), 8, vocab_size=100, **marks)
+    data = PretrainDataset(write_llm_c(tmp_path / "b.bin", ids, **form), 8, vocab_size=100, **marks)
+    assert data.tokens.tolist() == plain.tokens.tolist() == ids.tolist() and len(data) == len(plain)
+    everything = np.arange(len(data))
+    for one, other in zip(data.batch(everything, 9), plain.batch(everything, 9), strict=True):
+        assert torch.equal(one, other)
+    assert data.count_targets(everything) == plain.count_targets(everything)
+    assert data.manifest is None and data.layout.origin.startswith("llm.c's uint")
+
+    data.verified_sha256 = verify_tokens(data)
+    assert data.fingerprint()["sha256"] == file_sha256(data.path)
+    assert data.fingerprint()["tokens"] == len(ids) and data.fingerprint()["dtype"] == form.get("dtype", "uint16")
+    with pytest.raises(InputError, match="id 20 at token 20, but the model has 20"):
+        verify_tokens(PretrainDataset(data.path, 8, vocab_size=20))
+
+
+@pytest.mark.parametrize(
+    ("changes", "cut", "match"),
+    [
+        ({"version": 2}, None, "version is 2, expected 1"),
+        (LLAMA_3 | {"version": 1}, None, "version is 1, expected 7"),
+        ({"count": 40}, None, "has 1,106 bytes where the header's 40 tokens of 2 bytes take 1,104"),
+        ({"count": -1}, None, "the header's -1 tokens"),
+        ({"dtype": "uint32"}, None, "has 1,188 bytes where the header's 41 tokens of 2 bytes take 1,106"),
+        (LLAMA_3 | {"dtype": "uint16"}, None, "the header's 41 tokens of 4 bytes take 1,188"),
+        ({}, -1, "has 1,105 bytes"),
+        ({}, 1024, "has 1,024 bytes where the header's 41 tokens"),
+        ({}, 1022, "fewer than the header's 1,024"),
+        ({}, 4, "has 4 bytes, fewer than the header's"),
+    ],
+)
+def test_a_damaged_header_is_one_clear_line(tmp_path, changes, cut, match):
+    path = write_llm_c(tmp_path / "a.bin", range(41), **changes)
+    path.write_bytes(path.read_bytes()[:cut])
+    with pytest.raises(InputError, match=match) as raised:
+        PretrainDataset(path, seq_len=8, vocab_size=100)
+    assert "\n" not in str(raised.value) and "a.bin" in str(raised.value)
+
+
+def test_a_manifest_says_what_a_file_is_even_if_it_begins_like_one_of_llm_c(tmp_path):
+    ids = [20240520 % 65536, 20240520 >> 16, 1, 0, *range(41)]
+    path = write_tokens(tmp_path / "a.bin", ids, vocab_size=65536)
+    assert PretrainDataset(path, seq_len=8, vocab_size=65536).tokens.tolist() == ids
 
 
 def test_uint32_files_are_read(tmp_path):

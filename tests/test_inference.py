@@ -327,7 +327,8 @@ def test_the_best_model_serves_where_there_are_no_final_weights(in_run_folder, c
 def test_weights_without_a_description_say_what_was_read_off_them(in_run_folder, tokenizer_folder, capsys):
     (in_run_folder / "out" / "pretrain_64.json").unlink()
     load_generator("out/pretrain_64.pth", tokenizer_folder)
-    assert "dim 64, n_layers 2, n_heads 2, n_kv_heads 1, vocab_size 300" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "dim 64, n_layers 2, vocab_size 300, hidden_dim 192; assumed n_heads 16, n_kv_heads 8" in said
 
 
 def changed_tokenizer(folder, target, tokens):

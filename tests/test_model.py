@@ -7,9 +7,9 @@ from conftest import random_model
 
 from benchmarks.llama import as_llama
 from model.attention import chunked_attention, document_mask
-from model.checkpoint import infer_config
 from model.dataset import IGNORE_INDEX
 from model.errors import InputError
+from model.formats.minimind import recognise
 from model.kv_cache import KVCache
 from model.LMConfig import LMConfig
 from model.loss import cross_entropy
@@ -43,7 +43,7 @@ def test_the_default_shape_is_minimind_v1():
     assert sum(parameter.numel() for parameter in model.parameters()) == 26_878_464
     assert len(MINIMIND_KEYS) == 75
     assert set(model.state_dict()) == MINIMIND_KEYS
-    assert infer_config(model.state_dict()) == LMConfig()
+    assert recognise(model.state_dict(), "pretrain_512.pth", {}).config == LMConfig()
     assert model.output.weight is model.tok_embeddings.weight
 
 

@@ -390,7 +390,7 @@ TOKENIZERS = [
     ("no bos and no eos", edited(CONFIG, without_control_tokens)),
     ("no eos", edited(CONFIG, lambda values: values.pop("eos_token"))),
     ("bos a number", edited(CONFIG, lambda values: values.update(bos_token=5))),
-    ("of a class that is slow", edited(CONFIG, lambda values: values.update(tokenizer_class="ByT5Tokenizer"))),
+    ("eos a number", edited(CONFIG, lambda values: values.update(eos_token=5))),
     ("of other ids than the token file's", edited("tokenizer.json", lambda v: v["model"]["vocab"].update(zzz=6400))),
 ]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from model.tokenization import EMBEDDED_TOKENIZER, BulkTokenizer
+from model.tokenization import EMBEDDED_TOKENIZER, BulkTokenizer, Delimiters
 
 CHECKED_CHARACTERS = 100_000  # of the user's own first texts: encoded both ways before fastokens is trusted
 TRAPS = ("a</s>b<s>c<unk>", " </s>", "<s>", "", "\ufffd🤔\x00 \u3000", "2019年  12\t月\r\n\n3日", "  ", "don't 'S")
@@ -98,15 +98,20 @@ def choose_encoder(
     return fast
 
 
-def with_bos_and_eos(ids: np.ndarray, lengths: np.ndarray, bos: int, eos: int, dtype: np.dtype) -> np.ndarray:
-    """`<bos> ids <eos>` of each text, one after another, as `dtype`: ids [N], lengths int64 [D] -> [N + 2 D]."""
-    ends = np.cumsum(lengths + 2)
-    tokens = np.empty(len(ids) + 2 * len(lengths), dtype=dtype)
+def with_bos_and_eos(ids: np.ndarray, lengths: np.ndarray, bos: int | None, eos: int, dtype: np.dtype) -> np.ndarray:
+    """`<bos> ids <eos>` of each text, one after another, as `dtype`: ids [N], lengths int64 [D] -> [N + 2 D].
+
+    Without a bos `ids <eos>`: -> [N + D].
+    """
+    added = Delimiters(bos, eos).count
+    ends = np.cumsum(lengths + added)
+    tokens = np.empty(len(ids) + added * len(lengths), dtype=dtype)
     inside = np.ones(len(tokens), dtype=bool)
     inside[ends - 1] = False
-    starts = ends - (lengths + 2)
-    inside[starts] = False
+    starts = ends - (lengths + added)
+    if bos is not None:
+        inside[starts] = False
+        tokens[starts] = bos
     tokens[inside] = ids
-    tokens[starts] = bos
     tokens[ends - 1] = eos
     return tokens

@@ -169,8 +169,7 @@ class Job:
             return PartOptions(encoder=None, **common)
         return PartOptions(
             encoder=choose_encoder(self.tokenizer, options.tokenizer_path, self._first_texts(), self.say),
-            bos=self.tokenizer.bos_id,
-            eos=self.tokenizer.eos_id,
+            delimiters=self.tokenizer.delimiters,
             dtype=_token_dtype(self.tokenizer.vocab_size).str,
             max_length=options.max_length,
             long_documents=options.long_documents,
@@ -213,7 +212,8 @@ class Job:
         if len(records) > 100:
             self.say(f"merging {len(records):,} parts")
         vocab_size = self.tokenizer.vocab_size if self.tokenize else 0
-        statistics = Statistics([source.name for source in self.sources], vocab_size)
+        delimiters = self.tokenizer.delimiters.count if self.tokenize else 0
+        statistics = Statistics([source.name for source in self.sources], vocab_size, delimiters)
         part_bytes = folder.planned()["part_bytes"]
         folder.start_merging()
         main, validation = (

@@ -18,6 +18,7 @@ from model.corpus.jsonl import holds_escapes, parse_line
 from model.corpus.long_documents import cut_document, split_document
 from model.corpus.part_file import DOCUMENT, PartColumns, write_part
 from model.corpus.sources import Block, line_offsets, lines_of
+from model.tokenization import Delimiters
 
 CHUNK_BYTES = 1 << 20  # lines are handled in chunks of so many bytes at most: a few dozen MB of memory
 HEAD = 512  # characters of a document that its share of Han characters is taken of
@@ -29,6 +30,7 @@ class PartOptions:
 
     Args:
         encoder: what makes the ids; None: the payload is cleaned JSONL.
+        delimiters: around the ids of each document.
         dtype: of the payload.
         keys: whether the texts' hashes are wanted.
         near_duplicates: whether MinHash signatures are.
@@ -37,8 +39,7 @@ class PartOptions:
     text_field: str
     cleaning: CleaningOptions
     encoder: EncoderChoice | None
-    bos: int = 0
-    eos: int = 0
+    delimiters: Delimiters | None = None
     dtype: str = "uint8"
     max_length: int = 512
     long_documents: str = "keep"
@@ -134,21 +135,21 @@ class PartMaker:
         return texts, _Encoded(np.frombuffer(b"".join(lines), np.uint8), sizes, one, none)
 
     def _as_tokens(self, texts: list[str]) -> tuple[list[str], "_Encoded"]:
-        """`<bos> ids <eos>` of each text; the texts come back, cut off where long documents are truncated."""
-        options, dtype = self.options, np.dtype(self.options.dtype)
+        """Each text's ids between its delimiters; the texts come back, cut off where long documents are truncated."""
+        options, dtype, delimiters = self.options, np.dtype(self.options.dtype), self.options.delimiters
         ids, lengths = self.encoder.encode(texts)
-        is_long = lengths + 2 > options.max_length
+        is_long = lengths + delimiters.count > options.max_length
         pieces = np.ones(len(texts), dtype=np.int64)
         if options.long_documents != "keep" and is_long.any():
             texts, ids, lengths, pieces = self._shorten(texts, ids, lengths, is_long)
         if len(ids) and int(ids.max()) > np.iinfo(dtype).max:  # a wrapped id would be silent damage
             raise RuntimeError(f"the tokenizer gave id {ids.max()}, which {dtype} cannot hold")
-        tokens = with_bos_and_eos(ids, lengths, options.bos, options.eos, dtype)
-        return texts, _Encoded(tokens, lengths + 2, pieces, is_long)
+        tokens = with_bos_and_eos(ids, lengths, delimiters.bos_id, delimiters.eos_id, dtype)
+        return texts, _Encoded(tokens, lengths + delimiters.count, pieces, is_long)
 
     def _shorten(self, texts: list[str], ids: np.ndarray, lengths: np.ndarray, is_long: np.ndarray):
         """Replace each long document by its pieces: (texts, ids and lengths of all pieces, pieces of each document)."""
-        limit = self.options.max_length - 2  # bos and eos
+        limit = self.options.max_length - self.options.delimiters.count
         texts = list(texts)
         starts = np.cumsum(lengths) - lengths
         all_ids, all_lengths, pieces = [], [], np.ones(len(texts), dtype=np.int64)

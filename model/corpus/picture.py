@@ -143,7 +143,7 @@ def _draw_headline(figure, summary: dict, names: _Names) -> None:
         ("Rejected", _percent(rejected / max(1, summary["lines"])), f"{_count(rejected)} lines"),
         ("Characters", _count(summary["characters"]), f"{_short(summary['utf8_bytes'])} bytes of UTF-8"),
         ("Han share", _percent(summary["han_share"] or 0), "of the characters"),
-        ("Tokens", _count(tokens) if tokens else "–", "with bos and eos" if tokens else "not tokenised"),
+        ("Tokens", _count(tokens) if tokens else "–", "bos and eos counted" if tokens else "not tokenised"),
     ]
     if tokens:
         tiles.append(("Characters a token", f"{ratio:.3f}" if ratio else "–", "bos and eos not counted"))

@@ -21,9 +21,9 @@ class Statistics:
     share of Han characters is that of each document's first 512 characters.
     """
 
-    def __init__(self, source_names: Sequence[str], vocab_size: int) -> None:
-        """`vocab_size`: 0 where nothing is tokenised."""
-        self.vocab_size = vocab_size
+    def __init__(self, source_names: Sequence[str], vocab_size: int, delimiters: int) -> None:
+        """`vocab_size`: 0 where nothing is tokenised; `delimiters`: bos and eos of a document, how many it has."""
+        self.vocab_size, self._delimiters = vocab_size, delimiters
         self.rejected: Counter = Counter()
         self.documents = 0  # lines that became one
         self.documents_written = self.tokens = 0  # in the token file; more documents than lines where some were split
@@ -57,7 +57,7 @@ class Statistics:
         self._lengths_in_characters.add(table["characters"])
         self._shares.add(table["han_share"])
         if self.vocab_size:
-            text_tokens = table["size"].astype(np.int64) - 2 * table["pieces"]
+            text_tokens = table["size"].astype(np.int64) - self._delimiters * table["pieces"]
             self._text_tokens += int(text_tokens.sum())
             self._ratios.add(table["characters"] / np.maximum(text_tokens, 1))
             self._lengths_in_tokens.add(piece_sizes)

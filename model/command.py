@@ -1,0 +1,85 @@
+"""What every script's command line has: one line for an error, flags that are not guessed, lines that tell choices."""
+
+import argparse
+import contextlib
+import difflib
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from model.errors import InputError, OneLineError
+
+
+def run_command(main: Callable[[], int | None]) -> None:
+    """Run a script's `main` and exit: 0 or what it returns; with one line, what a OneLineError says, 2 for files that
+    cannot be read or written, 130 for Ctrl-C."""
+    # Consoles on Windows may not be UTF-8: Chinese and the chat's emoji must not raise.
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(encoding="utf-8", errors="replace")
+    try:
+        code = main()
+    except OneLineError as error:
+        print_error(error)
+        code = error.exit_code
+    except BrokenPipeError:  # what reads our output has ended, as `head` does: nobody is left to tell
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
+    except OSError as error:  # a full disk, a folder that vanished: the system's own text names the file
+        print_error(error)
+        code = 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        code = 130
+    sys.exit(code)
+
+
+def print_error(error) -> None:
+    """One line on stderr, with the rank where it is not 0."""
+    rank = os.environ.get("RANK", "0")
+    with contextlib.suppress(OSError):
+        print(f"error: {error}" if rank == "0" else f"[rank {rank}] error: {error}", file=sys.stderr, flush=True)
+
+
+class CommandParser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line (an InputError), and that accepts no abbreviated flags."""
+
+    def __init__(self, **arguments) -> None:
+        super().__init__(allow_abbrev=False, **arguments)
+
+    def parse_args(self, arguments: Sequence[str] | None = None, namespace=None) -> argparse.Namespace:
+        """As in argparse; an unknown flag is named with the nearest one there is."""
+        known, unknown = self.parse_known_args(arguments, namespace)
+        if unknown:
+            raise InputError("; ".join(self.describe_unknown(unknown)))
+        return known
+
+    def describe_unknown(self, unknown: Sequence[str]) -> list[str]:
+        """What to say of each argument that is not known: a misspelt flag, or a word without one."""
+        flags = [flag for action in self._actions for flag in action.option_strings]
+        descriptions = []
+        for word in [word for word in unknown if word.startswith("-")] or unknown:
+            name = word.split("=")[0].replace("-", "_").replace("__", "--", 1)
+            nearest = [flag for flag in flags if flag.startswith(name)] or difflib.get_close_matches(name, flags, n=1)
+            descriptions.append(f"{word}: unknown; " + (f"did you mean {nearest[0]}?" if nearest else "see --help"))
+        return descriptions
+
+    def error(self, message: str):
+        raise InputError(f"{message}; see --help")
+
+
+def true_or_false(text: str) -> bool:
+    """The `type` of a flag that takes true or false."""
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{text!r} found, true or false expected")
+    return text.lower() == "true"
+
+
+def say(message: str) -> None:
+    """Tell the user what was chosen or done, on stderr, without breaking a progress bar; only from rank 0."""
+    if int(os.environ.get("RANK", "0")) == 0:
+        from tqdm import tqdm
+
+        # A log that can't be written any more, as behind a pipe whose reader has gone, must not end a training.
+        with contextlib.suppress(OSError), tqdm.external_write_mode(file=sys.stderr):
+            print(message, file=sys.stderr, flush=True)

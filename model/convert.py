@@ -1,0 +1,183 @@
+"""Weights from one format to another: ours, transformers', GGUF, llama2.c's, Meta's.
+
+python -m model.convert out/pretrain_512.pth my_model                   # a folder for transformers
+python -m model.convert out/pretrain_512.pth my_model.gguf --dtype Q8_0 # for llama.cpp
+python -m model.convert SmolLM2.gguf out/smollm2.pth                    # from others, to train it further
+python -m model.convert pretrain_512.pth out/minimind2.pth --tokenizer_path minimind_tokenizer --n_heads 8
+
+What a file is shows in its content; what is to be written, in the name of the target or by --to.
+"""
+
+import dataclasses
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+
+from model.checkpoint import Weights, fitting_tokenizer, load_weights, save_weights
+from model.command import CommandParser, run_command, say
+from model.errors import InputError
+from model.formats.minimind import GIVABLE
+from model.settings import accepted_types
+from model.tokenization import tokenizer_sha256
+
+SUFFIXES = {".pth": "mateconv", ".gguf": "gguf", ".bin": "llama2c", ".pt": "llama2c_checkpoint", "": "transformers"}
+TARGETS = (*SUFFIXES.values(), "meta")
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def convert(
+    source: str | Path,
+    target: str | Path,
+    to: str | None = None,
+    dtype: str = "F32",
+    tokenizer_path: str | Path | None = None,
+    given: Mapping[str, float] | None = None,
+    say: Callable[[str], None] = say,
+) -> Weights:
+    """Read weights in any format and write them in another.
+
+    Args:
+        source: a file or a folder.
+        target: which must not be there.
+        to: one of TARGETS; None: by the target's suffix.
+        dtype: F32, F16 or BF16; for GGUF also Q8_0. MateConv's, llama2.c's and Meta's are always float32.
+        tokenizer_path: None: the one that comes with the weights, or the embedded one.
+        given: values of the shape that a file without a description leaves open, such as {"n_heads": 8}.
+        say: told what was found and what was written, a line each.
+
+    Returns:
+        what was read.
+
+    Raises:
+        InputError: the source cannot be read, the target cannot express it, or the tokenizer is not its own.
+    """
+    source, target = Path(source), Path(target)
+    to = to or SUFFIXES.get(target.suffix, "transformers")
+    if to not in TARGETS:
+        raise InputError(f"--to: {to!r} found, one of {', '.join(TARGETS)} expected")
+    if dtype not in DTYPES and (dtype, to) != ("Q8_0", "gguf"):
+        raise InputError(f"--dtype: {dtype!r} found, {', '.join(DTYPES)} expected, or Q8_0 for GGUF")
+    if dtype != "F32" and to not in ("gguf", "transformers"):
+        raise InputError(f"--dtype: {to} files hold F32 only")
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise InputError(f"{target} is there already; give another name, or remove it first")
+    weights = load_weights(source, given)
+    if weights.inferred:
+        say(weights.inferred)
+    say(f"{source}: {describe(weights)}")
+    fitting_tokenizer(source, weights, tokenizer_path)
+    if tokenizer_path is not None:
+        sha256 = tokenizer_sha256(tokenizer_path)
+        weights = dataclasses.replace(weights, tokenizer_path=str(tokenizer_path), tokenizer_sha256=sha256)
+    for remark in write(to, target, weights, dtype):
+        say(f"{target}: {remark}")
+    say(f"{target}: written for {_READERS[to]}")
+    return weights
+
+
+def write(to: str, target: Path, weights: Weights, dtype: str = "F32") -> list[str]:
+    """Write weights in a format, as `convert` does; returns what there is to say of it."""
+    return _WRITERS[to](target, weights, dtype) or []
+
+
+def describe(weights: Weights) -> str:
+    """A model in a line."""
+    config = weights.config
+    numbers = sum(t.numel() for name, t in weights.state_dict.items() if name != "output.weight")
+    if not config.tie_embeddings:
+        numbers += weights.state_dict["output.weight"].numel()
+    more = [name for name in ("qk_norm", "qkv_bias", "tie_embeddings") if getattr(config, name)]
+    more += [f"RoPE {config.rope_theta:g}" + (f" {config.rope_scaling}" if config.rope_scaling else "")]
+    return (
+        f"{numbers:,} parameters: {config.n_layers} layers of {config.dim}, {config.n_heads} heads of {config.head_dim}"
+        f" ({config.n_kv_heads} for keys and values), {config.vocab_size:,} tokens, context {config.max_seq_len:,}; "
+        + ", ".join(more)
+    )
+
+
+def _write_mateconv(target: Path, weights: Weights, dtype: str) -> None:
+    """X.pth with X.json, and the tokenizer as X_tokenizer, unless it is the embedded one."""
+    from model.formats.tokenizer_copy import copy_tokenizer
+    from model.formats.tokenizer_folder import same_tokenizer
+    from model.tokenization import EMBEDDED_TOKENIZER, tokenizer_folder
+
+    if weights.tokenizer_path is not None:
+        folder, path = tokenizer_folder(weights.tokenizer_path), None
+        if not same_tokenizer(folder, EMBEDDED_TOKENIZER):
+            path = target.with_name(f"{target.stem}_tokenizer")
+            copy_tokenizer(folder, path)
+        sha256 = tokenizer_sha256(path)
+        weights = dataclasses.replace(weights, tokenizer_path=path and str(path), tokenizer_sha256=sha256)
+    save_weights(target, weights)
+
+
+def _write_transformers(target: Path, weights: Weights, dtype: str) -> None:
+    from model.formats.transformers_folder import save_transformers
+
+    save_transformers(target, weights, DTYPES[dtype])
+
+
+def _write_gguf(target: Path, weights: Weights, dtype: str) -> list[str]:
+    from model.formats.gguf_file import save_gguf
+
+    return save_gguf(target, weights, dtype)
+
+
+def _write_llama2c(target: Path, weights: Weights, dtype: str) -> None:
+    from model.formats.llama2c import save_llama2c
+
+    save_llama2c(target, weights)
+
+
+def _write_llama2c_checkpoint(target: Path, weights: Weights, dtype: str) -> None:
+    from model.formats.llama2c import save_llama2c_checkpoint
+
+    save_llama2c_checkpoint(target, weights)
+
+
+def _write_meta(target: Path, weights: Weights, dtype: str) -> None:
+    from model.formats.meta_folder import save_meta_folder
+
+    save_meta_folder(target, weights)
+
+
+_WRITERS = {
+    "mateconv": _write_mateconv,
+    "transformers": _write_transformers,
+    "gguf": _write_gguf,
+    "llama2c": _write_llama2c,
+    "llama2c_checkpoint": _write_llama2c_checkpoint,
+    "meta": _write_meta,
+}
+_READERS = {
+    "mateconv": "MateConv: python inference.py --model_path, python train.py --init_from",
+    "transformers": "transformers: AutoModelForCausalLM.from_pretrained",
+    "gguf": "llama.cpp and what builds on it",
+    "llama2c": "llama2.c's run; it needs a tokenizer.bin, which cannot express byte-level BPE and is not written",
+    "llama2c_checkpoint": "llama2.c's Python scripts",
+    "meta": "what reads Meta's params.json and consolidated.00.pth; without a tokenizer",
+}
+
+
+def main() -> None:
+    """The command line."""
+    parser = CommandParser(prog="python -m model.convert", description=__doc__.split("\n")[0])
+    parser.add_argument("source", help="a .pth, .pt, .gguf, .bin or .safetensors folder, ours or another program's")
+    parser.add_argument("target", help="what to write; it must not be there")
+    suffixes = ", ".join(f"{suffix or 'a folder'}: {name}" for suffix, name in SUFFIXES.items())
+    parser.add_argument("--to", choices=TARGETS, help=f"the format; not given: by the target's name ({suffixes})")
+    choices = (*DTYPES, "Q8_0")
+    parser.add_argument("--dtype", choices=choices, default="F32", help="of the matrices; Q8_0 for GGUF [F32]")
+    parser.add_argument("--tokenizer_path", help="folder of the tokenizer; not given: what comes with the weights")
+    for name in GIVABLE:
+        kind = accepted_types(name)[0]
+        parser.add_argument(f"--{name}", type=kind, help="for files without a description, whose shapes do not tell it")
+    arguments = parser.parse_args(sys.argv[1:])
+    given = {name: value for name in GIVABLE if (value := getattr(arguments, name)) is not None}
+    convert(arguments.source, arguments.target, arguments.to, arguments.dtype, arguments.tokenizer_path, given)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,1 @@
+"""Weights as other programs keep them, read and written: one format a file."""

@@ -1,0 +1,158 @@
+"""llama.cpp's pre-tokenizers for byte-level BPE, as the `tokenizers` library would have them.
+
+A GGUF file names its pre-tokenizer (`tokenizer.ggml.pre`), and llama.cpp knows what each name stands for: regular
+expressions that split a text one after another, each within the pieces of the one before (`llama-vocab.cpp`). Here they
+are in the `tokenizers` library's form. Where an original tokenizer and llama.cpp differ, this is llama.cpp's: `tekken`
+and `gpt-4o` tell upper from lower case in ASCII only there, and DeepSeek's first two do not take U+3000 for a letter.
+"""
+
+from dataclasses import dataclass
+
+GPT_2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+LLAMA_3 = CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+QWEN_2 = CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+QWEN_3_5 = (
+    CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}"
+    r"| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+SEED_CODER = CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}\r\n]+|\s*[\r\n]+|\s+(?!\S)|\s+"
+BAILING = (
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
+)
+TEKKEN = (
+    r"[^\r\n\p{L}\p{N}]?[\p{L}&&[^a-z]]*[\p{L}&&[^A-Z]]+|[^\r\n\p{L}\p{N}]?[\p{L}&&[^a-z]]+[\p{L}&&[^A-Z]]*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+GPT_4O = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}&&[^a-z]]*[\p{{L}}&&[^A-Z]]+{CONTRACTIONS}?"
+    rf"|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}&&[^a-z]]+[\p{{L}}&&[^A-Z]]*{CONTRACTIONS}?"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+DEEPSEEK_V3 = (
+    r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"""
+    r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+DEEPSEEK_LETTERS = (  # of the scripts that have cases
+    "A-Za-zµÀ-ÖØ-öø-ƺƼ-ƿǄ-ʓʕ-ʯͰ-ͳͶͷͻ-ͽͿΆΈ-ΊΌΎ-ΡΣ-ϵϷ-ҁҊ-ԯԱ-ՖႠ-ჅᎠ-Ᏽᏸ-ᏽᲐ-ᲺᲽ-Ჿᴀ-ᴫᵫ-ᵷᵹ-ᶚḀ-ἕἘ-Ἕἠ-ὅὈ-Ὅ"
+    "ὐ-ὗὙὛὝὟ-ώᾀ-ᾴᾶ-ᾼιῂ-ῄῆ-ῌῐ-ΐῖ-Ίῠ-Ῥῲ-ῴῶ-ῼℂℇℊ-ℓℕℙ-ℝℤΩℨK-ℭℯ-ℴℹℼ-ℿⅅ-ⅉⅎↃↄⰀ-ⱻⱾ-ⳤⳫ-ⳮⳲⳳꙀ-ꙭꚀ-ꚛꜢ-ꝯꝱ-ꞇ"
+    "Ꞌ-ꞎꭰ-ꮿﬀ-ﬆﬓ-ﬗＡ-Ｚａ-ｚ𐐀-𐑏𐒰-𐓓𐓘-𐓻𐲀-𐲲𐳀-𐳲𑢠-𑣟𞤀-𞥃"
+)
+DEEPSEEK_SCRIPTS = r"[一-龥\u0800-一가-\ud7ff&&\S]+"  # llama.cpp has no spaces in the range, DeepSeek's have U+3000
+
+
+@dataclass(frozen=True)
+class PreTokenizer:
+    """What one or several of llama.cpp's names stand for.
+
+    Attributes:
+        names: the first is the one that is written.
+        splits: regular expressions; what each finds, and what lies between, is split on with the next.
+        ignore_merges: a piece that is a token is taken as it is, without merging.
+        add_bos: texts begin with the bos token, unless the file says whether they do.
+    """
+
+    names: tuple[str, ...]
+    splits: tuple[str, ...]
+    ignore_merges: bool = False
+    add_bos: bool = False
+
+
+PRE_TOKENIZERS = (
+    PreTokenizer(
+        ("gpt-2", "phi-2", "mpt", "olmo", "jais", "gigachat", "a.x-4.0", "mellum", "exaone4", "trillion")
+        + ("granite-docling",),
+        (GPT_2,),
+    ),
+    PreTokenizer(
+        ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b", "mellum2"),
+        (r"\p{N}", GPT_2),
+    ),
+    PreTokenizer(
+        ("llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2"),
+        (LLAMA_3,),
+        ignore_merges=True,
+        add_bos=True,
+    ),
+    PreTokenizer(("glm4", "glm5"), (LLAMA_3,), ignore_merges=True),
+    PreTokenizer(("dbrx", "smaug-bpe", "chatglm-bpe"), (LLAMA_3,)),
+    PreTokenizer(
+        ("qwen2", "deepseek-r1-qwen", "kormo", "f2llmv2", "megrez", "stablelm2", "hunyuan", "solar-open", "grok-2"),
+        (QWEN_2,),
+    ),
+    PreTokenizer(("qwen35",), (QWEN_3_5,)),
+    PreTokenizer(
+        ("deepseek-v3", "hunyuan-dense", "joyai-llm", "hy_v4"),
+        (r"\p{N}{1,3}", "[一-龥\u3040-ゟ゠-ヿ]+", DEEPSEEK_V3),
+    ),
+    PreTokenizer(
+        ("deepseek-llm",),
+        (
+            r"[\r\n]",
+            rf"\s?[{DEEPSEEK_LETTERS}]+",
+            r"\s?[!-/:-~！-／：-～‘-‟、-。]+",
+            r"\s+$",
+            DEEPSEEK_SCRIPTS,
+            r"\p{N}+",
+        ),
+    ),
+    PreTokenizer(
+        ("deepseek-coder",),
+        (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", DEEPSEEK_SCRIPTS, r"\p{N}"),
+    ),
+    PreTokenizer(("seed-coder",), (SEED_CODER,)),
+    PreTokenizer(("bailingmoe", "bailingmoe2", "llada-moe"), (BAILING,)),
+    PreTokenizer(("tekken",), (TEKKEN,), ignore_merges=True, add_bos=True),
+    PreTokenizer(("gpt-4o", "llama4", "kanana2"), (GPT_4O,)),
+    PreTokenizer(("falcon",), (r"[\p{P}\$\+<=>\^~\|`]+", GPT_2, "[0-9][0-9][0-9]")),
+    PreTokenizer(("default", ""), (r"[\p{P}\$\+<=>\^~\|]+", GPT_2, r"\p{N}+", "[0-9][0-9][0-9]")),
+)
+BY_NAME = {name: kind for kind in PRE_TOKENIZERS for name in kind.names}
+
+
+def as_json(splits: tuple[str, ...]) -> dict:
+    """A `pre_tokenizer` of tokenizer.json that splits so, and then spells the pieces in GPT-2's byte alphabet."""
+    last = splits[-1] == GPT_2  # ByteLevel has it built in
+    steps = [
+        {"type": "Split", "pattern": {"Regex": split}, "behavior": "Isolated", "invert": False}
+        for split in (splits[:-1] if last else splits)
+    ]
+    steps.append({"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": last})
+    return {"type": "Sequence", "pretokenizers": steps} if len(steps) > 1 else steps[0]
+
+
+def find_name(pre_tokenizer: dict | None, ignore_merges: bool) -> str | None:
+    """llama.cpp's name for a `pre_tokenizer` of tokenizer.json that does the same; None where there is none."""
+    splits = _splits_of(pre_tokenizer)
+    return next(
+        (
+            kind.names[0]
+            for kind in PRE_TOKENIZERS
+            if splits == [_plain(split) for split in kind.splits] and ignore_merges == kind.ignore_merges
+        ),
+        None,
+    )
+
+
+def _splits_of(pre_tokenizer: dict | None) -> list[str] | None:
+    """Its regular expressions; None if it does not split by them alone and end with the byte alphabet."""
+    steps = [pre_tokenizer or {}]
+    if steps[0].get("type") == "Sequence":
+        steps = steps[0]["pretokenizers"]
+    splits = []
+    for step in steps[:-1]:
+        if step["type"] == "Digits":
+            splits.append(r"\p{N}" if step["individual_digits"] else r"\p{N}+")
+        elif step["type"] == "Split" and step["behavior"] == "Isolated" and not step["invert"]:
+            splits.append(_plain(step["pattern"].get("Regex", "")))
+        else:
+            return None
+    if not steps or steps[-1].get("type") != "ByteLevel" or steps[-1]["add_prefix_space"]:
+        return None
+    return splits + [GPT_2] * steps[-1]["use_regex"]
+
+
+def _plain(split: str) -> str:
+    """One spelling of a regular expression, where there are several: a line's end is escaped, or is not."""
+    return split.replace("\r", r"\r").replace("\n", r"\n")

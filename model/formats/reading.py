@@ -1,0 +1,35 @@
+"""Which program's weights a file or folder holds."""
+
+from pathlib import Path
+
+from model.checkpoint import Weights
+from model.errors import InputError
+
+
+def load_foreign(path: Path) -> Weights | None:
+    """Weights in another program's format; None where the file is to be read as one of torch's, ours or MiniMind's.
+
+    Raises:
+        InputError: it is such a file, but cannot be read.
+    """
+    from model.formats.llama2c import is_llama2c_model, load_llama2c
+    from model.formats.meta_folder import is_meta_folder, load_meta_folder
+    from model.formats.transformers_folder import load_transformers
+
+    if path.is_dir():
+        if is_meta_folder(path):
+            return load_meta_folder(path)
+        if not (path / "config.json").is_file():
+            raise InputError(f"{path}: neither config.json (transformers) nor params.json (Meta) in this folder")
+        return load_transformers(path)
+    if not path.is_file():
+        return None
+    if path.suffix == ".safetensors":
+        return load_transformers(path.parent)  # where its config.json lies
+    with open(path, "rb") as file:
+        magic = file.read(4)
+    if magic == b"GGUF" or path.suffix == ".gguf":
+        from model.formats.gguf_file import load_gguf
+
+        return load_gguf(path)
+    return load_llama2c(path) if is_llama2c_model(path) else None

@@ -1,0 +1,54 @@
+"""A tokenizer's folder beside weights: copied as it is, or so that other programs begin texts as ours does."""
+
+import json
+import shutil
+from pathlib import Path
+
+from model.checkpoint import Weights
+from model.tokenization import EMBEDDED_TOKENIZER, load_tokenizer, tokenizer_folder
+
+FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
+    "generation_config.json", "tokenizer.model",
+)  # fmt: skip
+
+
+def copy_tokenizer(source: str | Path | None, target: Path) -> None:
+    """Copy what makes a tokenizer from a folder (None: the embedded one's) into another."""
+    folder = tokenizer_folder(source)
+    target.mkdir(parents=True, exist_ok=True)
+    for name in FILES:
+        if (folder / name).is_file():
+            shutil.copyfile(folder / name, target / name)
+
+
+def export_tokenizer(weights: Weights, target: Path) -> None:
+    """Copy the weights' tokenizer for other programs.
+
+    A model that was trained on documents that begin with bos expects it before a prompt. transformers asks the
+    tokenizer for it, so a tokenizer that does not add its bos is given that as a post-processor.
+    """
+    from tokenizers import Tokenizer
+    from tokenizers.processors import Sequence, TemplateProcessing
+
+    copy_tokenizer(weights.tokenizer_path or EMBEDDED_TOKENIZER, target)
+    tokenizer = load_tokenizer(target)
+    if not weights.begins_with_bos or tokenizer.bos_token_id is None or adds_bos(target):
+        return
+    bos = tokenizer.bos_token
+    template = TemplateProcessing(
+        single=f"{bos} $A", pair=f"{bos} $A {bos}:1 $B:1", special_tokens=[(bos, tokenizer.bos_token_id)]
+    )
+    backend = Tokenizer.from_file(str(target / "tokenizer.json"))
+    before = backend.post_processor
+    backend.post_processor = template if before is None else Sequence([before, template])
+    backend.save(str(target / "tokenizer.json"))
+    path = target / "tokenizer_config.json"
+    values = json.loads(path.read_text(encoding="utf-8")) | {"add_bos_token": True}
+    path.write_text(json.dumps(values, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+
+
+def adds_bos(source: str | Path) -> bool:
+    """Whether a tokenizer begins a text with its bos by itself, as its model's training did."""
+    tokenizer = load_tokenizer(source)
+    return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
