@@ -20,7 +20,7 @@ import shutil
 import sys
 import tempfile
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -170,14 +170,18 @@ def compare_folder(folder: Path, llama_python: str, count: int = 2000) -> Compar
         return replace(compare_gguf(file, llama_python, count, folder), remarks=remarks)
 
 
-def write_pairs(folder: Path, kind: PreTokenizer) -> None:
-    """A tokenizer with every pair of bytes for a token, whose ids show where a pre-tokenizer has split a text."""
+def write_pairs(folder: Path, kind: PreTokenizer, letters: Iterable[str] | None = None) -> None:
+    """A tokenizer with every pair of bytes for a token, whose ids show where a pre-tokenizer has split a text.
+
+    Args:
+        letters: those bytes of which there are pairs, in GPT-2's alphabet; all by default.
+    """
     from tokenizers.pre_tokenizers import ByteLevel
 
     tokenizer = json.loads((EMBEDDED_TOKENIZER / "tokenizer.json").read_text(encoding="utf-8"))
-    model, letters = tokenizer["model"], sorted(ByteLevel.alphabet())
-    model["merges"] = [list(pair) for pair in itertools.product(letters, letters)]
-    tokens = [token["content"] for token in tokenizer["added_tokens"]] + letters + list(map("".join, model["merges"]))
+    model, alphabet = tokenizer["model"], sorted(ByteLevel.alphabet())
+    model["merges"] = [list(pair) for pair in itertools.product(sorted(letters or alphabet), repeat=2)]
+    tokens = [token["content"] for token in tokenizer["added_tokens"]] + alphabet + list(map("".join, model["merges"]))
     model["vocab"] = {token: index for index, token in enumerate(tokens)}
     model["ignore_merges"], tokenizer["pre_tokenizer"] = kind.ignore_merges, as_json(kind.splits)
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
