@@ -25,7 +25,7 @@ def load_foreign(path: Path) -> Weights | None:
     if not path.is_file():
         return None
     if path.suffix == ".safetensors":
-        return load_transformers(path.parent)  # where its config.json lies
+        return load_transformers(path.parent, path.name)  # where its config.json lies
     with open(path, "rb") as file:
         magic = file.read(4)
     if magic == b"GGUF" or path.suffix == ".gguf":
