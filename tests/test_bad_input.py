@@ -84,7 +84,7 @@ def test_a_shape_from_a_file_is_checked_like_a_setting(tiny_config):
         with pytest.raises(InputError, match=f"w.json: config.{name}"):
             read_shape(values | {name: value}, "w.json")
     with pytest.raises(InputError, match="w.json: config: dim"):
-        read_shape(values | {"dim": 30}, "w.json")
+        read_shape(values | {"dim": 30, "head_dim": None}, "w.json")
 
 
 def test_what_torch_saves_passes(tmp_path, tiny_model):
