@@ -212,9 +212,9 @@ def main() -> int:
     elif several and not settings.training.ddp:
         say(f"ddp: torchrun started {processes.world_size} processes, so they train together")
     if settings.training.init_from is not None:
-        from model.initial_weights import load_initial  # imports torch
+        from model.initial_weights import initial_tokenizer  # imports torch
 
-        load_initial(settings, say)  # the data are made with their tokenizer
+        settings.data.tokenizer_path = initial_tokenizer(settings)
     prepare_data_if_missing(settings, processes)
     return train(settings, processes, launcher.dry_run)
 

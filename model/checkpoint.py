@@ -16,7 +16,13 @@ from model.errors import InputError
 from model.files import write_json
 from model.formats.meta_names import on_cpu, plain_state_dict
 from model.LMConfig import LMConfig
-from model.tokenization import EMBEDDED_TOKENIZER, load_tokenizer, tokenizer_sha256, vocabulary_size
+from model.tokenization import (
+    EMBEDDED_TOKENIZER,
+    load_tokenizer,
+    tokenizer_folder,
+    tokenizer_sha256,
+    vocabulary_size,
+)
 from model.training_state import state_problem
 
 FORMAT_VERSION = 1  # of the JSON beside weights
@@ -99,7 +105,7 @@ def fitting_tokenizer(path: Path, weights: Weights, tokenizer_path: str | Path |
     tokenizer = load_tokenizer(folder)
     shown = folder or EMBEDDED_TOKENIZER.name
     found = tokenizer_sha256(folder)
-    if recorded is not None and found != recorded:
+    if recorded is not None and found != recorded and not _holds_its_tokenizer(weights, folder):
         raise InputError(
             f"{path} was trained with another tokenizer: sha256 {recorded[:12]}… is recorded, "
             f"{shown} has {found[:12]}…; give the right one with --tokenizer_path"
@@ -109,3 +115,22 @@ def fitting_tokenizer(path: Path, weights: Weights, tokenizer_path: str | Path |
         found = f"the tokenizer {shown} has {tokens} tokens, the embedding in {path} has {rows} rows"
         raise InputError(f"{found}; give the right one with --tokenizer_path")
     return tokenizer
+
+
+def recorded_tokenizer(weights: Weights) -> str | None:
+    """Where the weights' tokenizer lies; None is the embedded one, also where a folder is gone that held the same."""
+    path = weights.tokenizer_path
+    if path and not Path(path).exists() and weights.tokenizer_sha256 == tokenizer_sha256():
+        return None
+    return path
+
+
+def _holds_its_tokenizer(weights: Weights, folder: str | Path) -> bool:
+    """Whether a folder holds the recorded tokenizer in other bytes, as an export that adds the bos by itself does."""
+    from model.formats.tokenizer_folder import same_tokenizer
+
+    own = recorded_tokenizer(weights)
+    if own == str(folder) or (own is not None and not Path(own).exists()):
+        return False
+    unchanged = tokenizer_sha256(own) == weights.tokenizer_sha256
+    return unchanged and same_tokenizer(tokenizer_folder(own), tokenizer_folder(folder))

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from model.checkpoint import Weights, fitting_tokenizer, load_weights, save_weights
+from model.checkpoint import Weights, fitting_tokenizer, load_weights, recorded_tokenizer, save_weights
 from model.command import CommandParser, run_command, say
 from model.errors import InputError
 from model.formats.minimind import GIVABLE
@@ -61,14 +61,17 @@ def convert(
         raise InputError(f"--dtype: {dtype!r} found, {', '.join(DTYPES)} expected, or Q8_0 for GGUF")
     if dtype != "F32" and to not in ("gguf", "transformers"):
         raise InputError(f"--dtype: {to} files hold F32 only")
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise InputError(f"{target} is there already; give another name, or remove it first")
+    for path in (target, *(_beside(target) if to == "mateconv" else ())):
+        if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+            raise InputError(f"{path} is there already; give another name, or remove it first")
     weights = load_weights(source, given)
     if weights.inferred:
         say(weights.inferred)
     say(f"{source}: {describe(weights)}")
     fitting_tokenizer(source, weights, tokenizer_path)
-    if tokenizer_path is not None:
+    if tokenizer_path is None:
+        weights = dataclasses.replace(weights, tokenizer_path=recorded_tokenizer(weights))
+    else:
         sha256 = tokenizer_sha256(tokenizer_path)
         weights = dataclasses.replace(weights, tokenizer_path=str(tokenizer_path), tokenizer_sha256=sha256)
     for remark in write(to, target, weights, dtype):
@@ -97,6 +100,11 @@ def describe(weights: Weights) -> str:
     )
 
 
+def _beside(target: Path) -> tuple[Path, Path]:
+    """What else is written where `target` is MateConv's: its description, and a tokenizer that is not the embedded."""
+    return target.with_suffix(".json"), target.with_name(f"{target.stem}_tokenizer")
+
+
 def _write_mateconv(target: Path, weights: Weights, dtype: str) -> None:
     """X.pth with X.json, and the tokenizer as X_tokenizer, unless it is the embedded one."""
     from model.formats.tokenizer_copy import copy_tokenizer
@@ -106,7 +114,7 @@ def _write_mateconv(target: Path, weights: Weights, dtype: str) -> None:
     if weights.tokenizer_path is not None:
         folder, path = tokenizer_folder(weights.tokenizer_path), None
         if not same_tokenizer(folder, EMBEDDED_TOKENIZER):
-            path = target.with_name(f"{target.stem}_tokenizer")
+            _, path = _beside(target)
             copy_tokenizer(folder, path)
         sha256 = tokenizer_sha256(path)
         weights = dataclasses.replace(weights, tokenizer_path=path and str(path), tokenizer_sha256=sha256)

@@ -1,14 +1,20 @@
 """Weights that a training begins with instead of drawn ones: their shape and their tokenizer become the run's."""
 
+import copy
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
 from torch import Tensor
 
-from model.checkpoint import fitting_tokenizer, load_weights
+from model.archive_checks import read_shape
+from model.checkpoint import Weights, fitting_tokenizer, load_weights, recorded_tokenizer
 from model.errors import InputError
+from model.formats.tokenizer_folder import same_tokenizer
+from model.LMConfig import LMConfig
+from model.resume import find_checkpoint
 from model.settings import ModelSettings, Settings
+from model.tokenization import EMBEDDED_TOKENIZER, tokenizer_folder
 
 # What of a model's settings is not in its weights, and may be chosen anew.
 FREE = ("max_seq_len", "dropout", "flash_attn")
@@ -19,8 +25,8 @@ def load_initial(settings: Settings, say: Callable[[str], None]) -> dict[str, Te
     """Read the weights of `init_from`, and give the settings their shape and, where none is named, their tokenizer.
 
     Returns:
-        the state dict; None where there is nothing to begin with, or the run goes on and its file is gone: the
-        checkpoint has all of it.
+        the state dict; None where there is nothing to begin with, or the run goes on and the file is gone: shape and
+        tokenizer are the checkpoint's then, which has all else too.
 
     Raises:
         InputError: the weights cannot be read, or the tokenizer is not theirs.
@@ -29,22 +35,48 @@ def load_initial(settings: Settings, say: Callable[[str], None]) -> dict[str, Te
     if training.init_from is None:
         return None
     path = Path(training.init_from)
-    if (training.resume or training.resume_from) and not path.exists():
+    if not path.exists() and (found := find_checkpoint(training, lambda line: None)) is not None:
+        _, checkpoint = found
+        _take_shape(model, read_shape(checkpoint["config"], path))
+        data.tokenizer_path = data.tokenizer_path or checkpoint["tokenizer_path"]
         return None
     weights = load_weights(path)
     if weights.inferred:
         say(weights.inferred)
     fitting_tokenizer(path, weights, data.tokenizer_path)
-    data.tokenizer_path = data.tokenizer_path or weights.tokenizer_path
-    theirs = {name: getattr(weights.config, name) for name in GIVEN_BY_WEIGHTS}
-    if theirs != {name: getattr(model, name) for name in GIVEN_BY_WEIGHTS}:
+    data.tokenizer_path = data.tokenizer_path or _folder_of(weights)
+    if _take_shape(model, weights.config):
         say(f"init_from {path}: the model's shape is that of these weights, whatever the settings' section model says")
-    for name, value in theirs.items():
-        setattr(model, name, value)
     if model.max_seq_len > weights.config.max_seq_len:
         known = f"these weights know positions up to {weights.config.max_seq_len:,}"
         say(f"init_from {path}: {known}, max_seq_len is {model.max_seq_len:,}: the others have to be learned")
     return weights.state_dict
+
+
+def initial_tokenizer(settings: Settings) -> str | None:
+    """The tokenizer_path that `load_initial` will come to; data that are not there yet are made with it.
+
+    Raises:
+        InputError: as `load_initial`.
+    """
+    settings = copy.deepcopy(settings)
+    load_initial(settings, lambda line: None)
+    return settings.data.tokenizer_path
+
+
+def _folder_of(weights: Weights) -> str | None:
+    """The weights' tokenizer; None if that is the embedded one, with which data were made before, and which stays."""
+    path = recorded_tokenizer(weights)
+    return None if path is None or same_tokenizer(tokenizer_folder(path), EMBEDDED_TOKENIZER) else path
+
+
+def _take_shape(model: ModelSettings, shape: LMConfig) -> bool:
+    """Set what weights settle; whether any of it was something else."""
+    theirs = {name: getattr(shape, name) for name in GIVEN_BY_WEIGHTS}
+    changed = theirs != {name: getattr(model, name) for name in GIVEN_BY_WEIGHTS}
+    for name, value in theirs.items():
+        setattr(model, name, value)
+    return changed
 
 
 def refuse_shape(names: list[str]) -> None:

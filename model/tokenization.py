@@ -221,10 +221,11 @@ def tokenizer_folder(path: str | Path | None = None) -> Path:
         InputError: the file is damaged, or its tokenizer is of a kind that is not known.
     """
     folder = Path(path or EMBEDDED_TOKENIZER)
-    if folder.suffix == ".gguf" and folder.is_file():
-        from model.formats.gguf_file import unpacked_tokenizer  # which needs the library gguf
+    if folder.is_file():
+        from model.formats.gguf_file import is_gguf, unpacked_tokenizer
 
-        return unpacked_tokenizer(folder)
+        if is_gguf(folder):
+            return unpacked_tokenizer(folder)
     return folder
 
 

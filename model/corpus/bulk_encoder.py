@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from model.tokenization import EMBEDDED_TOKENIZER, BulkTokenizer, Delimiters
+from model.tokenization import BulkTokenizer, Delimiters, tokenizer_folder
 
 CHECKED_CHARACTERS = 100_000  # of the user's own first texts: encoded both ways before fastokens is trusted
 TRAPS = ("a</s>b<s>c<unk>", " </s>", "<s>", "", "\ufffd🤔\x00 \u3000", "2019年  12\t月\r\n\n3日", "  ", "don't 'S")
@@ -67,7 +67,7 @@ def choose_encoder(
 
     Args:
         tokenizer: as `load_bulk_tokenizer` returned it.
-        tokenizer_path: its folder; None for the embedded one.
+        tokenizer_path: its folder, or a GGUF file; None for the embedded one.
         texts: the user's own first texts; CHECKED_CHARACTERS of them are compared.
         say: prints one line for the user: which of the two is used, and why.
     """
@@ -77,7 +77,7 @@ def choose_encoder(
     except ImportError:
         say("encoder tokenizers: fastokens, which is some thirty times faster, is not installed")
         return slow
-    file = Path(tokenizer_path or EMBEDDED_TOKENIZER) / "tokenizer.json"
+    file = tokenizer_folder(tokenizer_path) / "tokenizer.json"
     fast = EncoderChoice("fastokens", file.read_text(encoding="utf-8"))
     try:
         fast_encoder = BulkEncoder(fast)

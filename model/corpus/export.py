@@ -16,7 +16,7 @@ import numpy as np
 from model.errors import InputError
 from model.files import TEMPORARY_SUFFIX, replacing
 from model.manifest import Manifest, ends_path, manifest_path, read_manifest
-from model.tokenization import EMBEDDED_TOKENIZER, tokenizer_sha256
+from model.tokenization import tokenizer_folder, tokenizer_sha256
 
 BLOCK = 1 << 20  # documents that are in memory at a time: 8 MiB an array
 COPY_BYTES = 16 << 20
@@ -158,7 +158,7 @@ def _tokenizer_name(token_path: Path, manifest: Manifest, tokenizer_path: str | 
     Raises:
         InputError: the given tokenizer is not the one that made the token file.
     """
-    folder = Path(tokenizer_path or EMBEDDED_TOKENIZER).resolve()
+    folder = tokenizer_folder(tokenizer_path).resolve()
     if (found := tokenizer_sha256(folder)) == manifest.tokenizer_sha256:
         return str(folder)
     if tokenizer_path is None:

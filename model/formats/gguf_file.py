@@ -29,6 +29,7 @@ from model.model import rope_frequencies
 if TYPE_CHECKING:
     import gguf
 
+MAGIC = b"GGUF"
 F16_LARGEST = 65504
 FORMATS = ("F32", "F16", "BF16", "Q8_0")  # that are written
 IN_HALVES = {"llama": False, "qwen2": True, "qwen3": True}  # of the architectures that are read
@@ -41,6 +42,12 @@ LLAMA3_KEYS = ("rope_factor", "rope_low_freq_factor", "rope_high_freq_factor", "
 
 
 # --------------------------------------------------------------------------------------------------------- reading
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether a file is one by its first bytes or its name."""
+    with open(path, "rb") as file:
+        return file.read(4) == MAGIC or path.suffix == ".gguf"
 
 
 def load_gguf(path: str | Path) -> Weights:
@@ -110,7 +117,7 @@ class _Header:
     def check(self) -> None:
         import gguf
 
-        if self._take(4) != b"GGUF":
+        if self._take(4) != MAGIC:
             raise self._refusal("its first bytes are not GGUF")
         version, tensors, values = struct.unpack("<IQQ", self._take(20))
         if version not in (2, 3):

@@ -12,6 +12,7 @@ def load_foreign(path: Path) -> Weights | None:
     Raises:
         InputError: it is such a file, but cannot be read.
     """
+    from model.formats.gguf_file import is_gguf, load_gguf
     from model.formats.llama2c import is_llama2c_model, load_llama2c
     from model.formats.meta_folder import is_meta_folder, load_meta_folder
     from model.formats.transformers_folder import load_transformers
@@ -25,11 +26,7 @@ def load_foreign(path: Path) -> Weights | None:
     if not path.is_file():
         return None
     if path.suffix == ".safetensors":
-        return load_transformers(path.parent)  # where its config.json lies
-    with open(path, "rb") as file:
-        magic = file.read(4)
-    if magic == b"GGUF" or path.suffix == ".gguf":
-        from model.formats.gguf_file import load_gguf
-
+        return load_transformers(path.parent, path.name)  # where its config.json lies
+    if is_gguf(path):
         return load_gguf(path)
     return load_llama2c(path) if is_llama2c_model(path) else None

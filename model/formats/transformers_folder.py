@@ -21,13 +21,13 @@ from model.generation_config import GenerationConfig
 from model.LMConfig import LMConfig
 
 MAX_JSON_BYTES = 16 << 20  # of a config or an index; thousands of weights stay below
-# What a config.json that leaves a value out means: n_kv_heads (None: n_heads), context, norm_eps, base of RoPE.
+# What a config.json that leaves a value out means: n_kv_heads (None: n_heads), context, window, norm_eps, base of RoPE.
 DEFAULTS = {
-    "llama": (None, 2048, 1e-6, 1e4),
-    "mistral": (8, 131072, 1e-6, 1e4),
-    "qwen2": (32, 32768, 1e-6, 1e4),
-    "qwen3": (32, 32768, 1e-6, 1e4),
-    "minimind": (2, 32768, 1e-5, 1e6),
+    "llama": (None, 2048, None, 1e-6, 1e4),
+    "mistral": (8, 131072, 4096, 1e-6, 1e4),
+    "qwen2": (32, 32768, 4096, 1e-6, 1e4),
+    "qwen3": (32, 32768, 4096, 1e-6, 1e4),
+    "minimind": (2, 32768, None, 1e-5, 1e6),
 }
 LLAMA3 = {
     "low_freq_factor": "rope_low_freq_factor",
@@ -41,8 +41,11 @@ ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen
 # --------------------------------------------------------------------------------------------------------- reading
 
 
-def load_transformers(folder: str | Path) -> Weights:
+def load_transformers(folder: str | Path, chosen: str | None = None) -> Weights:
     """Read a folder as `save_pretrained` writes it. Its tokenizer is the folder's own.
+
+    Args:
+        chosen: a file that must be one of those that hold its weights.
 
     Raises:
         InputError: a file is missing or damaged, or the model is of a kind that this program has not.
@@ -52,7 +55,7 @@ def load_transformers(folder: str | Path) -> Weights:
 
     folder = Path(folder)
     values = read_json(folder / "config.json")
-    tensors = _Tensors(folder)
+    tensors = _Tensors(folder, chosen)
     config = read_config(values, tensors.shapes, folder / "config.json")
     state_dict = gather(config, transformers_name, tensors.shapes, tensors.read, folder)
     has_tokenizer = (folder / "tokenizer.json").is_file()
@@ -99,9 +102,9 @@ def read_config(values: Mapping, shapes: Mapping[str, tuple], path: Path) -> LMC
     if kind not in DEFAULTS:
         raise InputError(f"{path}: model_type is {shown(kind)}, one of {', '.join(DEFAULTS)} expected")
     _refuse_others(values, path)
-    n_kv_heads, max_seq_len, norm_eps, rope_theta = DEFAULTS[kind]
+    n_kv_heads, max_seq_len, window, norm_eps, rope_theta = DEFAULTS[kind]
     rope = _rope(values, path)
-    window = values.get("sliding_window")
+    window = values.get("sliding_window", window)
     max_seq_len = values.get("max_position_embeddings", max_seq_len)
     if isinstance(window, int) and isinstance(max_seq_len, int) and values.get("use_sliding_window", kind == "mistral"):
         max_seq_len = min(max_seq_len, window)  # within the window attention is what it is without one
@@ -171,8 +174,10 @@ class _Tensors:
         shapes: {name: shape} of those that count.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, chosen: str | None) -> None:
         files = self._files(folder)
+        if chosen is not None and folder / chosen not in files:
+            raise InputError(f"{folder / chosen}: the weights of this folder are in {files[0].name}; give the folder")
         if all(path.suffix == ".safetensors" for path in files):
             from safetensors import SafetensorError, safe_open
 
