@@ -70,7 +70,7 @@ def in_llama_cpp(path: Path, context: int, python: str):
     with tempfile.TemporaryDirectory() as here:
         logits = Path(here) / "logits.npy"
         order = {"file": str(path), "context": context, "text": TEXT, "new_tokens": NEW_TOKENS, "logits": str(logits)}
-        worker = Worker("llama.cpp", __file__, order, python=python)
+        worker = Worker("llama.cpp", __file__, order, python=python).wait()
         try:
             ids, new, text = worker.ask()
         finally:

@@ -83,7 +83,7 @@ def serve(order: dict) -> None:
 
 def llama_ids(file: Path, texts: Sequence[str], llama_python: str) -> tuple[list[list[int]], list[list[int]]]:
     """llama.cpp's ids of texts as mere texts, and as texts that may hold control tokens."""
-    llama = Worker("llama.cpp", __file__, {"file": str(file)}, python=llama_python)
+    llama = Worker("llama.cpp", __file__, {"file": str(file)}, python=llama_python).wait()
     try:
         mere, control = (llama.ask(json.dumps({"texts": texts, "control": control})) for control in (False, True))
     finally:
