@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from worker import Worker
 
 import utils
+from model.errors import first_line
 
 TEXT = "春风又绿江南岸，明月何时照我还？2024 年 👩‍👩‍👧 don't stop 学而时习之"
 NEW_TOKENS = 48
@@ -174,7 +175,11 @@ def compare_as_it_is(path: Path, programs: list[str], llama_python: str | None) 
     weights = load_weights(path)
     ours = in_mateconv(weights)
     for program in programs:
-        theirs = PROGRAMS[program](path, min(weights.config.max_seq_len, 256), llama_python)
+        try:
+            theirs = PROGRAMS[program](path, min(weights.config.max_seq_len, 256), llama_python)
+        except (ValueError, ImportError) as error:  # transformers reads GGUF with the package accelerate only
+            print(f"{path.name}: left out: {program}: {first_line(error)}")
+            continue
         print_row(path.name, f"{program}, as it is", ours, theirs, "-")
 
 
