@@ -10,9 +10,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from model.errors import InputError
+from model.errors import InputError, first_line
 
 TEMPORARY_SUFFIX = ".tmp"
+MAX_JSON_BYTES = 16 << 20  # of what describes weights; the index of thousands stays below
 NO_SPACE = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}  # full, or over a limit or a quota
 
 
@@ -100,6 +101,27 @@ def cache_folder() -> Path:
     else:
         base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "mateconv"
+
+
+def read_json(path: Path) -> dict:
+    """A JSON file that holds an object.
+
+    Raises:
+        InputError: it is missing, too large, or holds something else.
+    """
+    try:
+        with open(path, "rb") as file:
+            content = file.read(MAX_JSON_BYTES + 1)
+        if len(content) > MAX_JSON_BYTES:
+            raise ValueError(f"over {MAX_JSON_BYTES:,} bytes")
+        values = json.loads(content)
+        if not isinstance(values, dict):
+            raise ValueError(f"{type(values).__name__} found")
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: no such file") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path}: a JSON object expected ({first_line(error)})") from error
+    return values
 
 
 def free_bytes(folder: Path) -> int:

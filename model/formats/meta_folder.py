@@ -3,19 +3,17 @@
 params.json does not say for how long a context a model was trained: that of the release with such values is assumed.
 """
 
-import json
 from pathlib import Path
 
 from model.archive import load_torch, save_torch
 from model.archive_checks import check_shapes, read_shape
 from model.checkpoint import Weights
-from model.errors import InputError, first_line, shown
-from model.files import write_json
+from model.errors import InputError, shown
+from model.files import read_json, write_json
 from model.formats.meta_names import check_expressible, on_cpu, plain_state_dict, whole_pair
 from model.LMConfig import LMConfig
 
 PARAMS, PART, PARTS = "params.json", "consolidated.00.pth", "consolidated.*.pth"
-MAX_PARAMS_BYTES = 1 << 16
 # The fields of an LMConfig among Meta's; the others are worked out below.
 FIELDS = ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of", "norm_eps", "rope_theta")
 MORE_FIELDS = ("max_seq_len", "ffn_dim_multiplier", "use_scaled_rope", "max_batch_size")
@@ -58,16 +56,7 @@ def load_meta_folder(path: str | Path) -> Weights:
 
 
 def _params(path: Path) -> dict:
-    try:
-        with open(path, "rb") as file:
-            content = file.read(MAX_PARAMS_BYTES + 1)
-        if len(content) > MAX_PARAMS_BYTES:
-            raise ValueError(f"over {MAX_PARAMS_BYTES:,} bytes")
-        params = json.loads(content)
-        if not isinstance(params, dict):
-            raise ValueError(f"{type(params).__name__} found")
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: a JSON object with Meta's parameters expected ({first_line(error)})") from error
+    params = read_json(path)
     unknown = sorted(set(params) - {*FIELDS, *MORE_FIELDS})
     if unknown:
         told = ", ".join(shown(name)[1:-1] for name in unknown[:3])

@@ -4,7 +4,6 @@ Llama, Mistral, Qwen2, Qwen3 and MiniMind's own folders are read; ours are writt
 Qwen2ForCausalLM, with qk_norm as Qwen3ForCausalLM. Nothing in a folder is run.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -16,11 +15,11 @@ from model.archive import load_torch
 from model.archive_checks import read_shape
 from model.checkpoint import Weights
 from model.errors import InputError, first_line, shown
+from model.files import read_json
 from model.formats.names import gather, in_halves, in_pairs, reordered, transformers_name
 from model.generation_config import GenerationConfig
 from model.LMConfig import LMConfig
 
-MAX_JSON_BYTES = 16 << 20  # of a config or an index; thousands of weights stay below
 # What a config.json that leaves a value out means: n_kv_heads (None: n_heads), context, window, norm_eps, base of RoPE.
 DEFAULTS = {
     "llama": (None, 2048, None, 1e-6, 1e4),
@@ -66,27 +65,6 @@ def load_transformers(folder: str | Path, chosen: str | None = None) -> Weights:
         tokenizer_sha256(folder) if has_tokenizer else None,
         begins_with_bos=adds_bos(folder) if has_tokenizer else True,
     )
-
-
-def read_json(path: Path) -> dict:
-    """A JSON file that holds an object.
-
-    Raises:
-        InputError: it is missing, too large, or holds something else.
-    """
-    try:
-        with open(path, "rb") as file:
-            content = file.read(MAX_JSON_BYTES + 1)
-        if len(content) > MAX_JSON_BYTES:
-            raise ValueError(f"over {MAX_JSON_BYTES:,} bytes")
-        values = json.loads(content)
-        if not isinstance(values, dict):
-            raise ValueError(f"{type(values).__name__} found")
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: no such file; a folder of transformers has one") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: a JSON object expected ({first_line(error)})") from error
-    return values
 
 
 def read_config(values: Mapping, shapes: Mapping[str, tuple], path: Path) -> LMConfig:
