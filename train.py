@@ -115,10 +115,11 @@ def prepare_data_if_missing(settings: Settings, processes: Processes) -> None:
 
 def make_preview(settings: Settings):
     """A function that continues a few prompts with the model in training, to see what it has learned."""
-    from model.tokenization import load_tokenizer
+    from model.tokenization import end_ids, load_tokenizer
     from optimized_inference import GenerationConfig, TextGenerator
 
     tokenizer = load_tokenizer(settings.data.tokenizer_path)
+    end_ids(tokenizer)  # what is wrong with its generation_config.json is said now, not at the first evaluation
 
     def preview(model) -> list[str]:
         generator, lines = TextGenerator(model, tokenizer), []

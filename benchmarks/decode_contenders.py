@@ -118,55 +118,13 @@ def llama_cpp(order: argparse.Namespace) -> Callable[[int], Written]:
 
 
 def write_gguf(folder: Path, formats: list[str]) -> None:
-    """The weights for llama.cpp, whose names and order of a head's numbers are Meta's: those of MateConv too."""
-    import gguf
-
+    """The weights for llama.cpp."""
     from model.checkpoint import load_weights
+    from model.formats.gguf_file import save_gguf
 
     weights = load_weights(folder / "weights.pth")
-    shape = weights.config
-    blocks = {
-        "attention_norm": "attn_norm",
-        "ffn_norm": "ffn_norm",
-        "attention.wq": "attn_q",
-        "attention.wk": "attn_k",
-        "attention.wv": "attn_v",
-        "attention.wo": "attn_output",
-        "feed_forward.w1": "ffn_gate",
-        "feed_forward.w2": "ffn_down",
-        "feed_forward.w3": "ffn_up",
-    }
-    names = {"tok_embeddings.weight": "token_embd.weight", "norm.weight": "output_norm.weight"}
-    for layer, (ours, theirs) in itertools.product(range(shape.n_layers), blocks.items()):
-        names[f"layers.{layer}.{ours}.weight"] = f"blk.{layer}.{theirs}.weight"
-    tokens = [b"<unk>", b"<s>", b"</s>", *(b"<%d>" % n for n in range(3, shape.vocab_size))]
     for name in formats:
-        kind = gguf.GGMLQuantizationType[LLAMA_FORMATS[name]]
-        file = gguf.GGUFWriter(folder / f"weights_{name}.gguf", "llama")
-        file.add_context_length(shape.max_seq_len)
-        file.add_embedding_length(shape.dim)
-        file.add_block_count(shape.n_layers)
-        file.add_feed_forward_length(shape.hidden_dim)
-        file.add_head_count(shape.n_heads)
-        file.add_head_count_kv(shape.n_kv_heads)
-        file.add_layer_norm_rms_eps(shape.norm_eps)
-        file.add_rope_freq_base(shape.rope_theta)
-        file.add_rope_dimension_count(shape.head_dim)
-        file.add_vocab_size(shape.vocab_size)
-        file.add_tokenizer_model("llama")
-        file.add_token_list(tokens)
-        file.add_token_scores([0.0] * len(tokens))
-        file.add_token_types([2, 3, 3] + [1] * (len(tokens) - 3))
-        for ours, theirs in names.items():
-            tensor = weights.state_dict[ours].float().numpy()
-            if tensor.ndim == 1 or name == "fp32":
-                file.add_tensor(theirs, tensor)
-            else:
-                file.add_tensor(theirs, gguf.quants.quantize(tensor, kind), raw_dtype=kind)
-        file.write_header_to_file()
-        file.write_kv_data_to_file()
-        file.write_tensors_to_file()
-        file.close()
+        save_gguf(folder / f"weights_{name}.gguf", weights, LLAMA_FORMATS[name])
 
 
 def serve(order: argparse.Namespace) -> None:

@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from worker import Worker
 
 import utils
+from model.errors import first_line
 
 TEXT = "春风又绿江南岸，明月何时照我还？2024 年 👩‍👩‍👧 don't stop 学而时习之"
 NEW_TOKENS = 48
@@ -70,7 +71,7 @@ def in_llama_cpp(path: Path, context: int, python: str):
     with tempfile.TemporaryDirectory() as here:
         logits = Path(here) / "logits.npy"
         order = {"file": str(path), "context": context, "text": TEXT, "new_tokens": NEW_TOKENS, "logits": str(logits)}
-        worker = Worker("llama.cpp", __file__, order, python=python)
+        worker = Worker("llama.cpp", __file__, order, python=python).wait()
         try:
             ids, new, text = worker.ask()
         finally:
@@ -83,8 +84,9 @@ def in_transformers(path: Path, context: int, python: str):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(path)
+    where = (path.parent, {"gguf_file": path.name}) if path.suffix == ".gguf" else (path, {})
+    model = AutoModelForCausalLM.from_pretrained(where[0], dtype=torch.float32, **where[1]).eval()
+    tokenizer = AutoTokenizer.from_pretrained(where[0], **where[1])
     ids = tokenizer(TEXT, return_tensors="pt").input_ids
     with torch.inference_mode():
         logits = model(ids).logits[0].numpy()
@@ -147,8 +149,6 @@ def same_bits(one, other) -> bool:
 
 def compare(name: str, weights, formats: list[tuple[str, str]], llama_python: str | None) -> None:
     """A row for each format."""
-    import numpy as np
-
     from model.checkpoint import load_weights
     from model.convert import convert, write
 
@@ -159,16 +159,43 @@ def compare(name: str, weights, formats: list[tuple[str, str]], llama_python: st
             write(kind, path, weights, dtype)
             back = load_weights(path)
             ours = in_mateconv(back)  # the numbers that are in the file
-            theirs = (in_llama_cpp if kind == "gguf" else in_transformers)(path, context, llama_python)
+            program = "llama.cpp" if kind == "gguf" else "transformers"
+            theirs = PROGRAMS[program](path, context, llama_python)
             pth = Path(here) / f"{number}.pth"
             convert(path, pth, say=lambda line: None)
-            difference = float(np.abs(ours[1] - theirs[1]).max())
-            program = "llama.cpp" if kind == "gguf" else "transformers"
             exact = dtype == "F32" and not same_bits(weights, back)
             whole = "NO" if exact or not same_bits(load_weights(pth), back) else "yes"
-            same = ["yes" if ours[part] == theirs[part] else "NO" for part in (0, 3)]
-            largest = f"{np.abs(ours[1]).max():.3g}"
-            print(ROW.format(name[-34:], f"{program} {dtype}", f"{difference:.2g}", largest, *same, whole), flush=True)
+            print_row(name, f"{program} {dtype}", ours, theirs, whole)
+
+
+def compare_as_it_is(path: Path, programs: list[str], llama_python: str | None) -> None:
+    """A row for each program that reads a file of others itself."""
+    from model.checkpoint import load_weights
+
+    weights = load_weights(path)
+    ours = in_mateconv(weights)
+    for program in programs:
+        try:
+            theirs = PROGRAMS[program](path, min(weights.config.max_seq_len, 256), llama_python)
+        except (ValueError, ImportError) as error:  # transformers reads GGUF with the package accelerate only
+            print(f"{path.name}: left out: {program}: {first_line(error)}")
+            continue
+        print_row(path.name, f"{program}, as it is", ours, theirs, "-")
+
+
+def print_row(name: str, program: str, ours: tuple, theirs: tuple, back: str) -> None:
+    """A row of the table."""
+    import numpy as np
+
+    same = ["yes" if ours[part] == theirs[part] else "NO" for part in (0, 3)]
+    largest = f"{np.abs(ours[1]).max():.3g}"
+    difference = "-"
+    if ours[0] == theirs[0]:
+        difference = f"{np.abs(ours[1] - theirs[1]).max():.2g}"
+    print(ROW.format(name[-34:], program, difference, largest, *same, back), flush=True)
+
+
+PROGRAMS = {"transformers": in_transformers, "llama.cpp": in_llama_cpp}
 
 
 def read_options() -> argparse.Namespace:
@@ -193,6 +220,9 @@ def main() -> None:
     for seed, (name, shape) in enumerate(SHAPES.items()):
         compare(name, random_weights(shape, seed), formats, options.llama_python)
     for path in options.weights:
+        if path.is_dir() or path.suffix == ".gguf":
+            own = ["transformers", "llama.cpp"] if path.suffix == ".gguf" else ["transformers"]
+            compare_as_it_is(path, own if options.llama_python else own[:1], options.llama_python)
         weights = load_weights(path)
         state_dict = {name: tensor.float() for name, tensor in weights.state_dict.items()}
         compare(str(path), dataclasses.replace(weights, state_dict=state_dict), formats, options.llama_python)

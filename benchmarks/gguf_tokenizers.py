@@ -8,18 +8,19 @@
 A tokenizer's folder is written into a GGUF file without weights, and that is read back into a folder. Of how many texts
 do all ids agree? written: the folder's with llama.cpp's, where no text holds a token that a remark names. control: the
 same where control tokens in texts count as such. back: the folder that was read back with llama.cpp, both ways.
-A GGUF file is only read. --every_name writes the folders with each pre-tokenizer that llama.cpp has and this project
-knows. llama-cpp-python must be installed for the interpreter that --llama_python names.
+A GGUF file is only read. --every_name is for all pre-tokenizers that are known: it gives each of them to a tokenizer
+whose ids show every split. llama-cpp-python must be installed for the interpreter that --llama_python names.
 """
 
 import argparse
 import itertools
 import json
 import random
+import shutil
 import sys
 import tempfile
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -29,7 +30,7 @@ from worker import Worker
 
 import utils
 from model.formats.gguf_tokenizer import GAP_NAMES, read_tokenizer, write_tokenizer
-from model.formats.pre_tokenizers import PRE_TOKENIZERS, as_json
+from model.formats.pre_tokenizers import PRE_TOKENIZERS, PreTokenizer, as_json
 from model.formats.tokenizer_folder import read_folder
 from model.tokenization import EMBEDDED_TOKENIZER
 
@@ -37,8 +38,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PARTS = [  # of texts: what tokenizers treat in different ways
     "", " ", "  ", "   ", "\t", "\n", "\r\n", "\n\n \n", " \t\n", "\u00a0", "\u3000", "\u2028",
     "0", "7", "42", "314", "2024", "1234567890", "３１４", "四十二", "Ⅻ", "½",
-    "hello", " World", "don't", "I'LL", "we've", "'S", "HTTPServer", "camelCase", "naïve", "e\u0301", "ａｂｃ", "ﬁ",
-    "Ω", "Привет", "ПРИВЕТМир", "مرحبا", "שלום", "हिन्दी", "ไทย", "한국어", "ひらがな", "カタカナ", "𝔘𝔫𝔦",
+    "hello", " World", "don't", "I'LL", "we've", "'S", "HTTPServer", "camelCase", "naïve", "e\u0301", "'ſ",
+    "ａｂｃ", "ﬁ", "Ω", "Привет", "ПРИВЕТМир", "مرحبا", "שלום", "हिन्दी", "ไทย", "한국어", "ひらがな", "カタカナ", "𝔘𝔫𝔦",
     "中文", "學而時習之", "𠮷", "㐀", "，", "。", "「」", "《史記》", "……", "——", "＜",
     "!", "?!", "...", "======", "```", "<>", "()", "[]{}", "/*", "//", "@#$%^&*", "~`|", "_",
     "😀", "👩‍👩‍👧", "🇨🇳", "❤️", "\ufffd", "\ufeff", "\u200b", "\u0000", "\u001f", "▁", "Ġ",
@@ -53,6 +54,7 @@ def sample_texts(count: int, control_tokens: Sequence[str] = ()) -> list[str]:
     with open(ROOT / "dataset" / "classics_zh.jsonl", encoding="utf-8") as file:
         texts = [json.loads(line)["text"][:2000] for line in itertools.islice(file, 100)]
     texts += ["".join(pair) for pair in itertools.product(PARTS, PARTS)]
+    texts += [part * number for part in PARTS for number in (3, 7, 30)]
     characters = [
         chr(code) for code in range(0x110000) if unicodedata.category(chr(code)) not in ("Cn", "Cs", "Co")
     ]  # without those that stand for nothing, on which versions of Unicode differ
@@ -81,7 +83,7 @@ def serve(order: dict) -> None:
 
 def llama_ids(file: Path, texts: Sequence[str], llama_python: str) -> tuple[list[list[int]], list[list[int]]]:
     """llama.cpp's ids of texts as mere texts, and as texts that may hold control tokens."""
-    llama = Worker("llama.cpp", __file__, {"file": str(file)}, python=llama_python)
+    llama = Worker("llama.cpp", __file__, {"file": str(file)}, python=llama_python).wait()
     try:
         mere, control = (llama.ask(json.dumps({"texts": texts, "control": control})) for control in (False, True))
     finally:
@@ -168,14 +170,22 @@ def compare_folder(folder: Path, llama_python: str, count: int = 2000) -> Compar
         return replace(compare_gguf(file, llama_python, count, folder), remarks=remarks)
 
 
-def rename(folder: Path, target: Path, splits: tuple[str, ...], ignore_merges: bool) -> None:
-    """A copy of a tokenizer folder with another pre-tokenizer."""
-    target.mkdir()
-    (target / "tokenizer_config.json").write_bytes((folder / "tokenizer_config.json").read_bytes())
-    tokenizer = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-    tokenizer["pre_tokenizer"] = as_json(splits)
-    tokenizer["model"]["ignore_merges"] = ignore_merges
-    (target / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
+def write_pairs(folder: Path, kind: PreTokenizer, letters: Iterable[str] | None = None) -> None:
+    """A tokenizer with every pair of bytes for a token, whose ids show where a pre-tokenizer has split a text.
+
+    Args:
+        letters: those bytes of which there are pairs, in GPT-2's alphabet; all by default.
+    """
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    tokenizer = json.loads((EMBEDDED_TOKENIZER / "tokenizer.json").read_text(encoding="utf-8"))
+    model, alphabet = tokenizer["model"], sorted(ByteLevel.alphabet())
+    model["merges"] = [list(pair) for pair in itertools.product(sorted(letters or alphabet), repeat=2)]
+    tokens = [token["content"] for token in tokenizer["added_tokens"]] + alphabet + list(map("".join, model["merges"]))
+    model["vocab"] = {token: index for index, token in enumerate(tokens)}
+    model["ignore_merges"], tokenizer["pre_tokenizer"] = kind.ignore_merges, as_json(kind.splits)
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
+    shutil.copy(EMBEDDED_TOKENIZER / "tokenizer_config.json", folder)
 
 
 def show(name: str, comparison: Comparison) -> None:
@@ -193,7 +203,7 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--llama_python", default=sys.executable, metavar="FILE", help="a Python with llama-cpp-python")
     parser.add_argument("--tokenizer", nargs="+", type=Path, metavar="FOLDER", help="[the embedded one]")
     parser.add_argument("--gguf", nargs="+", type=Path, default=[], metavar="FILE", help="GGUF files to read")
-    parser.add_argument("--every_name", action="store_true", help="the folders under each name of a pre-tokenizer")
+    parser.add_argument("--every_name", action="store_true", help="each pre-tokenizer that is known")
     parser.add_argument("--texts", type=int, default=2000, metavar="N", help="mixed texts, besides those fixed [2000]")
     return parser.parse_args()
 
@@ -202,17 +212,14 @@ def main() -> None:
     """Compare and print."""
     options = read_options()
     print(ROW.format("tokenizer", "as", *WAYS, ""))
-    folders = options.tokenizer or ([] if options.gguf else [EMBEDDED_TOKENIZER])
-    for folder in folders:
-        for kind in PRE_TOKENIZERS if options.every_name else ():
-            with tempfile.TemporaryDirectory() as here:
-                renamed = Path(here) / "tokenizer"
-                rename(folder, renamed, kind.splits, kind.ignore_merges)
-                show(str(folder), compare_folder(renamed, options.llama_python, options.texts))
-        if not options.every_name:
-            show(str(folder), compare_folder(folder, options.llama_python, options.texts))
+    for folder in options.tokenizer or ([] if options.gguf or options.every_name else [EMBEDDED_TOKENIZER]):
+        show(str(folder), compare_folder(folder, options.llama_python, options.texts))
     for file in options.gguf:
         show(str(file), compare_gguf(file, options.llama_python, options.texts))
+    for kind in PRE_TOKENIZERS if options.every_name else ():
+        with tempfile.TemporaryDirectory() as folder:
+            write_pairs(Path(folder), kind)
+            show("pairs of bytes", compare_folder(Path(folder), options.llama_python, options.texts))
 
 
 if __name__ == "__main__":

@@ -32,13 +32,14 @@ class Worker:
             env=environment,
         )
 
-    def wait(self) -> None:
-        """Wait until it is ready.
+    def wait(self) -> "Worker":
+        """Wait until it is ready; returns itself.
 
         Raises:
             OneLineError: it ended; with the last line that it had to say.
         """
         self.ready = self._answer()
+        return self
 
     def ask(self, line: str = "go"):
         """What it answers to a line; raises as `wait`."""

@@ -56,19 +56,22 @@ def load_tokenizer(path: str | Path | None = None):
         InputError: the folder is missing, holds no `tokenizer.json` that can be read, or names no eos token.
     """
     folder = _tokenizer_file(path).parent
+    config = _read_config(folder)
 
     from transformers import PreTrainedTokenizerFast  # takes seconds to import: only where a tokenizer is used
 
     try:
         with _without_warnings():
-            names = _names_without_type(folder)
-            tokenizer = PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True, **names)
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(
+                str(folder), local_files_only=True, **_names_without_type(config)
+            )
     except Exception as error:  # the libraries raise plain Exception, KeyError, OSError … for a damaged file
         why = f"{type(error).__name__}: {first_line(error)}"
         raise InputError(f"tokenizer_path: {folder} cannot be loaded ({why})") from error
     _check_size(folder, vocabulary_size(tokenizer))
-    if tokenizer.bos_token is None or tokenizer.eos_token is None:
-        _take_names_of_class(tokenizer, folder)
+    unnamed = [name for name in ("bos_token", "eos_token") if getattr(tokenizer, name) is None and name not in config]
+    if unnamed:
+        _take_names_of_class(tokenizer, folder, unnamed)
     if tokenizer.eos_token_id is None:
         raise InputError(f"tokenizer_path: {folder} names no eos_token; add one to its tokenizer_config.json")
     # Whole books are encoded at once; the library's warning about the model's maximum length says nothing here.
@@ -76,13 +79,18 @@ def load_tokenizer(path: str | Path | None = None):
     return tokenizer
 
 
-def _names_without_type(folder: Path) -> dict[str, str]:
-    """The control tokens that are given as `{"content": "</s>", …}`, which transformers reads with a "__type" only."""
+def _read_config(folder: Path) -> dict:
+    """tokenizer_config.json; empty where there is none, or where it is damaged, which transformers says."""
     try:
         config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-        given = {f"{name}_token": config.get(f"{name}_token") for name in ("bos", "eos", "unk", "pad")}
-    except (OSError, ValueError, AttributeError, RecursionError):
-        return {}  # there is none, or transformers says what is wrong with it
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return config if isinstance(config, dict) else {}
+
+
+def _names_without_type(config: dict) -> dict[str, str]:
+    """The control tokens that are given as `{"content": "</s>", …}`, which transformers reads with a "__type" only."""
+    given = {f"{name}_token": config.get(f"{name}_token") for name in ("bos", "eos", "unk", "pad")}
     bare = {name: token for name, token in given.items() if isinstance(token, dict) and "__type" not in token}
     return {name: token["content"] for name, token in bare.items() if isinstance(token.get("content"), str)}
 
@@ -92,8 +100,8 @@ def _check_size(folder: Path, tokens: int) -> None:
         raise InputError(f"tokenizer_path: {folder} holds the id {tokens - 1:,}, at most {MOST_TOKENS - 1:,} expected")
 
 
-def _take_names_of_class(tokenizer, folder: Path) -> None:
-    """Give a tokenizer the bos and eos that its class has by itself, where the folder names none: GPT-2's has."""
+def _take_names_of_class(tokenizer, folder: Path, names: Sequence[str]) -> None:
+    """Give a tokenizer the control tokens that its class has by itself: GPT-2's folder names neither bos nor eos."""
     from transformers import AutoTokenizer
 
     try:
@@ -101,9 +109,9 @@ def _take_names_of_class(tokenizer, folder: Path) -> None:
             named = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except Exception:  # as above; a class that transformers does not know has no names to give
         return
-    for name in ("bos_token", "eos_token"):
+    for name in names:
         token = getattr(named, name)
-        if getattr(tokenizer, name) is None and tokenizer.backend_tokenizer.token_to_id(str(token)) is not None:
+        if tokenizer.backend_tokenizer.token_to_id(str(token)) is not None:
             setattr(tokenizer, name, token)
 
 
@@ -173,12 +181,9 @@ def load_bulk_tokenizer(path: str | Path | None = None) -> BulkTokenizer:
         InputError: as `load_tokenizer`.
     """
     file = _tokenizer_file(path)
-    try:
-        config = json.loads((file.parent / "tokenizer_config.json").read_text(encoding="utf-8"))
-        plain = config["tokenizer_class"] in ("PreTrainedTokenizerFast", "TokenizersBackend")
-        names = [config["bos_token"], config["eos_token"]]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        plain, names = False, []
+    config = _read_config(file.parent)
+    plain = config.get("tokenizer_class") in ("PreTrainedTokenizerFast", "TokenizersBackend")
+    names = [config.get("bos_token"), config.get("eos_token")]
     if plain and all(isinstance(name, str) for name in names):
         from tokenizers import Tokenizer
 

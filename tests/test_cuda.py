@@ -50,7 +50,7 @@ def error(found, expected):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 3e-3)])
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2), (torch.float16, 5e-3)])
 def test_logits_are_those_of_the_cpu(variant, dtype, most):
     here, there = twins(dtype, 0.3, **variant)  # as in training: large ones make much of 16-bit rounding
     tokens = some_tokens(3, 200)
@@ -61,7 +61,7 @@ def test_logits_are_those_of_the_cpu(variant, dtype, most):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("documents", [False, True])
-@pytest.mark.parametrize(("autocast", "most"), [(None, 1e-4), (torch.bfloat16, 5e-2)])
+@pytest.mark.parametrize(("autocast", "most"), [(None, 1e-4), (torch.bfloat16, 1e-1)])
 def test_loss_and_gradients_are_those_of_the_cpu(variant, documents, autocast, most):
     here, there = (model.train() for model in twins(scale=0.3, **variant))
     inputs, targets = some_tokens(3, 256), some_tokens(3, 256, seed=2)

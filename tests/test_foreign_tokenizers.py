@@ -349,6 +349,14 @@ def test_a_damaged_generation_config_is_one_clear_line(tmp_path, qwen_like, cont
     assert "\n" not in str(raised.value)
 
 
+def test_training_says_so_before_it_begins(tmp_path, qwen_like, token_file):
+    folder = with_generation_config(qwen_like, tmp_path / "tokenizer", "{")
+    flags = ["--tokenizer_path", folder, "--train_data_path", token_file, "--out_dir", tmp_path / "out"]
+    done = script("train.py", *flags, *SMALL, code=2)
+    assert done.stderr.splitlines()[-1].startswith("error: ") and "generation_config.json" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
 # ------------------------------------------------------------------------------------------------------- DeepSeek's
 
 

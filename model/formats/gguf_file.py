@@ -4,6 +4,7 @@ Llama's and Mistral's keep the numbers of a head in pairs of neighbours, as ours
 Matrices may be quantised: they are read as the float32 numbers that they stand for.
 """
 
+import functools
 import hashlib
 import math
 import os
@@ -187,6 +188,12 @@ def unpacked_tokenizer(path: Path) -> Path:
     Raises:
         InputError: it is damaged, or llama.cpp's name of its pre-tokenizer is not known.
     """
+    found = path.stat()
+    return _unpacked_tokenizer(path, found.st_size, found.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=4)  # reading tens of thousands of tokens takes seconds, and several ask for the folder
+def _unpacked_tokenizer(path: Path, size: int, modified: int) -> Path:
     from model.formats.gguf_tokenizer import read_tokenizer
 
     fields = open_gguf(path).fields

@@ -10,15 +10,15 @@ llama.cpp's ids, except that a text never becomes a control token where it is en
 """
 
 import json
-import math
 from collections import Counter
-from collections.abc import Container, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from model.errors import InputError, first_line, shown
 from model.files import replacing, write_json
 from model.formats.gguf_values import Refused, list_of_values, single_value
+from model.formats.merge_scores import merges_of, scores_of
 from model.formats.pre_tokenizers import BY_NAME, PRE_TOKENIZERS, as_json, find_name
 from model.formats.tokenizer_folder import TokenizerFolder, read_folder
 from model.tokenization import MOST_TOKENS
@@ -70,10 +70,11 @@ def write_tokenizer(writer: "gguf.GGUFWriter", folder: str | Path, rows: int, ad
     found = read_folder(folder)
     try:
         tokens, types = _list_tokens(found, rows)
-        if found.tokenizer["model"].get("byte_fallback"):
-            remarks = _write_llama(writer, found, tokens, types)
+        if found.tokenizer["model"]["byte_fallback"]:
+            _write_llama(writer, found.tokenizer, tokens, types)
+            remarks = []
         else:
-            remarks = _write_gpt2(writer, found, tokens)
+            remarks = _write_gpt2(writer, found.tokenizer)
     except Refused as error:
         raise InputError(f"{folder}: llama.cpp cannot have the same tokenizer: {error}") from error
     forced = [
@@ -132,10 +133,9 @@ def _list_tokens(found: TokenizerFolder, rows: int) -> tuple[list[str], list[int
     return tokens, [kinds.get(index, NORMAL if index in texts else UNUSED) for index in range(rows)]
 
 
-def _write_gpt2(writer: "gguf.GGUFWriter", found: TokenizerFolder, tokens: list[str]) -> list[str]:
+def _write_gpt2(writer: "gguf.GGUFWriter", tokenizer: dict) -> list[str]:
     """Add what byte-level BPE needs; returns remarks."""
-    model, normalizer = found.tokenizer["model"], found.tokenizer["normalizer"]
-    pre_tokenizer = found.tokenizer["pre_tokenizer"]
+    model, normalizer, pre_tokenizer = (tokenizer[part] for part in ("model", "normalizer", "pre_tokenizer"))
     name = find_name(pre_tokenizer, model["ignore_merges"])
     if name is None:
         raise Refused(
@@ -144,10 +144,11 @@ def _write_gpt2(writer: "gguf.GGUFWriter", found: TokenizerFolder, tokens: list[
             f" {', '.join(kind.names[0] for kind in PRE_TOKENIZERS)}"
         )
     _check_bpe(model)
-    missing = [byte for byte in _byte_alphabet() if byte not in model["vocab"]]
-    if missing:
-        raise Refused(f"it is byte-level BPE without the bytes {shown(''.join(missing))} (in GPT-2's alphabet)")
     remarks = []
+    if missing := [f"0x{byte:02X}" for byte, letter in _byte_letters().items() if letter not in model["vocab"]]:
+        if model["unk_token"] is not None:
+            raise Refused(f"it has no token for the bytes {', '.join(missing)} and an unknown token in their place")
+        remarks.append(f"llama.cpp, too, leaves out {', '.join(missing)}, but does not join what stands beside them")
     if normalizer == {"type": "NFC"}:
         remarks.append("llama.cpp does not normalize texts (NFC): a letter and its accent apart get other ids there")
     elif normalizer not in (None, {"type": "Sequence", "normalizers": []}):
@@ -159,26 +160,25 @@ def _write_gpt2(writer: "gguf.GGUFWriter", found: TokenizerFolder, tokens: list[
     return remarks
 
 
-def _write_llama(writer: "gguf.GGUFWriter", found: TokenizerFolder, tokens: list[str], types: list[int]) -> list[str]:
-    """Add what BPE with scores needs; returns remarks."""
-    tokenizer = found.tokenizer
+def _write_llama(writer: "gguf.GGUFWriter", tokenizer: dict, tokens: list[str], types: list[int]) -> None:
+    """Add what BPE with scores needs."""
     _check_bpe(tokenizer["model"])
+    if tokenizer["pre_tokenizer"] is not None:
+        raise Refused(f"its pre-tokenizer {shown(tokenizer['pre_tokenizer'])}: with byte_fallback none is expected")
     steps = tokenizer["normalizer"] or {}
     steps = steps["normalizers"] if steps.get("type") == "Sequence" else [steps]
     add_space = steps[:1] == [{"type": "Prepend", "prepend": SPACE}]
     if steps[add_space:] != [{"type": "Replace", "pattern": {"String": " "}, "content": SPACE}]:
-        raise Refused(f"its normalizer {shown(tokenizer['normalizer'])} does more than to write spaces as {SPACE}")
-    if tokenizer["pre_tokenizer"] is not None:
-        raise Refused(f"its pre-tokenizer {shown(tokenizer['pre_tokenizer'])}: with byte_fallback none is expected")
+        raise Refused(f"its normalizer {shown(tokenizer['normalizer'])} does not just write spaces as {SPACE}")
     if normalized := [token["content"] for token in tokenizer["added_tokens"] if token["normalized"]]:
         raise Refused(f"its token {shown(normalized[0])} is looked for after normalizing")
     if types.count(BYTE) < 256:
         raise Refused(f"it has {types.count(BYTE)} of the tokens <0x00> to <0xFF>")
     writer.add_tokenizer_model("llama")
     writer.add_tokenizer_pre("default")
-    writer.add_token_scores(_scores(tokenizer["model"]["merges"], tokens, types))
+    words = (token for token, kind in zip(tokens, types, strict=True) if kind == NORMAL)
+    writer.add_token_scores(scores_of(tokenizer["model"]["merges"], tokens, words))
     writer.add_add_space_prefix(add_space)
-    return []
 
 
 def _check_bpe(model: dict) -> None:
@@ -189,40 +189,13 @@ def _check_bpe(model: dict) -> None:
         raise Refused("its BPE has no merges, or one twice")
 
 
-def _byte_alphabet() -> list[str]:
-    """GPT-2's characters for the bytes that UTF-8 can have."""
+def _byte_letters() -> dict[int, str]:
+    """GPT-2's letter for each byte that UTF-8 can have."""
     from tokenizers.pre_tokenizers import ByteLevel
 
     letters, hidden = set(ByteLevel.alphabet()), iter(range(256, 512))  # the hidden ones stand for what cannot be seen
     by_byte = [chr(byte) if chr(byte) in letters else chr(next(hidden)) for byte in range(256)]
-    return [letter for byte, letter in enumerate(by_byte) if byte not in NEVER_IN_UTF_8]
-
-
-def _scores(merges: list[list[str]], tokens: list[str], types: list[int]) -> list[float]:
-    """Scores of all tokens with which llama.cpp merges as the list of merges does.
-
-    llama.cpp makes, of all tokens that two neighbours form, the one with the best score. So the list must hold every
-    pair that forms a token, and those that form the same one together: as SentencePiece's conversion writes it.
-    """
-    ranks: dict[str, int] = {}
-    for left, right in merges:
-        token = left + right
-        if ranks.setdefault(token, len(ranks)) != len(ranks) - 1:
-            raise Refused(f"its merges that make {shown(token)} lie apart; SentencePiece's lie together")
-    known, listed = set(tokens), {tuple(pair) for pair in merges}
-    for token, kind in zip(tokens, types, strict=True):
-        for pair in _pairs(token, known) if kind == NORMAL else ():
-            if pair not in listed:
-                raise Refused(
-                    f"its merges lack {shown(' '.join(pair))}, which SentencePiece merges since it makes a token"
-                )
-    return [-float(ranks.get(token, len(ranks))) for token in tokens]
-
-
-def _pairs(token: str, known: Container[str]) -> list[tuple[str, str]]:
-    """All ways to make a token of two."""
-    cuts = ((token[:length], token[length:]) for length in range(1, len(token)))
-    return [(left, right) for left, right in cuts if left in known and right in known]
+    return {byte: letter for byte, letter in enumerate(by_byte) if byte not in NEVER_IN_UTF_8}
 
 
 # --------------------------------------------------------------------------------------------------------- reading
@@ -270,7 +243,9 @@ class _Vocabulary:
 
     Attributes:
         model: "gpt2", "llama" or another.
-        tokens: without the unused ones at the end, which only fill the embedding.
+        tokens: without the unused ones at the end, [PAD…], which only fill the embedding.
+        ids: of each token.
+        types: of each token, 0 for all where the file does not say.
         special_ids: of "bos", "eos", "unk" and "pad", those that there are.
         end_ids: what ends a text, in order.
 
@@ -288,12 +263,13 @@ class _Vocabulary:
         self.types = types or [0] * len(self.tokens)
         if len(self.types) != len(self.tokens):
             raise Refused(f"there are {len(self.tokens):,} tokens and {len(self.types):,} token types")
-        while self.tokens and self.types[-1] == UNUSED and self.tokens[-1] == f"[PAD{len(self.tokens) - 1}]":
-            self.tokens.pop()
-            self.types.pop()
         self.ids = {token: index for index, token in enumerate(self.tokens)}
         self._check_tokens()
         self._find_special_ids(fields)
+        last = max([*self.special_ids.values(), *self.end_ids])
+        while len(self.tokens) > last + 1 and self.types[-1] == UNUSED and self.tokens[-1].startswith("[PAD"):
+            self.types.pop()
+            del self.ids[self.tokens.pop()]
         llama = self.model == "llama"
         defaults = {"bos": llama or (self.pre in BY_NAME and BY_NAME[self.pre].add_bos), "eos": False}
         self.adds = {}  # whether a text begins with the bos, ends with the eos
@@ -414,11 +390,13 @@ class _Vocabulary:
 def _gpt2_parts(fields: Mapping[str, "gguf.ReaderField"], vocabulary: _Vocabulary) -> dict:
     """What tokenizer.json has for byte-level BPE, without the vocabulary."""
     if vocabulary.pre not in BY_NAME:
-        raise Refused(
-            f"tokenizer.ggml.pre is {shown(vocabulary.pre)}, which is not known; one of {', '.join(BY_NAME)} expected"
-        )
+        names = ", ".join(filter(None, BY_NAME))
+        raise Refused(f"tokenizer.ggml.pre is {shown(vocabulary.pre)}, which is not known; expected one of {names}")
     kind, merges = BY_NAME[vocabulary.pre], {}
-    for number, merge in enumerate(list_of_values(fields, "tokenizer.ggml.merges", str, MOST_MERGES)):
+    listed = list_of_values(fields, "tokenizer.ggml.merges", str, MOST_MERGES)
+    if not listed:
+        raise Refused("there are no tokenizer.ggml.merges")
+    for number, merge in enumerate(listed):
         left, _, right = merge.partition(" ")
         if left not in vocabulary.ids or right not in vocabulary.ids or left + right not in vocabulary.ids:
             raise Refused(f"tokenizer.ggml.merges: {shown(merge)} (number {number}) is not two tokens that make one")
@@ -461,18 +439,11 @@ def _llama_parts(fields: Mapping[str, "gguf.ReaderField"], vocabulary: _Vocabula
 
 
 def _merges(fields: Mapping[str, "gguf.ReaderField"], vocabulary: _Vocabulary) -> list[list[str]]:
-    """The merges that scores stand for: every pair that makes a token, the token with the best score first."""
+    """The merges that a file's scores stand for."""
     scores = list_of_values(fields, "tokenizer.ggml.scores", float, MOST_TOKENS)
-    if len(scores) < len(vocabulary.tokens) or not all(map(math.isfinite, scores)):
-        raise Refused(f"there are {len(scores):,} scores for {len(vocabulary.tokens):,} tokens, or one is no number")
-    made: dict[float, str] = {}
-    pairs = {}
-    added = {token["content"] for token in vocabulary.added_tokens()} | set(BYTE_TOKENS)
-    for token, score in zip(vocabulary.tokens, scores, strict=False):
-        if token in added:  # it is found before merging, or stands for what is not text
-            continue
-        if parts := _pairs(token, vocabulary.ids):
-            if score in made:  # llama.cpp then makes whichever stands further left, which no list of merges can say
-                raise Refused(f"the tokens {shown(made[score])} and {shown(token)} have the same score {score:g}")
-            made[score], pairs[token] = token, parts
-    return [list(pair) for score in sorted(made, reverse=True) for pair in pairs[made[score]]]
+    if len(scores) < len(vocabulary.tokens):
+        raise Refused(f"there are {len(scores):,} scores for {len(vocabulary.tokens):,} tokens")
+    # Added tokens are found before merging, bytes stand for what is not text.
+    others = {token["content"] for token in vocabulary.added_tokens()} | set(BYTE_TOKENS)
+    words = {word: score for word, score in zip(vocabulary.tokens, scores, strict=False) if word not in others}
+    return merges_of(words, vocabulary.ids)

@@ -4,12 +4,13 @@ A GGUF file names its pre-tokenizer (`tokenizer.ggml.pre`), and llama.cpp knows 
 expressions that split a text one after another, each within the pieces of the one before (`llama-vocab.cpp`). Here they
 are in the `tokenizers` library's form. Where an original tokenizer and llama.cpp differ, this is llama.cpp's: `tekken`
 and `gpt-4o` tell upper from lower case in ASCII only there, and DeepSeek's first two do not take U+3000 for a letter.
+Characters newer than Unicode 14 can be letters to one of the two programs and not to the other.
 """
 
 from dataclasses import dataclass
 
 GPT_2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+CONTRACTIONS = "(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])"
 LLAMA_3 = CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 QWEN_2 = CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 QWEN_3_5 = (
@@ -18,7 +19,7 @@ QWEN_3_5 = (
 )
 SEED_CODER = CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}\r\n]+|\s*[\r\n]+|\s+(?!\S)|\s+"
 BAILING = (
-    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"'(?:[sSdDmMtT]|[lL][lL]|[vV][eE]|[rR][eE])|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
 )
 TEKKEN = (
@@ -40,6 +41,13 @@ DEEPSEEK_LETTERS = (  # of the scripts that have cases
     "Ꞌ-ꞎꭰ-ꮿﬀ-ﬆﬓ-ﬗＡ-Ｚａ-ｚ𐐀-𐑏𐒰-𐓓𐓘-𐓻𐲀-𐲲𐳀-𐳲𑢠-𑣟𞤀-𞥃"
 )
 DEEPSEEK_SCRIPTS = r"[一-龥\u0800-一가-\ud7ff&&\S]+"  # llama.cpp has no spaces in the range, DeepSeek's have U+3000
+
+SPELLINGS = {  # how tokenizers write what llama.cpp has; they differ in 'ſ alone, a letter that is no longer used
+    "(?i:'s|'t|'re|'ve|'m|'ll|'d)": CONTRACTIONS,
+    "'(?i:[sdmt]|ll|ve|re)": "'(?:[sSdDmMtT]|[lL][lL]|[vV][eE]|[rR][eE])",
+    "\r": r"\r",
+    "\n": r"\n",
+}
 
 
 @dataclass(frozen=True)
@@ -154,5 +162,7 @@ def _splits_of(pre_tokenizer: dict | None) -> list[str] | None:
 
 
 def _plain(split: str) -> str:
-    """One spelling of a regular expression, where there are several: a line's end is escaped, or is not."""
-    return split.replace("\r", r"\r").replace("\n", r"\n")
+    """One spelling of a regular expression, where there are several."""
+    for spelling, ours in SPELLINGS.items():
+        split = split.replace(spelling, ours)
+    return split

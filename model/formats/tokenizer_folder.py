@@ -64,11 +64,7 @@ def read_folder(folder: str | Path) -> TokenizerFolder:
     ends = [special_ids["eos"], *(ends if isinstance(ends, list) else [] if ends is None else [ends])]
     if not all(type(index) is int and index >= 0 and backend.id_to_token(index) is not None for index in ends):
         raise InputError(f"{folder / 'generation_config.json'}: eos_token_id {shown(ends[1:])}, ids of tokens expected")
-    template = config.get("chat_template")
-    if isinstance(template, list):  # several, by name
-        template = next((item.get("template") for item in template if item.get("name") == "default"), None)
-    if (file := folder / "chat_template.jinja").is_file():
-        template = file.read_text(encoding="utf-8")
+    template = _chat_template(config, folder)
     return TokenizerFolder(json.loads(backend.to_str()), special_ids, list(dict.fromkeys(ends)), template)
 
 
@@ -90,6 +86,23 @@ def _special_ids(backend, config: dict, folder: Path) -> dict[str, int]:
     if "eos" not in special_ids:
         raise InputError(f"{folder} names no eos_token; add one to its tokenizer_config.json")
     return special_ids
+
+
+def _chat_template(config: dict, folder: Path) -> str | None:
+    """A folder's chat template; of several by name, the one that is called default."""
+    template = config.get("chat_template")
+    if isinstance(template, list):
+        named = [item for item in template if isinstance(item, dict) and item.get("name") == "default"]
+        template = named[0].get("template") if named else None
+    file = folder / "chat_template.jinja"
+    try:
+        if file.is_file():
+            template = file.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file} cannot be read ({first_line(error)})") from error
+    if template is not None and not isinstance(template, str):
+        raise InputError(f"{folder}: its chat template is {shown(template)}, a text expected")
+    return template
 
 
 def _content(token: Any) -> Any:
