@@ -251,14 +251,14 @@ def save_transformers(folder: str | Path, weights: Weights, dtype: torch.dtype =
     if config.tie_embeddings:
         state_dict.pop("output.weight")
     tensors = {transformers_name(name): tensor.to("cpu", dtype).contiguous() for name, tensor in state_dict.items()}
+    tokenizer = load_tokenizer(weights.tokenizer_path)
+    ends = end_ids(tokenizer)
     kind = "qwen3" if config.qk_norm else "qwen2" if config.qkv_bias else "llama"
     if kind == "qwen3" and config.qkv_bias:  # Qwen3 has biases of all four or none
         for layer in range(config.n_layers):
             tensors[f"model.layers.{layer}.self_attn.o_proj.bias"] = torch.zeros(config.dim, dtype=dtype)
     with new_folder(folder) as temporary:
         export_tokenizer(weights, temporary)
-        tokenizer = load_tokenizer(temporary)
-        ends = end_ids(tokenizer)
         ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": ends if len(ends) > 1 else ends[0]}
         write_json(temporary / "config.json", config_json(config, kind, dtype) | ids)
         write_json(temporary / "generation_config.json", ids | {"pad_token_id": ends[0]} | _generation_defaults())
