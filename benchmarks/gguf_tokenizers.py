@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from worker import Worker
 
 import utils
+from model.formats.gguf_header import GGUFFile
 from model.formats.gguf_tokenizer import GAP_NAMES, read_tokenizer, write_tokenizer
 from model.formats.pre_tokenizers import PRE_TOKENIZERS, PreTokenizer, as_json
 from model.formats.tokenizer_folder import read_folder
@@ -137,9 +138,7 @@ def write_vocabulary(file: Path, folder: Path) -> list[str]:
 
 def compare_gguf(file: Path, llama_python: str, count: int = 2000, original: Path | None = None) -> Comparison:
     """Compare llama.cpp with the folder that is read from a GGUF file, and with the one that the file was made of."""
-    import gguf
-
-    fields = gguf.GGUFReader(file).fields
+    fields = GGUFFile(file).fields
     with tempfile.TemporaryDirectory() as here:
         read_tokenizer(fields, here, file)
         texts = sample_texts(count, [token["content"] for token in read_folder(here).tokenizer["added_tokens"]])

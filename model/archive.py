@@ -113,7 +113,7 @@ def load_torch(path: str | Path, own: bool = False) -> dict:
         content = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         # torch's text advises to load unsafely; the one line that says what was found is enough.
-        found = re.search(r"Unsupported (?:global|class|operand)[^.]*|GLOBAL \S+", str(error))
+        found = re.search(r"Unsupported (?:global|class|operand)[^.\n]*|GLOBAL \S+", str(error))
         reason = found[0].strip() if found else first_line(error)
         raise InputError(f"{path}: expected tensors and plain values only ({reason}); it is not loaded") from error
     except DAMAGE as error:

@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, trainers
 from tokenizers.pre_tokenizers import ByteLevel
 
 from model.errors import InputError
+from model.formats.gguf_header import GGUFFile
 from model.formats.gguf_tokenizer import read_tokenizer, write_tokenizer
 from model.formats.pre_tokenizers import BY_NAME
 from model.formats.tokenizer_folder import read_folder, same_tokenizer
@@ -34,7 +35,7 @@ def write_gguf(file: Path, folder: Path, rows: int = ROWS, change=None, **option
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
-    return gguf.GGUFReader(file).fields
+    return GGUFFile(file).fields
 
 
 def through_gguf(folder: Path, here: Path, rows: int = ROWS, change=None, **options) -> Path:

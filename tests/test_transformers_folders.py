@@ -250,7 +250,7 @@ def test_biases_that_we_have_not_are_refused(tmp_path):
     with torch.no_grad():
         model.model.layers[1].self_attn.o_proj.bias[3] = 1e-3
     model.save_pretrained(tmp_path)
-    with pytest.raises(InputError, match=r"layers.1.self_attn.o_proj.bias is not zero; such models are not supported"):
+    with pytest.raises(InputError, match=r"layers.1.self_attn.o_proj.bias' is not zero; such models are not supported"):
         load_weights(tmp_path)
 
 

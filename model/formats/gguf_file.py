@@ -6,9 +6,6 @@ Matrices may be quantised: they are read as the float32 numbers that they stand 
 
 import functools
 import hashlib
-import math
-import os
-import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,6 +18,7 @@ from model.archive_checks import read_shape
 from model.checkpoint import Weights
 from model.errors import InputError, first_line, shown
 from model.files import cache_folder, new_folder, replacing
+from model.formats.gguf_header import MAGIC, GGUFFile, StoredTensor
 from model.formats.gguf_values import Refused, single_value
 from model.formats.names import gather, gguf_name, in_halves, in_pairs, reordered
 from model.LMConfig import LMConfig
@@ -29,13 +27,9 @@ from model.model import rope_frequencies
 if TYPE_CHECKING:
     import gguf
 
-MAGIC = b"GGUF"
 F16_LARGEST = 65504
 FORMATS = ("F32", "F16", "BF16", "Q8_0")  # that are written
 IN_HALVES = {"llama": False, "qwen2": True, "qwen3": True}  # of the architectures that are read
-MOST_VALUES, MOST_TENSORS, MOST_BYTES = 4096, 1 << 16, 1 << 28  # of a header: keys, tensors, and all of it
-FIXED_SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # bytes, by the type of a value
-STRING, ARRAY = 8, 9
 READ_BY = 1  # version of what makes a tokenizer's folder: unpacked ones of other versions are left alone
 ROPE_TENSOR = "rope_freqs.weight"
 LLAMA3_KEYS = ("rope_factor", "rope_low_freq_factor", "rope_high_freq_factor", "rope_original_max_seq_len")
@@ -57,19 +51,18 @@ def load_gguf(path: str | Path) -> Weights:
         InputError: the file is damaged, or the model is of a kind that this program has not.
     """
     path = Path(path)
-    reader = open_gguf(path)
+    file = GGUFFile(path)
     try:
-        return _weights(reader, path)
+        return _weights(file, path)
     except Refused as error:
         raise InputError(f"{path}: {error}") from error
 
 
-def _weights(reader: "gguf.GGUFReader", path: Path) -> Weights:
+def _weights(file: GGUFFile, path: Path) -> Weights:
     from model.tokenization import tokenizer_sha256
 
-    fields = reader.fields
-    tensors = {tensor.name: tensor for tensor in reader.tensors}
-    shapes = {name: tuple(int(n) for n in reversed(tensor.shape)) for name, tensor in tensors.items()}
+    fields, tensors = file.fields, file.tensors
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
     factors = shapes.pop(ROPE_TENSOR, None) and _dequantised(tensors[ROPE_TENSOR], path)
     architecture, config = _config(fields, shapes, factors, path)
     state_dict = gather(config, gguf_name, shapes, lambda name: _dequantised(tensors[name], path), path)
@@ -89,99 +82,6 @@ def _weights(reader: "gguf.GGUFReader", path: Path) -> Weights:
     )
 
 
-def open_gguf(path: Path) -> "gguf.GGUFReader":
-    """A reader of a file whose header was seen to end within the file, as do all the tensors that it lists.
-
-    Raises:
-        InputError: it is no such file, is cut off, or its numbers do not add up.
-    """
-    import gguf
-
-    try:
-        with open(path, "rb") as file:
-            _Header(file, path).check()
-        return gguf.GGUFReader(path)
-    except (ValueError, KeyError, IndexError, OverflowError, struct.error, UnicodeDecodeError) as error:
-        reason = f"{type(error).__name__}: {first_line(error)}"
-        raise InputError(f"{path}: damaged, or not a GGUF file ({reason})") from error
-
-
-class _Header:
-    """Goes through a file's header once, with every length compared to what is left, before the library reads it:
-    that would believe a length of 2^60."""
-
-    def __init__(self, file, path: Path) -> None:
-        self._size = os.fstat(file.fileno()).st_size
-        self._bytes, self._place, self._path = file.read(MOST_BYTES), 0, path
-
-    def check(self) -> None:
-        import gguf
-
-        if self._take(4) != MAGIC:
-            raise self._refusal("its first bytes are not GGUF")
-        version, tensors, values = struct.unpack("<IQQ", self._take(20))
-        if version not in (2, 3):
-            raise self._refusal(f"version {version & 0xFFFF if version >> 16 else version}, 2 or 3 expected")
-        if tensors > MOST_TENSORS or values > MOST_VALUES:
-            raise self._refusal(f"{tensors:,} tensors and {values:,} values")
-        alignment = 32
-        for _ in range(values):
-            key, kind = self._string(), self._number("<I", 4)
-            if key == b"general.alignment" and kind == 4:
-                alignment = struct.unpack_from("<I", self._bytes, self._place)[0]
-            self._skip(kind)
-        ends, seen = [0], set()
-        for _ in range(tensors):
-            name, count = self._string(), self._number("<I", 4)
-            if count > 4 or name in seen:
-                raise self._refusal(f"a tensor {shown(name.decode('utf-8', 'replace'))} of {count} dimensions")
-            seen.add(name)
-            shape = struct.unpack(f"<{count}Q", self._take(8 * count))
-            kind, offset = struct.unpack("<IQ", self._take(12))
-            block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(kind)]
-            numbers = math.prod(shape)
-            if numbers % block or (shape and shape[0] % block):
-                raise self._refusal(f"{shown(name.decode('utf-8', 'replace'))} is no whole number of blocks of {block}")
-            ends.append(offset + numbers // block * size)
-        if alignment == 0 or alignment & (alignment - 1):
-            raise self._refusal(f"an alignment of {alignment}")
-        begin = -(-self._place // alignment) * alignment
-        if begin + max(ends) > self._size:
-            raise self._refusal(f"its tensors reach to byte {begin + max(ends):,}, the file has {self._size:,}")
-
-    def _skip(self, kind: int, depth: int = 0) -> None:
-        if kind == STRING:
-            self._string()
-        elif kind == ARRAY and depth < 2:
-            kind, count = self._number("<I", 4), self._number("<Q", 8)
-            if kind in FIXED_SIZES:
-                self._take(count * FIXED_SIZES[kind])
-            else:
-                if count > len(self._bytes) - self._place:
-                    raise self._refusal(f"a list of {count:,}")
-                for _ in range(count):
-                    self._skip(kind, depth + 1)
-        elif kind in FIXED_SIZES:
-            self._take(FIXED_SIZES[kind])
-        else:
-            raise self._refusal(f"a value of type {kind}")
-
-    def _string(self) -> bytes:
-        return self._take(self._number("<Q", 8))
-
-    def _number(self, form: str, size: int) -> int:
-        return struct.unpack(form, self._take(size))[0]
-
-    def _take(self, count: int) -> bytes:
-        begin, self._place = self._place, self._place + count
-        if self._place > len(self._bytes):
-            raise self._refusal(f"it is cut off at byte {len(self._bytes):,} of its header")
-        return self._bytes[begin : self._place]
-
-    def _refusal(self, found: str) -> InputError:
-        return InputError(f"{self._path}: damaged, or not a GGUF file ({found})")
-
-
 def unpacked_tokenizer(path: Path) -> Path:
     """The folder of the tokenizer inside a file: in the cache, under a name that its content gives.
 
@@ -196,12 +96,11 @@ def unpacked_tokenizer(path: Path) -> Path:
 def _unpacked_tokenizer(path: Path, size: int, modified: int) -> Path:
     from model.formats.gguf_tokenizer import read_tokenizer
 
-    fields = open_gguf(path).fields
+    fields = GGUFFile(path).fields
     content = hashlib.sha256(READ_BY.to_bytes(4, "little"))
     for key in sorted(key for key in fields if key.startswith("tokenizer.")):
-        content.update(key.encode() + b"\0")
-        for part in fields[key].parts:
-            content.update(part)
+        content.update(f"{key} {[*map(int, fields[key].types)]} {fields[key].count}\n".encode())
+        content.update(fields[key].content)
     folder = cache_folder() / "tokenizers" / content.hexdigest()[:24]
     if not (folder / "tokenizer.json").is_file():
         with new_folder(folder) as temporary:
@@ -272,7 +171,8 @@ def _llama3(config: LMConfig, fields: Mapping, factors: Tensor, path: Path) -> L
     for values in [own] if None not in own else usual:
         shape = vars(config) | {"rope_scaling": "llama3"} | dict(zip(LLAMA3_KEYS, values, strict=True))
         tried = read_shape(shape, path)
-        if torch.allclose(rope_factors(tried), factors, rtol=1e-5, atol=0):
+        wanted = rope_factors(tried)
+        if wanted.shape == factors.shape and torch.allclose(wanted, factors.float(), rtol=1e-5, atol=0):
             return tried
     raise InputError(f"{path}: {ROPE_TENSOR} holds factors that are not Llama 3's; such models are not supported")
 
@@ -283,23 +183,19 @@ def rope_factors(config: LMConfig) -> Tensor:
     return rope_frequencies(plain) / rope_frequencies(config)
 
 
-def _dequantised(tensor: "gguf.ReaderTensor", path: Path) -> Tensor:
+def _dequantised(tensor: StoredTensor, path: Path) -> Tensor:
     """A tensor's numbers, float32, in the shape that its dimensions say; those kept as float16 or bfloat16 stay so."""
     import gguf
 
-    shape = [int(n) for n in reversed(tensor.shape)]
-    if tensor.tensor_type == gguf.GGMLQuantizationType.F16:
-        return torch.from_numpy(np.array(tensor.data)).view(shape)
-    if tensor.tensor_type == gguf.GGMLQuantizationType.BF16:
-        return torch.from_numpy(np.array(tensor.data).view(np.int16)).view(torch.bfloat16).view(shape)
+    kept = {gguf.GGMLQuantizationType.F16: torch.float16, gguf.GGMLQuantizationType.BF16: torch.bfloat16}
+    if tensor.kind in kept:
+        return torch.from_numpy(np.array(tensor.rows)).view(kept[tensor.kind]).view(tensor.shape)
     try:
-        numbers = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        numbers = gguf.quants.dequantize(tensor.rows, tensor.kind)
     except (NotImplementedError, ValueError, KeyError) as error:
-        kind = tensor.tensor_type.name
-        raise InputError(
-            f"{path}: {tensor.name} is kept as {kind}, which cannot be read ({first_line(error)})"
-        ) from error
-    return torch.from_numpy(np.array(numbers, dtype=np.float32)).view(shape)
+        found = f"{shown(tensor.name)} is kept as {tensor.kind.name}"
+        raise InputError(f"{path}: {found}, which cannot be read ({first_line(error)})") from error
+    return torch.from_numpy(np.array(numbers, dtype=np.float32)).view(tensor.shape)
 
 
 # --------------------------------------------------------------------------------------------------------- writing

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from model.errors import InputError, first_line, shown
 from model.files import replacing, write_json
+from model.formats.gguf_header import Value
 from model.formats.gguf_values import Refused, list_of_values, single_value
 from model.formats.merge_scores import merges_of, scores_of
 from model.formats.pre_tokenizers import BY_NAME, PRE_TOKENIZERS, as_json, find_name
@@ -201,11 +202,11 @@ def _byte_letters() -> dict[int, str]:
 # --------------------------------------------------------------------------------------------------------- reading
 
 
-def read_tokenizer(fields: Mapping[str, "gguf.ReaderField"], target: str | Path, source: str | Path) -> None:
+def read_tokenizer(fields: Mapping[str, Value], target: str | Path, source: str | Path) -> None:
     """Write a tokenizer folder of what a GGUF file says of its tokenizer.
 
     Args:
-        fields: those of a `gguf.GGUFReader`.
+        fields: those of a `GGUFFile`.
         target: gets tokenizer.json, tokenizer_config.json and generation_config.json, with all ids that end a text.
         source: the file, for messages.
 
@@ -253,7 +254,7 @@ class _Vocabulary:
         Refused: with what was found.
     """
 
-    def __init__(self, fields: Mapping[str, "gguf.ReaderField"]):
+    def __init__(self, fields: Mapping[str, Value]):
         self.model = single_value(fields, "tokenizer.ggml.model", str)
         if self.model is None:
             raise Refused("there is no tokenizer.ggml.model: the file has no tokenizer")
@@ -288,7 +289,7 @@ class _Vocabulary:
         if (longest := max(map(len, self.tokens))) > MOST_CHARACTERS:
             raise Refused(f"a token has {longest:,} characters, at most {MOST_CHARACTERS:,} expected")
 
-    def _find_special_ids(self, fields: Mapping[str, "gguf.ReaderField"]) -> None:
+    def _find_special_ids(self, fields: Mapping[str, Value]) -> None:
         defaults = {"bos": 1, "eos": 2, "unk": 0} if self.model == "llama" else {}
         keys = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding", "eot": "eot", "eom": "eom"}
         ids = {}
@@ -387,7 +388,7 @@ class _Vocabulary:
         return {"eos_token_id": ends} | {f"{name}_token_id": index for name, index in ids.items()}
 
 
-def _gpt2_parts(fields: Mapping[str, "gguf.ReaderField"], vocabulary: _Vocabulary) -> dict:
+def _gpt2_parts(fields: Mapping[str, Value], vocabulary: _Vocabulary) -> dict:
     """What tokenizer.json has for byte-level BPE, without the vocabulary."""
     if vocabulary.pre not in BY_NAME:
         names = ", ".join(filter(None, BY_NAME))
@@ -412,7 +413,7 @@ def _gpt2_parts(fields: Mapping[str, "gguf.ReaderField"], vocabulary: _Vocabular
     }
 
 
-def _llama_parts(fields: Mapping[str, "gguf.ReaderField"], vocabulary: _Vocabulary) -> dict:
+def _llama_parts(fields: Mapping[str, Value], vocabulary: _Vocabulary) -> dict:
     """What tokenizer.json has for SentencePiece's BPE, without the vocabulary."""
     missing = [token for token in BYTE_TOKENS if token not in vocabulary.ids]
     if missing:
@@ -438,7 +439,7 @@ def _llama_parts(fields: Mapping[str, "gguf.ReaderField"], vocabulary: _Vocabula
     }
 
 
-def _merges(fields: Mapping[str, "gguf.ReaderField"], vocabulary: _Vocabulary) -> list[list[str]]:
+def _merges(fields: Mapping[str, Value], vocabulary: _Vocabulary) -> list[list[str]]:
     """The merges that a file's scores stand for."""
     scores = list_of_values(fields, "tokenizer.ggml.scores", float, MOST_TOKENS)
     if len(scores) < len(vocabulary.tokens):

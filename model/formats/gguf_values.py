@@ -1,12 +1,9 @@
 """Values of a GGUF file's metadata, of the type that they must have."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 from model.errors import first_line
-
-if TYPE_CHECKING:
-    import gguf
+from model.formats.gguf_header import Value
 
 TYPES = {  # GGUF's names of them, for each of Python's
     int: {f"{sign}INT{bits}" for sign in ("", "U") for bits in (8, 16, 32, 64)},
@@ -20,7 +17,7 @@ class Refused(Exception):
     """Why what a file holds is not used; the message is the reason."""
 
 
-def single_value(fields: Mapping[str, "gguf.ReaderField"], key: str, kind: type):
+def single_value(fields: Mapping[str, Value], key: str, kind: type):
     """A value of a type; None where there is no such key.
 
     Raises:
@@ -34,23 +31,23 @@ def single_value(fields: Mapping[str, "gguf.ReaderField"], key: str, kind: type)
     return _contents(field, key)
 
 
-def list_of_values(fields: Mapping[str, "gguf.ReaderField"], key: str, kind: type, most: int) -> list:
+def list_of_values(fields: Mapping[str, Value], key: str, kind: type, most: int) -> list:
     """An array's values, of which there are `most` at most; empty where there is no such key.
 
     Raises:
         Refused: it is no array, has another type or more values, or is no UTF-8.
     """
     field = fields.get(key)
-    if field is None or len(field.data) == 0:
+    if field is None or field.count == 0:
         return []
     if len(field.types) != 2 or field.types[0].name != "ARRAY" or field.types[1].name not in TYPES[kind]:
         raise Refused(f"{key} is {_named(field)}, ARRAY of {_expected(kind)} expected")
-    if len(field.data) > most:
-        raise Refused(f"{key} has {len(field.data):,} values, at most {most:,} expected")
+    if field.count > most:
+        raise Refused(f"{key} has {field.count:,} values, at most {most:,} expected")
     return _contents(field, key)
 
 
-def _named(field: "gguf.ReaderField") -> str:
+def _named(field: Value) -> str:
     return " of ".join(found.name for found in field.types) or "nothing"
 
 
@@ -58,7 +55,7 @@ def _expected(kind: type) -> str:
     return " or ".join(sorted(TYPES[kind]))
 
 
-def _contents(field: "gguf.ReaderField", key: str):
+def _contents(field: Value, key: str):
     try:
         return field.contents()
     except UnicodeDecodeError as error:

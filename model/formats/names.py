@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from model.archive_checks import check_shapes, weight_shapes
-from model.errors import InputError
+from model.errors import InputError, shown
 from model.LMConfig import LMConfig
 
 # Of a layer: our name, transformers' and GGUF's.
@@ -97,7 +97,7 @@ def gather(
     found = {ours.get(name, name): torch.empty(shape, device="meta") for name, shape in shapes.items()}
     for name in biases:  # some have them, of zeros
         if bool(read(name).any()):
-            raise InputError(f"{path}: {name} is not zero; such models are not supported")
+            raise InputError(f"{path}: {shown(name)} is not zero; such models are not supported")
         del found[name]
     if config.tie_embeddings:
         found["output.weight"] = found.get("tok_embeddings.weight")

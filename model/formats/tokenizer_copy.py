@@ -49,6 +49,23 @@ def export_tokenizer(weights: Weights, target: Path) -> None:
 
 
 def adds_bos(source: str | Path) -> bool:
-    """Whether a tokenizer begins a text with its bos by itself, as its model's training did."""
+    """Whether a tokenizer begins a text with its bos by itself, as its model's training did.
+
+    Read off its post-processor, without running it: the library panics over one that is damaged.
+    """
     tokenizer = load_tokenizer(source)
-    return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+    processor = tokenizer.backend_tokenizer.post_processor
+    if processor is None or tokenizer.bos_token_id is None:
+        return False
+    return _first_ids(json.loads(processor.__getstate__()))[:1] == [tokenizer.bos_token_id]
+
+
+def _first_ids(processor: dict) -> list[int]:
+    """Ids that a post-processor puts before a text."""
+    if processor["type"] == "Sequence":
+        return next((ids for ids in map(_first_ids, reversed(processor["processors"])) if ids), [])
+    if processor["type"] == "TemplateProcessing":
+        first = processor["single"][0] if processor["single"] else {}
+        token = first.get("SpecialToken", {}).get("id")
+        return processor["special_tokens"].get(token, {"ids": []})["ids"]
+    return [processor["cls"][1]] if "cls" in processor else []  # BERT's and RoBERTa's

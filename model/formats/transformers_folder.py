@@ -77,7 +77,7 @@ def read_config(values: Mapping, shapes: Mapping[str, tuple], path: Path) -> LMC
         InputError: the model computes something else than a Transformer does.
     """
     kind = values.get("model_type")
-    if kind not in DEFAULTS:
+    if not isinstance(kind, str) or kind not in DEFAULTS:
         raise InputError(f"{path}: model_type is {shown(kind)}, one of {', '.join(DEFAULTS)} expected")
     _refuse_others(values, path)
     n_kv_heads, max_seq_len, window, norm_eps, rope_theta = DEFAULTS[kind]
@@ -86,13 +86,14 @@ def read_config(values: Mapping, shapes: Mapping[str, tuple], path: Path) -> LMC
     max_seq_len = values.get("max_position_embeddings", max_seq_len)
     if isinstance(window, int) and isinstance(max_seq_len, int) and values.get("use_sliding_window", kind == "mistral"):
         max_seq_len = min(max_seq_len, window)  # within the window attention is what it is without one
-    heads = values.get("num_attention_heads")
+    heads, n_kv_heads = values.get("num_attention_heads"), values.get("num_key_value_heads", n_kv_heads)
+    head_dim = values.get("head_dim")
     found = {
         "dim": values.get("hidden_size"),
         "n_layers": values.get("num_hidden_layers"),
         "n_heads": heads,
-        "n_kv_heads": values.get("num_key_value_heads") or n_kv_heads or heads,
-        "head_dim": values.get("head_dim") or (128 if kind == "qwen3" else None),
+        "n_kv_heads": heads if n_kv_heads is None else n_kv_heads,
+        "head_dim": 128 if kind == "qwen3" and head_dim is None else head_dim,
         "vocab_size": values.get("vocab_size"),
         "hidden_dim": values.get("intermediate_size"),
         "norm_eps": values.get("rms_norm_eps", norm_eps),
@@ -121,9 +122,9 @@ def _refuse_others(values: Mapping, path: Path) -> None:
         if values.get(name) is not None and values[name] not in accepted:
             told = " or ".join(map(str, accepted[:2])) or "no such key"
             raise InputError(f"{path}: {name} is {shown(values[name])}, {told} expected: such models are not supported")
-    layers = values.get("layer_types") or []
-    if any(layer != "full_attention" for layer in layers):
-        raise InputError(f"{path}: layer_types holds {shown(layers[0])}, full_attention for all layers expected")
+    layers = values.get("layer_types")
+    if layers is not None and not (isinstance(layers, list) and all(layer == "full_attention" for layer in layers)):
+        raise InputError(f"{path}: layer_types is {shown(layers)}, a list of full_attention only expected")
 
 
 def _rope(values: Mapping, path: Path) -> dict:
@@ -134,6 +135,8 @@ def _rope(values: Mapping, path: Path) -> dict:
     kind = given.get("rope_type", given.get("type", "default"))
     if kind not in ("default", "linear", "llama3"):
         raise InputError(f"{path}: RoPE of type {shown(kind)}, default, linear or llama3 expected")
+    if given.get("partial_rotary_factor", 1) != 1:
+        raise InputError(f"{path}: RoPE turns a part of a head only (partial_rotary_factor); this is not supported")
     rope = {}
     for source in (values, given):
         if source.get("rope_theta") is not None:
@@ -153,7 +156,7 @@ class _Tensors:
     """
 
     def __init__(self, folder: Path, chosen: str | None) -> None:
-        files = self._files(folder)
+        self._folder, files = folder, self._files(folder)
         if chosen is not None and folder / chosen not in files:
             raise InputError(f"{folder / chosen}: the weights of this folder are in {files[0].name}; give the folder")
         if all(path.suffix == ".safetensors" for path in files):
@@ -169,7 +172,8 @@ class _Tensors:
             found = {name: tuple(opened.get_slice(name).get_shape()) for name, opened in self._of.items()}
         else:
             content = {name: tensor for path in files for name, tensor in load_torch(path).items()}
-            self._of = {name: tensor for name, tensor in content.items() if isinstance(tensor, Tensor)}
+            named = {name: value for name, value in content.items() if isinstance(name, str)}
+            self._of = {name: tensor for name, tensor in named.items() if isinstance(tensor, Tensor)}
             found = {name: tuple(tensor.shape) for name, tensor in self._of.items()}
         self.shapes = {name: shape for name, shape in found.items() if not name.endswith(IGNORED)}
 
@@ -179,20 +183,27 @@ class _Tensors:
                 return [folder / name]
             index = folder / f"{name}.index.json"
             if index.is_file():
-                names = read_json(index).get("weight_map")
-                names = sorted(set(names.values())) if isinstance(names, dict) else []
+                weight_map = read_json(index).get("weight_map")
+                parts = weight_map.values() if isinstance(weight_map, dict) else []
                 # A name with a folder in it would read from elsewhere.
-                if not names or any(not isinstance(part, str) or Path(part).name != part for part in names):
+                if not parts or not all(isinstance(part, str) and Path(part).name == part for part in parts):
                     raise InputError(f"{index}: weight_map is no map from weights to files of this folder")
-                missing = [part for part in names if not (folder / part).is_file()]
-                if missing:
-                    raise InputError(f"{folder}: {missing[0]} is missing, of {len(names)} files of weights")
-                return [folder / part for part in names]
+                names = sorted(set(parts))
+                if missing := sorted(set(names) - {path.name for path in folder.iterdir()}):
+                    raise InputError(f"{folder}: {shown(missing[0])} is missing, of {len(names)} files of weights")
+                return [folder / name for name in names]
         raise InputError(f"{folder}: neither model.safetensors nor pytorch_model.bin in it; weights expected")
 
     def read(self, name: str) -> Tensor:
         found = self._of[name]
-        return found if isinstance(found, Tensor) else found.get_tensor(name)
+        if isinstance(found, Tensor):
+            return found
+        from safetensors import SafetensorError
+
+        try:
+            return found.get_tensor(name)
+        except SafetensorError as error:  # numbers of 4 or 6 bits, which torch has not
+            raise InputError(f"{self._folder}: {shown(name)} cannot be read ({first_line(error)})") from error
 
 
 # --------------------------------------------------------------------------------------------------------- writing
@@ -218,14 +229,14 @@ def save_transformers(folder: str | Path, weights: Weights, dtype: torch.dtype =
     if config.tie_embeddings:
         state_dict.pop("output.weight")
     tensors = {transformers_name(name): tensor.to("cpu", dtype).contiguous() for name, tensor in state_dict.items()}
+    tokenizer = load_tokenizer(weights.tokenizer_path)
+    ends = end_ids(tokenizer)
     kind = "qwen3" if config.qk_norm else "qwen2" if config.qkv_bias else "llama"
     if kind == "qwen3" and config.qkv_bias:  # Qwen3 has biases of all four or none
         for layer in range(config.n_layers):
             tensors[f"model.layers.{layer}.self_attn.o_proj.bias"] = torch.zeros(config.dim, dtype=dtype)
     with new_folder(folder) as temporary:
         export_tokenizer(weights, temporary)
-        tokenizer = load_tokenizer(temporary)
-        ends = end_ids(tokenizer)
         ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": ends if len(ends) > 1 else ends[0]}
         write_json(temporary / "config.json", config_json(config, kind, dtype) | ids)
         write_json(temporary / "generation_config.json", ids | {"pad_token_id": ends[0]} | _generation_defaults())
