@@ -45,8 +45,10 @@ def load_initial(settings: Settings, say: Callable[[str], None]) -> dict[str, Te
         say(weights.inferred)
     fitting_tokenizer(path, weights, data.tokenizer_path)
     data.tokenizer_path = data.tokenizer_path or _folder_of(weights)
+    told = "training begins with these weights"
     if _take_shape(model, weights.config):
-        say(f"init_from {path}: the model's shape is that of these weights, whatever the settings' section model says")
+        told = "the model's shape is that of these weights, whatever the settings' section model says"
+    say(f"init_from {path}: {told}")
     if model.max_seq_len > weights.config.max_seq_len:
         known = f"these weights know positions up to {weights.config.max_seq_len:,}"
         say(f"init_from {path}: {known}, max_seq_len is {model.max_seq_len:,}: the others have to be learned")
