@@ -8,6 +8,7 @@ its line about a template, and ends with 0.
 
 import json
 import shutil
+import struct
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,6 +24,7 @@ OWN_EVERY = 12
 EVIL_MODULE = "import os\n\nos.mkdir('CANARY')\n\n\nclass Evil:\n    pass\n"
 GENERATE = ["--prompt", "中国", "--max_new_tokens", "2", "--device", "cpu", "--model_path"]
 RESUME = ["--config", "config.yaml", "--resume_from"]
+BEGIN = ["--config", "config.yaml", "--init_from"]
 
 
 def run(scale: str, folder: Path) -> Counts:
@@ -50,6 +52,11 @@ def all_cases(folder: Path) -> list[Case]:
     cases += [config_case(good, name, text) for name, text in CONFIGS.items()]
     cases += [tokenizer_case(good, name, change) for name, change in TOKENIZERS.items()]
     cases += [template_case(good, name, *template) for name, template in TEMPLATES.items()]
+    for name, make in {**GGUF_FILES, **FOLDERS}.items():
+        file = "bad.gguf" if name in GGUF_FILES else "bad"
+        cases.append(file_case(good, f"weights: {name}", make, file, [*GENERATE, file]))
+        cases.append(file_case(good, f"init_from: {name}", make, file, [*BEGIN, file]))
+    cases.append(remote_code_case(good))
     return cases
 
 
@@ -295,3 +302,64 @@ TEMPLATES = {
     "nested without end": ("{% if 1 %}" * 3000,),
     "what is harmless": ("{{ messages[-1]['content'] }}{{ bos_token }}", False),
 }
+
+# ------------------------------------------------------------------------------------- other programs' weights
+
+
+def gguf_with(kind: int, content: bytes, tensors: int = 0) -> Callable[[Path], object]:
+    """A GGUF file with one value of this type and content, and nothing behind it."""
+    header = b"GGUF" + struct.pack("<IQQQ", 3, tensors, 1, 1) + b"x" + struct.pack("<I", kind)
+    return lambda path: path.write_bytes(header + content)
+
+
+def folder_with(name: str, content: bytes | None = None, pickled: bytes = b"") -> Callable[[Path], object]:
+    """A folder of transformers whose weights are in a file of this name and content."""
+
+    def make(folder: Path) -> None:
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps({"model_type": "llama"} | CONFIG_OF_A_FOLDER))
+        if content is None:
+            save_pickle(folder / name, pickled)
+        else:
+            (folder / name).write_bytes(content)
+
+    return make
+
+
+GGUF_LIST = 9
+GGUF_FILES = {
+    "GGUF, a list of 2^60 texts": gguf_with(GGUF_LIST, struct.pack("<IQ", 8, 2**60)),
+    "GGUF, a list of 2^60 numbers": gguf_with(GGUF_LIST, struct.pack("<IQ", 4, 2**60)),
+    "GGUF, a text of 2^60 bytes": gguf_with(8, struct.pack("<Q", 2**60)),
+    "GGUF, lists in lists without end": gguf_with(GGUF_LIST, struct.pack("<IQ", GGUF_LIST, 1) * DEEP),
+    "GGUF, sixteen million bytes one by one": gguf_with(GGUF_LIST, struct.pack("<IQ", 0, 2**24) + bytes(2**24)),
+    "GGUF, a million empty texts": gguf_with(GGUF_LIST, struct.pack("<IQ", 8, 2**20) + bytes(2**23)),
+    "GGUF, 2^60 tensors": gguf_with(4, bytes(4), tensors=2**60),
+}
+CONFIG_OF_A_FOLDER = {
+    "hidden_size": 32, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 6400,
+}  # fmt: skip
+INDEX = json.dumps({"weight_map": {"model.norm.weight": "../good.pth"}}).encode()
+FOLDERS = {
+    "a folder, os.system": folder_with("pytorch_model.bin", pickled=PICKLES["os.system"]),
+    "a folder, a header of 2^40 bytes": folder_with("model.safetensors", struct.pack("<Q", 2**40) + b"{}"),
+    "a folder, nested without end": folder_with("model.safetensors", struct.pack("<Q", DEEP) + b"[" * DEEP),
+    "a folder, weights of elsewhere": folder_with("pytorch_model.bin.index.json", INDEX),
+}
+
+
+def remote_code_case(good: Path) -> Case:
+    """A folder of transformers that brings code of its own, which is not asked for: it is a good model, exit code 0."""
+
+    def prepare(here: Path) -> None:
+        from model.convert import convert
+
+        lay_out(good, here, "good.pth", "good.json")
+        convert(here / "good.pth", here / "model", say=lambda line: None)
+        (here / "model" / "modeling_evil.py").write_text(EVIL_MODULE)
+        config = json.loads((here / "model" / "config.json").read_text())
+        config |= {"auto_map": {"AutoModelForCausalLM": "modeling_evil.Evil"}, "architectures": ["Evil"]}
+        (here / "model" / "config.json").write_text(json.dumps(config))
+
+    arguments = [*GENERATE, "model"]
+    return Case("weights: remote code", arguments, prepare, [], script="inference.py", code=0, seconds=SECONDS)

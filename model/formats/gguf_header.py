@@ -142,8 +142,10 @@ class GGUFFile:
             self._take(count * struct.calcsize(f"<{FORMS[kind]}"))
             return
         self._items += count
-        if self._items > MOST_ITEMS or depth > 1:
-            raise self._refusal(f"lists of {self._items:,} texts, or lists in lists in lists")
+        if self._items > MOST_ITEMS:
+            raise self._refusal(f"{self._items:,} texts and lists, at most {MOST_ITEMS:,} expected")
+        if depth > 1:
+            raise self._refusal("lists in lists in lists")
         for _ in range(count):
             if kind == STRING:
                 self._take(*self._numbers("Q"))
