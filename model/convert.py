@@ -54,7 +54,9 @@ def convert(
         InputError: the source cannot be read, the target cannot express it, or the tokenizer is not its own.
     """
     source, target = Path(source), Path(target)
-    to = to or SUFFIXES.get(target.suffix, "transformers")
+    if to is None and target.suffix == ".safetensors":
+        raise InputError(f"{target}: a folder's name expected: transformers has its weights in one, as model.safetensors")
+    to = to or SUFFIXES.get(target.suffix, "transformers")  # a model's name may have a dot in it
     if to not in TARGETS:
         raise InputError(f"--to: {to!r} found, one of {', '.join(TARGETS)} expected")
     if dtype not in DTYPES and (dtype, to) != ("Q8_0", "gguf"):

@@ -120,6 +120,7 @@ def test_there_and_back(shop, tmp_path, here, name, target, flags):
 
 
 REFUSED = {
+    "one file of safetensors": (["a.pth", "b.safetensors"], "b.safetensors: a folder's name expected"),
     "the target is there": (["own.pth", "own/model"], "own/model is there already; give another name"),
     "a file is there": (["own.pth", "a.pth"], "a.pth is there already; give another name"),
     "the description is there": (["own.pth", "taken.pth"], "taken.json is there already; give another name"),
