@@ -55,7 +55,7 @@ def convert(
     """
     source, target = Path(source), Path(target)
     if to is None and target.suffix == ".safetensors":
-        raise InputError(f"{target}: a folder's name expected: transformers has its weights in one, as model.safetensors")
+        raise InputError(f"{target}: a folder's name expected, which model.safetensors will be in")
     to = to or SUFFIXES.get(target.suffix, "transformers")  # a model's name may have a dot in it
     if to not in TARGETS:
         raise InputError(f"--to: {to!r} found, one of {', '.join(TARGETS)} expected")
