@@ -99,9 +99,7 @@ def fitting_tokenizer(path: Path, weights: Weights, tokenizer_path: str | Path |
     Raises:
         InputError: it is not the one that the weights were trained with, or its size is not the embedding's.
     """
-    folder, recorded = tokenizer_path or weights.tokenizer_path, weights.tokenizer_sha256
-    if tokenizer_path is None and folder and not Path(folder).exists() and recorded == tokenizer_sha256():
-        folder = None  # the recorded folder is gone, and the embedded tokenizer is the same
+    folder, recorded = tokenizer_path or recorded_tokenizer(weights), weights.tokenizer_sha256
     tokenizer = load_tokenizer(folder)
     shown = folder or EMBEDDED_TOKENIZER.name
     found = tokenizer_sha256(folder)

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from model.checkpoint import Weights, load_weights
 from model.errors import InputError
@@ -13,6 +14,12 @@ from model.errors import InputError
 ROOM = 400 << 20  # bytes of address space, of which threads and mapped files take some
 LONGEST = 800  # characters of a message
 OTHER_KINDS = [None, True, 0, -1, 2, 1.5, 2**31, 2**64, 10**400, "", "64", "\ud800\n", [], [1], [[]], {}, {"a": []}]
+
+
+def many(examples: int):
+    """So many examples of a property, however long each takes."""
+    unreset = [HealthCheck.function_scoped_fixture]
+    return settings(max_examples=examples, deadline=None, database=None, suppress_health_check=unreset)
 
 
 @contextlib.contextmanager

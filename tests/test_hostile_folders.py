@@ -6,8 +6,8 @@ import struct
 
 import pytest
 import torch
-from bad_files import OTHER_KINDS, assert_refused, load_or_refusal
-from hypothesis import HealthCheck, example, given, settings
+from bad_files import OTHER_KINDS, assert_refused, load_or_refusal, many
+from hypothesis import example, given
 from hypothesis import strategies as st
 from model_shapes import assert_same, weights_of
 from safetensors.torch import load_file, save_file
@@ -19,9 +19,7 @@ from model.formats.transformers_folder import load_transformers, save_transforme
 QUERY, NORM = "model.layers.0.self_attn.q_proj.weight", "model.layers.0.input_layernorm.weight"
 GATE, BIAS = "model.layers.0.mlp.gate_proj.weight", "model.layers.0.self_attn.o_proj.bias"
 MARK = "import os\nos.mkdir('CANARY')\n"
-MANY = settings(
-    max_examples=150, deadline=None, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+MANY = many(150)
 
 
 @pytest.fixture(scope="module")

@@ -5,8 +5,8 @@ import struct
 
 import pytest
 import torch
-from bad_files import assert_refused, load_or_refusal
-from hypothesis import HealthCheck, example, given, settings
+from bad_files import assert_refused, load_or_refusal, many
+from hypothesis import example, given
 from hypothesis import strategies as st
 from model_shapes import assert_same, weights_of
 from raw_gguf import ARRAY, BOOL, F16, F32, FLOAT32, INT32, Q8_0, STRING, UINT32, UINT64, Raw, read, text
@@ -19,9 +19,7 @@ gguf = pytest.importorskip("gguf")
 
 QUERY, NORM, EMBEDDING = "blk.0.attn_q.weight", "output_norm.weight", "token_embd.weight"
 ROPE = "rope_freqs.weight"
-MANY = settings(
-    max_examples=200, deadline=None, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+MANY = many(200)
 
 
 @pytest.fixture(scope="module")

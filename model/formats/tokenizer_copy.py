@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 from model.checkpoint import Weights
+from model.files import read_json, write_json
 from model.tokenization import EMBEDDED_TOKENIZER, load_tokenizer, tokenizer_folder
 
 FILES = (
@@ -44,8 +45,7 @@ def export_tokenizer(weights: Weights, target: Path) -> None:
     backend.post_processor = template if before is None else Sequence([before, template])
     backend.save(str(target / "tokenizer.json"))
     path = target / "tokenizer_config.json"
-    values = json.loads(path.read_text(encoding="utf-8")) | {"add_bos_token": True}
-    path.write_text(json.dumps(values, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+    write_json(path, read_json(path) | {"add_bos_token": True})
 
 
 def adds_bos(source: str | Path) -> bool:
