@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from model.errors import InputError
-from model.scoring import Score
+from model.generation.scoring import Score
 from optimized_inference import DTYPES, GenerationConfig, TextGenerator, load_generator
 from utils import CommandParser, run_command, say, true_or_false
 

@@ -27,7 +27,7 @@ from model.corpus.job import Job
 from model.corpus.options import ProcessingOptions
 from model.corpus.sources import ENDINGS, OUR_ENDINGS, find_sources
 from model.errors import InputError
-from model.files import write_json
+from model.storage.files import write_json
 from utils import CommandParser, Processes, progress_line, run_command, say, true_or_false
 
 DATASET = Path("dataset")
@@ -317,7 +317,7 @@ def _export(arguments: argparse.Namespace) -> int:
 
 
 def _train_tokenizer(arguments: argparse.Namespace) -> int:
-    from model.train_tokenizer import train_tokenizer
+    from model.corpus.train_tokenizer import train_tokenizer
 
     if not arguments.tokenizer_output:
         raise InputError("tokenizer_output: name the folder that the trained tokenizer goes to")

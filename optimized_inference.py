@@ -16,21 +16,21 @@ from typing import NamedTuple
 
 import torch
 
-from model.chat_template import check_history, render_template, valid_text
-from model.checkpoint import fitting_tokenizer, load_weights
-from model.detokenize import Text, new_detokenizer
-from model.engine import Engine
 from model.errors import InputError
-from model.files import size_text
-from model.generation_config import GenerationConfig
+from model.generation.engine import Engine
+from model.generation.generation_config import GenerationConfig
+from model.generation.rows import Rows
+from model.generation.sampling import sample
+from model.generation.scoring import Score, token_losses
+from model.generation.speed import Speed, Stopwatch
 from model.kv_cache import cache_bytes
 from model.LMConfig import LMConfig
 from model.model import Transformer
-from model.rows import Rows
-from model.sampling import sample
-from model.scoring import Score, token_losses
-from model.speed import Speed, Stopwatch
-from model.tokenization import Delimiters, delimiters, encode_texts, end_ids, vocabulary_size
+from model.storage.files import size_text
+from model.text.chat_template import check_history, render_template, valid_text
+from model.text.detokenize import Text, new_detokenizer
+from model.text.tokenization import Delimiters, delimiters, encode_texts, end_ids, vocabulary_size
+from model.weights.load import fitting_tokenizer, load_weights
 from utils import pick_device, pick_dtype, say
 
 BATCH_BYTES = 4 << 30  # of the keys and values of all texts that are written at once
@@ -454,7 +454,7 @@ def load_generator(
     """A generator from files; one line on stderr for each choice that was made.
 
     Args:
-        model_path: weights or a checkpoint, ours, a folder of transformers, GGUF … (`model/formats`); None takes the
+        model_path: weights or a checkpoint, ours, a folder of transformers, GGUF … (`model/weights`); None takes the
             newest final weights under out/.
         tokenizer_path: a tokenizer's folder; None takes the one that the weights were trained with.
         device: None (or "auto") takes the fastest kind there is.

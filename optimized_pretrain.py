@@ -19,24 +19,24 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import utils
-from model.archive import tensor_bytes
-from model.checkpoint import Weights
-from model.choices import Choices, total_steps
 from model.dataset import PretrainDataset, SampleOrder, number_documents
-from model.describe import describe_run
-from model.divergence import difference_of_weights, fault_of_step, remember, weights_norm
 from model.errors import ProcessLost, TrainingDiverged
-from model.evaluation import bits_per_byte, validation_sums
-from model.initial_weights import load_initial
 from model.model import Transformer
-from model.optim import MovingAverage, build_optimizer, momentum_at, optimizer_bytes, plan_schedule
-from model.resume import checkpoint_to_go_on_from, environment
-from model.run_files import RunFiles
-from model.run_folder import RunSpace, check_space, step_checkpoint, write_config
-from model.settings import Settings, TrainingSettings
-from model.status import Status
-from model.training_data import TrainingData
-from model.training_state import CHECKPOINT_VERSION, Progress, restore_state, saved_state
+from model.runs.folder import RunSpace, check_space, step_checkpoint, write_config
+from model.runs.initial_weights import load_initial
+from model.runs.resume import checkpoint_to_go_on_from, environment
+from model.runs.run_files import RunFiles
+from model.runs.state import CHECKPOINT_VERSION, Progress, restore_state, saved_state
+from model.runs.status import Status
+from model.storage.archive import tensor_bytes
+from model.training.choices import Choices, total_steps
+from model.training.data import TrainingData
+from model.training.divergence import difference_of_weights, fault_of_step, remember, weights_norm
+from model.training.evaluation import bits_per_byte, validation_sums
+from model.training.optimizer import MovingAverage, build_optimizer, momentum_at, optimizer_bytes, plan_schedule
+from model.training.report import describe_run
+from model.training.settings import Settings, TrainingSettings
+from model.weights.load import Weights
 from utils import Processes, say
 
 EXIT_CODES = {"finished": 0, "early_stopping": 0, "interrupted": 130}

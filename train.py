@@ -18,7 +18,15 @@ from pathlib import Path
 
 from model.corpus.job_folder import job_path
 from model.errors import InputError
-from model.settings import FIELDS, SECTIONS, DataSettings, Settings, accepted_types, build_settings, read_config
+from model.training.settings import (
+    FIELDS,
+    SECTIONS,
+    DataSettings,
+    Settings,
+    accepted_types,
+    build_settings,
+    read_config,
+)
 from utils import CommandParser, Processes, run_command, say
 
 PREVIEW_PROMPTS = ("春风", "中国", "天下大势")
@@ -63,7 +71,7 @@ def read_settings(arguments: list[str], of_checkpoint: bool = True) -> Settings:
 def _with_shape_settled(settings: Settings, flags: dict) -> Settings:
     """The settings themselves, once it is sure that no flag contradicts the weights to begin with."""
     if settings.training.init_from is not None:
-        from model.initial_weights import refuse_shape  # imports torch
+        from model.runs.initial_weights import refuse_shape  # imports torch
 
         refuse_shape(list(flags))
     return settings
@@ -71,7 +79,7 @@ def _with_shape_settled(settings: Settings, flags: dict) -> Settings:
 
 def _settings_of_checkpoint(asked: Settings, flags: dict) -> tuple[dict, dict, str]:
     """The settings saved in the checkpoint to go on from; its folder is where the run goes on."""
-    from model.resume import find_checkpoint
+    from model.runs.resume import find_checkpoint
 
     asked.training.resume = True  # --resume_from alone means it
     found = find_checkpoint(asked.training, lambda _: None)  # the trainer looks again, and says what it finds
@@ -115,7 +123,7 @@ def prepare_data_if_missing(settings: Settings, processes: Processes) -> None:
 
 def make_preview(settings: Settings):
     """A function that continues a few prompts with the model in training, to see what it has learned."""
-    from model.tokenization import end_ids, load_tokenizer
+    from model.text.tokenization import end_ids, load_tokenizer
     from optimized_inference import GenerationConfig, TextGenerator
 
     tokenizer = load_tokenizer(settings.data.tokenizer_path)
@@ -178,10 +186,10 @@ def start_processes(restarts: int, nproc_per_node: int | None, arguments: list[s
     training = read_settings(arguments, of_checkpoint=False).training  # what is wrong is said before anything starts
     command, out_dir = [str(Path(__file__).resolve()), *arguments], Path(training.out_dir)
     if not restarts:
-        from model.launch import launch
+        from model.runs.launch import launch
 
         return launch(nproc_per_node, [*command, "--ddp=true"], out_dir)
-    from model.supervisor import Supervisor
+    from model.runs.supervisor import Supervisor
 
     command = [sys.executable, *command, *([] if nproc_per_node is None else [f"--nproc_per_node={nproc_per_node}"])]
     resume = ["--resume=true"] + (
@@ -201,7 +209,7 @@ def main() -> int:
     if not launcher.dry_run and (launcher.restarts or launcher.nproc_per_node is not None):
         return start_processes(launcher.restarts, launcher.nproc_per_node, arguments)
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        from model.launch import end_with_parent
+        from model.runs.launch import end_with_parent
 
         end_with_parent()
     settings = read_settings(arguments)
@@ -212,7 +220,7 @@ def main() -> int:
     elif several and not settings.training.ddp:
         say(f"ddp: torchrun started {processes.world_size} processes, so they train together")
     if settings.training.init_from is not None:
-        from model.initial_weights import initial_tokenizer  # imports torch
+        from model.runs.initial_weights import initial_tokenizer  # imports torch
 
         settings.data.tokenizer_path = initial_tokenizer(settings)
     prepare_data_if_missing(settings, processes)
@@ -253,7 +261,7 @@ def train(settings: Settings, processes: Processes, dry_run: bool) -> int:
 
 def tell_dry_run(trainer, processes: Processes) -> int:
     """Print, on rank 0, what the run would take; returns the exit code."""
-    from model.dry_run import dry_run
+    from model.training.dry_run import dry_run
 
     lines = dry_run(trainer)
     if processes.is_main:

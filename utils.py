@@ -324,7 +324,7 @@ class Processes:
             reason = first_line(error)
             raise ProcessLost(f"not all of {self.world_size} processes came within {timeout:g} s ({reason})") from error
         if give_up is not None:
-            from model.watchdog import Watchdog
+            from model.runs.watchdog import Watchdog
 
             watched = dist.PrefixStore("watch", store.clone())
             kept_by = None if self._store_of_launcher else 0

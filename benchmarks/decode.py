@@ -28,10 +28,10 @@ import torch
 from worker import Worker, ready_workers, warn_if_busy
 
 import utils
-from model.checkpoint import Weights, save_weights
 from model.errors import InputError
 from model.LMConfig import LMConfig
 from model.model import Transformer
+from model.weights.load import Weights, save_weights
 
 SHAPES = {
     "26.9M": LMConfig(),  # MiniMind v1's

@@ -30,8 +30,8 @@ def our_model(order: argparse.Namespace):
     """The weights in the order's format; int8 is made of float32."""
     import torch
 
-    from model.checkpoint import load_weights
     from model.model import Transformer
+    from model.weights.load import load_weights
 
     weights = load_weights(Path(order.folder) / "weights.pth")
     model = Transformer(weights.config).eval()
@@ -42,8 +42,8 @@ def our_model(order: argparse.Namespace):
 def ours(order: argparse.Namespace) -> Callable[[int], Written]:
     """MateConv, as TextGenerator generates."""
 
-    from model.engine import Engine
-    from model.rows import Rows
+    from model.generation.engine import Engine
+    from model.generation.rows import Rows
     from optimized_inference import GenerationConfig, decode
 
     model = our_model(order)
@@ -119,8 +119,8 @@ def llama_cpp(order: argparse.Namespace) -> Callable[[int], Written]:
 
 def write_gguf(folder: Path, formats: list[str]) -> None:
     """The weights for llama.cpp."""
-    from model.checkpoint import load_weights
-    from model.formats.gguf_file import save_gguf
+    from model.weights.gguf import save_gguf
+    from model.weights.load import load_weights
 
     weights = load_weights(folder / "weights.pth")
     for name in formats:

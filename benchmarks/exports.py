@@ -60,7 +60,7 @@ def serve(order: dict) -> None:
         while len(new) < order["new_tokens"]:
             new.append(int(model.scores[model.n_tokens - 1].argmax()))
             model.eval(new[-1:])
-        text = model.detokenize(new, prev_tokens=ids, special=False).decode("utf-8", "replace")
+        text = model.text.detokenize(new, prev_tokens=ids, special=False).decode("utf-8", "replace")
         print(json.dumps([ids, new, text]), file=answers, flush=True)
 
 
@@ -100,9 +100,9 @@ def in_mateconv(weights):
     """The same with ours."""
     import torch
 
-    from model.checkpoint import fitting_tokenizer
-    from model.engine import Engine
+    from model.generation.engine import Engine
     from model.model import Transformer
+    from model.weights.load import fitting_tokenizer
     from optimized_inference import GenerationConfig, TextGenerator, decode
 
     model = Transformer(weights.config).eval()
@@ -123,9 +123,9 @@ def random_weights(shape: dict, seed: int):
     """A model whose logits differ enough for a greedy choice, with gains and biases that are not 1 and 0."""
     import torch
 
-    from model.checkpoint import Weights
     from model.LMConfig import LMConfig
     from model.model import Transformer
+    from model.weights.load import Weights
 
     torch.manual_seed(seed)
     model = Transformer(LMConfig(**{"n_layers": 3, "max_seq_len": 256} | shape))
@@ -149,8 +149,8 @@ def same_bits(one, other) -> bool:
 
 def compare(name: str, weights, formats: list[tuple[str, str]], llama_python: str | None) -> None:
     """A row for each format."""
-    from model.checkpoint import load_weights
     from model.convert import convert, write
+    from model.weights.load import load_weights
 
     context = min(weights.config.max_seq_len, 256)
     with tempfile.TemporaryDirectory() as here:
@@ -170,7 +170,7 @@ def compare(name: str, weights, formats: list[tuple[str, str]], llama_python: st
 
 def compare_as_it_is(path: Path, programs: list[str], llama_python: str | None) -> None:
     """A row for each program that reads a file of others itself."""
-    from model.checkpoint import load_weights
+    from model.weights.load import load_weights
 
     weights = load_weights(path)
     ours = in_mateconv(weights)
@@ -210,7 +210,7 @@ def read_options() -> argparse.Namespace:
 
 def main() -> None:
     """Print the table."""
-    from model.checkpoint import load_weights
+    from model.weights.load import load_weights
 
     options = read_options()
     formats = [("transformers", dtype) for dtype in ("F32", "BF16")]

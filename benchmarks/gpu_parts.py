@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 
 import utils
-from benchmarks.reliability_cases.states import differences, logged
 from model.attention import cached_attention, kernels_for_any_length
+from tests.reliability.states import differences, logged
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -1,8 +1,8 @@
 """transformers' Llama of a model's shape and, if need be, its weights: what ours is compared with."""
 
-from model.formats.names import in_halves, reordered, transformers_name
 from model.LMConfig import LMConfig
 from model.model import Transformer
+from model.weights.names import in_halves, reordered, transformers_name
 
 
 def llama_config(config: LMConfig, **more):

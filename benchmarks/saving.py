@@ -20,11 +20,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from model.archive import save_torch, tensor_bytes
 from model.LMConfig import LMConfig
 from model.model import Transformer
-from model.optim import build_optimizer
-from model.saving import BackgroundSaver
+from model.runs.saving import BackgroundSaver
+from model.storage.archive import save_torch, tensor_bytes
+from model.training.optimizer import build_optimizer
 
 REPEATS = 5
 

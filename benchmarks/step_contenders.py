@@ -67,7 +67,7 @@ def our_config(options: argparse.Namespace):
 
 def _ours(options: argparse.Namespace) -> Contender:
     from model.model import Transformer
-    from model.optim import build_optimizer
+    from model.training.optimizer import build_optimizer
 
     model = Transformer(our_config(options)).to(options.device)
     optimizer = build_optimizer(model, "adamw", LEARNING_RATE, WEIGHT_DECAY)

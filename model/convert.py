@@ -15,12 +15,12 @@ from pathlib import Path
 
 import torch
 
-from model.checkpoint import Weights, fitting_tokenizer, load_weights, recorded_tokenizer, save_weights
 from model.command import CommandParser, run_command, say
 from model.errors import InputError
-from model.formats.minimind import GIVABLE
-from model.settings import accepted_types
-from model.tokenization import tokenizer_sha256
+from model.text.tokenization import tokenizer_sha256
+from model.training.settings import accepted_types
+from model.weights.load import Weights, fitting_tokenizer, load_weights, recorded_tokenizer, save_weights
+from model.weights.minimind import GIVABLE
 
 SUFFIXES = {".pth": "mateconv", ".gguf": "gguf", ".bin": "llama2c", ".pt": "llama2c_checkpoint", "": "transformers"}
 TARGETS = (*SUFFIXES.values(), "meta")
@@ -109,9 +109,9 @@ def _beside(target: Path) -> tuple[Path, Path]:
 
 def _write_mateconv(target: Path, weights: Weights, dtype: str) -> None:
     """X.pth with X.json, and the tokenizer as X_tokenizer, unless it is the embedded one."""
-    from model.formats.tokenizer_copy import copy_tokenizer
-    from model.formats.tokenizer_folder import same_tokenizer
-    from model.tokenization import EMBEDDED_TOKENIZER, tokenizer_folder
+    from model.text.tokenization import EMBEDDED_TOKENIZER, tokenizer_folder
+    from model.text.tokenizer_folder import same_tokenizer
+    from model.weights.tokenizer_copy import copy_tokenizer
 
     if weights.tokenizer_path is not None:
         folder, path = tokenizer_folder(weights.tokenizer_path), None
@@ -124,31 +124,31 @@ def _write_mateconv(target: Path, weights: Weights, dtype: str) -> None:
 
 
 def _write_transformers(target: Path, weights: Weights, dtype: str) -> None:
-    from model.formats.transformers_folder import save_transformers
+    from model.weights.transformers_folder import save_transformers
 
     save_transformers(target, weights, DTYPES[dtype])
 
 
 def _write_gguf(target: Path, weights: Weights, dtype: str) -> list[str]:
-    from model.formats.gguf_file import save_gguf
+    from model.weights.gguf import save_gguf
 
     return save_gguf(target, weights, dtype)
 
 
 def _write_llama2c(target: Path, weights: Weights, dtype: str) -> None:
-    from model.formats.llama2c import save_llama2c
+    from model.weights.llama2c import save_llama2c
 
     save_llama2c(target, weights)
 
 
 def _write_llama2c_checkpoint(target: Path, weights: Weights, dtype: str) -> None:
-    from model.formats.llama2c import save_llama2c_checkpoint
+    from model.weights.llama2c import save_llama2c_checkpoint
 
     save_llama2c_checkpoint(target, weights)
 
 
 def _write_meta(target: Path, weights: Weights, dtype: str) -> None:
-    from model.formats.meta_folder import save_meta_folder
+    from model.weights.meta_folder import save_meta_folder
 
     save_meta_folder(target, weights)
 

@@ -2,7 +2,7 @@
 
 A token file `X.bin` is headerless little-endian uint16 (uint32 when the largest id needs it), documents one after
 another as `<bos> ids <eos>` (`ids <eos>` where the tokenizer has no bos). Its manifest `X.json` says what is inside
-(`model.manifest`). Files of others are read as well (`model.token_layout`).
+(`model.token_file.manifest`). Files of others are read as well (`model.token_file.token_layout`).
 """
 
 import hashlib
@@ -12,9 +12,9 @@ import numpy as np
 import torch
 
 from model.errors import InputError
-from model.manifest import read_manifest
-from model.packing import find_documents, pack_documents
-from model.token_layout import find_layout
+from model.token_file.manifest import read_manifest
+from model.token_file.packing import find_documents, pack_documents
+from model.token_file.token_layout import find_layout
 
 IGNORE_INDEX = -100  # a target with this id counts in no loss
 VERIFY_BYTES = 8 << 30  # a larger token file is not read through before training: 8 GiB take some ten seconds
@@ -24,7 +24,8 @@ BLOCK_BYTES = 16 << 20
 class PretrainDataset:
     """A token file cut into samples of `seq_len + 1` tokens; neighbours share one, so every token is predicted once.
 
-    Or packed into samples that begin where documents do (`model.packing`): there every token but a document's first is.
+    Or packed into samples that begin where documents do (`model.token_file.packing`): there every token but a
+    document's first is.
 
     Reads the file through a memory map: nothing is loaded ahead, and any number of processes share the pages.
 

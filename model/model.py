@@ -1,6 +1,6 @@
 """MiniMind v1's Transformer: RMSNorm, interleaved RoPE, grouped-query attention, SwiGLU, tied embeddings.
 
-With what an LMConfig can say beside that, it computes what Llama, Mistral, Qwen2 and Qwen3 do (`model/formats`).
+With what an LMConfig can say beside that, it computes what Llama, Mistral, Qwen2 and Qwen3 do (`model/weights`).
 
 Plain PyTorch over a plain dataclass. Parameters carry Meta's Llama names, so MiniMind v1's files load as they are.
 """

@@ -59,7 +59,7 @@ def read_pieces(output: Path) -> list[list[int]]:
 
 def read_documents(output: Path, tokenizer_folder: Path | None) -> list[str]:
     """The texts in a token file."""
-    from model.tokenization import load_tokenizer
+    from model.text.tokenization import load_tokenizer
 
     backend = load_tokenizer(tokenizer_folder).backend_tokenizer
     return [backend.decode(ids) for ids in read_pieces(output)]
@@ -83,7 +83,7 @@ def process_data_here(monkeypatch, capsys):
 @pytest.fixture(scope="session")
 def tokenizer_folder(tmp_path_factory):
     """A byte-level BPE of 300 tokens: nearly every Chinese character is spread over two or three of them."""
-    from benchmarks.reliability_cases.harness import make_tokenizer
+    from tests.reliability.harness import make_tokenizer
 
     folder = tmp_path_factory.mktemp("tokenizer")
     make_tokenizer(folder, SENTENCES, CHAT_TEMPLATE)
@@ -92,7 +92,7 @@ def tokenizer_folder(tmp_path_factory):
 
 @pytest.fixture
 def tokenizer(tokenizer_folder):
-    from model.tokenization import load_tokenizer
+    from model.text.tokenization import load_tokenizer
 
     return load_tokenizer(tokenizer_folder)
 

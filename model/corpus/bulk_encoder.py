@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from model.tokenization import BulkTokenizer, Delimiters, tokenizer_folder
+from model.text.tokenization import BulkTokenizer, Delimiters, tokenizer_folder
 
 CHECKED_CHARACTERS = 100_000  # of the user's own first texts: encoded both ways before fastokens is trusted
 TRAPS = ("a</s>b<s>c<unk>", " </s>", "<s>", "", "\ufffd🤔\x00 \u3000", "2019年  12\t月\r\n\n3日", "  ", "don't 'S")

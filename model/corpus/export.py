@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 
 from model.errors import InputError
-from model.files import TEMPORARY_SUFFIX, replacing
-from model.manifest import Manifest, ends_path, manifest_path, read_manifest
-from model.tokenization import tokenizer_folder, tokenizer_sha256
+from model.storage.files import TEMPORARY_SUFFIX, replacing
+from model.text.tokenization import tokenizer_folder, tokenizer_sha256
+from model.token_file.manifest import Manifest, ends_path, manifest_path, read_manifest
 
 BLOCK = 1 << 20  # documents that are in memory at a time: 8 MiB an array
 COPY_BYTES = 16 << 20

@@ -9,8 +9,8 @@ from model.corpus.job_folder import JobFolder, describe_changes
 from model.corpus.merge import DocumentFile
 from model.corpus.sources import OUR_ENDINGS, Source, read_part, stream_parts
 from model.errors import InputError
-from model.files import write_json
-from model.manifest import FORMAT_VERSION, Manifest, ends_path, file_sha256, manifest_path, write_manifest
+from model.storage.files import write_json
+from model.token_file.manifest import FORMAT_VERSION, Manifest, ends_path, file_sha256, manifest_path, write_manifest
 
 Records = dict[tuple[int, int], dict]  # of the parts, by (source, index), in order
 

@@ -29,8 +29,8 @@ from model.corpus.sources import Source, lines_of, stream_parts
 from model.corpus.statistics import Statistics
 from model.corpus.worker import Crew, Task
 from model.errors import InputError
-from model.manifest import ends_path
-from model.tokenization import BulkTokenizer, load_bulk_tokenizer, tokenizer_sha256
+from model.text.tokenization import BulkTokenizer, load_bulk_tokenizer, tokenizer_sha256
+from model.token_file.manifest import ends_path
 
 BYTES_OF_A_TOKEN = 8  # more than a token of Chinese has, so that a part holds somewhat less than save_interval
 SMALLEST_PART, LARGEST_PART = 4 << 10, 64 << 20  # bytes

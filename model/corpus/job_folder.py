@@ -19,7 +19,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from model.errors import InputError
-from model.files import write_json
+from model.storage.files import write_json
 
 
 class JobFolder:

@@ -18,7 +18,7 @@ from model.corpus.jsonl import holds_escapes, parse_line
 from model.corpus.long_documents import cut_document, split_document
 from model.corpus.part_file import DOCUMENT, PartColumns, write_part
 from model.corpus.sources import Block, line_offsets, lines_of
-from model.tokenization import Delimiters
+from model.text.tokenization import Delimiters
 
 CHUNK_BYTES = 1 << 20  # lines are handled in chunks of so many bytes at most: a few dozen MB of memory
 HEAD = 512  # characters of a document that its share of Han characters is taken of

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from itertools import accumulate
 from pathlib import Path
 
-from model.files import replacing
+from model.storage.files import replacing
 
 PAGE, DPI = (16, 10), 110  # inches, dots per inch
 LEFT, RIGHT = 0.05, 0.975  # of the page

@@ -1,0 +1,163 @@
+"""Training a byte-level BPE tokenizer (Sennrich et al. 2016; bytes as in GPT-2) on JSONL text.
+
+What is trained is of the kind that `model/tokenizer` holds: GPT-2's split over all 256 bytes, so that every string can
+be encoded and comes back unchanged; digits one by one; `<unk>`, `<s>`, `</s>` are ids 0, 1, 2; MiniMind v1's chat form.
+"""
+
+import json
+import re
+import zlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from model.corpus.jsonl import parse_line
+from model.corpus.sources import Source, find_sources, line_offsets, lines_of, stream_parts
+from model.errors import InputError
+from model.storage.files import replacing
+
+SPECIAL_TOKENS = ("<unk>", "<s>", "</s>")  # ids 0, 1, 2
+SMALLEST_VOCABULARY = len(SPECIAL_TOKENS) + 256  # the bytes alone
+TOKEN_BYTES_BELOW = 12  # three Chinese characters or a long English word: longer tokens are formulas, not words
+MAX_FILE_BYTES = 64 << 20  # text taken from each file, spread evenly over it; the trainer holds all pieces in memory
+BLOCK_BYTES = 8 << 20  # of the input, read at once
+MAX_KNOWN_LINES = 2_000_000  # lines remembered, so as not to count them twice
+
+# <s>user\n…</s>\n<s>assistant\n…</s>\n: every message alike, whatever its role.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<s>' + message['role'] + '\\n' + message['content'] + '</s>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<s>assistant\\n' }}{% endif %}"
+)
+
+LONG_SYMBOL_RUN = re.compile(r"([^\w\s])\1{4,}")
+LONG_SPACE_RUN = re.compile(r"( {8}) +")
+
+
+@dataclass
+class TrainingText:
+    """Iterates over the texts of sources, ready for the trainer; counts what it read.
+
+    Left out, because tokens spent on it are lost to the language: a line that was seen before (a site's boilerplate),
+    the rest of a long run of one symbol or of spaces, and the difference between a no-break space and a space.
+    """
+
+    sources: Sequence[Source]
+    text_field: str = "text"
+    documents: int = 0
+    characters: int = 0
+    rejected: Counter = field(default_factory=Counter)  # bad lines by reason (jsonl.REASONS)
+
+    def __iter__(self) -> Iterator[str]:
+        known: set[int] = set()
+        for source in self.sources:
+            share = min(1.0, MAX_FILE_BYTES / max(source.size, 1))
+            for _, block, _ in stream_parts(source, BLOCK_BYTES, self.text_field):
+                lines = lines_of(block)
+                for raw, offset in zip(lines, line_offsets(block, lines), strict=True):
+                    if zlib.crc32(offset.to_bytes(8, "little")) >= share * 2**32:
+                        continue  # chosen by position: the same lines each time
+                    text, reason = parse_line(raw, self.text_field)
+                    if text is None:
+                        self.rejected[reason] += 1
+                        continue
+                    self.documents += 1
+                    text = _without_noise(text, known)
+                    self.characters += len(text)
+                    yield text
+
+
+def _without_noise(text: str, known: set[int]) -> str:
+    kept = []
+    for line in text.replace("\xa0", " ").split("\n"):
+        if line and (key := hash(line)) not in known:
+            kept.append(line)
+            if len(known) < MAX_KNOWN_LINES:
+                known.add(key)
+    text = LONG_SYMBOL_RUN.sub(r"\1\1\1\1", "\n".join(kept))
+    return LONG_SPACE_RUN.sub(r"\1", text)
+
+
+def train_tokenizer(
+    input_paths: Sequence[str | Path],
+    output_dir: str | Path,
+    vocab_size: int = 6400,
+    text_field: str = "text",
+    overwrite: bool = False,
+) -> TrainingText:
+    """Train a tokenizer of exactly `vocab_size` tokens on files (`model.corpus.sources`); save it into `output_dir`.
+
+    The same files give the same tokenizer, byte for byte. Memory: at most 64 MiB of each file goes in (of a .gz, 64 MiB
+    as it lies on disk), spread evenly over a larger one. A file that is given twice does not count twice: its lines are
+    known.
+
+    Returns:
+        what was read: documents, characters, and bad lines by reason.
+
+    Raises:
+        InputError: a file is missing, the folder holds a tokenizer and `overwrite` is false, the vocabulary is smaller
+            than the 259 bytes and control tokens, or the text is too little for `vocab_size` tokens.
+    """
+    folder = Path(output_dir)
+    if (folder / "tokenizer.json").exists() and not overwrite:
+        raise InputError(
+            f"tokenizer_output: {folder} holds a tokenizer already, and what was made with it would no longer fit; "
+            "give another folder, or --overwrite_tokenizer to replace it"
+        )
+    if vocab_size < SMALLEST_VOCABULARY:
+        raise InputError(
+            f"vocab_size: {vocab_size} is too small; the bytes and control tokens are {SMALLEST_VOCABULARY}"
+        )
+    sources = find_sources(input_paths)  # all of them are there before the first is read
+
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=2,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        max_token_length=TOKEN_BYTES_BELOW,  # the trainer leaves out tokens of this length too
+        show_progress=False,
+    )
+    text = TrainingText(sources, text_field)
+    # No merge is learnt across a digit, so digits stay one by one without a step of their own when encoding, where it
+    # would cost llama.cpp's and fastokens' support of GPT-2's plain split, and the latter's speed.
+    tokenizer.train_from_iterator(text, trainer)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    found = tokenizer.get_vocab_size()
+    if found < vocab_size:
+        raise InputError(
+            f"vocab_size: {text.characters:,} characters in {text.documents:,} documents give only {found} tokens that "
+            f"occur twice, not {vocab_size}; give more text or a smaller --vocab_size"
+        )
+    _save(tokenizer, folder)
+    return text
+
+
+def _save(tokenizer, folder: Path) -> None:
+    """Write tokenizer.json and tokenizer_config.json, the latter last, each in one step."""
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+        "pad_token": None,  # the token file and the sampler need none; a user of padding chooses one
+        "add_bos_token": False,
+        "add_eos_token": False,
+        "clean_up_tokenization_spaces": False,  # decoding gives back exactly what was encoded
+        "model_max_length": int(1e30),  # the model's own limit counts, not the tokenizer's
+        "chat_template": CHAT_TEMPLATE,
+    }
+    files = {
+        "tokenizer.json": tokenizer.to_str(pretty=True),
+        "tokenizer_config.json": json.dumps(config, ensure_ascii=False, indent=2),
+    }
+    for name, content in files.items():
+        with replacing(folder / name) as file:
+            file.write((content + "\n").encode("utf-8"))

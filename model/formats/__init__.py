@@ -1,1 +1,0 @@
-"""Weights as other programs keep them, read and written: one format a file."""

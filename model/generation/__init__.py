@@ -1,0 +1,1 @@
+"""The next token: sampling, the engine that reads tokens, scores."""

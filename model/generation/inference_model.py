@@ -1,0 +1,178 @@
+"""A Transformer for generating on a CPU: the same computation on weights that are laid out for it.
+
+Writing a token reads each weight once and computes little with it, so what counts is how fast memory is read. So
+matrices that read the same vector are one (query, key and value), and oneDNN holds each in the order in which it reads.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model.attention import cached_attention
+from model.generation.compiled_step import CompiledAttention
+from model.generation.int8 import quantized
+from model.kv_cache import KVCache
+from model.LMConfig import LMConfig
+from model.model import Transformer, TransformerBlock, turned
+
+PACKED_FOR = 32  # rows that oneDNN lays a matrix out for; as fast for 1 or 512, where one laid out for 1 is not
+
+
+Attend = Callable[["_Layer", Tensor], Tensor]  # [B, T, (H + 2 H_kv) * D] -> [B, T, H * D]
+
+
+def packs(dtype: torch.dtype) -> bool:
+    """Whether oneDNN can hold matrices of this type in an order of its own here."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    if dtype == torch.bfloat16:
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return dtype == torch.float32
+
+
+class Matrix:
+    """A weight [N, K] of x -> x Wᵀ + bias, packed by oneDNN where it can: a copy, twice to three times as fast as
+    F.linear."""
+
+    def __init__(self, weight: Tensor, dtype: torch.dtype, bias: Tensor | None = None) -> None:
+        weight = weight.to(dtype)
+        self.bias = None if bias is None else bias.to(dtype)
+        self.packed = packs(dtype)
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_FOR) if self.packed else weight
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [..., K] -> x Wᵀ + bias [..., N]."""
+        if self.packed:
+            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+        return F.linear(x, self.weight, self.bias)
+
+    def silu(self, x: Tensor) -> Tensor:
+        """silu(x Wᵀ + bias)."""
+        if self.packed:
+            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "swish", [], "")
+        return F.silu(self(x))
+
+
+class Int8Matrix(Matrix):
+    """A weight as int8 with a scale for each of its N rows: a quarter of float32's bytes to read.
+
+    Rounding is to nearest, the largest of a row being 127 ("absmax" of LLM.int8, Dettmers et al., 2022, for the weights
+    only). PyTorch's int8 product is fast for one row in bfloat16; all others use the same numbers as `dtype`.
+    """
+
+    def __init__(self, weight: Tensor, dtype: torch.dtype, bias: Tensor | None = None) -> None:
+        self.int8, scale = quantized(weight)
+        self.scale = scale.to(dtype)
+        super().__init__(self.int8.to(dtype) * self.scale[:, None], dtype, bias)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if x.dtype == torch.bfloat16 and x.numel() == x.shape[-1]:
+            y = torch._weight_int8pack_mm(x.view(1, -1), self.int8, self.scale).view(*x.shape[:-1], -1)
+            return y if self.bias is None else y + self.bias
+        return super().__call__(x)
+
+    def silu(self, x: Tensor) -> Tensor:
+        return F.silu(self(x))
+
+
+class InferenceModel:
+    """What `Rows` asks of a Transformer, faster. It copies the weights: make a new one when they change.
+
+    Args:
+        model: on the CPU.
+        int8: hold the matrices as `Int8Matrix`; all else is bfloat16 then, or float32 where that is not fast.
+    """
+
+    def __init__(self, model: Transformer, int8: bool = False) -> None:
+        self.config: LMConfig = model.config
+        matrix = Int8Matrix if int8 else Matrix
+        self.dtype = model.dtype
+        if int8:
+            self.dtype = torch.bfloat16 if packs(torch.bfloat16) else torch.float32
+        self.embedding = model.tok_embeddings.weight.detach().to(self.dtype)
+        self.layers = [_Layer(layer, model.config, matrix, self.dtype) for layer in model.layers]
+        self.norm = model.norm.weight.detach().to(self.dtype)
+        self.output = matrix(model.output.weight.detach(), self.dtype)
+        self.turns = torch.complex(model.rope_cos, model.rope_sin)  # complex64 [max_seq_len, D / 2]
+
+    @property
+    def device(self) -> torch.device:
+        return self.embedding.device
+
+    def hidden_states(self, tokens: Tensor, cache: KVCache, compiled: CompiledAttention | None = None) -> Tensor:
+        """As Transformer.hidden_states: tokens int64 [B, T], which go on from what the cache holds -> [B, T, dim].
+
+        Args:
+            compiled: attention for one token each of several texts.
+        """
+        attend = self._attention(tokens.shape[1], cache) if compiled is None else self._compiled(compiled, cache)
+        x = F.embedding(tokens, self.embedding)
+        for layer in self.layers:
+            x = layer(x, attend)
+        cache.advance(tokens.shape[1])
+        return F.rms_norm(x, x.shape[-1:], self.norm, self.config.norm_eps)
+
+    def _attention(self, count: int, cache: KVCache) -> Attend:
+        """From a layer's queries, keys and values for `count` tokens to its heads' outputs."""
+        from_the_start = max(cache.lengths) == 0
+        mask = None if from_the_start else cache.attention_mask(count)
+        turns = self.turns[cache.positions(count)].unsqueeze(-2)  # [T, 1, D / 2] or [B, T, 1, D / 2]
+
+        def attend(layer: "_Layer", qkv: Tensor) -> Tensor:
+            q, k, v = layer.split(qkv)
+            q = turned(q, turns).transpose(1, 2)  # [B, H, T, D]
+            k, v = cache.append(layer.number, turned(k, turns).transpose(1, 2), v.transpose(1, 2))  # [B, H_kv, S, D]
+            return cached_attention(q, k, v, mask, from_the_start).transpose(1, 2).flatten(2)
+
+        return attend
+
+    def _compiled(self, compiled: CompiledAttention, cache: KVCache) -> Attend:
+        """The same for one token of each row."""
+        positions = torch.tensor(cache.lengths)  # [B]
+        turns = self.turns[positions][:, None, None]  # [B, 1, 1, D / 2]
+        cos, sin, longest = turns.real.contiguous(), turns.imag.contiguous(), max(cache.lengths)
+
+        def attend(layer: "_Layer", qkv: Tensor) -> Tensor:
+            if layer.qk_norms:
+                qkv = torch.cat(layer.split(qkv), dim=2).flatten(2)
+            keys, values = cache.keys[layer.number], cache.values[layer.number]
+            return compiled(qkv, cos, sin, positions, longest, keys, values)
+
+        return attend
+
+
+class _Layer:
+    """A TransformerBlock's weights and what is computed with them."""
+
+    def __init__(self, block: TransformerBlock, config: LMConfig, matrix: type[Matrix], dtype: torch.dtype) -> None:
+        attention, feed_forward = block.attention, block.feed_forward
+        self.number, self.eps = attention.layer, config.norm_eps
+        self.heads = (attention.n_heads, attention.n_kv_heads, attention.n_kv_heads)  # of queries, keys and values
+        self.head_dim = attention.head_dim
+        norms = (attention.q_norm, attention.k_norm) if config.qk_norm else ()
+        self.qk_norms = [norm.weight.detach().to(dtype) for norm in norms]
+        self.attention_norm = block.attention_norm.weight.detach().to(dtype)
+        self.ffn_norm = block.ffn_norm.weight.detach().to(dtype)
+        linears = (attention.wq, attention.wk, attention.wv)
+        bias = torch.cat([linear.bias.detach() for linear in linears]) if config.qkv_bias else None
+        self.wqkv = matrix(torch.cat([linear.weight.detach() for linear in linears]), dtype, bias)
+        self.wo = matrix(attention.wo.weight.detach(), dtype)
+        self.w1 = matrix(feed_forward.w1.weight.detach(), dtype)
+        self.w2 = matrix(feed_forward.w2.weight.detach(), dtype)
+        self.w3 = matrix(feed_forward.w3.weight.detach(), dtype)
+
+    def __call__(self, x: Tensor, attend: Attend) -> Tensor:
+        """x [B, T, dim] -> [B, T, dim]."""
+        normed = F.rms_norm(x, x.shape[-1:], self.attention_norm, self.eps)
+        x = x + self.wo(attend(self, self.wqkv(normed)))
+        normed = F.rms_norm(x, x.shape[-1:], self.ffn_norm, self.eps)
+        return x + self.w2(self.w1.silu(normed) * self.w3(normed))
+
+    def split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """qkv [B, T, (H + 2 H_kv) * D] -> queries [B, T, H, D], keys and values [B, T, H_kv, D]."""
+        q, k, v = qkv.unflatten(-1, (-1, self.head_dim)).split(self.heads, dim=2)
+        if self.qk_norms:
+            q, k = (F.rms_norm(x, x.shape[-1:], gain, self.eps) for x, gain in zip((q, k), self.qk_norms, strict=True))
+        return q, k, v

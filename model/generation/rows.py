@@ -1,0 +1,162 @@
+"""Texts in the making, a row each: what is written, and the keys and values of what the model has read of it."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from model.generation.compiled_step import CompiledStep
+from model.generation.engine import Engine
+from model.generation.sampling import PADDING
+from model.kv_cache import SPARE, KVCache
+
+
+@dataclass(slots=True)
+class Row:
+    """One text."""
+
+    number: int  # of its prompt
+    length: int  # tokens that it has, and
+    start: int  # those of its prompt
+    limit: int  # at which it ends
+    generator: random.Random | None  # None: greedy
+    end: str | None = None  # why it ended: "eos", "length" or "stopped"
+
+
+class Rows:
+    """Up to `capacity` texts, which a step of the model continues together; a text that ends makes room for another.
+
+    The first rows have been read but for their newest token, those after them not yet: `next_logits` reads both.
+
+    Args:
+        engine: what reads them; its model's context limits each text.
+        remembers: keep the keys and values of a text that ended, for a text that begins with the same tokens. For one
+            row at a time: a chat, in which each turn begins with all the turns before it.
+    """
+
+    def __init__(self, engine: Engine, capacity: int, remembers: bool = False) -> None:
+        context = engine.config.max_seq_len
+        self.engine, self.capacity, self.remembers = engine, capacity, remembers
+        self.rows: list[Row] = []
+        self._read = 0  # rows that the cache knows
+        self._stepped = 0  # slots of the first row that the engine's compiled step knows too
+        self._cache = KVCache(engine.config, capacity, context + SPARE, device=engine.device, dtype=engine.dtype)
+        self._ids = torch.full((capacity, context), PADDING, device=engine.device)
+
+    @property
+    def device(self) -> torch.device:
+        return self._ids.device
+
+    @property
+    def free(self) -> int:
+        """How many more texts there is room for."""
+        return self.capacity - len(self.rows)
+
+    def clear(self) -> None:
+        """Drop all texts; what is remembered of the last one stays."""
+        self.rows, self._read = [], 0
+
+    def admit(self, number: int, prompt: Sequence[int], most: int, generator: random.Random | None) -> None:
+        """Begin a text with a prompt, to go on for at most so many tokens, as far as the context reaches."""
+        place = len(self.rows)
+        ids = torch.tensor(prompt, device=self.device)
+        known = self._begin_known(place, ids) if self.remembers else 0
+        self._cache.lengths[place] = known
+        self._ids[place] = PADDING
+        self._ids[place, : len(ids)] = ids
+        limit = min(self.engine.config.max_seq_len, len(ids) + most)
+        self.rows.append(Row(number, len(ids), len(ids), limit, generator))
+
+    def _begin_known(self, place: int, ids: Tensor) -> int:
+        """How many tokens this row's cache has read already; the last one must be read for what follows it."""
+        most = min(self._cache.lengths[place], len(ids) - 1)
+        same = self._ids[place, :most] == ids[:most]
+        return int(same.cumprod(0).sum())
+
+    def next_logits(self, anew: bool = False, repeatable: bool = False) -> Tensor:
+        """Read what is not read yet -> logits of each row's next token, float32 [rows, V].
+
+        Args:
+            anew: read all of every text once more: slow, to compare with.
+            repeatable: compute them the same way each time, whether or not a compiled step is there by now.
+        """
+        if anew:
+            self._read = 0
+            self._cache.lengths = [0] * self.capacity
+        elif len(self.rows) == self._read == 1:
+            step = self.engine.step(repeatable)
+            if step is not None:
+                return self._step(step)
+        logits = []
+        if self._read:
+            logits.append(self._read_texts(0, self._read, repeatable))
+        if self._read < len(self.rows):
+            logits.append(self._read_texts(self._read, len(self.rows), repeatable))
+        self._read = len(self.rows)
+        return torch.cat(logits)
+
+    def _step(self, step: CompiledStep) -> Tensor:
+        """Read the newest token of the only row with the compiled step."""
+        known = self._cache.lengths[0]
+        if step.reader is not self:
+            step.reader, self._stepped = self, 0
+        step.read(self._cache, self._stepped, known)
+        self._stepped = known + 1
+        return step(self._ids[0, known : known + 1], self._cache)[None]
+
+    def _read_texts(self, begin: int, end: int, repeatable: bool) -> Tensor:
+        """Read these rows to their ends. All of them have as much to read, or nothing of them was read before.
+
+        Shorter ones are padded on the right, where causal attention keeps what is read from being seen.
+        """
+        lengths = [row.length for row in self.rows[begin:end]]
+        part = self._cache.part(begin, end)
+        if begin == 0:
+            self._stepped = min(self._stepped, part.lengths[0])
+        unread = [length - known for length, known in zip(lengths, part.lengths, strict=True)]
+        steps = torch.arange(max(unread), device=self.device)
+        positions = torch.tensor(part.lengths, device=self.device)[:, None] + steps  # [rows, T]
+        ids = self._ids[begin:end].gather(1, positions.clamp(max=self._ids.shape[1] - 1)).clamp(min=0)
+        hidden = self.engine.hidden_states(ids, part, repeatable)  # [rows, T, dim]
+        self._cache.lengths[begin:end] = lengths
+        last = hidden[:, -1]  # of single tokens, or of rows as long as each other
+        if min(unread) < len(steps):
+            last = hidden[list(range(len(lengths))), [count - 1 for count in unread]]
+        return self.engine.output(last).float()  # the output layer is the widest: only where it is needed
+
+    def written(self) -> tuple[Tensor, Tensor]:
+        """The texts, int64 [rows, T], and their output alone, [rows, T or less]: the newest token last, PADDING before
+        the first."""
+        if len(self.rows) == 1:
+            row = self.rows[0]
+            return self._ids[:1, : row.length], self._ids[:1, row.start : row.length]
+        lengths = torch.tensor([row.length for row in self.rows], device=self.device)[:, None]
+        starts = torch.tensor([row.start for row in self.rows], device=self.device)[:, None]
+        longest = max(row.length for row in self.rows)
+        positions = torch.arange(longest, device=self.device) + (lengths - longest)  # [rows, T], below 0: no token
+        ids = self._ids[: len(self.rows)].gather(1, positions.clamp(min=0)).where(positions >= 0, PADDING)
+        return ids, ids.where(positions >= starts, PADDING)
+
+    def add(self, chosen: Sequence[int], eos_ids: Sequence[int]) -> None:
+        """Write the next token of each row, and note which rows end with it."""
+        for place, (row, token) in enumerate(zip(self.rows, chosen, strict=True)):
+            self._ids[place, row.length] = token
+            row.length += 1
+            if token in eos_ids:
+                row.end = "eos"
+            elif row.length == row.limit:
+                row.end = "length"
+
+    def drop_ended(self) -> None:
+        """Take the rows that ended out; the last ones move into their places."""
+        for place in reversed(range(len(self.rows))):
+            if self.rows[place].end is not None:
+                last = self.rows.pop()
+                if place < len(self.rows):
+                    self.rows[place] = last
+                    self._cache.move(len(self.rows), place)
+                    self._stepped = 0
+                    self._ids[place] = self._ids[len(self.rows)]
+        self._read = len(self.rows)

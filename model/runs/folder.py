@@ -1,0 +1,220 @@
+"""The files that a run leaves in its folder, and what becomes of those of an earlier run."""
+
+import datetime
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import yaml
+from filelock import FileLock, Timeout  # a requirement of torch itself
+
+from model.errors import InputError, shown
+from model.storage.archive import DAMAGE, digest_is_right
+from model.storage.files import TEMPORARY_SUFFIX, free_bytes, replacing, size_text
+
+INTERRUPTED = "checkpoint_interrupted.pth"
+TIME_FORMAT = "%Y%m%dT%H%M%S"
+STARTED = "# started "  # the first line of out/config.yaml
+CHECKPOINTS = ("checkpoint_step_*.pth", INTERRUPTED)
+RESULTS = (
+    "pretrain_*.pth", "pretrain_*.json", "best_model.pth", "best_model.json", "metrics.jsonl", "curves.png",
+    "wandb_run.json", "status.json",
+)  # fmt: skip
+
+
+def begin_run(
+    out_dir: Path, resumed_from: Path | None, step: int, say: Callable[[str], None]
+) -> tuple[FileLock, str | None]:
+    """Claim the folder for a run, and set aside what another run, or another line of this one, left in it.
+
+    Args:
+        resumed_from: the checkpoint that the run goes on from; None where it starts from the beginning.
+        step: the step that it goes on from.
+
+    Returns:
+        the lock, to be kept until the end, and when the run started: None where the folder's own run goes on.
+
+    Raises:
+        InputError: as `claim`.
+    """
+    lock = claim(out_dir)
+    if resumed_from is not None and resumed_from.resolve().parent == out_dir.resolve():
+        if (moved := leave_line(out_dir, step)) is not None:
+            say(f"out_dir: the checkpoints past step {step:,}, and a copy of the results, are now in {moved}")
+        return lock, None
+    if (moved := move_earlier_run(out_dir)) is not None:
+        say(f"out_dir: {out_dir} held another run; its files are now in {moved}")
+    if resumed_from is not None and (resumed_from.parent / "best_model.pth").exists():
+        for name in ("best_model.pth", "best_model.json"):  # the best weights so far come along into the new folder
+            shutil.copy2(resumed_from.parent / name, out_dir / name)
+    return lock, now()
+
+
+def write_config(out_dir: Path, started: str, settings: dict) -> None:
+    """Write `out/config.yaml`: when the run started, and its settings as resolved."""
+    text = yaml.safe_dump(settings, allow_unicode=True, sort_keys=False)
+    with replacing(out_dir / "config.yaml") as file:
+        file.write(f"{STARTED}{started}\n{text}".encode())
+
+
+def claim(out_dir: Path) -> FileLock:
+    """Make the folder and lock it for this run; the system frees the lock of a process that dies.
+
+    Raises:
+        InputError: the folder cannot be written, another process trains into it, or its config.yaml is no run's.
+    """
+    try:
+        if (out_dir / "config.yaml").is_file() and started_at(out_dir) is None:
+            raise InputError(f"out_dir: {out_dir / 'config.yaml'} was not written by a run; give another folder")
+        out_dir.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(out_dir / ".lock")
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise InputError(f"out_dir: another process is training into {out_dir}; give another folder") from None
+    except OSError as error:
+        raise InputError(f"out_dir: cannot write to {out_dir} ({error.strerror})") from error
+    for path in out_dir.glob(f"*{TEMPORARY_SUFFIX}"):  # of a process that was killed while it wrote one
+        path.unlink(missing_ok=True)
+    return lock
+
+
+def started_at(out_dir: Path) -> str | None:
+    """When the run in this folder started, as its config.yaml says; None where there is no such line."""
+    config = out_dir / "config.yaml"
+    if not config.is_file():
+        return None
+    with open(config, encoding="utf-8", errors="replace") as file:
+        first = file.readline().rstrip()
+    return first.removeprefix(STARTED) if re.fullmatch(re.escape(STARTED) + r"\d{8}T\d{6}", first) else None
+
+
+def now() -> str:
+    """The time as runs write it."""
+    return datetime.datetime.now().strftime(TIME_FORMAT)
+
+
+def step_checkpoint(out_dir: Path, step: int) -> Path:
+    """`out/checkpoint_step_{N}.pth`."""
+    return out_dir / f"checkpoint_step_{step}.pth"
+
+
+def checkpoints_by_step(out_dir: Path) -> list[tuple[float, Path]]:
+    """Every step checkpoint in the folder with its step, oldest first."""
+    found = []
+    for path in out_dir.glob(CHECKPOINTS[0]):
+        if match := re.fullmatch(r"checkpoint_step_(\d+)\.pth", path.name):
+            found.append((int(match[1]), path))
+    return sorted(found)
+
+
+def all_checkpoints(out_dir: Path) -> list[tuple[float, Path]]:
+    """The step checkpoints and the interrupted one, each with its step."""
+    interrupted = out_dir / INTERRUPTED
+    extra = [(_step_inside(interrupted), interrupted)] if interrupted.is_file() else []
+    return checkpoints_by_step(out_dir) + extra
+
+
+def _step_inside(path: Path) -> float:
+    """The step of a checkpoint whose name does not tell; a damaged one is tried first, and then reported."""
+    try:
+        if digest_is_right(path):
+            return int(torch.load(path, weights_only=True, mmap=True, map_location="cpu")["progress"]["step"])
+    except DAMAGE:
+        pass
+    return float("inf")
+
+
+def prune_checkpoints(out_dir: Path, keep_last: int, verified: int) -> None:
+    """Remove all but the newest `keep_last` step checkpoints, and the interrupted one, which the run has passed.
+
+    Args:
+        verified: step of the checkpoint that was just written and read back. It stays, and so does all that is newer.
+    """
+    old = [path for step, path in checkpoints_by_step(out_dir) if step < verified]
+    for path in old[: max(0, len(old) - (keep_last - 1))]:
+        path.unlink(missing_ok=True)
+    (out_dir / INTERRUPTED).unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class RunSpace:
+    """What a run will write: its checkpoints, one being written, and its weights."""
+
+    checkpoint_bytes: int  # of one file, as
+    weights_bytes: int
+    checkpoints: int  # that will lie there at the end
+
+    @property
+    def most(self) -> int:
+        """Bytes on the disk at any time: three files of weights are the best, the last, and one being written."""
+        return (self.checkpoints + 1) * self.checkpoint_bytes + 3 * self.weights_bytes
+
+
+def check_space(out_dir: Path, space: RunSpace, goes_on: bool) -> None:
+    """See that what a run will write has room, before it starts.
+
+    Args:
+        goes_on: the run has files there already, which new ones take the place of.
+
+    Raises:
+        InputError: with how much is free, and how much is needed; or there can be no such folder.
+    """
+    try:
+        free = free_bytes(out_dir)
+        there = _files(out_dir, *CHECKPOINTS, "best_model.pth") if goes_on else []
+        taken = sum(path.stat().st_size for path in there)
+    except OSError as error:  # a name that no file system takes
+        raise InputError(f"out_dir: cannot write to {shown(str(out_dir))} ({error.strerror})") from error
+    needed = space.most - taken
+    if needed > free:
+        raise InputError(
+            f"out_dir: {size_text(free)} are free in {out_dir}, but this run needs {size_text(needed)}"
+            f" ({space.checkpoints} checkpoints of {size_text(space.checkpoint_bytes)} and one being written, weights"
+            f" of {size_text(space.weights_bytes)}); free some, give another folder, or lower keep_last"
+        )
+
+
+def move_earlier_run(out_dir: Path) -> Path | None:
+    """Move an earlier run's files to `out_dir/previous/{when it started}/`; None where there are none."""
+    files = _files(out_dir, *CHECKPOINTS, *RESULTS, "config.yaml")
+    if not files:
+        return None
+    oldest = min(path.stat().st_mtime for path in files)
+    started = started_at(out_dir) or datetime.datetime.fromtimestamp(oldest).strftime(TIME_FORMAT)
+    target = _new_folder(out_dir / "previous" / started)
+    for path in files:
+        path.rename(target / path.name)
+    return target
+
+
+def leave_line(out_dir: Path, step: int) -> Path | None:
+    """Set aside what a run has past `step`, where another line of it now begins; None where there is nothing.
+
+    Its newer checkpoints are moved to `out_dir/previous/{now}/`: left in place, they would be taken for the new line's
+    by the next `--resume`. Its results are copied there, since the new line will write over them.
+    """
+    newer = [path for its_step, path in all_checkpoints(out_dir) if its_step > step]
+    if not newer:
+        return None
+    target = _new_folder(out_dir / "previous" / now())
+    for path in newer:
+        path.rename(target / path.name)
+    for path in _files(out_dir, *RESULTS):
+        shutil.copy2(path, target / path.name)
+    (out_dir / "wandb_run.json").unlink(missing_ok=True)  # wandb takes no step twice: it sees the new line as a new run
+    return target
+
+
+def _files(out_dir: Path, *patterns: str) -> list[Path]:
+    return sorted({path for pattern in patterns for path in out_dir.glob(pattern) if path.is_file()})
+
+
+def _new_folder(wanted: Path) -> Path:
+    unused, number = wanted, 2
+    while unused.exists():
+        unused, number = wanted.with_name(f"{wanted.name}_{number}"), number + 1
+    unused.mkdir(parents=True)
+    return unused

@@ -1,0 +1,155 @@
+"""Which checkpoint a run goes on from, and whether it belongs to this model, tokenizer and data."""
+
+import dataclasses
+import platform
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+
+from model.errors import InputError
+from model.runs.folder import INTERRUPTED, all_checkpoints, started_at
+from model.runs.state import CHECKPOINT_VERSION, state_problem
+from model.storage.archive import load_torch
+from model.storage.archive_checks import read_shape
+from model.training.data import TrainingData
+from model.training.settings import TrainingSettings
+
+# Settings of a run that may differ without a word when it goes on.
+OF_THE_PLACE = {"resume", "resume_from", "out_dir", "device", "ddp"}
+
+
+def load_checkpoint(path: Path) -> dict:
+    """Read a training checkpoint.
+
+    Raises:
+        InputError: the file is missing, damaged, of another version, no training checkpoint, or not all of one.
+    """
+    content = load_torch(path, own=path.name.startswith("checkpoint_"))
+    if "progress" not in content:
+        raise InputError(f"{path}: holds weights only; --resume needs a checkpoint_step_*.pth or {INTERRUPTED}")
+    if (version := content.get("format_version")) != CHECKPOINT_VERSION:
+        raise InputError(f"{path}: a checkpoint of version {version!r}; this program reads {CHECKPOINT_VERSION}")
+    if (problem := state_problem(path, content)) is not None:
+        raise InputError(f"{path}: not a whole checkpoint ({problem}); use an older file")
+    content["config"] = dataclasses.asdict(read_shape(content["config"], path))  # earlier versions knew fewer fields
+    for data in (content["data"], content["validation"]):
+        data.setdefault("sample_start", "packed")  # earlier versions knew no other
+    return content
+
+
+def newest_checkpoint(out_dir: Path) -> tuple[Path, dict, list[str]] | None:
+    """The checkpoint with the most steps that is whole: (path, content, what was wrong with those passed over).
+
+    Raises:
+        InputError: there are checkpoints, and none of them can be read.
+    """
+    passed_over, run = [], started_at(out_dir)
+    for _, path in sorted(all_checkpoints(out_dir), reverse=True):
+        try:
+            content = load_checkpoint(path)
+            if run is not None and content["started"] != run:
+                raise InputError(f"{path}: of the run that started {content['started']}, not of this one, {run}")
+            return path, content, passed_over
+        except (InputError, OSError) as error:
+            passed_over.append(str(error))
+    if passed_over:
+        raise InputError(f"no whole checkpoint in {out_dir}: " + "; ".join(passed_over))
+    return None
+
+
+def find_checkpoint(training: TrainingSettings, say: Callable[[str], None]) -> tuple[Path, dict] | None:
+    """The checkpoint that the settings ask to go on from, with its path; None to start from the beginning."""
+    if training.resume_from is not None:
+        path = Path(training.resume_from)
+        return path, load_checkpoint(path)
+    if not training.resume:
+        return None
+    found = newest_checkpoint(Path(training.out_dir))
+    if found is None:
+        say(f"resume: no checkpoint in {training.out_dir}, so training starts from the beginning")
+        return None
+    path, checkpoint, passed_over = found
+    for problem in passed_over:
+        say(f"resume: passed over {problem}")
+    return path, checkpoint
+
+
+def checkpoint_to_go_on_from(
+    training: TrainingSettings, data: TrainingData, environment: Mapping, say: Callable[[str], None]
+) -> tuple[Path, dict] | None:
+    """As `find_checkpoint`, but one that belongs to this model, tokenizer and data; says what is not as it was.
+
+    Raises:
+        InputError: it was made with others.
+    """
+    found = find_checkpoint(training, say)
+    if found is None:
+        return None
+    path, checkpoint = found
+    mine = {
+        "config": dataclasses.asdict(data.config),
+        "data": data.fingerprint,
+        "tokenizer": {"sha256": data.tokenizer_sha256},
+    }
+    check_fits(path, checkpoint, mine, training.optimizer_type)
+    say(f"resuming from {path} at step {checkpoint['progress']['step']:,}")
+    if changed := changed_settings(checkpoint, training):
+        say(f"resuming with other settings than before: {', '.join(changed)}")
+    if changed := changed_environment(checkpoint, environment):
+        say(f"resuming where equal bits are not to be expected: {', '.join(changed)}")
+    return found
+
+
+def check_fits(path: Path, checkpoint: Mapping, mine: Mapping[str, Mapping], optimizer_type: str) -> None:
+    """See that a checkpoint belongs to this run.
+
+    Args:
+        mine: for `config`, `data` and `tokenizer`, what this run has in the place of the checkpoint's.
+
+    Raises:
+        InputError: naming what differs.
+    """
+    its = {
+        "config": checkpoint["config"],
+        "data": checkpoint["data"],
+        "tokenizer": {"sha256": checkpoint["tokenizer_sha256"]},
+    }
+    for name, title in (("config", "model"), ("data", "data"), ("tokenizer", "tokenizer")):
+        there, here = its[name], mine[name]
+        unknown = {key for key in here if key == "sha256" and None in (here[key], there.get(key))}
+        different = [
+            f"{key} {there.get(key)} there, {here[key]} here"
+            for key in here
+            if here[key] != there.get(key) and key not in unknown
+        ]
+        if different:
+            raise InputError(f"{path} was made with another {title}: {'; '.join(different)}")
+    before = checkpoint["settings"]["training"]["optimizer_type"]
+    if before != optimizer_type:
+        raise InputError(f"{path} was made with optimizer_type {before}, not {optimizer_type}")
+
+
+def changed_settings(checkpoint: Mapping, training: TrainingSettings) -> list[str]:
+    """'learning_rate 0.0003 -> 0.0001' for each setting of training that is not what it was."""
+    before, now = checkpoint["settings"]["training"], dataclasses.asdict(training)
+    names = [name for name in now if name not in OF_THE_PLACE and now[name] != before.get(name)]
+    return [f"{name} {before.get(name)} -> {now[name]}" for name in names]
+
+
+def environment(world_size: int, dtype: torch.dtype, device: torch.device) -> dict:
+    """What equal bits depend on, besides data, settings and state."""
+    return {
+        "torch": str(torch.__version__),  # plain text, not torch's own class
+        "python": platform.python_version(),
+        "world_size": world_size,
+        "threads": torch.get_num_threads(),
+        "dtype": str(dtype),
+        "device": device.type,
+    }
+
+
+def changed_environment(checkpoint: Mapping, now: Mapping) -> list[str]:
+    """'threads 2 -> 8' for each thing on which equal bits depend and that is not what it was."""
+    before = checkpoint["environment"]
+    return [f"{name} {before.get(name)} -> {value}" for name, value in now.items() if before.get(name) != value]

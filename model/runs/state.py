@@ -1,0 +1,205 @@
+"""What a checkpoint holds, everything that training needs to go on exactly, and whether one that was read holds it."""
+
+import dataclasses
+import math
+import random
+import re
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+from model.errors import InputError, first_line, shown
+from model.storage.archive import is_finite
+from model.storage.archive_checks import check_shapes, read_shape
+from model.training.optimizer import is_hidden_matrix, load_optimizer_state
+from model.training.settings import FIELDS, SECTIONS
+
+CHECKPOINT_VERSION = 2
+NONE = type(None)
+KINDS = {  # the keys of a checkpoint and what lies under them
+    "format_version": int,
+    "started": str,  # when the run started
+    "settings": dict,  # all of them, as asked for
+    "config": dict,  # LMConfig
+    "tokenizer_path": (str, NONE),
+    "tokenizer_sha256": str,
+    "data": dict,  # fingerprints of the token files
+    "validation": dict,
+    "pace": dict,  # what total_steps was computed from
+    "total_steps": int,
+    "progress": dict,  # Progress
+    "model": dict,  # state dicts
+    "ema": (dict, NONE),
+    "ema_updates": int,
+    "optimizer": dict,
+    "scaler": dict,
+    "random_states": list,  # of each process
+    "environment": dict,  # versions, threads and processes, on which equal bits depend
+}
+ADAM_STATE, MUON_STATE = {"step", "exp_avg", "exp_avg_sq"}, {"momentum_buffer"}  # of each parameter
+SCALER_STATE = {"scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"}
+
+
+@dataclass
+class Progress:
+    """Where a run is. Everything else about its position follows from it."""
+
+    step: int = 0  # optimizer steps taken
+    samples: int = 0  # samples read by all processes, over all epochs: the position in the data
+    best_val_loss: float = math.inf
+    evaluations_without_gain: int = 0
+    last_evaluation: int = -1  # step of the last finished evaluation
+    skipped_steps: int = 0  # steps whose loss or gradient could not be used, and those of them in a row
+    skipped_in_a_row: int = 0
+    recent_losses: list[float] = field(default_factory=list)  # nats a token, to tell a leap of the loss by
+    window_loss: float = 0.0  # summed over the tokens since the last log line
+    window_tokens: int = 0
+    seconds: float = 0.0  # spent training, over all sessions
+
+
+def saved_state(
+    progress: Progress,
+    model: nn.Module,
+    ema: AveragedModel | None,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+) -> dict:
+    """The parts of a checkpoint that training changes; the tensors are those in use, not copies."""
+    return {
+        "progress": dataclasses.asdict(progress),
+        "model": model.state_dict(),
+        "ema": ema.module.state_dict() if ema is not None else None,
+        "ema_updates": int(ema.n_averaged) if ema is not None else 0,
+        "optimizer": optimizer.state_dict(),
+        "scaler": scaler.state_dict(),
+    }
+
+
+def restore_state(
+    checkpoint: Mapping,
+    model: nn.Module,
+    ema: AveragedModel | None,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+) -> Progress:
+    """Put everything back to where `saved_state` found it; returns the progress."""
+    model.load_state_dict(checkpoint["model"])
+    load_optimizer_state(optimizer, checkpoint["optimizer"])
+    if checkpoint["scaler"] and scaler.is_enabled():
+        scaler.load_state_dict(checkpoint["scaler"])
+    if ema is not None:
+        # A run that did not keep an average so far begins it with its present weights.
+        ema.module.load_state_dict(checkpoint["ema"] or checkpoint["model"])
+        ema.n_averaged.fill_(checkpoint["ema_updates"])
+    return Progress(**checkpoint["progress"])
+
+
+def state_problem(path: Path, content: Mapping) -> str | None:
+    """What is wrong with a checkpoint, or None: a missing part, a wrong shape, a number that is not finite.
+
+    Args:
+        path: where it was read from; a name that gives a step must give the right one.
+    """
+    for key, kind in KINDS.items():
+        if key not in content:
+            return f"{key} is missing"
+        if not isinstance(content[key], kind):
+            return f"{key} is of type {type(content[key]).__name__}"
+    if not all(isinstance(content["settings"].get(section), dict) for section in SECTIONS):
+        return f"settings lacks a section, {', '.join(SECTIONS)} expected"
+    return (
+        _progress_problem(path, content["progress"])
+        or _weights_problem(content)
+        or _optimizer_problem(content)
+        or _scaler_problem(content["scaler"])
+        or _random_problem(content["random_states"])
+        or (None if content["total_steps"] > 0 else f"total_steps is {content['total_steps']}")
+        or (None if is_finite(content) else "it holds numbers that are not finite")
+    )
+
+
+def _progress_problem(path: Path, progress: Mapping) -> str | None:
+    kinds = typing.get_type_hints(Progress)
+    if progress.keys() != kinds.keys():
+        return f"progress lacks or has too much of {', '.join(sorted(map(str, progress.keys() ^ kinds.keys())))}"
+    for name, kind in kinds.items():
+        value = progress[name]
+        numbers = value if isinstance(value, list) else [value]
+        if isinstance(value, list) != (name == "recent_losses") or not all(
+            type(number) is int or (type(number) is float and kind is not int and not math.isnan(number))
+            for number in numbers
+        ):
+            return f"progress.{name} is {shown(value)}"
+        if kind is int and not (-1 if name == "last_evaluation" else 0) <= value < 2**63:
+            return f"progress.{name} is {shown(value)}"
+    named = re.fullmatch(r"checkpoint_step_(\d+)\.pth", path.name)
+    if named and int(named[1]) != progress["step"]:
+        return f"it is of step {progress['step']}, not of the step in its name"
+    return None
+
+
+def _weights_problem(content: Mapping) -> str | None:
+    try:
+        config = read_shape(content["config"], "its description")
+        for name in ("model", "ema") if content["ema"] is not None else ("model",):
+            check_shapes(content[name], config, name)
+            if others := [key for key, weight in content[name].items() if weight.dtype != torch.float32]:
+                return f"{name}: {others[0]} is {content[name][others[0]].dtype}, float32 expected"
+    except InputError as error:
+        return str(error)
+    return None
+
+
+def _optimizer_problem(content: Mapping) -> str | None:
+    optimizer, model = content["optimizer"], content["model"]
+    try:
+        groups, states = optimizer["param_groups"], optimizer["state"]
+        names = {number: name for g in groups for number, name in zip(g["params"], g["param_names"], strict=True)}
+        optimizer_type = content["settings"]["training"]["optimizer_type"]
+        if optimizer_type not in FIELDS["optimizer_type"].metadata["choices"]:
+            return f"optimizer_type is {optimizer_type!r}"
+        muon = optimizer_type == "muon"
+        tied = {"output.weight"} if content["config"]["tie_embeddings"] else set()
+        if set(names.values()) != model.keys() - tied:
+            return "optimizer is not this model's"
+        numbers = [number for group in groups for number in (group["lr"], group["eps"], *group["betas"])]
+        if len(numbers) != 4 * len(groups) or not all(type(number) is float for number in numbers):
+            return f"optimizer: lr, eps and betas are {numbers}"
+        if content["progress"]["step"] and states.keys() != names.keys():
+            return "optimizer lacks the state of some parameters"
+        for number, state in states.items():
+            weight = model[names[number]]
+            wanted = MUON_STATE if muon and is_hidden_matrix(names[number], weight) else ADAM_STATE
+            kinds = {key: (tensor.shape, tensor.dtype) for key, tensor in state.items()}
+            if kinds != {key: ((), torch.float32) if key == "step" else (weight.shape, weight.dtype) for key in wanted}:
+                return f"optimizer: the state of {names[number]} has other parts, shapes or dtypes"
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        return f"optimizer cannot be understood ({error!r})"
+    return None
+
+
+def _scaler_problem(scaler: Mapping) -> str | None:
+    if scaler and (scaler.keys() != SCALER_STATE or not all(type(v) in (int, float) for v in scaler.values())):
+        return "scaler is not a gradient scaler's"
+    return None
+
+
+def _random_problem(states: list) -> str | None:
+    """Whether every process's generators take the states: tried on generators that nobody uses."""
+    try:
+        for state in states:
+            random.Random().setstate(state["python"])
+            kind, keys, position, has_gauss, gauss = state["numpy"]
+            np.random.RandomState().set_state((kind, np.array(keys, dtype=np.uint32), position, has_gauss, gauss))
+            torch.Generator().set_state(state["torch"])
+            if not all(isinstance(s, Tensor) for s in state["cuda"]) or not isinstance(state["mps"], (Tensor, NONE)):
+                return "random_states holds no states of a GPU"
+    except (KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
+        return f"random_states cannot be used ({first_line(error)})"
+    return None if states else "random_states is empty"

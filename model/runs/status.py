@@ -1,0 +1,81 @@
+"""`out/status.json`: how a run stands, for whoever starts it again: the supervisor, a job script, a person.
+
+Exit codes can get lost on their way: torchrun has its own, and a process that is killed has none. This file tells the
+same in one place. A run that was killed stays "running".
+"""
+
+import datetime
+import json
+import os
+from pathlib import Path
+
+from model.errors import InputError
+from model.storage.files import write_json
+
+STATUS_FILE = "status.json"
+STATES = ("running", "finished", "early_stopping", "interrupted", "diverged", "failed")
+MAX_STATUS_BYTES = 1_000_000
+
+
+class Status:
+    """Writes the status of one run.
+
+    Args:
+        out_dir: the run's folder.
+        world_size: processes that train together.
+        total_steps: optimizer steps that the run will have taken in the end.
+    """
+
+    def __init__(self, out_dir: Path, world_size: int, total_steps: int) -> None:
+        self.path = Path(out_dir) / STATUS_FILE
+        self.world_size, self.total_steps = world_size, total_steps
+        self.checkpoint: str | None = None  # name of the newest saved checkpoint
+        self.problem: str | None = None  # why the last write failed, if it did
+
+    def write(
+        self,
+        state: str,
+        step: int,
+        checkpoint: str | None = None,
+        exit_code: int | None = None,
+        message: str | None = None,
+    ) -> None:
+        """Replace the file in one step. Never raises where it cannot be written: the reason is kept in `problem`.
+
+        Args:
+            state: one of STATES.
+            step: optimizer steps taken.
+            checkpoint: name of the newest saved checkpoint; None: the one named last.
+            exit_code: None while the run goes on.
+            message: what a person should know, as the reason of a failure.
+        """
+        if state not in STATES:
+            raise ValueError(f"state {state!r} found, one of {', '.join(STATES)} expected")
+        self.checkpoint = checkpoint or self.checkpoint
+        content = {
+            "state": state,
+            "step": step,
+            "total_steps": self.total_steps,
+            "checkpoint": self.checkpoint,
+            "exit_code": exit_code,
+            "message": message,
+            "world_size": self.world_size,
+            "pid": os.getpid(),
+            "updated": datetime.datetime.now().isoformat(timespec="seconds"),
+        }
+        try:
+            write_json(self.path, content)
+            self.problem = None
+        except (InputError, OSError) as error:
+            self.problem = str(error)
+
+
+def read_status(out_dir: Path) -> dict | None:
+    """The status of the run in a folder; None where there is none, or it is damaged."""
+    path = Path(out_dir) / STATUS_FILE
+    try:
+        with open(path, "rb") as file:
+            content = json.loads(file.read(MAX_STATUS_BYTES).decode("utf-8"))
+    except (OSError, ValueError, RecursionError):  # ValueError: not UTF-8, not JSON
+        return None
+    return content if isinstance(content, dict) and content.get("state") in STATES else None

@@ -1,0 +1,148 @@
+"""Starting a run again when it dies: `python train.py --config config.yaml --restarts 10`.
+
+The supervisor is a small process that imports no torch. It starts the training as a child and looks at how that
+ended. What a restart can help is started again with `--resume`: a process that was killed, a crash, exit code 3. What
+it cannot help ends here with the child's exit code: done (0), diverged (1), bad input (2), interrupted (130).
+
+The child has a process group of its own, so that Ctrl-C in a terminal reaches it once, through the supervisor. If the
+supervisor itself is killed, the child goes on alone to its end; it holds the lock on its folder, so that no second one
+can start beside it.
+"""
+
+import os
+import signal
+import subprocess
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from model.errors import InputError, TrainingDiverged
+from model.runs.status import STATUS_FILE, read_status
+
+DIVERGED, BAD_INPUT, INTERRUPTED = TrainingDiverged.exit_code, InputError.exit_code, 130  # exit codes of train.py
+FRUITLESS_ATTEMPTS = 3  # in a row without a newer checkpoint, after which the supervisor gives up
+SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")
+
+
+class Supervisor:
+    """Runs a training until it ends for good.
+
+    Args:
+        command: starts the training.
+        resume_command: goes on with it, once it has saved a checkpoint of its own.
+        out_dir: the training's folder.
+        restarts: how often it is started again at most.
+        say: called with one line for each restart.
+        first_wait: seconds before a restart; twice as long after each attempt without a newer checkpoint.
+    """
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        resume_command: Sequence[str],
+        out_dir: Path,
+        restarts: int,
+        say: Callable[[str], None],
+        first_wait: float = 1.0,
+    ) -> None:
+        self.command, self.resume_command, self.out_dir = list(command), list(resume_command), Path(out_dir)
+        self.restarts, self.say, self.first_wait = restarts, say, first_wait
+        self.child: subprocess.Popen | None = None
+        self.stop = threading.Event()  # a signal has come: no restart any more
+
+    def run(self) -> int:
+        """Start the training, again and again; returns the last child's exit code, 128 + N if signal N ended it."""
+        self._take_over_signals()
+        before = found = self._checkpoints()
+        own: set = set()  # checkpoints written since: an earlier run's in the same folder are not to go on from
+        fruitless = 0
+        for attempt in range(self.restarts + 1):
+            code, status = self._attempt(self.resume_command if own else self.command)
+            state = (status or {}).get("state")
+            if code in (0, BAD_INPUT, INTERRUPTED) or (code == DIVERGED and state == "diverged"):
+                return code
+            if self.stop.is_set():
+                return INTERRUPTED if state == "interrupted" else exit_code(code)
+            happened = describe_end(code, status)
+            earlier, found = found, self._checkpoints()
+            own = found.items() - before.items()
+            fruitless = 0 if found.items() - earlier.items() else fruitless + 1
+            if fruitless == FRUITLESS_ATTEMPTS or attempt == self.restarts:
+                reason = (
+                    f"giving up after {fruitless} attempts in a row without a newer checkpoint, since a fault that"
+                    " repeats is no accident"
+                    if fruitless == FRUITLESS_ATTEMPTS
+                    else f"giving up after {self.restarts} restarts"
+                )
+                self.say(f"{reason}; the last attempt: {happened}")
+                return exit_code(code)
+            newest = f"going on from {max(own, key=lambda item: item[1])[0]}" if own else "the same command once more"
+            self.say(f"restart {attempt + 1} of {self.restarts}: {happened}; {newest}")
+            if self.stop.wait(self.first_wait * 2**fruitless):
+                self.say("interrupted while waiting for the next attempt")
+                return INTERRUPTED
+        raise AssertionError("not reached")
+
+    def _attempt(self, command: list[str]) -> tuple[int, dict | None]:
+        """One child's exit code (-N where signal N killed it), and the status that it wrote, if it wrote one."""
+        before = file_identity(self.out_dir / STATUS_FILE)
+        group = (
+            {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP} if os.name == "nt" else {"start_new_session": True}
+        )
+        if self.stop.is_set():
+            return INTERRUPTED, None
+        self.child = subprocess.Popen(command, **group)
+        if self.stop.is_set():  # the signal came while the child was being started
+            self._pass_on(signal.SIGTERM)
+        while True:
+            try:
+                code = self.child.wait(timeout=1)  # Windows handles Ctrl-C only between two waits
+                break
+            except subprocess.TimeoutExpired:
+                continue
+        self.child = None
+        return code, read_status(self.out_dir) if file_identity(self.out_dir / STATUS_FILE) != before else None
+
+    def _take_over_signals(self) -> None:
+        for name in SIGNALS:
+            number = getattr(signal, name, None)
+            if number is not None and signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
+                signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, frame) -> None:
+        self.stop.set()
+        self._pass_on(number)
+
+    def _pass_on(self, number: int) -> None:
+        if self.child is not None:
+            self.child.send_signal(number if os.name != "nt" else signal.CTRL_BREAK_EVENT)
+
+    def _checkpoints(self) -> dict[str, tuple[int, int]]:
+        """Each checkpoint in the folder with when it was written and its size."""
+        found = {path.name: file_identity(path) for path in self.out_dir.glob("checkpoint_*.pth")}
+        return {name: identity for name, identity in found.items() if identity is not None}
+
+
+def file_identity(path: Path) -> tuple[int, int] | None:
+    """When a file was written last (nanoseconds) and its bytes; None where there is none."""
+    try:
+        stat = path.stat()
+    except OSError:
+        return None
+    return stat.st_mtime_ns, stat.st_size
+
+
+def exit_code(code: int) -> int:
+    """A child's return code as an exit code: 128 + N where signal N killed it, as shells have it."""
+    return 128 - code if code < 0 else code
+
+
+def describe_end(code: int, status: dict | None) -> str:
+    """'killed by SIGKILL after step 40', 'exit code 3 after step 40 (rank 1 ended)'."""
+    number = -code if code < 0 else code - 128 if 128 < code < 192 else 0
+    names = {int(one): one.name for one in signal.Signals}
+    text = f"killed by {names.get(number, f'signal {number}')}" if number else f"exit code {code}"
+    if status is not None:
+        text += f" after step {status.get('step')} or later" if status["state"] == "running" else ""
+        text += f" ({status['message']})" if status.get("message") else ""
+    return text

@@ -1,0 +1,167 @@
+"""Files of tensors that notice damage: `torch.save`'s format with a SHA-256 behind it.
+
+`torch.load` looks at no checksum: a flipped bit passes as a weight. Here the file ends with
+
+    MateConv sha256 {64 hexadecimal digits}\n
+
+over everything before it, which `torch.load` and other readers of the format skip. A file is read back before it takes
+its place, and every byte is compared before anything is loaded from it.
+"""
+
+import contextlib
+import hashlib
+import os
+import pickle
+import re
+import struct
+import zipfile
+import zlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from torch import Tensor
+
+from model.errors import InputError, first_line
+from model.storage.archive_checks import check_archive, check_tensors
+from model.storage.files import replacing
+
+TRAILER_PREFIX, DIGEST_BYTES = b"MateConv sha256 ", 64
+TRAILER_BYTES = len(TRAILER_PREFIX) + DIGEST_BYTES + 1
+END_OF_ARCHIVE = b"PK\5\6"  # of a zip file's last record, 22 bytes where no comment follows
+
+# What zipfile and torch.load raise for files that were damaged, cut off, or made to look like what they are not.
+DAMAGE = (
+    zipfile.BadZipFile, zlib.error, struct.error, pickle.UnpicklingError, EOFError, OSError, RuntimeError, ValueError,
+    TypeError, LookupError, AttributeError, OverflowError, NotImplementedError, AssertionError, MemoryError,
+)  # fmt: skip
+
+
+def save_torch(path: str | Path, content: Mapping) -> None:
+    """`torch.save` that leaves the old file or the new one, whatever happens, and reads the new one back.
+
+    Raises:
+        InputError: the file cannot be written, or what was read back is not what was written.
+    """
+    with replacing(path, needed=tensor_bytes(content), check=_read_back) as file:
+        hashing = _HashingWriter(file)
+        try:
+            torch.save(content, hashing)
+        except RuntimeError as error:  # torch's archive writer hides the system's error behind its own
+            if not isinstance(error.__context__, OSError):
+                raise
+            raise error.__context__ from error
+        file.write(TRAILER_PREFIX + hashing.sha256.hexdigest().encode() + b"\n")
+
+
+class _HashingWriter:
+    """Passes what is written on to a file, and keeps its SHA-256."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.sha256 = file, hashlib.sha256()
+
+    def write(self, data) -> int:
+        self.sha256.update(data)
+        return self.file.write(data)
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def _read_back(path: Path) -> None:
+    with contextlib.suppress(AttributeError, OSError), open(path, "rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # from the disk, not from memory; Linux only
+    if not digest_is_right(path):
+        raise InputError(f"{path}: what was read back is not what was written; the disk is failing")
+
+
+def digest_is_right(path: Path) -> bool | None:
+    """Whether a file's SHA-256 is the one at its end; None where the file has none."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        file.seek(max(0, size - TRAILER_BYTES))
+        trailer = file.read()
+        if not re.fullmatch(re.escape(TRAILER_PREFIX) + rb"[0-9a-f]{%d}\n" % DIGEST_BYTES, trailer):
+            return None
+        file.seek(0)
+        sha256, left = hashlib.sha256(), size - TRAILER_BYTES
+        while left and (block := file.read(min(left, 1 << 20))):
+            sha256.update(block)
+            left -= len(block)
+    return sha256.hexdigest().encode() == trailer[len(TRAILER_PREFIX) : -1]
+
+
+def load_torch(path: str | Path, own: bool = False) -> dict:
+    """`torch.load(weights_only=True)` onto the CPU, after every byte was compared with the file's SHA-256.
+
+    Files of others, which have none, are compared with the checksums of their zip records.
+
+    Args:
+        own: the file must have a SHA-256, as those that this program writes have.
+
+    Raises:
+        InputError: the file is missing, truncated, damaged, not a dict, or holds more than tensors and plain values.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path}: {'a folder, a file expected' if path.is_dir() else 'no such file'}")
+    try:
+        damaged = _damage(path, own)
+        if not damaged:
+            check_archive(path)
+        content = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        # torch's text advises to load unsafely; the one line that says what was found is enough.
+        found = re.search(r"Unsupported (?:global|class|operand)[^.\n]*|GLOBAL \S+", str(error))
+        reason = found[0].strip() if found else first_line(error)
+        raise InputError(f"{path}: expected tensors and plain values only ({reason}); it is not loaded") from error
+    except DAMAGE as error:
+        reason = first_line(error)
+        raise InputError(f"{path}: truncated, damaged or not a PyTorch file ({reason}); use an older file") from error
+    if damaged:
+        raise InputError(f"{path}: damaged ({damaged}); use an older file")
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: expected a dict of tensors, found {type(content).__name__}")
+    check_tensors(content, path)
+    return content
+
+
+def _damage(path: Path, own: bool) -> str | None:
+    """What is wrong with a file's bytes; None where all of them are as they were written, as far as can be told."""
+    right = digest_is_right(path)
+    if right is not None:
+        return None if right else "its SHA-256 is not the one at its end"
+    if own:
+        return "its end, where its SHA-256 should be, is missing"
+    with zipfile.ZipFile(path) as archive:
+        wrong = archive.testzip()
+    if wrong:
+        return f"the checksum of {wrong} is wrong"
+    with open(path, "rb") as file:
+        file.seek(-22, os.SEEK_END)
+        return None if file.read(4) == END_OF_ARCHIVE else "something follows the archive"
+
+
+def tensors_in(content) -> Iterator[Tensor]:
+    """Every tensor in nested dicts, lists and tuples."""
+    if isinstance(content, Tensor):
+        yield content
+    elif isinstance(content, Mapping):
+        for value in content.values():
+            yield from tensors_in(value)
+    elif isinstance(content, (list, tuple)):
+        for value in content:
+            yield from tensors_in(value)
+
+
+def tensor_bytes(content) -> int:
+    """Bytes of all tensors in `content`; those that share a storage count once."""
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in tensors_in(content)}
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+def is_finite(content) -> bool:
+    """Whether no floating-point number in `content` is NaN or infinite."""
+    floats = (tensor for tensor in tensors_in(content) if tensor.is_floating_point())
+    return all(bool(torch.isfinite(t.sum())) or bool(torch.isfinite(t).all()) for t in floats)  # a sum is faster

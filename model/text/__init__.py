@@ -1,0 +1,1 @@
+"""Text to token ids and back: tokenizers of every kind, chat templates, whole characters while streaming."""

@@ -1,0 +1,286 @@
+"""Loading a tokenizer, telling two of them apart, and turning text into ids without ever making a control token."""
+
+import contextlib
+import hashlib
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from model.errors import InputError, first_line, shown
+
+EMBEDDED_TOKENIZER = Path(__file__).parents[1] / "tokenizer"
+MOST_TOKENS = 2**24  # rows of an embedding; the largest tokenizers have a quarter of a million
+GENERATION_CONFIG = "generation_config.json"
+MAX_GENERATION_CONFIG_BYTES = 1 << 20  # of transformers' defaults for generating; a few hundred are usual
+
+
+@dataclass(frozen=True)
+class Delimiters:
+    """The control tokens that tell documents apart: each is `<bos> ids <eos>`, or `ids <eos>` without a bos.
+
+    Tokenizers without one are those of Qwen 2 and later.
+    """
+
+    bos_id: int | None
+    eos_id: int
+
+    @property
+    def count(self) -> int:
+        """Tokens that a document has besides those of its text."""
+        return 1 if self.bos_id is None else 2
+
+    @property
+    def opening(self) -> list[int]:
+        """Ids that a document begins with, before those of its text."""
+        return [] if self.bos_id is None else [self.bos_id]
+
+    @property
+    def before_text(self) -> int:
+        """The id that stands before a document's text in a token file: its bos, else the eos of the one before it."""
+        return self.eos_id if self.bos_id is None else self.bos_id
+
+
+def load_tokenizer(path: str | Path | None = None):
+    """Load a tokenizer folder as a `transformers` fast tokenizer; None takes the embedded one.
+
+    Nothing is downloaded and no code from the folder is run. The ids are those of its `tokenizer.json`, whatever class
+    `tokenizer_config.json` names: another version of transformers may not know it, or (5.0 with DeepSeek's)
+    build another tokenizer from the same vocabulary. It must name an eos token, which ends each document; a bos token
+    is used where there is one.
+
+    Raises:
+        InputError: the folder is missing, holds no `tokenizer.json` that can be read, or names no eos token.
+    """
+    folder = _tokenizer_file(path).parent
+    config = _read_config(folder)
+
+    from transformers import PreTrainedTokenizerFast  # takes seconds to import: only where a tokenizer is used
+
+    try:
+        with _without_warnings():
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(
+                str(folder), local_files_only=True, **_names_without_type(config)
+            )
+    except Exception as error:  # the libraries raise plain Exception, KeyError, OSError … for a damaged file
+        why = f"{type(error).__name__}: {first_line(error)}"
+        raise InputError(f"tokenizer_path: {folder} cannot be loaded ({why})") from error
+    _check_size(folder, vocabulary_size(tokenizer))
+    unnamed = [name for name in ("bos_token", "eos_token") if getattr(tokenizer, name) is None and name not in config]
+    if unnamed:
+        _take_names_of_class(tokenizer, folder, unnamed)
+    if tokenizer.eos_token_id is None:
+        raise InputError(f"tokenizer_path: {folder} names no eos_token; add one to its tokenizer_config.json")
+    # Whole books are encoded at once; the library's warning about the model's maximum length says nothing here.
+    tokenizer.model_max_length = int(1e30)
+    return tokenizer
+
+
+def _read_config(folder: Path) -> dict:
+    """tokenizer_config.json; empty where there is none, or where it is damaged, which transformers says."""
+    try:
+        config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return config if isinstance(config, dict) else {}
+
+
+def _names_without_type(config: dict) -> dict[str, str]:
+    """The control tokens that are given as `{"content": "</s>", …}`, which transformers reads with a "__type" only."""
+    given = {f"{name}_token": config.get(f"{name}_token") for name in ("bos", "eos", "unk", "pad")}
+    bare = {name: token for name, token in given.items() if isinstance(token, dict) and "__type" not in token}
+    return {name: token["content"] for name, token in bare.items() if isinstance(token.get("content"), str)}
+
+
+def _check_size(folder: Path, tokens: int) -> None:
+    if tokens > MOST_TOKENS:
+        raise InputError(f"tokenizer_path: {folder} holds the id {tokens - 1:,}, at most {MOST_TOKENS - 1:,} expected")
+
+
+def _take_names_of_class(tokenizer, folder: Path, names: Sequence[str]) -> None:
+    """Give a tokenizer the control tokens that its class has by itself: GPT-2's folder names neither bos nor eos."""
+    from transformers import AutoTokenizer
+
+    try:
+        with _without_warnings():
+            named = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    except Exception:  # as above; a class that transformers does not know has no names to give
+        return
+    for name in names:
+        token = getattr(named, name)
+        if tokenizer.backend_tokenizer.token_to_id(str(token)) is not None:
+            setattr(tokenizer, name, token)
+
+
+@contextlib.contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Keep transformers from warning that a folder's class is not the one that is loaded."""
+    logger = logging.getLogger("transformers")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
+def delimiters(tokenizer) -> Delimiters:
+    """What documents begin and end with in the token files of a `transformers` tokenizer."""
+    return Delimiters(tokenizer.bos_token_id, tokenizer.eos_token_id)
+
+
+def end_ids(tokenizer) -> list[int]:
+    """Ids that end a text: the eos, and those that `generation_config.json` beside the tokenizer names.
+
+    Instruct models name several there (`eos_token_id`, a number or a list): the end of an answer, of a document.
+
+    Raises:
+        InputError: that file is damaged, or names what is no id of the tokenizer.
+    """
+    ids, file = [tokenizer.eos_token_id], Path(tokenizer.name_or_path) / GENERATION_CONFIG
+    if not tokenizer.name_or_path or not file.is_file():  # it was made by hand, or has no such file
+        return ids
+    try:
+        with open(file, "rb") as content:
+            values = json.loads(content.read(MAX_GENERATION_CONFIG_BYTES))
+        named = values.get("eos_token_id")
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise InputError(f"{file}: not a generation config ({first_line(error)}); mend or remove it") from error
+    size = vocabulary_size(tokenizer)
+    for index in named if isinstance(named, list) else [] if named is None else [named]:
+        if type(index) is not int or not 0 <= index < size:
+            raise InputError(f"{file}: eos_token_id {shown(index)} found, ids from 0 to {size - 1} expected")
+        ids.append(index)
+    return list(dict.fromkeys(ids))
+
+
+@dataclass(frozen=True)
+class BulkTokenizer:
+    """What data processing needs of a tokenizer."""
+
+    json: str  # of the `tokenizers` library
+    bos_id: int | None
+    eos_id: int
+    vocab_size: int  # the largest id plus one
+
+    @property
+    def delimiters(self) -> Delimiters:
+        return Delimiters(self.bos_id, self.eos_id)
+
+
+def load_bulk_tokenizer(path: str | Path | None = None) -> BulkTokenizer:
+    """Load a tokenizer folder for data processing.
+
+    Where transformers would add nothing to tokenizer.json but the names of the control tokens, it is not imported,
+    which takes seconds.
+
+    Raises:
+        InputError: as `load_tokenizer`.
+    """
+    file = _tokenizer_file(path)
+    config = _read_config(file.parent)
+    plain = config.get("tokenizer_class") in ("PreTrainedTokenizerFast", "TokenizersBackend")
+    names = [config.get("bos_token"), config.get("eos_token")]
+    if plain and all(isinstance(name, str) for name in names):
+        from tokenizers import Tokenizer
+
+        try:
+            backend = Tokenizer.from_file(str(file))
+        except Exception as error:  # the library raises plain Exception for a damaged file
+            raise InputError(f"tokenizer_path: {file.parent} cannot be loaded ({str(error).strip()})") from error
+        size = max(backend.get_vocab().values(), default=-1) + 1
+        _check_size(file.parent, size)
+        bos_id, eos_id = map(backend.token_to_id, names)
+        if bos_id is not None and eos_id is not None:
+            return BulkTokenizer(backend.to_str(), bos_id, eos_id, size)
+    tokenizer = load_tokenizer(path)
+    return BulkTokenizer(
+        tokenizer.backend_tokenizer.to_str(),
+        tokenizer.bos_token_id,
+        tokenizer.eos_token_id,
+        vocabulary_size(tokenizer),
+    )
+
+
+def tokenizer_sha256(path: str | Path | None = None) -> str:
+    """SHA-256 (hex) of the folder's `tokenizer.json`: equal for two tokenizers that give the same ids.
+
+    Raises:
+        InputError: the folder is missing or holds no `tokenizer.json`.
+    """
+    return hashlib.sha256(_tokenizer_file(path).read_bytes()).hexdigest()
+
+
+def tokenizer_folder(path: str | Path | None = None) -> Path:
+    """The folder of a tokenizer: None is the embedded one; that inside a GGUF file is unpacked into the cache.
+
+    Raises:
+        InputError: the file is damaged, or its tokenizer is of a kind that is not known.
+    """
+    folder = Path(path or EMBEDDED_TOKENIZER)
+    if folder.is_file():
+        from model.weights.gguf import is_gguf, unpacked_tokenizer
+
+        if is_gguf(folder):
+            return unpacked_tokenizer(folder)
+    return folder
+
+
+def _tokenizer_file(path: str | Path | None) -> Path:
+    folder = tokenizer_folder(path)
+    if not folder.is_dir():
+        raise InputError(
+            f"tokenizer_path: no folder {folder}; give a folder with a tokenizer.json, or null for the embedded one"
+        )
+    if not (folder / "tokenizer.json").is_file():
+        raise InputError(f"tokenizer_path: {folder} holds no tokenizer.json, which a fast tokenizer's folder must have")
+    return folder / "tokenizer.json"
+
+
+def vocabulary_size(tokenizer) -> int:
+    """Number of rows that the embedding needs: the largest id plus one (added tokens can lie past `vocab_size`)."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def encode_texts(tokenizer, texts: Sequence[str]) -> list[list[int]]:
+    """Ids of each text, without bos and eos. A control token that a text spells out literally stays text.
+
+    All texts go to the tokenizer's Rust threads in one call, without offsets (`encode_batch_fast`).
+    """
+    backend = tokenizer.backend_tokenizer
+    before = backend.encode_special_tokens
+    backend.encode_special_tokens = True  # "</s>" in a text becomes ordinary bytes
+    try:
+        return [encoding.ids for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+    finally:
+        backend.encode_special_tokens = before
+
+
+def control_ids(tokenizer) -> set[int]:
+    """Ids of the tokens that stand for no text, such as `<s>` and `</s>`."""
+    added = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return added | set(tokenizer.all_special_ids)
+
+
+def token_byte_lengths(tokenizer) -> np.ndarray:
+    """UTF-8 bytes that each id stands for, int32 [vocabulary_size]; 0 for control tokens.
+
+    With them a loss in nats a token becomes bits per byte, which compares across tokenizers. Exact for byte-level
+    BPE, where a token is written with one character a byte; for other kinds, the length of the token's own text.
+    """
+    lengths = np.zeros(vocabulary_size(tokenizer), dtype=np.int32)
+    silent, added, byte_level = control_ids(tokenizer), tokenizer.added_tokens_decoder, is_byte_level(tokenizer)
+    for token, index in tokenizer.get_vocab().items():
+        if index not in silent:
+            in_bytes = byte_level and index not in added  # an added token is spelled as plain text
+            lengths[index] = len(token if in_bytes else tokenizer.decode([index]).encode("utf-8", "replace"))
+    return lengths
+
+
+def is_byte_level(tokenizer) -> bool:
+    """Whether the tokens are spelled in GPT-2's byte alphabet (byte-level BPE)."""
+    decoder = tokenizer.backend_tokenizer.decoder
+    return decoder is not None and "ByteLevel" in repr(decoder)

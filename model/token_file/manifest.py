@@ -1,0 +1,115 @@
+"""The manifest of a token file: `X.json` beside `X.bin` says what is inside."""
+
+import hashlib
+import json
+import os
+import types
+import typing
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+from model.errors import InputError, shown
+from model.storage.files import write_json
+
+FORMAT_VERSION = 1
+MAX_MANIFEST_BYTES = 16 << 20  # thousands of sources with their statistics stay below
+MOST_TOKENS = 2**63 - 1
+
+
+@dataclass
+class Manifest:
+    """What lies in a token file; stored beside `X.bin` as `X.json`."""
+
+    dtype: str  # "uint16" or "uint32", little-endian
+    vocab_size: int  # ids are below this
+    bos_id: int | None  # None: documents are `ids <eos>`
+    eos_id: int
+    tokens: int
+    documents: int
+    tokenizer_sha256: str
+    encoder: str  # the library and version that made the ids
+    sha256: str  # of the token file itself
+    sources: list[dict] = field(default_factory=list)  # [{"name": "corpus.jsonl", "size": bytes}, …]
+    processing: dict = field(default_factory=dict)  # options and statistics of optimized_data_processing.py
+    format_version: int = FORMAT_VERSION
+
+
+def manifest_path(token_path: str | Path) -> Path:
+    """`X.bin` -> `X.json`."""
+    return Path(token_path).with_suffix(".json")
+
+
+def ends_path(token_path: str | Path) -> Path:
+    """`X.bin` -> `X.ends`: where each document ends, in tokens."""
+    return Path(token_path).with_suffix(".ends")
+
+
+def write_manifest(token_path: str | Path, manifest: Manifest) -> None:
+    """Write the manifest beside the token file, replacing an older one in one step."""
+    write_json(manifest_path(token_path), asdict(manifest))
+
+
+def read_manifest(token_path: str | Path) -> Manifest | None:
+    """Read the manifest beside a token file; None where there is none.
+
+    Raises:
+        InputError: the file is not JSON, lacks a field, holds what cannot be, or was written by a newer version.
+    """
+    path = manifest_path(token_path)
+    if not os.path.lexists(path):
+        return None
+    again = "make it again with the .bin"
+    if not os.path.isfile(path):  # taken for "no manifest", the tokens would be read as what they may not be
+        raise InputError(f"{path}: the manifest of a token file expected, found no plain file; {again}")
+    try:
+        with open(path, "rb") as file:
+            content = file.read(MAX_MANIFEST_BYTES + 1)
+        if len(content) > MAX_MANIFEST_BYTES:
+            raise InputError(f"{path}: over {MAX_MANIFEST_BYTES:,} bytes, too long for a manifest; {again}")
+        values = json.loads(content)
+        version = values.get("format_version")
+        if version != FORMAT_VERSION or version is True:
+            raise InputError(f"{path}: format_version is {shown(version)}, this program reads {FORMAT_VERSION}")
+        values.setdefault("processing", {})  # not in the first manifests
+        problems = manifest_problems(values)
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise InputError(f"{path}: not the manifest of a token file ({shown(str(error))}); {again}") from error
+    if problems:
+        raise InputError(f"{path}: {'; '.join(problems)}; {again}")
+    return Manifest(**{f.name: values[f.name] for f in fields(Manifest)})
+
+
+def manifest_problems(values: dict) -> list[str]:
+    """Every field that is missing, or has a value that no manifest has."""
+    problems = []
+    for name, hint in typing.get_type_hints(Manifest).items():
+        kind = typing.get_origin(hint) or hint
+        if kind is types.UnionType:
+            kind = typing.get_args(hint)[0]
+            if values.get(name, "") is None:
+                continue
+        if name not in values:
+            problems.append(f"{name} is missing")
+        elif type(values[name]) is not kind:
+            problems.append(f"{name} is {shown(values[name])}, expected {kind.__name__}")
+        elif kind is int and not 0 <= values[name] <= MOST_TOKENS:
+            problems.append(f"{name} is {shown(values[name])}, expected 0 to {MOST_TOKENS}")
+    if not problems and values["dtype"] not in ("uint16", "uint32"):
+        problems.append(f"dtype is {shown(values['dtype'])}, expected uint16 or uint32")
+    for name in ("bos_id", "eos_id"):
+        if not problems and values[name] is not None and values[name] >= values["vocab_size"]:
+            problems.append(f"{name} is {values[name]}, expected an id below vocab_size {values['vocab_size']}")
+    return problems
+
+
+def file_sha256(path: str | Path) -> str:
+    """SHA-256 (hex) of a file's bytes, read in blocks."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(file)
+
+
+def _sha256(file) -> str:  # Python 3.10 has no hashlib.file_digest
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,67 @@
+"""How the tokens lie in a file: ours and nanoGPT's without a header, llm.c's behind one."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from model.errors import InputError
+from model.token_file.manifest import Manifest
+
+# Of llm.c and modded-nanogpt: 256 little-endian int32, of which these are magic, version and the number of tokens.
+HEADER_BYTES = 1024
+HEADERS = {
+    20240520: (1, np.dtype("<u2")),
+    20240801: (7, np.dtype("<u4")),
+}  # magic: (version, dtype); GPT-2's, Llama 3's
+
+
+@dataclass(frozen=True)
+class TokenLayout:
+    """Where the tokens lie in a file, and what they are."""
+
+    dtype: np.dtype  # little-endian
+    offset: int  # bytes before the first
+    count: int
+    origin: str  # whose form this is, for the user
+
+
+def find_layout(path: Path, manifest: Manifest | None) -> TokenLayout:
+    """How the tokens lie in a file: as its manifest says; without one as a header does, or as MiniMind's and nanoGPT's.
+
+    Raises:
+        InputError: its size is not what its manifest or its header says.
+    """
+    size = path.stat().st_size
+    if manifest is not None:
+        dtype = np.dtype(manifest.dtype).newbyteorder("<")
+        if size != manifest.tokens * dtype.itemsize:
+            raise InputError(
+                f"{path}: {size:,} bytes, but its manifest says {manifest.tokens:,} tokens of {dtype.itemsize}"
+                " bytes; make it again with optimized_data_processing.py"
+            )
+        return TokenLayout(dtype, 0, manifest.tokens, "MateConv's")
+    with open(path, "rb") as file:
+        header = np.frombuffer(file.read(12), "<i4", count=min(3, size // 4))  # magic, version, tokens
+    if len(header) and int(header[0]) in HEADERS:
+        return _behind_header(path, size, header)
+    if size % 2:
+        raise InputError(f"{path}: {size:,} bytes and no manifest; uint16 tokens need an even number")
+    return TokenLayout(np.dtype("<u2"), 0, size // 2, "MiniMind's and nanoGPT's headerless uint16")
+
+
+def _behind_header(path: Path, size: int, header: np.ndarray) -> TokenLayout:
+    magic = int(header[0])
+    expected, dtype = HEADERS[magic]
+    begins = f"{path}: begins as a token file of llm.c does (magic {magic})"
+    if size < HEADER_BYTES:
+        raise InputError(f"{begins}, but has {size:,} bytes, fewer than the header's {HEADER_BYTES:,}; copy it again")
+    version, count = int(header[1]), int(header[2])
+    if version != expected:
+        raise InputError(f"{begins}, but its version is {version}, expected {expected}")
+    if count < 0 or size != HEADER_BYTES + count * dtype.itemsize:
+        raise InputError(
+            f"{begins}, but has {size:,} bytes where the header's {count:,} tokens of {dtype.itemsize} bytes take"
+            f" {HEADER_BYTES + count * dtype.itemsize:,}; copy it again"
+        )
+    return TokenLayout(dtype, HEADER_BYTES, count, f"llm.c's {dtype.name} behind a header")

@@ -1,0 +1,1 @@
+"""What a training run does: settings, optimizer, schedule, automatic choices, evaluation, the report."""

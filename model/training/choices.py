@@ -1,0 +1,171 @@
+"""What stands for `auto` in the settings of a run: chosen once by the recipe, told, and kept when the run goes on."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from model.dataset import SampleOrder
+from model.errors import InputError
+from model.model import Transformer
+from model.training.data import TrainingData
+from model.training.memory import free_memory, rows_that_fit
+from model.training.optimizer import optimizer_bytes
+from model.training.recipe import (
+    automatic_batch_size,
+    automatic_learning_rate,
+    automatic_tokens_per_step,
+    automatic_warmup,
+    batch_text,
+    compile_pays,
+    cpp_compiler,
+    run_seconds,
+)
+from model.training.settings import AUTO, Settings, TrainingSettings, parse_value
+
+if TYPE_CHECKING:
+    from utils import Processes
+
+
+class Choices:
+    """Replaces `auto` in `training`, the settings as resolved, by values.
+
+    A run that goes on takes what its checkpoint has: measured anew, a choice could be another one, and the run too.
+
+    Attributes:
+        training: a copy of the settings' section; what is still `auto` is replaced by the methods below.
+        made: the values chosen, by name, as a checkpoint keeps them.
+
+    Args:
+        settings: as asked for.
+        found: the checkpoint that the run goes on from, with its path.
+        processes: those that train together; all of them choose the same.
+        device: that this process computes on.
+        say: prints one line for the user.
+
+    Raises:
+        InputError: the checkpoint's choices are no values of the settings; or `compile` is asked for where torch finds
+            no compiler.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        found: tuple[Path, Mapping] | None,
+        processes: "Processes",
+        device: torch.device,
+        say: Callable[[str], None],
+    ) -> None:
+        self.training: TrainingSettings = dataclasses.replace(settings.training)
+        self._processes, self._device, self._say = processes, device, say
+        self.made: dict[str, int | float | bool] = {}
+        self._earlier = {} if found is None else self._of_checkpoint(*found)
+        if self.training.compile is True and device.type == "cpu" and cpp_compiler() is None:
+            raise InputError(
+                "compile: true found, but torch.compile needs a C++ compiler on a CPU, and finds none (g++, or what the"
+                " variable CXX names; cl on Windows); install one, or use --compile false"
+            )
+
+    def _of_checkpoint(self, path: Path, checkpoint: Mapping) -> dict:
+        chosen = checkpoint.get("chosen", {})  # an older checkpoint has none
+        try:
+            values = {name: parse_value(name, value) for name, value in chosen.items()}
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise InputError(f"{path}: what it chose for auto cannot be used; use an older checkpoint") from error
+        if checkpoint["environment"].get("device") != self._device.type:
+            values.pop("compile", None)  # right on one kind of device, and not on another
+        return values
+
+    def _settle(self, name: str, choose: Callable[[], tuple[int | float | bool, str]]) -> None:
+        """Where a setting is auto, set it to the checkpoint's value, or else to what `choose` returns, and say why."""
+        if getattr(self.training, name) != AUTO:
+            return
+        value, why = (self._earlier[name], "as before") if name in self._earlier else choose()
+        setattr(self.training, name, value)
+        self.made[name] = value
+        shown = str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else value
+        self._say(f"{name} {shown} (auto): {why}")
+
+    def batch_size(self, model: Transformer, data: TrainingData, autocast) -> None:
+        """Settle batch_size: what the run's tokens call for, as far as it fits the memory, measured on the model.
+
+        Raises:
+            InputError: not even one sample fits.
+        """
+        self._settle("batch_size", lambda: self._choose_batch_size(model, data, autocast))
+
+    def _choose_batch_size(self, model: Transformer, data: TrainingData, autocast) -> tuple[int, str]:
+        t, processes, length = self.training, self._processes, data.config.max_seq_len
+        shares = t.accumulation_steps * processes.world_size
+        samples = len(data.train_samples)
+        tokens, why = automatic_tokens_per_step(samples * length, t.epochs, t.max_steps)
+        wanted = automatic_batch_size(tokens, length * shares, max(1, samples // shares), None)
+        processes.beat("measuring how large a batch fits the memory", 3)
+        beside = state = optimizer_bytes(model, t.optimizer_type)
+        if self._device.type != "cuda":  # a checkpoint that waits to be written lies in the same memory
+            beside += state + sum(parameter.nbytes for parameter in model.parameters())
+        free = free_memory(self._device, processes.local_world_size)
+        fits = rows_that_fit(
+            model, autocast, wanted, beside, free, lambda: processes.beat("measuring how large a batch fits", 3)
+        )
+        fits = int(processes.smallest(fits))
+        if fits == 0:
+            raise InputError(
+                f"batch_size: auto found, but not even one sample of {length} tokens fits 60 % of the free memory"
+                f" ({free / 1e9:.1f} GB); a smaller model or max_seq_len does"
+            )
+        rows = automatic_batch_size(tokens, length * shares, max(1, samples // shares), fits)
+        memory = f"memory would take {'' if self._device.type != 'cuda' else 'at least '}{fits:,}"
+        if fits < wanted:
+            memory = (
+                f"{wanted:,} would be better, but memory takes no more; accumulation_steps {-(-wanted // fits)} helps"
+            )
+        return (
+            rows,
+            f"{batch_text(rows, t.accumulation_steps, processes.world_size)} x {length} tokens, {why}; {memory}",
+        )
+
+    def learning_rate(self, model: Transformer, tokens_per_step: int) -> None:
+        """Settle learning_rate.
+
+        Raises:
+            InputError: min_lr is above it.
+        """
+        t, parameters = self.training, model.parameter_count()
+        why = f"{t.optimizer_type}, {parameters:,} parameters, {tokens_per_step:,} tokens a step"
+        self._settle(
+            "learning_rate", lambda: (automatic_learning_rate(t.optimizer_type, parameters, tokens_per_step), why)
+        )
+        if t.min_lr is not None and t.min_lr > t.learning_rate:
+            raise InputError(f"min_lr: {t.min_lr} is above learning_rate {t.learning_rate:g} (auto)")
+
+    def warmup_steps(self, total_steps: int) -> None:
+        """Settle warmup_steps."""
+        self._settle("warmup_steps", lambda: (automatic_warmup(total_steps), f"of {total_steps:,} steps"))
+
+    def compile(self, flops: float, peak_flops: float) -> None:
+        """Settle compile.
+
+        Args:
+            flops: of what is left of the run.
+            peak_flops: FLOP/s of large matrix products on this device.
+        """
+
+        def choose() -> tuple[bool, str]:
+            peak = self._processes.smallest(peak_flops) * self._processes.world_size  # the same on all of them
+            pays, why = compile_pays(self._device.type, run_seconds(flops, peak), cpp_compiler())
+            return self._processes.smallest(pays) > 0, why
+
+        self._settle("compile", choose)
+
+
+def total_steps(training: TrainingSettings, order: SampleOrder, checkpoint: Mapping | None, pace: Mapping) -> int:
+    """Steps of the whole run: those of the checkpoint that it goes on from, unless it goes on at another pace."""
+    if checkpoint is not None and checkpoint["pace"] == pace:
+        return checkpoint["total_steps"]
+    if training.max_steps is not None:
+        return training.max_steps
+    done = checkpoint["progress"] if checkpoint is not None else {"step": 0, "samples": 0}
+    return done["step"] + order.steps_left(done["samples"], training.epochs)

@@ -1,0 +1,78 @@
+"""What a run trains and validates on: the tokenizer, the token files, and which of their samples."""
+
+import dataclasses
+from collections.abc import Callable
+
+import numpy as np
+
+from model.dataset import VERIFY_BYTES, PretrainDataset, hold_out, verify_tokens
+from model.storage.files import size_text
+from model.text.tokenization import delimiters, load_tokenizer, token_byte_lengths, tokenizer_sha256, vocabulary_size
+from model.training.settings import Settings
+
+
+class TrainingData:
+    """Opens tokenizer and token files as the settings say, and sets samples aside for validation if they must be.
+
+    Attributes:
+        config: LMConfig, the model's shape for this tokenizer.
+        tokenizer_sha256: of the tokenizer.
+        token_bytes: UTF-8 bytes that each id stands for, int64 [vocab_size].
+        delimiters: what documents begin and end with.
+        train, val: PretrainDataset.
+        train_samples, val_samples: numbers of the samples to use of them, int64.
+        fingerprint, validation: what tells the training and the validation data from others.
+
+    Args:
+        verify: read the token files through (one process of each machine does).
+
+    Raises:
+        InputError: a file is missing, its bytes have changed, or they do not fit together.
+    """
+
+    def __init__(self, settings: Settings, verify: bool, say: Callable[[str], None]) -> None:
+        data, self._verify = settings.data, verify
+        tokenizer = load_tokenizer(data.tokenizer_path)
+        self.tokenizer_sha256, self.delimiters = tokenizer_sha256(data.tokenizer_path), delimiters(tokenizer)
+        self._sample_start = data.sample_start
+        tokens = vocabulary_size(tokenizer)
+        self.config = settings.lm_config(tokens)
+        self.token_bytes = np.zeros(self.config.vocab_size, dtype=np.int64)
+        self.token_bytes[:tokens] = token_byte_lengths(tokenizer)
+
+        self.train = self._open(data.train_data_path, say)
+        if data.val_data_path is not None:
+            self.val = self._open(data.val_data_path, say)
+            self.train_samples, self.val_samples = np.arange(len(self.train)), np.arange(len(self.val))
+        else:
+            self.val = self.train
+            self.train_samples, self.val_samples = hold_out(len(self.train))
+            say(
+                f"val_data_path is null: {len(self.val_samples):,} of {len(self.train):,} samples are held out for"
+                " validation and not trained on"
+            )
+        if settings.training.early_stopping and len(self.val_samples) == 0:
+            say("early_stopping: there is nothing to validate on, so training will not stop early")
+        self.fingerprint = self.train.fingerprint() | {"training_samples": len(self.train_samples)}
+        self.validation = self.val.fingerprint() | {"validation_samples": len(self.val_samples)}
+
+    def _open(self, path: str, say: Callable[[str], None]) -> PretrainDataset:
+        config = self.config
+        marks = dataclasses.asdict(self.delimiters) if self._sample_start == "document" else {}
+        dataset = PretrainDataset(path, config.max_seq_len, config.vocab_size, self.tokenizer_sha256, **marks)
+        if dataset.packing is not None:
+            empty = 1 - dataset.packing.targets.mean() / config.max_seq_len
+            say(f"{path}: documents packed into {len(dataset):,} samples, of which {empty:.1%} stays empty")
+        if dataset.manifest is None:
+            only = f"of the tokens only that they are below {config.vocab_size} (vocab_size) can be checked"
+            say(f"{path}: no manifest beside it; read as {dataset.layout.origin}; {only}")
+        if self._verify and dataset.tokens.nbytes <= VERIFY_BYTES:
+            dataset.verified_sha256 = verify_tokens(dataset)
+        elif self._verify:
+            say(f"{path}: {size_text(dataset.tokens.nbytes)} are too many to be read through before training begins")
+        return dataset
+
+    def spread_validation(self, samples: int) -> None:
+        """Validate on so many samples only, spread evenly over those there are."""
+        if samples < len(self.val_samples):
+            self.val_samples = self.val_samples[np.linspace(0, len(self.val_samples) - 1, samples).astype(np.int64)]

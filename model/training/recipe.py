@@ -1,0 +1,160 @@
+"""The recipe behind the word `auto`: settings as functions of the model's size, the tokens and the machine.
+
+Pure functions, without torch; choices.py beside it asks them, and says what they answered. Rates were measured on a small
+model and Chinese text (benchmarks/RESULTS.md); the other numbers are choices, and where they come from is said there.
+"""
+
+import importlib
+import math
+import os
+import shutil
+import sys
+
+BASE_PARAMETERS = 3e6  # of the model, and
+BASE_TOKENS = 2048  # tokens of a step, at which these rates are best
+BASE_RATES = {"muon": 5e-3, "adamw": 2e-3, "adam": 2e-3}
+MOST_SCALING = 4.0  # of the rate for larger or smaller steps, either way
+
+STEPS_OF_A_RUN = 600  # at least: more tokens make larger steps
+LEAST_TOKENS, MOST_TOKENS = 2048, 2**19  # of a step
+
+LEAST_WARMUP, MOST_WARMUP = 10, 1000  # steps
+WARMUP_SHARE = 0.05  # of all steps
+
+# Seconds of training: compiling takes 30 to 60 of them. It wins a tenth on a CPU (benchmarks/RESULTS.md), and more on a
+# GPU, as others report; that was not measured here.
+COMPILE_PAYS_AFTER = {"cpu": 900.0, "cuda": 180.0}
+USUAL_SHARE = 0.4  # of the peak that a step's matrix products reach, before anything was measured
+
+
+def automatic_learning_rate(optimizer_type: str, parameters: int, tokens_per_step: int) -> float:
+    """The highest learning rate: for each optimizer a rate that was best for a small model, scaled to this one.
+
+    It grows with the square root of the tokens a step, as gradients get less noisy (Malladi et al., 2022), by a factor
+    of 4 at most either way, and falls with the square root of the model's size. Only the small model was measured
+    (benchmarks/RESULTS.md); at the size of GPT-2 it comes near to what nanoGPT and modded-nanogpt use.
+
+    Args:
+        optimizer_type: as in the settings.
+        parameters: of the model, tied ones once.
+        tokens_per_step: over all micro-batches and processes.
+    """
+    by_batch = math.sqrt(tokens_per_step / BASE_TOKENS)
+    by_size = math.sqrt(BASE_PARAMETERS / parameters)
+    rate = BASE_RATES[optimizer_type] * min(MOST_SCALING, max(1 / MOST_SCALING, by_batch)) * by_size
+    return float(f"{rate:.2g}")  # two digits: nobody can tell more of them apart
+
+
+def automatic_warmup(total_steps: int) -> int:
+    """Steps in which the learning rate rises: 5 % of all, 10 to 1,000 of them, at most a quarter of a short run."""
+    wanted = min(MOST_WARMUP, max(LEAST_WARMUP, round(WARMUP_SHARE * total_steps)))
+    return min(wanted, total_steps // 4)
+
+
+def automatic_tokens_per_step(epoch_tokens: int, epochs: int, max_steps: int | None) -> tuple[int, str]:
+    """The tokens that one step should read: a power of two, so that the run has about 600 steps; and why.
+
+    Fewer and larger steps learn less from as many tokens, more and smaller ones use the hardware badly; where the
+    limit lies grows with the run (McCandlish et al., 2018). With `max_steps` the run's tokens follow from the batch
+    and can't decide on it: then those of one epoch do, and a long run spreads its steps over one epoch.
+
+    Args:
+        epoch_tokens: the training data's.
+    """
+    if max_steps is None:
+        tokens, why = epochs * epoch_tokens, f"for a run of {count_text(epochs * epoch_tokens)} tokens"
+        wanted = tokens / STEPS_OF_A_RUN
+    else:
+        wanted = epoch_tokens / max(max_steps, STEPS_OF_A_RUN)
+        why = f"for {max_steps:,} steps and an epoch of {count_text(epoch_tokens)} tokens"
+    power = 2 ** round(math.log2(max(1, wanted)))
+    return min(MOST_TOKENS, max(LEAST_TOKENS, power)), why
+
+
+def automatic_batch_size(tokens_per_step: int, tokens_per_row: int, samples: int, fits: int | None) -> int:
+    """Samples that a process reads at once: what the step should have, as far as there are samples and memory.
+
+    Args:
+        tokens_per_step: wanted.
+        tokens_per_row: of one sample, times accumulation_steps and processes: what batch_size is multiplied by.
+        samples: of the training data, for each row; no batch need be larger.
+        fits: samples that fit the memory; None: as many as wanted do.
+    """
+    wanted = max(1, min(tokens_per_step // tokens_per_row, samples))
+    return wanted if fits is None else max(1, min(wanted, fits))
+
+
+def run_seconds(flops: float, peak_flops: float) -> float:
+    """About how long a run takes, before any step of it was measured.
+
+    Args:
+        flops: of the whole run.
+        peak_flops: FLOP/s of large matrix products, of all processes together.
+    """
+    return flops / (USUAL_SHARE * peak_flops)
+
+
+def compile_pays(
+    device_type: str, seconds: float, compiler: str | None, platform: str = sys.platform
+) -> tuple[bool, str]:
+    """Whether `torch.compile` wins more time than it takes, and why.
+
+    Args:
+        device_type: "cuda", "mps" or "cpu".
+        seconds: that the run is expected to take without it.
+        compiler: what `cpp_compiler` found.
+        platform: as `sys.platform` names it.
+    """
+    if device_type not in COMPILE_PAYS_AFTER:
+        return False, f"not on {device_type}, where torch.compile is not yet complete"
+    if device_type == "cpu" and platform != "linux":
+        return False, "on a CPU it was tried on Linux only"
+    if compiler is None:
+        return False, "no C++ compiler is found, which torch.compile needs"
+    if seconds < COMPILE_PAYS_AFTER[device_type]:
+        return False, f"the run takes about {duration_text(seconds)}, too short to win back the time of compiling"
+    return True, f"the run takes about {duration_text(seconds)} without, compiling up to a minute"
+
+
+def cpp_compiler() -> str | None:
+    """The C++ compiler that `torch.compile` would call, looked for as it does; None where there is none."""
+    try:
+        find = importlib.import_module("torch._inductor.cpp_builder").get_cpp_compiler
+    except (ImportError, AttributeError):  # no public name, and so it may move
+        name = os.environ.get("CXX", "cl" if sys.platform == "win32" else "g++")
+        return next((found for word in (name, "clang++") if (found := shutil.which(word))), None)
+    try:
+        return find()
+    except Exception:  # torch's own kinds, which differ between its versions and systems
+        return None
+
+
+def batch_text(rows: int, accumulated: int, processes: int) -> str:
+    """Where a step's samples come from: "16 x 2 accumulated x 4 processes"."""
+    parts = [str(rows)]
+    if accumulated > 1:
+        parts.append(f"{accumulated} accumulated")
+    if processes > 1:
+        parts.append(f"{processes} processes")
+    return " x ".join(parts)
+
+
+def count_text(number: float) -> str:
+    """A large number as people say it: "2.0M"."""
+    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.1f}{unit}"
+    return f"{number:.0f}"
+
+
+def duration_text(seconds: float) -> str:
+    """A time as people say it: "1 h 12 min"."""
+    if seconds < 60:
+        return f"{seconds:.3g} s"
+    minutes = round(seconds / 60)
+    if minutes < 60:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    if hours < 48:
+        return f"{hours} h {minutes} min"
+    return f"{hours // 24} days {hours % 24} h"

@@ -1,0 +1,456 @@
+"""Every setting of training: its name, type, default, limits and help, declared once.
+
+The config file's sections, the flags of `train.py`, the file `out/config.yaml` and the settings inside a checkpoint
+are all made from the dataclasses below. Flags beat the file, the file beats the defaults. Whatever is wrong is
+collected and reported together.
+"""
+
+import dataclasses
+import difflib
+import math
+import os
+import re
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+
+from model.errors import MOST_CHARACTERS, InputError, shown
+from model.LMConfig import ROPE_SCALINGS, LMConfig, config_problems
+
+MAX_CONFIG_BYTES = 1 << 16  # a config file is a page of text; anything larger is another file
+DEEPEST = 16  # lists and mappings within each other in a config file; two are of use
+MOST_PROBLEMS = 20  # that are written out; the rest is counted
+LONGEST_TEXT = 4096  # characters: Linux takes no longer path
+MOST_PARAMETERS = 10**12  # of a model: each process holds all of it
+SCHEDULERS = ("cosine", "linear", "polynomial", "wsd")
+MOST = 10**12  # of any whole number: their products stay within 64 bits
+AUTO = "auto"  # the word for: chosen by the program, see model/training/recipe.py
+Auto = typing.Literal["auto"]  # in a setting's type: that word is accepted too
+
+
+def setting(
+    default,
+    help: str,
+    *,
+    choices: tuple = (),
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+):
+    """A dataclass field with what the flag's help says and what values are accepted."""
+    limits = {"at_least": at_least, "above": above, "at_most": at_most}
+    return field(default=default, metadata={"help": help, "choices": choices, **limits})
+
+
+@dataclass
+class DataSettings:
+    """Section `data`."""
+
+    tokenizer_path: str | None = setting(None, "folder of the tokenizer; null: the embedded one, model/tokenizer")
+    train_data_path: str = setting("./dataset/pretrain_data.bin", "token file to train on")
+    val_data_path: str | None = setting(None, "token file to validate on; null: 1 %% of the samples are held out")
+    raw_data_path: str | None = setting(
+        None, "JSONL from which a missing train_data_path is made; null: for the default path, what is in dataset/"
+    )
+    sample_start: str = setting(
+        "packed",
+        "where samples begin: packed, anywhere; document, with a document or, of a long one, where the last ended",
+        choices=("packed", "document"),
+    )
+
+
+@dataclass
+class ModelSettings:
+    """Section `model`: the fields of LMConfig, but for vocab_size, which null takes from the tokenizer."""
+
+    dim: int = setting(512, "width of the model", at_least=1, at_most=2**20)
+    n_layers: int = setting(8, "layers", at_least=1, at_most=10_000)
+    n_heads: int = setting(16, "query heads", at_least=1, at_most=2**20)
+    n_kv_heads: int = setting(8, "key and value heads; must divide n_heads", at_least=1, at_most=2**20)
+    head_dim: int | None = setting(None, "numbers of a head, even; null: dim / n_heads", at_least=2, at_most=2**16)
+    vocab_size: int | None = setting(None, "rows of the embedding; null: from the tokenizer", at_least=1, at_most=2**24)
+    hidden_dim: int | None = setting(None, "width of the feed-forward; null: 8/3 of dim", at_least=1, at_most=2**24)
+    multiple_of: int = setting(
+        64, "an automatic hidden_dim is rounded up to a multiple of this", at_least=1, at_most=2**20
+    )
+    norm_eps: float = setting(1e-5, "added under the root of RMSNorm", above=0, at_most=1)
+    max_seq_len: int = setting(512, "tokens of a training sample and of the context", at_least=1, at_most=2**20)
+    rope_theta: float = setting(10000.0, "base of the rotary position embedding", above=0, at_most=1e12)
+    rope_scaling: str | None = setting(
+        None, "slower turns for a longer context; null: as rope_theta says", choices=ROPE_SCALINGS
+    )
+    rope_factor: float = setting(1.0, "of rope_scaling: so many times slower", at_least=1, at_most=1e6)
+    rope_low_freq_factor: float = setting(
+        1.0, "of llama3: pairs that turn less often in the original context are slowed in full", above=0, at_most=1e6
+    )
+    rope_high_freq_factor: float = setting(
+        4.0, "of llama3: pairs that turn more often than this are not slowed", above=0, at_most=1e6
+    )
+    rope_original_max_seq_len: int = setting(8192, "of llama3: the original context", at_least=1, at_most=2**30)
+    dropout: float = setting(0.0, "probability of dropout, below 1", at_least=0)
+    flash_attn: bool = setting(True, "scaled_dot_product_attention; false: written out in plain PyTorch, slower")
+    tie_embeddings: bool = setting(True, "output layer and embedding share one matrix")
+    qk_norm: bool = setting(False, "normalise query and key heads (not in MiniMind v1)")
+    qkv_bias: bool = setting(False, "biases of queries, keys and values (not in MiniMind v1)")
+
+
+@dataclass
+class TrainingSettings:
+    """Section `training`. A step is one optimizer step; intervals count steps."""
+
+    epochs: int = setting(15, "passes over the training samples", at_least=1)
+    max_steps: int | None = setting(None, "steps to train, whatever epochs says; null: epochs decide", at_least=1)
+    batch_size: int | Auto = setting(
+        32, "samples a process reads at once; auto: for this run, and what fits the memory", at_least=1, at_most=2**20
+    )
+    accumulation_steps: int = setting(1, "batches of every process that make up one step", at_least=1, at_most=2**20)
+    learning_rate: float | Auto = setting(
+        3e-4, "highest learning rate, reached after the warm-up; auto: for this model and batch", above=0, at_most=100
+    )
+    min_lr: float | None = setting(None, "learning rate at the end; null: a tenth of learning_rate", at_least=0)
+    warmup_steps: int | Auto | None = setting(
+        None,
+        "steps in which the learning rate rises from 0; null: 2 %% of all steps, at most 1000; auto: about 5 %%",
+        at_least=0,
+    )
+    lr_scheduler: str = setting("cosine", "how the learning rate falls", choices=SCHEDULERS)
+    optimizer_type: str = setting("adamw", "optimizer", choices=("adamw", "adam", "muon"))
+    weight_decay: float = setting(0.1, "of matrices only; adam's is added to the gradient", at_least=0, at_most=100)
+    grad_clip: float = setting(1.0, "largest norm of the gradient; 0: not clipped", at_least=0)
+    max_skipped_steps: int = setting(
+        10, "steps in a row that are skipped, not finite or leaping, before training stops as diverged", at_least=0
+    )
+    spike_threshold: float = setting(
+        10.0, "a loss so many standard deviations above the last 128 is a leap; 0: not looked for", at_least=0
+    )
+    document_mask: bool = setting(False, "a token sees its own document only, not those before it in the sample")
+    dtype: str = setting(
+        "bfloat16", "numbers of the matrix products; weights stay float32", choices=("float32", "float16", "bfloat16")
+    )
+    use_ema: bool = setting(False, "evaluate and save a moving average of the weights")
+    ema_decay: float = setting(0.999, "decay of that average a step, below 1", at_least=0)
+    early_stopping: bool = setting(False, "stop when the validation loss no longer falls")
+    patience: int = setting(5, "evaluations without a lower loss before early stopping", at_least=1)
+    eval_interval: int = setting(500, "steps between evaluations", at_least=1)
+    eval_steps: int | None = setting(
+        None, "batches of one evaluation, spread over the validation data; null: all", at_least=1
+    )
+    save_interval: int = setting(1000, "steps between checkpoints", at_least=1)
+    keep_last: int = setting(3, "checkpoints kept; older ones are removed", at_least=1)
+    log_interval: int = setting(10, "steps between lines of metrics.jsonl", at_least=1)
+    seed: int = setting(42, "of weights, dropout and the order of samples", at_least=0, at_most=2**32 - 1)
+    compile: bool | Auto = setting(
+        AUTO, "compile the model with torch.compile, which needs a C++ compiler; auto: where it pays"
+    )
+    device: str = setting("auto", "cuda, cuda:1, mps or cpu; auto: the best there is")
+    ddp: bool = setting(False, "train in several processes, started by torchrun")
+    ddp_timeout: float = setting(600.0, "seconds without progress after which several processes give up", above=0)
+    init_from: str | None = setting(
+        None, "weights to begin with, of any format; the model's shape is theirs; null: drawn anew"
+    )
+    resume: bool = setting(False, "go on from the newest whole checkpoint in out_dir")
+    resume_from: str | None = setting(None, "go on from this checkpoint")
+    out_dir: str = setting("out", "folder for checkpoints, metrics and curves")
+
+
+@dataclass
+class LoggingSettings:
+    """Section `logging`."""
+
+    use_wandb: bool = setting(False, "send the metrics to Weights & Biases; offline if it cannot be reached")
+    wandb_project: str = setting("MateConv-Pretrain", "project in wandb")
+    wandb_run_name: str | None = setting(None, "name of the run in wandb; null: wandb makes one up")
+
+
+@dataclass
+class Settings:
+    """All settings of a run."""
+
+    data: DataSettings = field(default_factory=DataSettings)
+    model: ModelSettings = field(default_factory=ModelSettings)
+    training: TrainingSettings = field(default_factory=TrainingSettings)
+    logging: LoggingSettings = field(default_factory=LoggingSettings)
+
+    def as_dict(self) -> dict[str, dict]:
+        """Plain values by section, as in a config file."""
+        return dataclasses.asdict(self)
+
+    def lm_config(self, tokens: int) -> LMConfig:
+        """The model's shape, for a tokenizer of so many tokens.
+
+        Raises:
+            InputError: `vocab_size` is too small for it.
+        """
+        vocab_size = tokens if self.model.vocab_size is None else self.model.vocab_size
+        if vocab_size < tokens:
+            raise InputError(f"vocab_size: {vocab_size} found, but the tokenizer has {tokens} tokens")
+        return LMConfig(**dataclasses.asdict(self.model) | {"vocab_size": vocab_size})
+
+
+SECTIONS = {"data": DataSettings, "model": ModelSettings, "training": TrainingSettings, "logging": LoggingSettings}
+SECTION_OF = {f.name: section for section, cls in SECTIONS.items() for f in dataclasses.fields(cls)}
+FIELDS = {f.name: f for cls in SECTIONS.values() for f in dataclasses.fields(cls)}
+TYPES = {name: hint for cls in SECTIONS.values() for name, hint in typing.get_type_hints(cls).items()}
+
+
+def build_settings(
+    file_values: Mapping[str, Mapping],
+    flags: Mapping[str, str],
+    source: str = "config",
+    problems: Sequence[str] = (),
+) -> Settings:
+    """Merge a config file's sections and the flags' texts over the defaults, and check everything.
+
+    Args:
+        file_values: what `read_config` returned.
+        flags: name to text, as on the command line.
+        source: the config file's name, for messages.
+        problems: what is known to be wrong already, to be reported with the rest.
+
+    Raises:
+        InputError: with one line for each thing that is wrong.
+    """
+    settings, problems = Settings(), list(problems)
+    for section, values in file_values.items():
+        if section not in SECTIONS:
+            problems.append(f"{source}: section {shown(section)} is unknown; {_nearest(section, SECTIONS)}")
+        elif not isinstance(values, Mapping):
+            if values is not None:  # a section whose keys are all commented out
+                problems.append(f"{source}: section {section!r} is {shown(values)}, expected keys with values")
+        else:
+            _merge_section(settings, section, values, source, problems)
+    for name, text in flags.items():
+        _assign(settings, name, text, f"--{name}", problems)
+    problems += _impossible_combinations(settings)
+    if len(problems) > MOST_PROBLEMS:
+        problems[MOST_PROBLEMS:] = [f"and {len(problems) - MOST_PROBLEMS:,} more"]
+    if problems:
+        raise InputError("\n       ".join(problems))
+    return settings
+
+
+def _merge_section(settings: Settings, section: str, values: Mapping, source: str, problems: list[str]) -> None:
+    for name, value in values.items():
+        if SECTION_OF.get(name) == section:
+            _assign(settings, name, value, f"{source}: {section}.{name}", problems)
+        elif name in SECTION_OF:
+            problems.append(f"{source}: {section}.{name} belongs in section {SECTION_OF[name]!r}")
+        else:
+            own = [key for key, owner in SECTION_OF.items() if owner == section]
+            written = shown(str(name))[1:-1]
+            nearest = _nearest(name, own) if len(problems) < MOST_PROBLEMS else ""  # the search takes its time
+            problems.append(f"{source}: {section}.{written} is unknown; {nearest}")
+
+
+def _assign(settings: Settings, name: str, value, where: str, problems: list[str]) -> None:
+    try:
+        setattr(getattr(settings, SECTION_OF[name]), name, parse_value(name, value))
+    except ValueError as error:
+        problems.append(f"{where}: {shown(value)} found, {error} expected")
+
+
+def _nearest(name, known) -> str:
+    close = difflib.get_close_matches(str(name)[:MOST_CHARACTERS], list(known), n=1)
+    if close:
+        return f"did you mean {close[0]!r}?"
+    return f"known: {', '.join(known)}" if len(known) < 20 else "config.yaml shows all that are known"
+
+
+def accepted_types(name: str) -> tuple[type, tuple[str, ...], bool]:
+    """What a setting's type hint accepts: the kind of its values, words beside them, and whether null."""
+    parts = typing.get_args(TYPES[name]) or (TYPES[name],)
+    kind = next(part for part in parts if isinstance(part, type) and part is not type(None))
+    words = tuple(word for part in parts if typing.get_origin(part) is typing.Literal for word in typing.get_args(part))
+    return kind, words, type(None) in parts
+
+
+def parse_value(name: str, value):
+    """Turn a YAML value or a flag's text into the setting's type.
+
+    Raises:
+        ValueError: its text says what would be accepted.
+    """
+    limits = FIELDS[name].metadata
+    kind, words, optional = accepted_types(name)
+    expected = _describe(kind, words, optional, limits)
+    word = value.strip().lower() if isinstance(value, str) else None
+    if value is None or (optional and word in ("null", "none", "~")):
+        if optional:
+            return None
+        raise ValueError(expected)
+    if word in words:
+        return word
+    try:
+        parsed = _CONVERT[kind](value)
+    except (ValueError, TypeError, OverflowError):
+        raise ValueError(expected) from None
+    if limits["choices"] and parsed not in limits["choices"]:
+        raise ValueError(expected)
+    if limits["at_least"] is not None and not parsed >= limits["at_least"]:
+        raise ValueError(expected)
+    if limits["above"] is not None and not parsed > limits["above"]:
+        raise ValueError(expected)
+    if limits["at_most"] is not None and not parsed <= limits["at_most"]:
+        raise ValueError(expected)
+    if kind is int and parsed > MOST:
+        raise ValueError(f"{expected} and at most {MOST:,}")
+    return parsed
+
+
+_BOOLEANS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+
+
+def _to_bool(value) -> bool:
+    if isinstance(value, bool):
+        return value
+    if not isinstance(value, str) or value.strip().lower() not in _BOOLEANS:
+        raise ValueError
+    return _BOOLEANS[value.strip().lower()]
+
+
+def _to_int(value) -> int:
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        raise ValueError
+    return int(value)
+
+
+def _to_float(value) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise ValueError
+    number = float(value)  # YAML reads 3e-4, without a point, as text
+    if not math.isfinite(number):
+        raise ValueError
+    return number
+
+
+def _to_str(value) -> str:
+    if not isinstance(value, str) or not value.strip() or "\0" in value or len(value) > LONGEST_TEXT:
+        raise ValueError
+    return value
+
+
+_CONVERT = {bool: _to_bool, int: _to_int, float: _to_float, str: _to_str}
+_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+
+
+def _describe(kind: type, words: Sequence[str], optional: bool, limits: Mapping) -> str:
+    text = f"one of {', '.join(limits['choices'])}" if limits["choices"] else _NAMES[kind]
+    if limits["at_least"] is not None:
+        text += f" of at least {limits['at_least']:g}"
+    if limits["above"] is not None:
+        text += f" above {limits['above']:g}"
+    if limits["at_most"] is not None:
+        text += f" and at most {limits['at_most']:,}"
+    return " or ".join([text, *words, *(["null"] if optional else [])])
+
+
+def _impossible_combinations(settings: Settings) -> list[str]:
+    training, shape = settings.training, dataclasses.asdict(settings.model)
+    problems = config_problems(shape | {"vocab_size": shape["vocab_size"] or 1})
+    if (parameters := _least_parameters(settings.model)) > MOST_PARAMETERS:
+        problems.append(f"dim, n_layers: {parameters:,} parameters or more, at most {MOST_PARAMETERS:,} expected")
+    if training.ema_decay >= 1:
+        problems.append(f"ema_decay: {training.ema_decay} found, a number below 1 expected")
+    if training.learning_rate != AUTO and (training.min_lr or 0) > training.learning_rate:
+        problems.append(f"min_lr: {training.min_lr} is above learning_rate {training.learning_rate}")
+    warmup_steps = 0 if training.warmup_steps in (None, AUTO) else training.warmup_steps
+    if training.max_steps is not None and warmup_steps >= training.max_steps:
+        problems.append(f"warmup_steps: {training.warmup_steps} leaves none of max_steps {training.max_steps}")
+    return problems
+
+
+def _least_parameters(model: ModelSettings) -> int:
+    """Weights of the matrices that any such model has: queries, outputs and the feed-forward of each layer."""
+    hidden_dim = model.hidden_dim or 8 * model.dim // 3
+    heads = model.n_heads * model.head_dim if model.head_dim else model.dim
+    of_a_layer = 2 * model.dim * heads + 3 * model.dim * hidden_dim
+    return model.n_layers * of_a_layer + model.dim * (model.vocab_size or 0)
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """Safe YAML without its traps: keys given twice or merged in, aliases that unfold without end, tags, and text that
+    becomes a date, a number to base 60 (1:30), 16 (0x10) or 8 (010)."""
+
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag.rpartition(":")[2] in ("bool", "null")]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    depth = 0
+
+    def compose_node(self, parent, index):
+        event = self.peek_event()
+        if isinstance(event, yaml.events.AliasEvent):
+            raise _refusal("aliases (*name) are not accepted", event)
+        if event.tag is not None:
+            raise _refusal("tags (!name) are not accepted", event)
+        if self.depth > DEEPEST:
+            raise _refusal("nested too deeply; a section's keys and values expected", event)
+        self.depth += 1
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key_node, _ in node.value:
+            if not isinstance(key_node, yaml.nodes.ScalarNode):
+                raise _refusal("a key is a list or a mapping, expected a name", key_node)
+            key = self.construct_object(key_node)
+            if key in seen:
+                raise _refusal(f"{shown(key)} is given twice", key_node)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def _refusal(problem: str, found) -> yaml.constructor.ConstructorError:
+    """An error at the place where an event or a node begins."""
+    return yaml.constructor.ConstructorError(None, None, problem, found.start_mark)
+
+
+# Numbers as JSON writes them. All else that could be one (3e-4, 1_000) stays text, which `parse_value` reads.
+_StrictLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:int", re.compile(r"^[-+]?(?:0|[1-9][0-9]{0,17})$"), list("-+0123456789")
+)
+_StrictLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?[0-9]{1,18}\.[0-9]{0,18}(?:[eE][-+]?[0-9]{1,3})?$"),
+    list("-+0123456789"),
+)
+
+
+def read_config(path: str | Path) -> dict:
+    """Read a config file into its sections.
+
+    Raises:
+        InputError: the file is missing, no plain file, not UTF-8, not YAML, or no mapping.
+    """
+    path = Path(path)
+    shown_path = shown(str(path))[1:-1]
+    if not os.path.isfile(path):  # a pipe would be waited for, a device read without end
+        found = "is no plain file" if os.path.exists(path) else "there is no such file"
+        raise InputError(f"--config: {shown_path}: {found}")
+    with open(path, "rb") as file:
+        content = file.read(MAX_CONFIG_BYTES + 1)
+    if len(content) > MAX_CONFIG_BYTES:
+        size = path.stat().st_size
+        raise InputError(f"--config: {path} has {size:,} bytes, a config file at most {MAX_CONFIG_BYTES:,}")
+    try:
+        values = yaml.load(content.decode("utf-8"), _StrictLoader)  # noqa: S506 (a SafeLoader)
+    except UnicodeDecodeError as error:
+        raise InputError(f"--config: {path} is not UTF-8 (byte {error.start})") from error
+    except yaml.reader.ReaderError as error:
+        found = f"the character U+{error.character:04X} at position {error.position}"
+        raise InputError(f"--config: {path}: {found} has no place in YAML") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark else ""
+        raise InputError(f"--config: {path}{where}: {getattr(error, 'problem', None) or 'not YAML'}") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise InputError(f"--config: {path} holds {type(values).__name__}, expected the sections {', '.join(SECTIONS)}")
+    return values

@@ -1,0 +1,1 @@
+"""State dicts, ours and other programs'."""

@@ -1,0 +1,280 @@
+"""GGUF, the file of llama.cpp: shape, weights and tokenizer in one, read and written through the library `gguf`.
+
+Llama's and Mistral's keep the numbers of a head in pairs of neighbours, as ours do; Qwen2's and Qwen3's in halves.
+Matrices may be quantised: they are read as the float32 numbers that they stand for.
+"""
+
+import functools
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from model.errors import InputError, first_line, shown
+from model.LMConfig import LMConfig
+from model.model import rope_frequencies
+from model.storage.archive_checks import read_shape
+from model.storage.files import cache_folder, new_folder, replacing
+from model.storage.gguf_header import MAGIC, GGUFFile, StoredTensor
+from model.storage.gguf_values import Refused, single_value
+from model.weights.load import Weights
+from model.weights.names import gather, gguf_name, in_halves, in_pairs, reordered
+
+if TYPE_CHECKING:
+    import gguf
+
+F16_LARGEST = 65504
+FORMATS = ("F32", "F16", "BF16", "Q8_0")  # that are written
+IN_HALVES = {"llama": False, "qwen2": True, "qwen3": True}  # of the architectures that are read
+READ_BY = 1  # version of what makes a tokenizer's folder: unpacked ones of other versions are left alone
+ROPE_TENSOR = "rope_freqs.weight"
+LLAMA3_KEYS = ("rope_factor", "rope_low_freq_factor", "rope_high_freq_factor", "rope_original_max_seq_len")
+
+
+# --------------------------------------------------------------------------------------------------------- reading
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether a file is one by its first bytes or its name."""
+    with open(path, "rb") as file:
+        return file.read(4) == MAGIC or path.suffix == ".gguf"
+
+
+def load_gguf(path: str | Path) -> Weights:
+    """Read a GGUF file. Its tokenizer is the one inside, which `tokenizer_path` names by the file itself.
+
+    Raises:
+        InputError: the file is damaged, or the model is of a kind that this program has not.
+    """
+    path = Path(path)
+    file = GGUFFile(path)
+    try:
+        return _weights(file, path)
+    except Refused as error:
+        raise InputError(f"{path}: {error}") from error
+
+
+def _weights(file: GGUFFile, path: Path) -> Weights:
+    from model.text.tokenization import tokenizer_sha256
+
+    fields, tensors = file.fields, file.tensors
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    factors = shapes.pop(ROPE_TENSOR, None) and _dequantised(tensors[ROPE_TENSOR], path)
+    architecture, config = _config(fields, shapes, factors, path)
+    state_dict = gather(config, gguf_name, shapes, lambda name: _dequantised(tensors[name], path), path)
+    if IN_HALVES[architecture]:
+        state_dict = reordered(state_dict, config, in_pairs)
+    has_tokenizer = "tokenizer.ggml.tokens" in fields
+    begins_with_bos = True
+    if has_tokenizer:
+        added = single_value(fields, "tokenizer.ggml.add_bos_token", bool)
+        begins_with_bos = single_value(fields, "tokenizer.ggml.model", str) == "llama" if added is None else added
+    return Weights(
+        state_dict,
+        config,
+        str(path) if has_tokenizer else None,
+        tokenizer_sha256(path) if has_tokenizer else None,
+        begins_with_bos=begins_with_bos,
+    )
+
+
+def unpacked_tokenizer(path: Path) -> Path:
+    """The folder of the tokenizer inside a file: in the cache, under a name that its content gives.
+
+    Raises:
+        InputError: it is damaged, or llama.cpp's name of its pre-tokenizer is not known.
+    """
+    found = path.stat()
+    return _unpacked_tokenizer(path, found.st_size, found.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=4)  # reading tens of thousands of tokens takes seconds, and several ask for the folder
+def _unpacked_tokenizer(path: Path, size: int, modified: int) -> Path:
+    from model.text.gguf_tokenizer import read_tokenizer
+
+    fields = GGUFFile(path).fields
+    content = hashlib.sha256(READ_BY.to_bytes(4, "little"))
+    for key in sorted(key for key in fields if key.startswith("tokenizer.")):
+        content.update(f"{key} {[*map(int, fields[key].types)]} {fields[key].count}\n".encode())
+        content.update(fields[key].content)
+    folder = cache_folder() / "tokenizers" / content.hexdigest()[:24]
+    if not (folder / "tokenizer.json").is_file():
+        with new_folder(folder) as temporary:
+            read_tokenizer(fields, temporary, path)
+    return folder
+
+
+def _config(fields: Mapping, shapes: Mapping[str, tuple], factors: Tensor | None, path: Path) -> tuple[str, LMConfig]:
+    architecture = single_value(fields, "general.architecture", str)
+    if architecture not in IN_HALVES:
+        raise InputError(f"{path}: architecture {shown(architecture)}, one of {', '.join(IN_HALVES)} expected")
+
+    def value(key: str, kind: type, default=None):
+        found = single_value(fields, f"{architecture}.{key}", kind)
+        return default if found is None else found
+
+    if value("expert_count", int, 0):
+        raise InputError(f"{path}: a mixture of experts ({architecture}.expert_count); such models are not supported")
+    heads = value("attention.head_count", int)
+    head_dim = value("attention.key_length", int)
+    embedding = shapes.get("token_embd.weight", (None, None))
+    for key in ("attention.value_length", "rope.dimension_count"):
+        own = head_dim or (embedding[-1] // heads if embedding[-1] and heads else None)
+        if value(key, int, own) != own:
+            raise InputError(
+                f"{path}: {architecture}.{key} is {value(key, int)}, {own} expected, as many as a head has"
+            )
+    window, max_seq_len = value("attention.sliding_window", int), value("context_length", int)
+    found = {
+        "dim": value("embedding_length", int),
+        "n_layers": value("block_count", int),
+        "n_heads": heads,
+        "n_kv_heads": value("attention.head_count_kv", int, heads),
+        "head_dim": head_dim,
+        "vocab_size": embedding[0],
+        "hidden_dim": value("feed_forward_length", int),
+        "norm_eps": _shortest(value("attention.layer_norm_rms_epsilon", float)),
+        "max_seq_len": min(window, max_seq_len) if window and max_seq_len else max_seq_len,
+        "rope_theta": _shortest(value("rope.freq_base", float, 10000.0)),
+        "tie_embeddings": "output.weight" not in shapes,
+        "qk_norm": "blk.0.attn_q_norm.weight" in shapes,
+        "qkv_bias": "blk.0.attn_q.bias" in shapes,
+    }
+    missing = [name for name, own in found.items() if own is None and name not in ("head_dim", "rope_theta")]
+    if missing:
+        raise InputError(f"{path}: does not say {', '.join(missing)} of the model")
+    scaling = value("rope.scaling.type", str, "none")
+    if scaling == "linear":
+        found |= {"rope_scaling": "linear", "rope_factor": _shortest(value("rope.scaling.factor", float, 1.0))}
+    elif scaling != "none" and factors is None:
+        raise InputError(f"{path}: RoPE of type {shown(scaling)}, linear or Llama 3's expected")
+    config = read_shape(found, path)
+    return architecture, config if factors is None else _llama3(config, fields, factors, path)
+
+
+def _shortest(number: float | None) -> float | None:
+    """The shortest decimal of a float32: 1e-05, which the file's 9.999999747378752e-06 was."""
+    return None if number is None else float(str(np.float32(number)))
+
+
+def _llama3(config: LMConfig, fields: Mapping, factors: Tensor, path: Path) -> LMConfig:
+    """The shape with the settings of llama3's scaling that give these factors: the file holds only what they come to.
+
+    Ours are written beside them; of other files those are tried that Llama 3.1 to 3.3 have.
+    """
+    own = [single_value(fields, f"mateconv.{key}", int if key == LLAMA3_KEYS[3] else float) for key in LLAMA3_KEYS]
+    usual = [[factor, 1.0, 4.0, 8192] for factor in (8.0, 32.0)]
+    for values in [own] if None not in own else usual:
+        shape = vars(config) | {"rope_scaling": "llama3"} | dict(zip(LLAMA3_KEYS, values, strict=True))
+        tried = read_shape(shape, path)
+        wanted = rope_factors(tried)
+        if wanted.shape == factors.shape and torch.allclose(wanted, factors.float(), rtol=1e-5, atol=0):
+            return tried
+    raise InputError(f"{path}: {ROPE_TENSOR} holds factors that are not Llama 3's; such models are not supported")
+
+
+def rope_factors(config: LMConfig) -> Tensor:
+    """By what each pair's frequency is divided, float32 [head_dim / 2]."""
+    plain = read_shape(vars(config) | {"rope_scaling": None}, "rope_scaling")
+    return rope_frequencies(plain) / rope_frequencies(config)
+
+
+def _dequantised(tensor: StoredTensor, path: Path) -> Tensor:
+    """A tensor's numbers, float32, in the shape that its dimensions say; those kept as float16 or bfloat16 stay so."""
+    import gguf
+
+    kept = {gguf.GGMLQuantizationType.F16: torch.float16, gguf.GGMLQuantizationType.BF16: torch.bfloat16}
+    if tensor.kind in kept:
+        return torch.from_numpy(np.array(tensor.rows)).view(kept[tensor.kind]).view(tensor.shape)
+    try:
+        numbers = gguf.quants.dequantize(tensor.rows, tensor.kind)
+    except (NotImplementedError, ValueError, KeyError) as error:
+        found = f"{shown(tensor.name)} is kept as {tensor.kind.name}"
+        raise InputError(f"{path}: {found}, which cannot be read ({first_line(error)})") from error
+    return torch.from_numpy(np.array(numbers, dtype=np.float32)).view(tensor.shape)
+
+
+# --------------------------------------------------------------------------------------------------------- writing
+
+
+def save_gguf(path: str | Path, weights: Weights, kind: str = "F32") -> list[str]:
+    """Write a GGUF file that llama.cpp reads, with the tokenizer.
+
+    Args:
+        kind: of the matrices, one of FORMATS; norms and biases are always F32. Q8_0 needs rows of a multiple of 32
+            numbers; other matrices are F16 then.
+
+    Returns:
+        what llama.cpp will do otherwise with the tokenizer, a line each; none as a rule.
+
+    Raises:
+        InputError: the file cannot be written, llama.cpp has no such tokenizer, or a number is too large for F16.
+    """
+    import gguf
+
+    from model.text.gguf_tokenizer import write_tokenizer
+    from model.text.tokenization import tokenizer_folder
+
+    path, config = Path(path), weights.config
+    architecture = "qwen3" if config.qk_norm else "qwen2" if config.qkv_bias else "llama"
+    if config.qk_norm and config.qkv_bias:
+        raise InputError(f"{path}: llama.cpp has no model with both qk_norm and qkv_bias")
+    with replacing(path) as file:
+        writer = gguf.GGUFWriter(file.name, architecture)  # which opens the file once more
+        _write_shape(writer, config, kind, path.stem)
+        folder = tokenizer_folder(weights.tokenizer_path)
+        remarks = write_tokenizer(writer, folder, config.vocab_size, weights.begins_with_bos)
+        if config.rope_scaling == "llama3":
+            writer.add_tensor(ROPE_TENSOR, rope_factors(config).numpy())
+        for name, tensor in _to_write(weights, IN_HALVES[architecture]).items():
+            numbers = tensor.detach().to("cpu", torch.float32).contiguous().numpy()
+            chosen = gguf.GGMLQuantizationType["F32" if numbers.ndim == 1 else kind]
+            if chosen == gguf.GGMLQuantizationType.Q8_0 and numbers.shape[-1] % 32:
+                chosen = gguf.GGMLQuantizationType.F16
+            if chosen == gguf.GGMLQuantizationType.F16 and np.abs(numbers).max() > F16_LARGEST:
+                raise InputError(f"{path}: {name} holds numbers past {F16_LARGEST:,}, F16's largest; write BF16 or F32")
+            writer.add_tensor(gguf_name(name), gguf.quants.quantize(numbers, chosen), raw_dtype=chosen)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    return remarks
+
+
+def _to_write(weights: Weights, halves: bool) -> dict[str, Tensor]:
+    """The weights in the order of the architecture; a tied matrix once."""
+    state_dict = reordered(weights.state_dict, weights.config, in_halves) if halves else dict(weights.state_dict)
+    if weights.config.tie_embeddings:
+        state_dict.pop("output.weight")
+    return state_dict
+
+
+def _write_shape(writer: "gguf.GGUFWriter", config: LMConfig, kind: str, name: str) -> None:
+    import gguf
+
+    writer.add_name(name)
+    writer.add_file_type(gguf.LlamaFileType[{"F32": "ALL_F32"}.get(kind, f"MOSTLY_{kind}")])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    writer.add_context_length(config.max_seq_len)
+    writer.add_embedding_length(config.dim)
+    writer.add_block_count(config.n_layers)
+    writer.add_feed_forward_length(config.hidden_dim)
+    writer.add_head_count(config.n_heads)
+    writer.add_head_count_kv(config.n_kv_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_value_length(config.head_dim)
+    writer.add_layer_norm_rms_eps(config.norm_eps)
+    writer.add_rope_freq_base(config.rope_theta)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_vocab_size(config.vocab_size)
+    if config.rope_scaling == "linear":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(config.rope_factor)
+    elif config.rope_scaling == "llama3":
+        for key in LLAMA3_KEYS:
+            add = writer.add_uint32 if key == LLAMA3_KEYS[3] else writer.add_float32
+            add(f"mateconv.{key}", getattr(config, key))

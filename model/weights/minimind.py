@@ -1,0 +1,196 @@
+"""State dicts that no description lies beside: names and shapes tell whose they are.
+
+MiniMind saved four generations of models as `pretrain_512.pth`, without a word about their shape:
+
+| MiniMind                   | names         | query heads / key heads | RoPE                 | norm_eps |
+|----------------------------|---------------|-------------------------|----------------------|----------|
+| v1, from 2024-08           | Meta's        | 16 / 8                  | neighbours, base 1e4 | 1e-5     |
+| MiniMind2, from 2025-02    | Meta's        | 8 / 2                   | neighbours, base 1e6 | 1e-5     |
+| MiniMind2, from 2025-04-26 | transformers' | 8 / 2                   | halves, base 1e6     | 1e-5     |
+| minimind-3, from 2026-03   | transformers' | 8 / 4, with qk_norm     | halves, base 1e6     | 1e-6     |
+
+baby-llama2-chinese and llama2.c, which v1 grew out of, have Meta's names too, and as many key heads as query heads.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from torch import Tensor
+
+from model.errors import InputError, shown
+from model.LMConfig import LMConfig
+from model.storage.archive_checks import check_shapes, weight_shapes
+from model.training.settings import parse_value
+from model.weights.load import Weights
+from model.weights.meta_names import whole_pair
+from model.weights.names import in_pairs, reordered, transformers_name
+
+GIVABLE = ("n_heads", "n_kv_heads", "rope_theta", "max_seq_len", "norm_eps")  # what shapes do not tell, or not surely
+WIDEST_HEAD = 1024
+EXPERTS = (".experts.", ".shared_experts.", ".gate.")  # parts of names in a mixture of experts
+LAYER_NAME = re.compile(r"(?:model\.)?layers\.(\d+)\.")
+
+
+class Generation(NamedTuple):
+    """What the programs that save such state dicts build them with."""
+
+    title: str
+    n_heads: int | None  # None: not known
+    max_seq_len: int
+    rope_theta: float = 1e4
+    norm_eps: float = 1e-5
+
+
+V1 = Generation("MiniMind v1", 16, 512)
+V2 = Generation("MiniMind2", 8, 8192, rope_theta=1e6)
+V2_TRANSFORMERS = Generation("MiniMind2 (from 2025-04-26)", 8, 32768, rope_theta=1e6)
+V3 = Generation("minimind-3", 8, 32768, rope_theta=1e6, norm_eps=1e-6)
+OURS = Generation("MateConv, with qk_norm", None, 512)  # the gain of a head's norm tells the heads
+UNKNOWN = Generation("no model that is known", None, 512)
+WITHOUT_GROUPS = {  # by dim: baby-llama2-chinese's two models, and llama2.c's stories15M and stories110M
+    288: Generation("llama2.c", 6, 256),
+    512: Generation("baby-llama2 or llama2.c", 8, 512),
+    768: Generation("llama2.c", 12, 1024),
+    1024: Generation("baby-llama2", 8, 1024),
+}
+
+
+def recognise(state_dict: Mapping[str, Tensor], path: str | Path, given: Mapping[str, float]) -> Weights:
+    """Weights from a state dict without a description, with Meta's names or transformers'.
+
+    Args:
+        state_dict: as `plain_state_dict` returns it.
+        path: where it is from, for messages.
+        given: by names of `GIVABLE`, what is known of the model better than by its shapes.
+
+    Returns:
+        Weights whose `inferred` is one line about what was read, what was assumed, and the tokenizer.
+
+    Raises:
+        InputError: it is a mixture of experts or no Transformer; or a value that was given fits none of its shapes.
+    """
+    experts = next((name for name in state_dict if any(part in name for part in EXPERTS)), None)
+    if experts is not None:
+        raise InputError(f"{path}: {shown(experts)} inside: a mixture of experts; only dense models are supported")
+    halves = any(name.startswith("model.") for name in state_dict)
+    rename = transformers_name if halves else str
+    config, generation = _shape(state_dict, rename, path, _checked(given, path))
+    ours = {rename(name): name for name in weight_shapes(config)}
+    state_dict, config.tie_embeddings = whole_pair({ours.get(name, name): state_dict[name] for name in state_dict})
+    check_shapes(state_dict, config, path)
+    if halves:
+        state_dict = reordered(state_dict, config, in_pairs)
+    return Weights(state_dict, config, inferred=_line(config, generation, Path(path), given))
+
+
+def _checked(given: Mapping[str, float], path: str | Path) -> dict:
+    checked = {}
+    for name, value in given.items():
+        if name not in GIVABLE:
+            raise InputError(f"{path}: {name} is told by the weights' shapes; {', '.join(GIVABLE)} can be given")
+        try:
+            checked[name] = parse_value(name, value)
+        except ValueError as error:
+            raise InputError(f"{name}: {shown(value)} found, {error} expected") from error
+    return checked
+
+
+def _shape(
+    state_dict: Mapping[str, Tensor], rename: Callable[[str], str], path: str | Path, given: Mapping
+) -> tuple[LMConfig, Generation]:
+    """The config that shapes, what is given, and what is usual make together; and of which generation it is."""
+
+    def size(name: str, dimensions: int) -> tuple[int, ...]:
+        name = rename(name)
+        if name not in state_dict:
+            raise InputError(
+                f"{path}: no {name} inside; expected Meta's names, as MiniMind v1 (tok_embeddings, layers.0.…), or "
+                "transformers' (model.embed_tokens, model.layers.0.…)"
+            )
+        found = tuple(state_dict[name].shape)
+        if len(found) != dimensions or 0 in found:
+            expected = "a matrix" if dimensions == 2 else "a vector"
+            raise InputError(f"{path}: {name} has shape {shown(found)}, {expected} expected")
+        return found
+
+    vocab_size, dim = size("tok_embeddings.weight", 2)
+    queries, keys = (size(f"layers.0.attention.{name}.weight", 2)[0] for name in ("wq", "wk"))
+    qk_norm = rename("layers.0.attention.q_norm.weight") in state_dict
+    head_dim = size("layers.0.attention.q_norm.weight", 1)[0] if qk_norm else None
+    generation = _generation(dim, queries, keys, qk_norm, halves=rename is transformers_name)
+    n_heads, n_kv_heads = _heads(queries, keys, head_dim, generation, given, path)
+    usual = {name: getattr(generation, name) for name in ("max_seq_len", "rope_theta", "norm_eps")}
+    layers = {match[1] for match in map(LAYER_NAME.match, state_dict) if match}
+    shape = dict(
+        dim=dim,
+        n_layers=len(layers),
+        n_heads=n_heads,
+        n_kv_heads=n_kv_heads,
+        head_dim=queries // n_heads,
+        vocab_size=vocab_size,
+        hidden_dim=size("layers.0.feed_forward.w1.weight", 2)[0],
+        qk_norm=qk_norm,
+        qkv_bias=rename("layers.0.attention.wq.bias") in state_dict,
+    )
+    try:
+        return LMConfig(**usual | given | shape), generation
+    except InputError as error:
+        raise InputError(f"{path}: its shapes are of no model ({error})") from error
+
+
+def _generation(dim: int, queries: int, keys: int, qk_norm: bool, halves: bool) -> Generation:
+    """Whose weights these are, by their names (transformers' have halves) and the rows of wq and wk."""
+    if halves:
+        return V3 if qk_norm else V2_TRANSFORMERS
+    if qk_norm:
+        return OURS
+    if queries == keys:
+        return WITHOUT_GROUPS.get(dim, UNKNOWN)
+    return {2: V1, 4: V2}.get(queries / keys, UNKNOWN)
+
+
+def _heads(
+    queries: int, keys: int, head_dim: int | None, generation: Generation, given: Mapping, path: str | Path
+) -> tuple[int, int]:
+    """(n_heads, n_kv_heads): those given, else the generation's.
+
+    Raises:
+        InputError: they do not fit the rows of wq and wk, or are not known; with those that fit.
+    """
+    widths = range(2, min(queries, keys, WIDEST_HEAD) + 1, 2) if head_dim is None else (head_dim,)
+    pairs = {(queries // width, keys // width) for width in widths if not (queries % width or keys % width)}
+    fitting = sorted((n_heads, n_kv_heads) for n_heads, n_kv_heads in pairs if n_heads % n_kv_heads == 0)
+    wanted, whose = {name: given[name] for name in ("n_heads", "n_kv_heads") if name in given}, ""
+    if not wanted and generation.n_heads and head_dim is None:
+        wanted, whose = {"n_heads": generation.n_heads}, f", as in {generation.title},"
+    found = [p for p in fitting if all(p[name == "n_kv_heads"] == value for name, value in wanted.items())]
+    if len(found) == 1:
+        return found[0]
+    told = " with ".join(f"{name} {value}" for name, value in wanted.items())
+    what = f"{told}{whose} does not fit its shapes" if wanted else "its shapes do not tell the number of heads"
+    accepted = ", ".join(f"{n_heads}/{n_kv_heads}" for n_heads, n_kv_heads in fitting[:20]) or "none"
+    raise InputError(
+        f"{path}: {what} (wq has {queries} rows, wk {keys}); n_heads/n_kv_heads that fit, to be given: {accepted}"
+    )
+
+
+def _line(config: LMConfig, generation: Generation, path: Path, given: Mapping) -> str:
+    """What was read, assumed and given, and what is not known, on one line."""
+
+    def told(*names: str) -> str:
+        return ", ".join(f"{name} {getattr(config, name):g}" for name in names)
+
+    sure = ("n_heads", "n_kv_heads") if config.qk_norm else ()
+    assumed = [name for name in GIVABLE if name not in (*given, *sure)]
+    read = ["dim", "n_layers", *(name for name in sure if name not in given), "vocab_size", "hidden_dim"]
+    parts = [
+        f"no {path.with_suffix('.json').name} beside the weights: their names and shapes are those of "
+        f"{generation.title}, read off them {told(*read)}",
+        f"assumed {told(*assumed)}" if assumed else "",
+        f"given {told(*given)}" if given else "",
+        "the tokenizer is not known: the embedded one is taken if none is given (MiniMind's own weights need "
+        "MiniMind's tokenizer folder: --tokenizer_path)",
+    ]
+    return "; ".join(part for part in parts if part)

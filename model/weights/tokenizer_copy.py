@@ -1,0 +1,71 @@
+"""A tokenizer's folder beside weights: copied as it is, or so that other programs begin texts as ours does."""
+
+import json
+import shutil
+from pathlib import Path
+
+from model.storage.files import read_json, write_json
+from model.text.tokenization import EMBEDDED_TOKENIZER, load_tokenizer, tokenizer_folder
+from model.weights.load import Weights
+
+FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
+    "generation_config.json", "tokenizer.model",
+)  # fmt: skip
+
+
+def copy_tokenizer(source: str | Path | None, target: Path) -> None:
+    """Copy what makes a tokenizer from a folder (None: the embedded one's) into another."""
+    folder = tokenizer_folder(source)
+    target.mkdir(parents=True, exist_ok=True)
+    for name in FILES:
+        if (folder / name).is_file():
+            shutil.copyfile(folder / name, target / name)
+
+
+def export_tokenizer(weights: Weights, target: Path) -> None:
+    """Copy the weights' tokenizer for other programs.
+
+    A model that was trained on documents that begin with bos expects it before a prompt. transformers asks the
+    tokenizer for it, so a tokenizer that does not add its bos is given that as a post-processor.
+    """
+    from tokenizers import Tokenizer
+    from tokenizers.processors import Sequence, TemplateProcessing
+
+    copy_tokenizer(weights.tokenizer_path or EMBEDDED_TOKENIZER, target)
+    tokenizer = load_tokenizer(target)
+    if not weights.begins_with_bos or tokenizer.bos_token_id is None or adds_bos(target):
+        return
+    bos = tokenizer.bos_token
+    template = TemplateProcessing(
+        single=f"{bos} $A", pair=f"{bos} $A {bos}:1 $B:1", special_tokens=[(bos, tokenizer.bos_token_id)]
+    )
+    backend = Tokenizer.from_file(str(target / "tokenizer.json"))
+    before = backend.post_processor
+    backend.post_processor = template if before is None else Sequence([before, template])
+    backend.save(str(target / "tokenizer.json"))
+    path = target / "tokenizer_config.json"
+    write_json(path, read_json(path) | {"add_bos_token": True})
+
+
+def adds_bos(source: str | Path) -> bool:
+    """Whether a tokenizer begins a text with its bos by itself, as its model's training did.
+
+    Read off its post-processor, without running it: the library panics over one that is damaged.
+    """
+    tokenizer = load_tokenizer(source)
+    processor = tokenizer.backend_tokenizer.post_processor
+    if processor is None or tokenizer.bos_token_id is None:
+        return False
+    return _first_ids(json.loads(processor.__getstate__()))[:1] == [tokenizer.bos_token_id]
+
+
+def _first_ids(processor: dict) -> list[int]:
+    """Ids that a post-processor puts before a text."""
+    if processor["type"] == "Sequence":
+        return next((ids for ids in map(_first_ids, reversed(processor["processors"])) if ids), [])
+    if processor["type"] == "TemplateProcessing":
+        first = processor["single"][0] if processor["single"] else {}
+        token = first.get("SpecialToken", {}).get("id")
+        return processor["special_tokens"].get(token, {"ids": []})["ids"]
+    return [processor["cls"][1]] if "cls" in processor else []  # BERT's and RoBERTa's

@@ -1,0 +1,281 @@
+"""Folders of transformers: config.json, safetensors, tokenizer, chat template and generation config.
+
+Llama, Mistral, Qwen2, Qwen3 and MiniMind's own folders are read; ours are written as LlamaForCausalLM, with biases as
+Qwen2ForCausalLM, with qk_norm as Qwen3ForCausalLM. Nothing in a folder is run.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from model.errors import InputError, first_line, shown
+from model.generation.generation_config import GenerationConfig
+from model.LMConfig import LMConfig
+from model.storage.archive import load_torch
+from model.storage.archive_checks import read_shape
+from model.storage.files import read_json
+from model.weights.load import Weights
+from model.weights.names import gather, in_halves, in_pairs, reordered, transformers_name
+
+# What a config.json that leaves a value out means: n_kv_heads (None: n_heads), context, window, norm_eps, base of RoPE.
+DEFAULTS = {
+    "llama": (None, 2048, None, 1e-6, 1e4),
+    "mistral": (8, 131072, 4096, 1e-6, 1e4),
+    "qwen2": (32, 32768, 4096, 1e-6, 1e4),
+    "qwen3": (32, 32768, 4096, 1e-6, 1e4),
+    "minimind": (2, 32768, None, 1e-5, 1e6),
+}
+LLAMA3 = {
+    "low_freq_factor": "rope_low_freq_factor",
+    "high_freq_factor": "rope_high_freq_factor",
+    "original_max_position_embeddings": "rope_original_max_seq_len",
+}
+IGNORED = ("rotary_emb.inv_freq",)  # tables that old versions saved
+ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+
+
+# --------------------------------------------------------------------------------------------------------- reading
+
+
+def load_transformers(folder: str | Path, chosen: str | None = None) -> Weights:
+    """Read a folder as `save_pretrained` writes it. Its tokenizer is the folder's own.
+
+    Args:
+        chosen: a file that must be one of those that hold its weights.
+
+    Raises:
+        InputError: a file is missing or damaged, or the model is of a kind that this program has not.
+    """
+    from model.text.tokenization import tokenizer_sha256
+    from model.weights.tokenizer_copy import adds_bos
+
+    folder = Path(folder)
+    values = read_json(folder / "config.json")
+    tensors = _Tensors(folder, chosen)
+    config = read_config(values, tensors.shapes, folder / "config.json")
+    state_dict = gather(config, transformers_name, tensors.shapes, tensors.read, folder)
+    has_tokenizer = (folder / "tokenizer.json").is_file()
+    return Weights(
+        reordered(state_dict, config, in_pairs),
+        config,
+        str(folder) if has_tokenizer else None,
+        tokenizer_sha256(folder) if has_tokenizer else None,
+        begins_with_bos=adds_bos(folder) if has_tokenizer else True,
+    )
+
+
+def read_config(values: Mapping, shapes: Mapping[str, tuple], path: Path) -> LMConfig:
+    """The LMConfig that a config.json describes.
+
+    Args:
+        shapes: of the weights by transformers' names: whether there are biases shows in them.
+
+    Raises:
+        InputError: the model computes something else than a Transformer does.
+    """
+    kind = values.get("model_type")
+    if not isinstance(kind, str) or kind not in DEFAULTS:
+        raise InputError(f"{path}: model_type is {shown(kind)}, one of {', '.join(DEFAULTS)} expected")
+    _refuse_others(values, path)
+    n_kv_heads, max_seq_len, window, norm_eps, rope_theta = DEFAULTS[kind]
+    rope = _rope(values, path)
+    window = values.get("sliding_window", window)
+    max_seq_len = values.get("max_position_embeddings", max_seq_len)
+    if isinstance(window, int) and isinstance(max_seq_len, int) and values.get("use_sliding_window", kind == "mistral"):
+        max_seq_len = min(max_seq_len, window)  # within the window attention is what it is without one
+    heads, n_kv_heads = values.get("num_attention_heads"), values.get("num_key_value_heads", n_kv_heads)
+    head_dim = values.get("head_dim")
+    found = {
+        "dim": values.get("hidden_size"),
+        "n_layers": values.get("num_hidden_layers"),
+        "n_heads": heads,
+        "n_kv_heads": heads if n_kv_heads is None else n_kv_heads,
+        "head_dim": 128 if kind == "qwen3" and head_dim is None else head_dim,
+        "vocab_size": values.get("vocab_size"),
+        "hidden_dim": values.get("intermediate_size"),
+        "norm_eps": values.get("rms_norm_eps", norm_eps),
+        "max_seq_len": max_seq_len,
+        "rope_theta": rope.pop("rope_theta", rope_theta),
+        "tie_embeddings": values.get("tie_word_embeddings", kind == "minimind"),
+        "qk_norm": "model.layers.0.self_attn.q_norm.weight" in shapes,
+        "qkv_bias": "model.layers.0.self_attn.q_proj.bias" in shapes,
+    }
+    gate = shapes.get("model.layers.0.mlp.gate_proj.weight")
+    if found["hidden_dim"] is None and gate:
+        found["hidden_dim"] = gate[0]  # MiniMind computes it
+    missing = [name for name in ("dim", "n_layers", "n_heads", "vocab_size", "hidden_dim") if found[name] is None]
+    if missing:
+        raise InputError(f"{path}: does not say {', '.join(missing)} of the model")
+    return read_shape(found | rope, path)
+
+
+def _refuse_others(values: Mapping, path: Path) -> None:
+    """What changes the computation and is none of a Transformer's settings."""
+    expected = {
+        "hidden_act": ("silu", "swish"), "mlp_bias": (False,), "use_moe": (False,), "num_local_experts": (0, 1),
+        "partial_rotary_factor": (1, 1.0), "pretraining_tp": tuple(range(65)), "quantization_config": (),
+    }  # fmt: skip
+    for name, accepted in expected.items():
+        if values.get(name) is not None and values[name] not in accepted:
+            told = " or ".join(map(str, accepted[:2])) or "no such key"
+            raise InputError(f"{path}: {name} is {shown(values[name])}, {told} expected: such models are not supported")
+    layers = values.get("layer_types")
+    if layers is not None and not (isinstance(layers, list) and all(layer == "full_attention" for layer in layers)):
+        raise InputError(f"{path}: layer_types is {shown(layers)}, a list of full_attention only expected")
+
+
+def _rope(values: Mapping, path: Path) -> dict:
+    """RoPE's fields of an LMConfig, from version 5's rope_parameters or the older rope_theta and rope_scaling."""
+    given = values.get("rope_parameters") or values.get("rope_scaling") or {}
+    if not isinstance(given, Mapping):
+        raise InputError(f"{path}: rope_parameters is {shown(given)}, an object expected")
+    kind = given.get("rope_type", given.get("type", "default"))
+    if kind not in ("default", "linear", "llama3"):
+        raise InputError(f"{path}: RoPE of type {shown(kind)}, default, linear or llama3 expected")
+    if given.get("partial_rotary_factor", 1) != 1:
+        raise InputError(f"{path}: RoPE turns a part of a head only (partial_rotary_factor); this is not supported")
+    rope = {}
+    for source in (values, given):
+        if source.get("rope_theta") is not None:
+            rope["rope_theta"] = source["rope_theta"]
+    if kind != "default":
+        rope |= {"rope_scaling": kind, "rope_factor": given.get("factor")}
+    if kind == "llama3":
+        rope |= {ours: given.get(theirs) for theirs, ours in LLAMA3.items()}
+    return rope
+
+
+class _Tensors:
+    """The tensors of a folder, by name; their shapes are known before any is read.
+
+    Attributes:
+        shapes: {name: shape} of those that count.
+    """
+
+    def __init__(self, folder: Path, chosen: str | None) -> None:
+        self._folder, files = folder, self._files(folder)
+        if chosen is not None and folder / chosen not in files:
+            raise InputError(f"{folder / chosen}: the weights of this folder are in {files[0].name}; give the folder")
+        if all(path.suffix == ".safetensors" for path in files):
+            from safetensors import SafetensorError, safe_open
+
+            self._of = {}  # name -> the open file that holds it
+            for path in files:
+                try:
+                    opened = safe_open(str(path), framework="pt")
+                    self._of |= dict.fromkeys(opened.keys(), opened)
+                except (SafetensorError, OSError) as error:
+                    raise InputError(f"{path}: no whole safetensors file ({first_line(error)})") from error
+            found = {name: tuple(opened.get_slice(name).get_shape()) for name, opened in self._of.items()}
+        else:
+            content = {name: tensor for path in files for name, tensor in load_torch(path).items()}
+            named = {name: value for name, value in content.items() if isinstance(name, str)}
+            self._of = {name: tensor for name, tensor in named.items() if isinstance(tensor, Tensor)}
+            found = {name: tuple(tensor.shape) for name, tensor in self._of.items()}
+        self.shapes = {name: shape for name, shape in found.items() if not name.endswith(IGNORED)}
+
+    def _files(self, folder: Path) -> list[Path]:
+        for name in ("model.safetensors", "pytorch_model.bin"):
+            if (folder / name).is_file():
+                return [folder / name]
+            index = folder / f"{name}.index.json"
+            if index.is_file():
+                weight_map = read_json(index).get("weight_map")
+                parts = weight_map.values() if isinstance(weight_map, dict) else []
+                # A name with a folder in it would read from elsewhere.
+                if not parts or not all(isinstance(part, str) and Path(part).name == part for part in parts):
+                    raise InputError(f"{index}: weight_map is no map from weights to files of this folder")
+                names = sorted(set(parts))
+                if missing := sorted(set(names) - {path.name for path in folder.iterdir()}):
+                    raise InputError(f"{folder}: {shown(missing[0])} is missing, of {len(names)} files of weights")
+                return [folder / name for name in names]
+        raise InputError(f"{folder}: neither model.safetensors nor pytorch_model.bin in it; weights expected")
+
+    def read(self, name: str) -> Tensor:
+        found = self._of[name]
+        if isinstance(found, Tensor):
+            return found
+        from safetensors import SafetensorError
+
+        try:
+            return found.get_tensor(name)
+        except SafetensorError as error:  # numbers of 4 or 6 bits, which torch has not
+            raise InputError(f"{self._folder}: {shown(name)} cannot be read ({first_line(error)})") from error
+
+
+# --------------------------------------------------------------------------------------------------------- writing
+
+
+def save_transformers(folder: str | Path, weights: Weights, dtype: torch.dtype = torch.float32) -> None:
+    """Write a folder that `AutoModelForCausalLM.from_pretrained` and `AutoTokenizer.from_pretrained` read.
+
+    Args:
+        folder: which must not be there, or be empty.
+        dtype: of the weights in it.
+
+    Raises:
+        InputError: the folder is not empty or cannot be written, or the tokenizer cannot be read.
+    """
+    from safetensors.torch import save
+
+    from model.storage.files import new_folder, write_json
+    from model.text.tokenization import end_ids, load_tokenizer
+    from model.weights.tokenizer_copy import export_tokenizer
+
+    state_dict, config = reordered(weights.state_dict, weights.config, in_halves), weights.config
+    if config.tie_embeddings:
+        state_dict.pop("output.weight")
+    tensors = {transformers_name(name): tensor.to("cpu", dtype).contiguous() for name, tensor in state_dict.items()}
+    tokenizer = load_tokenizer(weights.tokenizer_path)
+    ends = end_ids(tokenizer)
+    kind = "qwen3" if config.qk_norm else "qwen2" if config.qkv_bias else "llama"
+    if kind == "qwen3" and config.qkv_bias:  # Qwen3 has biases of all four or none
+        for layer in range(config.n_layers):
+            tensors[f"model.layers.{layer}.self_attn.o_proj.bias"] = torch.zeros(config.dim, dtype=dtype)
+    with new_folder(folder) as temporary:
+        export_tokenizer(weights, temporary)
+        ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": ends if len(ends) > 1 else ends[0]}
+        write_json(temporary / "config.json", config_json(config, kind, dtype) | ids)
+        write_json(temporary / "generation_config.json", ids | {"pad_token_id": ends[0]} | _generation_defaults())
+        (temporary / "model.safetensors").write_bytes(save(tensors, metadata={"format": "pt"}))
+
+
+def config_json(config: LMConfig, kind: str, dtype: torch.dtype) -> dict:
+    """A config.json that versions 4 and 5 of transformers read, and what knows only the older names."""
+    rope = {"rope_theta": config.rope_theta, "rope_type": config.rope_scaling or "default"}
+    if config.rope_scaling:
+        rope["factor"] = config.rope_factor
+    if config.rope_scaling == "llama3":
+        rope |= {theirs: getattr(config, ours) for theirs, ours in LLAMA3.items()}
+    return {
+        "architectures": [ARCHITECTURES[kind]],
+        "model_type": kind,
+        "hidden_act": "silu",
+        "hidden_size": config.dim,
+        "intermediate_size": config.hidden_dim,
+        "num_hidden_layers": config.n_layers,
+        "num_attention_heads": config.n_heads,
+        "num_key_value_heads": config.n_kv_heads,
+        "head_dim": config.head_dim,
+        "vocab_size": config.vocab_size,
+        "max_position_embeddings": config.max_seq_len,
+        "rms_norm_eps": config.norm_eps,
+        "rope_theta": config.rope_theta,
+        "rope_scaling": {key: rope[key] for key in rope if key != "rope_theta"} if config.rope_scaling else None,
+        "rope_parameters": rope,
+        "tie_word_embeddings": config.tie_embeddings,
+        "attention_bias": config.qkv_bias,
+        "attention_dropout": 0.0,
+        "use_sliding_window": False,
+        "torch_dtype": str(dtype).removeprefix("torch."),
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+
+
+def _generation_defaults() -> dict:
+    """Tokens are chosen as `inference.py` does without flags."""
+    names = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty", "max_new_tokens")
+    return {name: value for name, value in asdict(GenerationConfig()).items() if name in names}

@@ -1,0 +1,183 @@
+"""What a CUDA GPU computes, beside the same on the CPU. MATECONV_TEST_DEVICE=cpu runs these tests without a GPU.
+
+The other tests take the fastest device there is: on a machine with a GPU, training is tested on it too.
+"""
+
+import contextlib
+import os
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from model.attention import cached_attention, pytorch_attention
+from model.generation.engine import Engine
+from model.generation.rows import Rows
+from model.LMConfig import LMConfig
+from model.training.settings import build_settings
+from optimized_inference import GenerationConfig, decode
+from optimized_pretrain import Trainer
+from tests.conftest import random_model
+from tests.reliability.harness import make_data
+from tests.reliability.states import losses
+from utils import Processes, deterministic_kernels, measure_matmul_flops
+
+DEVICE = torch.device(os.environ.get("MATECONV_TEST_DEVICE", "cuda"))
+pytestmark = pytest.mark.skipif(DEVICE.type == "cuda" and not torch.cuda.is_available(), reason="no CUDA GPU")
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as Trainer does, before the first product
+
+CONFIG = LMConfig(dim=128, n_layers=3, n_heads=4, n_kv_heads=2, vocab_size=300, max_seq_len=256)
+VARIANTS = [{}, {"n_kv_heads": 4}, {"qk_norm": True}, {"flash_attn": False}, {"tie_embeddings": False}]
+
+
+def some_tokens(*shape, seed=1):
+    return torch.randint(3, CONFIG.vocab_size, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def twins(dtype=torch.float32, scale=1.0, **variant):
+    """A model on the CPU in float32, and on the GPU one of the same weights."""
+    here, there = (random_model(LMConfig(**{**vars(CONFIG), **variant})) for _ in range(2))
+    with torch.no_grad():
+        for parameter in (*here.parameters(), *there.parameters()):
+            parameter *= scale if parameter.dim() > 1 else 1
+    return here.to(dtype).float(), there.to(DEVICE, dtype)
+
+
+def error(found, expected):
+    """Relative to the whole, as a norm."""
+    found, expected = found.detach().double().cpu(), expected.detach().double()
+    return float((found - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2), (torch.float16, 5e-3)])
+def test_logits_are_those_of_the_cpu(variant, dtype, most):
+    here, there = twins(dtype, 0.3, **variant)  # as in training: large ones make much of 16-bit rounding
+    tokens = some_tokens(3, 200)
+
+    with torch.no_grad():
+        assert error(there(tokens.to(DEVICE)), here(tokens)) < most
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize(("autocast", "most"), [(None, 1e-4), (torch.bfloat16, 1e-1)])
+def test_loss_and_gradients_are_those_of_the_cpu(variant, documents, autocast, most):
+    here, there = (model.train() for model in twins(scale=0.3, **variant))
+    inputs, targets = some_tokens(3, 256), some_tokens(3, 256, seed=2)
+    numbers = (torch.arange(256) // 90).expand(3, -1) if documents else None
+    expected = here(inputs, targets, documents=numbers)
+    expected.backward()
+
+    inputs, targets, numbers = (t if t is None else t.to(DEVICE) for t in (inputs, targets, numbers))
+    with torch.autocast(DEVICE.type, autocast) if autocast else contextlib.nullcontext():
+        loss = there(inputs, targets, documents=numbers)
+    loss.backward()
+
+    assert error(loss, expected) < most
+    for (name, one), other in zip(here.named_parameters(), there.parameters(), strict=True):
+        assert error(other.grad, one.grad) < most, name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [1, 7])
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_over_a_cache_is_that_of_the_cpu(dtype, tokens, masked):
+    shapes = [(3, 9, tokens, 64), (3, 3, 50, 64), (3, 3, 50, 64)]
+    q, k, v = (torch.randn(shape).to(dtype) for shape in shapes)
+    mask = (torch.arange(50) < torch.tensor([20, 50, 33])[:, None])[:, None, None].expand(-1, -1, tokens, -1)
+    mask = mask if masked else None
+    expected = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=mask, enable_gqa=True)
+
+    q, k, v, mask = (t if t is None else t.to(DEVICE) for t in (q, k, v, mask))
+
+    for found in (cached_attention(q, k, v, mask), pytorch_attention(q, k, v, mask)):
+        assert error(found, expected) < (1e-5 if dtype == torch.float32 else 2e-2)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_training_step_has_the_same_bits_each_time(compiled, documents, dtype):
+    config = LMConfig(dim=256, n_layers=2, n_heads=8, n_kv_heads=4, vocab_size=300, max_seq_len=512)
+    model = random_model(config).to(DEVICE).train()
+    run = torch.compile(model) if compiled else model
+    inputs, targets = (some_tokens(8, 512, seed=seed).to(DEVICE) for seed in (1, 2))
+    numbers = (torch.arange(512, device=DEVICE) // 90).expand(8, -1).contiguous() if documents else None
+
+    gradients = []
+    for _ in range(4):
+        with deterministic_kernels(DEVICE), torch.autocast(DEVICE.type, dtype, enabled=dtype != torch.float32):
+            run(inputs, targets, documents=numbers).backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+        model.zero_grad()
+
+    for others in gradients[1:]:
+        assert all(map(torch.equal, gradients[0], others))
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def texts_of(model, prompts, config, rows):
+    """The ids that follow each prompt."""
+    engine, texts = Engine(model, compile=False), [[] for _ in prompts]
+    for event in decode(engine, prompts, config, [2], Rows(engine, rows)):
+        if event.token is not None:
+            texts[event.number].append(event.token)
+    return texts
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"do_sample": False},
+        {"do_sample": False, "repetition_penalty": 1.3, "no_repeat_ngram_size": 3, "min_new_tokens": 20},
+        {"seed": 7},
+        {"seed": 7, "top_k": 0, "top_p": 0.8},
+        {"seed": 7, "temperature": 1.5, "min_p": 0.05, "presence_penalty": 0.5, "frequency_penalty": 0.3},
+    ],
+)
+def test_texts_are_those_of_the_cpu_alone_in_a_batch_and_without_a_cache(settings):
+    here, there = twins()
+    prompts = [[1, *some_tokens(length, seed=length).tolist()] for length in (3, 40, 17, 3, 90)]
+    expected = texts_of(here, prompts, GenerationConfig(max_new_tokens=60, **settings), 1)
+
+    assert texts_of(there, prompts, GenerationConfig(max_new_tokens=60, **settings), 1) == expected
+    assert texts_of(there, prompts, GenerationConfig(max_new_tokens=60, **settings), 3) == expected
+    assert texts_of(there, prompts, GenerationConfig(max_new_tokens=60, use_cache=False, **settings), 1) == expected
+
+
+def test_the_rate_of_products_is_no_artefact():
+    rate = measure_matmul_flops(DEVICE, torch.float32)
+    assert 1e9 < rate < 1e15
+    assert 0.5 < measure_matmul_flops(DEVICE, torch.float32) / rate < 2
+
+
+@pytest.fixture
+def train(tmp_path):
+    """Train as the flags say, and return the losses of each step."""
+    data = make_data(tmp_path / "data")
+
+    def run(name, **changes):
+        flags = data.flags(tmp_path / name, **changes)
+        assert Trainer(build_settings({}, flags), Processes()).train() == "finished"
+        return [loss for _, loss in sorted(losses(tmp_path / name).items())]
+
+    return run
+
+
+@pytest.mark.parametrize("optimizer_type", ["adamw", "adam", "muon"])
+@pytest.mark.parametrize("documents", ["false", "true"])
+def test_training_learns_what_the_cpu_learns(train, optimizer_type, documents):
+    options = {"optimizer_type": optimizer_type, "use_ema": "true", "document_mask": documents}
+    assert train("gpu", device=DEVICE, **options) == pytest.approx(train("cpu", device="cpu", **options), abs=1e-3)
+
+
+@pytest.mark.parametrize("optimizer_type", ["adamw", "muon"])
+def test_a_run_goes_on_on_another_device(train, optimizer_type, tmp_path):
+    options = {"optimizer_type": optimizer_type, "use_ema": "true"}
+    whole = train("cpu", device="cpu", **options)
+    for first, second in ((DEVICE, "cpu"), ("cpu", DEVICE)):
+        name = f"{first}"
+        train(name, device=first, **options)
+        (tmp_path / name / "checkpoint_step_12.pth").unlink()
+        assert train(name, device=second, resume="true", **options) == pytest.approx(whole, abs=1e-3)

@@ -1,0 +1,178 @@
+"""Settings: what a config file and flags may say, and what comes of what they may not."""
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from model.errors import InputError
+from model.LMConfig import LMConfig
+from model.training.settings import FIELDS, SECTIONS, ModelSettings, Settings, build_settings, read_config
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def test_config_yaml_names_every_setting_with_its_default():
+    values = read_config(ROOT / "config.yaml")
+    assert {section: set(keys) for section, keys in values.items()} == {
+        section: {field.name for field in dataclasses.fields(cls)} for section, cls in SECTIONS.items()
+    }
+    assert build_settings(values, {}) == Settings()
+
+
+def test_the_model_section_is_LMConfig():
+    shape = {field.name: field.default for field in dataclasses.fields(LMConfig)}
+    section = {field.name: field.default for field in dataclasses.fields(ModelSettings)}
+    assert section == shape | {"vocab_size": None}
+
+
+def test_flags_beat_the_file_and_the_file_beats_the_defaults():
+    settings = build_settings({"training": {"epochs": 3, "batch_size": 4}}, {"epochs": "7"})
+    assert (settings.training.epochs, settings.training.batch_size, settings.training.patience) == (7, 4, 5)
+
+
+def test_the_guides_sample_config_is_accepted():
+    file_values = {
+        "data": {"tokenizer_path": "/path/to/tokenizer", "train_data_path": "./d.bin", "val_data_path": None},
+        "training": {
+            "epochs": 15, "batch_size": 32, "learning_rate": 3.0e-4, "optimizer_type": "adamw",
+            "lr_scheduler": "cosine", "use_ema": True, "early_stopping": True,
+        },
+    }  # fmt: skip
+    settings = build_settings(file_values, {})
+    assert settings.training.use_ema and settings.training.early_stopping and settings.data.val_data_path is None
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "value"),
+    [
+        ("use_ema", "true", True), ("use_ema", "False", False), ("learning_rate", "3e-4", 3e-4),
+        ("max_steps", "null", None), ("val_data_path", "a.bin", "a.bin"), ("lr_scheduler", "polynomial", "polynomial"),
+    ],
+)  # fmt: skip
+def test_flags_are_texts_and_become_values(name, text, value):
+    settings = build_settings({}, {name: text})
+    assert next(vars(part)[name] for part in vars(settings).values() if name in vars(part)) == value
+
+
+def test_a_number_that_yaml_reads_as_text_is_a_number(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("training:\n  learning_rate: 3e-4\n")
+    assert build_settings(read_config(path), {}).training.learning_rate == 3e-4
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("learning_rate", "auto", "auto"), ("learning_rate", " Auto ", "auto"), ("learning_rate", "1e-3", 1e-3),
+        ("batch_size", "auto", "auto"), ("batch_size", 8, 8), ("warmup_steps", "auto", "auto"),
+        ("warmup_steps", None, None), ("warmup_steps", "0", 0), ("compile", "auto", "auto"), ("compile", True, True),
+        ("compile", "off", False),
+    ],
+)  # fmt: skip
+def test_some_settings_accept_the_word_auto(name, value, expected):
+    for settings in build_settings({"training": {name: value}}, {}), build_settings({}, {name: str(value)}):
+        assert getattr(settings.training, name) == expected
+        assert type(getattr(settings.training, name)) is type(expected)
+
+
+def test_auto_in_a_config_file_is_a_word(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("training:\n  learning_rate: auto\n  batch_size: auto\n  compile: false\n", encoding="utf-8")
+    training = build_settings(read_config(path), {"min_lr": "50", "max_steps": "1"}).training
+    assert (training.learning_rate, training.batch_size, training.compile) == ("auto", "auto", False)
+
+
+@pytest.mark.parametrize(("arguments", "expected"), [([], "auto"), (["--compile"], True), (["--compile", "no"], False)])
+def test_a_bare_compile_flag_means_true(arguments, expected):
+    from train import read_settings
+
+    assert read_settings(arguments).training.compile is expected
+
+
+WRONG = {
+    "a misspelt key": ({"training": {"epohs": 3}}, "training.epohs", "'epochs'"),
+    "a key in the wrong section": ({"training": {"dim": 64}}, "training.dim", "'model'"),
+    "an unknown section": ({"optimizer": {"lr": 1}}, "'optimizer'", "training"),
+    "a section that is a list": ({"training": [1]}, "'training'", "keys"),
+    "text for a number": ({"training": {"epochs": "many"}}, "training.epochs", "whole number"),
+    "a fraction for a whole number": ({"training": {"epochs": 1.5}}, "1.5", "whole number"),
+    "true for a number": ({"training": {"batch_size": True}}, "batch_size", "whole number"),
+    "a number for true": ({"training": {"use_ema": 1}}, "use_ema", "true or false"),
+    "zero": ({"training": {"batch_size": 0}}, "batch_size", "at least 1"),
+    "a negative rate": ({"training": {"learning_rate": -1}}, "learning_rate", "above 0"),
+    "nan": ({"training": {"learning_rate": float("nan")}}, "learning_rate", "a number"),
+    "another word than auto": ({"training": {"learning_rate": "automatic"}}, "learning_rate", "a number", "or auto"),
+    "auto where it is not offered": ({"training": {"epochs": "auto"}}, "epochs", "'auto' found, a whole number"),
+    "a number for compile": ({"training": {"compile": 1}}, "compile", "true or false or auto"),
+    "null for a batch": ({"training": {"batch_size": None}}, "batch_size", "whole number", "or auto"),
+    "an unknown choice": ({"training": {"dtype": "fp16"}}, "dtype", "float16"),
+    "null where a value is needed": ({"training": {"epochs": None}}, "epochs", "whole number"),
+    "a list for text": ({"data": {"train_data_path": ["a"]}}, "train_data_path", "text"),
+    "heads that do not divide": ({"model": {"n_heads": 16, "n_kv_heads": 5}}, "n_kv_heads", "divide"),
+    "a dim that heads do not divide": ({"model": {"dim": 100}}, "dim", "multiple of"),
+    "dropout of 1": ({"model": {"dropout": 1.0}}, "dropout", "0 to 1"),
+    "min_lr above learning_rate": ({"training": {"min_lr": 1.0}}, "min_lr", "learning_rate"),
+    "warm-up as long as the run": ({"training": {"warmup_steps": 9, "max_steps": 9}}, "warmup_steps", "max_steps"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_is_wrong_is_named_with_what_is_accepted(case):
+    values, *expected = WRONG[case]
+    with pytest.raises(InputError) as raised:
+        build_settings(values, {})
+    assert "\n" not in str(raised.value)
+    for text in expected:
+        assert text in str(raised.value)
+
+
+def test_all_that_is_wrong_is_reported_at_once():
+    with pytest.raises(InputError) as raised:
+        build_settings({"training": {"epohs": 3, "dtype": "fp8"}}, {"patience": "0"})
+    for name in ("epohs", "dtype", "--patience"):
+        assert name in str(raised.value)
+
+
+BAD_FILES = {
+    "a key twice": ("training:\n  epochs: 1\n  epochs: 2\n", "given twice"),
+    "an alias": ("data: &a {}\nmodel: *a\n", "aliases"),
+    "a python tag": ("training: !!python/object/apply:os.system ['true']\n", "line 1"),
+    "no yaml": ("training: [\n", "line"),
+    "a list": ("- 1\n", "sections"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_FILES)
+def test_a_bad_config_file_is_one_line(case, tmp_path):
+    text, expected = BAD_FILES[case]
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    with pytest.raises(InputError, match=expected) as raised:
+        read_config(path)
+    assert "\n" not in str(raised.value)
+
+
+def test_the_command_line_reports_what_is_wrong_and_writes_nothing(tmp_path):
+    command = [
+        sys.executable,
+        ROOT / "train.py",
+        "--epoch",
+        "3",
+        "--learning_rate",
+        "fast",
+        "--out_dir",
+        tmp_path / "o",
+    ]
+    result = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=60)
+    assert result.returncode == 2
+    assert "--epoch: unknown; did you mean --epochs?" in result.stderr and "--learning_rate" in result.stderr
+    assert "Traceback" not in result.stderr and not (tmp_path / "o").exists()
+
+
+def test_help_lists_every_flag():
+    result = subprocess.run([sys.executable, ROOT / "train.py", "--help"], capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0
+    assert not [name for name in FIELDS if f"--{name} " not in result.stdout and f"--{name}\n" not in result.stdout]

@@ -1,0 +1,517 @@
+"""Training: what a user does, and what must come of it: a tiny model on the sample corpus, real processes, signals."""
+
+import copy
+import itertools
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from model.dataset import IGNORE_INDEX, PretrainDataset
+from model.errors import InputError, TrainingDiverged
+from model.storage.archive import load_torch
+from model.text.tokenization import encode_texts, load_tokenizer, tokenizer_sha256
+from model.token_file.manifest import Manifest, file_sha256, write_manifest
+from model.training.optimizer import momentum_at
+from model.training.settings import build_settings
+from optimized_pretrain import Trainer
+from tests.conftest import ROOT
+from utils import Processes
+
+TINY = {
+    "dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "max_seq_len": 32, "batch_size": 4, "learning_rate": 3e-3,
+    "max_steps": 12, "eval_interval": 4, "eval_steps": 3, "save_interval": 4, "log_interval": 1, "keep_last": 9,
+}  # fmt: skip
+ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUTF8": "1"}
+
+
+@pytest.fixture(scope="session")
+def token_file(tmp_path_factory, tokenizer_folder):
+    """The first 60 texts of the sample corpus as a token file: some 650 samples of 32 tokens."""
+    tokenizer, ids = load_tokenizer(tokenizer_folder), []
+    lines = (ROOT / "dataset" / "classics_zh.jsonl").read_text(encoding="utf-8").splitlines()[:60]
+    for encoded in encode_texts(tokenizer, [json.loads(line)["text"] for line in lines]):
+        ids += [tokenizer.bos_token_id, *encoded, tokenizer.eos_token_id]
+    path = tmp_path_factory.mktemp("data") / "train.bin"
+    np.array(ids, dtype="<u2").tofile(path)
+    sha256 = tokenizer_sha256(tokenizer_folder)
+    write_manifest(path, Manifest("uint16", 300, 1, 2, len(ids), len(lines), sha256, "test", file_sha256(path)))
+    return path
+
+
+@pytest.fixture
+def flags(tmp_path, token_file, tokenizer_folder):
+    """Flags of a tiny run into `tmp_path/out`, with those given on top."""
+
+    def build(**changes):
+        paths = {"train_data_path": token_file, "tokenizer_path": tokenizer_folder, "out_dir": tmp_path / "out"}
+        return {name: str(value) for name, value in (TINY | paths | changes).items() if value is not None}
+
+    return build
+
+
+def train(flags):
+    """Train in this process; returns the trainer, with what happened in `trainer.outcome`."""
+    torch.set_num_threads(1)  # sums in the same order as in the runs it is compared with
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        trainer = Trainer(build_settings({}, flags), Processes())
+        trainer.outcome = trainer.train()
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    return trainer
+
+
+def command(flags, *more):
+    return [sys.executable, str(ROOT / "train.py"), *(f"--{name}={value}" for name, value in flags.items()), *more]
+
+
+def run(arguments, **options):
+    options = {"capture_output": True, "text": True, "encoding": "utf-8", "timeout": 120, "env": ONE_THREAD} | options
+    return subprocess.run(arguments, **options)
+
+
+def events(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(folder):
+    return [(event["step"], event["loss"]) for event in events(folder) if "loss" in event]
+
+
+def assert_equal(a, b, where=""):
+    """Equal to the last bit, however deep."""
+    assert type(a) is type(b), where
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            assert_equal(a[key], b[key], f"{where}.{key}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), where
+        for index, pair in enumerate(zip(a, b, strict=True)):
+            assert_equal(*pair, f"{where}[{index}]")
+    else:
+        assert a == b, where
+
+
+def assert_same_end(first, second, step=12):
+    """Everything that training needs to go on is the same in both folders' last checkpoints."""
+    a, b = (load_torch(folder / f"checkpoint_step_{step}.pth") for folder in (first, second))
+    for content in (a, b):
+        content["progress"].pop("seconds")
+    for key in ("model", "ema", "ema_updates", "optimizer", "scaler", "progress", "random_states", "data", "config"):
+        assert_equal(a[key], b[key], key)
+
+
+# ------------------------------------------------------------------------------------------------- what a run leaves
+
+
+def test_a_run_leaves_weights_checkpoints_metrics_curves_and_its_settings(flags, tmp_path):
+    trainer = train(flags(use_ema="true"))
+    out = tmp_path / "out"
+    assert trainer.outcome == "finished"
+    assert {path.name for path in out.iterdir()} - {".lock"} == {
+        "best_model.json", "best_model.pth", "pretrain_32.json", "pretrain_32.pth", "checkpoint_step_4.pth",
+        "checkpoint_step_8.pth", "checkpoint_step_12.pth", "config.yaml", "curves.png", "metrics.jsonl", "status.json",
+    }  # fmt: skip
+    logged, evaluated = ([e for e in events(out) if key in e] for key in ("loss", "val_loss"))
+    assert [event["step"] for event in logged] == list(range(1, 13))
+    assert [event["step"] for event in evaluated] == [4, 8, 12]
+    assert logged[-1]["loss"] < logged[0]["loss"] and logged[-1]["tokens"] == 12 * 4 * 32
+    assert {"lr", "grad_norm", "tokens_per_second", "mfu", "elapsed", "epoch"} <= logged[0].keys()
+    assert 0 < evaluated[-1]["bits_per_byte"] < 8
+    assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
+    saved = yaml.safe_load((out / "config.yaml").read_text())
+    assert saved["model"]["vocab_size"] == 300 and saved["training"]["min_lr"] == pytest.approx(3e-4)
+    assert_equal(load_torch(out / "pretrain_32.pth"), dict(trainer.ema.module.state_dict()))
+
+
+def test_bits_per_byte_is_the_loss_over_the_bytes_of_the_text(flags):
+    trainer = train(flags(max_steps=1, eval_steps=None))
+    val_loss, bits_per_byte = trainer.evaluate()
+    tokenizer = load_tokenizer(trainer.settings.data.tokenizer_path)
+    _, targets = trainer.data.val.batch(trainer.data.val_samples, rows=len(trainer.data.val_samples))
+    characters = tokenizer.convert_ids_to_tokens(targets[targets > 2].tolist())  # one character a byte
+    assert bits_per_byte == pytest.approx(val_loss * targets.numel() / 0.6931472 / len("".join(characters)), rel=1e-4)
+
+
+@pytest.fixture
+def read_samples(monkeypatch):
+    """What is read from the token files, in order: one list of sample numbers a batch."""
+    batches, batch = [], PretrainDataset.batch
+    monkeypatch.setattr(
+        PretrainDataset, "batch", lambda self, samples, rows: batches.append([*samples]) or batch(self, samples, rows)
+    )
+    return batches
+
+
+def test_epochs_read_every_training_sample_once_and_no_held_out_one(flags, read_samples):
+    options = {"batch_size": 300, "eval_interval": 99, "save_interval": 99}
+    trainer = train(flags(max_steps=None, epochs=2, **options))
+    samples, steps = sorted(trainer.data.train_samples), trainer.order.steps_per_epoch
+    assert len(samples) % 300 and trainer.progress.step == 2 * steps  # the last step of an epoch is a shorter one
+    for epoch in (read_samples[:steps], read_samples[steps : 2 * steps]):
+        assert sorted(sum(epoch, [])) == samples
+    assert 0 < len(trainer.data.val_samples) <= 0.01 * len(trainer.data.train)
+    assert not set(trainer.data.val_samples) & set(samples)
+
+
+def test_with_samples_from_documents_an_epoch_predicts_all_but_the_first_token_of_each(flags, tmp_path):
+    options = {"sample_start": "document", "document_mask": "true", "max_seq_len": 96, "batch_size": 50}
+    trainer = train(flags(max_steps=None, epochs=2, eval_interval=99, save_interval=99, **options))
+    data, train_samples, held_out = trainer.data.train, trainer.data.train_samples, trainer.data.val_samples
+    predicted = np.sort(data.batch(np.arange(len(data)), rows=len(data))[1].flatten().numpy())
+    tokens = np.asarray(data.tokens)
+    assert predicted[predicted != IGNORE_INDEX].tolist() == np.sort(tokens[tokens != 1]).tolist()
+    in_epoch = len(tokens) - data.manifest.documents - data.count_targets(held_out)
+    assert [event["tokens"] for event in events(tmp_path / "out")][-1] == 2 * in_epoch
+    assert data.count_targets(train_samples) == in_epoch
+
+    loss = trainer.evaluate()[0]  # on the held-out samples, each document alone
+    total, rows = 0.0, data.batch(held_out, rows=len(held_out))
+    trainer.model.eval()
+    for inputs, targets in zip(*rows, strict=True):
+        begins = [t for t in range(96) if t == 0 or inputs[t] == 1 or targets[t - 1] == IGNORE_INDEX] + [96]
+        for begin, end in itertools.pairwise(begins):
+            with torch.no_grad(), trainer.autocast:
+                total += float(trainer.model(inputs[None, begin:end], targets[None, begin:end]))
+    assert loss == pytest.approx(total / data.count_targets(held_out), rel=1e-5)
+
+
+def test_a_second_run_moves_the_first_one_aside(flags, tmp_path, capfd):
+    train(flags(max_steps=4))
+    before = (tmp_path / "out" / "pretrain_32.pth").read_bytes()
+    train(flags(max_steps=4, seed=7))
+    (moved,) = (tmp_path / "out" / "previous").iterdir()
+    assert (moved / "pretrain_32.pth").read_bytes() == before and (moved / "metrics.jsonl").exists()
+    assert str(moved) in capfd.readouterr().err
+
+
+def test_only_the_newest_checkpoints_are_kept(flags, tmp_path):
+    train(flags(keep_last=2))
+    steps = sorted(path.name for path in (tmp_path / "out").glob("checkpoint_*"))
+    assert steps == ["checkpoint_step_12.pth", "checkpoint_step_8.pth"]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="threads are counted in /proc")
+def test_saving_starts_no_second_team_of_threads():
+    """More OpenMP threads than cores slow all of them down: see `BackgroundSaver._work`."""
+    script = """
+import os, torch
+from model.runs.saving import BackgroundSaver
+weights = {"w": torch.randn(1_000_000)}
+weights["w"].isfinite().all()  # the main thread's team
+saver = BackgroundSaver(print)
+before = len(os.listdir("/proc/self/task"))
+saver.submit("weights", weights, lambda copy: None)
+saver.wait()
+print(len(os.listdir("/proc/self/task")) - before, torch.get_num_threads())
+"""
+    environment = os.environ | {"OMP_NUM_THREADS": "2"}
+    result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.stdout.split() == ["0", "2"], result.stderr
+
+
+# ------------------------------------------------------------------------------------------- what a step computes
+
+
+def test_the_steps_set_muons_momentum(flags):
+    trainer = train(flags(optimizer_type="muon", max_steps=3))
+    assert [group["momentum"] for group in trainer.optimizer.param_groups] == [momentum_at(2)] * 3
+
+
+def test_accumulation_equals_the_large_batch(flags, tmp_path):
+    train(flags(dtype="float32", batch_size=8, out_dir=tmp_path / "large"))
+    train(flags(dtype="float32", batch_size=2, accumulation_steps=4, out_dir=tmp_path / "small"))
+    for (_, large), (_, small) in zip(losses(tmp_path / "large"), losses(tmp_path / "small"), strict=True):
+        assert small == pytest.approx(large, abs=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_16_bit_training_learns_about_the_same(flags, tmp_path, dtype, monkeypatch):
+    train(flags(dtype="float32", out_dir=tmp_path / "float32"))
+    monkeypatch.setenv("MATECONV_EMULATE_DTYPE", "1")
+    trainer = train(flags(dtype=dtype, out_dir=tmp_path / dtype))
+    assert str(trainer.dtype) == f"torch.{dtype}" and trainer.scaler.is_enabled() == (dtype == "float16")
+    last = dict(losses(tmp_path / dtype))[12]
+    assert last == pytest.approx(dict(losses(tmp_path / "float32"))[12], abs=0.05)
+
+
+def test_a_float16_overflow_skips_the_step_and_counts_no_step(flags, monkeypatch):
+    monkeypatch.setenv("MATECONV_EMULATE_DTYPE", "1")
+    torch.set_num_threads(1)
+    trainer = Trainer(build_settings({}, flags(dtype="float16", max_steps=3)), Processes())
+    trainer._begin_session()
+    trainer.scaler._init_scale = 2.0**40  # the first scaled gradients overflow
+    before = {key: value.clone() for key, value in trainer.model.state_dict().items()}
+    trainer._train_step()
+    assert trainer.progress.step == 0 and trainer.progress.samples == 4
+    assert_equal(dict(trainer.model.state_dict()), before)
+    for _ in range(40):
+        trainer._train_step()
+    assert trainer.progress.step > 0 and trainer.scaler.get_scale() < 2.0**40
+
+
+@pytest.mark.parametrize("max_skipped_steps", [0, 3])
+def test_gradients_that_are_not_finite_are_skipped_and_then_stop_training(flags, max_skipped_steps):
+    trainer = Trainer(build_settings({}, flags(max_skipped_steps=max_skipped_steps)), Processes())
+    trainer._begin_session()
+    assert trainer._train_step()
+    before = copy.deepcopy(trainer.model.state_dict()), copy.deepcopy(trainer.optimizer.state_dict())
+    trainer.model.norm.weight.register_hook(lambda gradient: gradient * torch.nan)
+    for _ in range(max_skipped_steps):
+        assert not trainer._train_step()
+    with pytest.raises(TrainingDiverged, match="step 2: the gradient is not finite"):
+        trainer._train_step()
+    assert_equal(dict(trainer.model.state_dict()), dict(before[0]))
+    assert_equal(trainer.optimizer.state_dict()["state"], before[1]["state"])
+    assert trainer.progress.step == 1 and trainer.progress.samples == 4 * (max_skipped_steps + 2)
+
+
+def test_early_stopping_after_patience_evaluations_without_gain(flags, tmp_path):
+    trainer = train(flags(early_stopping="true", patience=2, learning_rate=1.0, grad_clip=0, max_steps=400, seed=3))
+    evaluated = [event["val_loss"] for event in events(tmp_path / "out") if "val_loss" in event]
+    assert trainer.outcome == "early_stopping"
+    assert min(evaluated[:-2]) <= min(evaluated[-2:]) and len(evaluated) < 100
+    best = load_torch(tmp_path / "out" / "best_model.pth")
+    trainer.model.load_state_dict(best)
+    assert trainer.evaluate()[0] == pytest.approx(min(evaluated), abs=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------- stopping and resuming
+
+RESUMED = {
+    "plain": {},
+    "everything": {"use_ema": "true", "dropout": 0.1, "accumulation_steps": 2, "optimizer_type": "adam"},
+    "float16": {"dtype": "float16", "use_ema": "true"},
+    "muon": {"optimizer_type": "muon", "lr_scheduler": "wsd", "dtype": "bfloat16"},
+    "documents": {"sample_start": "document", "document_mask": "true", "max_seq_len": 96, "batch_size": 80},
+    "across epochs": {"batch_size": 200, "lr_scheduler": "linear", "early_stopping": "true", "patience": 3},
+}
+
+
+@pytest.mark.parametrize("case", RESUMED)
+def test_a_killed_run_goes_on_and_ends_with_the_same_bits(flags, tmp_path, case, monkeypatch):
+    monkeypatch.setenv("MATECONV_EMULATE_DTYPE", "1")
+    whole = train(flags(out_dir=tmp_path / "whole", **RESUMED[case]))
+    assert whole.outcome == "finished"
+    killed = tmp_path / "killed"
+    shutil.copytree(tmp_path / "whole", killed)  # what is on the disk when a run dies after step 8 …
+    for path in killed.glob("*_12.pth"):
+        path.unlink()
+    for name in ("pretrain_32.pth", "pretrain_32.json"):
+        (killed / name).unlink()
+    resumed = train(flags(out_dir=killed, resume="true", **RESUMED[case]))
+    assert resumed.outcome == "finished"
+    assert_same_end(tmp_path / "whole", killed)
+    assert losses(tmp_path / "whole") == losses(killed)  # … and the lines after it are not there twice
+    assert_equal(*(load_torch(folder / "pretrain_32.pth") for folder in (tmp_path / "whole", killed)))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_run_saves_and_resume_alone_ends_with_the_same_bits(flags, tmp_path, number):
+    train(flags(max_steps=300, eval_interval=100, save_interval=300, out_dir=tmp_path / "whole"))
+    arguments = command(flags(max_steps=300, eval_interval=100, save_interval=300))
+    with subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, encoding="utf-8", env=ONE_THREAD) as process:
+        metrics = tmp_path / "out" / "metrics.jsonl"
+        wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") > 5, process)
+        process.send_signal(number)
+        messages = process.communicate(timeout=60)[1]
+    assert process.returncode == 130 and "Traceback" not in messages
+    assert "go on with: python train.py --resume" in messages
+    stopped_at = load_torch(tmp_path / "out" / "checkpoint_interrupted.pth")["progress"]["step"]
+    assert 5 <= stopped_at < 300
+    result = run([sys.executable, ROOT / "train.py", "--resume", "--out_dir", tmp_path / "out"])
+    assert result.returncode == 0 and f"at step {stopped_at}" in result.stderr
+    assert_same_end(tmp_path / "whole", tmp_path / "out", step=300)
+
+
+def wait_for(condition, process, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < end, "nothing happened"
+        time.sleep(0.05)
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over(flags, tmp_path, capfd):
+    train(flags())
+    newest = tmp_path / "out" / "checkpoint_step_12.pth"
+    whole = newest.read_bytes()
+    newest.write_bytes(whole[: len(whole) // 2])
+    train(flags(resume="true"))
+    messages = capfd.readouterr().err
+    assert "passed over" in messages and "checkpoint_step_8.pth at step 8" in messages
+    assert load_torch(newest)["progress"]["step"] == 12
+
+
+def test_a_checkpoint_of_another_model_or_data_is_refused(flags, tmp_path):
+    train(flags(max_steps=4))
+    for change, named in ({"dim": 64}, "dim 32 there, 64 here"), ({"optimizer_type": "adam"}, "optimizer_type"):
+        with pytest.raises(InputError, match=named):
+            train(flags(resume="true", **change))
+    with pytest.raises(InputError, match="sample_start packed there, document here"):
+        train(flags(resume="true", sample_start="document"))
+    other = tmp_path / "other.bin"
+    other.write_bytes(b"\1\0" * 5000)
+    with pytest.raises(InputError, match="another data"):
+        train(flags(resume="true", train_data_path=other))
+
+
+def test_going_on_from_an_older_step_keeps_what_came_after(flags, tmp_path):
+    train(flags())
+    out = tmp_path / "out"
+    best, final = ((out / name).read_bytes() for name in ("best_model.pth", "pretrain_32.pth"))
+    train(flags(resume_from=out / "checkpoint_step_4.pth", learning_rate=1e-5))
+    (left,) = (out / "previous").iterdir()
+    assert (left / "checkpoint_step_12.pth").exists() and (left / "metrics.jsonl").exists()
+    assert (left / "best_model.pth").read_bytes() == best and (left / "pretrain_32.pth").read_bytes() == final
+
+
+def test_changed_settings_take_effect_and_are_named(flags, tmp_path, capfd):
+    train(flags(max_steps=4))
+    train(flags(resume="true", weight_decay=0.5, learning_rate=1e-3))
+    messages = capfd.readouterr().err
+    assert "learning_rate 0.003 -> 0.001" in messages and "weight_decay 0.1 -> 0.5" in messages
+    groups = load_torch(tmp_path / "out" / "checkpoint_step_12.pth")["optimizer"]["param_groups"]
+    assert [group["weight_decay"] for group in groups] == [0.5, 0.0]
+    capfd.readouterr()
+    train(flags(resume="true", weight_decay=0.5, learning_rate=1e-3))
+    assert "other settings" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("batch_size", [50, 200])
+def test_with_another_batch_size_the_rate_still_falls_until_the_end(flags, tmp_path, batch_size):
+    options = {"max_steps": None, "epochs": 2, "eval_interval": 99}
+    first = train(flags(**options, batch_size=100, save_interval=1, keep_last=99))
+    steps = first.order.steps_per_epoch
+    out = tmp_path / "out"
+    resumed = train(flags(**options, batch_size=batch_size, resume_from=out / f"checkpoint_step_{steps}.pth"))
+    assert resumed.progress.step == steps + -(-len(resumed.data.train_samples) // batch_size)
+    rates = [event["lr"] for event in events(out) if "lr" in event]
+    assert rates[-1] == pytest.approx(3e-4) and rates[-2] > rates[-1]
+
+
+def test_a_log_that_nobody_reads_any_more_ends_no_training(flags, tmp_path):
+    arguments = command(flags(max_steps=300, eval_interval=100, save_interval=300))
+    with subprocess.Popen(arguments, stderr=subprocess.PIPE, env=ONE_THREAD) as process:
+        metrics = tmp_path / "out" / "metrics.jsonl"
+        wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") > 5, process)
+        process.stderr.close()  # as `tee` does, which gets the same Ctrl-C
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=60) == 130
+    assert load_torch(tmp_path / "out" / "checkpoint_interrupted.pth")["progress"]["step"] > 5
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limit on a file's size")
+def test_a_full_disk_is_one_line_and_the_older_checkpoint_stays(flags, tmp_path):
+    import resource
+
+    train(flags(max_steps=4))
+    size = (tmp_path / "out" / "checkpoint_step_4.pth").stat().st_size
+    before = (tmp_path / "out" / "checkpoint_step_4.pth").read_bytes()
+
+    def limit():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, size // 2))
+
+    result = run(command(flags(resume="true")), preexec_fn=limit)
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert re.search(r"cannot be written \(File too large: \d+ kB needed, \d+ kB could be", result.stderr)
+    assert (tmp_path / "out" / "checkpoint_step_4.pth").read_bytes() == before
+    assert not list((tmp_path / "out").glob("*.tmp"))
+
+
+def test_a_preview_that_fails_ends_no_training(tiny_model, tokenizer_folder):
+    from train import make_preview
+
+    tiny_model.config.max_seq_len = 2
+    lines = make_preview(build_settings({}, {"tokenizer_path": str(tokenizer_folder)}))(tiny_model)
+    assert len(lines) == 3 and all("max_seq_len" in line or "context" in line for line in lines)
+
+
+# ------------------------------------------------------------------------------------------------------ two processes
+
+
+def torchrun(flags, *launcher):
+    launcher = launcher or ("-m", "torch.distributed.run")
+    names = [f"--{name}={value}" for name, value in flags.items()]
+    return run([sys.executable, *launcher, "--nproc_per_node=2", str(ROOT / "train.py"), *names, "--ddp"])
+
+
+@pytest.mark.parametrize(
+    ("launcher", "options"),
+    [
+        ("torch.distributed.run", {}),
+        ("torch.distributed.launch", {}),
+        ("torch.distributed.run", {"sample_start": "document", "document_mask": "true", "max_seq_len": 96}),
+    ],
+)
+def test_two_processes_compute_what_one_does(flags, tmp_path, launcher, options):
+    options = options | {"dtype": "float32"}
+    train(flags(batch_size=4, out_dir=tmp_path / "one", **options))
+    result = torchrun(flags(batch_size=2, out_dir=tmp_path / "two", **options), "-m", launcher)
+    assert result.returncode == 0, result.stderr
+    for (_, one), (_, two) in zip(losses(tmp_path / "one"), losses(tmp_path / "two"), strict=True):
+        assert two == pytest.approx(one, abs=1e-5)
+    evaluated = [[e["val_loss"] for e in events(tmp_path / name) if "val_loss" in e] for name in ("one", "two")]
+    assert evaluated[0] == pytest.approx(evaluated[1], abs=1e-5)
+
+
+def test_two_processes_resume_with_the_same_bits(flags, tmp_path):
+    options = {"batch_size": 2, "accumulation_steps": 2, "dropout": 0.1, "use_ema": "true"}
+    assert torchrun(flags(out_dir=tmp_path / "whole", **options)).returncode == 0
+    shutil.copytree(tmp_path / "whole", tmp_path / "killed")
+    (tmp_path / "killed" / "checkpoint_step_12.pth").unlink()
+    result = torchrun(flags(out_dir=tmp_path / "killed", resume="true", **options))
+    assert result.returncode == 0 and "resuming from" in result.stderr, result.stderr
+    assert_same_end(tmp_path / "whole", tmp_path / "killed")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_two_processes_stop_after_the_same_step_and_go_on(flags, tmp_path, number):
+    options = flags(batch_size=2, max_steps=300, eval_interval=100, save_interval=300)
+    names = [f"--{name}={value}" for name, value in options.items()]
+    arguments = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", str(ROOT / "train.py"), *names]
+    with subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, encoding="utf-8", env=ONE_THREAD) as process:
+        metrics = tmp_path / "out" / "metrics.jsonl"
+        wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") > 5, process)
+        process.send_signal(number)
+        messages = process.communicate(timeout=100)[1]
+    checkpoint = load_torch(tmp_path / "out" / "checkpoint_interrupted.pth")
+    assert len(checkpoint["random_states"]) == 2 and checkpoint["progress"]["step"] < 300
+    assert "go on with: torchrun --nproc_per_node=2 train.py --resume" in messages
+
+
+# ---------------------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"train_data_path": "none.bin"}, "none.bin"),
+        ({"val_data_path": "none.bin"}, "none.bin"),
+        ({"tokenizer_path": "none"}, "tokenizer_path"),
+        ({"vocab_size": 200}, "vocab_size: 200"),
+        ({"resume_from": "none.pth"}, "none.pth"),
+        ({"warmup_steps": 50, "max_steps": 20}, "warmup_steps"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(flags, tmp_path, change, expected):
+    result = run(command(flags(**change)))
+    assert result.returncode == 2
+    line = next(line for line in result.stderr.splitlines() if line.startswith("error:"))
+    assert expected in line and "Traceback" not in result.stderr
+    assert not (tmp_path / "out").exists()

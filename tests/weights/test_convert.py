@@ -1,0 +1,292 @@
+"""python -m model.convert as a user runs it, and the scripts with weights in another program's format."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+
+import inference
+import model.convert
+import train
+from model.dataset import PretrainDataset, hold_out
+from model.storage.archive import load_torch
+from model.text.tokenization import EMBEDDED_TOKENIZER, load_tokenizer, tokenizer_sha256
+from model.weights.load import load_weights, save_weights
+from tests.conftest import ROOT, corpus_lines
+from tests.model_shapes import TEXT, assert_same, model_of, weights_of
+from utils import run_command
+
+pytest.importorskip("gguf")
+
+PLAIN = {"max_seq_len": 256, "norm_eps": 1e-5, "rope_theta": 10000.0}  # what every format can say
+FOREIGN = {"folder": "model", "gguf": "model.gguf"}
+QUICK = {
+    "batch_size": 4, "max_seq_len": 32, "max_steps": 4, "eval_interval": 2, "eval_steps": 2, "save_interval": 2,
+    "log_interval": 1, "dtype": "float32", "device": "cpu", "compile": "false",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory, tokenizer_folder):
+    """A folder with a model of the embedded tokenizer (a.pth) and one with another (own.pth), each in three formats."""
+    shop = tmp_path_factory.mktemp("shop")
+    for name, weights in {
+        "a": weights_of(PLAIN | {"vocab_size": 6400}),
+        "own": weights_of(PLAIN, tokenizer_folder),
+    }.items():
+        save_weights(shop / f"{name}.pth", weights)
+        for target in FOREIGN.values():
+            model.convert.convert(shop / f"{name}.pth", shop / name / target, say=lambda line: None)
+    (shop / "raw.jsonl").write_bytes(b"".join(corpus_lines(40)))
+    return shop
+
+
+@pytest.fixture
+def here(monkeypatch, capsys):
+    """Runs a script's main in this process, as its command line does: (exit code, stdout, stderr)."""
+    torch.set_num_threads(1)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def run(script, *arguments) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", [script.__file__, *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit_:
+            run_command(script.main)
+        return exit_.value.code or 0, *capsys.readouterr()
+
+    yield run
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def command(*arguments, cwd=ROOT, **options) -> subprocess.CompletedProcess:
+    """A Python command, in a process of its own."""
+    environment = os.environ | {"PYTHONUTF8": "1", "PYTHONPATH": str(ROOT)}
+    options = {"capture_output": True, "encoding": "utf-8", "timeout": 120, "env": environment} | options
+    return subprocess.run([sys.executable, *map(str, arguments)], cwd=cwd, **options)
+
+
+# -------------------------------------------------------------------------------------------------------- the command
+
+
+def test_the_command_tells_what_it_found_and_wrote(shop, tmp_path):
+    done = command("-m", "model.convert", shop / "own.pth", "my_model.gguf", "--dtype", "Q8_0", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (0, "")
+    assert done.stderr.splitlines() == [
+        f"{shop / 'own.pth'}: 80,960 parameters: 2 layers of 64, 4 heads of 16 (2 for keys and values), 300 tokens,"
+        " context 256; tie_embeddings, RoPE 10000",
+        "my_model.gguf: written for llama.cpp and what builds on it",
+    ]
+    assert [path.name for path in tmp_path.iterdir()] == ["my_model.gguf"]
+    assert load_weights(tmp_path / "my_model.gguf").config == load_weights(shop / "own.pth").config
+
+
+@pytest.mark.parametrize("name", ["a", "own"])
+@pytest.mark.parametrize(
+    "target, flags",
+    [
+        ("b", []), ("b.gguf", []), ("b.bin", []), ("b.pt", []), ("b.pth", []), ("c", ["--to", "meta"]),
+        ("c.model", ["--to", "gguf"]),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_there_and_back(shop, tmp_path, here, name, target, flags):
+    weights, tokenizer = load_weights(shop / f"{name}.pth"), ["--tokenizer_path", EMBEDDED_TOKENIZER]
+    if name == "own":
+        tokenizer = ["--tokenizer_path", weights.tokenizer_path]
+    code, _, error = here(model.convert, shop / f"{name}.pth", tmp_path / target, *flags)
+    assert code == 0 and f"{tmp_path / target}: written for" in error
+    told = tokenizer if target.endswith((".bin", ".pt")) or "meta" in flags else []  # these name no tokenizer
+    code, _, error = here(model.convert, tmp_path / target, tmp_path / "back.pth", *told)
+    assert code == 0 and ("the embedded one is taken if none is given" in error) == bool(told)
+    back = load_weights(tmp_path / "back.pth")
+    if "meta" in flags:
+        assert f"max_seq_len {back.config.max_seq_len} is assumed" in error
+        back.config.max_seq_len = weights.config.max_seq_len
+    assert_same(back, weights)
+    described = json.loads((tmp_path / "back.json").read_text(encoding="utf-8"))
+    if name == "a":
+        assert (described["tokenizer_path"], described["tokenizer_sha256"]) == (None, tokenizer_sha256())
+    else:
+        assert described["tokenizer_path"] == str(tmp_path / "back_tokenizer")
+        there, first = load_tokenizer(tmp_path / "back_tokenizer"), load_tokenizer(weights.tokenizer_path)
+        ids = (each(TEXT, add_special_tokens=False).input_ids for each in (there, first))
+        assert len({*map(tuple, ids)}) == 1 and there.chat_template == first.chat_template
+
+
+REFUSED = {
+    "one file of safetensors": (["a.pth", "b.safetensors"], "b.safetensors: a folder's name expected"),
+    "the target is there": (["own.pth", "own/model"], "own/model is there already; give another name"),
+    "a file is there": (["own.pth", "a.pth"], "a.pth is there already; give another name"),
+    "the description is there": (["own.pth", "taken.pth"], "taken.json is there already; give another name"),
+    "the tokenizer is there": (["own.pth", "taken2.pth"], "taken2_tokenizer is there already; give another name"),
+    "an unknown format": (["own.pth", "x", "--to", "onnx"], "argument --to: invalid choice: 'onnx'"),
+    "an unknown dtype": (["own.pth", "x", "--dtype", "Q4_K"], "argument --dtype: invalid choice: 'Q4_K'"),
+    "Q8_0 for transformers": (["own.pth", "x", "--dtype", "Q8_0"], "--dtype: 'Q8_0' found, F32, F16, BF16 expected"),
+    "a dtype that .pth has not": (["own.pth", "x.pth", "--dtype", "F16"], "--dtype: mateconv files hold F32 only"),
+    "no source": (["nothing.pth", "x"], "nothing.pth: no such file"),
+    "an empty folder": (["empty", "x"], "empty: neither config.json (transformers) nor params.json (Meta)"),
+    "another tokenizer": (["a.pth", "x", "--tokenizer_path", "own/model"], "a.pth was trained with another tokenizer"),
+    "no tokenizer": (["a.pth", "x", "--tokenizer_path", "empty"], "empty holds no tokenizer.json"),
+    "what is described": (["own.pth", "x", "--n_heads", "4"], "own.pth: its shape is described with it, n_heads"),
+    "no number": (["own.pth", "x", "--n_heads", "four"], "argument --n_heads: invalid int value: 'four'"),
+    "a misspelt flag": (["own.pth", "x", "--dtyp", "F16"], "--dtyp: unknown; did you mean --dtype?"),
+    "no target": (["own.pth"], "the following arguments are required: target"),
+    "a folder in a file": (["own.pth", "own.pth/x.gguf"], "own.pth/x.gguf: cannot be written"),
+}
+
+
+@pytest.mark.parametrize("arguments, message", REFUSED.values(), ids=REFUSED)
+def test_what_cannot_be_is_one_line(shop, here, monkeypatch, arguments, message):
+    monkeypatch.chdir(shop)
+    (shop / "empty").mkdir(exist_ok=True)
+    (shop / "taken.json").write_text("{}")
+    (shop / "taken2_tokenizer").mkdir(exist_ok=True)
+    (shop / "taken2_tokenizer" / "tokenizer.json").write_text("mine")
+    before = {path: path.is_file() and path.read_bytes() for path in shop.rglob("*")}
+    code, output, error = here(model.convert, *arguments)
+    errors = [line for line in error.splitlines() if not line.startswith(("own.pth: 80,", "a.pth: 4"))]
+    assert (code, output, len(errors)) == (2, "", 1), error
+    assert errors[0].startswith("error: ") and message.replace("/", os.sep) in errors[0].replace("/", os.sep)
+    assert before == {path: path.is_file() and path.read_bytes() for path in shop.rglob("*")}
+
+
+def test_a_state_dict_without_a_description_is_told_its_heads(shop, tmp_path, here):
+    weights = load_weights(shop / "a.pth")
+    torch.save(weights.state_dict, tmp_path / "bare.pth")
+    code, _, error = here(model.convert, tmp_path / "bare.pth", tmp_path / "x", "--n_heads", "5")
+    assert code == 2 and "n_heads 5 does not fit its shapes" in error and "4/2" in error
+    code, _, error = here(model.convert, tmp_path / "bare.pth", tmp_path / "x", "--n_heads", "4", "--max_seq_len=256")
+    assert code == 0 and "given n_heads 4, max_seq_len 256" in error
+    assert_same(load_weights(tmp_path / "x"), weights)
+
+
+# ---------------------------------------------------------------------------------------------------------- inference
+
+
+@pytest.mark.parametrize("name", FOREIGN.values(), ids=FOREIGN)
+def test_inference_takes_other_formats(shop, tmp_path, here, name):
+    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
+    generate = ["--prompt", TEXT, "--greedy", "--max_new_tokens=20", "--compile=false"]
+    for flags in (generate, ["--score_file", tmp_path / "text.txt"]):
+        found = here(inference, "--model_path", shop / "own" / name, *flags)
+        ours = here(inference, "--model_path", shop / "own.pth", *flags)
+        assert found[0] == ours[0] == 0 and found[1] == ours[1] != ""
+
+
+def test_a_chat_with_a_gguf_file(shop):
+    chat = ["--interactive", "--greedy", "--max_new_tokens=8", "--compile=false", "--model_path"]
+    done = command(ROOT / "inference.py", *chat, "own/model.gguf", input="你好\n再来\nexit\n", cwd=shop)
+    assert done.returncode == 0 and done.stdout.count("🤖 助手: ") == 2 and "chat template" not in done.stderr
+    ours = command(ROOT / "inference.py", *chat, "own.pth", input="你好\n再来\nexit\n", cwd=shop)
+    assert done.stdout == ours.stdout
+
+
+# ----------------------------------------------------------------------------------------------------------- training
+
+
+def flags(**values) -> list[str]:
+    return [f"--{name}={value}" for name, value in (QUICK | values).items()]
+
+
+def events(out_dir) -> list[dict]:
+    return [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("name", FOREIGN.values(), ids=FOREIGN)
+def test_training_begins_where_the_weights_are(shop, tmp_path, here, name):
+    """The token file is made with the tokenizer that comes with the weights."""
+    source, tokens = shop / "own" / name, tmp_path / "t.bin"
+    paths = {"init_from": source, "raw_data_path": shop / "raw.jsonl", "train_data_path": tokens}
+    still = {"learning_rate": 1e-12, "weight_decay": 0, "max_steps": 2, "eval_interval": 1, "eval_steps": "null"}
+    code, _, error = here(train, *flags(**paths, **still, out_dir=tmp_path / "out"))
+    assert code == 0 and error.count("the model's shape is that of these weights") == 1, error
+    weights = load_weights(source)
+    data = PretrainDataset(tokens, 32, 300, tokenizer_sha256(source))
+    inputs, targets = data.batch(hold_out(len(data))[1], rows=len(hold_out(len(data))[1]))
+    with torch.inference_mode():
+        logits = model_of(weights)(inputs)
+    expected = float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten()))
+    losses = [event["val_loss"] for event in events(tmp_path / "out") if "val_loss" in event]
+    assert losses == pytest.approx([expected] * 2, rel=1e-5) and expected > 5
+    best = load_weights(tmp_path / "out" / "best_model.pth")
+    assert (best.tokenizer_path, best.tokenizer_sha256) == (str(source), tokenizer_sha256(source))
+    assert best.config.max_seq_len == 32
+    for key, tensor in weights.state_dict.items():
+        assert torch.allclose(best.state_dict[key], tensor, atol=1e-10, rtol=0)
+
+
+@pytest.mark.parametrize("name", FOREIGN.values(), ids=FOREIGN)
+def test_a_training_goes_on_when_the_weights_are_gone(shop, tmp_path, here, name):
+    """Tokenizer and data are the embedded ones, as in the run that the weights are from."""
+    source = shutil.copytree(shop / "a", tmp_path / "a") / name
+    config = {
+        "data": {"train_data_path": str(tmp_path / "t.bin"), "raw_data_path": str(shop / "raw.jsonl")},
+        "training": {"init_from": str(source), "learning_rate": 3e-3},
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    of_config = ["--config", tmp_path / "config.yaml"]
+    code, _, error = here(train, *of_config, *flags(out_dir=tmp_path / "whole"))
+    assert code == 0, error
+    whole = load_torch(tmp_path / "whole" / "checkpoint_step_4.pth")
+    shutil.rmtree(tmp_path / "a")
+    for number, asked in enumerate(([*of_config, *flags()], [])):
+        cut = shutil.copytree(tmp_path / "whole", tmp_path / f"cut{number}")
+        (cut / "checkpoint_step_4.pth").unlink()
+        code, _, error = here(train, *asked, "--resume", "--out_dir", cut)
+        assert code == 0 and "at step 2" in error, error
+        found = load_torch(cut / "checkpoint_step_4.pth")
+        for part in ("model", "optimizer"):
+            assert bits(found[part]) == bits(whole[part])
+    code, _, error = here(train, *of_config, *flags(out_dir=tmp_path / "new"), "--resume")
+    assert code == 2 and [line for line in error.splitlines() if "error" in line] == [f"error: {source}: no such file"]
+
+
+def bits(content) -> object:
+    """Something that is equal for equal bits."""
+    if isinstance(content, torch.Tensor):
+        return content.dtype, tuple(content.shape), content.numpy().tobytes()
+    if isinstance(content, dict):
+        return {key: bits(value) for key, value in content.items()}
+    return [bits(value) for value in content] if isinstance(content, list | tuple) else content
+
+
+def test_data_of_the_same_tokenizer_are_used(shop, tmp_path, here, tokenizer_folder):
+    """Data were made with the folder that the model was trained with; its exports hold it in other bytes."""
+    from optimized_data_processing import OptimizedDataProcessor
+
+    for name, given in (("a", None), ("own", tokenizer_folder)):
+        tokens = tmp_path / f"{name}.bin"
+        OptimizedDataProcessor(tokenizer_path=given, clean=False).process_dataset(shop / "raw.jsonl", tokens)
+        for source in FOREIGN.values():
+            paths = {"init_from": shop / name / source, "train_data_path": tokens, "out_dir": tmp_path / name}
+            if given is not None:
+                paths["tokenizer_path"] = given
+            code, _, error = here(train, *flags(**paths, max_steps=1))
+            assert code == 0, error
+            trained = load_weights(tmp_path / name / "best_model.pth")
+            assert trained.tokenizer_path == (given and str(given))
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--dim=64"], "--dim: the shape is that of the weights of init_from; leave it away"),
+        (["--n_layers=2", "--qk_norm"], "--n_layers, --qk_norm: the shape is that of the weights"),
+        (["--tokenizer_path=own/model"], "was trained with another tokenizer"),
+        (["--init_from=nothing.gguf"], "nothing.gguf: no such file"),
+        (["--init_from=raw.jsonl"], "raw.jsonl: truncated, damaged or not a PyTorch file"),
+    ],
+    ids=str,
+)
+def test_flags_that_contradict_the_weights(shop, tmp_path, here, monkeypatch, arguments, message):
+    monkeypatch.chdir(shop)
+    paths = {"init_from": "a/model.gguf", "train_data_path": tmp_path / "t.bin", "raw_data_path": "raw.jsonl"}
+    code, _, error = here(train, *flags(**paths, out_dir=tmp_path / "out"), *arguments)
+    assert code == 2 and error.count("error: ") == 1 and message in error.splitlines()[-1], error
+    assert not list(tmp_path.iterdir())

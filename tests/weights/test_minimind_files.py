@@ -1,0 +1,207 @@
+"""State dicts without a description: all generations of MiniMind, and its relatives, compute what they did."""
+
+import pytest
+import torch
+
+from model.errors import InputError
+from model.LMConfig import LMConfig
+from model.model import Transformer
+from model.weights.load import Weights, load_weights, save_weights
+from model.weights.minimind import recognise
+from tests.conftest import random_model
+from tests.paper_llama import paper_logits
+
+TOKENS = torch.randint(3, 300, (1, 60), generator=torch.Generator().manual_seed(1))
+
+
+def our_logits(weights):
+    model = Transformer(weights.config).eval()
+    model.load_state_dict(weights.state_dict)
+    with torch.no_grad():
+        return model(TOKENS)
+
+
+def assert_same_logits(ours, theirs):
+    theirs = torch.as_tensor(theirs)
+    assert theirs.std() > 1  # logits that say something
+    torch.testing.assert_close(ours.double(), theirs.double(), rtol=1e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize(
+    "dim, n_heads, n_kv_heads, rope_theta, max_seq_len, multiple_of, title",
+    [
+        (512, 16, 8, 1e4, 512, 64, "MiniMind v1"),
+        (768, 16, 8, 1e4, 512, 64, "MiniMind v1"),
+        (512, 8, 2, 1e6, 8192, 64, "MiniMind2"),
+        (768, 8, 2, 1e6, 8192, 64, "MiniMind2"),
+        (512, 8, 8, 1e4, 512, 32, "baby-llama2 or llama2.c"),
+        (1024, 8, 8, 1e4, 1024, 32, "baby-llama2"),
+        (288, 6, 6, 1e4, 256, 32, "llama2.c"),
+    ],
+)
+def test_metas_names(tmp_path, dim, n_heads, n_kv_heads, rope_theta, max_seq_len, multiple_of, title):
+    hidden_dim = LMConfig(dim=dim, multiple_of=multiple_of).hidden_dim
+    shape = dict(dim=dim, n_layers=2, n_heads=n_heads, n_kv_heads=n_kv_heads, vocab_size=300, hidden_dim=hidden_dim)
+    config = LMConfig(**shape, rope_theta=rope_theta, max_seq_len=max_seq_len)
+    state = small_steps(random_model(LMConfig(**shape)).state_dict())
+    torch.save({f"_orig_mod.{name}": weight for name, weight in state.items()}, tmp_path / f"pretrain_{dim}.pth")
+
+    weights = load_weights(tmp_path / f"pretrain_{dim}.pth")
+
+    assert weights.config == config
+    assert weights.inferred.startswith(f"no pretrain_{dim}.json") and f"those of {title}, " in weights.inferred
+    assert f"assumed n_heads {n_heads}, n_kv_heads {n_kv_heads}, rope_theta {rope_theta:g}" in weights.inferred
+    assert "--tokenizer_path" in weights.inferred and "\n" not in weights.inferred
+    assert_same_logits(our_logits(weights)[0], paper_logits(state, TOKENS[0], n_heads, n_kv_heads, rope_theta))
+
+
+def small_steps(state):
+    """Weights whose layers add little each, as a trained model's do: rounding does not grow from layer to layer."""
+    return {
+        name: w * 0.2 if w.dim() == 2 and name.startswith(("layers.", "model.layers.")) else w
+        for name, w in state.items()
+    }
+
+
+def transformers_state(kind, dim, n_heads, n_kv_heads, norm_eps, tied=True):
+    """transformers' model of a MiniMind shape, and its state dict as MiniMind saves it, in float16."""
+    import transformers
+
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=300, hidden_size=dim, intermediate_size=2 * dim, num_hidden_layers=2, num_attention_heads=n_heads,
+        num_key_value_heads=n_kv_heads, head_dim=dim // n_heads, max_position_embeddings=32768, rms_norm_eps=norm_eps,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6}, tie_word_embeddings=tied, attention_bias=False,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+        for name, parameter in model.named_parameters():
+            of_a_layer = name.startswith("model.layers.") and parameter.dim() == 2
+            torch.nn.init.normal_(parameter, 0.0 if parameter.dim() == 2 else 1.0, 0.05 if of_a_layer else 0.25)
+            parameter.data = parameter.data.half().float()  # what float16 can hold
+    return model, {name: weight.half() for name, weight in model.state_dict().items()}
+
+
+@pytest.mark.parametrize(
+    "kind, dim, n_kv_heads, norm_eps, title",
+    [
+        ("Llama", 512, 2, 1e-5, "MiniMind2 (from 2025-04-26)"),
+        ("Llama", 768, 2, 1e-5, "MiniMind2 (from 2025-04-26)"),
+        ("Qwen3", 768, 4, 1e-6, "minimind-3"),
+    ],
+)
+@pytest.mark.parametrize("tied", [True, False])
+def test_transformers_names(tmp_path, kind, dim, n_kv_heads, norm_eps, title, tied):
+    theirs, state = transformers_state(kind, dim, 8, n_kv_heads, norm_eps, tied)
+    torch.save(state, tmp_path / f"full_sft_{dim}.pth")
+
+    weights = load_weights(tmp_path / f"full_sft_{dim}.pth")
+
+    assert weights.config == LMConfig(
+        dim=dim, n_layers=2, n_heads=8, n_kv_heads=n_kv_heads, vocab_size=300, hidden_dim=2 * dim, norm_eps=norm_eps,
+        max_seq_len=32768, rope_theta=1e6, tie_embeddings=tied, qk_norm=kind == "Qwen3",
+    )  # fmt: skip
+    assert f"those of {title}, " in weights.inferred and f"norm_eps {norm_eps:g}" in weights.inferred
+    with torch.no_grad():
+        assert_same_logits(our_logits(weights), theirs(TOKENS).logits)
+
+
+def test_the_width_of_a_norm_tells_the_heads():
+    """Of minimind-3, and of ours with qk_norm."""
+    _, state = transformers_state("Qwen3", 192, 6, 3, 1e-6)
+    weights = recognise(state, "pretrain_192.pth", {})
+    assert (weights.config.n_heads, weights.config.n_kv_heads, weights.config.head_dim) == (6, 3, 32)
+    assert "n_heads 6, n_kv_heads 3, vocab_size 300" in weights.inferred
+
+    config = LMConfig(dim=96, n_layers=1, n_heads=3, n_kv_heads=1, vocab_size=300, qk_norm=True)
+    assert recognise(random_model(config).state_dict(), "pretrain_96.pth", {}).config == config
+
+
+def test_what_shapes_do_not_tell_can_be_given(tmp_path):
+    config = LMConfig(
+        dim=64, n_layers=1, n_heads=4, n_kv_heads=2, vocab_size=300, rope_theta=5e4, max_seq_len=77, norm_eps=1e-6
+    )
+    state = small_steps(random_model(config).state_dict())
+    torch.save(state, tmp_path / "pretrain_64.pth")
+    given = {"n_heads": 4, "rope_theta": 5e4, "max_seq_len": 77, "norm_eps": 1e-6}
+
+    weights = load_weights(tmp_path / "pretrain_64.pth", given)
+
+    assert weights.config == config
+    assert "given n_heads 4, rope_theta 50000, max_seq_len 77, norm_eps 1e-06" in weights.inferred
+    assert "assumed n_kv_heads 2;" in weights.inferred
+    theirs = paper_logits(state, TOKENS[0], 4, 2, 5e4, 1e-6)
+    torch.testing.assert_close(
+        our_logits(weights)[0, :, :9].double(), torch.from_numpy(theirs[:, :9]), rtol=1e-3, atol=1e-2
+    )
+    assert recognise(state, "pretrain_64.pth", {"n_kv_heads": 2}).config.n_heads == 4
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ({"n_heads": 5}, r"n_heads 5 does not fit .* that fit, to be given: 2/1, 4/2, 8/4, 16/8"),
+        ({"n_heads": 4, "n_kv_heads": 4}, "n_heads 4 with n_kv_heads 4 does not fit"),
+        ({"n_heads": 4.5}, "n_heads: 4.5 found, a whole number"),
+        ({"rope_theta": -1}, "rope_theta: -1 found"),
+        ({"dim": 3}, "dim is told by the weights' shapes"),
+    ],
+)
+def test_what_cannot_be_is_refused_with_what_can(given, message):
+    state = random_model(LMConfig(dim=64, n_layers=1, vocab_size=300)).state_dict()
+    with pytest.raises(InputError, match=message):
+        recognise(state, "pretrain_64.pth", given)
+
+
+def test_shapes_of_no_generation_need_their_heads():
+    config = LMConfig(dim=144, n_layers=1, n_heads=9, n_kv_heads=3, vocab_size=300)
+    state = random_model(config).state_dict()
+    with pytest.raises(InputError, match=r"do not tell the number of heads .* to be given: 3/1, 6/2, .*9/3"):
+        recognise(state, "w.pth", {})
+    assert recognise(state, "w.pth", {"n_heads": 9}).config == config
+    # In transformers' names MiniMind's 8 heads are assumed, but 144 / 8 = 18 does not divide 48.
+    _, state = transformers_state("Llama", 144, 9, 3, 1e-5)
+    with pytest.raises(InputError, match=r"n_heads 8, as in MiniMind2 .*, does not fit .* 9/3"):
+        recognise(state, "w.pth", {})
+
+
+def test_described_weights_take_nothing(tmp_path, tiny_model, tiny_config):
+    save_weights(tmp_path / "w.pth", Weights(tiny_model.state_dict(), tiny_config))
+    with pytest.raises(InputError, match="its shape is described with it, n_heads cannot be given"):
+        load_weights(tmp_path / "w.pth", {"n_heads": 2})
+
+
+def test_inference_says_what_it_took(tmp_path, tokenizer_folder, capsys):
+    from optimized_inference import load_generator
+
+    state = random_model(LMConfig(dim=64, n_layers=1, vocab_size=300)).state_dict()
+    torch.save(state, tmp_path / "pretrain_64.pth")
+    load_generator(tmp_path / "pretrain_64.pth", tokenizer_folder, device="cpu")
+    assert (
+        "no pretrain_64.json beside the weights: their names and shapes are those of MiniMind v1"
+        in capsys.readouterr().err
+    )
+
+
+V1_STATE = random_model(LMConfig(dim=64, n_layers=2, vocab_size=300)).state_dict()
+WRONG = {  # what is put in the place of a weight (None: nothing), and what is said
+    "an expert of v1": ({"layers.0.feed_forward.experts.0.w1.weight": torch.zeros(2, 2)}, "mixture of experts"),
+    "a gate of MiniMind2": ({"model.layers.0.mlp.gate.weight": torch.zeros(4, 64)}, "mixture of experts"),
+    "no layer": (dict.fromkeys([name for name in V1_STATE if name.startswith("layers.")]), "no layers.0.attention.wq"),
+    "half a layer": ({"layers.1.attention.wo.weight": None}, "no 'layers.1.attention.wo.weight'"),
+    "a layer too much": ({"layers.7.attention.wo.weight": torch.zeros(64, 64)}, "an unknown 'layers.7"),
+    "another weight": ({"layers.0.attention.lora.weight": torch.zeros(2)}, "an unknown 'layers.0.attention.lora"),
+    "a vector for a matrix": ({"tok_embeddings.weight": torch.zeros(300)}, "a matrix expected"),
+    "nothing in a matrix": ({"layers.0.attention.wq.weight": torch.zeros(0, 64)}, "a matrix expected"),
+    "another width": ({"layers.1.attention.wk.weight": torch.zeros(8, 64)}, "by its description"),
+    "whole numbers": ({"norm.weight": torch.zeros(64, dtype=torch.int64)}, "floating-point"),
+}
+
+
+@pytest.mark.parametrize("changes, message", WRONG.values(), ids=WRONG)
+def test_what_is_no_such_model_is_one_line(tmp_path, changes, message):
+    state = {name: weight for name, weight in {**V1_STATE, **changes}.items() if weight is not None}
+    torch.save(state, tmp_path / "pretrain_64.pth")
+    with pytest.raises(InputError, match=message) as raised:
+        load_weights(tmp_path / "pretrain_64.pth")
+    assert "\n" not in str(raised.value) and "pretrain_64.pth" in str(raised.value)
