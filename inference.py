@@ -13,6 +13,7 @@ from pathlib import Path
 
 from model.errors import InputError
 from model.generation.scoring import Score
+from model.storage.files import refuse_overwriting, refuse_overwriting_inputs
 from optimized_inference import DTYPES, GenerationConfig, TextGenerator, load_generator
 from utils import CommandParser, run_command, say, true_or_false
 
@@ -43,6 +44,10 @@ def main() -> None:
         seed=arguments.seed,
     )
     prompts = read_prompts(Path(arguments.batch_file)) if arguments.batch_file is not None else []
+    if arguments.output_file is not None:
+        refuse_overwriting_inputs({"output_file": arguments.output_file}, [arguments.batch_file])
+        if not arguments.resume:
+            refuse_overwriting("output_file", arguments.output_file, "--resume continues it; or give another path")
     generator = load_generator(
         arguments.model_path,
         arguments.tokenizer_path,
@@ -77,7 +82,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     if arguments.output_file is not None and arguments.batch_file is None:
         raise InputError("--output_file is for the results of --batch_file")
     if arguments.resume and arguments.output_file is None:
-        raise InputError("--resume goes on with the --output_file of a batch that was cut off")
+        raise InputError("--resume continues the --output_file of a batch that was interrupted; give that file too")
     if not modes and sys.stdin is not None and sys.stdin.isatty():
         arguments.interactive = True
     elif not modes:
@@ -250,7 +255,8 @@ def run_batch(
             try:
                 done, end = finished_results(path, prompts) if arguments.resume and path.exists() else (0, 0)
                 file = stack.enter_context(open(path, "ab"))
-                file.truncate(end)
+                if arguments.resume:
+                    file.truncate(end)
             except OSError as error:
                 raise InputError(f"output_file: {path} cannot be written ({error.strerror})") from error
         if done:
@@ -282,7 +288,7 @@ def finished_results(path: Path, prompts: list[tuple[int, str]]) -> tuple[int, i
         if count == len(prompts) or written != prompts[count][1]:
             raise InputError(
                 f"output_file: line {count + 1} of {path} is a result of another prompt than line {count + 1} of the"
-                " batch; give another file, or leave --resume away to write it anew"
+                " batch; give another --output_file"
             )
         count, end = count + 1, end + len(line)
     return count, end

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
@@ -84,6 +84,48 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
         raise InputError(f"{folder}: cannot be written ({error.strerror or error})") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def refuse_overwriting_inputs(outputs: Mapping[str, str | Path], inputs: Iterable[str | Path]) -> None:
+    """Check before anything is written that no output is an input, under whatever name: a link, another spelling.
+
+    Args:
+        outputs: files or folders to write, by the flag that names each.
+        inputs: files or folders that are read.
+
+    Raises:
+        InputError: one of them is.
+    """
+    inputs = list(inputs)
+    for flag, output in outputs.items():
+        for path in inputs:
+            if is_same_file(Path(output), Path(path)):
+                also = "" if str(output) == str(path) else f", which is {path},"
+                raise InputError(f"{flag}: {output}{also} is an input and would be overwritten; give another path")
+
+
+def refuse_overwriting(flag: str, output: str | Path, instead: str = "give another path, or remove it first") -> None:
+    """Check before anything is written that an output would replace nothing: an empty file or a device may be there.
+
+    Args:
+        instead: what the user can do.
+
+    Raises:
+        InputError: there is a file with something in it, or a folder.
+    """
+    output = Path(output)
+    if output.is_dir():
+        raise InputError(f"{flag}: {output} is a folder; give the path of a file")
+    if output.is_file() and (size := output.stat().st_size):
+        raise InputError(f"{flag}: {output} exists already ({size_text(size)}); {instead}")
+
+
+def is_same_file(first: Path, second: Path) -> bool:
+    """Whether two paths lead to one file or folder, there already or not."""
+    with contextlib.suppress(OSError):
+        return os.path.samefile(first, second)
+    # One of them is not there.
+    return os.path.normcase(os.path.realpath(first)) == os.path.normcase(os.path.realpath(second))
 
 
 def write_json(path: str | Path, value) -> None:

@@ -522,6 +522,33 @@ def test_a_batch_that_was_cut_off_goes_on_and_ends_with_the_same_file(in_run_fol
     assert results.read_bytes() == whole
 
 
+def test_an_output_never_replaces_the_prompts_nor_earlier_results(in_run_folder, monkeypatch, capsys):
+    prompts, linked, results = (in_run_folder / name for name in ("prompts.txt", "linked.txt", "results.jsonl"))
+    prompts.write_text("中国\n", encoding="utf-8")
+    linked.hardlink_to(prompts)
+    results.write_text("earlier\n")
+    empty = in_run_folder / "empty.jsonl"
+    empty.touch()
+
+    def batch(output, *flags):
+        arguments = ["--batch_file", "prompts.txt", "--output_file", str(output), "--max_new_tokens", "2", *flags]
+        monkeypatch.setattr(sys, "argv", ["inference.py", *arguments])
+        inference.main()
+
+    for output in (prompts, linked, "./out/../prompts.txt"):
+        for flags in ([], ["--resume"]):
+            with pytest.raises(InputError, match="output_file: .* is an input and would be overwritten"):
+                batch(output, *flags)
+    with pytest.raises(InputError, match="results.jsonl exists already \\(8 bytes\\); --resume continues it"):
+        batch(results)
+    with pytest.raises(InputError, match="output_file: out is a folder"):
+        batch("out")
+    assert prompts.read_text(encoding="utf-8") == "中国\n" and results.read_text() == "earlier\n"
+    batch(empty)
+    assert json.loads(empty.read_text(encoding="utf-8"))["prompt"] == "中国"
+    batch(os.devnull)
+
+
 def test_a_file_is_scored(in_run_folder, tiny_model, tokenizer, monkeypatch, capsys):
     texts = ["春风又绿江南岸", "长江"]
     (in_run_folder / "a.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts), encoding="utf-8")
@@ -556,7 +583,7 @@ def test_bad_input_ends_the_command_with_one_line_and_code_2(run_folder):
         (["--score_file", "none.txt"], "score_file: none.txt cannot be read"),
         (["--score_file", "empty.txt", "--prompt", "a"], "--prompt and --score_file exclude each other"),
         (["--score_file", "broken.jsonl"], "score_file: line 2 of broken.jsonl is no"),
-        (["--batch_file", "ok.txt", "--resume"], "--resume goes on with the --output_file"),
+        (["--batch_file", "ok.txt", "--resume"], "--resume continues the --output_file"),
         (["--output_file", "results.jsonl"], "--output_file is for the results of --batch_file"),
         (["--interactive", "--batch_file", "ok.txt"], "--batch_file and --interactive exclude each other"),
         (["--prompt", "a", "--interactive"], "--prompt and --interactive exclude each other"),
