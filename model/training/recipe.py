@@ -1,7 +1,8 @@
 """The recipe behind the word `auto`: settings as functions of the model's size, the tokens and the machine.
 
-Pure functions, without torch; choices.py beside it asks them, and says what they answered. Rates were measured on a small
-model and Chinese text (benchmarks/RESULTS.md); the other numbers are choices, and where they come from is said there.
+Pure functions, without torch; choices.py beside it asks them, and says what they answered. Rates were measured on a
+small model and Chinese text (benchmarks/RESULTS.md); the other numbers are choices, and where they come from is said
+there.
 """
 
 import importlib
