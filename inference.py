@@ -15,12 +15,10 @@ from model.errors import InputError
 from model.generation.scoring import Score
 from model.storage.files import refuse_overwriting, refuse_overwriting_inputs
 from optimized_inference import DTYPES, GenerationConfig, TextGenerator, load_generator
-from utils import CommandParser, run_command, say, true_or_false
+from utils import CommandParser, print_text, run_command, say, true_or_false
 
 DEFAULT_PROMPT = "中国"
 RULE = "=" * 80
-# What a terminal would obey instead of showing: a small model can produce any byte.
-TERMINAL_CONTROLS = {code: None for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\n\t"}
 
 
 def main() -> None:
@@ -157,14 +155,9 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def printable(text: str) -> str:
-    """The text without what a terminal would obey; as it is where stdout is a file or a pipe."""
-    return text.translate(TERMINAL_CONTROLS) if sys.stdout.isatty() else text
-
-
 def show(text: str) -> None:
-    """Print a piece of text at once, where the last one ended."""
-    print(printable(text), end="", flush=True)
+    """Print a piece of text where the last one ended."""
+    print_text(text, end="")
 
 
 def run_single(generator: TextGenerator, config: GenerationConfig, prompt: str, stream: bool) -> None:
@@ -175,7 +168,7 @@ def run_single(generator: TextGenerator, config: GenerationConfig, prompt: str, 
         generator.generate(prompt, config, stream=True, callback=show)
         print()
     else:
-        print(printable(prompt + generator.generate(prompt, config)))
+        print_text(prompt + generator.generate(prompt, config))
 
 
 def read_utf8(flag: str, path: Path) -> str:
@@ -263,7 +256,7 @@ def run_batch(
             say(f"{done} of {len(prompts)} results are in {arguments.output_file} already")
         texts = generator.completions(encoded[done:], config)
         for number, ((_, prompt), text) in enumerate(zip(prompts[done:], texts, strict=True), done + 1):
-            print(printable(f"[{number}] {prompt}\n{prompt}{text}\n"), flush=True)
+            print_text(f"[{number}] {prompt}\n{prompt}{text}\n")
             if file is not None:
                 file.write(json.dumps({"prompt": prompt, "text": text}, ensure_ascii=False).encode() + b"\n")
                 file.flush()

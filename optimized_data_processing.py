@@ -15,8 +15,6 @@ Every input line becomes a document or a line of the rejects file.
 
 import argparse
 import dataclasses
-import os
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,7 +26,7 @@ from model.corpus.options import ProcessingOptions
 from model.corpus.sources import ENDINGS, OUR_ENDINGS, find_sources
 from model.errors import InputError
 from model.storage.files import write_json
-from utils import CommandParser, Processes, progress_line, run_command, say, true_or_false
+from utils import CommandParser, Processes, progress_line, run_command, say, screen, true_or_false
 
 DATASET = Path("dataset")
 DEFAULT_CORPUS = "mobvoi_seq_monkey_general_open_corpus.jsonl"  # what MiniMind's users have
@@ -162,9 +160,8 @@ class _ByteBar:
     def __init__(self, total: int) -> None:
         from tqdm import tqdm
 
-        screen = sys.stderr if sys.stderr.isatty() else open(os.devnull, "w")  # noqa: SIM115 (lives as long as the bar)
         layout = {"unit": "B", "unit_scale": True, "desc": "processing", "mininterval": 0.5}
-        self._bar = tqdm(total=total or None, file=screen, **layout)
+        self._bar = tqdm(total=total or None, file=screen(), **layout)
         self._bar.last_line = time.perf_counter()  # a short job leaves no such line
 
     def advance(self, count: int, postfix: str) -> None:

@@ -27,7 +27,7 @@ from model.training.settings import (
     build_settings,
     read_config,
 )
-from utils import CommandParser, Processes, run_command, say
+from utils import CommandParser, Processes, print_message, run_command, say
 
 PREVIEW_PROMPTS = ("春风", "中国", "天下大势")
 
@@ -103,7 +103,7 @@ def prepare_data_if_missing(settings: Settings, processes: Processes) -> None:
             say(f"raw_data_path: {data.raw_data_path} is not read, since {target} is there")
         return
     if not processes.is_main:
-        print(f"[rank {processes.rank}] waiting for rank 0 to make {target}", file=sys.stderr)
+        print_message(f"[rank {processes.rank}] waiting for rank 0 to make {target}")
         while not (target.exists() and target.with_suffix(".json").exists()):
             time.sleep(0.5)
         return

@@ -11,7 +11,16 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 
-from model.command import CommandParser, print_error, run_command, say, true_or_false  # noqa: F401 (the scripts' too)
+from model.command import (  # noqa: F401 (the scripts' too)
+    CommandParser,
+    print_error,
+    print_message,
+    print_text,
+    run_command,
+    say,
+    screen,
+    true_or_false,
+)
 from model.errors import InputError, ProcessLost, first_line
 
 # ---------------------------------------------------------------------------------------------------- the console
@@ -22,8 +31,7 @@ def progress_bar(total: int, initial: int, show: bool):
     from tqdm import tqdm
 
     layout = "{percentage:3.0f}% |{bar:24}| step {n_fmt}/{total_fmt} [{elapsed}, {remaining} left{postfix}]"
-    screen = sys.stderr if sys.stderr.isatty() else open(os.devnull, "w")  # noqa: SIM115 (lives as long as the bar)
-    return tqdm(total=total, initial=initial, disable=not show, bar_format=layout, mininterval=0.5, file=screen)
+    return tqdm(total=total, initial=initial, disable=not show, bar_format=layout, mininterval=0.5, file=screen())
 
 
 def progress_line(bar, every_seconds: float = 30) -> None:

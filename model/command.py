@@ -1,13 +1,20 @@
-"""What every script's command line has: one line for an error, flags that are not guessed, lines that tell choices."""
+"""What every script's command line has: one line for an error, flags that are not guessed, lines that tell choices.
+
+Whatever reaches a terminal passes through here: messages through `print_message` (and so `say` and `print_error`),
+generated text through `print_text`. None of it can carry what a terminal obeys.
+"""
 
 import argparse
 import contextlib
 import difflib
+import io
 import os
 import sys
+import tempfile
+import traceback
 from collections.abc import Callable, Sequence
 
-from model.errors import InputError, OneLineError
+from model.errors import InputError, OneLineError, first_line, one_line, printable
 
 
 def run_command(main: Callable[[], int | None]) -> None:
@@ -23,22 +30,62 @@ def run_command(main: Callable[[], int | None]) -> None:
         print_error(error)
         code = error.exit_code
     except BrokenPipeError:  # what reads our output has ended, as `head` does: nobody is left to tell
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
         code = 1
     except OSError as error:  # a full disk, a folder that vanished: the system's own text names the file
         print_error(error)
         code = 2
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        print_message("interrupted")
         code = 130
+    except Exception as error:
+        print_fault(error)
+        code = 1
     sys.exit(code)
 
 
 def print_error(error) -> None:
     """One line on stderr, with the rank where it is not 0."""
     rank = os.environ.get("RANK", "0")
+    print_message(f"error: {error}" if rank == "0" else f"[rank {rank}] error: {error}")
+
+
+def print_fault(error: Exception) -> None:
+    """One line on an exception that nobody foresaw, with where it arose; the traceback goes into a temporary file."""
+    innermost = traceback.extract_tb(error.__traceback__)[-1]
+    line = f"{type(error).__name__}: {first_line(error)} (in {innermost.filename}:{innermost.lineno})"
     with contextlib.suppress(OSError):
-        print(f"error: {error}" if rank == "0" else f"[rank {rank}] error: {error}", file=sys.stderr, flush=True)
+        with tempfile.NamedTemporaryFile(
+            "w", prefix="mateconv_", suffix=".txt", delete=False, encoding="utf-8", errors="replace"
+        ) as file:
+            file.write("".join(traceback.format_exception(error)))
+        line += f"; please report this fault with {file.name}"
+    print_error(line)
+
+
+def print_message(message) -> None:
+    """One line on stderr, without breaking a progress bar. A log that can't be written any more, as behind a pipe
+    whose reader has gone, must not end a training: nothing is raised."""
+    tqdm = getattr(sys.modules.get("tqdm"), "tqdm", None)  # not loaded: there is no bar
+    with contextlib.suppress(OSError), tqdm.external_write_mode(file=sys.stderr) if tqdm else contextlib.nullcontext():
+        print(one_line(message), file=sys.stderr, flush=True)
+
+
+def print_text(text: str, end: str = "\n") -> None:
+    """Generated text on stdout, at once: harmless on a terminal, byte for byte in a file or a pipe."""
+    print(printable(text) if sys.stdout.isatty() else text, end=end, flush=True)
+
+
+class _Nowhere(io.TextIOBase):
+    def write(self, text: str) -> int:
+        return len(text)
+
+
+def screen() -> io.TextIOBase:
+    """Where a progress bar is drawn: stderr, or nowhere if that is no terminal."""
+    return sys.stderr if sys.stderr.isatty() else _Nowhere()
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -76,10 +123,6 @@ def true_or_false(text: str) -> bool:
 
 
 def say(message: str) -> None:
-    """Tell the user what was chosen or done, on stderr, without breaking a progress bar; only from rank 0."""
+    """Tell the user what was chosen or done, see `print_message`; only from rank 0."""
     if int(os.environ.get("RANK", "0")) == 0:
-        from tqdm import tqdm
-
-        # A log that can't be written any more, as behind a pipe whose reader has gone, must not end a training.
-        with contextlib.suppress(OSError), tqdm.external_write_mode(file=sys.stderr):
-            print(message, file=sys.stderr, flush=True)
+        print_message(message)

@@ -1,6 +1,13 @@
 """Exceptions with a message for the user: the scripts print it as one line, without a traceback, and exit."""
 
+import re
+
 MOST_CHARACTERS = 60  # of a value that is wrong, in a message
+MOST_OF_MESSAGE = 4000  # characters of a whole message: all wrong settings of a file are one
+# What a terminal obeys instead of showing: control characters (C0, DEL, C1), marks that reorder text (Unicode's
+# Bidi_Control), line and paragraph separators, annotation marks, and halves of characters, which cannot be encoded.
+_OBEYED = "\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufff9-\ufffb\ud800-\udfff"
+_IN_TEXT, _IN_MESSAGE = re.compile(f"[{_OBEYED}]"), re.compile(f"[{_OBEYED}\t\n]")
 
 
 class OneLineError(Exception):
@@ -25,6 +32,24 @@ class ProcessLost(OneLineError):
     """Another process of the same job failed, or no longer answers: the message names it. Starting again helps."""
 
     exit_code = 3
+
+
+def printable(text: str) -> str:
+    """The text with nothing that a terminal obeys but newline and tab: other control characters, text direction
+    overrides and the like become visible (`\\x1b`, `\\u202e`), carriage returns go."""
+    return _IN_TEXT.sub(_visible, text.replace("\r", ""))
+
+
+def one_line(message) -> str:
+    """A message as one line that no terminal obeys, cut at MOST_OF_MESSAGE characters; line breaks become visible."""
+    text = str(message)
+    if len(text) > MOST_OF_MESSAGE:
+        text = text[: MOST_OF_MESSAGE - 1] + "…"
+    return _IN_MESSAGE.sub(_visible, text)
+
+
+def _visible(match: re.Match) -> str:
+    return repr(match[0])[1:-1]  # as Python writes it: \n, \x1b, \u202e
 
 
 def first_line(error: BaseException) -> str:

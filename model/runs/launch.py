@@ -4,11 +4,11 @@
 """
 
 import os
-import sys
 import threading
 import time
 from pathlib import Path
 
+from model.command import print_message
 from model.errors import ProcessLost
 from model.runs.status import STATUS_FILE, read_status
 from model.runs.supervisor import INTERRUPTED, exit_code, file_identity
@@ -54,7 +54,7 @@ def end_with_parent(seconds: float = 0.5) -> None:
     def watch() -> None:
         while os.getppid() == parent:
             time.sleep(seconds)
-        print("the process that started this one is gone", file=sys.stderr, flush=True)
+        print_message("the process that started this one is gone")
         os._exit(PROCESS_LOST)
 
     threading.Thread(target=watch, name="end_with_parent", daemon=True).start()

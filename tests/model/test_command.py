@@ -1,0 +1,97 @@
+"""What reaches a terminal: messages on one line, generated text without anything that a terminal obeys."""
+
+import importlib
+import os
+import subprocess
+import sys
+
+import pytest
+
+from model.command import print_fault, print_message, run_command, screen
+from model.errors import MOST_OF_MESSAGE, one_line, printable
+from tests.conftest import ROOT
+
+HOSTILE = "a\x1b[31mb\x9b2Jc\u202ed\u2066e\x07f\x00g\udcffh"
+HARMLESS = r"a\x1b[31mb\x9b2Jc\u202ed\u2066e\x07f\x00g\udcffh"
+
+
+def test_text_keeps_its_lines_and_loses_what_a_terminal_obeys():
+    assert printable(HOSTILE) == HARMLESS
+    assert printable("一行\n\t二行 👩‍👩‍👧 é\r\n") == "一行\n\t二行 👩‍👩‍👧 é\n"
+
+
+def test_a_message_is_one_line_of_limited_length():
+    assert one_line("a\nb\tc\u2028d\x85" + HOSTILE) == r"a\nb\tc\u2028d\x85" + HARMLESS
+    assert len(one_line("x" * 200_000)) == MOST_OF_MESSAGE
+
+
+@pytest.mark.parametrize(
+    ("script", "flags"),
+    [
+        ("train", ["--config", f"{HOSTILE[:-3]}\n.yaml"]),
+        ("train", [f"--{HOSTILE[:-3]}"]),
+        ("inference", ["--model_path", f"no\n{HOSTILE[:-3]}", "--prompt", "a"]),
+        ("optimized_data_processing", ["--input_path", f"no\n{HOSTILE[:-3]}.jsonl", "--output_path", "x.bin"]),
+        ("model.convert", [f"no\n{HOSTILE[:-3]}", "x.gguf"]),
+    ],
+)
+def test_a_hostile_name_is_one_harmless_line(script, flags, monkeypatch, capsys):
+    flags = [flag.replace("\x00", "") for flag in flags]
+    monkeypatch.setattr(sys, "argv", [script, *flags])
+    with pytest.raises(SystemExit) as exit_:
+        run_command(importlib.import_module(script).main)
+    error = capsys.readouterr().err
+    assert exit_.value.code == 2
+    assert error.count("\n") == 1 and error == printable(error), error
+
+
+def test_a_fault_is_one_line_that_names_its_report(capsys):
+    try:
+        raise KeyError("x" * 10_000 + "\n\x1b[2J")
+    except KeyError as error:
+        print_fault(error)
+    line = capsys.readouterr().err
+    report = line.split()[-1]
+    assert line.startswith("error: KeyError: 'xxx") and line.count("\n") == 1 and len(line) < 600
+    assert "test_command.py" in line
+    with open(report, encoding="utf-8") as file:
+        assert "Traceback" in file.read()
+    os.unlink(report)
+
+
+def test_messages_survive_a_log_that_is_gone(monkeypatch):
+    class Gone:
+        def write(self, text):
+            raise BrokenPipeError
+
+        def flush(self):
+            raise BrokenPipeError
+
+    monkeypatch.setattr(sys, "stderr", Gone())
+    print_message("nobody reads this")
+
+
+def test_a_bar_without_a_terminal_opens_no_file(monkeypatch, tmp_path):
+    with open(tmp_path / "log", "w", encoding="utf-8") as log:
+        monkeypatch.setattr(sys, "stderr", log)
+        before = os.dup(log.fileno())
+        os.close(before)
+        screens = [screen() for _ in range(10)]
+        after = os.dup(log.fileno())
+        os.close(after)
+    assert before == after and all(one.write("abc") == 3 for one in screens)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="pseudo terminals")
+def test_generated_text_is_harmless_on_a_terminal_and_exact_in_a_pipe():
+    import pty
+
+    text = HOSTILE[:-2]
+    command = [sys.executable, "-c", f"from model.command import print_text; print_text({text!r}, end='')"]
+    piped = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8")
+    assert piped.stdout == text
+    controller, terminal = pty.openpty()
+    subprocess.run(command, cwd=ROOT, stdout=terminal, check=True)
+    os.close(terminal)
+    assert os.read(controller, 10_000).decode() == HARMLESS.replace(r"\udcffh", "")
+    os.close(controller)
