@@ -66,10 +66,16 @@ def ours(order: argparse.Namespace) -> Callable[[int], Written]:
 def transformers(order: argparse.Namespace) -> Callable[[int], Written]:
     """transformers' Llama and its `generate`."""
     import torch
-    from llama import as_llama
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from model.weights.names import in_halves, reordered, transformers_name
+    from model.weights.transformers_folder import config_json
 
     source = our_model(order)
-    model = as_llama(source).to(source.device, source.dtype)
+    state_dict = reordered(source.state_dict(), source.config, in_halves)
+    model = LlamaForCausalLM(LlamaConfig(**config_json(source.config, "llama", source.dtype))).eval()
+    model.load_state_dict({transformers_name(name): tensor for name, tensor in state_dict.items()})
+    model = model.to(source.device, source.dtype)
     ids = torch.tensor(prompts(order), device=order.device)
 
     def generate(tokens: int) -> list[list[int]]:

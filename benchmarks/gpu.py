@@ -70,7 +70,8 @@ def checks(options: argparse.Namespace, work: Path) -> list[Part]:
     """Whether all is right."""
     in_parallel = ["-n", "4"] if importlib.util.find_spec("xdist") else []
     pytest = [sys.executable, "-m", "pytest", "-o", "addopts=", "-q", "-p", "no:cacheprovider", "--durations=5"]
-    files = [f"tests/test_{name}.py" for name in ("cuda", "recipe", "model", "optim", "sampling")]
+    rooms = {"training": ("cuda", "recipe", "optimizer"), "model": ("model",), "generation": ("sampling",)}
+    files = [f"tests/{room}/test_{name}.py" for room, names in rooms.items() for name in names]
     parts = "benchmarks/gpu_parts.py"
     demo = ["train.py", "--config", "config_demo.yaml", "--device", options.device, "--compile", "false"]
     write = ["inference.py", "--device", options.device, "--model_path", work / "smoke" / "best_model.pth"]
@@ -82,9 +83,10 @@ def checks(options: argparse.Namespace, work: Path) -> list[Part]:
         ]),
         Part("tests", "are the numbers those of the CPU", 180, [[*pytest, *in_parallel, *files]], "tests.log"),
         Part("resume", "do killed and resumed runs end with the same bits", 240,
-             [python(parts, "resume", options.device, work / "resume")], "resume.log"),
+             [python("-m", "tests.reliability.device_resume", options.device)], "resume.log"),
         Part("training_tests", "do the tests of training pass here", 240,
-             [[*pytest, *in_parallel, "tests/test_training.py", "-k", "not two_processes"]], "training_tests.log"),
+             [[*pytest, *in_parallel, "tests/training/test_training.py", "-k", "not two_processes"]],
+             "training_tests.log"),
     ]  # fmt: skip
 
 

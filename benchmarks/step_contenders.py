@@ -76,10 +76,12 @@ def _ours(options: argparse.Namespace) -> Contender:
 
 
 def _llama(options: argparse.Namespace) -> Contender:
-    from llama import llama_config
-    from transformers import LlamaForCausalLM
+    from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = llama_config(our_config(options), use_cache=False, attn_implementation="sdpa")
+    from model.weights.transformers_folder import config_json
+
+    shape = config_json(our_config(options), "llama", torch.float32)
+    config = LlamaConfig(**shape, use_cache=False, attn_implementation="sdpa")
     model = LlamaForCausalLM(config).to(options.device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=True)
     # shift_labels: the targets are shifted already, so that as many count as for the others.

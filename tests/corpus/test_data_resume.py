@@ -49,7 +49,7 @@ def contents(output: Path) -> dict[str, bytes]:
 
 
 def test_killed_at_any_instant_and_run_again_the_files_are_the_same(tmp_path, tokenizer_folder):
-    """kill -9 of the real script and its workers' parent at random instants (many more: benchmarks/data_kills.py)."""
+    """kill -9 of the real script and its workers' parent at random instants (more: tests/reliability/data_kills.py)."""
     (tmp_path / "raw.jsonl").write_bytes(b"".join(dirty_lines(4000)))
     flags = ["--input_path", "raw.jsonl", "--tokenizer_path", tokenizer_folder, "--workers", 2]
     flags += ["--save_interval", 3000]

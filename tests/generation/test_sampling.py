@@ -6,7 +6,6 @@ import pytest
 import torch
 from transformers.generation import logits_process as theirs
 
-from benchmarks.llama import as_llama
 from model.errors import InputError
 from model.generation.engine import Engine
 from model.generation.sampling import (
@@ -25,6 +24,7 @@ from model.generation.sampling import (
 from model.LMConfig import LMConfig
 from optimized_inference import GenerationConfig, decode
 from tests.conftest import random_model
+from tests.llama import as_llama
 
 VOCAB = 50
 PROMPT, OUTPUT = 20, 10  # tokens

@@ -4,7 +4,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks.llama import as_llama
 from model.attention import chunked_attention, document_mask
 from model.dataset import IGNORE_INDEX
 from model.errors import InputError
@@ -14,6 +13,7 @@ from model.loss import cross_entropy
 from model.model import Transformer
 from model.weights.minimind import recognise
 from tests.conftest import random_model
+from tests.llama import as_llama
 
 LAYER_KEYS = [
     "attention.wq.weight",

@@ -17,6 +17,7 @@ import itertools
 import json
 import random
 import shutil
+import subprocess
 import sys
 import tempfile
 import unicodedata
@@ -24,18 +25,17 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import utils
+from model.errors import InputError
+from model.storage.gguf_header import GGUFFile
+from model.text.gguf_tokenizer import GAP_NAMES, read_tokenizer, write_tokenizer
+from model.text.pre_tokenizers import PRE_TOKENIZERS, PreTokenizer, as_json
+from model.text.tokenization import EMBEDDED_TOKENIZER
+from model.text.tokenizer_folder import read_folder
+
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-
-from worker import Worker  # noqa: E402
-
-import utils  # noqa: E402
-from model.storage.gguf_header import GGUFFile  # noqa: E402
-from model.text.gguf_tokenizer import GAP_NAMES, read_tokenizer, write_tokenizer  # noqa: E402
-from model.text.pre_tokenizers import PRE_TOKENIZERS, PreTokenizer, as_json  # noqa: E402
-from model.text.tokenization import EMBEDDED_TOKENIZER  # noqa: E402
-from model.text.tokenizer_folder import read_folder  # noqa: E402
-
 PARTS = [  # of texts: what tokenizers treat in different ways
     "", " ", "  ", "   ", "\t", "\n", "\r\n", "\n\n \n", " \t\n", "\u00a0", "\u3000", "\u2028",
     "0", "7", "42", "314", "2024", "1234567890", "３１４", "四十二", "Ⅻ", "½",
@@ -70,25 +70,22 @@ def sample_texts(count: int, control_tokens: Sequence[str] = ()) -> list[str]:
 # --------------------------------------------------------------------------------------------------------- llama.cpp
 
 
-def serve(order: dict) -> None:
-    """llama.cpp's process: for every line, texts and whether they hold control tokens, a line with their ids."""
+def serve(file: str) -> None:
+    """llama.cpp's process: the ids of the texts on stdin, as mere texts and as texts that may hold control tokens."""
     import llama_cpp
 
-    model = llama_cpp.Llama(order["file"], vocab_only=True, verbose=False)
-    print(json.dumps("ready"), flush=True)
-    for line in sys.stdin:
-        asked = json.loads(line)
-        ids = [model.tokenize(text.encode(), add_bos=False, special=asked["control"]) for text in asked["texts"]]
-        print(json.dumps(ids), flush=True)
+    model = llama_cpp.Llama(file, vocab_only=True, verbose=False)
+    texts = json.load(sys.stdin)
+    print(json.dumps([[model.tokenize(t.encode(), add_bos=False, special=s) for t in texts] for s in (False, True)]))
 
 
 def llama_ids(file: Path, texts: Sequence[str], llama_python: str) -> tuple[list[list[int]], list[list[int]]]:
     """llama.cpp's ids of texts as mere texts, and as texts that may hold control tokens."""
-    llama = Worker("llama.cpp", __file__, {"file": str(file)}, python=llama_python).wait()
-    try:
-        mere, control = (llama.ask(json.dumps({"texts": texts, "control": control})) for control in (False, True))
-    finally:
-        llama.close()
+    command = [llama_python, __file__, "--worker", str(file)]
+    done = subprocess.run(command, input=json.dumps(texts), capture_output=True, encoding="utf-8")
+    if done.returncode:
+        raise InputError(f"llama.cpp: {(done.stderr.strip().splitlines() or ['no word'])[-1]}")
+    mere, control = json.loads(done.stdout)
     return mere, control
 
 
@@ -223,6 +220,6 @@ def main() -> None:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--worker"]:
-        serve(json.loads(sys.argv[2]))
+        serve(sys.argv[2])
     else:
         utils.run_command(main)

@@ -1,6 +1,6 @@
 """kill -9 of data processing at random instants, run again each time, until it ends: is every byte what it should be?
 
-    python benchmarks/data_kills.py --kills 50
+    python -m tests.reliability.data_kills --kills 50
 
 The input is dirty on purpose: damaged lines, duplicates, control characters, HTML. Instants are spread over the whole
 job, its start, its merging and its publishing included. Processes are real, killed by their parent's id; workers end by
@@ -18,7 +18,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 FILES = ("data.bin", "data.json", "data.ends", "data.val.bin", "data.val.json", "data.val.ends")
 FILES += ("data.rejects.jsonl", "data.changes.jsonl", "data_stats.json")
 

@@ -1,12 +1,12 @@
-"""transformers' Llama of a model's shape and, if need be, its weights: what ours is compared with."""
+"""transformers' Llama with a model's shape and weights: what logits and sampling are compared with."""
 
 from model.LMConfig import LMConfig
 from model.model import Transformer
 from model.weights.names import in_halves, reordered, transformers_name
 
 
-def llama_config(config: LMConfig, **more):
-    """The shape as a LlamaConfig; `more` goes to it as it is."""
+def llama_config(config: LMConfig):
+    """The shape as a LlamaConfig."""
     from transformers import LlamaConfig
 
     return LlamaConfig(
@@ -20,7 +20,8 @@ def llama_config(config: LMConfig, **more):
         rms_norm_eps=config.norm_eps,
         rope_theta=config.rope_theta,
         tie_word_embeddings=config.tie_embeddings,
-        **more,
+        bos_token_id=1,
+        eos_token_id=2,
     )
 
 
@@ -29,6 +30,6 @@ def as_llama(model: Transformer):
     from transformers import LlamaForCausalLM
 
     state_dict = reordered(model.state_dict(), model.config, in_halves)
-    llama = LlamaForCausalLM(llama_config(model.config, bos_token_id=1, eos_token_id=2))
+    llama = LlamaForCausalLM(llama_config(model.config))
     llama.load_state_dict({transformers_name(name): tensor for name, tensor in state_dict.items()})
     return llama.eval()
