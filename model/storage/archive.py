@@ -14,22 +14,20 @@ import os
 import pickle
 import re
 import struct
+import warnings
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import BinaryIO
 
 import torch
-from torch import Tensor
 
-from model.errors import InputError, first_line
-from model.storage.archive_checks import check_archive, check_tensors
+from model.errors import InputError, first_line, shown
+from model.storage.archive_checks import TRAILER_BYTES, check_records, check_tensors, named_tensors, other_kind
 from model.storage.files import replacing
 
 TRAILER_PREFIX, DIGEST_BYTES = b"MateConv sha256 ", 64
-TRAILER_BYTES = len(TRAILER_PREFIX) + DIGEST_BYTES + 1
-END_OF_ARCHIVE = b"PK\5\6"  # of a zip file's last record, 22 bytes where no comment follows
 
 # What zipfile and torch.load raise for files that were damaged, cut off, or made to look like what they are not.
 DAMAGE = (
@@ -107,61 +105,61 @@ def load_torch(path: str | Path, own: bool = False) -> dict:
     if not path.is_file():
         raise InputError(f"{path}: {'a folder, a file expected' if path.is_dir() else 'no such file'}")
     try:
-        damaged = _damage(path, own)
-        if not damaged:
-            check_archive(path)
-        content = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        # torch's text advises to load unsafely; the one line that says what was found is enough.
-        found = re.search(r"Unsupported (?:global|class|operand)[^.\n]*|GLOBAL \S+", str(error))
-        reason = found[0].strip() if found else first_line(error)
+        sizes = _checked_records(path, own)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of pickle protocols that torch does not write
+            # Mapped: without, not every version of torch compares a storage's size with that of its record.
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError as error:  # its text advises loading unsafely; what it found is enough
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        reason = f"it names {shown(found[1])[1:-1]}" if found else "its pickle is damaged, or not by torch.save"
         raise InputError(f"{path}: expected tensors and plain values only ({reason}); it is not loaded") from error
     except DAMAGE as error:
         reason = first_line(error)
         raise InputError(f"{path}: truncated, damaged or not a PyTorch file ({reason}); use an older file") from error
-    if damaged:
-        raise InputError(f"{path}: damaged ({damaged}); use an older file")
     if not isinstance(content, dict):
         raise InputError(f"{path}: expected a dict of tensors, found {type(content).__name__}")
-    check_tensors(content, path)
+    check_tensors(content, path, sizes.values())
+    _take_into_memory(content)
     return content
 
 
-def _damage(path: Path, own: bool) -> str | None:
-    """What is wrong with a file's bytes; None where all of them are as they were written, as far as can be told."""
+def _checked_records(path: Path, own: bool) -> dict[str, int]:
+    """The sizes of a file's records by name, after every byte of it was compared with a checksum."""
+    if kind := other_kind(path):
+        raise InputError(f"{path}: it is {kind}")
     right = digest_is_right(path)
-    if right is not None:
-        return None if right else "its SHA-256 is not the one at its end"
-    if own:
-        return "its end, where its SHA-256 should be, is missing"
-    with zipfile.ZipFile(path) as archive:
-        wrong = archive.testzip()
-    if wrong:
-        return f"the checksum of {wrong} is wrong"
-    with open(path, "rb") as file:
-        file.seek(-22, os.SEEK_END)
-        return None if file.read(4) == END_OF_ARCHIVE else "something follows the archive"
+    if right is False:
+        raise InputError(f"{path}: damaged (its SHA-256 is not the one at its end); use an older file")
+    if right is None and own:
+        raise InputError(f"{path}: damaged (its end, where its SHA-256 should be, is missing); use an older file")
+    sizes = check_records(path)
+    if right is None:
+        with zipfile.ZipFile(path) as archive:
+            if wrong := archive.testzip():
+                raise InputError(f"{path}: damaged (the checksum of {shown(wrong)} is wrong); use an older file")
+    return sizes
 
 
-def tensors_in(content) -> Iterator[Tensor]:
-    """Every tensor in nested dicts, lists and tuples."""
-    if isinstance(content, Tensor):
-        yield content
-    elif isinstance(content, Mapping):
-        for value in content.values():
-            yield from tensors_in(value)
-    elif isinstance(content, (list, tuple)):
-        for value in content:
-            yield from tensors_in(value)
+def _take_into_memory(content) -> None:
+    """Copy tensors out of the file that they are mapped from; those that share a storage still do."""
+    copies = {}
+    with torch.no_grad():
+        for _, tensor in named_tensors(content):
+            storage = tensor.untyped_storage()
+            place = storage.data_ptr(), storage.nbytes()
+            if place not in copies:
+                copies[place] = storage.clone()
+            tensor.set_(copies[place], tensor.storage_offset(), tensor.shape, tensor.stride())
 
 
 def tensor_bytes(content) -> int:
     """Bytes of all tensors in `content`; those that share a storage count once."""
-    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in tensors_in(content)}
-    return sum(storage.nbytes() for storage in storages.values())
+    storages = (tensor.untyped_storage() for _, tensor in named_tensors(content))
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def is_finite(content) -> bool:
     """Whether no floating-point number in `content` is NaN or infinite."""
-    floats = (tensor for tensor in tensors_in(content) if tensor.is_floating_point())
+    floats = (tensor for _, tensor in named_tensors(content) if tensor.is_floating_point())
     return all(bool(torch.isfinite(t.sum())) or bool(torch.isfinite(t).all()) for t in floats)  # a sum is faster

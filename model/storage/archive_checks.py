@@ -1,189 +1,183 @@
-"""What a `.pth` file must be before torch may read it, and what must be true of the tensors that come out of it.
+"""What must hold of a `.pth` file before torch reads it, and of the tensors that come out of it.
 
-`torch.load(weights_only=True)` runs no code from a file. But it unpacks a record to a thousand times its size, returns
-tensors of ten billion numbers over a storage of four, and what its error says of a forged size depends on its version.
-So a file is looked through first, without making anything that it asks for.
+`torch.load(weights_only=True)` runs no code from a file. But it unpacks a record to a thousand times its size, and may
+return ten billion numbers over a storage of four. So the archive's directory is checked first, the tensors afterwards.
 """
 
 import dataclasses
-import io
 import json
 import os
-import pickle
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
 
-from model.errors import InputError, first_line, shown
+from model.errors import InputError, shown
 from model.LMConfig import LMConfig
 from model.training.settings import parse_value
 
-MAX_PICKLE_BYTES = 16 << 20  # the values of a checkpoint without its tensors take a few hundred KB
+MAX_PICKLE_BYTES = 16 << 20  # the values of a checkpoint without its tensors take a few hundred kB
+MAX_DIRECTORY_BYTES = 16 << 20  # a hundred thousand tensors
 MAX_SIDECAR_BYTES = 1 << 16
-LOCAL_HEADER = 30  # bytes of a record's header in a zip file, before its name
-END_RECORD = 22  # bytes of the record that ends a zip file
-TRAILER = 81  # bytes that a checkpoint of ours has after that
-ITEM_BYTES = {
-    "DoubleStorage": 8, "FloatStorage": 4, "HalfStorage": 2, "BFloat16Storage": 2, "LongStorage": 8, "IntStorage": 4,
-    "ShortStorage": 2, "CharStorage": 1, "ByteStorage": 1, "BoolStorage": 1, "UntypedStorage": 1,
-}  # fmt: skip
-# What tensors and plain values are made of. No layouts but strided ones, no subclasses, nothing that runs.
-ACCEPTED = {
-    ("collections", "OrderedDict"), ("torch._utils", "_rebuild_tensor_v2"), ("torch._utils", "_rebuild_parameter"),
-    ("torch", "Size"), ("torch.storage", "UntypedStorage"), *(("torch", name) for name in ITEM_BYTES),
-}  # fmt: skip
+TRAILER_BYTES = 81  # that our own files have after the archive
+HEADER_BYTES = 30  # of a record, before its name
+END_BYTES = 22  # of the record that ends an archive
+END_64_BYTES = 56 + 20  # of the two records before that one which an archive of 4 GB or more needs
+LONG = 0xFFFFFFFF  # stands for a number that one of those two holds
 
-
-# What torch does not write: it looks names up elsewhere, or reserves as much memory as it asks for.
-REFUSED = {code[0] for code in (pickle.BYTEARRAY8, pickle.NEXT_BUFFER, pickle.EXT1, pickle.EXT2, pickle.EXT4)}
-
-
-class _Refused(Exception):
-    """Why a file is not read; the message is the reason."""
+SAVE_AGAIN = "load it where it was made, and save its state_dict() with torch.save"
+KINDS = {  # by their first bytes, what else is found under the name of weights
+    b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19.": "torch's format before version 1.6; convert it with"
+    " torch.save(torch.load(OLD, weights_only=True), NEW)",
+    b"\x80": f"a bare pickle, which could run code; {SAVE_AGAIN}",
+    b"\x93NUMPY": f"an array of NumPy; {SAVE_AGAIN}",
+    b"\x89HDF": f"an HDF5 file, as Keras writes; {SAVE_AGAIN}",
+    b"\x1f\x8b": "compressed with gzip; unpack it first",
+    b"\xfd7zXZ": "compressed with xz; unpack it first",
+    b"BZh": "compressed with bzip2; unpack it first",
+    b"\x28\xb5\x2f\xfd": "compressed with zstd; unpack it first",
+    b"7z\xbc\xaf": "a 7z archive; unpack it first",
+    b"version https://git-lfs": "a Git LFS pointer, which only names the file; fetch that with git lfs pull",
+    b"<": "a web page or other markup; download the file itself",
+}
 
 
 # ------------------------------------------------------------------------------------------------------- the file
 
 
-def check_archive(path: str | Path) -> None:
-    """See that a file is an archive as torch writes them, and asks for nothing but tensors and plain values.
+def other_kind(path: Path) -> str | None:
+    """What a file is that is no zip archive, with what to do; None where that is unknown."""
+    with open(path, "rb") as file:
+        start = file.read(262)
+    if start[8:10] == b'{"' and int.from_bytes(start[:8], "little") < path.stat().st_size:
+        return "a safetensors file; name it model.safetensors, beside its config.json, and give that folder"
+    if start[257:262] == b"ustar":
+        return f"a tar archive, of several files or of torch before version 0.2; unpack it, or {SAVE_AGAIN}"
+    return next((kind for magic, kind in KINDS.items() if start.startswith(magic)), None)
 
-    Every record is stored as it is, lies where the archive says and over no other, and their sizes add up to no more
-    than the file's. Its pickle names only what `ACCEPTED` lists, and no storage claims more than its record holds.
+
+def check_records(path: Path) -> dict[str, int]:
+    """Check a zip archive's directory: torch could have written it, and nothing in it unpacks to more than its size.
+
+    Every record is stored as it is, lies within the file and over no other.
+
+    Returns:
+        the size of each record, by its name within the archive's one folder.
 
     Raises:
-        InputError: with what was found.
+        InputError: something in it is not as torch writes it.
+        zipfile.BadZipFile: it is damaged, or two readers could find different records in it.
     """
-    path = Path(path)
-    try:
-        with open(path, "rb") as file, zipfile.ZipFile(file) as archive:
-            _check_pickle(archive, _check_records(file, archive, path))
-    except _Refused as error:
-        raise InputError(f"{path}: expected tensors and plain values only ({error}); it is not loaded") from error
-    except (zipfile.BadZipFile, OSError, ValueError, LookupError, RuntimeError, NotImplementedError) as error:
-        raise InputError(
-            f"{path}: truncated, damaged or not a PyTorch file ({first_line(error)}); use an older file"
-        ) from (error)
+    with open(path, "rb") as file:
+        start = _directory(file)
+        with zipfile.ZipFile(file) as archive:
+            records = archive.infolist()
+        if problem := _problem_of_records(records):
+            raise InputError(f"{path}: expected tensors and plain values only ({problem}); it is not loaded")
+        end = 0
+        for record in sorted(records, key=lambda record: record.header_offset):
+            if record.header_offset < end or (end == 0 and record.header_offset > 0):
+                raise zipfile.BadZipFile("its records lie over each other, or something precedes them")
+            file.seek(record.header_offset + HEADER_BYTES - 4)
+            name, extra = _number(file.read(2)), _number(file.read(2))
+            end = record.header_offset + HEADER_BYTES + name + extra + record.file_size
+        if end > start:
+            raise zipfile.BadZipFile("its records are not where its directory says")
+    return {record.filename.partition("/")[2]: record.file_size for record in records}
 
 
-def _check_records(file, archive: zipfile.ZipFile, path: Path) -> dict[str, int]:
-    """Look at the archive's directory; the size of each record, by its name within the one folder that there is."""
-    size, records = os.fstat(file.fileno()).st_size, archive.infolist()
-    end = {file.seek(size - back) and file.read(4) for back in (END_RECORD, END_RECORD + TRAILER) if back <= size}
-    if b"PK\x05\x06" not in end:  # two readers could find different directories in such a file
-        raise zipfile.BadZipFile("the archive does not end where the file ends")
-    names = [record.filename for record in records]
-    if len(set(names)) < len(names):
-        raise _Refused(f"the record {shown(next(n for n in names if names.count(n) > 1))} is there twice")
-    folder = names[0].split("/")[0] if names else ""
-    starts = {}  # of each record's bytes, which its own header comes before
-    taken = []  # (first byte, byte after the last) of each record with its header
+def _directory(file: BinaryIO) -> int:
+    """Where an archive's directory begins. It must end where the records begin that end the file, as for any reader."""
+    size = os.fstat(file.fileno()).st_size
+    for end in (size - END_BYTES, size - END_BYTES - TRAILER_BYTES):
+        file.seek(max(0, end - END_64_BYTES))
+        last = file.read(END_64_BYTES + END_BYTES)
+        before, last = last[:-END_BYTES], last[-END_BYTES:]
+        if last.startswith(b"PK\5\6") and last.endswith(b"\0\0"):  # without a comment
+            length, start = _number(last[12:16]), _number(last[16:20])
+            if before.startswith(b"PK\6\6") and before[56:60] == b"PK\6\7":
+                end -= END_64_BYTES
+                if _number(before[64:72]) != end:
+                    break
+                length, start = _number(before[40:48]), _number(before[48:56])
+            if start + length != end:
+                break
+            if length > MAX_DIRECTORY_BYTES:
+                raise zipfile.BadZipFile(
+                    f"its directory has {length:,} bytes, at most {MAX_DIRECTORY_BYTES:,} expected"
+                )
+            return start
+    raise zipfile.BadZipFile("it is cut off, or something follows the archive")
+
+
+def _number(content: bytes) -> int:
+    return int.from_bytes(content, "little")
+
+
+def _problem_of_records(records: list[zipfile.ZipInfo]) -> str | None:
+    """What torch does not write; None where all of the records are as it writes them."""
     for record in records:
-        name = record.filename
-        if not name.startswith(f"{folder}/") or ".." in name.split("/") or "\\" in name or name.endswith("/"):
-            raise _Refused(f"a record is called {shown(name)}")
         if record.compress_type != zipfile.ZIP_STORED or record.file_size != record.compress_size:
-            raise _Refused(f"the record {shown(name)} is compressed to {record.compress_size:,} bytes")
+            return f"the record {shown(record.filename)} is compressed to {record.compress_size:,} bytes"
         if record.flag_bits & 1:
-            raise _Refused(f"the record {shown(name)} is encrypted")
-        file.seek(record.header_offset)
-        header = file.read(LOCAL_HEADER)
-        lengths = int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
-        inner = name[len(folder) + 1 :]
-        starts[inner] = record.header_offset + LOCAL_HEADER + lengths
-        taken.append((record.header_offset, starts[inner] + record.file_size))
-    taken.sort()
-    if not taken or taken[0][0] != 0 or taken[-1][1] > archive.start_dir:
-        raise zipfile.BadZipFile("its records are not where its directory says")
-    if any(end > start for (_, end), (start, _) in zip(taken, taken[1:], strict=False)):
-        raise _Refused("its records lie over each other")
-    torchs = torch._C.PyTorchFileReader(str(path))  # torch has a reader of its own: both must see the same archive
-    if starts != {name: torchs.get_record_offset(name) for name in torchs.get_all_records()}:
-        raise zipfile.BadZipFile("its directory can be read in two ways")
-    return {record.filename[len(folder) + 1 :]: record.file_size for record in records}
-
-
-def _check_pickle(archive: zipfile.ZipFile, sizes: Mapping[str, int]) -> None:
-    """Go through the archive's pickle without making what it names."""
+            return f"the record {shown(record.filename)} is encrypted"
+    names = [record.filename for record in records]
+    sizes = {name.partition("/")[2]: record.file_size for name, record in zip(names, records, strict=True)}
+    if len({name.partition("/")[0] for name in names}) != 1 or len(sizes) < len(records):
+        return "its records are not in one folder, each under its own name"
+    if "constants.pkl" in sizes:
+        return f"it is a TorchScript archive, which holds a program; {SAVE_AGAIN}"
     if "data.pkl" not in sizes:
-        raise zipfile.BadZipFile("there is no data.pkl in it")
+        return f"there is no data.pkl in it, but {shown(names[0])}"
     if sizes["data.pkl"] > MAX_PICKLE_BYTES:
-        raise _Refused(f"data.pkl has {sizes['data.pkl']:,} bytes, at most {MAX_PICKLE_BYTES:,} expected")
-    name = next(name for name in archive.namelist() if name.partition("/")[2] == "data.pkl")
-    try:
-        _Scan(archive.read(name), sizes).load()
-    except (_Refused, MemoryError):
-        raise
-    except Exception as error:  # whatever a pickle that is damaged, or none, makes Python's unpickler raise
-        raise zipfile.BadZipFile(f"data.pkl: {first_line(error)}") from error
-
-
-class _Inert:
-    """Stands for what a pickle names or makes; can be called, filled and given a state, and does nothing."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def __call__(self, *arguments) -> "_Inert":
-        return _Inert(f"{self.name}()")
-
-    def __setitem__(self, key, value) -> None:
-        pass
-
-    def __setstate__(self, state) -> None:
-        pass
-
-
-class _Scan(pickle._Unpickler):  # the one in Python, not in C: a memo index or a length without end costs no memory
-    """Reads a pickle for what it names and for the storages that it asks for; makes neither."""
-
-    dispatch = {code: read for code, read in pickle._Unpickler.dispatch.items() if code not in REFUSED}
-
-    def __init__(self, content: bytes, sizes: Mapping[str, int]) -> None:
-        super().__init__(io.BytesIO(content))
-        self._sizes = sizes
-
-    def find_class(self, module: str, name: str) -> _Inert:
-        if (module, name) not in ACCEPTED:
-            raise _Refused(f"it names {shown(f'{module}.{name}')[1:-1]}")
-        return _Inert(name)
-
-    def persistent_load(self, wanted) -> _Inert:
-        kind, storage, key, _, elements = wanted
-        bytes_each = ITEM_BYTES.get(getattr(storage, "name", None))
-        record = self._sizes.get(f"data/{key}")
-        if kind != "storage" or bytes_each is None or record is None or type(elements) is not int:
-            raise _Refused(f"it asks for {shown(wanted)}")
-        if not 0 <= elements * bytes_each <= record:
-            raise _Refused(f"the storage {shown(key)} claims {elements:,} numbers, its record has {record:,} bytes")
-        return _Inert("storage")
+        return f"data.pkl has {sizes['data.pkl']:,} bytes, at most {MAX_PICKLE_BYTES:,} expected"
+    return None
 
 
 # ---------------------------------------------------------------------------------------------------- the tensors
 
 
-def check_tensors(content, path: str | Path) -> None:
-    """See that every tensor in a value that was loaded is a plain one, and lies within its storage.
+def named_tensors(content) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor in nested dicts, lists and tuples once, with the keys that lead to it: "model.norm.weight"."""
+    waiting, seen = [("", content)], set()
+    while waiting:
+        name, value = waiting.pop()
+        if id(value) in seen:  # a pickle can hold a list that holds itself
+            continue
+        if isinstance(value, Tensor):
+            seen.add(id(value))
+            yield name, value
+        elif isinstance(value, Mapping | list | tuple):
+            seen.add(id(value))
+            items = value.items() if isinstance(value, Mapping) else enumerate(value)
+            waiting += reversed([(f"{name}.{key}".removeprefix(".")[-100:], inner) for key, inner in items])
+
+
+def check_tensors(content, path: str | Path, sizes: Iterable[int]) -> None:
+    """See that every tensor that was loaded is a plain one, within a storage that is a record of the file.
 
     Args:
         content: nested dicts, lists and tuples, as `torch.load` returned them.
+        sizes: of the records, in bytes.
 
     Raises:
         InputError: naming the first tensor that is not.
     """
-    waiting, seen = [("", content)], set()
-    while waiting:
-        name, value = waiting.pop()
-        if isinstance(value, Tensor):
-            if problem := tensor_problem(value):
-                raise InputError(f"{path}: the tensor {shown(name.removeprefix('.'))} {problem}; it is not used")
-        elif isinstance(value, Mapping | list | tuple) and id(value) not in seen:
-            seen.add(id(value))  # a pickle can hold a list that holds itself
-            items = value.items() if isinstance(value, Mapping) else enumerate(value)
-            waiting += [(f"{name}.{key}"[-100:], inner) for key, inner in items]
+    sizes, storages = set(sizes), {}
+    for name, tensor in named_tensors(content):
+        problem = tensor_problem(tensor)
+        if problem is None:
+            storage = tensor.untyped_storage()
+            storages[storage.data_ptr(), storage.nbytes()] = storage
+            if storage.nbytes() not in sizes:
+                problem = f"has a storage of {storage.nbytes():,} bytes, which no record of the file has"
+        if problem:
+            raise InputError(f"{path}: the tensor {shown(name)} {problem}; it is not used")
+    if sum(storage.nbytes() for storage in storages.values()) > os.path.getsize(path):
+        raise InputError(f"{path}: its tensors lie over each other; they are not used")
 
 
 def tensor_problem(tensor: Tensor) -> str | None:
@@ -195,10 +189,6 @@ def tensor_problem(tensor: Tensor) -> str | None:
     held = tensor.untyped_storage().nbytes() // tensor.element_size()
     if tensor.numel() > held:
         return f"has {tensor.numel():,} numbers, its storage {held:,}"
-    offset, shape, strides = tensor.storage_offset(), tensor.shape, tensor.stride()
-    last = offset + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
-    if tensor.numel() and not (0 <= offset and min(strides, default=0) >= 0 and last < held):
-        return f"reaches from {offset:,} to {last:,} in a storage of {held:,} numbers"
     return None
 
 

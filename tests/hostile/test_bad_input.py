@@ -9,7 +9,7 @@ import torch
 
 from model.dataset import PretrainDataset, verify_tokens
 from model.errors import InputError, shown
-from model.storage.archive_checks import check_archive, check_shapes, check_tensors, read_shape, weight_shapes
+from model.storage.archive_checks import check_shapes, read_shape, weight_shapes
 from model.token_file.manifest import Manifest, file_sha256, write_manifest
 from tests.conftest import random_model
 from tests.reliability import bad_input, malicious
@@ -82,33 +82,6 @@ def test_a_shape_from_a_file_is_checked_like_a_setting(tiny_config):
             read_shape(values | {name: value}, "w.json")
     with pytest.raises(InputError, match="w.json: config: dim"):
         read_shape(values | {"dim": 30, "head_dim": None}, "w.json")
-
-
-def test_what_torch_saves_passes(tmp_path, tiny_model):
-    content = {
-        "model": tiny_model.state_dict(), "parameter": torch.nn.Parameter(torch.zeros(3)), "h": torch.zeros(3).half(),
-        "view": torch.arange(12).view(3, 4).T[1:], "empty": torch.zeros(0, 4), "scalar": torch.tensor(True),
-        "brain": torch.zeros(2, dtype=torch.bfloat16), "plain": [1, 2.5, None, "text", (True, {"a": 10**30})],
-    }  # fmt: skip
-    torch.save(content, tmp_path / "a.pth")
-    check_archive(tmp_path / "a.pth")
-    check_tensors(torch.load(tmp_path / "a.pth", weights_only=True), "a.pth")
-    with open(tmp_path / "a.pth", "ab") as file:
-        file.write(b"MateConv sha256 " + b"0" * 64 + b"\n")
-    check_archive(tmp_path / "a.pth")
-
-
-@pytest.mark.parametrize(
-    ("tensor", "expected"),
-    [
-        (torch.zeros(1).expand(10**9), "1,000,000,000 numbers, its storage 1"),
-        (torch.zeros(2, 2).to_sparse(), "no dense tensor"),
-        (torch.zeros(2, device="meta"), "no dense tensor"),
-    ],
-)
-def test_a_tensor_that_is_not_what_it_seems_is_refused(tensor, expected):
-    with pytest.raises(InputError, match=f"a.pth: the tensor 'x.1' .*{expected}"):
-        check_tensors({"x": [0, tensor]}, "a.pth")
 
 
 def test_a_value_in_a_message_is_one_short_line():
