@@ -30,7 +30,8 @@ from model.storage.files import size_text
 from model.text.chat_template import check_history, render_template, valid_text
 from model.text.detokenize import Text, new_detokenizer
 from model.text.tokenization import Delimiters, delimiters, encode_texts, end_ids, vocabulary_size
-from model.weights.load import fitting_tokenizer, load_weights
+from model.weights import load_weights
+from model.weights.load import fitting_tokenizer
 from utils import pick_device, pick_dtype, say
 
 BATCH_BYTES = 4 << 30  # of the keys and values of all texts that are written at once

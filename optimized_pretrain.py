@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 import utils
 from model.dataset import PretrainDataset, SampleOrder, number_documents
 from model.errors import ProcessLost, TrainingDiverged
+from model.loss import bits_per_byte
 from model.model import Transformer
 from model.runs.folder import RunSpace, check_space, step_checkpoint, write_config
 from model.runs.initial_weights import load_initial
@@ -32,11 +33,11 @@ from model.storage.archive import tensor_bytes
 from model.training.choices import Choices, total_steps
 from model.training.data import TrainingData
 from model.training.divergence import difference_of_weights, fault_of_step, remember, weights_norm
-from model.training.evaluation import bits_per_byte, validation_sums
+from model.training.evaluation import validation_sums
 from model.training.optimizer import MovingAverage, build_optimizer, momentum_at, optimizer_bytes, plan_schedule
 from model.training.report import describe_run
 from model.training.settings import Settings, TrainingSettings
-from model.weights.load import Weights
+from model.weights import Weights
 from utils import Processes, say
 
 EXIT_CODES = {"finished": 0, "early_stopping": 0, "interrupted": 130}

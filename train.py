@@ -18,12 +18,12 @@ from pathlib import Path
 
 from model.corpus.job_folder import job_path
 from model.errors import InputError
+from model.options import accepted_types
 from model.training.settings import (
     FIELDS,
     SECTIONS,
     DataSettings,
     Settings,
-    accepted_types,
     build_settings,
     read_config,
 )
@@ -45,7 +45,7 @@ def read_settings(arguments: list[str], of_checkpoint: bool = True) -> Settings:
     for section, cls in SECTIONS.items():
         group = parser.add_argument_group(section)
         for field in dataclasses.fields(cls):
-            optional_value = {"nargs": "?", "const": "true"} if accepted_types(field.name)[0] is bool else {}
+            optional_value = {"nargs": "?", "const": "true"} if accepted_types(field)[0] is bool else {}
             choices = field.metadata["choices"]
             text = field.metadata["help"] + (f" ({', '.join(choices)})" if choices else "")
             group.add_argument(

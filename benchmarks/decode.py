@@ -31,7 +31,7 @@ import utils
 from model.errors import InputError
 from model.LMConfig import LMConfig
 from model.model import Transformer
-from model.weights.load import Weights, save_weights
+from model.weights import Weights, save_weights
 
 SHAPES = {
     "26.9M": LMConfig(),  # MiniMind v1's

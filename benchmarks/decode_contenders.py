@@ -31,7 +31,7 @@ def our_model(order: argparse.Namespace):
     import torch
 
     from model.model import Transformer
-    from model.weights.load import load_weights
+    from model.weights import load_weights
 
     weights = load_weights(Path(order.folder) / "weights.pth")
     model = Transformer(weights.config).eval()
@@ -125,8 +125,8 @@ def llama_cpp(order: argparse.Namespace) -> Callable[[int], Written]:
 
 def write_gguf(folder: Path, formats: list[str]) -> None:
     """The weights for llama.cpp."""
+    from model.weights import load_weights
     from model.weights.gguf import save_gguf
-    from model.weights.load import load_weights
 
     weights = load_weights(folder / "weights.pth")
     for name in formats:

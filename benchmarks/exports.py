@@ -125,7 +125,7 @@ def random_weights(shape: dict, seed: int):
 
     from model.LMConfig import LMConfig
     from model.model import Transformer
-    from model.weights.load import Weights
+    from model.weights import Weights
 
     torch.manual_seed(seed)
     model = Transformer(LMConfig(**{"n_layers": 3, "max_seq_len": 256} | shape))
@@ -150,7 +150,7 @@ def same_bits(one, other) -> bool:
 def compare(name: str, weights, formats: list[tuple[str, str]], llama_python: str | None) -> None:
     """A row for each format."""
     from model.convert import convert, write
-    from model.weights.load import load_weights
+    from model.weights import load_weights
 
     context = min(weights.config.max_seq_len, 256)
     with tempfile.TemporaryDirectory() as here:
@@ -170,7 +170,7 @@ def compare(name: str, weights, formats: list[tuple[str, str]], llama_python: st
 
 def compare_as_it_is(path: Path, programs: list[str], llama_python: str | None) -> None:
     """A row for each program that reads a file of others itself."""
-    from model.weights.load import load_weights
+    from model.weights import load_weights
 
     weights = load_weights(path)
     ours = in_mateconv(weights)
@@ -210,7 +210,7 @@ def read_options() -> argparse.Namespace:
 
 def main() -> None:
     """Print the table."""
-    from model.weights.load import load_weights
+    from model.weights import load_weights
 
     options = read_options()
     formats = [("transformers", dtype) for dtype in ("F32", "BF16")]

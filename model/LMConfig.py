@@ -1,11 +1,12 @@
 """The shape of a model."""
 
 import dataclasses
-import math
 from dataclasses import dataclass
 
-from model.errors import InputError
+from model.errors import InputError, shown
+from model.options import checked_value, setting
 
+MOST_TOKENS = 2**24  # rows of an embedding; the largest tokenizers have a quarter of a million
 ROPE_SCALINGS = ("linear", "llama3")
 
 
@@ -17,31 +18,48 @@ class LMConfig:
         InputError: values that no model can have; all of them are named at once.
     """
 
-    dim: int = 512  # width of the residual stream
-    n_layers: int = 8
-    n_heads: int = 16  # query heads
-    n_kv_heads: int = 8  # key and value heads; each serves n_heads / n_kv_heads query heads (GQA)
-    head_dim: int | None = None  # numbers of a head; None: dim / n_heads
-    vocab_size: int = 6400
-    hidden_dim: int | None = None  # of the feed-forward; None: 8/3 of dim, rounded up to multiple_of
-    multiple_of: int = 64
-    norm_eps: float = 1e-5
-    max_seq_len: int = 512  # tokens that a sample and the context of a generation hold
-    rope_theta: float = 10000.0
-    rope_scaling: str | None = None  # "linear" (Chen et al., 2023) or "llama3" (Llama 3.1): slower, for longer contexts
-    rope_factor: float = 1.0  # times slower; for "llama3" only what turns slowly
-    rope_low_freq_factor: float = 1.0  # "llama3": what turns less often in the original context is slowed in full
-    rope_high_freq_factor: float = 4.0  # and what turns more often stays as it is
-    rope_original_max_seq_len: int = 8192  # "llama3": that context
-    dropout: float = 0.0
-    flash_attn: bool = True  # scaled_dot_product_attention; False: the same written out, to read and to compare
-    tie_embeddings: bool = True  # the output layer is the embedding's matrix
-    qk_norm: bool = False  # RMSNorm of each query and key head, as in Qwen3; MiniMind v1 has none
-    qkv_bias: bool = False  # biases of queries, keys and values, as in Qwen2
+    dim: int = setting(512, "width of the residual stream", at_least=1, at_most=2**20)
+    n_layers: int = setting(8, "layers", at_least=1, at_most=10_000)
+    n_heads: int = setting(16, "query heads", at_least=1, at_most=2**20)
+    n_kv_heads: int = setting(8, "key and value heads (GQA); must divide n_heads", at_least=1, at_most=2**20)
+    head_dim: int | None = setting(None, "width of a head, even; null: dim / n_heads", at_least=2, at_most=2**16)
+    vocab_size: int = setting(6400, "rows of the embedding", at_least=1, at_most=MOST_TOKENS)
+    hidden_dim: int | None = setting(
+        None, "width of the feed-forward; null: 8/3 of dim, rounded up to multiple_of", at_least=1, at_most=2**24
+    )
+    multiple_of: int = setting(
+        64, "an automatic hidden_dim is rounded up to a multiple of this", at_least=1, at_most=2**20
+    )
+    norm_eps: float = setting(1e-5, "added under the root of RMSNorm", above=0, at_most=1)
+    max_seq_len: int = setting(512, "tokens of a training sample and of the context", at_least=1, at_most=2**20)
+    rope_theta: float = setting(10000.0, "base of the rotary position embedding", above=0, at_most=1e12)
+    rope_scaling: str | None = setting(
+        None,
+        "slower turns for a longer context, linear (Chen et al., 2023) or llama3 (Llama 3.1); null: as rope_theta says",
+        choices=ROPE_SCALINGS,
+    )
+    rope_factor: float = setting(1.0, "of rope_scaling: how many times slower", at_least=1, at_most=1e6)
+    rope_low_freq_factor: float = setting(
+        1.0, "of llama3: pairs that turn less often in the original context are slowed in full", above=0, at_most=1e6
+    )
+    rope_high_freq_factor: float = setting(
+        4.0, "of llama3: pairs that turn more often than this are not slowed", above=0, at_most=1e6
+    )
+    rope_original_max_seq_len: int = setting(8192, "of llama3: the original context", at_least=1, at_most=2**30)
+    dropout: float = setting(0.0, "probability of dropout", at_least=0, below=1)
+    flash_attn: bool = setting(True, "scaled_dot_product_attention; false: written out in plain PyTorch, slower")
+    tie_embeddings: bool = setting(True, "output layer and embedding share one matrix")
+    qk_norm: bool = setting(False, "RMSNorm of query and key heads, as in Qwen3 (not in MiniMind v1)")
+    qkv_bias: bool = setting(False, "biases of queries, keys and values, as in Qwen2 (not in MiniMind v1)")
 
     def __post_init__(self) -> None:
-        problems = config_problems(dataclasses.asdict(self))
-        if problems:
+        problems = []
+        for field in dataclasses.fields(self):
+            try:
+                setattr(self, field.name, checked_value(field, getattr(self, field.name)))
+            except ValueError as error:
+                problems.append(f"{field.name}: {shown(getattr(self, field.name))} found, {error} expected")
+        if problems := problems or impossible_shape(vars(self)):
             raise InputError("; ".join(problems))
         if self.hidden_dim is None:
             hidden_dim = int(8 * self.dim / 3)
@@ -50,29 +68,12 @@ class LMConfig:
             self.head_dim = self.dim // self.n_heads
 
 
-def config_problems(values: dict) -> list[str]:
-    """Every reason why no model can have these values: one line each, naming key, value and what is accepted."""
+def impossible_shape(values: dict) -> list[str]:
+    """Why no model can have these values together, each of which is within its limits: one line for each reason."""
     problems = []
-    for name in (
-        "dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "vocab_size", "hidden_dim", "multiple_of",
-        "max_seq_len", "rope_original_max_seq_len",
-    ):  # fmt: skip
-        if values[name] is not None and values[name] < 1:
-            problems.append(f"{name}: {values[name]} is below 1")
-    for name in ("norm_eps", "rope_theta", "rope_low_freq_factor"):
-        if not 0 < values[name] < math.inf:
-            problems.append(f"{name}: {values[name]} is not above 0")
-    if not 0 <= values["dropout"] < 1:
-        problems.append(f"dropout: {values['dropout']} is outside 0 to 1 (1 excluded)")
-    if values["rope_scaling"] not in (None, *ROPE_SCALINGS):
-        problems.append(f"rope_scaling: {values['rope_scaling']} is none of {', '.join(ROPE_SCALINGS)}")
-    if not 1 <= values["rope_factor"] < math.inf:
-        problems.append(f"rope_factor: {values['rope_factor']} is below 1")
-    if not values["rope_low_freq_factor"] < values["rope_high_freq_factor"] < math.inf:
-        low, high = values["rope_low_freq_factor"], values["rope_high_freq_factor"]
+    low, high = values["rope_low_freq_factor"], values["rope_high_freq_factor"]
+    if not low < high:
         problems.append(f"rope_high_freq_factor: {high} is not above rope_low_freq_factor = {low}")
-    if problems:
-        return problems
     dim, n_heads, n_kv_heads, head_dim = (values[name] for name in ("dim", "n_heads", "n_kv_heads", "head_dim"))
     if head_dim is None and dim % (2 * n_heads):
         problems.append(f"dim: {dim} is not a multiple of 2 * n_heads = {2 * n_heads} (RoPE turns pairs within a head)")

@@ -17,13 +17,23 @@ import torch
 
 from model.command import CommandParser, run_command, say
 from model.errors import InputError
-from model.text.tokenization import tokenizer_sha256
-from model.training.settings import accepted_types
-from model.weights.load import Weights, fitting_tokenizer, load_weights, recorded_tokenizer, save_weights
+from model.generation.generation_config import GenerationConfig
+from model.LMConfig import LMConfig
+from model.options import accepted_types
+from model.text.tokenization import EMBEDDED_TOKENIZER, tokenizer_folder, tokenizer_sha256
+from model.text.tokenizer_folder import same_tokenizer
+from model.weights import Weights, load_weights, save_weights
+from model.weights.gguf import save_gguf
+from model.weights.llama2c import save_llama2c, save_llama2c_checkpoint
+from model.weights.load import fitting_tokenizer, recorded_tokenizer
+from model.weights.meta_folder import save_meta_folder
 from model.weights.minimind import GIVABLE
+from model.weights.tokenizer_copy import copy_tokenizer
+from model.weights.transformers_folder import save_transformers
 
 SUFFIXES = {".pth": "mateconv", ".gguf": "gguf", ".bin": "llama2c", ".pt": "llama2c_checkpoint", "": "transformers"}
 TARGETS = (*SUFFIXES.values(), "meta")
+SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty", "max_new_tokens")
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -109,10 +119,6 @@ def _beside(target: Path) -> tuple[Path, Path]:
 
 def _write_mateconv(target: Path, weights: Weights, dtype: str) -> None:
     """X.pth with X.json, and the tokenizer as X_tokenizer, unless it is the embedded one."""
-    from model.text.tokenization import EMBEDDED_TOKENIZER, tokenizer_folder
-    from model.text.tokenizer_folder import same_tokenizer
-    from model.weights.tokenizer_copy import copy_tokenizer
-
     if weights.tokenizer_path is not None:
         folder, path = tokenizer_folder(weights.tokenizer_path), None
         if not same_tokenizer(folder, EMBEDDED_TOKENIZER):
@@ -124,32 +130,23 @@ def _write_mateconv(target: Path, weights: Weights, dtype: str) -> None:
 
 
 def _write_transformers(target: Path, weights: Weights, dtype: str) -> None:
-    from model.weights.transformers_folder import save_transformers
-
-    save_transformers(target, weights, DTYPES[dtype])
+    defaults = vars(GenerationConfig())  # transformers then samples as inference.py does without flags
+    save_transformers(target, weights, DTYPES[dtype], {name: defaults[name] for name in SAMPLING})
 
 
 def _write_gguf(target: Path, weights: Weights, dtype: str) -> list[str]:
-    from model.weights.gguf import save_gguf
-
     return save_gguf(target, weights, dtype)
 
 
 def _write_llama2c(target: Path, weights: Weights, dtype: str) -> None:
-    from model.weights.llama2c import save_llama2c
-
     save_llama2c(target, weights)
 
 
 def _write_llama2c_checkpoint(target: Path, weights: Weights, dtype: str) -> None:
-    from model.weights.llama2c import save_llama2c_checkpoint
-
     save_llama2c_checkpoint(target, weights)
 
 
 def _write_meta(target: Path, weights: Weights, dtype: str) -> None:
-    from model.weights.meta_folder import save_meta_folder
-
     save_meta_folder(target, weights)
 
 
@@ -182,7 +179,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=choices, default="F32", help="of the matrices; Q8_0 for GGUF [F32]")
     parser.add_argument("--tokenizer_path", help="folder of the tokenizer; not given: what comes with the weights")
     for name in GIVABLE:
-        kind = accepted_types(name)[0]
+        kind = accepted_types(LMConfig.__dataclass_fields__[name])[0]
         parser.add_argument(f"--{name}", type=kind, help="for files without a description, whose shapes do not tell it")
     arguments = parser.parse_args(sys.argv[1:])
     given = {name: value for name in GIVABLE if (value := getattr(arguments, name)) is not None}

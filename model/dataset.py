@@ -12,11 +12,11 @@ import numpy as np
 import torch
 
 from model.errors import InputError
+from model.loss import IGNORE_INDEX
 from model.token_file.manifest import read_manifest
 from model.token_file.packing import find_documents, pack_documents
 from model.token_file.token_layout import find_layout
 
-IGNORE_INDEX = -100  # a target with this id counts in no loss
 VERIFY_BYTES = 8 << 30  # a larger token file is not read through before training: 8 GiB take some ten seconds
 BLOCK_BYTES = 16 << 20
 

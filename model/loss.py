@@ -1,12 +1,18 @@
 """The loss of a language model: cross-entropy over the vocabulary, without ever holding all logits on a CPU."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.dataset import IGNORE_INDEX
+IGNORE_INDEX = -100  # a target with this id counts in no loss
+CHUNK_BYTES = 8 << 20  # of logits, computed at once: they stay in a CPU's cache
 
-CHUNK_BYTES = 8 << 20  # logits of so many bytes are worked on at once: they stay in a CPU's cache
+
+def bits_per_byte(nats: float, byte_count: float) -> float:
+    """A summed loss as bits per byte of text: comparable between tokenizers."""
+    return nats / math.log(2) / max(1, byte_count)
 
 
 def cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from model.errors import InputError
-from model.weights.load import Weights, load_weights
+from model.weights import Weights, load_weights
 
 ROOM = 400 << 20  # bytes of address space, of which threads and mapped files take some
 LONGEST = 800  # characters of a message

@@ -8,7 +8,7 @@ from model.generation.engine import Engine
 from model.LMConfig import LMConfig
 from model.model import Transformer
 from model.text.tokenization import load_tokenizer, tokenizer_sha256
-from model.weights.load import Weights
+from model.weights import Weights
 from optimized_inference import GenerationConfig, decode
 
 TEXT = "中国是一个历史悠久的国家。长江、黄河都在中国。你好，好久不见！The quick brown fox 👩‍👩‍👧 2024"

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from model.generation.engine import Engine
 from model.kv_cache import KVCache
+from model.loss import bits_per_byte
 from model.model import Transformer
-from model.training.evaluation import bits_per_byte
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,12 @@ from torch import Tensor
 from model.errors import InputError
 from model.LMConfig import LMConfig
 from model.runs.resume import find_checkpoint
-from model.storage.archive_checks import read_shape
 from model.text.tokenization import EMBEDDED_TOKENIZER, tokenizer_folder
 from model.text.tokenizer_folder import same_tokenizer
 from model.training.settings import ModelSettings, Settings
-from model.weights.load import Weights, fitting_tokenizer, load_weights, recorded_tokenizer
+from model.weights import Weights, load_weights
+from model.weights.load import fitting_tokenizer, recorded_tokenizer
+from model.weights.shapes import read_shape
 
 # What of a model's settings is not in its weights, and may be chosen anew.
 FREE = ("max_seq_len", "dropout", "flash_attn")

@@ -11,9 +11,9 @@ from model.errors import InputError
 from model.runs.folder import INTERRUPTED, all_checkpoints, started_at
 from model.runs.state import CHECKPOINT_VERSION, state_problem
 from model.storage.archive import load_torch
-from model.storage.archive_checks import read_shape
 from model.training.data import TrainingData
 from model.training.settings import TrainingSettings
+from model.weights.shapes import read_shape
 
 # Settings of a run that may differ without a word when it goes on.
 OF_THE_PLACE = {"resume", "resume_from", "out_dir", "device", "ddp"}

@@ -11,7 +11,7 @@ from model.runs.metrics import MetricsLog
 from model.runs.saving import BackgroundSaver
 from model.runs.status import Status
 from model.storage.archive import save_torch
-from model.weights.load import Weights, save_weights
+from model.weights import Weights, save_weights
 
 STATUS_SECONDS = 20  # between two writings of status.json, while nothing else happens
 

@@ -16,9 +16,9 @@ from torch.optim.swa_utils import AveragedModel
 
 from model.errors import InputError, first_line, shown
 from model.storage.archive import is_finite
-from model.storage.archive_checks import check_shapes, read_shape
 from model.training.optimizer import is_hidden_matrix, load_optimizer_state
 from model.training.settings import FIELDS, SECTIONS
+from model.weights.shapes import check_shapes, read_shape
 
 CHECKPOINT_VERSION = 2
 NONE = type(None)

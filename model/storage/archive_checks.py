@@ -4,8 +4,6 @@
 return ten billion numbers over a storage of four. So the archive's directory is checked first, the tensors afterwards.
 """
 
-import dataclasses
-import json
 import os
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -16,12 +14,9 @@ import torch
 from torch import Tensor
 
 from model.errors import InputError, shown
-from model.LMConfig import LMConfig
-from model.training.settings import parse_value
 
 MAX_PICKLE_BYTES = 16 << 20  # the values of a checkpoint without its tensors take a few hundred kB
 MAX_DIRECTORY_BYTES = 16 << 20  # a hundred thousand tensors
-MAX_SIDECAR_BYTES = 1 << 16
 TRAILER_BYTES = 81  # that our own files have after the archive
 HEADER_BYTES = 30  # of a record, before its name
 END_BYTES = 22  # of the record that ends an archive
@@ -190,106 +185,3 @@ def tensor_problem(tensor: Tensor) -> str | None:
     if tensor.numel() > held:
         return f"has {tensor.numel():,} numbers, its storage {held:,}"
     return None
-
-
-# ------------------------------------------------------------------------------------------------------- the shape
-
-
-def read_shape(values, path: str | Path) -> LMConfig:
-    """The LMConfig that a file holds as a dict, with every value of the right kind and within the limits of settings.
-
-    Raises:
-        InputError: naming the file and every value that is wrong.
-    """
-    if not isinstance(values, Mapping):
-        raise InputError(f"{path}: config is {shown(values)}, the fields of a model's shape expected")
-    problems, parsed = [], {}
-    known = {field.name for field in dataclasses.fields(LMConfig)}
-    for name, value in values.items():
-        if name not in known:
-            problems.append(f"config.{shown(str(name))[1:-1]} is unknown")
-            continue
-        try:
-            parsed[name] = parse_value(name, value)
-            if (isinstance(value, str) and name != "rope_scaling") or (value is None and name == "vocab_size"):
-                raise ValueError("a number")
-        except ValueError as error:
-            problems.append(f"config.{name}: {shown(value)} found, {error} expected")
-    if problems:
-        raise InputError(f"{path}: {'; '.join(problems[:5])}")
-    try:
-        return LMConfig(**parsed)
-    except InputError as error:
-        raise InputError(f"{path}: config: {error}") from error
-
-
-def read_sidecar(path: str | Path) -> tuple[LMConfig, str | None, str | None, bool]:
-    """What lies beside weights, `{stem}.json`: the shape, the tokenizer's folder and its SHA-256, and whether texts
-    begin with its bos.
-
-    Raises:
-        InputError: it is no such file, or holds what no shape or tokenizer has.
-    """
-    try:
-        with open(path, "rb") as file:
-            content = file.read(MAX_SIDECAR_BYTES + 1)
-        if len(content) > MAX_SIDECAR_BYTES:
-            raise ValueError(f"over {MAX_SIDECAR_BYTES:,} bytes")
-        described = json.loads(content)
-        config, *tokenizer = (described[key] for key in ("config", "tokenizer_path", "tokenizer_sha256"))
-        if any(value is not None and not isinstance(value, str) for value in tokenizer):
-            raise TypeError(f"tokenizer {tokenizer!r}")
-        begins_with_bos = described.get("begins_with_bos", True)  # earlier versions knew nothing else
-        if not isinstance(begins_with_bos, bool):
-            raise TypeError(f"begins_with_bos {begins_with_bos!r}")
-    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
-        reason = shown(f"{type(error).__name__}: {error}")[1:-1]
-        raise InputError(f"{path}: does not describe weights ({reason}); without it the shapes are read") from error
-    return read_shape(config, path), *tokenizer, begins_with_bos
-
-
-def weight_shapes(config: LMConfig) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the weights that a `Transformer` of this shape has, without making one."""
-    dim, hidden_dim, head_dim = config.dim, config.hidden_dim, config.head_dim
-    of_a_layer = {
-        "attention.wq": (config.n_heads * head_dim, dim), "attention.wk": (config.n_kv_heads * head_dim, dim),
-        "attention.wv": (config.n_kv_heads * head_dim, dim), "attention.wo": (dim, config.n_heads * head_dim),
-        "feed_forward.w1": (hidden_dim, dim), "feed_forward.w2": (dim, hidden_dim),
-        "feed_forward.w3": (hidden_dim, dim), "attention_norm": (dim,), "ffn_norm": (dim,),
-    }  # fmt: skip
-    if config.qk_norm:
-        of_a_layer |= {"attention.q_norm": (head_dim,), "attention.k_norm": (head_dim,)}
-    of_a_layer = {f"{name}.weight": shape for name, shape in of_a_layer.items()}
-    if config.qkv_bias:
-        of_a_layer |= {f"attention.{n}.bias": of_a_layer[f"attention.{n}.weight"][:1] for n in ("wq", "wk", "wv")}
-    shapes = {f"layers.{n}.{name}": shape for n in range(config.n_layers) for name, shape in of_a_layer.items()}
-    embedding = (config.vocab_size, dim)
-    return shapes | {"tok_embeddings.weight": embedding, "output.weight": embedding, "norm.weight": (dim,)}
-
-
-def check_shapes(state_dict: Mapping[str, Tensor], config: LMConfig, path: str | Path) -> None:
-    """See that weights are those of a model of this shape, before memory is taken for one.
-
-    Raises:
-        InputError: naming what is missing, too much, or of another shape.
-    """
-    layers = {str(key).split(".")[1] for key in state_dict if str(key).startswith("layers.")}
-    if len(layers) != config.n_layers:
-        raise InputError(f"{path}: holds {len(layers):,} layers, its description says n_layers {config.n_layers:,}")
-    wanted = weight_shapes(config)
-    missing, others = wanted.keys() - state_dict.keys(), state_dict.keys() - wanted.keys()
-    if missing or others:
-        found = " and ".join(
-            f"{title} {shown(min(map(str, keys)))}{f' ({len(keys)} such)' if len(keys) > 1 else ''}"
-            for title, keys in (("no", missing), ("an unknown", others))
-            if keys
-        )
-        raise InputError(f"{path}: {found} inside; these are not the weights that its description is of")
-    for key, shape in wanted.items():
-        if not isinstance(state_dict[key], Tensor):
-            raise InputError(f"{path}: {key} is {shown(state_dict[key])}, a tensor expected")
-        found = tuple(state_dict[key].shape)
-        if found != shape:
-            raise InputError(f"{path}: {key} is {shown(found)}, by its description {shown(shape)} expected")
-        if not state_dict[key].is_floating_point():
-            raise InputError(f"{path}: {key} holds {state_dict[key].dtype}, floating-point numbers expected")

@@ -7,7 +7,7 @@ is made before it is asked for.
 
 import math
 import struct
-from collections.abc import Container
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,6 +25,16 @@ MAGIC = b"GGUF"
 MOST_VALUES, MOST_TENSORS, MOST_BYTES, MOST_ITEMS = 4096, 1 << 14, 1 << 28, 1 << 21
 FORMS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}  # by type
 UINT32, STRING, ARRAY = 4, 8, 9
+TYPES = {  # GGUF's names of them, for each of Python's
+    int: {f"{sign}INT{bits}" for sign in ("", "U") for bits in (8, 16, 32, 64)},
+    float: {"FLOAT32", "FLOAT64"},
+    bool: {"BOOL"},
+    str: {"STRING"},
+}
+
+
+class Refused(Exception):
+    """Why what a file holds is not used; the message is the reason."""
 
 
 @dataclass(frozen=True)
@@ -208,3 +218,54 @@ class GGUFFile:
 
     def _refusal(self, found: str) -> InputError:
         return InputError(f"{self._path}: damaged, or not a GGUF file ({found})")
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether a file is one by its first bytes or its name."""
+    with open(path, "rb") as file:
+        return file.read(4) == MAGIC or path.suffix == ".gguf"
+
+
+def single_value(fields: Mapping[str, Value], key: str, kind: type):
+    """A value of a type; None where there is no such key.
+
+    Raises:
+        Refused: it has another type, or is no UTF-8.
+    """
+    field = fields.get(key)
+    if field is None:
+        return None
+    if len(field.types) != 1 or field.types[0].name not in TYPES[kind]:
+        raise Refused(f"{key} is {_named(field)}, {_expected(kind)} expected")
+    return _contents(field, key)
+
+
+def list_of_values(fields: Mapping[str, Value], key: str, kind: type, most: int) -> list:
+    """An array's values, of which there are `most` at most; empty where there is no such key.
+
+    Raises:
+        Refused: it is no array, has another type or more values, or is no UTF-8.
+    """
+    field = fields.get(key)
+    if field is None or field.count == 0:
+        return []
+    if len(field.types) != 2 or field.types[0].name != "ARRAY" or field.types[1].name not in TYPES[kind]:
+        raise Refused(f"{key} is {_named(field)}, ARRAY of {_expected(kind)} expected")
+    if field.count > most:
+        raise Refused(f"{key} has {field.count:,} values, at most {most:,} expected")
+    return _contents(field, key)
+
+
+def _named(field: Value) -> str:
+    return " of ".join(found.name for found in field.types) or "nothing"
+
+
+def _expected(kind: type) -> str:
+    return " or ".join(sorted(TYPES[kind]))
+
+
+def _contents(field: Value, key: str):
+    try:
+        return field.contents()
+    except UnicodeDecodeError as error:
+        raise Refused(f"{key} is not UTF-8 ({first_line(error)})") from error

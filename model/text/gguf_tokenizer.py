@@ -9,6 +9,8 @@ Of the rest of a file this module knows nothing, and nothing of what a file hold
 llama.cpp's ids, except that a text never becomes a control token where it is encoded as mere text.
 """
 
+import functools
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Mapping
@@ -16,18 +18,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from model.errors import InputError, first_line, shown
-from model.storage.files import replacing, write_json
-from model.storage.gguf_header import Value
-from model.storage.gguf_values import Refused, list_of_values, single_value
+from model.LMConfig import MOST_TOKENS
+from model.storage.files import cache_folder, new_folder, replacing, write_json
+from model.storage.gguf_header import GGUFFile, Refused, Value, list_of_values, single_value
 from model.text.merge_scores import merges_of, scores_of
 from model.text.pre_tokenizers import BY_NAME, PRE_TOKENIZERS, as_json, find_name
-from model.text.tokenization import MOST_TOKENS
 from model.text.tokenizer_folder import TokenizerFolder, read_folder
 
 if TYPE_CHECKING:
     import gguf
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # tokenizer.ggml.token_type; 0: none of these
+READ_BY = 1  # version of what makes a tokenizer's folder: unpacked ones of other versions are left alone
 MOST_MERGES = 2 * MOST_TOKENS
 MOST_CHARACTERS = 1024  # of a token; runs of spaces have a few hundred
 MOST_TEMPLATE_CHARACTERS = 1 << 20  # the longest templates, with tools, have thirty thousand
@@ -200,6 +202,30 @@ def _byte_letters() -> dict[int, str]:
 
 
 # --------------------------------------------------------------------------------------------------------- reading
+
+
+def unpacked_tokenizer(path: Path) -> Path:
+    """The folder of the tokenizer inside a file: in the cache, under a name that its content gives.
+
+    Raises:
+        InputError: it is damaged, or llama.cpp's name of its pre-tokenizer is not known.
+    """
+    found = path.stat()
+    return _unpacked_tokenizer(path, found.st_size, found.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=4)  # reading tens of thousands of tokens takes seconds, and several ask for the folder
+def _unpacked_tokenizer(path: Path, size: int, modified: int) -> Path:
+    fields = GGUFFile(path).fields
+    content = hashlib.sha256(READ_BY.to_bytes(4, "little"))
+    for key in sorted(key for key in fields if key.startswith("tokenizer.")):
+        content.update(f"{key} {[*map(int, fields[key].types)]} {fields[key].count}\n".encode())
+        content.update(fields[key].content)
+    folder = cache_folder() / "tokenizers" / content.hexdigest()[:24]
+    if not (folder / "tokenizer.json").is_file():
+        with new_folder(folder) as temporary:
+            read_tokenizer(fields, temporary, path)
+    return folder
 
 
 def read_tokenizer(fields: Mapping[str, Value], target: str | Path, source: str | Path) -> None:

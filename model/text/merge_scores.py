@@ -9,7 +9,7 @@ import math
 from collections.abc import Container, Iterable, Mapping
 
 from model.errors import shown
-from model.storage.gguf_values import Refused
+from model.storage.gguf_header import Refused
 
 
 def scores_of(merges: Iterable[list[str]], tokens: list[str], words: Iterable[str]) -> list[float]:

@@ -11,9 +11,11 @@ from pathlib import Path
 import numpy as np
 
 from model.errors import InputError, first_line, shown
+from model.LMConfig import MOST_TOKENS
+from model.storage.gguf_header import is_gguf
+from model.text.gguf_tokenizer import unpacked_tokenizer
 
 EMBEDDED_TOKENIZER = Path(__file__).parents[1] / "tokenizer"
-MOST_TOKENS = 2**24  # rows of an embedding; the largest tokenizers have a quarter of a million
 GENERATION_CONFIG = "generation_config.json"
 MAX_GENERATION_CONFIG_BYTES = 1 << 20  # of transformers' defaults for generating; a few hundred are usual
 
@@ -221,12 +223,7 @@ def tokenizer_folder(path: str | Path | None = None) -> Path:
         InputError: the file is damaged, or its tokenizer is of a kind that is not known.
     """
     folder = Path(path or EMBEDDED_TOKENIZER)
-    if folder.is_file():
-        from model.weights.gguf import is_gguf, unpacked_tokenizer
-
-        if is_gguf(folder):
-            return unpacked_tokenizer(folder)
-    return folder
+    return unpacked_tokenizer(folder) if folder.is_file() and is_gguf(folder) else folder
 
 
 def _tokenizer_file(path: str | Path | None) -> Path:

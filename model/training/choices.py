@@ -10,6 +10,7 @@ import torch
 from model.dataset import SampleOrder
 from model.errors import InputError
 from model.model import Transformer
+from model.options import parse_value
 from model.training.data import TrainingData
 from model.training.memory import free_memory, rows_that_fit
 from model.training.optimizer import optimizer_bytes
@@ -23,7 +24,7 @@ from model.training.recipe import (
     cpp_compiler,
     run_seconds,
 )
-from model.training.settings import AUTO, Settings, TrainingSettings, parse_value
+from model.training.settings import AUTO, FIELDS, Settings, TrainingSettings
 
 if TYPE_CHECKING:
     from utils import Processes
@@ -71,7 +72,7 @@ class Choices:
     def _of_checkpoint(self, path: Path, checkpoint: Mapping) -> dict:
         chosen = checkpoint.get("chosen", {})  # an older checkpoint has none
         try:
-            values = {name: parse_value(name, value) for name, value in chosen.items()}
+            values = {name: parse_value(FIELDS[name], value) for name, value in chosen.items()}
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise InputError(f"{path}: what it chose for auto cannot be used; use an older checkpoint") from error
         if checkpoint["environment"].get("device") != self._device.type:

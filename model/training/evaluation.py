@@ -1,6 +1,5 @@
-"""What validation measures: the loss, and the same in bits per byte of text."""
+"""What validation measures: the loss, and the bytes of text that it is spread over."""
 
-import math
 from collections.abc import Callable, Iterable
 
 import numpy as np
@@ -37,8 +36,3 @@ def validation_sums(
         if asked_to_stop():
             return None
     return sums
-
-
-def bits_per_byte(nats: float, byte_count: float) -> float:
-    """A summed loss as bits per byte of text: comparable between tokenizers."""
-    return nats / math.log(2) / max(1, byte_count)

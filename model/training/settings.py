@@ -7,7 +7,6 @@ collected and reported together.
 
 import dataclasses
 import difflib
-import math
 import os
 import re
 import typing
@@ -18,31 +17,16 @@ from pathlib import Path
 import yaml
 
 from model.errors import MOST_CHARACTERS, InputError, shown
-from model.LMConfig import ROPE_SCALINGS, LMConfig, config_problems
+from model.LMConfig import MOST_TOKENS, LMConfig, impossible_shape
+from model.options import parse_value, setting
 
 MAX_CONFIG_BYTES = 1 << 16  # a config file is a page of text; anything larger is another file
 DEEPEST = 16  # lists and mappings within each other in a config file; two are of use
 MOST_PROBLEMS = 20  # that are written out; the rest is counted
-LONGEST_TEXT = 4096  # characters: Linux takes no longer path
 MOST_PARAMETERS = 10**12  # of a model: each process holds all of it
 SCHEDULERS = ("cosine", "linear", "polynomial", "wsd")
-MOST = 10**12  # of any whole number: their products stay within 64 bits
 AUTO = "auto"  # the word for: chosen by the program, see model/training/recipe.py
 Auto = typing.Literal["auto"]  # in a setting's type: that word is accepted too
-
-
-def setting(
-    default,
-    help: str,
-    *,
-    choices: tuple = (),
-    at_least: float | None = None,
-    above: float | None = None,
-    at_most: float | None = None,
-):
-    """A dataclass field with what the flag's help says and what values are accepted."""
-    limits = {"at_least": at_least, "above": above, "at_most": at_most}
-    return field(default=default, metadata={"help": help, "choices": choices, **limits})
 
 
 @dataclass
@@ -62,39 +46,19 @@ class DataSettings:
     )
 
 
-@dataclass
-class ModelSettings:
+def _model_section() -> type:
     """Section `model`: the fields of LMConfig, but for vocab_size, which null takes from the tokenizer."""
+    vocab_size = setting(None, "rows of the embedding; null: from the tokenizer", at_least=1, at_most=MOST_TOKENS)
+    made = [
+        (f.name, f.type, field(default=f.default, metadata=f.metadata))
+        if f.name != "vocab_size"
+        else (f.name, int | None, vocab_size)
+        for f in dataclasses.fields(LMConfig)
+    ]
+    return dataclasses.make_dataclass("ModelSettings", made, namespace={"__module__": __name__})
 
-    dim: int = setting(512, "width of the model", at_least=1, at_most=2**20)
-    n_layers: int = setting(8, "layers", at_least=1, at_most=10_000)
-    n_heads: int = setting(16, "query heads", at_least=1, at_most=2**20)
-    n_kv_heads: int = setting(8, "key and value heads; must divide n_heads", at_least=1, at_most=2**20)
-    head_dim: int | None = setting(None, "numbers of a head, even; null: dim / n_heads", at_least=2, at_most=2**16)
-    vocab_size: int | None = setting(None, "rows of the embedding; null: from the tokenizer", at_least=1, at_most=2**24)
-    hidden_dim: int | None = setting(None, "width of the feed-forward; null: 8/3 of dim", at_least=1, at_most=2**24)
-    multiple_of: int = setting(
-        64, "an automatic hidden_dim is rounded up to a multiple of this", at_least=1, at_most=2**20
-    )
-    norm_eps: float = setting(1e-5, "added under the root of RMSNorm", above=0, at_most=1)
-    max_seq_len: int = setting(512, "tokens of a training sample and of the context", at_least=1, at_most=2**20)
-    rope_theta: float = setting(10000.0, "base of the rotary position embedding", above=0, at_most=1e12)
-    rope_scaling: str | None = setting(
-        None, "slower turns for a longer context; null: as rope_theta says", choices=ROPE_SCALINGS
-    )
-    rope_factor: float = setting(1.0, "of rope_scaling: so many times slower", at_least=1, at_most=1e6)
-    rope_low_freq_factor: float = setting(
-        1.0, "of llama3: pairs that turn less often in the original context are slowed in full", above=0, at_most=1e6
-    )
-    rope_high_freq_factor: float = setting(
-        4.0, "of llama3: pairs that turn more often than this are not slowed", above=0, at_most=1e6
-    )
-    rope_original_max_seq_len: int = setting(8192, "of llama3: the original context", at_least=1, at_most=2**30)
-    dropout: float = setting(0.0, "probability of dropout, below 1", at_least=0)
-    flash_attn: bool = setting(True, "scaled_dot_product_attention; false: written out in plain PyTorch, slower")
-    tie_embeddings: bool = setting(True, "output layer and embedding share one matrix")
-    qk_norm: bool = setting(False, "normalise query and key heads (not in MiniMind v1)")
-    qkv_bias: bool = setting(False, "biases of queries, keys and values (not in MiniMind v1)")
+
+ModelSettings = _model_section()
 
 
 @dataclass
@@ -131,7 +95,7 @@ class TrainingSettings:
         "bfloat16", "numbers of the matrix products; weights stay float32", choices=("float32", "float16", "bfloat16")
     )
     use_ema: bool = setting(False, "evaluate and save a moving average of the weights")
-    ema_decay: float = setting(0.999, "decay of that average a step, below 1", at_least=0)
+    ema_decay: float = setting(0.999, "decay of that average a step", at_least=0, below=1)
     early_stopping: bool = setting(False, "stop when the validation loss no longer falls")
     patience: int = setting(5, "evaluations without a lower loss before early stopping", at_least=1)
     eval_interval: int = setting(500, "steps between evaluations", at_least=1)
@@ -193,7 +157,6 @@ class Settings:
 SECTIONS = {"data": DataSettings, "model": ModelSettings, "training": TrainingSettings, "logging": LoggingSettings}
 SECTION_OF = {f.name: section for section, cls in SECTIONS.items() for f in dataclasses.fields(cls)}
 FIELDS = {f.name: f for cls in SECTIONS.values() for f in dataclasses.fields(cls)}
-TYPES = {name: hint for cls in SECTIONS.values() for name, hint in typing.get_type_hints(cls).items()}
 
 
 def build_settings(
@@ -247,7 +210,7 @@ def _merge_section(settings: Settings, section: str, values: Mapping, source: st
 
 def _assign(settings: Settings, name: str, value, where: str, problems: list[str]) -> None:
     try:
-        setattr(getattr(settings, SECTION_OF[name]), name, parse_value(name, value))
+        setattr(getattr(settings, SECTION_OF[name]), name, parse_value(FIELDS[name], value))
     except ValueError as error:
         problems.append(f"{where}: {shown(value)} found, {error} expected")
 
@@ -259,101 +222,11 @@ def _nearest(name, known) -> str:
     return f"known: {', '.join(known)}" if len(known) < 20 else "config.yaml shows all that are known"
 
 
-def accepted_types(name: str) -> tuple[type, tuple[str, ...], bool]:
-    """What a setting's type hint accepts: the kind of its values, words beside them, and whether null."""
-    parts = typing.get_args(TYPES[name]) or (TYPES[name],)
-    kind = next(part for part in parts if isinstance(part, type) and part is not type(None))
-    words = tuple(word for part in parts if typing.get_origin(part) is typing.Literal for word in typing.get_args(part))
-    return kind, words, type(None) in parts
-
-
-def parse_value(name: str, value):
-    """Turn a YAML value or a flag's text into the setting's type.
-
-    Raises:
-        ValueError: its text says what would be accepted.
-    """
-    limits = FIELDS[name].metadata
-    kind, words, optional = accepted_types(name)
-    expected = _describe(kind, words, optional, limits)
-    word = value.strip().lower() if isinstance(value, str) else None
-    if value is None or (optional and word in ("null", "none", "~")):
-        if optional:
-            return None
-        raise ValueError(expected)
-    if word in words:
-        return word
-    try:
-        parsed = _CONVERT[kind](value)
-    except (ValueError, TypeError, OverflowError):
-        raise ValueError(expected) from None
-    if limits["choices"] and parsed not in limits["choices"]:
-        raise ValueError(expected)
-    if limits["at_least"] is not None and not parsed >= limits["at_least"]:
-        raise ValueError(expected)
-    if limits["above"] is not None and not parsed > limits["above"]:
-        raise ValueError(expected)
-    if limits["at_most"] is not None and not parsed <= limits["at_most"]:
-        raise ValueError(expected)
-    if kind is int and parsed > MOST:
-        raise ValueError(f"{expected} and at most {MOST:,}")
-    return parsed
-
-
-_BOOLEANS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
-
-
-def _to_bool(value) -> bool:
-    if isinstance(value, bool):
-        return value
-    if not isinstance(value, str) or value.strip().lower() not in _BOOLEANS:
-        raise ValueError
-    return _BOOLEANS[value.strip().lower()]
-
-
-def _to_int(value) -> int:
-    if isinstance(value, bool) or not isinstance(value, int | str):
-        raise ValueError
-    return int(value)
-
-
-def _to_float(value) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        raise ValueError
-    number = float(value)  # YAML reads 3e-4, without a point, as text
-    if not math.isfinite(number):
-        raise ValueError
-    return number
-
-
-def _to_str(value) -> str:
-    if not isinstance(value, str) or not value.strip() or "\0" in value or len(value) > LONGEST_TEXT:
-        raise ValueError
-    return value
-
-
-_CONVERT = {bool: _to_bool, int: _to_int, float: _to_float, str: _to_str}
-_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
-
-
-def _describe(kind: type, words: Sequence[str], optional: bool, limits: Mapping) -> str:
-    text = f"one of {', '.join(limits['choices'])}" if limits["choices"] else _NAMES[kind]
-    if limits["at_least"] is not None:
-        text += f" of at least {limits['at_least']:g}"
-    if limits["above"] is not None:
-        text += f" above {limits['above']:g}"
-    if limits["at_most"] is not None:
-        text += f" and at most {limits['at_most']:,}"
-    return " or ".join([text, *words, *(["null"] if optional else [])])
-
-
 def _impossible_combinations(settings: Settings) -> list[str]:
     training, shape = settings.training, dataclasses.asdict(settings.model)
-    problems = config_problems(shape | {"vocab_size": shape["vocab_size"] or 1})
+    problems = impossible_shape(shape)
     if (parameters := _least_parameters(settings.model)) > MOST_PARAMETERS:
         problems.append(f"dim, n_layers: {parameters:,} parameters or more, at most {MOST_PARAMETERS:,} expected")
-    if training.ema_decay >= 1:
-        problems.append(f"ema_decay: {training.ema_decay} found, a number below 1 expected")
     if training.learning_rate != AUTO and (training.min_lr or 0) > training.learning_rate:
         problems.append(f"min_lr: {training.min_lr} is above learning_rate {training.learning_rate}")
     warmup_steps = 0 if training.warmup_steps in (None, AUTO) else training.warmup_steps

@@ -4,8 +4,6 @@ Llama's and Mistral's keep the numbers of a head in pairs of neighbours, as ours
 Matrices may be quantised: they are read as the float32 numbers that they stand for.
 """
 
-import functools
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,12 +15,13 @@ from torch import Tensor
 from model.errors import InputError, first_line, shown
 from model.LMConfig import LMConfig
 from model.model import rope_frequencies
-from model.storage.archive_checks import read_shape
-from model.storage.files import cache_folder, new_folder, replacing
-from model.storage.gguf_header import MAGIC, GGUFFile, StoredTensor
-from model.storage.gguf_values import Refused, single_value
-from model.weights.load import Weights
+from model.storage.files import replacing
+from model.storage.gguf_header import GGUFFile, Refused, StoredTensor, single_value
+from model.text.gguf_tokenizer import write_tokenizer
+from model.text.tokenization import tokenizer_folder, tokenizer_sha256
 from model.weights.names import gather, gguf_name, in_halves, in_pairs, reordered
+from model.weights.shapes import read_shape
+from model.weights.weights import Weights
 
 if TYPE_CHECKING:
     import gguf
@@ -30,18 +29,11 @@ if TYPE_CHECKING:
 F16_LARGEST = 65504
 FORMATS = ("F32", "F16", "BF16", "Q8_0")  # that are written
 IN_HALVES = {"llama": False, "qwen2": True, "qwen3": True}  # of the architectures that are read
-READ_BY = 1  # version of what makes a tokenizer's folder: unpacked ones of other versions are left alone
 ROPE_TENSOR = "rope_freqs.weight"
 LLAMA3_KEYS = ("rope_factor", "rope_low_freq_factor", "rope_high_freq_factor", "rope_original_max_seq_len")
 
 
 # --------------------------------------------------------------------------------------------------------- reading
-
-
-def is_gguf(path: Path) -> bool:
-    """Whether a file is one by its first bytes or its name."""
-    with open(path, "rb") as file:
-        return file.read(4) == MAGIC or path.suffix == ".gguf"
 
 
 def load_gguf(path: str | Path) -> Weights:
@@ -59,8 +51,6 @@ def load_gguf(path: str | Path) -> Weights:
 
 
 def _weights(file: GGUFFile, path: Path) -> Weights:
-    from model.text.tokenization import tokenizer_sha256
-
     fields, tensors = file.fields, file.tensors
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     factors = shapes.pop(ROPE_TENSOR, None) and _dequantised(tensors[ROPE_TENSOR], path)
@@ -80,32 +70,6 @@ def _weights(file: GGUFFile, path: Path) -> Weights:
         tokenizer_sha256(path) if has_tokenizer else None,
         begins_with_bos=begins_with_bos,
     )
-
-
-def unpacked_tokenizer(path: Path) -> Path:
-    """The folder of the tokenizer inside a file: in the cache, under a name that its content gives.
-
-    Raises:
-        InputError: it is damaged, or llama.cpp's name of its pre-tokenizer is not known.
-    """
-    found = path.stat()
-    return _unpacked_tokenizer(path, found.st_size, found.st_mtime_ns)
-
-
-@functools.lru_cache(maxsize=4)  # reading tens of thousands of tokens takes seconds, and several ask for the folder
-def _unpacked_tokenizer(path: Path, size: int, modified: int) -> Path:
-    from model.text.gguf_tokenizer import read_tokenizer
-
-    fields = GGUFFile(path).fields
-    content = hashlib.sha256(READ_BY.to_bytes(4, "little"))
-    for key in sorted(key for key in fields if key.startswith("tokenizer.")):
-        content.update(f"{key} {[*map(int, fields[key].types)]} {fields[key].count}\n".encode())
-        content.update(fields[key].content)
-    folder = cache_folder() / "tokenizers" / content.hexdigest()[:24]
-    if not (folder / "tokenizer.json").is_file():
-        with new_folder(folder) as temporary:
-            read_tokenizer(fields, temporary, path)
-    return folder
 
 
 def _config(fields: Mapping, shapes: Mapping[str, tuple], factors: Tensor | None, path: Path) -> tuple[str, LMConfig]:
@@ -215,9 +179,6 @@ def save_gguf(path: str | Path, weights: Weights, kind: str = "F32") -> list[str
         InputError: the file cannot be written, llama.cpp has no such tokenizer, or a number is too large for F16.
     """
     import gguf
-
-    from model.text.gguf_tokenizer import write_tokenizer
-    from model.text.tokenization import tokenizer_folder
 
     path, config = Path(path), weights.config
     architecture = "qwen3" if config.qk_norm else "qwen2" if config.qkv_bias else "llama"

@@ -25,10 +25,11 @@ from model.errors import InputError
 from model.LMConfig import LMConfig
 from model.model import rope_table
 from model.storage.archive import DAMAGE, load_torch, save_torch
-from model.storage.archive_checks import MAX_PICKLE_BYTES, check_shapes, read_shape, weight_shapes
+from model.storage.archive_checks import MAX_PICKLE_BYTES
 from model.storage.files import replacing
-from model.weights.load import Weights
-from model.weights.meta_names import check_expressible, on_cpu, plain_state_dict, whole_pair
+from model.weights.names import check_expressible, on_cpu, plain_state_dict, whole_pair
+from model.weights.shapes import check_shapes, read_shape, weight_shapes
+from model.weights.weights import Weights
 
 MAGIC, ZIP = b"24ka", b"PK\3\4"
 LEGACY_HEADER, HEADER = struct.Struct("<7i"), struct.Struct("<4si7iBi")

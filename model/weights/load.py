@@ -1,21 +1,11 @@
-"""Weights on disk: `pretrain_512.pth`, `best_model.pth`, MiniMind v1's, and those inside checkpoints.
-
-A file of weights is a plain state dict. Beside each of ours lies `{stem}.json` with the LMConfig and the tokenizer, so
-that inference needs no flags. Checkpoints, which hold what training needs to go on, are in `model/runs/resume.py`.
-"""
+"""Reading weights in any format: which program's a file or folder is shows in its content."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from torch import Tensor
-
 from model.errors import InputError
-from model.LMConfig import LMConfig
-from model.runs.state import state_problem
-from model.storage.archive import load_torch, save_torch
-from model.storage.archive_checks import check_shapes, read_shape, read_sidecar
-from model.storage.files import write_json
+from model.storage.archive import is_finite, load_torch
+from model.storage.gguf_header import is_gguf
 from model.text.tokenization import (
     EMBEDDED_TOKENIZER,
     load_tokenizer,
@@ -23,39 +13,15 @@ from model.text.tokenization import (
     tokenizer_sha256,
     vocabulary_size,
 )
-from model.weights.meta_names import on_cpu, plain_state_dict
-
-FORMAT_VERSION = 1  # of the JSON beside weights
-
-
-@dataclass
-class Weights:
-    """A model's weights with what is needed to use them."""
-
-    state_dict: dict[str, Tensor]
-    config: LMConfig
-    tokenizer_path: str | None = None  # None: the embedded tokenizer
-    tokenizer_sha256: str | None = None  # None: not known
-    begins_with_bos: bool = True  # a text is read behind the tokenizer's bos, as in the documents of our token files
-    inferred: str | None = None  # what no file says and was read off or assumed, on one line; None: nothing
-
-    def with_state(self, state_dict: dict[str, Tensor]) -> "Weights":
-        """The same description of other weights."""
-        return replace(self, state_dict=state_dict)
-
-
-def save_weights(path: str | Path, weights: Weights) -> None:
-    """Write `X.pth`, a plain state dict on the CPU in float32, and `X.json` beside it."""
-    path = Path(path)
-    sidecar = {
-        "format_version": FORMAT_VERSION,
-        "config": asdict(weights.config),
-        "tokenizer_path": weights.tokenizer_path,
-        "tokenizer_sha256": weights.tokenizer_sha256,
-        "begins_with_bos": weights.begins_with_bos,
-    }
-    write_json(path.with_suffix(".json"), sidecar)
-    save_torch(path, on_cpu(weights.state_dict))
+from model.text.tokenizer_folder import same_tokenizer
+from model.weights.gguf import load_gguf
+from model.weights.llama2c import is_llama2c_model, load_llama2c
+from model.weights.meta_folder import is_meta_folder, load_meta_folder
+from model.weights.minimind import recognise
+from model.weights.names import plain_state_dict
+from model.weights.shapes import check_shapes, read_shape
+from model.weights.transformers_folder import load_transformers
+from model.weights.weights import Weights, read_sidecar
 
 
 def load_weights(path: str | Path, given: Mapping[str, float] | None = None) -> Weights:
@@ -68,21 +34,12 @@ def load_weights(path: str | Path, given: Mapping[str, float] | None = None) -> 
     Raises:
         InputError: the file is missing, damaged, or holds no model that this program knows.
     """
-    from model.weights.minimind import recognise  # both make Weights
-    from model.weights.reading import load_foreign
-
     path = Path(path)
     if (weights := load_foreign(path)) is not None:
         return weights
     content, sidecar = load_torch(path), path.with_suffix(".json")
     if "progress" in content:
-        if (problem := state_problem(path, content)) is not None:
-            raise InputError(f"{path}: not a whole checkpoint ({problem}); use an older file")
-        config, tokenizer = (
-            read_shape(content["config"], path),
-            (content["tokenizer_path"], content["tokenizer_sha256"]),
-        )
-        weights = Weights(content["ema"] or content["model"], config, *tokenizer)
+        weights = _of_checkpoint(content, path)
     elif sidecar.is_file():
         weights = Weights(plain_state_dict(content, path), *read_sidecar(sidecar))
     else:
@@ -91,6 +48,39 @@ def load_weights(path: str | Path, given: Mapping[str, float] | None = None) -> 
         raise InputError(f"{path}: its shape is described with it, {', '.join(given)} cannot be given")
     check_shapes(weights.state_dict, weights.config, path)
     return weights
+
+
+def _of_checkpoint(content: Mapping, path: Path) -> Weights:
+    """The weights inside one of our checkpoints, whatever has become of the rest of it."""
+    tokenizer = [content.get(name) for name in ("tokenizer_path", "tokenizer_sha256")]
+    state_dict, config = content.get("ema") or content.get("model"), read_shape(content.get("config"), path)
+    if not isinstance(state_dict, Mapping) or any(not isinstance(value, str | None) for value in tokenizer):
+        raise InputError(f"{path}: not a whole checkpoint (its weights or tokenizer are missing); use an older file")
+    check_shapes(state_dict, config, path)
+    if not is_finite(state_dict):
+        raise InputError(f"{path}: it holds weights that are not finite; use an older file")
+    return Weights(dict(state_dict), config, *tokenizer)
+
+
+def load_foreign(path: Path) -> Weights | None:
+    """Weights in another program's format; None where the file is to be read as one of torch's, ours or MiniMind's.
+
+    Raises:
+        InputError: it is such a file, but cannot be read.
+    """
+    if path.is_dir():
+        if is_meta_folder(path):
+            return load_meta_folder(path)
+        if not (path / "config.json").is_file():
+            raise InputError(f"{path}: neither config.json (transformers) nor params.json (Meta) in this folder")
+        return load_transformers(path)
+    if not path.is_file():
+        return None
+    if path.suffix == ".safetensors":
+        return load_transformers(path.parent, path.name)  # where its config.json lies
+    if is_gguf(path):
+        return load_gguf(path)
+    return load_llama2c(path) if is_llama2c_model(path) else None
 
 
 def fitting_tokenizer(path: Path, weights: Weights, tokenizer_path: str | Path | None):
@@ -125,8 +115,6 @@ def recorded_tokenizer(weights: Weights) -> str | None:
 
 def _holds_its_tokenizer(weights: Weights, folder: str | Path) -> bool:
     """Whether a folder holds the recorded tokenizer in other bytes, as an export that adds the bos by itself does."""
-    from model.text.tokenizer_folder import same_tokenizer
-
     own = recorded_tokenizer(weights)
     if own == str(folder) or (own is not None and not Path(own).exists()):
         return False

@@ -8,10 +8,10 @@ from pathlib import Path
 from model.errors import InputError, shown
 from model.LMConfig import LMConfig
 from model.storage.archive import load_torch, save_torch
-from model.storage.archive_checks import check_shapes, read_shape
 from model.storage.files import read_json, write_json
-from model.weights.load import Weights
-from model.weights.meta_names import check_expressible, on_cpu, plain_state_dict, whole_pair
+from model.weights.names import check_expressible, on_cpu, plain_state_dict, whole_pair
+from model.weights.shapes import check_shapes, read_shape
+from model.weights.weights import Weights
 
 PARAMS, PART, PARTS = "params.json", "consolidated.00.pth", "consolidated.*.pth"
 # The fields of an LMConfig among Meta's; the others are worked out below.

@@ -21,11 +21,10 @@ from torch import Tensor
 
 from model.errors import InputError, shown
 from model.LMConfig import LMConfig
-from model.storage.archive_checks import check_shapes, weight_shapes
-from model.training.settings import parse_value
-from model.weights.load import Weights
-from model.weights.meta_names import whole_pair
-from model.weights.names import in_pairs, reordered, transformers_name
+from model.options import parse_value
+from model.weights.names import in_pairs, reordered, transformers_name, whole_pair
+from model.weights.shapes import check_shapes, weight_shapes
+from model.weights.weights import Weights
 
 GIVABLE = ("n_heads", "n_kv_heads", "rope_theta", "max_seq_len", "norm_eps")  # what shapes do not tell, or not surely
 WIDEST_HEAD = 1024
@@ -91,7 +90,7 @@ def _checked(given: Mapping[str, float], path: str | Path) -> dict:
         if name not in GIVABLE:
             raise InputError(f"{path}: {name} is told by the weights' shapes; {', '.join(GIVABLE)} can be given")
         try:
-            checked[name] = parse_value(name, value)
+            checked[name] = parse_value(LMConfig.__dataclass_fields__[name], value)
         except ValueError as error:
             raise InputError(f"{name}: {shown(value)} found, {error} expected") from error
     return checked

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from model.storage.files import read_json, write_json
 from model.text.tokenization import EMBEDDED_TOKENIZER, load_tokenizer, tokenizer_folder
-from model.weights.load import Weights
+from model.weights.weights import Weights
 
 FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",

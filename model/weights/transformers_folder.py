@@ -5,20 +5,20 @@ Qwen2ForCausalLM, with qk_norm as Qwen3ForCausalLM. Nothing in a folder is run.
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from model.errors import InputError, first_line, shown
-from model.generation.generation_config import GenerationConfig
 from model.LMConfig import LMConfig
 from model.storage.archive import load_torch
-from model.storage.archive_checks import read_shape
-from model.storage.files import read_json
-from model.weights.load import Weights
+from model.storage.files import new_folder, read_json, write_json
+from model.text.tokenization import end_ids, load_tokenizer, tokenizer_sha256
 from model.weights.names import gather, in_halves, in_pairs, reordered, transformers_name
+from model.weights.shapes import read_shape
+from model.weights.tokenizer_copy import adds_bos, export_tokenizer
+from model.weights.weights import Weights
 
 # What a config.json that leaves a value out means: n_kv_heads (None: n_heads), context, window, norm_eps, base of RoPE.
 DEFAULTS = {
@@ -49,9 +49,6 @@ def load_transformers(folder: str | Path, chosen: str | None = None) -> Weights:
     Raises:
         InputError: a file is missing or damaged, or the model is of a kind that this program has not.
     """
-    from model.text.tokenization import tokenizer_sha256
-    from model.weights.tokenizer_copy import adds_bos
-
     folder = Path(folder)
     values = read_json(folder / "config.json")
     tensors = _Tensors(folder, chosen)
@@ -209,21 +206,23 @@ class _Tensors:
 # --------------------------------------------------------------------------------------------------------- writing
 
 
-def save_transformers(folder: str | Path, weights: Weights, dtype: torch.dtype = torch.float32) -> None:
+def save_transformers(
+    folder: str | Path,
+    weights: Weights,
+    dtype: torch.dtype = torch.float32,
+    generation: Mapping | None = None,
+) -> None:
     """Write a folder that `AutoModelForCausalLM.from_pretrained` and `AutoTokenizer.from_pretrained` read.
 
     Args:
         folder: which must not be there, or be empty.
         dtype: of the weights in it.
+        generation: what its generation_config.json says of sampling.
 
     Raises:
         InputError: the folder is not empty or cannot be written, or the tokenizer cannot be read.
     """
     from safetensors.torch import save
-
-    from model.storage.files import new_folder, write_json
-    from model.text.tokenization import end_ids, load_tokenizer
-    from model.weights.tokenizer_copy import export_tokenizer
 
     state_dict, config = reordered(weights.state_dict, weights.config, in_halves), weights.config
     if config.tie_embeddings:
@@ -239,7 +238,7 @@ def save_transformers(folder: str | Path, weights: Weights, dtype: torch.dtype =
         export_tokenizer(weights, temporary)
         ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": ends if len(ends) > 1 else ends[0]}
         write_json(temporary / "config.json", config_json(config, kind, dtype) | ids)
-        write_json(temporary / "generation_config.json", ids | {"pad_token_id": ends[0]} | _generation_defaults())
+        write_json(temporary / "generation_config.json", ids | {"pad_token_id": ends[0], **(generation or {})})
         (temporary / "model.safetensors").write_bytes(save(tensors, metadata={"format": "pt"}))
 
 
@@ -273,9 +272,3 @@ def config_json(config: LMConfig, kind: str, dtype: torch.dtype) -> dict:
         "torch_dtype": str(dtype).removeprefix("torch."),
         "dtype": str(dtype).removeprefix("torch."),
     }
-
-
-def _generation_defaults() -> dict:
-    """Tokens are chosen as `inference.py` does without flags."""
-    names = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty", "max_new_tokens")
-    return {name: value for name, value in asdict(GenerationConfig()).items() if name in names}

@@ -193,7 +193,7 @@ def test_a_damaged_file_of_a_step_is_told_and_not_used(tiny_model, tokenizer, st
 
 
 def test_without_a_compiler_texts_are_written_all_the_same(tmp_path, tiny_model, tokenizer_folder):
-    from model.weights.load import Weights, save_weights
+    from model.weights import Weights, save_weights
 
     save_weights(tmp_path / "out" / "pretrain_64.pth", Weights(tiny_model.state_dict(), tiny_model.config))
     environment = os.environ | {"CXX": str(tmp_path / "no_compiler"), "MATECONV_CACHE": str(tmp_path / "steps")}

@@ -16,7 +16,7 @@ from model.generation.scoring import Score, token_losses
 from model.LMConfig import LMConfig
 from model.text.detokenize import repeats
 from model.text.tokenization import encode_texts, tokenizer_sha256
-from model.weights.load import Weights, load_weights, save_weights
+from model.weights import Weights, load_weights, save_weights
 from optimized_inference import GenerationConfig, TextGenerator, load_generator
 from tests.conftest import CHAT_TEMPLATE, ROOT, random_model
 

@@ -9,8 +9,8 @@ import torch
 
 from model.dataset import PretrainDataset, verify_tokens
 from model.errors import InputError, shown
-from model.storage.archive_checks import check_shapes, read_shape, weight_shapes
 from model.token_file.manifest import Manifest, file_sha256, write_manifest
+from model.weights.shapes import check_shapes, read_shape, weight_shapes
 from tests.conftest import random_model
 from tests.reliability import bad_input, malicious
 

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from model.dataset import (
-    IGNORE_INDEX,
     PretrainDataset,
     SampleOrder,
     epoch_order,
@@ -16,6 +15,7 @@ from model.dataset import (
     verify_tokens,
 )
 from model.errors import InputError
+from model.loss import IGNORE_INDEX
 from model.token_file.manifest import Manifest, file_sha256, manifest_path, write_manifest
 from model.token_file.packing import pack_documents
 

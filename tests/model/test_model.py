@@ -5,11 +5,10 @@ import torch
 import torch.nn.functional as F
 
 from model.attention import chunked_attention, document_mask
-from model.dataset import IGNORE_INDEX
 from model.errors import InputError
 from model.kv_cache import KVCache
 from model.LMConfig import LMConfig
-from model.loss import cross_entropy
+from model.loss import IGNORE_INDEX, cross_entropy
 from model.model import Transformer
 from model.weights.minimind import recognise
 from tests.conftest import random_model

@@ -15,7 +15,7 @@ import yaml
 from test_training import ONE_THREAD, assert_equal, command, run
 
 from model.runs.status import Status, read_status
-from model.weights.load import load_torch
+from model.storage.archive import load_torch
 from tests.conftest import ROOT
 from train import read_settings
 

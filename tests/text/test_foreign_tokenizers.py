@@ -15,9 +15,10 @@ import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from model.corpus.bulk_encoder import TRAPS, BulkEncoder, EncoderChoice, choose_encoder
-from model.dataset import IGNORE_INDEX, PretrainDataset, number_documents, verify_tokens
+from model.dataset import PretrainDataset, number_documents, verify_tokens
 from model.errors import InputError
 from model.LMConfig import LMConfig
+from model.loss import IGNORE_INDEX
 from model.text.tokenization import (
     encode_texts,
     end_ids,

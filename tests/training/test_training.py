@@ -16,8 +16,9 @@ import pytest
 import torch
 import yaml
 
-from model.dataset import IGNORE_INDEX, PretrainDataset
+from model.dataset import PretrainDataset
 from model.errors import InputError, TrainingDiverged
+from model.loss import IGNORE_INDEX
 from model.storage.archive import load_torch
 from model.text.tokenization import encode_texts, load_tokenizer, tokenizer_sha256
 from model.token_file.manifest import Manifest, file_sha256, write_manifest

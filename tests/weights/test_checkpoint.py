@@ -17,7 +17,7 @@ from model.runs.state import CHECKPOINT_VERSION, Progress
 from model.storage.archive import load_torch, save_torch
 from model.training.optimizer import build_optimizer
 from model.training.settings import Settings
-from model.weights.load import Weights, load_weights, save_weights
+from model.weights import Weights, load_weights, save_weights
 from model.weights.minimind import recognise
 from tests.conftest import random_model
 from utils import random_state

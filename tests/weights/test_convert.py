@@ -17,7 +17,7 @@ import train
 from model.dataset import PretrainDataset, hold_out
 from model.storage.archive import load_torch
 from model.text.tokenization import EMBEDDED_TOKENIZER, load_tokenizer, tokenizer_sha256
-from model.weights.load import load_weights, save_weights
+from model.weights import load_weights, save_weights
 from tests.conftest import ROOT, corpus_lines
 from tests.model_shapes import TEXT, assert_same, model_of, weights_of
 from utils import run_command

@@ -12,8 +12,8 @@ from model.corpus.export import export_nanotron
 from model.errors import InputError
 from model.text.tokenization import load_tokenizer, tokenizer_sha256
 from model.token_file.manifest import read_manifest
+from model.weights import load_weights
 from model.weights.gguf import load_gguf, save_gguf
-from model.weights.load import load_weights
 from model.weights.transformers_folder import config_json
 from optimized_inference import load_generator
 from tests.conftest import CHAT_TEMPLATE, corpus_lines

@@ -10,8 +10,8 @@ import torch
 from model.errors import InputError
 from model.LMConfig import LMConfig
 from model.model import Transformer
+from model.weights import Weights
 from model.weights.llama2c import is_llama2c_model, load_llama2c, save_llama2c, save_llama2c_checkpoint
-from model.weights.load import Weights
 from tests.conftest import random_model
 from tests.paper_llama import paper_logits
 

@@ -9,7 +9,7 @@ import torch
 from model.errors import InputError
 from model.LMConfig import LMConfig
 from model.model import Transformer
-from model.weights.load import Weights
+from model.weights import Weights
 from model.weights.meta_folder import is_meta_folder, load_meta_folder, read_params, save_meta_folder
 from tests.conftest import random_model
 

@@ -6,7 +6,7 @@ import torch
 from model.errors import InputError
 from model.LMConfig import LMConfig
 from model.model import Transformer
-from model.weights.load import Weights, load_weights, save_weights
+from model.weights import Weights, load_weights, save_weights
 from model.weights.minimind import recognise
 from tests.conftest import random_model
 from tests.paper_llama import paper_logits

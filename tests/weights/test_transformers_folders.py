@@ -20,7 +20,7 @@ from model.convert import convert
 from model.errors import InputError
 from model.text.tokenization import EMBEDDED_TOKENIZER, load_tokenizer, tokenizer_sha256
 from model.text.tokenizer_folder import same_tokenizer
-from model.weights.load import load_weights
+from model.weights import load_weights
 from model.weights.transformers_folder import load_transformers, save_transformers
 from optimized_inference import GenerationConfig, TextGenerator
 from tests.conftest import CHAT_TEMPLATE

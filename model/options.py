@@ -1,0 +1,120 @@
+"""Options, declared once: settings of training, the shape of a model, data processing, sampling.
+
+An option is a dataclass field that `setting` makes. Its name, type, default, help and limits stand there and nowhere
+else: flags, keys of the config file, checks and error messages are made from it.
+"""
+
+import dataclasses
+import math
+import typing
+from collections.abc import Mapping
+
+MOST = 10**12  # of any whole number: their products stay within 64 bits
+LONGEST_TEXT = 4096  # characters: Linux takes no longer path
+NULLS = ("null", "none", "~")  # what a flag's text says for None
+_BOOLEANS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+
+
+def setting(
+    default,
+    help: str,
+    *,
+    choices: tuple = (),
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+    below: float | None = None,
+):
+    """A dataclass field with what the flag's help says and what values are accepted."""
+    limits = {"at_least": at_least, "above": above, "at_most": at_most, "below": below}
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices, **limits})
+
+
+def accepted_types(field: dataclasses.Field) -> tuple[type, tuple[str, ...], bool]:
+    """What an option's type hint accepts: the kind of its values, words beside them, and whether null."""
+    parts = typing.get_args(field.type) or (field.type,)
+    kind = next(part for part in parts if isinstance(part, type) and part is not type(None))
+    words = tuple(word for part in parts if typing.get_origin(part) is typing.Literal for word in typing.get_args(part))
+    return kind, words, type(None) in parts
+
+
+def parse_value(field: dataclasses.Field, value):
+    """Turn a YAML value or a flag's text into the option's type.
+
+    Raises:
+        ValueError: its text says what would be accepted.
+    """
+    kind, words, optional = accepted_types(field)
+    word = value.strip().lower() if isinstance(value, str) else None
+    if optional and word in NULLS:
+        return None
+    if word in words:
+        return word
+    if word is not None and kind is not str:
+        try:
+            value = _FROM_TEXT[kind](word)
+        except (ValueError, KeyError):
+            raise ValueError(expected(field)) from None
+    return checked_value(field, value)
+
+
+def checked_value(field: dataclasses.Field, value):
+    """A value as Python or JSON gives it, of the option's type: a float may be given as 1, but no number as text.
+
+    Raises:
+        ValueError: its text says what would be accepted.
+    """
+    kind, words, optional = accepted_types(field)
+    if (value is None and optional) or (isinstance(value, str) and value in words):
+        return value
+    limits = field.metadata
+    if not _IS[kind](value) or (limits["choices"] and value not in limits["choices"]) or not _within(value, limits):
+        raise ValueError(expected(field))
+    if kind is int and value > MOST:
+        raise ValueError(f"{expected(field)} and at most {MOST:,}")
+    return kind(value)
+
+
+def expected(field: dataclasses.Field) -> str:
+    """What an option accepts, in words."""
+    kind, words, optional = accepted_types(field)
+    limits = field.metadata
+    text = f"one of {', '.join(limits['choices'])}" if limits["choices"] else _NAMES[kind]
+    if limits["at_least"] is not None:
+        text += f" of at least {limits['at_least']:g}"
+    if limits["above"] is not None:
+        text += f" above {limits['above']:g}"
+    if limits["at_most"] is not None:
+        text += f" and at most {limits['at_most']:,}"
+    if limits["below"] is not None:
+        text += f" and below {limits['below']:,}"
+    return " or ".join([text, *words, *(["null"] if optional else [])])
+
+
+def _within(value, limits: Mapping) -> bool:
+    return (
+        (limits["at_least"] is None or value >= limits["at_least"])
+        and (limits["above"] is None or value > limits["above"])
+        and (limits["at_most"] is None or value <= limits["at_most"])
+        and (limits["below"] is None or value < limits["below"])
+    )
+
+
+def _is_whole(value) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value) -> bool:
+    try:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # a whole number of hundreds of digits
+        return False
+
+
+def _is_text(value) -> bool:
+    return isinstance(value, str) and bool(value.strip()) and "\0" not in value and len(value) <= LONGEST_TEXT
+
+
+_IS = {bool: lambda value: isinstance(value, bool), int: _is_whole, float: _is_number, str: _is_text}
+_FROM_TEXT = {bool: _BOOLEANS.__getitem__, int: int, float: float}  # YAML reads 3e-4, without a point, as text

@@ -1,0 +1,84 @@
+"""The shape of a model as files describe it: read and checked before memory is taken for one."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from model.errors import InputError, shown
+from model.LMConfig import LMConfig
+from model.options import checked_value
+
+
+def read_shape(values, path: str | Path) -> LMConfig:
+    """The LMConfig that a file holds as a dict, with every value of the right kind and within its limits.
+
+    Raises:
+        InputError: naming the file and every value that is wrong.
+    """
+    if not isinstance(values, Mapping):
+        raise InputError(f"{path}: config is {shown(values)}, the fields of a model's shape expected")
+    problems, parsed = [], {}
+    known = {field.name: field for field in dataclasses.fields(LMConfig)}
+    for name, value in values.items():
+        if name not in known:
+            problems.append(f"config.{shown(str(name))[1:-1]} is unknown")
+            continue
+        try:
+            parsed[name] = checked_value(known[name], value)
+        except ValueError as error:
+            problems.append(f"config.{name}: {shown(value)} found, {error} expected")
+    if problems:
+        raise InputError(f"{path}: {'; '.join(problems[:5])}")
+    try:
+        return LMConfig(**parsed)
+    except InputError as error:
+        raise InputError(f"{path}: config: {error}") from error
+
+
+def weight_shapes(config: LMConfig) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the weights that a `Transformer` of this shape has, without making one."""
+    dim, hidden_dim, head_dim = config.dim, config.hidden_dim, config.head_dim
+    of_a_layer = {
+        "attention.wq": (config.n_heads * head_dim, dim), "attention.wk": (config.n_kv_heads * head_dim, dim),
+        "attention.wv": (config.n_kv_heads * head_dim, dim), "attention.wo": (dim, config.n_heads * head_dim),
+        "feed_forward.w1": (hidden_dim, dim), "feed_forward.w2": (dim, hidden_dim),
+        "feed_forward.w3": (hidden_dim, dim), "attention_norm": (dim,), "ffn_norm": (dim,),
+    }  # fmt: skip
+    if config.qk_norm:
+        of_a_layer |= {"attention.q_norm": (head_dim,), "attention.k_norm": (head_dim,)}
+    of_a_layer = {f"{name}.weight": shape for name, shape in of_a_layer.items()}
+    if config.qkv_bias:
+        of_a_layer |= {f"attention.{n}.bias": of_a_layer[f"attention.{n}.weight"][:1] for n in ("wq", "wk", "wv")}
+    shapes = {f"layers.{n}.{name}": shape for n in range(config.n_layers) for name, shape in of_a_layer.items()}
+    embedding = (config.vocab_size, dim)
+    return shapes | {"tok_embeddings.weight": embedding, "output.weight": embedding, "norm.weight": (dim,)}
+
+
+def check_shapes(state_dict: Mapping[str, Tensor], config: LMConfig, path: str | Path) -> None:
+    """See that weights are those of a model of this shape, before memory is taken for one.
+
+    Raises:
+        InputError: naming what is missing, too much, or of another shape.
+    """
+    layers = {str(key).split(".")[1] for key in state_dict if str(key).startswith("layers.")}
+    if len(layers) != config.n_layers:
+        raise InputError(f"{path}: holds {len(layers):,} layers, its description says n_layers {config.n_layers:,}")
+    wanted = weight_shapes(config)
+    missing, others = wanted.keys() - state_dict.keys(), state_dict.keys() - wanted.keys()
+    if missing or others:
+        found = " and ".join(
+            f"{title} {shown(min(map(str, keys)))}{f' ({len(keys)} such)' if len(keys) > 1 else ''}"
+            for title, keys in (("no", missing), ("an unknown", others))
+            if keys
+        )
+        raise InputError(f"{path}: {found} inside; these are not the weights that its description is of")
+    for key, shape in wanted.items():
+        if not isinstance(state_dict[key], Tensor):
+            raise InputError(f"{path}: {key} is {shown(state_dict[key])}, a tensor expected")
+        found = tuple(state_dict[key].shape)
+        if found != shape:
+            raise InputError(f"{path}: {key} is {shown(found)}, by its description {shown(shape)} expected")
+        if not state_dict[key].is_floating_point():
+            raise InputError(f"{path}: {key} holds {state_dict[key].dtype}, floating-point numbers expected")
