@@ -22,7 +22,7 @@ class LMConfig:
     n_layers: int = setting(8, "layers", at_least=1, at_most=10_000)
     n_heads: int = setting(16, "query heads", at_least=1, at_most=2**20)
     n_kv_heads: int = setting(8, "key and value heads (GQA); must divide n_heads", at_least=1, at_most=2**20)
-    head_dim: int | None = setting(None, "width of a head, even; null: dim / n_heads", at_least=2, at_most=2**16)
+    head_dim: int | None = setting(None, "width of a head, even; null: dim / n_heads", at_least=2, at_most=2**20)
     vocab_size: int = setting(6400, "rows of the embedding", at_least=1, at_most=MOST_TOKENS)
     hidden_dim: int | None = setting(
         None, "width of the feed-forward; null: 8/3 of dim, rounded up to multiple_of", at_least=1, at_most=2**24

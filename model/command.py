@@ -47,9 +47,12 @@ def run_command(main: Callable[[], int | None]) -> None:
 
 
 def print_error(error) -> None:
-    """One line on stderr, with the rank where it is not 0."""
+    """One line on stderr, or one for each problem of a OneLineError; with the rank where it is not 0."""
     rank = os.environ.get("RANK", "0")
-    print_message(f"error: {error}" if rank == "0" else f"[rank {rank}] error: {error}")
+    first, *others = error.args if isinstance(error, OneLineError) and error.args else [error]
+    print_message(f"error: {first}" if rank == "0" else f"[rank {rank}] error: {first}")
+    for problem in others:
+        print_message(f"       {problem}")
 
 
 def print_fault(error: Exception) -> None:

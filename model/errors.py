@@ -11,9 +11,15 @@ _IN_TEXT, _IN_MESSAGE = re.compile(f"[{_OBEYED}]"), re.compile(f"[{_OBEYED}\t\n]
 
 
 class OneLineError(Exception):
-    """What a script says before it ends. The message says what was found, what was expected and what to do."""
+    """What a script says before it ends: what was found, what was expected and what to do.
+
+    Several things that are wrong, each an argument, make a line each.
+    """
 
     exit_code: int
+
+    def __str__(self) -> str:
+        return "\n       ".join(map(str, self.args))
 
 
 class InputError(OneLineError):

@@ -101,7 +101,7 @@ class Cleaner:
 
     def __init__(self, options: CleaningOptions) -> None:
         if problems := _problems(options):
-            raise InputError("\n       ".join(problems))
+            raise InputError(*problems)
         self.options = options
         tidy = options.tidy_whitespace
         self._decode_html = {"none": None, "entities": _decode_entities, "tags": _remove_tags}[options.html]

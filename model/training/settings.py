@@ -191,7 +191,7 @@ def build_settings(
     if len(problems) > MOST_PROBLEMS:
         problems[MOST_PROBLEMS:] = [f"and {len(problems) - MOST_PROBLEMS:,} more"]
     if problems:
-        raise InputError("\n       ".join(problems))
+        raise InputError(*problems)
     return settings
 
 

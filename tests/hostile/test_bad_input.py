@@ -62,7 +62,7 @@ def test_the_shapes_that_are_expected_are_the_models(tiny_config, changes):
 def test_weights_of_another_shape_are_refused_before_a_model_is_made(tiny_config, tiny_model):
     state = tiny_model.state_dict()
     for changes, expected in (
-        ({"n_layers": 10**9}, "holds 2 layers"),
+        ({"n_layers": 10_000}, "holds 2 layers"),
         ({"dim": 2**20}, "is \\(300, 64\\)|is \\(64, 64\\)|is \\("),
         ({"qk_norm": True}, "no 'layers.0.attention.k_norm"),
     ):

@@ -113,7 +113,7 @@ WRONG = {
     "a list for text": ({"data": {"train_data_path": ["a"]}}, "train_data_path", "text"),
     "heads that do not divide": ({"model": {"n_heads": 16, "n_kv_heads": 5}}, "n_kv_heads", "divide"),
     "a dim that heads do not divide": ({"model": {"dim": 100}}, "dim", "multiple of"),
-    "dropout of 1": ({"model": {"dropout": 1.0}}, "dropout", "0 to 1"),
+    "dropout of 1": ({"model": {"dropout": 1.0}}, "dropout", "below 1"),
     "min_lr above learning_rate": ({"training": {"min_lr": 1.0}}, "min_lr", "learning_rate"),
     "warm-up as long as the run": ({"training": {"warmup_steps": 9, "max_steps": 9}}, "warmup_steps", "max_steps"),
 }

@@ -16,7 +16,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from model.convert import convert
+from model.convert import convert, write
 from model.errors import InputError
 from model.text.tokenization import EMBEDDED_TOKENIZER, load_tokenizer, tokenizer_sha256
 from model.text.tokenizer_folder import same_tokenizer
@@ -111,13 +111,13 @@ def test_half_precision_is_the_rounded_numbers(tmp_path, tokenizer_folder, dtype
 
 def test_the_text_is_ours_with_the_settings_that_came_along(tmp_path):
     weights = weights_of(SHAPES["untied, 6,411 tokens"])
-    save_transformers(tmp_path / "model", weights)
+    write("transformers", tmp_path / "model", weights)
     model, theirs = in_transformers(tmp_path / "model"), AutoTokenizer.from_pretrained(tmp_path / "model")
     ours = load_tokenizer()
     defaults = dataclasses.asdict(GenerationConfig())
     for name in ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty", "max_new_tokens"):
-        assert getattr(model.generation.generation_config, name) == defaults[name]
-    assert (model.generation.generation_config.bos_token_id, model.generation.generation_config.eos_token_id) == (1, 2)
+        assert getattr(model.generation_config, name) == defaults[name]
+    assert (model.generation_config.bos_token_id, model.generation_config.eos_token_id) == (1, 2)
 
     chat = [
         {"role": "user", "content": "你好"},
