@@ -16,6 +16,7 @@ import numpy as np
 from model.corpus.change_samples import ChangeSamples
 from model.corpus.duplicates import first_occurrences
 from model.corpus.jsonl import reject_line
+from model.corpus.near_duplicates import first_similar
 from model.corpus.options import ProcessingOptions
 from model.corpus.part_file import Part
 from model.corpus.reasons import NAMES
@@ -70,8 +71,6 @@ class Merger:
         if self.options.deduplicate:
             first = first_occurrences(self.folder / "keys", self.folder / "first")
         if self.options.near_duplicates:
-            from model.corpus.near_duplicates import first_similar
-
             similar = first_similar(self.folder / "signatures", self.folder, self.options.near_duplicates)
         position = 0
         samples = ChangeSamples(self.options.cleaning)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from model.corpus.cleaning import Cleaner, CleaningOptions, option
+from model.corpus.near_duplicates import require_library
 from model.errors import InputError
 
 LONG_DOCUMENTS = ("keep", "split", "truncate", "drop")
@@ -63,6 +64,4 @@ class ProcessingOptions:
         if problems:
             raise InputError("; ".join(problems))
         if self.near_duplicates:
-            from model.corpus.near_duplicates import require_library
-
             require_library()

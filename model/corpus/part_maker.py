@@ -16,6 +16,7 @@ from model.corpus.change_samples import ChangeSamples
 from model.corpus.cleaning import Cleaner, CleaningOptions, count_han
 from model.corpus.jsonl import holds_escapes, parse_line
 from model.corpus.long_documents import cut_document, split_document
+from model.corpus.near_duplicates import signatures
 from model.corpus.part_file import DOCUMENT, PartColumns, write_part
 from model.corpus.sources import Block, line_offsets, lines_of
 from model.text.tokenization import Delimiters
@@ -105,8 +106,6 @@ class PartMaker:
         kept = encoded.pieces > 0
         columns.documents.append(table[kept])
         if self.options.near_duplicates:
-            from model.corpus.near_duplicates import signatures
-
             columns.signatures.append(signatures([text for text, keep in zip(texts, kept, strict=True) if keep]))
 
     def _clean(self, texts: list[str], numbers: list[int], lines: list[bytes], first: int, columns: PartColumns):

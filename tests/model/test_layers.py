@@ -1,0 +1,94 @@
+"""Who may import whom: the rooms of `model/` stand on rows, and imports only go down."""
+
+import ast
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+ROWS = """
+train inference
+optimized_pretrain optimized_data_processing optimized_inference
+utils
+model.runs model.convert
+model.training model.weights model.generation
+model.dataset model.model model.corpus
+model.token_file model.text model.kv_cache
+model.storage model.LMConfig model.command
+model.options model.errors model.loss model.attention
+"""
+ROW = {room: number for number, row in enumerate(ROWS.split("\n")) for room in row.split()}
+NETWORK = {"model.LMConfig", "model.model", "model.attention", "model.loss", "model.kv_cache"}  # can be copied out
+OWED = {  # imports that are still to go
+    ("model.training.choices", "utils"),
+    ("model.training.dry_run", "optimized_pretrain"),
+    ("model.training.report", "optimized_pretrain"),
+}
+
+
+def room_of(module: str) -> str:
+    """model.text.prompts -> model.text; model.LMConfig and train are rooms by themselves."""
+    return ".".join(module.split(".")[:2])
+
+
+def read_imports() -> list[tuple[str, str, bool]]:
+    """(importer, imported, whether within a function), of all that are ours; also those under TYPE_CHECKING."""
+    found = []
+    for path in [*ROOT.glob("model/**/*.py"), *(ROOT / f"{room}.py" for room in ROW if "." not in room)]:
+        importer = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+        inner = {id(node) for function in functions for node in ast.walk(function)}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom):
+                assert node.level == 0, f"{importer}: a relative import"
+                names = [f"{node.module}.{alias.name}" for alias in node.names]
+                names = [name if is_module(name) else node.module for name in names]
+            else:
+                names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            found += [(importer, name, id(node) in inner) for name in names if room_of(name) in ROW]
+    return found
+
+
+def is_module(name: str) -> bool:
+    path = ROOT.joinpath(*name.split("."))
+    return path.is_dir() or path.with_suffix(".py").is_file()
+
+
+IMPORTS = read_imports()
+
+
+def test_imports_only_go_down():
+    upwards = {
+        (importer, imported)
+        for importer, imported, _ in IMPORTS
+        if importer != "model" and room_of(importer) != room_of(imported)
+        if ROW[room_of(importer)] >= ROW[room_of(imported)]
+    }
+    assert upwards == OWED
+
+
+def test_no_modules_import_each_other():
+    """Raises CycleError where they do."""
+    graph = {}
+    for importer, imported, _ in IMPORTS:
+        if (importer, imported) not in OWED and importer != imported:
+            graph.setdefault(importer, set()).add(imported)
+    TopologicalSorter(graph).prepare()
+
+
+def test_only_scripts_import_ours_within_functions():
+    """Scripts do it so that what is wrong is told before torch is loaded; within model/ it would hide a circle."""
+    hidden = {
+        (importer, imported) for importer, imported, within in IMPORTS if within and importer.startswith("model.")
+    }
+    assert hidden - OWED == set()
+
+
+def test_the_network_can_be_copied_out():
+    needed = {imported for importer, imported, _ in IMPORTS if importer in NETWORK}
+    assert needed <= NETWORK | {"model.errors", "model.options"}
+
+
+def test_only_scripts_import_the_corpus():
+    importers = {room_of(importer) for importer, imported, _ in IMPORTS if room_of(imported) == "model.corpus"}
+    assert not {room for room in importers if room.startswith("model.")} - {"model.corpus"}
