@@ -1,5 +1,6 @@
 """Which documents repeat an earlier one, found by sorting, with bounded memory."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,7 +27,7 @@ def first_occurrences(keys_path: Path, first_path: Path) -> np.ndarray:
     count = keys_path.stat().st_size // 16
     if not count:
         return np.zeros(0, dtype=np.int64)
-    firsts = np.memmap(first_path, dtype="<i8", mode="w+", shape=(count,))
+    firsts = new_mapped(first_path, count)
     slices = -(-count // SORTED_AT_ONCE)
     for number in range(slices):
         known_keys, known = np.zeros((0, 2), dtype="<u8"), np.zeros(0, dtype=np.int64)  # of this slice, without repeats
@@ -39,6 +40,21 @@ def first_occurrences(keys_path: Path, first_path: Path) -> np.ndarray:
             firsts[indexes] = indexes[starts][np.cumsum(starts) - 1]
             known_keys, known = keys[starts], indexes[starts]
     return firsts
+
+
+def new_mapped(path: Path, count: int) -> np.ndarray:
+    """A new file of int64 [count], mapped.
+
+    Its space is taken at once where the system can: on a full disk, writing to a mapped file would end the process.
+
+    Raises:
+        OSError: the disk is full.
+    """
+    with open(path, "wb") as file:
+        file.truncate(8 * count)
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, 8 * count)
+    return np.memmap(path, dtype="<i8", mode="r+", shape=(count,))
 
 
 def _slice_of_keys(path: Path, number: int, slices: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:

@@ -3,13 +3,15 @@
 Memory does not grow with the input: a part at a time, the sorting of `model.corpus.duplicates`, and pages of files.
 """
 
+import contextlib
 import hashlib
 import os
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 
@@ -23,6 +25,7 @@ from model.corpus.reasons import NAMES
 from model.corpus.sources import Source, line_offsets, lines_of, read_part, stream_parts
 from model.corpus.statistics import Statistics
 from model.errors import InputError
+from model.storage.files import flush_to_disk
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,7 @@ class Merger:
             similar = first_similar(self.folder / "signatures", self.folder, self.options.near_duplicates)
         position = 0
         samples = ChangeSamples(self.options.cleaning)
-        with main, validation, open(self.folder / "rejects", "w", encoding="utf-8", newline="\n") as rejects:
+        with main, validation, _text_file(self.folder / "rejects") as rejects:
             for key, part, payload in self._parts_read_ahead():
                 with part:
                     table = part["documents"]
@@ -85,7 +88,7 @@ class Merger:
                     samples.add_all(
                         part["samples"].tobytes().decode(), self._lines_before[key], self.sources[key[0]].name
                     )
-        with open(self.folder / "changes", "w", encoding="utf-8", newline="\n") as changes:
+        with _text_file(self.folder / "changes") as changes:
             changes.writelines(samples.lines())
         self._line_numbers = None  # a mapped file could not be removed on Windows
 
@@ -122,12 +125,12 @@ class Merger:
                     own_keys = np.ascontiguousarray(table["key"])
                     left_out = np.flatnonzero(_copies(self.sources[key[0]], table) == 0)
                     own_keys[left_out, 1] = documents + left_out  # as if no other text was the same
-                    own_keys.tofile(keys)
-                    (table["line"].astype("<i8") + lines + 1).tofile(numbers)
+                    keys.write(own_keys)
+                    numbers.write(table["line"].astype("<i8") + lines + 1)
                     if self.options.near_duplicates and len(table):
                         own_signatures = part["signatures"]
                         own_signatures[left_out] = (documents + left_out)[:, None]
-                        own_signatures.tofile(signatures)
+                        signatures.write(own_signatures)
                     self._lines_before[key] = lines
                     lines += part.record["lines"]
                     documents += len(table)
@@ -217,6 +220,14 @@ def _copies(source: Source, table: np.ndarray) -> np.ndarray:
     return int(whole) + (table["key"][:, 1] < share * 2.0**64).astype(np.int64)
 
 
+@contextlib.contextmanager
+def _text_file(path: Path) -> Iterator[TextIO]:
+    """A new file of UTF-8 text, on the disk once the block ends."""
+    with open(path, "w", encoding="utf-8", newline="\n") as file:
+        yield file
+        flush_to_disk(file)
+
+
 FLUSHED_AT_ONCE = 16 << 20  # items
 
 
@@ -233,36 +244,65 @@ class DocumentFile:
         self.sha256 = ""
 
     def __enter__(self) -> "DocumentFile":
-        self._digest, self._hasher = hashlib.sha256(), ThreadPoolExecutor(1)
-        self._hashed = self._hasher.submit(lambda: None)
-        self._flusher, self._flushed = ThreadPoolExecutor(1), 0  # items that are on their way to the disk
+        self._digest, self._flushed = hashlib.sha256(), 0  # items that are on their way to the disk
+        # One thread each: a hash that is late, or a disk that is slow, holds up the writing only when the next is due.
+        self._hasher, self._flusher = _Background(), _Background()
         self._file = open(self.path, "wb")
         self._ends = open(self.ends_path, "wb") if self.ends_path else None
         return self
 
     def write(self, payload: np.ndarray, sizes: np.ndarray) -> None:
-        """Append documents of these sizes (items of the payload)."""
+        """Append documents of these sizes (items of the payload).
+
+        Raises:
+            OSError: the system refuses the writing, or refused to flush what was written before.
+        """
         content = memoryview(payload).cast("B")
-        self._hashed.result()  # never more than one waits to be hashed, which goes on while the file is written
-        self._hashed = self._hasher.submit(self._digest.update, content)
+        self._hasher.submit(self._digest.update, content)
         self._file.write(content)
         if self.items - self._flushed > FLUSHED_AT_ONCE:  # so that there is little to wait for at the end
             self._flusher.submit(os.fsync, self._file.fileno())
             self._flushed = self.items
         if self._ends:
-            (np.cumsum(sizes) + self.items).astype("<u8").tofile(self._ends)
+            self._ends.write((np.cumsum(sizes) + self.items).astype("<u8"))
         self.items += len(payload)
         self.documents += len(sizes)
 
-    def __exit__(self, *error) -> None:
-        self._hasher.shutdown()
-        self._flusher.shutdown()
-        for file in (self._file, self._ends):
-            if file:
-                file.flush()
-                os.fsync(file.fileno())
-                file.close()
+    def __exit__(self, kind=None, *error) -> None:
+        with contextlib.ExitStack() as closing:  # closes everything, whatever fails, and raises what failed
+            for file in filter(None, (self._file, self._ends)):
+                closing.callback(file.close)
+            closing.callback(self._hasher.close)
+            closing.callback(self._flusher.close)
+            if kind is None:
+                for file in filter(None, (self._file, self._ends)):
+                    flush_to_disk(file)
         self.sha256 = self._digest.hexdigest()
+
+
+class _Background:
+    """A thread that does one thing at a time. What failed there is raised by the next `submit`, or by `close`: the
+    system reports a failed fsync once, so the caller must not miss it."""
+
+    def __init__(self) -> None:
+        self._thread, self._last = ThreadPoolExecutor(1), None
+
+    def submit(self, function: Callable, *arguments) -> None:
+        """Call a function in the thread, once the call before has ended."""
+        self._wait()
+        self._last = self._thread.submit(function, *arguments)
+
+    def close(self) -> None:
+        """Wait for the last call and end the thread."""
+        try:
+            self._wait()
+        finally:
+            self._thread.shutdown()
+
+    def _wait(self) -> None:
+        last, self._last = self._last, None
+        if last is not None:
+            last.result()
 
 
 class RawLines:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from model.corpus.duplicates import READ_AT_ONCE, first_occurrences
+from model.corpus.duplicates import READ_AT_ONCE, first_occurrences, new_mapped
 from model.errors import InputError
 
 PERMUTATIONS = 128
@@ -80,7 +80,7 @@ def first_similar(signatures_path: Path, folder: Path, threshold: float) -> np.n
     if not count:
         return np.zeros(0, dtype=np.int64)
     all_signatures = np.memmap(signatures_path, dtype="<u4", mode="r", shape=(count, PERMUTATIONS))
-    found = np.memmap(folder / "similar", dtype="<i8", mode="w+", shape=(count,))
+    found = new_mapped(folder / "similar", count)
     for start in range(0, count, READ_AT_ONCE):
         found[start : start + READ_AT_ONCE] = np.arange(start, min(start + READ_AT_ONCE, count))
     bands, rows = bands_for(threshold)
@@ -88,7 +88,7 @@ def first_similar(signatures_path: Path, folder: Path, threshold: float) -> np.n
         columns = slice(band * rows, (band + 1) * rows)
         with open(folder / "band.keys", "wb") as file:
             for start in range(0, count, READ_AT_ONCE // 8):
-                _band_keys(all_signatures[start : start + READ_AT_ONCE // 8, columns]).tofile(file)
+                file.write(_band_keys(all_signatures[start : start + READ_AT_ONCE // 8, columns]))
         firsts = first_occurrences(folder / "band.keys", folder / "band.firsts")
         for start in range(0, count, READ_AT_ONCE // 64):
             block = slice(start, start + READ_AT_ONCE // 64)

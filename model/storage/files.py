@@ -8,7 +8,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, BinaryIO
 
 from model.errors import InputError, first_line
 
@@ -38,8 +38,7 @@ def replacing(
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
+            flush_to_disk(file)
         if check is not None:
             check(temporary)
         os.replace(temporary, path)
@@ -60,6 +59,16 @@ def replacing(
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def flush_to_disk(file: IO) -> None:
+    """Return once all that was written to a file is on the disk.
+
+    Raises:
+        OSError: the system could not write it.
+    """
+    file.flush()
+    os.fsync(file.fileno())
 
 
 @contextlib.contextmanager

@@ -1,11 +1,13 @@
 """A data processing job that is killed, changed or run again, and one that several processes share."""
 
+import errno
 import os
 import random
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -74,6 +76,37 @@ def test_killed_at_any_instant_and_run_again_the_files_are_the_same(tmp_path, to
     assert sorted(path.name for path in killed.iterdir()) == sorted({*FILES, "data_stats.png"})
     for name in FILES:
         assert (killed / name).read_bytes() == (whole / name).read_bytes(), name
+
+
+def test_whichever_flush_fails_nothing_is_published(raw, processor, tmp_path, monkeypatch):
+    """The system reports a failed fsync once, so one in the background must not get lost."""
+    monkeypatch.setattr("model.corpus.merge.FLUSHED_AT_ONCE", 3000)
+    fsync, failed = os.fsync, []
+    processor.process_dataset(raw, tmp_path / "whole" / "data.bin")
+    for number in range(100):
+        calls = [0]
+
+        def fail_once(descriptor: int, calls=calls, number=number) -> None:
+            calls[0] += 1
+            if calls[0] == number + 1:
+                failed.append(threading.current_thread() is threading.main_thread())
+                raise OSError(errno.EIO, "Input/output error")
+            fsync(descriptor)
+
+        output = tmp_path / str(number) / "data.bin"
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", fail_once)
+            try:
+                processor.process_dataset(raw, output)
+            except InputError as error:
+                assert "Input/output error" in str(error)
+        if len(failed) == number:
+            break  # there is no such call
+        published = {path.name for path in output.parent.glob("data*")} - {"data.bin.parts"}
+        assert not published
+        processor.process_dataset(raw, output)
+        assert output.read_bytes() == (tmp_path / "whole" / "data.bin").read_bytes()
+    assert failed.count(False) > 2 and failed.count(True) > 4
 
 
 class Killed(BaseException):
