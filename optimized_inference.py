@@ -8,7 +8,6 @@ import contextlib
 import dataclasses
 import itertools
 import random
-import re
 from collections import defaultdict
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -27,7 +26,7 @@ from model.kv_cache import cache_bytes
 from model.LMConfig import LMConfig
 from model.model import Transformer
 from model.storage.files import size_text
-from model.text.chat_template import check_history, render_template, valid_text
+from model.text.chat_template import check_history, encode_chat, valid_text
 from model.text.detokenize import Text, new_detokenizer
 from model.text.tokenization import Delimiters, delimiters, encode_texts, end_ids, vocabulary_size
 from model.weights import load_weights
@@ -356,10 +355,8 @@ class TextGenerator:
                 say("this tokenizer has no chat template: the chat is continued as plain text")
                 self._said_no_template = True
             ids = self._encode_start("\n".join(contents))
-        elif any(token.content in text for token in self._special_tokens() for text in contents):
-            ids = self._encode_apart(history)
         else:
-            ids = self._encode_template(self._render(history))
+            ids = encode_chat(self.tokenizer, history)
         return self._fitting("chat", ids) if check else ids
 
     def pieces(
@@ -399,28 +396,6 @@ class TextGenerator:
         if len(ids) > context - 1:
             most = f"the model's context of {context} takes at most {context - 1}"
             raise InputError(f"the {what} has {len(ids)} tokens, {most}; shorten it")
-        return ids
-
-    def _special_tokens(self) -> list:
-        return [token for token in self.tokenizer.added_tokens_decoder.values() if token.special]
-
-    def _render(self, history: Sequence[dict[str, str]]) -> str:
-        return render_template(self.tokenizer, history)
-
-    def _encode_template(self, text: str) -> list[int]:
-        """Ids of text in which control tokens are control tokens."""
-        return self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
-
-    def _encode_apart(self, history: Sequence[dict[str, str]]) -> list[int]:
-        """The template's own parts with control tokens, the contents without.
-
-        Placeholders of private-use characters stand for the contents while the template is filled in.
-        """
-        placeholders = [{**message, "content": f"\ue000{n}\ue001"} for n, message in enumerate(history)]
-        parts = re.split("\ue000(\\d+)\ue001", self._render(placeholders))  # part, number, part, number, ... part
-        ids = self._encode_template(parts[0])
-        for number, part in zip(parts[1::2], parts[2::2], strict=True):
-            ids += encode_texts(self.tokenizer, [history[int(number)]["content"]])[0] + self._encode_template(part)
         return ids
 
 

@@ -3,11 +3,11 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
-from pathlib import Path
 
 import numpy as np
 
-from model.text.tokenization import BulkTokenizer, Delimiters, tokenizer_folder
+from model.text.encoder import can_panic, encode_batch, load_backend
+from model.text.tokenization import BulkTokenizer, Delimiters
 
 CHECKED_CHARACTERS = 100_000  # of the user's own first texts: encoded both ways before fastokens is trusted
 TRAPS = ("a</s>b<s>c<unk>", " </s>", "<s>", "", "\ufffd🤔\x00 \u3000", "2019年  12\t月\r\n\n3日", "  ", "don't 'S")
@@ -37,10 +37,7 @@ class BulkEncoder:
             self._tokenizer = fastokens.Tokenizer.from_json_str(choice.tokenizer_json)
             self._encode = self._encode_fast
         else:
-            import tokenizers
-
-            self._tokenizer = tokenizers.Tokenizer.from_str(choice.tokenizer_json)
-            self._tokenizer.encode_special_tokens = True  # "</s>" in a text becomes ordinary bytes
+            self._tokenizer, self._quiet = load_backend(choice.tokenizer_json), can_panic(choice.tokenizer_json)
             self._encode = self._encode_slowly
 
     def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -50,7 +47,7 @@ class BulkEncoder:
         return self._encode(list(texts))
 
     def _encode_slowly(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        encoded = [encoding.ids for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+        encoded = encode_batch(self._tokenizer, texts, self._quiet)
         lengths = np.array([len(ids) for ids in encoded], dtype=np.int64)
         return np.fromiter((index for ids in encoded for index in ids), np.uint32, count=int(lengths.sum())), lengths
 
@@ -59,15 +56,12 @@ class BulkEncoder:
         return np.frombuffer(ids, "<u4"), np.diff(np.frombuffer(offsets, "<u8").astype(np.int64))
 
 
-def choose_encoder(
-    tokenizer: BulkTokenizer, tokenizer_path: str | Path | None, texts: Sequence[str], say: Callable[[str], None]
-) -> EncoderChoice:
+def choose_encoder(tokenizer: BulkTokenizer, texts: Sequence[str], say: Callable[[str], None]) -> EncoderChoice:
     """fastokens (optional) is some thirty times faster than tokenizers on Chinese. It is chosen if it supports the
     tokenizer and gives the same ids for `texts` and for some that are known to be hard.
 
     Args:
         tokenizer: as `load_bulk_tokenizer` returned it.
-        tokenizer_path: its folder, or a GGUF file; None for the embedded one.
         texts: the user's own first texts; CHECKED_CHARACTERS of them are compared.
         say: prints one line for the user: which of the two is used, and why.
     """
@@ -77,8 +71,7 @@ def choose_encoder(
     except ImportError:
         say("encoder tokenizers: fastokens, which is some thirty times faster, is not installed")
         return slow
-    file = tokenizer_folder(tokenizer_path) / "tokenizer.json"
-    fast = EncoderChoice("fastokens", file.read_text(encoding="utf-8"))
+    fast = EncoderChoice("fastokens", tokenizer.json)
     try:
         fast_encoder = BulkEncoder(fast)
     except ValueError as error:  # its word for a part that it does not support

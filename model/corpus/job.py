@@ -168,7 +168,7 @@ class Job:
         if not self.tokenize:
             return PartOptions(encoder=None, **common)
         return PartOptions(
-            encoder=choose_encoder(self.tokenizer, options.tokenizer_path, self._first_texts(), self.say),
+            encoder=choose_encoder(self.tokenizer, self._first_texts(), self.say),
             delimiters=self.tokenizer.delimiters,
             dtype=_token_dtype(self.tokenizer.vocab_size).str,
             max_length=options.max_length,

@@ -154,17 +154,17 @@ def cache_folder() -> Path:
     return Path(base) / "mateconv"
 
 
-def read_json(path: Path) -> dict:
-    """A JSON file that holds an object.
+def read_json(path: Path, most: int = MAX_JSON_BYTES) -> dict:
+    """A JSON file of at most `most` bytes that holds an object.
 
     Raises:
         InputError: it is missing, too large, or holds something else.
     """
     try:
         with open(path, "rb") as file:
-            content = file.read(MAX_JSON_BYTES + 1)
-        if len(content) > MAX_JSON_BYTES:
-            raise ValueError(f"over {MAX_JSON_BYTES:,} bytes")
+            content = file.read(most + 1)
+        if len(content) > most:
+            raise ValueError(f"over {most:,} bytes")
         values = json.loads(content)
         if not isinstance(values, dict):
             raise ValueError(f"{type(values).__name__} found")

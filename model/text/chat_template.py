@@ -10,9 +10,22 @@ import time
 from collections.abc import Iterator, Sequence
 
 from model.errors import InputError
+from model.text.tokenization import text_encoder
 
 SECONDS = 3  # for one rendering; a template takes under a millisecond
 MAX_CHARACTERS = 16 << 20  # of a rendered chat
+
+
+def encode_chat(tokenizer, history: Sequence[dict[str, str]]) -> list[int]:
+    """Ids of a history of `{"role": ..., "content": ...}` in the tokenizer's template, up to where the answer begins.
+
+    The template's control tokens are control tokens; one that a message spells out stays text.
+
+    Raises:
+        InputError: as `render_template`.
+    """
+    encoder = text_encoder(tokenizer)
+    return encoder.encode_rendered(render_template(tokenizer, encoder.guarded(history)))
 
 
 class _TooLong(Exception):

@@ -2,22 +2,22 @@
 
 import contextlib
 import hashlib
-import json
 import logging
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from model.errors import InputError, first_line, shown
+from model.errors import InputError
 from model.LMConfig import MOST_TOKENS
 from model.storage.gguf_header import is_gguf
+from model.text.encoder import TextEncoder, check_growth, library_errors
 from model.text.gguf_tokenizer import unpacked_tokenizer
+from model.text.tokenizer_folder import check_sizes, read_ends, read_object
 
 EMBEDDED_TOKENIZER = Path(__file__).parents[1] / "tokenizer"
-GENERATION_CONFIG = "generation_config.json"
-MAX_GENERATION_CONFIG_BYTES = 1 << 20  # of transformers' defaults for generating; a few hundred are usual
 
 
 @dataclass(frozen=True)
@@ -62,15 +62,11 @@ def load_tokenizer(path: str | Path | None = None):
 
     from transformers import PreTrainedTokenizerFast  # takes seconds to import: only where a tokenizer is used
 
-    try:
-        with _without_warnings():
-            tokenizer = PreTrainedTokenizerFast.from_pretrained(
-                str(folder), local_files_only=True, **_names_without_type(config)
-            )
-    except Exception as error:  # the libraries raise plain Exception, KeyError, OSError … for a damaged file
-        why = f"{type(error).__name__}: {first_line(error)}"
-        raise InputError(f"tokenizer_path: {folder} cannot be loaded ({why})") from error
-    _check_size(folder, vocabulary_size(tokenizer))
+    with library_errors(f"tokenizer_path: {folder} cannot be loaded"), _without_warnings():
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(
+            str(folder), local_files_only=True, **_names_without_type(config)
+        )
+    _check(folder, tokenizer.backend_tokenizer)
     unnamed = [name for name in ("bos_token", "eos_token") if getattr(tokenizer, name) is None and name not in config]
     if unnamed:
         _take_names_of_class(tokenizer, folder, unnamed)
@@ -82,12 +78,11 @@ def load_tokenizer(path: str | Path | None = None):
 
 
 def _read_config(folder: Path) -> dict:
-    """tokenizer_config.json; empty where there is none, or where it is damaged, which transformers says."""
     try:
-        config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return config if isinstance(config, dict) else {}
+        check_sizes(folder)
+        return read_object(folder, "tokenizer_config.json")
+    except InputError as error:
+        raise InputError(f"tokenizer_path: {folder} cannot be loaded ({error})") from error
 
 
 def _names_without_type(config: dict) -> dict[str, str]:
@@ -97,9 +92,14 @@ def _names_without_type(config: dict) -> dict[str, str]:
     return {name: token["content"] for name, token in bare.items() if isinstance(token.get("content"), str)}
 
 
-def _check_size(folder: Path, tokens: int) -> None:
-    if tokens > MOST_TOKENS:
-        raise InputError(f"tokenizer_path: {folder} holds the id {tokens - 1:,}, at most {MOST_TOKENS - 1:,} expected")
+def _check(folder: Path, backend) -> None:
+    last = max(backend.get_vocab().values(), default=-1)
+    if last >= MOST_TOKENS:
+        raise InputError(f"tokenizer_path: {folder} holds the id {last:,}, at most {MOST_TOKENS - 1:,} expected")
+    try:
+        check_growth(backend.normalizer, backend.decoder)
+    except InputError as error:
+        raise InputError(f"tokenizer_path: {folder} cannot be used: {error}") from error
 
 
 def _take_names_of_class(tokenizer, folder: Path, names: Sequence[str]) -> None:
@@ -137,33 +137,19 @@ def delimiters(tokenizer) -> Delimiters:
 def end_ids(tokenizer) -> list[int]:
     """Ids that end a text: the eos, and those that `generation_config.json` beside the tokenizer names.
 
-    Instruct models name several there (`eos_token_id`, a number or a list): the end of an answer, of a document.
-
     Raises:
         InputError: that file is damaged, or names what is no id of the tokenizer.
     """
-    ids, file = [tokenizer.eos_token_id], Path(tokenizer.name_or_path) / GENERATION_CONFIG
-    if not tokenizer.name_or_path or not file.is_file():  # it was made by hand, or has no such file
-        return ids
-    try:
-        with open(file, "rb") as content:
-            values = json.loads(content.read(MAX_GENERATION_CONFIG_BYTES))
-        named = values.get("eos_token_id")
-    except (OSError, ValueError, AttributeError, RecursionError) as error:
-        raise InputError(f"{file}: not a generation config ({first_line(error)}); mend or remove it") from error
-    size = vocabulary_size(tokenizer)
-    for index in named if isinstance(named, list) else [] if named is None else [named]:
-        if type(index) is not int or not 0 <= index < size:
-            raise InputError(f"{file}: eos_token_id {shown(index)} found, ids from 0 to {size - 1} expected")
-        ids.append(index)
-    return list(dict.fromkeys(ids))
+    if not tokenizer.name_or_path:  # it was made by hand
+        return [tokenizer.eos_token_id]
+    return read_ends(Path(tokenizer.name_or_path), tokenizer.eos_token_id, vocabulary_size(tokenizer))
 
 
 @dataclass(frozen=True)
 class BulkTokenizer:
     """What data processing needs of a tokenizer."""
 
-    json: str  # of the `tokenizers` library
+    json: str  # of the `tokenizers` library, in which control tokens have secret names (`TextEncoder`)
     bos_id: int | None
     eos_id: int
     vocab_size: int  # the largest id plus one
@@ -189,21 +175,18 @@ def load_bulk_tokenizer(path: str | Path | None = None) -> BulkTokenizer:
     if plain and all(isinstance(name, str) for name in names):
         from tokenizers import Tokenizer
 
-        try:
+        with library_errors(f"tokenizer_path: {file.parent} cannot be loaded"):
             backend = Tokenizer.from_file(str(file))
-        except Exception as error:  # the library raises plain Exception for a damaged file
-            raise InputError(f"tokenizer_path: {file.parent} cannot be loaded ({str(error).strip()})") from error
-        size = max(backend.get_vocab().values(), default=-1) + 1
-        _check_size(file.parent, size)
+        _check(file.parent, backend)
         bos_id, eos_id = map(backend.token_to_id, names)
         if bos_id is not None and eos_id is not None:
-            return BulkTokenizer(backend.to_str(), bos_id, eos_id, size)
+            size = max(backend.get_vocab().values()) + 1
+            ends = map(backend.id_to_token, read_ends(file.parent, eos_id, size))
+            encoder = TextEncoder(backend.to_str(), {*names, *filter(None, ends)})
+            return BulkTokenizer(encoder.json, bos_id, eos_id, size)
     tokenizer = load_tokenizer(path)
     return BulkTokenizer(
-        tokenizer.backend_tokenizer.to_str(),
-        tokenizer.bos_token_id,
-        tokenizer.eos_token_id,
-        vocabulary_size(tokenizer),
+        text_encoder(tokenizer).json, tokenizer.bos_token_id, tokenizer.eos_token_id, vocabulary_size(tokenizer)
     )
 
 
@@ -239,27 +222,36 @@ def _tokenizer_file(path: str | Path | None) -> Path:
 
 def vocabulary_size(tokenizer) -> int:
     """Number of rows that the embedding needs: the largest id plus one (added tokens can lie past `vocab_size`)."""
-    return max(tokenizer.get_vocab().values()) + 1
+    return max(tokenizer.get_vocab().values(), default=-1) + 1
 
 
 def encode_texts(tokenizer, texts: Sequence[str]) -> list[list[int]]:
-    """Ids of each text, without bos and eos. A control token that a text spells out literally stays text.
+    """Ids of each text, without bos and eos. A control token that a text spells out stays text.
 
-    All texts go to the tokenizer's Rust threads in one call, without offsets (`encode_batch_fast`).
+    Raises:
+        InputError: the tokenizer fails on a text, or takes too long.
     """
-    backend = tokenizer.backend_tokenizer
-    before = backend.encode_special_tokens
-    backend.encode_special_tokens = True  # "</s>" in a text becomes ordinary bytes
-    try:
-        return [encoding.ids for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
-    finally:
-        backend.encode_special_tokens = before
+    return text_encoder(tokenizer).encode(texts)
+
+
+def text_encoder(tokenizer) -> TextEncoder:
+    """The encoder of a `transformers` fast tokenizer; made once, and again if the tokenizer got more tokens."""
+    tokens = (len(tokenizer), tokenizer.bos_token, tokenizer.eos_token)
+    found = _ENCODERS.get(tokenizer)
+    if found is None or found[0] != tokens:
+        names = [tokenizer.bos_token, *tokenizer.convert_ids_to_tokens(end_ids(tokenizer))]
+        found = tokens, TextEncoder(tokenizer.backend_tokenizer.to_str(), list(filter(None, names)))
+        _ENCODERS[tokenizer] = found
+    return found[1]
+
+
+_ENCODERS: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # tokenizer -> (what it was made of, TextEncoder)
 
 
 def control_ids(tokenizer) -> set[int]:
     """Ids of the tokens that stand for no text, such as `<s>` and `</s>`."""
     added = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return added | set(tokenizer.all_special_ids)
+    return added | set(tokenizer.all_special_ids) | set(end_ids(tokenizer))
 
 
 def token_byte_lengths(tokenizer) -> np.ndarray:

@@ -6,8 +6,17 @@ from pathlib import Path
 from typing import Any
 
 from model.errors import InputError, first_line, shown
+from model.storage.files import read_json
+from model.text.encoder import library_errors
 
-MAX_CONFIG_BYTES = 64 << 20  # of a tokenizer_config.json; with a thousand added tokens it has 200 kB
+MOST_BYTES = {  # of each file of a folder that is read, by us or by transformers
+    "tokenizer.json": 512 << 20,  # with 262,144 tokens it has 33 MB
+    "tokenizer_config.json": 64 << 20,  # with a thousand added tokens it has 200 kB
+    "added_tokens.json": 64 << 20,
+    "special_tokens_map.json": 16 << 20,
+    "generation_config.json": 1 << 20,  # a few hundred bytes are usual
+    "chat_template.jinja": 1 << 20,  # the longest, with tools, have thirty thousand
+}
 
 
 @dataclass(frozen=True)
@@ -54,18 +63,56 @@ def read_folder(folder: str | Path) -> TokenizerFolder:
     folder = Path(folder)
     if not (folder / "tokenizer.json").is_file():
         raise InputError(f"{folder}: a folder with a tokenizer.json expected")
-    try:
+    check_sizes(folder)
+    with library_errors(f"{folder / 'tokenizer.json'} cannot be loaded"):
         backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    except Exception as error:  # the library raises plain Exception for a damaged file
-        raise InputError(f"{folder / 'tokenizer.json'} cannot be loaded ({first_line(error)})") from error
-    config = _read_object(folder / "tokenizer_config.json")
+    config = read_object(folder, "tokenizer_config.json")
     special_ids = _special_ids(backend, config, folder)
-    ends = _read_object(folder / "generation_config.json").get("eos_token_id")
-    ends = [special_ids["eos"], *(ends if isinstance(ends, list) else [] if ends is None else [ends])]
-    if not all(type(index) is int and index >= 0 and backend.id_to_token(index) is not None for index in ends):
-        raise InputError(f"{folder / 'generation_config.json'}: eos_token_id {shown(ends[1:])}, ids of tokens expected")
-    template = _chat_template(config, folder)
-    return TokenizerFolder(json.loads(backend.to_str()), special_ids, list(dict.fromkeys(ends)), template)
+    ends = read_ends(folder, special_ids["eos"], max(backend.get_vocab().values()) + 1)
+    return TokenizerFolder(json.loads(backend.to_str()), special_ids, ends, _chat_template(config, folder))
+
+
+def read_ends(folder: Path, eos_id: int, size: int) -> list[int]:
+    """Ids that end a text: the eos, then those that generation_config.json names, in a folder where there is one.
+
+    Instruct models name several there (`eos_token_id`, a number or a list): the end of an answer, of a document.
+
+    Args:
+        size: the tokenizer's ids are below it.
+
+    Raises:
+        InputError: that file is damaged, or names what is no id of the tokenizer.
+    """
+    named = read_object(folder, "generation_config.json").get("eos_token_id")
+    named = named if isinstance(named, list) else [] if named is None else [named]
+    for index in named:
+        if type(index) is not int or not 0 <= index < size:
+            file = folder / "generation_config.json"
+            raise InputError(f"{file}: eos_token_id {shown(index)} found, ids from 0 to {size - 1} expected")
+    return list(dict.fromkeys([eos_id, *named]))
+
+
+def read_object(folder: Path, name: str) -> dict:
+    """One of the folder's JSON files; empty where there is none.
+
+    Raises:
+        InputError: it is too large, or holds no JSON object.
+    """
+    return read_json(folder / name, MOST_BYTES[name]) if (folder / name).is_file() else {}
+
+
+def check_sizes(folder: Path) -> None:
+    """See that each of the folder's files is a plain file of a likely size, before a library reads it whole.
+
+    Raises:
+        InputError: one is not.
+    """
+    for name, most in MOST_BYTES.items():
+        file = folder / name
+        if file.exists() and not file.is_file():
+            raise InputError(f"{file}: no plain file; replace or remove it")
+        if file.is_file() and (size := file.stat().st_size) > most:
+            raise InputError(f"{file} has {size:,} bytes, at most {most:,} expected")
 
 
 def _special_ids(backend, config: dict, folder: Path) -> dict[str, int]:
@@ -108,17 +155,3 @@ def _chat_template(config: dict, folder: Path) -> str | None:
 def _content(token: Any) -> Any:
     """The text of a token, which configs give as it is or with its properties."""
     return token.get("content") if isinstance(token, dict) else token
-
-
-def _read_object(file: Path) -> dict:
-    """A JSON file's object; empty where there is no such file."""
-    if not file.is_file():
-        return {}
-    try:
-        with open(file, "rb") as content:
-            value = json.loads(content.read(MAX_CONFIG_BYTES))
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{file} cannot be read ({first_line(error)})") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{file} holds {shown(value)}, settings by name expected")
-    return value

@@ -130,7 +130,7 @@ def test_the_ids_are_those_that_transformers_gives(qwen_like):
     expected = [theirs(text, add_special_tokens=False).input_ids for text in texts]
     assert encode_texts(ours, texts) == expected
     assert (ours.bos_token_id, ours.eos_token_id) == (theirs.bos_token_id, theirs.eos_token_id) == (None, 697)
-    encoder = BulkEncoder(choose_encoder(load_bulk_tokenizer(qwen_like), qwen_like, texts, lambda line: None))
+    encoder = BulkEncoder(choose_encoder(load_bulk_tokenizer(qwen_like), texts, lambda line: None))
     ids, lengths = encoder.encode(texts)
     assert ids.tolist() == [index for text in expected for index in text] and lengths.tolist() == [*map(len, expected)]
 
@@ -332,9 +332,9 @@ def test_every_end_token_of_the_generation_config_ends_a_text(tmp_path, qwen_lik
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "not a generation config"),
-        ("[]", "not a generation config"),
-        ("[" * 100_000, "not a generation config"),
+        ("{", "a JSON object expected"),
+        ("[]", "a JSON object expected"),
+        ("[" * 100_000, "a JSON object expected"),
         ('{"eos_token_id": 700}', "eos_token_id 700 found, ids from 0 to 699 expected"),
         ('{"eos_token_id": [697, -1]}', "eos_token_id -1 found"),
         ('{"eos_token_id": "<|im_end|>"}', "eos_token_id '<|im_end|>' found"),
