@@ -202,10 +202,10 @@ class Trainer:
         with self.processes.main_first():
             if self.processes.is_main:
                 self._prepare_out_dir()
-        self.stop.install()
         if self.files is not None and self.settings.logging.use_wandb:
             log = self.settings.logging
             self.files.metrics.start_wandb(log.wandb_project, log.wandb_run_name, self.settings.as_dict(), self.out_dir)
+        self.stop.install()
         try:
             outcome = self._loop()
             self.processes.barrier()  # rank 0 has written everything
@@ -216,6 +216,7 @@ class Trainer:
         finally:
             if self.files is not None:
                 self.files.close()
+            self.stop.restore()
 
     def measure_steps(self, seconds: float, most: int) -> float:
         """Train for so long, without saving or evaluating; returns the tokens a second, of all processes.
@@ -531,6 +532,12 @@ class Trainer:
 
     def tell_failure(self, error: BaseException) -> None:
         """Say in status.json why this run ends."""
+        if isinstance(error, KeyboardInterrupt):
+            checkpoint = "what came after the last checkpoint is lost"
+            self._tell_status(
+                "interrupted", EXIT_CODES["interrupted"], f"stopped at once, without saving; {checkpoint}"
+            )
+            return
         state = "diverged" if isinstance(error, TrainingDiverged) else "failed"
         self._tell_status(state, getattr(error, "exit_code", 1), str(error) or type(error).__name__)
 

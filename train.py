@@ -236,6 +236,7 @@ def train(settings: Settings, processes: Processes, dry_run: bool) -> int:
         trainer = Trainer(settings, processes, make_preview(settings))
         if dry_run:
             return tell_dry_run(trainer, processes)
+        trainer.stop.install()  # until the process ends: torchrun sends its signal twice
         outcome = trainer.train()
     except BaseException as error:
         if is_out_of_memory(error):

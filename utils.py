@@ -1,4 +1,4 @@
-"""What the scripts share and the model does not need: the console, devices, seeds, signals, the process group."""
+"""What the scripts share and the model does not need: the console, devices, seeds, the process group."""
 
 import contextlib
 import ctypes
@@ -6,7 +6,6 @@ import datetime
 import os
 import platform
 import random
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +21,7 @@ from model.command import (  # noqa: F401 (the scripts' too)
     true_or_false,
 )
 from model.errors import InputError, ProcessLost, first_line
+from model.runs.signals import StopSignal  # noqa: F401 (the scripts' too)
 
 # ---------------------------------------------------------------------------------------------------- the console
 
@@ -211,35 +211,6 @@ def restore_random_state(state: dict) -> None:
         torch.cuda.set_rng_state_all(state["cuda"])
     if state["mps"] is not None and torch.backends.mps.is_available():
         torch.mps.set_rng_state(state["mps"])
-
-
-# -------------------------------------------------------------------------------------------------------- signals
-
-
-class StopSignal:
-    """Remembers Ctrl-C, SIGTERM and a lost terminal, so that training stops between two steps and not within one.
-
-    A second signal changes nothing: torchrun sends each worker two of them. The third Ctrl-C ends a single process at
-    once, without a checkpoint of its last steps.
-    """
-
-    def __init__(self) -> None:
-        self.count = 0
-
-    def install(self) -> None:
-        """Take over SIGINT, SIGTERM and SIGHUP (Ctrl-Break on Windows) from now on; nohup's ignored SIGHUP stays so."""
-        for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK"):
-            number = getattr(signal, name, None)
-            if number is not None and not (name == "SIGHUP" and signal.getsignal(number) is signal.SIG_IGN):
-                signal.signal(number, self._remember)
-
-    def _remember(self, number: int, frame) -> None:
-        self.count += 1
-        if self.count == 1 and os.environ.get("RANK", "0") == "0":
-            with contextlib.suppress(OSError):  # `tee` gets the same Ctrl-C, and then nobody reads this
-                os.write(2, b"\nstopping after this step and saving (Ctrl-C two more times: stop without saving)\n")
-        if number == signal.SIGINT and self.count >= 3 and "WORLD_SIZE" not in os.environ:
-            raise KeyboardInterrupt
 
 
 # -------------------------------------------------------------------------------------------------- process group

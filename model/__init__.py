@@ -1,1 +1,5 @@
 """The model and everything that the scripts share: stands on its own and imports none of them."""
+
+from model.children import bound_spinning
+
+bound_spinning()  # here, since it has to come before the first import of torch

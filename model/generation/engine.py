@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from model.children import OWN_GROUP
 from model.errors import InputError, first_line
 from model.generation.compiled_step import CompiledAttention, CompiledStep, compile_attention, compile_step, kept_path
 from model.generation.inference_model import InferenceModel
@@ -170,6 +171,7 @@ class BackgroundCompiler:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=self._errors,
+            **OWN_GROUP,
         )
         weakref.finalize(self, self._process.kill)
 

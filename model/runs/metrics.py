@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
+from model.children import OWN_GROUP
 from model.errors import InputError
 from model.storage.files import replacing, write_json
 
@@ -125,13 +126,11 @@ class WandbProcess:
         self._say, self._left = say, False
         self._folder = Path(order["arguments"]["dir"]) / "wandb"
         code = f"import sys; sys.path[:] = {sys.path!r}; from model.runs.wandb_sender import main; main()"
-        # A group of its own: Ctrl-C in the terminal is for the training only.
-        group = {"start_new_session": True} if os.name == "posix" else {"creationflags": 0x200}
         about_us = {"WANDB_PROGRAM": sys.argv[0], "WANDB_X_STATS_PID": str(os.getpid())}
         pipe, nowhere = subprocess.PIPE, subprocess.DEVNULL
         self._process = subprocess.Popen(
             [sys.executable, "-c", code],
-            env=os.environ | about_us, stdin=pipe, stdout=pipe, stderr=nowhere, bufsize=0, **group,
+            env=os.environ | about_us, stdin=pipe, stdout=pipe, stderr=nowhere, bufsize=0, **OWN_GROUP,
         )  # fmt: skip
         self._tell(json.dumps(order, default=str))
         self._reader = threading.Thread(target=self._pass_on, daemon=True)

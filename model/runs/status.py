@@ -9,12 +9,13 @@ import json
 import os
 from pathlib import Path
 
-from model.errors import InputError
+from model.errors import InputError, one_line
 from model.storage.files import write_json
 
 STATUS_FILE = "status.json"
 STATES = ("running", "finished", "early_stopping", "interrupted", "diverged", "failed")
 MAX_STATUS_BYTES = 1_000_000
+MOST_OF_REASON = 1000  # characters of the message
 
 
 class Status:
@@ -58,7 +59,7 @@ class Status:
             "total_steps": self.total_steps,
             "checkpoint": self.checkpoint,
             "exit_code": exit_code,
-            "message": message,
+            "message": None if message is None else one_line(message)[:MOST_OF_REASON],
             "world_size": self.world_size,
             "pid": os.getpid(),
             "updated": datetime.datetime.now().isoformat(timespec="seconds"),

@@ -16,6 +16,7 @@ import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from model.children import OWN_GROUP
 from model.errors import InputError, TrainingDiverged
 from model.runs.status import STATUS_FILE, read_status
 
@@ -86,12 +87,9 @@ class Supervisor:
     def _attempt(self, command: list[str]) -> tuple[int, dict | None]:
         """One child's exit code (-N where signal N killed it), and the status that it wrote, if it wrote one."""
         before = file_identity(self.out_dir / STATUS_FILE)
-        group = (
-            {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP} if os.name == "nt" else {"start_new_session": True}
-        )
         if self.stop.is_set():
             return INTERRUPTED, None
-        self.child = subprocess.Popen(command, **group)
+        self.child = subprocess.Popen(command, **OWN_GROUP)
         if self.stop.is_set():  # the signal came while the child was being started
             self._pass_on(signal.SIGTERM)
         while True:

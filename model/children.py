@@ -1,0 +1,25 @@
+"""What processes that we start inherit: how long OpenMP threads spin, and whether the user's signals reach them."""
+
+import os
+import subprocess
+from collections.abc import MutableMapping
+
+# Extra arguments of subprocess.Popen for a child in a group of its own: Ctrl-C in the terminal reaches only us.
+OWN_GROUP: dict = (
+    {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP} if os.name == "nt" else {"start_new_session": True}
+)
+# How long an OpenMP thread that has nothing to do keeps its core before it sleeps. GNU's default, 300,000 rounds, is
+# the best on an idle machine and six times slower beside two busy processes; 10,000 rounds (a fraction of a
+# millisecond) cost nothing measurable on the idle one. Intel's and LLVM's libraries (Windows, conda, macOS) count
+# milliseconds; their default is 200. See benchmarks/busy.py.
+SPIN = {"GOMP_SPINCOUNT": "10000", "KMP_BLOCKTIME": "1"}
+CHOSEN_BY_USER = ("OMP_WAIT_POLICY", *SPIN)
+
+
+def bound_spinning(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Bound how long OpenMP threads spin, here and in all children. It takes effect only before torch is imported.
+
+    Changes nothing where the user has chosen: any of CHOSEN_BY_USER is set.
+    """
+    if not any(name in environment for name in CHOSEN_BY_USER):
+        environment.update(SPIN)

@@ -1,0 +1,94 @@
+"""Ctrl-C, SIGTERM and a lost terminal: training stops between two steps and saves."""
+
+import _thread
+import contextlib
+import os
+import signal
+import threading
+
+MASKS = hasattr(signal, "pthread_sigmask")  # not on Windows
+NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")
+SECONDS_TO_LEAVE = 5.0  # after the third Ctrl-C; compiled code that runs longer is cut off
+
+
+class StopSignal:
+    """Counts the signals that ask to stop, so that training stops between two steps and not within one.
+
+    A second signal changes nothing: torchrun sends each worker two of them. The third Ctrl-C ends a single process
+    without a checkpoint of its last steps: KeyboardInterrupt in the main thread.
+
+    While installed, the signals are blocked in the main thread, and so in every program that it starts: Ctrl-C in a
+    terminal goes to all of them, and would kill a compiler of torch.compile and fail the step that waits for it. They
+    arrive in another thread, which also answers while the main one waits for such a program. (Windows has no such
+    mask: there Ctrl-C still kills a compiler.)
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._installed = 0  # how often
+        self._leaves_at_once, self._raised = False, threading.Event()  # KeyboardInterrupt: asked for, raised
+        self._before: dict[int, object] = {}  # handlers to restore, by signal
+        self._pipe: tuple[int, int] | None = None  # the system writes the number of each signal into it
+        self._wakeup_before = -1
+        self._receiver: threading.Thread | None = None
+
+    def install(self) -> None:
+        """Take over SIGINT, SIGTERM and SIGHUP (Ctrl-Break on Windows); nohup's ignored SIGHUP stays ignored.
+
+        Each call needs a `restore`; only the last of them gives the signals back.
+        """
+        self._installed += 1
+        if self._installed > 1:
+            return
+        numbers = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
+        for number in numbers:
+            if not (number == getattr(signal, "SIGHUP", None) and signal.getsignal(number) is signal.SIG_IGN):
+                self._before[number] = signal.signal(number, self._in_main_thread)
+        if MASKS:
+            self._pipe = os.pipe()
+            os.set_blocking(self._pipe[1], False)
+            self._wakeup_before = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
+            self._receiver = threading.Thread(target=self._receive, name="signals", daemon=True)
+            self._receiver.start()  # before the mask, which threads inherit too
+            signal.pthread_sigmask(signal.SIG_BLOCK, self._before)
+
+    def restore(self) -> None:
+        """Give the signals back to whoever had them before `install`, as a notebook."""
+        self._installed -= 1
+        if self._installed > 0:
+            return
+        if self._receiver is not None:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, self._before)
+            signal.set_wakeup_fd(self._wakeup_before)
+            reading, writing = self._pipe
+            os.close(writing)
+            self._receiver.join()
+            os.close(reading)
+            self._receiver = self._pipe = None
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
+
+    def _receive(self) -> None:
+        while received := os.read(self._pipe[0], 1):
+            if received[0] in self._before:  # the pipe gets all signals that Python handles
+                self._remember(received[0])
+
+    def _in_main_thread(self, number: int, frame) -> None:
+        if not MASKS:
+            self._remember(number)
+        if self._leaves_at_once and not self._raised.is_set():  # once: cleaning up goes undisturbed
+            self._raised.set()
+            raise KeyboardInterrupt
+
+    def _remember(self, number: int) -> None:
+        self.count += 1
+        if self.count == 1 and os.environ.get("RANK", "0") == "0":
+            with contextlib.suppress(OSError):  # `tee` gets the same Ctrl-C, and then nobody reads this
+                os.write(2, b"\nstopping after this step and saving (Ctrl-C two more times: stop without saving)\n")
+        if number == signal.SIGINT and self.count >= 3 and "WORLD_SIZE" not in os.environ:
+            self._leaves_at_once = True
+            if MASKS:
+                _thread.interrupt_main()
+                if not self._raised.wait(SECONDS_TO_LEAVE):
+                    os._exit(130)
