@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from model.storage.archive import load_torch, save_torch
-from tests.conftest import ROOT
+from tests.guide.conftest import copy_project
 
 FLAGS = "--max_steps 2 --n_layers 1 --max_seq_len 16 --eval_steps 1"  # what makes a run of the default config small
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUTF8": "1", "HF_HUB_OFFLINE": "1"}
@@ -25,13 +25,7 @@ ENVIRONMENT.pop("WANDB_API_KEY", None)
 def home(tmp_path_factory):
     """A copy of the project with 300 texts under the name that the guide gives to the raw data."""
     home = tmp_path_factory.mktemp("guide") / "MateConv"
-    ignored = shutil.ignore_patterns("out", "dataset", ".git", "tests", "__pycache__", ".*")
-    shutil.copytree(ROOT, home, ignore=ignored)
-    (home / "dataset").mkdir()
-    lines = (ROOT / "dataset" / "classics_zh.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-    raw = home / "dataset" / "mobvoi_seq_monkey_general_open_corpus.jsonl"
-    raw.write_text("".join(lines[:300]), encoding="utf-8")
-    return home
+    return copy_project(home, "mobvoi_seq_monkey_general_open_corpus.jsonl")
 
 
 @pytest.fixture

@@ -1,0 +1,367 @@
+"""README.md and docs/: every command and example works, tables match the declarations, and the Chinese twins agree.
+
+The commands of a page run in the page's order, in a copy of the project, each followed by flags that make it small.
+What cannot run here (it needs a network, a cluster or minutes) is in ELSEWHERE, with the file that does run it.
+"""
+
+import ast
+import dataclasses
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+import train
+from model.corpus.cleaning import CleaningOptions
+from model.corpus.options import ProcessingOptions
+from model.generation.generation_config import GenerationConfig
+from model.training.settings import SECTIONS, build_settings, read_config
+from tests.conftest import ROOT
+from tests.guide.conftest import copy_project
+
+PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
+MORE_PAGES = ["CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/RESULTS.md", "tests/reliability/RELIABILITY.md"]
+SMALL = "--dim 64 --n_layers 1 --n_heads 4 --n_kv_heads 2 --max_seq_len 32 --max_steps 4 --eval_steps 1"
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+# Commands that are not run here, by how they begin: where they are run, and a word of that file that shows it.
+ELSEWHERE = {
+    "python -m venv": (".ci/run", "-m venv"),
+    "source .venv/bin/activate": (".ci/run", "bin/activate"),
+    "pip install": (".ci/run", "pip install"),
+    "pytest": (".ci/run", "pytest"),
+    "ruff": (".github/workflows/tests.yml", "ruff format --check"),
+    "python -m tests.reliability": ("tests/reliability/test_reliability.py", "python -m tests.reliability"),
+    "python benchmarks/": ("benchmarks/RESULTS.md", "python benchmarks/"),
+    "lm_eval": ("benchmarks/RESULTS.md", "`lm_eval`"),
+    "wandb login": ("tests/guide/test_guide.py", "--use_wandb"),
+    "sbatch examples/slurm.sbatch": ("tests/guide/test_docs.py", "test_the_slurm_example"),
+    "kubectl apply -f examples/kubernetes.yaml": ("tests/guide/test_docs.py", "test_the_kubernetes_example"),
+    "torchrun --nproc_per_node=2 train.py": ("tests/guide/test_guide.py", "torchrun --nproc_per_node=2 train.py"),
+    "torchrun --nnodes": ("examples/slurm.sbatch", "PET_RDZV_ENDPOINT"),
+    "torchrun --standalone": ("tests/reliability/restarts.py", "--max-restarts"),
+    "torchrun --nproc_per_node=2 optimized_data_processing.py": ("tests/corpus/test_data_resume.py", "torchrun"),
+    "python -m torch.distributed.launch": ("tests/guide/test_guide.py", "torch.distributed.launch"),
+    "python train.py --config config.yaml --restarts": ("tests/runs/test_supervisor.py", "--restarts"),
+    "python train.py --config config.yaml --nproc_per_node": ("tests/runs/test_supervisor.py", "--nproc_per_node"),
+}
+FOREIGN_FLAGS = {  # of pip, pytest, torchrun, lm_eval, git …
+    *("--index-url", "--nnodes", "--node_rank", "--rdzv_backend", "--rdzv_endpoint", "--rdzv_id", "--standalone"),
+    *("--max-restarts", "--model", "--model_args", "--tasks", "--include_path", "--weights", "--fast", "--only"),
+    *("--llama_python", "--check", "--help"),
+}
+
+
+def read(page: str) -> str:
+    return (ROOT / page).read_text(encoding="utf-8")
+
+
+def twin(page: str) -> str:
+    """The Chinese page."""
+    return "README_zh.md" if page == "README.md" else page.replace("docs/", "docs/zh/")
+
+
+def blocks(page: str) -> list[tuple[str, str]]:
+    """Language and text of each fenced block."""
+    return FENCE.findall(read(page))
+
+
+def commands(text: str) -> list[str]:
+    """The commands of a `bash` block, one a line; lines that end in a backslash go on."""
+    lines = text.replace("\\\n", " ").splitlines()
+    return [part.strip() for line in lines for part in line.split("&&") if part.strip() and not part.startswith("#")]
+
+
+def elsewhere(command: str) -> str | None:
+    """How the command begins in ELSEWHERE; None: it is run here."""
+    return next((start for start in ELSEWHERE if command.startswith(start)), None)
+
+
+def rows(page: str) -> Iterator[list[str]]:
+    """The cells of each row of each table."""
+    for line in read(page).splitlines():
+        if line.startswith("|") and not set(line) <= set("|-: "):
+            yield [cell.strip() for cell in line.strip("|").split("|")]
+
+
+# ------------------------------------------------------------------------------------------------------ the commands
+
+
+class Interpreter:
+    """Runs scripts in `home`; see interpreter.py."""
+
+    def __init__(self, home: Path) -> None:
+        script = Path(__file__).with_name("interpreter.py")
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "encoding": "utf-8"}
+        self.home, self._process = home, subprocess.Popen([sys.executable, str(script), str(home)], **pipes)
+
+    def run(self, words: list[str], text: str = "") -> dict:
+        """The exit code, stdout and stderr of a script."""
+        self._process.stdin.write(json.dumps({"arguments": words, "input": text}) + "\n")
+        self._process.stdin.flush()
+        return json.loads(self._process.stdout.readline())
+
+    def close(self) -> None:
+        self._process.stdin.close()
+        self._process.wait(timeout=60)
+
+
+@pytest.fixture(scope="module")
+def interpreter(tmp_path_factory):
+    """An interpreter in a copy of the project, in which a small model was trained."""
+    home = copy_project(tmp_path_factory.mktemp("docs") / "MateConv", "classics_zh.jsonl")
+    (home / "prompts.txt").write_text("中国\n长江、黄河\n", encoding="utf-8")
+    (home / "my_text.txt").write_text("春风又绿江南岸", encoding="utf-8")
+    interpreter = Interpreter(home)
+    words = ["train.py", "--config", "config.yaml", *SMALL.split(), "--save_interval", "2"]
+    answer = interpreter.run(words)
+    assert answer["code"] == 0, answer["stderr"]
+    out = home / "out"
+    for suffix in (".pth", ".json"):  # the name that the default width gives
+        shutil.copy(out / f"pretrain_64{suffix}", out / f"pretrain_512{suffix}")
+    shutil.copy(out / "checkpoint_step_2.pth", out / "checkpoint_interrupted.pth")
+    for folder in ("out", "dataset"):
+        shutil.copytree(home / folder, home / "as_it_was" / folder)
+    yield interpreter
+    interpreter.close()
+
+
+@pytest.fixture
+def home(interpreter):
+    """The copy as it was before the last page's commands."""
+    home = interpreter.home
+    for folder in ("out", "dataset"):
+        shutil.rmtree(home / folder, ignore_errors=True)
+        shutil.copytree(home / "as_it_was" / folder, home / folder)
+    for path in [*home.glob("my_model*"), *home.glob("out_*")]:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return home
+
+
+def scaled_down(command: str) -> tuple[list[str], str]:
+    """A command's words, with what makes it small behind, and what a user types."""
+    words, typed = shlex.split(command)[1:], ""
+    script = words[1] if words[0] == "-m" else words[0]
+    if script == "train.py" and "--init_from" in words:
+        words += "--max_steps 2 --max_seq_len 32 --eval_steps 1".split()
+    elif script == "train.py" and ("--resume" not in words or "--config" in words):
+        words = [word.replace("step_1000", "step_2") for word in words] + SMALL.split()
+    elif script == "inference.py":
+        words += ["--max_new_tokens", "4"]
+        words = [word.replace("SmolLM2-135M-Instruct.Q4_1", "my_model") for word in words]
+        typed = "你好\nexit\n" if "--interactive" in words else ""
+    elif "--train_tokenizer" in words:
+        words += ["--vocab_size", "400"]
+    return words, typed
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)])
+def test_the_commands_and_examples_of_a_page_work(page, home, interpreter):
+    for number, (language, text) in enumerate(blocks(page)):
+        if language == "bash":
+            for command in commands(text):
+                if elsewhere(command) is None:
+                    words, typed = scaled_down(command)
+                    for name in [word for word in words if word.startswith("out/checkpoint")]:
+                        shutil.copy(home / "as_it_was" / name, home / name)  # the command before may have removed it
+                    answer = interpreter.run(words, typed)
+                    assert answer["code"] == 0, f"{command}\n{answer['stdout']}\n{answer['stderr']}"
+                    assert "Traceback" not in answer["stderr"] and "error:" not in answer["stderr"], command
+        elif language == "python":
+            name = f"example_{number}.py"
+            (home / name).write_text(text.replace("max_new_tokens=100", "max_new_tokens=4"), encoding="utf-8")
+            answer = interpreter.run([name])
+            assert answer["code"] == 0, f"{text}\n{answer['stderr']}"
+        elif language == "yaml":
+            (home / "example.yaml").write_text(text, encoding="utf-8")
+            build_settings(read_config(home / "example.yaml"), {})
+        elif language == "json":
+            assert all(isinstance(json.loads(line), dict) for line in text.splitlines())
+        else:
+            assert language == "text", f"{page}: a block of {language!r} is run by nobody"
+
+
+@pytest.mark.parametrize("page", [*PAGES, "CONTRIBUTING.md"])
+def test_what_is_not_run_here_is_run_elsewhere(page):
+    for language, text in blocks(page):
+        for command in commands(text) if language == "bash" else ():
+            if (start := elsewhere(command)) is None:
+                continue
+            file, word = ELSEWHERE[start]
+            assert word in read(file), f"{command}: {file} no longer has {word!r}"
+            words = shlex.split(command)
+            if "train.py" in words:  # its flags are those that train.py knows, at least
+                train.read_settings(launcher_left_out(words[words.index("train.py") + 1 :]), of_checkpoint=False)
+            if words[0] == "torchrun":
+                from torch.distributed.run import get_args_parser
+
+                get_args_parser().parse_args(words[1:])
+            for path in [word for word in words if word.startswith(("benchmarks/", "examples/"))]:
+                assert (ROOT / path).exists(), command
+
+
+def launcher_left_out(words: list[str]) -> list[str]:
+    """train.py's flags for settings, without --restarts and --nproc_per_node."""
+    import argparse
+
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    parser.add_argument("--restarts")
+    parser.add_argument("--nproc_per_node")
+    return parser.parse_known_args(words)[1]
+
+
+def test_the_slurm_example():
+    assert "train.py --config" in read("examples/slurm.sbatch")
+    if shutil.which("bash") and sys.platform != "win32":
+        subprocess.run(["bash", "-n", str(ROOT / "examples" / "slurm.sbatch")], check=True)
+
+
+def test_the_kubernetes_example():
+    volume, job = yaml.safe_load_all(read("examples/kubernetes.yaml"))
+    container = job["spec"]["template"]["spec"]["containers"][0]
+    assert (volume["kind"], job["kind"]) == ("PersistentVolumeClaim", "Job")
+    assert container["command"][:2] == ["python", "train.py"]
+    train.read_settings(launcher_left_out(container["command"][2:]), of_checkpoint=False)
+
+
+def test_the_workflow_covers_what_is_supported():
+    jobs = yaml.safe_load(read(".github/workflows/tests.yml"))["jobs"]
+    matrix = jobs["fast"]["strategy"]["matrix"]
+    assert [system.split("-")[0] for system in matrix["os"]] == ["ubuntu", "macos", "windows"]
+    assert matrix["python"] == ["3.10", "3.11", "3.12", "3.13"]
+    lowest = re.search(r"^torch>=([\d.]+)", read("requirements.txt"), re.MULTILINE)[1]
+    assert matrix["torch"] == jobs["whole"]["strategy"]["matrix"]["torch"] == [f"torch=={lowest}.*", "torch"]
+    uses = re.findall(r"uses: (.*)", read(".github/workflows/tests.yml"))
+    assert uses and all(re.search(r"@[0-9a-f]{40} # v", use) for use in uses)
+
+
+# --------------------------------------------------------------------------------------------------- the two languages
+
+
+def meaning(language: str, text: str):
+    """A block without its comments, which each language has in its own words."""
+    if language == "python":
+        return ast.dump(ast.parse(text))
+    if language == "yaml":
+        return yaml.safe_load(text)
+    return None if language == "text" else commands(text)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_chinese_page_has_the_same_commands_headings_and_tables(page):
+    ours, theirs = ([(language, meaning(language, text)) for language, text in blocks(p)] for p in (page, twin(page)))
+    assert ours == theirs
+    for pattern in (r"^#+(?= )", r"^(?=\|)", r"^(?=\d+\. )", r"^(?=- )"):  # headings, rows, list items
+        found = [re.findall(pattern, FENCE.sub("", read(p)), re.MULTILINE) for p in (page, twin(page))]
+        assert found[0] == found[1], f"{page}: {pattern}"
+
+
+def test_every_page_has_a_twin_and_stands_in_the_list():
+    ours = {path.name for path in (ROOT / "docs").glob("*.md")}
+    assert ours == {path.name for path in (ROOT / "docs" / "zh").glob("*.md")}
+    for index in ("docs/README.md", "docs/zh/README.md"):
+        assert ours - {"README.md"} <= set(re.findall(r"\((\w+\.md)\)", read(index)))
+
+
+@pytest.mark.parametrize("page", ["README.md", "README_zh.md"])
+def test_a_readme_is_a_page(page):
+    assert len(read(page).splitlines()) <= 150
+
+
+def anchor(heading: str) -> str:
+    """A heading's anchor, as GitHub makes it."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+@pytest.mark.parametrize("page", [*PAGES, *map(twin, PAGES), *MORE_PAGES])
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", FENCE.sub("", read(page))):
+        if re.match(r"\w+:", target):
+            continue
+        path, _, fragment = target.partition("#")
+        file = (ROOT / page).parent / path if path else ROOT / page
+        assert file.exists(), f"{page}: {target}"
+        if fragment:
+            headings = re.findall(r"^#+ (.*)", FENCE.sub("", file.read_text(encoding="utf-8")), re.MULTILINE)
+            assert fragment in map(anchor, headings), f"{page}: {target}"
+
+
+@pytest.mark.parametrize("page", [*PAGES, *map(twin, PAGES), "CONTRIBUTING.md"])
+def test_files_that_are_named_exist(page):
+    for path in re.findall(r"`((?:model|tests|benchmarks|examples|docs)/[\w./]*)`", read(page)):
+        assert (ROOT / path).exists(), f"{page}: {path}"
+
+
+# ---------------------------------------------------------------------------------------------------------- the tables
+
+
+def shown_default(text: str):
+    """A default as a table shows it."""
+    if text in ("null", "true", "false", "none"):
+        return {"null": None, "true": True, "false": False, "none": ()}[text]
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def check_table(page: str, declared: dict[str, dataclasses.Field]) -> None:
+    """The rows whose first cell is one of the names show them all, in the declarations' order, with their defaults."""
+    found = [(cells[0].strip("`").removeprefix("--"), cells[1], cells[-1]) for cells in rows(page) if len(cells) == 3]
+    found = [row for row in found if row[0] in declared]
+    assert [name for name, *_ in found] == list(declared), page
+    for name, default, text in found:
+        assert shown_default(default) == declared[name].default, f"{page}: {name}"
+        for choice in declared[name].metadata.get("choices") or ():
+            assert f"`{choice}`" in text, f"{page}: {name} can be {choice}"
+
+
+def fields(*classes, without=()) -> dict[str, dataclasses.Field]:
+    return {field.name: field for cls in classes for field in dataclasses.fields(cls) if field.name not in without}
+
+
+@pytest.mark.parametrize("page", ["docs/settings.md", "docs/zh/settings.md"])
+def test_the_settings_tables_match_the_declarations(page):
+    check_table(page, fields(*SECTIONS.values()))
+
+
+@pytest.mark.parametrize("page", ["docs/data.md", "docs/zh/data.md"])
+def test_the_processing_tables_match_the_declarations(page):
+    check_table(page, fields(ProcessingOptions, CleaningOptions, without={"cleaning"}))
+
+
+@pytest.mark.parametrize("page", ["docs/generation.md", "docs/zh/generation.md"])
+def test_the_sampling_table_matches_the_declaration(page):
+    in_python = {"do_sample", "logit_bias", "logprobs"}
+    declared = fields(GenerationConfig, without=in_python)
+    order = [cells[0].strip("`").removeprefix("--") for cells in rows(page)]
+    check_table(page, {name: declared[name] for name in order if name in declared})
+    assert set(declared) <= set(order) and all(f"`{name}`" in read(page) for name in in_python)
+
+
+def test_every_flag_is_documented_and_every_documented_flag_exists(interpreter):
+    pages = {
+        "train.py": ["docs/settings.md", "docs/reliability.md"],
+        "inference.py": ["docs/generation.md"],
+        "optimized_data_processing.py": ["docs/data.md"],
+        "-m model.convert": ["docs/weights.md"],
+    }
+    known = set(FOREIGN_FLAGS)
+    for script, where in pages.items():
+        answer = interpreter.run([*script.split(), "--help"])
+        flags = set(re.findall(r"^  (--\w+)", answer["stdout"], re.MULTILINE)) - {"--local"}  # --local-rank
+        known |= flags
+        for language in (str, twin):
+            text = "".join(read(language(page)) for page in where)
+            missing = {flag for flag in flags if f"`{flag}`" not in text and f"`{flag[2:]}`" not in text}
+            assert not missing, f"{script}: {sorted(missing)} are not in {where}"
+    for page in [*PAGES, *map(twin, PAGES)]:
+        unknown = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", read(page))) - known
+        assert not unknown, f"{page}: {sorted(unknown)}"
