@@ -4,6 +4,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -14,6 +15,7 @@ from model.errors import InputError, first_line
 
 TEMPORARY_SUFFIX = ".tmp"
 MAX_JSON_BYTES = 16 << 20  # of what describes weights; the index of thousands stays below
+NUMBERED = re.compile(r"(.+)-(\d{5})-of-(\d{5})(\.\w+)", re.DOTALL)  # as transformers and llama.cpp name parts
 NO_SPACE = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}  # full, or over a limit or a quota
 
 
@@ -173,6 +175,24 @@ def read_json(path: Path, most: int = MAX_JSON_BYTES) -> dict:
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: a JSON object expected ({first_line(error)})") from error
     return values
+
+
+def files_of_set(path: Path) -> list[Path]:
+    """All files of the numbered set that a file belongs to, such as `model-00001-of-00003.gguf`; otherwise the file.
+
+    Raises:
+        InputError: one of them is missing.
+    """
+    if not (match := NUMBERED.fullmatch(path.name)):
+        return [path]
+    stem, number, count, suffix = match.groups()
+    if not 1 <= int(number) <= int(count):
+        return [path]
+    present = {other.name for other in path.parent.iterdir()}
+    names = [f"{stem}-{n:05}-of-{count}{suffix}" for n in range(1, int(count) + 1)]
+    if missing := [name for name in names if name not in present]:
+        raise InputError(f"{path}: one of {int(count):,} files, of which {missing[0]} is missing beside it")
+    return [path.with_name(name) for name in names]
 
 
 def free_bytes(folder: Path) -> int:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from model.errors import InputError, first_line, shown
 from model.LMConfig import MOST_TOKENS
-from model.storage.files import cache_folder, new_folder, replacing, write_json
+from model.storage.files import cache_folder, files_of_set, new_folder, replacing, write_json
 from model.storage.gguf_header import GGUFFile, Refused, Value, list_of_values, single_value
 from model.text.merge_scores import merges_of, scores_of
 from model.text.pre_tokenizers import BY_NAME, PRE_TOKENIZERS, as_json, find_name
@@ -205,11 +205,13 @@ def _byte_letters() -> dict[int, str]:
 
 
 def unpacked_tokenizer(path: Path) -> Path:
-    """The folder of the tokenizer inside a file: in the cache, under a name that its content gives.
+    """The folder of the tokenizer inside a file: in the cache, under a name that its content gives. Of a file that is
+    split, the first part holds it.
 
     Raises:
         InputError: it is damaged, or llama.cpp's name of its pre-tokenizer is not known.
     """
+    path = files_of_set(path)[0]
     found = path.stat()
     return _unpacked_tokenizer(path, found.st_size, found.st_mtime_ns)
 

@@ -15,8 +15,8 @@ from torch import Tensor
 from model.errors import InputError, first_line, shown
 from model.LMConfig import LMConfig
 from model.model import rope_frequencies
-from model.storage.files import replacing
-from model.storage.gguf_header import GGUFFile, Refused, StoredTensor, single_value
+from model.storage.files import files_of_set, replacing
+from model.storage.gguf_header import GGUFFile, Refused, StoredTensor, Value, single_value
 from model.text.gguf_tokenizer import write_tokenizer
 from model.text.tokenization import tokenizer_folder, tokenizer_sha256
 from model.weights.names import gather, gguf_name, in_halves, in_pairs, reordered
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 F16_LARGEST = 65504
 FORMATS = ("F32", "F16", "BF16", "Q8_0")  # that are written
 IN_HALVES = {"llama": False, "qwen2": True, "qwen3": True}  # of the architectures that are read
+MOST_LAYERS = 512  # that llama.cpp reads
 ROPE_TENSOR = "rope_freqs.weight"
 LLAMA3_KEYS = ("rope_factor", "rope_low_freq_factor", "rope_high_freq_factor", "rope_original_max_seq_len")
 
@@ -37,21 +38,35 @@ LLAMA3_KEYS = ("rope_factor", "rope_low_freq_factor", "rope_high_freq_factor", "
 
 
 def load_gguf(path: str | Path) -> Weights:
-    """Read a GGUF file. Its tokenizer is the one inside, which `tokenizer_path` names by the file itself.
+    """Read a GGUF file; of one that is split, all parts, whichever is given.
+
+    Its tokenizer is the one inside, which `tokenizer_path` names by the file itself, or the first part.
 
     Raises:
-        InputError: the file is damaged, or the model is of a kind that this program has not.
+        InputError: the file is damaged, a part is missing, or the model's architecture is not supported.
     """
-    path = Path(path)
-    file = GGUFFile(path)
+    paths = files_of_set(Path(path))
     try:
-        return _weights(file, path)
+        fields, tensors = _joined([GGUFFile(part) for part in paths], Path(path))
+        return _weights(fields, tensors, paths[0])
     except Refused as error:
         raise InputError(f"{path}: {error}") from error
 
 
-def _weights(file: GGUFFile, path: Path) -> Weights:
-    fields, tensors = file.fields, file.tensors
+def _joined(files: list[GGUFFile], path: Path) -> tuple[Mapping[str, Value], Mapping[str, StoredTensor]]:
+    """The values of the first part, which has all of them, and the tensors of all parts."""
+    for number, file in enumerate(files):
+        count, own = (single_value(file.fields, f"split.{key}", int) for key in ("count", "no"))
+        if (count or 1, own or 0) != (len(files), number):
+            told = f"its header says that it is part {(own or 0) + 1} of {count or 1}, its name part {number + 1}"
+            raise InputError(f"{path}: {told} of {len(files)}; give the parts their own names, one folder for all")
+    tensors = {name: tensor for file in files for name, tensor in file.tensors.items()}
+    if len(tensors) != sum(len(file.tensors) for file in files):
+        raise InputError(f"{path}: a tensor is in two of its {len(files)} parts")
+    return files[0].fields, tensors
+
+
+def _weights(fields: Mapping[str, Value], tensors: Mapping[str, StoredTensor], path: Path) -> Weights:
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     factors = shapes.pop(ROPE_TENSOR, None) and _dequantised(tensors[ROPE_TENSOR], path)
     architecture, config = _config(fields, shapes, factors, path)
@@ -181,9 +196,7 @@ def save_gguf(path: str | Path, weights: Weights, kind: str = "F32") -> list[str
     import gguf
 
     path, config = Path(path), weights.config
-    architecture = "qwen3" if config.qk_norm else "qwen2" if config.qkv_bias else "llama"
-    if config.qk_norm and config.qkv_bias:
-        raise InputError(f"{path}: llama.cpp has no model with both qk_norm and qkv_bias")
+    architecture = _architecture(config, path)
     with replacing(path) as file:
         writer = gguf.GGUFWriter(file.name, architecture)  # which opens the file once more
         _write_shape(writer, config, kind, path.stem)
@@ -204,6 +217,31 @@ def save_gguf(path: str | Path, weights: Weights, kind: str = "F32") -> list[str
         writer.write_tensors_to_file()
         writer.close()
     return remarks
+
+
+def _architecture(config: LMConfig, path: Path) -> str:
+    """The one of llama.cpp's architectures that computes the same.
+
+    Raises:
+        InputError: there is none.
+    """
+    name = "qwen3" if config.qk_norm else "qwen2" if config.qkv_bias else "llama"
+    problems = []
+    if config.qk_norm and config.qkv_bias:
+        problems.append("qk_norm with qkv_bias")
+    if name == "qwen2" and config.n_heads * config.head_dim != config.dim:  # it makes queries of dim numbers
+        problems.append(
+            f"qkv_bias with head_dim {config.head_dim} (only dim / n_heads = {config.dim / config.n_heads:g})"
+        )
+    if name != "llama" and config.rope_scaling == "llama3":  # it reads no rope_freqs for them
+        problems.append(f"{'qk_norm' if config.qk_norm else 'qkv_bias'} with rope_scaling llama3")
+    if config.n_layers > MOST_LAYERS:
+        problems.append(f"n_layers {config.n_layers:,} (at most {MOST_LAYERS})")
+    if problems:
+        raise InputError(
+            f"{path}: llama.cpp has no architecture for {', '.join(problems)}; a folder of transformers can"
+        )
+    return name
 
 
 def _to_write(weights: Weights, halves: bool) -> dict[str, Tensor]:

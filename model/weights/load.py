@@ -71,16 +71,29 @@ def load_foreign(path: Path) -> Weights | None:
     if path.is_dir():
         if is_meta_folder(path):
             return load_meta_folder(path)
-        if not (path / "config.json").is_file():
+        if not _has_config(path):
             raise InputError(f"{path}: neither config.json (transformers) nor params.json (Meta) in this folder")
         return load_transformers(path)
     if not path.is_file():
         return None
-    if path.suffix == ".safetensors":
-        return load_transformers(path.parent, path.name)  # where its config.json lies
+    is_index = path.name.endswith(".index.json")
+    if (
+        is_index
+        or path.suffix == ".safetensors"
+        or (path.name.startswith("pytorch_model") and _has_config(path.parent))
+    ):
+        if not _has_config(path.parent):
+            raise InputError(f"{path}: no config.json beside it, which would describe the model")
+        return load_transformers(path.parent, None if is_index else path.name)
+    if path.match("consolidated.*.pth") and is_meta_folder(path.parent):
+        return load_meta_folder(path.parent)
     if is_gguf(path):
         return load_gguf(path)
     return load_llama2c(path) if is_llama2c_model(path) else None
+
+
+def _has_config(folder: Path) -> bool:
+    return (folder / "config.json").is_file()
 
 
 def fitting_tokenizer(path: Path, weights: Weights, tokenizer_path: str | Path | None):

@@ -22,8 +22,7 @@ from torch import Tensor
 from model.errors import InputError, shown
 from model.LMConfig import LMConfig
 from model.options import parse_value
-from model.weights.names import in_pairs, reordered, transformers_name, whole_pair
-from model.weights.shapes import check_shapes, weight_shapes
+from model.weights.names import gather, in_pairs, reordered, transformers_name, whole_pair
 from model.weights.weights import Weights
 
 GIVABLE = ("n_heads", "n_kv_heads", "rope_theta", "max_seq_len", "norm_eps")  # what shapes do not tell, or not surely
@@ -75,10 +74,11 @@ def recognise(state_dict: Mapping[str, Tensor], path: str | Path, given: Mapping
         raise InputError(f"{path}: {shown(experts)} inside: a mixture of experts; only dense models are supported")
     halves = any(name.startswith("model.") for name in state_dict)
     rename = transformers_name if halves else str
+    state_dict, tied = whole_pair(state_dict, rename)
     config, generation = _shape(state_dict, rename, path, _checked(given, path))
-    ours = {rename(name): name for name in weight_shapes(config)}
-    state_dict, config.tie_embeddings = whole_pair({ours.get(name, name): state_dict[name] for name in state_dict})
-    check_shapes(state_dict, config, path)
+    config.tie_embeddings = tied
+    shapes = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
+    state_dict = gather(config, rename, shapes, state_dict.__getitem__, path)
     if halves:
         state_dict = reordered(state_dict, config, in_pairs)
     return Weights(state_dict, config, inferred=_line(config, generation, Path(path), given))

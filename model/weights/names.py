@@ -6,7 +6,7 @@ change places, and every product and sum stays what it was.
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -32,9 +32,11 @@ LAYER = {
 }
 TRANSFORMERS = {"tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head"}
 GGUF = {"tok_embeddings": "token_embd", "norm": "output_norm", "output": "output"}
-WRAPPERS = re.compile(r"^(?:module\.|_orig_mod\.)+")  # DistributedDataParallel's and torch.compile's
+# What DistributedDataParallel, torch.compile, FSDP and activation checkpointing put before a module's name.
+WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 # Tables that some versions saved; all of them follow from the shape.
 TABLES = re.compile(r"(?:^|\.)(?:mask|inv_freq|rope\.freqs|freqs_cis|freqs_cos|freqs_sin|pos_cis)$")
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # of weights that are read
 TIED_PAIR = ("tok_embeddings.weight", "output.weight")
 TURNED = ("attention.wq", "attention.wk", "attention.q_norm", "attention.k_norm")  # by RoPE
 
@@ -86,6 +88,8 @@ def gather(
 ) -> dict[str, Tensor]:
     """A state dict under our names, in the order that the file has; all shapes are compared before anything is read.
 
+    A file with two different matrices is not tied, whatever the config says; then `config` is corrected.
+
     Args:
         rename: ours to theirs.
         shapes: of all that the file holds, by their names.
@@ -105,13 +109,13 @@ def gather(
             raise InputError(f"{path}: {shown(name)} is not zero; such models are not supported")
         del found[name]
     if config.tie_embeddings:
-        found["output.weight"] = found.get("tok_embeddings.weight")
+        found = {theirs: found[ours] for ours, theirs in (TIED_PAIR, TIED_PAIR[::-1]) if ours in found} | found
     check_shapes(found, config, path)
     state_dict = {name: read(theirs) for name, theirs in wanted.items() if theirs in shapes}
     if config.tie_embeddings:
-        state_dict["output.weight"] = state_dict["tok_embeddings.weight"]
+        state_dict, config.tie_embeddings = whole_pair(state_dict)
     for name, tensor in state_dict.items():
-        if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        if tensor.dtype not in DTYPES:
             raise InputError(f"{path}: {wanted[name]} holds {tensor.dtype}, float32, float16 or bfloat16 expected")
     return state_dict
 
@@ -124,18 +128,39 @@ def plain_state_dict(content: Mapping, path: str | Path) -> dict[str, Tensor]:
     """
     if not content or not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items()):
         raise InputError(f"{path}: expected a state dict of tensors or a MateConv checkpoint, found neither")
-    plain = {WRAPPERS.sub("", key): value for key, value in content.items()}
-    return {key: value for key, value in plain.items() if not TABLES.search(key)}
+    return {plain: content[name] for plain, name in plain_names(content, path).items()}
 
 
-def whole_pair(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], bool]:
-    """Our state dict with both of embedding and output, and whether they are one matrix.
+def plain_names(names: Iterable[str], path: str | Path) -> dict[str, str]:
+    """{plain name: name in the file} of weights: without wrappers, the same whether a model was saved by itself
+    (`layers.0.…`) or within one that has an output layer (`model.layers.0.…`). Tables are left out.
+
+    Raises:
+        InputError: two names in the file are the same weight.
+    """
+    plain = [(WRAPPERS.sub("", name), name) for name in names]
+    plain = [(name, theirs) for name, theirs in plain if not TABLES.search(name)]
+    if any(name.startswith("layers.0.self_attn.") for name, _ in plain):
+        plain = [(name if name.startswith("lm_head.") else f"model.{name}", theirs) for name, theirs in plain]
+    found: dict[str, str] = {}
+    for name, theirs in plain:
+        if (other := found.setdefault(name, theirs)) != theirs:
+            raise InputError(f"{path}: {shown(other)} and {shown(theirs)} inside are the same weight; one expected")
+    return found
+
+
+def whole_pair(state_dict: Mapping[str, Tensor], rename: Callable[[str], str] = str) -> tuple[dict[str, Tensor], bool]:
+    """A state dict with both of embedding and output, and whether they are one matrix.
 
     Programs that tie them save both or one of them.
+
+    Args:
+        rename: our names to those of the state dict.
     """
-    pair = [state_dict[name] for name in TIED_PAIR if name in state_dict]
+    names = [rename(name) for name in TIED_PAIR]
+    pair = [state_dict[name] for name in names if name in state_dict]
     tied = len(pair) < 2 or (pair[0].dtype == pair[1].dtype and torch.equal(*pair))
-    return {**state_dict, **(dict.fromkeys(TIED_PAIR, pair[0]) if pair and tied else {})}, tied
+    return {**state_dict, **(dict.fromkeys(names, pair[0]) if pair and tied else {})}, tied
 
 
 def on_cpu(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -13,9 +13,9 @@ from torch import Tensor
 from model.errors import InputError, first_line, shown
 from model.LMConfig import LMConfig
 from model.storage.archive import load_torch
-from model.storage.files import new_folder, read_json, write_json
+from model.storage.files import files_of_set, new_folder, read_json, write_json
 from model.text.tokenization import end_ids, load_tokenizer, tokenizer_sha256
-from model.weights.names import gather, in_halves, in_pairs, reordered, transformers_name
+from model.weights.names import gather, in_halves, in_pairs, plain_names, reordered, transformers_name
 from model.weights.shapes import read_shape
 from model.weights.tokenizer_copy import adds_bos, export_tokenizer
 from model.weights.weights import Weights
@@ -33,7 +33,6 @@ LLAMA3 = {
     "high_freq_factor": "rope_high_freq_factor",
     "original_max_position_embeddings": "rope_original_max_seq_len",
 }
-IGNORED = ("rotary_emb.inv_freq",)  # tables that old versions saved
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 
 
@@ -153,46 +152,28 @@ class _Tensors:
     """
 
     def __init__(self, folder: Path, chosen: str | None) -> None:
-        self._folder, files = folder, self._files(folder)
-        if chosen is not None and folder / chosen not in files:
-            raise InputError(f"{folder / chosen}: the weights of this folder are in {files[0].name}; give the folder")
+        self._folder, files = folder, _files(folder, chosen)
         if all(path.suffix == ".safetensors" for path in files):
             from safetensors import SafetensorError, safe_open
 
-            self._of = {}  # name -> the open file that holds it
+            of = {}  # name in the file -> the open file that holds it
             for path in files:
                 try:
                     opened = safe_open(str(path), framework="pt")
-                    self._of |= dict.fromkeys(opened.keys(), opened)
+                    of |= dict.fromkeys(opened.keys(), opened)
                 except (SafetensorError, OSError) as error:
                     raise InputError(f"{path}: no whole safetensors file ({first_line(error)})") from error
-            found = {name: tuple(opened.get_slice(name).get_shape()) for name, opened in self._of.items()}
+            shapes = {name: tuple(opened.get_slice(name).get_shape()) for name, opened in of.items()}
         else:
             content = {name: tensor for path in files for name, tensor in load_torch(path).items()}
-            named = {name: value for name, value in content.items() if isinstance(name, str)}
-            self._of = {name: tensor for name, tensor in named.items() if isinstance(tensor, Tensor)}
-            found = {name: tuple(tensor.shape) for name, tensor in self._of.items()}
-        self.shapes = {name: shape for name, shape in found.items() if not name.endswith(IGNORED)}
-
-    def _files(self, folder: Path) -> list[Path]:
-        for name in ("model.safetensors", "pytorch_model.bin"):
-            if (folder / name).is_file():
-                return [folder / name]
-            index = folder / f"{name}.index.json"
-            if index.is_file():
-                weight_map = read_json(index).get("weight_map")
-                parts = weight_map.values() if isinstance(weight_map, dict) else []
-                # A name with a folder in it would read from elsewhere.
-                if not parts or not all(isinstance(part, str) and Path(part).name == part for part in parts):
-                    raise InputError(f"{index}: weight_map is no map from weights to files of this folder")
-                names = sorted(set(parts))
-                if missing := sorted(set(names) - {path.name for path in folder.iterdir()}):
-                    raise InputError(f"{folder}: {shown(missing[0])} is missing, of {len(names)} files of weights")
-                return [folder / name for name in names]
-        raise InputError(f"{folder}: neither model.safetensors nor pytorch_model.bin in it; weights expected")
+            of = {name: value for name, value in content.items() if isinstance(name, str) and isinstance(value, Tensor)}
+            shapes = {name: tuple(tensor.shape) for name, tensor in of.items()}
+        names = plain_names(of, folder)
+        self._of = {plain: (of[name], name) for plain, name in names.items()}
+        self.shapes = {plain: shapes[name] for plain, name in names.items()}
 
     def read(self, name: str) -> Tensor:
-        found = self._of[name]
+        found, name = self._of[name]
         if isinstance(found, Tensor):
             return found
         from safetensors import SafetensorError
@@ -201,6 +182,41 @@ class _Tensors:
             return found.get_tensor(name)
         except SafetensorError as error:  # numbers of 4 or 6 bits, which torch has not
             raise InputError(f"{self._folder}: {shown(name)} cannot be read ({first_line(error)})") from error
+
+
+def _files(folder: Path, chosen: str | None) -> list[Path]:
+    """The files that hold a folder's weights: the usual ones, else the chosen one with those that it is numbered with.
+
+    Raises:
+        InputError: there are none, one is missing, or `chosen` is none of them.
+    """
+    files = next(filter(None, (_usual_files(folder, name) for name in ("model.safetensors", "pytorch_model.bin"))), [])
+    if chosen is None and not files:
+        raise InputError(f"{folder}: neither model.safetensors nor pytorch_model.bin in it; weights expected")
+    if chosen is None or folder / chosen in files:
+        return files
+    if files:
+        raise InputError(f"{folder / chosen}: the weights of this folder are in {files[0].name}; give the folder")
+    return files_of_set(folder / chosen)
+
+
+def _usual_files(folder: Path, name: str) -> list[Path]:
+    """The file that `save_pretrained` writes, or those that its index names; empty where there is neither."""
+    path, index = folder / name, folder / f"{name}.index.json"
+    if path.is_file():
+        return [path]
+    if not index.is_file():
+        parts = sorted(folder.glob(f"{path.stem}-*-of-*{path.suffix}"))
+        return files_of_set(parts[0]) if parts else []
+    weight_map = read_json(index).get("weight_map")
+    parts = weight_map.values() if isinstance(weight_map, dict) else []
+    # A name with a folder in it would read from elsewhere.
+    if not parts or not all(isinstance(part, str) and Path(part).name == part for part in parts):
+        raise InputError(f"{index}: weight_map is no map from weights to files of this folder")
+    names = sorted(set(parts))
+    if missing := sorted(set(names) - {path.name for path in folder.iterdir()}):
+        raise InputError(f"{folder}: {shown(missing[0])} is missing, of {len(names)} files of weights")
+    return [folder / name for name in names]
 
 
 # --------------------------------------------------------------------------------------------------------- writing

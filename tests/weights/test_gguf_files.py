@@ -91,9 +91,69 @@ def test_numbers_that_f16_has_not_are_refused(tmp_path, tokenizer_folder):
 
 
 def test_what_llama_cpp_has_no_architecture_for_is_refused(tmp_path, tokenizer_folder):
-    with pytest.raises(InputError, match="no model with both qk_norm and qkv_bias"):
-        save_gguf(tmp_path / "a.gguf", weights_of({"qk_norm": True, "qkv_bias": True}, tokenizer_folder))
+    llama3 = SHAPES["llama3 RoPE scaling"]
+    for shape, expected in (
+        ({"qk_norm": True, "qkv_bias": True}, "qk_norm with qkv_bias"),
+        ({"qkv_bias": True, "head_dim": 32}, r"qkv_bias with head_dim 32 \(only dim / n_heads = 16\)"),
+        ({"qkv_bias": True, "n_heads": 3, "n_kv_heads": 1, "head_dim": 16}, r".*only dim / n_heads = 21.3333\)"),
+        (llama3 | {"qkv_bias": True}, "qkv_bias with rope_scaling llama3"),
+        (llama3 | {"qk_norm": True}, "qk_norm with rope_scaling llama3"),
+        ({"n_layers": 513, "dim": 4, "hidden_dim": 4, "n_heads": 2}, r"n_layers 513 \(at most 512\)"),
+    ):
+        with pytest.raises(InputError, match=f"llama.cpp has no architecture for {expected}; a folder of transform"):
+            save_gguf(tmp_path / "a.gguf", weights_of(shape, tokenizer_folder))
     assert not list(tmp_path.iterdir())
+
+
+def test_biases_with_wide_heads_are_still_read(tmp_path, tokenizer_folder, monkeypatch):
+    """Earlier versions wrote such files, which llama.cpp refuses."""
+    weights = weights_of({"qkv_bias": True, "head_dim": 32}, tokenizer_folder)
+    monkeypatch.setattr("model.weights.gguf._architecture", lambda config, path: "qwen2")
+    save_gguf(tmp_path / "a.gguf", weights)
+    assert_same(load_gguf(tmp_path / "a.gguf"), weights)
+
+
+# ------------------------------------------------------------------------------------------------- one of several parts
+
+
+@pytest.fixture
+def parts(tmp_path, tokenizer_folder, monkeypatch):
+    """The parts of a file that `gguf` splits, as llama.cpp's tool does, and the weights in it."""
+    weights = weights_of({"qk_norm": True}, tokenizer_folder)
+    plain = gguf.GGUFWriter
+    monkeypatch.setattr(gguf, "GGUFWriter", lambda *arguments: plain(*arguments, split_max_tensors=9))
+    save_gguf(tmp_path / "whole.gguf", weights)
+    (tmp_path / "whole.gguf").unlink()  # `gguf` leaves it empty
+    parts = sorted(tmp_path.glob("*-of-*.gguf"))
+    assert len(parts) == 3
+    return parts, weights
+
+
+def test_any_part_of_a_file_stands_for_all(parts):
+    paths, weights = parts
+    for path in paths:
+        found = load_weights(path)
+        assert_same(found, weights)
+        assert found.tokenizer_path == str(paths[0]) and found.tokenizer_sha256 == tokenizer_sha256(path)
+    generator = load_generator(paths[2], device="cpu", compile=False)
+    assert generator.encode_prompt("中国")[0] == 1
+
+
+def test_a_part_that_is_missing_or_of_another_file_is_named(parts):
+    paths, _ = parts
+    content = paths[1].read_bytes()
+    paths[1].unlink()
+    for path in (paths[0], paths[2]):
+        with pytest.raises(InputError, match=f"one of 3 files, of which {paths[1].name} is missing beside it"):
+            load_weights(path)
+    with pytest.raises(InputError, match="is missing beside it"):
+        load_tokenizer(paths[2])
+    paths[1].write_bytes(paths[2].read_bytes())
+    with pytest.raises(InputError, match="its header says that it is part 3 of 3, its name part 2 of 3"):
+        load_weights(paths[0])
+    paths[0].with_name("other.gguf").write_bytes(content)
+    with pytest.raises(InputError, match="its header says that it is part 2 of 3, its name part 1 of 1"):
+        load_weights(paths[0].with_name("other.gguf"))
 
 
 # ------------------------------------------------------------------------------------------------- in transformers

@@ -194,7 +194,7 @@ WRONG = {  # what is put in the place of a weight (None: nothing), and what is s
     "a vector for a matrix": ({"tok_embeddings.weight": torch.zeros(300)}, "a matrix expected"),
     "nothing in a matrix": ({"layers.0.attention.wq.weight": torch.zeros(0, 64)}, "a matrix expected"),
     "another width": ({"layers.1.attention.wk.weight": torch.zeros(8, 64)}, "by its description"),
-    "whole numbers": ({"norm.weight": torch.zeros(64, dtype=torch.int64)}, "floating-point"),
+    "whole numbers": ({"norm.weight": torch.zeros(64, dtype=torch.int64)}, "norm.weight holds torch.int64, float32"),
 }
 
 

@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -314,3 +315,136 @@ def test_a_chosen_file_of_safetensors_stands_for_its_folder(tmp_path, tokenizer_
     shutil.copy(tmp_path / "model" / "model.safetensors", tmp_path / "model" / "other.safetensors")
     with pytest.raises(InputError, match="other.safetensors"):
         load_weights(tmp_path / "model" / "other.safetensors")
+
+
+# ------------------------------------------------------------------------ what transformers loads under other names
+
+
+def without_prefix(tensors):
+    """As `LlamaModel.save_pretrained` writes them."""
+    return {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+
+
+def only_lm_head(tensors):
+    """The tied matrix under its other name."""
+    tensors = dict(tensors)
+    return {"lm_head.weight": tensors.pop("model.embed_tokens.weight")} | tensors
+
+
+def both_of_the_pair(tensors):
+    return tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}
+
+
+def another_lm_head(tensors):
+    """The config says that the pair is tied, but it is not."""
+    return tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].flip(0).clone()}
+
+
+NAMES = {
+    "no prefix": without_prefix,
+    "only lm_head": only_lm_head,
+    "no prefix, only lm_head": lambda tensors: without_prefix(only_lm_head(tensors)),
+    "both": both_of_the_pair,
+    "no prefix, both": lambda tensors: without_prefix(both_of_the_pair(tensors)),
+    "both, not tied": another_lm_head,
+}
+
+
+@pytest.fixture(scope="module")
+def tied(tmp_path_factory):
+    """A folder of a tied model, and its tensors."""
+    folder = tmp_path_factory.mktemp("tied") / "model"
+    their_model(THEIRS["Qwen2"]).save_pretrained(folder)
+    return folder, load_file(folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("rename", NAMES.values(), ids=NAMES)
+@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
+def test_names_that_transformers_takes(tmp_path, tied, rename, file):
+    folder, tensors = tied
+    shutil.copy(folder / "config.json", tmp_path)
+    save = save_file if file.endswith("safetensors") else torch.save
+    save(rename(tensors), tmp_path / file)
+    weights = load_weights(tmp_path)
+    ids = torch.randint(0, 300, (2, 60), generator=torch.Generator().manual_seed(1))
+    assert_logits(logits_of(weights, ids), theirs_of(AutoModelForCausalLM.from_pretrained(tmp_path), ids))
+    assert weights.config.tie_embeddings == (rename is not another_lm_head)
+    assert_same(load_weights(tmp_path / file), weights)  # the file stands for its folder
+
+
+@pytest.mark.parametrize("before", ["module.", "_orig_mod.", "module._orig_mod.", "_fsdp_wrapped_module."])
+def test_names_that_a_wrapper_left(tmp_path, tied, before):
+    folder, tensors = tied
+    shutil.copy(folder / "config.json", tmp_path)
+    inner = {f"{before}{name}".replace(".mlp.", f".{before}mlp."): tensor for name, tensor in tensors.items()}
+    save_file(inner, tmp_path / "model.safetensors")
+    assert_same(load_weights(tmp_path), load_weights(folder))
+
+
+def test_a_weight_that_is_there_under_two_names_is_refused(tmp_path, tied):
+    folder, tensors = tied
+    shutil.copy(folder / "config.json", tmp_path)
+    save_file(tensors | {"module.model.norm.weight": torch.ones(64)}, tmp_path / "model.safetensors")
+    with pytest.raises(InputError, match="model.norm.weight' and .*model.norm.weight' inside are the same weight"):
+        load_weights(tmp_path)
+
+
+def test_a_base_model_whose_output_layer_nobody_knows_is_refused(tmp_path):
+    """transformers would draw the missing lm_head at random."""
+    their_model(THEIRS["Llama, biases"]).model.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="no 'output.weight' inside"):
+        load_weights(tmp_path)
+
+
+def test_a_base_model_without_a_description_is_recognised(tmp_path, tied):
+    _, tensors = tied
+    no_bias = {name: tensor for name, tensor in tensors.items() if not name.endswith(".bias")}
+    for number, renamed in enumerate((no_bias, without_prefix(no_bias), only_lm_head(no_bias))):
+        torch.save(renamed, tmp_path / f"{number}.pth")
+    expected, *others = (load_weights(tmp_path / f"{n}.pth", {"n_heads": 4, "n_kv_heads": 2}) for n in range(3))
+    for found in others:
+        assert_same(found, expected)
+
+
+# ------------------------------------------------------------------------------------------------ one file of a set
+
+
+@pytest.fixture
+def shards(tmp_path, tokenizer_folder):
+    """A folder of several files, and the weights in it."""
+    their_model(THEIRS["Qwen3, biases"]).save_pretrained(tmp_path, max_shard_size="40KB")
+    parts = sorted(tmp_path.glob("model-*.safetensors"))
+    assert len(parts) > 2
+    return parts, load_weights(tmp_path)
+
+
+def test_one_shard_stands_for_all(shards):
+    parts, weights = shards
+    for path in (parts[0], parts[-1], parts[0].with_name("model.safetensors.index.json")):
+        assert_same(load_weights(path), weights)
+
+
+def test_shards_are_found_without_their_index(shards):
+    parts, weights = shards
+    (parts[0].parent / "model.safetensors.index.json").unlink()
+    for path in (parts[0].parent, parts[1]):
+        assert_same(load_weights(path), weights)
+    parts[1].unlink()
+    for path in (parts[0].parent, parts[0]):
+        with pytest.raises(InputError, match=f"one of {len(parts)} files, of which {parts[1].name} is missing"):
+            load_weights(path)
+
+
+def test_shards_under_another_name_are_read_where_one_is_given(shards):
+    parts, weights = shards
+    (parts[0].parent / "model.safetensors.index.json").unlink()
+    renamed = [part.rename(part.with_name(part.name.replace("model", "qwen"))) for part in parts]
+    assert_same(load_weights(renamed[1]), weights)
+    with pytest.raises(InputError, match="neither model.safetensors nor pytorch_model.bin"):
+        load_weights(parts[0].parent)
+
+
+def test_safetensors_without_a_config_beside_them(tmp_path, tied):
+    shutil.copy(tied[0] / "model.safetensors", tmp_path)
+    with pytest.raises(InputError, match="no config.json beside it"):
+        load_weights(tmp_path / "model.safetensors")
