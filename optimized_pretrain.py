@@ -70,10 +70,12 @@ class Trainer:
         processes.start(self.device, settings.training.ddp_timeout, self._give_up)
         initial = load_initial(self.settings, say)
         self.data = TrainingData(self.settings, verify=processes.local_rank == 0, say=say)
+        self.data.agree(processes.decided)
         self.config = self.data.config
         self.environment = environment(self.processes.world_size, self.dtype, self.device)
         found = checkpoint_to_go_on_from(self.settings.training, self.data, self.environment, say)
         self.resumed_from, checkpoint = found or (None, None)
+        processes.check_same("the step to resume from", checkpoint and checkpoint["progress"]["step"])
         self.started = checkpoint["started"] if found else None
         self.choices = Choices(self.settings, found, processes, self.device, say)
         self.training = self.choices.training
@@ -238,7 +240,8 @@ class Trainer:
 
     def _loop(self) -> str:
         t, progress = self.training, self.progress
-        saved_at = progress.step if step_checkpoint(self.out_dir, progress.step).exists() else -1
+        is_saved = self.processes.decided(step_checkpoint(self.out_dir, progress.step).exists)
+        saved_at = progress.step if is_saved else -1
         self._begin_session()
         with utils.progress_bar(self.schedule.total_steps, progress.step, self.processes.is_main) as bar:
             while True:

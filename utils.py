@@ -9,6 +9,7 @@ import random
 import sys
 import time
 from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 from model.command import (  # noqa: F401 (the scripts' too)
     CommandParser,
@@ -20,8 +21,10 @@ from model.command import (  # noqa: F401 (the scripts' too)
     screen,
     true_or_false,
 )
-from model.errors import InputError, ProcessLost, first_line
+from model.errors import InputError, OneLineError, ProcessLost, first_line, shown
 from model.runs.signals import StopSignal  # noqa: F401 (the scripts' too)
+
+T = TypeVar("T")
 
 # ---------------------------------------------------------------------------------------------------- the console
 
@@ -412,6 +415,45 @@ class Processes:
         with self._others_alive():
             dist.gather_object(value, values, dst=0, group=self._control)
         return values
+
+    def decided(self, decide: Callable[[], T]) -> T:
+        """What rank 0 decides, on every rank: the rule for all that one process alone could see otherwise, such as
+        whether a file is there, which checkpoint is the newest, what is free.
+
+        Raises:
+            OneLineError: rank 0 raised it; every rank does then.
+        """
+        if self._control is None:
+            return decide()
+        import torch.distributed as dist
+
+        sent: list = [None]
+        if self.is_main:
+            try:
+                sent = [(decide(), None)]
+            except OneLineError as error:
+                sent = [(None, error)]
+        with self._others_alive():
+            dist.broadcast_object_list(sent, src=0, group=self._control)
+        value, error = sent[0]
+        if error is not None:
+            raise error
+        return value
+
+    def check_same(self, what: str, value) -> None:
+        """See that a value is the same on every rank.
+
+        Raises:
+            InputError: it differs, on every rank; naming `what`, the first rank that differs and both values.
+        """
+        values = self.gather(value)
+
+        def compare() -> None:
+            for rank, other in enumerate(values):
+                if other != value:
+                    raise InputError(f"{what}: rank {rank} has {shown(other)}, rank 0 {shown(value)}; they must agree")
+
+        self.decided(compare)
 
     def barrier(self) -> None:
         """Wait until every process is here."""

@@ -84,6 +84,7 @@ class Choices:
         if getattr(self.training, name) != AUTO:
             return
         value, why = (self._earlier[name], "as before") if name in self._earlier else choose()
+        value = self._processes.decided(lambda: value)
         setattr(self.training, name, value)
         self.made[name] = value
         shown = str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else value

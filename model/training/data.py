@@ -6,6 +6,7 @@ from collections.abc import Callable
 import numpy as np
 
 from model.dataset import VERIFY_BYTES, PretrainDataset, hold_out, verify_tokens
+from model.errors import InputError
 from model.storage.files import size_text
 from model.text.tokenization import delimiters, load_tokenizer, token_byte_lengths, tokenizer_sha256, vocabulary_size
 from model.training.settings import Settings
@@ -55,6 +56,23 @@ class TrainingData:
             say("early_stopping: there is nothing to validate on, so training will not stop early")
         self.fingerprint = self.train.fingerprint() | {"training_samples": len(self.train_samples)}
         self.validation = self.val.fingerprint() | {"validation_samples": len(self.val_samples)}
+
+    def agree(self, decided: Callable[[Callable[[], tuple[dict, dict]]], tuple[dict, dict]]) -> None:
+        """Take rank 0's `fingerprint` and `validation`: without a manifest only the process that reads a file through
+        knows its hash, and ranks that know different things would stop at different steps.
+
+        Args:
+            decided: `utils.Processes.decided`.
+
+        Raises:
+            InputError: this rank's files are others than rank 0's.
+        """
+        mine = self.fingerprint, self.validation
+        self.fingerprint, self.validation = decided(lambda: mine)
+        for here, there in zip(mine, (self.fingerprint, self.validation), strict=True):
+            if different := [key for key in there if here[key] != there[key] and here[key] is not None]:
+                found = "; ".join(f"{key} {there[key]} on rank 0, {here[key]} here" for key in different)
+                raise InputError(f"train_data_path, val_data_path: other files than rank 0's ({found})")
 
     def _open(self, path: str, say: Callable[[str], None]) -> PretrainDataset:
         config = self.config

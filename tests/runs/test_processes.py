@@ -1,0 +1,89 @@
+"""What several processes share: decisions of one of them, values that must agree, and who is named when one is lost."""
+
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import ROOT
+from tests.training import test_training
+from tests.training.test_training import ONE_THREAD, torchrun
+
+flags, token_file = test_training.flags, test_training.token_file
+
+HEAD = """
+import os, sys, time
+from model.errors import InputError, ProcessLost
+from utils import Processes, run_command
+def give_up(message):
+    print(message, file=sys.stderr, flush=True)
+    os._exit(3)
+def main():
+    processes = Processes()
+    processes.start(timeout=20, give_up=give_up)
+    rank = processes.rank
+"""
+
+
+def ranks(body, count=2, environments=({}, {})):
+    """Run the lines in `count` processes that have met; each one's exit code, output and errors."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    indented = "".join(f"    {line}\n" for line in body.strip().splitlines())
+    code = f"{HEAD}{indented}    processes.close()\nrun_command(main)\n"
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", code],
+            env=ONE_THREAD
+            | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
+            | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            | environments[rank],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(count)
+    ]
+    ended = [process.communicate(timeout=120) for process in started]
+    return [(process.returncode, *texts) for process, texts in zip(started, ended, strict=True)]
+
+
+def test_what_one_rank_decides_all_have():
+    body = """
+print(processes.decided(lambda: {"decided by": rank}))
+print(processes.decided(lambda: None))
+processes.check_same("the same thing", (1, "a"))
+"""
+    assert ranks(body) == [(0, "{'decided by': 0}\nNone\n", "")] * 2
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("""
+def decide():
+    raise InputError("no such file")
+processes.decided(decide)
+""", "no such file"),
+        ('processes.check_same("the step", rank + 7)', "the step: rank 1 has 8, rank 0 7; they must agree"),
+    ],
+)  # fmt: skip
+def test_an_error_of_one_rank_is_the_error_of_all(body, message):
+    first, second = ranks(body)
+    assert first == (2, "", f"error: {message}\n")
+    assert second == (2, "", f"[rank 1] error: {message}\n")
+
+
+def test_without_a_manifest_all_ranks_stop_early_at_the_same_step(flags, token_file, tmp_path):
+    alone = tmp_path / "alone.bin"
+    alone.write_bytes(token_file.read_bytes())
+    # Weights that never change: after the first evaluation none is better.
+    options = {"train_data_path": alone, "learning_rate": 1e-30, "batch_size": 2, "dtype": "float32", "ddp_timeout": 30}
+    options |= {"early_stopping": "true", "patience": 3}
+    result = torchrun(flags(max_steps=12, **options))
+    assert result.returncode == 0 and "finished after step 12" in result.stderr, result.stderr
+    result = torchrun(flags(max_steps=100, resume="true", **options))
+    assert result.returncode == 0 and "early stopping after step 16" in result.stderr, result.stderr
+    assert "validation data" not in result.stderr
