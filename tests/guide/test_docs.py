@@ -332,6 +332,15 @@ def test_the_settings_tables_match_the_declarations(page):
     check_table(page, fields(*SECTIONS.values()))
 
 
+def test_config_yaml_has_every_setting_in_order_and_its_comments_name_the_choices():
+    declared, keys = fields(*SECTIONS.values()), re.findall(r"^  (\w+):", read("config.yaml"), re.MULTILINE)
+    assert keys == list(declared)
+    for name, field in declared.items():
+        comment = re.search(rf"^  {name}:[^#]*(#.*\n(?: {{20,}}#.*\n)*)?", read("config.yaml"), re.MULTILINE)[1]
+        for choice in field.metadata.get("choices") or ():
+            assert choice in comment, f"{name} can be {choice}"
+
+
 @pytest.mark.parametrize("page", ["docs/data.md", "docs/zh/data.md"])
 def test_the_processing_tables_match_the_declarations(page):
     check_table(page, fields(ProcessingOptions, CleaningOptions, without={"cleaning"}))
