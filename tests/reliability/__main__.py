@@ -1,7 +1,7 @@
-"""Does training keep its promises? Real processes are killed, stopped, starved and fed with rubbish, and counted.
+"""Does training keep its promises? Real processes are killed, stopped, starved and fed garbage, and the cases counted.
 
     python -m tests.reliability                                  # all of it: under 30 minutes on 2 cores
-    python -m tests.reliability --only exact_resume job_kills    # some of it, printed only
+    python -m tests.reliability --only exact_resume job_kills    # part of it, printed only
     python -m tests.reliability --fast                           # what the tests run, printed only
 
 A whole run writes tests/reliability/RELIABILITY.md. The exit code is 1 if any case failed.
@@ -28,25 +28,25 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 REPORT = Path(__file__).with_name("RELIABILITY.md")
 TITLES = {
     "exact_resume": "Killed and resumed: the same bits",
-    "save_kills": "Killed within a save",
+    "save_kills": "Killed during a save",
     "job_kills": "One process of two killed at a named point",
     "signals": "SIGTERM and SIGINT",
     "corruption": "Damaged checkpoints",
     "disks": "Full, read-only and vanished disks",
     "world_size": "Resumed with another number of processes",
-    "numerics": "Numbers that are not finite, and leaps of the loss",
-    "lost_ranks": "A process that fails, hangs or is slow",
+    "numerics": "Non-finite numbers and loss spikes",
+    "lost_ranks": "A rank that fails, hangs or is slow",
     "bad_input": "Bad configurations and token files",
     "malicious": "Files that try to run code",
     "wandb_faults": "wandb fails, raises or stalls",
     "soak": "A long run: memory, descriptors, files",
-    "restarts": "Started again by the supervisor",
+    "restarts": "Restarted by the supervisor",
 }
 
 
 @dataclass
 class Row:
-    """One line of the table."""
+    """One row of the table."""
 
     name: str
     counts: object  # harness.Counts
@@ -55,7 +55,7 @@ class Row:
 
 
 def run_test(name: str, scale: str, folder: Path) -> Row:
-    """Run one test; whatever it raises is one failed case."""
+    """Run one test; an exception counts as one failed case."""
     from tests.reliability.harness import Counts
 
     began = time.monotonic()
@@ -90,7 +90,7 @@ def report(rows: list[Row], seconds: float) -> str:
     lines = [
         "# Reliability, measured",
         "",
-        "Made by `python -m tests.reliability`, which anyone can run: real processes, real signals, real files.",
+        "Written by `python -m tests.reliability`, which anyone can run: real processes, real signals, real files.",
         "",
         f"{datetime.date.today()}; {machine()}; {versions}. **{passed:,} of {cases:,} cases passed**, in"
         f" {seconds / 60:.0f} minutes.",
@@ -114,8 +114,8 @@ def main() -> int:
     """Run the tests asked for; 1 if a case failed."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--only", nargs="+", choices=list(TITLES), metavar="TEST", help=", ".join(TITLES))
-    parser.add_argument("--fast", action="store_true", help="few cases of each, as the tests run them")
-    parser.add_argument("--seed", type=int, default=0, help="of what is drawn at random")
+    parser.add_argument("--fast", action="store_true", help="a few cases of each, as the tests run them")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random choices")
     parser.add_argument("--keep", action="store_true", help="keep the folder with all runs and logs")
     arguments = parser.parse_args()
     random.seed(arguments.seed)

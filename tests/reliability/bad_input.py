@@ -1,4 +1,4 @@
-"""Configs, flags and data files that are wrong, one thing at a time: each must end in one clear line and exit code 2.
+"""Configs, flags and data files with one thing wrong at a time: each must end in one clear line and exit code 2.
 
 Each case passes if every line of the error names the key or the file that is wrong, there is one line for each thing
 that is wrong and no traceback, nothing was made or changed, and all of it took under a second after start-up.

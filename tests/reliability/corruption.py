@@ -1,7 +1,8 @@
-"""A case is one damaged checkpoint: bits flipped, cut off, zeros or foreign bytes in it, another file under its name,
-a part missing or of another shape behind a right SHA-256. It passes if reading it is refused with one line that names
-the file, and if an automatic resume then takes the older checkpoint that is whole and says why. Five cases are real
-runs, which must go on from the older one and end with the SHA-256 of the full state of an uninterrupted run.
+"""A case is one damaged checkpoint: flipped bits, cut off, zeros or foreign bytes in it, another file under its name, a
+part that is missing or has another shape although the SHA-256 is right. It passes if reading it is refused with one
+line that names the file, and if an automatic resume then takes the older checkpoint that is whole and says why. Five
+cases are real runs, which must resume from the older checkpoint and end with the SHA-256 of the full state of an
+uninterrupted run.
 """
 
 import functools

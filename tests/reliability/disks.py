@@ -1,8 +1,8 @@
-"""A case is a run whose disk fails: full after so many bytes of a checkpoint, read-only, gone, without room from the
-start, or giving back other bytes than were written. It passes if the older checkpoint keeps every byte, if the message
-tells what failed (on a full disk how many bytes were needed and how many could be written), if the run ends with code 2
-where its last save could not be made and with 0 where a later one made it good, and if the next start leaves no
-temporary file and ends with the state of a run whose disk never failed.
+"""A case is a run whose disk fails: it is full after some bytes of a checkpoint, read-only, gone, without space from
+the start, or returns other bytes than were written. It passes if the older checkpoint keeps every byte, if the message
+says what failed (on a full disk, how many bytes were needed and how many could be written), if the run ends with code 2
+where its last save failed and with 0 where a later save succeeded, and if the next start leaves no temporary file and
+ends with the state of a run whose disk never failed.
 """
 
 import atexit

@@ -1,9 +1,10 @@
-"""A case is a run that is killed some steps after a checkpoint and then resumed. It passes if from there on every step
-reads the same samples and logs the same loss, gradient and learning rate to the last bit, and if it ends with the same
-SHA-256 of the full state (weights, average, optimizer, float16 scaler, position, patience, random states of all ranks)
-as a run that was never interrupted. Cases: 1 and 2 processes; float32, bfloat16, float16 with real overflows before and
-after the cut; accumulation 1 and 3; cut in mid-epoch, at an epoch's edge, while early stopping counts evaluations
-without gain. Dropout 0.1 and EMA are on, epochs end with a shorter step, and early stopping ends the run.
+"""A case is a run that is killed some steps after a checkpoint and then resumed. It passes if every step from there on
+reads the same samples and logs the same loss, gradient norm and learning rate to the last bit, and if the run ends with
+the same SHA-256 of the full state (weights, moving average, optimizer, float16 scaler, position, patience, random
+states of all ranks) as a run that was never interrupted. Cases cover 1 and 2 processes; float32, bfloat16, and float16
+with real overflows before and after the cut; accumulation 1 and 3; cuts in mid-epoch, at the edge of an epoch, and
+while early stopping counts evaluations without improvement. Dropout 0.1 and EMA are on, epochs end with a shorter step,
+and early stopping ends the run.
 """
 
 import functools

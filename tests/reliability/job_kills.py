@@ -1,8 +1,8 @@
-"""A case is one of two processes that train together, and that kills itself (SIGKILL) at a named point: while it
-reads a batch, computes, steps, evaluates, or while a file is written. It passes if the other process ends by itself
-within a minute with exit code 3 and names the rank, if both then resume with no more than one save interval lost, and
-if the end has the bits of an uninterrupted run: the last state's SHA-256, both files of weights, each line of
-metrics.jsonl; with the same files in the folder, no temporary one, and no second copy.
+"""A case is two processes that train together, one of which kills itself (SIGKILL) at a named point: while it reads a
+batch, computes, steps or evaluates, or while a file is written. It passes if the other process ends within a minute
+with exit code 3 and names the rank, if both then resume with at most one save interval lost, and if the end has the
+bits of an uninterrupted run: the SHA-256 of the last state, both files of weights, every line of metrics.jsonl, and the
+same files in the folder, with no temporary file and no second copy.
 """
 
 import functools

@@ -1,9 +1,9 @@
-"""A case is a run of two or three processes, of which one raises an exception, exits, is killed, hangs or is stopped at
-a named point. It passes if every process ends by itself within ddp_timeout + 10 s of the fault (one that is stopped, or
-hangs before it has met the others, is killed as torchrun would), if the others end with 3 and name the process, with
-its exception where it had one, if status.json says "failed" where rank 0 survives, and if `--resume` then ends with the
-SHA-256 of the full state of an uninterrupted run. Uneven data, early stopping, a save and a first step that take longer
-than ddp_timeout must not end a run.
+"""A case is a run of two or three processes, one of which raises an exception, exits, is killed, hangs or is stopped at
+a named point. It passes if every process ends within ddp_timeout + 10 s of the fault (one that is stopped, or hangs
+before it has met the others, is killed, as torchrun would do), if the others end with 3 and name the process, with its
+exception if it had one, if status.json says "failed" where rank 0 survives, and if `--resume` then ends with the
+SHA-256 of the full state of an uninterrupted run. Uneven data, early stopping, and a save or a first step that takes
+longer than ddp_timeout must not end a run.
 """
 
 import functools

@@ -1,4 +1,4 @@
-"""Files that were made to do harm: nothing in them may run, and no number in them may take the machine's memory.
+"""Files that were made to do harm: nothing in them may run, and no number in them may exhaust the machine's memory.
 
 Every payload that would run code makes CANARY in the folder it runs in. A case passes if nothing was made or changed
 there, the script ended by itself within 20 s with one clear line that names the file and exit code 2, and held less

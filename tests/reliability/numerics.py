@@ -1,8 +1,8 @@
-"""A case is a run whose loss, gradient or weights become NaN, infinite or 1,000 times too large, on its only process
-or on one of two, once or from then on. It passes if such a step is skipped (not counted, while its samples are) and the
-run ends with 0, or, where it does not pass, if the run ends as diverged with 1 and says at which step and why; if no
-file of weights ever holds a number that is not finite; and if each logged learning rate is that of the steps really
-taken. Weights of one process that change silently end the run with 3 at the next checkpoint, naming the process.
+"""A case is a run whose loss, gradient or weights become NaN, infinite or 1,000 times too large, on its only process or
+on one of two, once or from then on. It passes if such a step is skipped (it does not count, its samples do) and the run
+ends with 0, or, where the fault persists, if the run ends as diverged with 1 and says at which step and why; if no file
+of weights ever holds a non-finite value; and if each logged learning rate is that of the steps really taken. If the
+weights of one process change silently, the run ends with 3 at the next checkpoint and names the process.
 """
 
 import functools

@@ -1,8 +1,8 @@
-"""Restarting by itself: each case kills a real training with SIGKILL and lets what was started go on by itself; it
-passes if the run ends with exit code 0 and the same SHA-256 of the full state as one that was never killed. Started
-are: the supervisor over one process and over two (a rank killed, the launcher, a rank), and torchrun with
---max-restarts. In the last cases train.py is process 1 of a container: SIGTERM must reach it and have it save, and the
-next start goes on from there.
+"""Automatic restarts: each case kills a real training with SIGKILL and lets whatever started it restart it. It passes
+if the run ends with exit code 0 and the SHA-256 of the full state of a run that was never killed. The starters are the
+supervisor over one process and over two (killing a rank, the launcher, a rank), and torchrun with --max-restarts. In
+the last cases train.py is process 1 of a container: SIGTERM must reach it and make it save, and the next start resumes
+from there.
 """
 
 import functools

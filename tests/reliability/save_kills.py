@@ -1,8 +1,8 @@
 """A case is one SIGKILL of a training that saves after every step, at a random instant within a save: its temporary
-file is there, or a checkpoint that was not yet reported as saved. It passes if afterwards the newest checkpoint is
-whole and no older than the last one that was reported, claiming the folder leaves no temporary file, no more than
-keep_last + 1 checkpoints are there, and a real `--resume` goes on from it. After all its kills each run is finished,
-and its last state must have the bits of a run that was never killed.
+file exists, or a checkpoint that has not been reported yet. It passes if afterwards the newest checkpoint is whole and
+no older than the last one reported, if claiming the folder leaves no temporary file, if at most keep_last + 1
+checkpoints remain, and if a real `--resume` continues from it. After all its kills each run is finished, and its last
+state must have the bits of a run that was never killed.
 """
 
 import functools

@@ -1,8 +1,8 @@
-"""A case is a SIGTERM or SIGINT to a true torchrun, to rank 0 or to rank 1 of two processes, while they train, between
-the batches that a step accumulates, or while they evaluate or save; a third of them come twice, 0.2 seconds apart. It
-passes if both processes end by themselves after the same step with the documented exit code (130; 0 under torchrun,
-which itself ends with 0 unless it was sent the signal), if checkpoint_interrupted.pth is whole, if status.json says
-"interrupted", and if `--resume` then ends with the bits of an uninterrupted run.
+"""A case is a SIGTERM or SIGINT to a real torchrun, to rank 0 or to rank 1 of two processes, while they train, between
+the batches that a step accumulates, or while they evaluate or save; a third of the signals come twice, 0.2 seconds
+apart. It passes if both processes end after the same step with the documented exit code (130; 0 under torchrun, which
+ends with 0 unless it received the signal), if checkpoint_interrupted.pth is whole, if status.json says "interrupted",
+and if `--resume` then ends with the bits of an uninterrupted run.
 """
 
 import functools

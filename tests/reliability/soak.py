@@ -1,7 +1,7 @@
 """One case is a real process that trains for 3,000 steps with 30 saves and 6 evaluations, watched from outside every
 second. It passes if from step 300 to the end its memory (resident set) grows by less than 5 %, if it has as many open
-descriptors and threads at the end as then, and if exactly the newest keep_last checkpoints lie in its folder, beside
-the weights and logs.
+descriptors and threads at the end as at step 300, and if exactly the newest keep_last checkpoints are in its folder,
+beside the weights and logs.
 """
 
 import json

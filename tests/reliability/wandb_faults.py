@@ -1,7 +1,7 @@
-"""A case is a run with a wandb that fails at a named place: it raises, stalls for a minute, or takes down the process
-that it runs in, and besides seeds the global random generators, and leaves a thread and a hook that hold the exit. It
-passes if the run exits with 0, if its weights and its full state have the same SHA-256 as those of a run without wandb,
-if it takes less than 5 seconds longer, if metrics.jsonl has every line, and if the user is told in one line.
+"""A case is a run with a wandb that fails at a named place: it raises, stalls for a minute, or takes down its process,
+and it also seeds the global random generators and leaves a thread and a hook that hold up the exit. It passes if the
+run exits with 0, if its weights and its full state have the SHA-256 of a run without wandb, if it takes less than 5
+seconds longer, if metrics.jsonl has every line, and if one line informs the user.
 """
 
 import hashlib

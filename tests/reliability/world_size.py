@@ -1,6 +1,6 @@
-"""A case is a run of one number of processes that is killed and then resumed with another number, at the same global
-batch. It passes if both together read the list of samples that an uninterrupted run reads, in its order, each sample
-once an epoch, and if every step's loss is within 1e-5 of that run's (float32, dropout 0).
+"""A case is a run that is killed and then resumed with another number of processes, at the same global batch. It passes
+if both parts together read the samples that an uninterrupted run reads, in its order, each once per epoch, and if the
+loss of every step is within 1e-5 of that run's (float32, dropout 0).
 """
 
 import functools
