@@ -13,34 +13,22 @@ from pathlib import Path
 
 from model.errors import InputError
 from model.generation.scoring import Score
+from model.options import options_of
 from model.storage.files import refuse_overwriting, refuse_overwriting_inputs
 from optimized_inference import DTYPES, GenerationConfig, TextGenerator, load_generator
-from utils import CommandParser, print_text, run_command, say, true_or_false
+from utils import CommandParser, add_option, print_text, run_command, say, true_or_false
 
 DEFAULT_PROMPT = "中国"
 RULE = "=" * 80
+# The options of GenerationConfig that are flags by the same name.
+SAMPLING = [name for name in options_of(GenerationConfig) if name not in ("do_sample", "logit_bias", "logprobs")]
 
 
 def main() -> None:
     """Run the mode that the flags ask for."""
     arguments = parse_arguments(sys.argv[1:])
-    config = GenerationConfig(
-        do_sample=not arguments.greedy,
-        temperature=arguments.temperature,
-        top_k=arguments.top_k,
-        top_p=arguments.top_p,
-        min_p=arguments.min_p,
-        max_new_tokens=arguments.max_new_tokens,
-        min_new_tokens=arguments.min_new_tokens,
-        repetition_penalty=arguments.repetition_penalty,
-        presence_penalty=arguments.presence_penalty,
-        frequency_penalty=arguments.frequency_penalty,
-        no_repeat_ngram_size=arguments.no_repeat_ngram_size,
-        stop_strings=arguments.stop_strings,
-        max_repeats=arguments.max_repeats,
-        use_cache=arguments.use_cache,
-        seed=arguments.seed,
-    )
+    chosen = {name: getattr(arguments, name) for name in SAMPLING}
+    config = GenerationConfig(do_sample=not arguments.greedy, **chosen)
     prompts = read_prompts(Path(arguments.batch_file)) if arguments.batch_file is not None else []
     if arguments.output_file is not None:
         refuse_overwriting_inputs({"output_file": arguments.output_file}, [arguments.batch_file])
@@ -91,7 +79,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
 
 def build_parser() -> argparse.ArgumentParser:
     """Every flag, its default and its help."""
-    defaults = GenerationConfig()
+    options = options_of(GenerationConfig)
     parser = CommandParser(description="Generate text with trained weights. Without a mode: a chat in a terminal.")
 
     mode = parser.add_argument_group("what to do (one of)")
@@ -131,26 +119,11 @@ def build_parser() -> argparse.ArgumentParser:
     text.add_argument("--stream", action="store_true", help="show the text as it comes")
     text.add_argument("--show_speed", action="store_true", help="say on stderr how fast each text came")
     text.add_argument("--greedy", action="store_true", help="take the likeliest token each time")
-    for name, kind, meaning in (
-        ("max_new_tokens", int, "most tokens to generate"),
-        ("min_new_tokens", int, "the text does not end before so many tokens"),
-        ("temperature", float, "higher is more random; 0 is greedy"),
-        ("top_k", int, "choose among the k likeliest tokens; 0: off"),
-        ("top_p", float, "choose among the likeliest tokens that reach this probability together; 1: off"),
-        ("min_p", float, "choose among tokens at least so many times as likely as the likeliest; 0: off"),
-        ("repetition_penalty", float, "higher repeats less; 1: off"),
-        ("presence_penalty", float, "taken off the logits of tokens that the output has; 0: off"),
-        ("frequency_penalty", float, "the same, times how often it has them; 0: off"),
-        ("no_repeat_ngram_size", int, "no run of this many tokens occurs twice; 0: off"),
-        ("max_repeats", int, "the text ends once its last tokens are one passage so many times; 0: off"),
-    ):
-        default = getattr(defaults, name)
-        text.add_argument(f"--{name}", type=kind, default=default, metavar="N", help=f"{meaning} (default: {default})")
-    text.add_argument("--stop_strings", nargs="+", default=(), metavar="TEXT", help="the text ends before any of these")
-    text.add_argument("--seed", type=int, metavar="N", help="equal seeds, equal text (default: different each time)")
+    for name in (name for name in SAMPLING if name not in ("stop_strings", "use_cache")):
+        add_option(text, options[name], metavar="N")
+    add_option(text, options["stop_strings"], metavar="TEXT", nargs="+")
     cache = text.add_mutually_exclusive_group()
-    boolean = {"type": true_or_false, "nargs": "?", "const": True, "default": True, "metavar": "true|false"}
-    cache.add_argument("--use_cache", help="false: recompute all of the text for each token (default: true)", **boolean)
+    add_option(cache, options["use_cache"])
     cache.add_argument("--no_cache", dest="use_cache", action="store_false", help="the same as --use_cache false")
     return parser
 

@@ -25,8 +25,9 @@ from model.corpus.job import Job
 from model.corpus.options import ProcessingOptions
 from model.corpus.sources import ENDINGS, OUR_ENDINGS, find_sources
 from model.errors import InputError
+from model.options import options_of
 from model.storage.files import write_json
-from utils import CommandParser, Processes, progress_line, run_command, say, screen, true_or_false
+from utils import CommandParser, Processes, add_option, progress_line, run_command, say, screen, true_or_false
 
 DATASET = Path("dataset")
 DEFAULT_CORPUS = "mobvoi_seq_monkey_general_open_corpus.jsonl"  # what MiniMind's users have
@@ -248,9 +249,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--stats_path", help="where the statistics go; default: data_stats.json beside the output")
     for title, cls in (("processing", ProcessingOptions), ("cleaning", CleaningOptions)):
         group = parser.add_argument_group(title)
-        for field in dataclasses.fields(cls):
-            if "help" in field.metadata:
-                _add_option(group, field)
+        for field in options_of(cls).values():
+            add_option(group, field)
     other = parser.add_argument_group("instead of a token file")
     add = other.add_argument
     add("--clean_only", action="store_true", help="write cleaned JSONL instead of tokens")
@@ -263,17 +263,6 @@ def _parser() -> argparse.ArgumentParser:
 
 
 SWITCH = {"type": true_or_false, "nargs": "?", "const": True, "default": True, "metavar": "true|false"}
-
-
-def _add_option(group, field: dataclasses.Field) -> None:
-    """The flag of an option."""
-    kind = type(field.default) if field.default is not None else {"tokenizer_path": str}.get(field.name, int)
-    text = field.metadata["help"].replace("%", "%%") + ("" if field.default is None else f" ({field.default})")
-    if kind is bool:
-        group.add_argument(f"--{field.name}", help=text, **SWITCH | {"default": field.default})
-    else:
-        choices = field.metadata.get("choices")
-        group.add_argument(f"--{field.name}", type=kind, default=field.default, choices=choices, help=text)
 
 
 def main() -> int:

@@ -13,6 +13,7 @@ from typing import TypeVar
 
 from model.command import (  # noqa: F401 (the scripts' too)
     CommandParser,
+    add_option,
     print_error,
     print_message,
     print_text,

@@ -1,10 +1,9 @@
 """The shape of a model."""
 
-import dataclasses
 from dataclasses import dataclass
 
-from model.errors import InputError, shown
-from model.options import checked_value, setting
+from model.errors import InputError
+from model.options import check_options, setting
 
 MOST_TOKENS = 2**24  # rows of an embedding; the largest tokenizers have a quarter of a million
 ROPE_SCALINGS = ("linear", "llama3")
@@ -53,13 +52,7 @@ class LMConfig:
     qkv_bias: bool = setting(False, "biases of queries, keys and values, as in Qwen2 (not in MiniMind v1)")
 
     def __post_init__(self) -> None:
-        problems = []
-        for field in dataclasses.fields(self):
-            try:
-                setattr(self, field.name, checked_value(field, getattr(self, field.name)))
-            except ValueError as error:
-                problems.append(f"{field.name}: {shown(getattr(self, field.name))} found, {error} expected")
-        if problems := problems or impossible_shape(vars(self)):
+        if problems := check_options(self) or impossible_shape(vars(self)):
             raise InputError("; ".join(problems))
         if self.hidden_dim is None:
             hidden_dim = int(8 * self.dim / 3)

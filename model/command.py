@@ -6,6 +6,7 @@ generated text through `print_text`. None of it can carry what a terminal obeys.
 
 import argparse
 import contextlib
+import dataclasses
 import difflib
 import io
 import os
@@ -14,7 +15,8 @@ import tempfile
 import traceback
 from collections.abc import Callable, Sequence
 
-from model.errors import InputError, OneLineError, first_line, one_line, printable
+from model.errors import InputError, OneLineError, first_line, one_line, printable, shown
+from model.options import accepted_types, from_text
 
 
 def run_command(main: Callable[[], int | None]) -> None:
@@ -123,6 +125,32 @@ def true_or_false(text: str) -> bool:
     if text.lower() not in ("true", "false"):
         raise argparse.ArgumentTypeError(f"{text!r} found, true or false expected")
     return text.lower() == "true"
+
+
+def add_option(group, field: dataclasses.Field, metavar: str | None = None, nargs: str | None = None) -> None:
+    """Add the flag of an option: its name, type, default and help are the declaration's. Limits are checked later,
+    where the options are made, which names all that is wrong at once."""
+
+    def typed(text: str):
+        try:
+            return from_text(field, text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"{shown(text)} found, {error} expected") from None
+
+    choices = field.metadata["choices"]
+    default = str(field.default).lower() if isinstance(field.default, bool) else field.default
+    text = field.metadata["help"] + (f" (default: {default})" if default not in (None, ()) else "")
+    switch = {"nargs": "?", "const": True} if accepted_types(field)[0] is bool else {"nargs": nargs}
+    if choices:
+        metavar = f"{{{','.join(choices)}}}"
+    group.add_argument(
+        f"--{field.name}",
+        type=typed,
+        default=field.default,
+        help=text.replace("%", "%%"),
+        metavar=metavar or ("true|false" if "const" in switch else field.name.upper()),
+        **switch,
+    )
 
 
 def say(message: str) -> None:

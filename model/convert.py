@@ -19,7 +19,7 @@ from model.command import CommandParser, run_command, say
 from model.errors import InputError
 from model.generation.generation_config import GenerationConfig
 from model.LMConfig import LMConfig
-from model.options import accepted_types
+from model.options import accepted_types, options_of
 from model.text.tokenization import EMBEDDED_TOKENIZER, tokenizer_folder, tokenizer_sha256
 from model.text.tokenizer_folder import same_tokenizer
 from model.weights import Weights, load_weights, save_weights
@@ -179,7 +179,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=choices, default="F32", help="of the matrices; Q8_0 for GGUF [F32]")
     parser.add_argument("--tokenizer_path", help="folder of the tokenizer; not given: what comes with the weights")
     for name in GIVABLE:
-        kind = accepted_types(LMConfig.__dataclass_fields__[name])[0]
+        kind = accepted_types(options_of(LMConfig)[name])[0]
         parser.add_argument(f"--{name}", type=kind, help="for files without a description, whose shapes do not tell it")
     arguments = parser.parse_args(sys.argv[1:])
     given = {name: value for name in GIVABLE if (value := getattr(arguments, name)) is not None}

@@ -7,9 +7,11 @@ else: flags, keys of the config file, checks and error messages are made from it
 import dataclasses
 import math
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
-MOST = 10**12  # of any whole number: their products stay within 64 bits
+from model.errors import shown
+
+MOST = 10**12  # of a whole number without a limit: their products stay within 64 bits
 LONGEST_TEXT = 4096  # characters: Linux takes no longer path
 NULLS = ("null", "none", "~")  # what a flag's text says for None
 _BOOLEANS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
@@ -25,10 +27,33 @@ def setting(
     above: float | None = None,
     at_most: float | None = None,
     below: float | None = None,
+    accepts: tuple[Callable[[typing.Any], bool], str] | None = None,
 ):
-    """A dataclass field with what the flag's help says and what values are accepted."""
-    limits = {"at_least": at_least, "above": above, "at_most": at_most, "below": below}
+    """A dataclass field with what the flag's help says and what values are accepted.
+
+    Args:
+        choices: the texts that are accepted, where not all are.
+        at_least, above, at_most, below: limits of a number.
+        accepts: in place of the limits, whether a value can be used, and in words which can.
+    """
+    limits = {"at_least": at_least, "above": above, "at_most": at_most, "below": below, "accepts": accepts}
     return dataclasses.field(default=default, metadata={"help": help, "choices": choices, **limits})
+
+
+def options_of(cls) -> dict[str, dataclasses.Field]:
+    """The options that a dataclass declares, by name; its other fields are left out."""
+    return {field.name: field for field in dataclasses.fields(cls) if "help" in field.metadata}
+
+
+def check_options(values) -> list[str]:
+    """Check a dataclass's options in place, as `checked_value` does; one line for each that cannot be."""
+    problems = []
+    for name, field in options_of(values).items():
+        try:
+            object.__setattr__(values, name, checked_value(field, getattr(values, name)))
+        except ValueError as error:
+            problems.append(f"{name}: {shown(getattr(values, name))} found, {error} expected")
+    return problems
 
 
 def accepted_types(field: dataclasses.Field) -> tuple[type, tuple[str, ...], bool]:
@@ -46,17 +71,25 @@ def parse_value(field: dataclasses.Field, value):
         ValueError: its text says what would be accepted.
     """
     kind, words, optional = accepted_types(field)
-    word = value.strip().lower() if isinstance(value, str) else None
+    return checked_value(field, from_text(field, value) if isinstance(value, str) else value)
+
+
+def from_text(field: dataclasses.Field, text: str):
+    """Turn a flag's text into the option's type, whatever its limits.
+
+    Raises:
+        ValueError: its text says what would be accepted.
+    """
+    kind, words, optional = accepted_types(field)
+    word = text.strip().lower()
     if optional and word in NULLS:
         return None
     if word in words:
         return word
-    if word is not None and kind is not str:
-        try:
-            value = _FROM_TEXT[kind](word)
-        except (ValueError, KeyError):
-            raise ValueError(expected(field)) from None
-    return checked_value(field, value)
+    try:
+        return _FROM_TEXT[kind](word) if kind in _FROM_TEXT else text
+    except (ValueError, KeyError):
+        raise ValueError(expected(field)) from None
 
 
 def checked_value(field: dataclasses.Field, value):
@@ -65,21 +98,27 @@ def checked_value(field: dataclasses.Field, value):
     Raises:
         ValueError: its text says what would be accepted.
     """
+    limits = field.metadata
+    if limits["accepts"]:
+        if not limits["accepts"][0](value):
+            raise ValueError(expected(field))
+        return value
     kind, words, optional = accepted_types(field)
     if (value is None and optional) or (isinstance(value, str) and value in words):
         return value
-    limits = field.metadata
     if not _IS[kind](value) or (limits["choices"] and value not in limits["choices"]) or not _within(value, limits):
         raise ValueError(expected(field))
-    if kind is int and value > MOST:
+    if kind is int and limits["at_most"] is None and value > MOST:
         raise ValueError(f"{expected(field)} and at most {MOST:,}")
     return kind(value)
 
 
 def expected(field: dataclasses.Field) -> str:
     """What an option accepts, in words."""
-    kind, words, optional = accepted_types(field)
     limits = field.metadata
+    if limits["accepts"]:
+        return limits["accepts"][1]
+    kind, words, optional = accepted_types(field)
     text = f"one of {', '.join(limits['choices'])}" if limits["choices"] else _NAMES[kind]
     if limits["at_least"] is not None:
         text += f" of at least {limits['at_least']:g}"
@@ -101,11 +140,13 @@ def _within(value, limits: Mapping) -> bool:
     )
 
 
-def _is_whole(value) -> bool:
+def is_whole(value) -> bool:
+    """Whether a value is a whole number; True and 1.0 are none."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _is_number(value) -> bool:
+def is_number(value) -> bool:
+    """Whether a value is a finite number; True is none."""
     try:
         return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     except OverflowError:  # a whole number of hundreds of digits
@@ -116,5 +157,5 @@ def _is_text(value) -> bool:
     return isinstance(value, str) and bool(value.strip()) and "\0" not in value and len(value) <= LONGEST_TEXT
 
 
-_IS = {bool: lambda value: isinstance(value, bool), int: _is_whole, float: _is_number, str: _is_text}
+_IS = {bool: lambda value: isinstance(value, bool), int: is_whole, float: is_number, str: _is_text}
 _FROM_TEXT = {bool: _BOOLEANS.__getitem__, int: int, float: float}  # YAML reads 3e-4, without a point, as text

@@ -7,17 +7,16 @@ characters that call for work, and a change is made only where they were found.
 
 import html.entities
 import itertools
-import math
 import re
-import typing
 import unicodedata
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass
 
 import numpy as np
 
 from model.errors import InputError
+from model.options import check_options, setting
 
 CHANGES = ("html", "control", "full_width", "unicode", "whitespace")  # in the order in which they are made
 HTML, CONTROL, FULL_WIDTH, UNICODE, WHITESPACE = (1 << bit for bit in range(len(CHANGES)))
@@ -29,45 +28,39 @@ FILTER_REASONS = {
 }  # in the order in which the checks are made
 
 
-def option(default, help: str, *, choices: tuple | None = None, at_least=None, at_most=None):
-    """A dataclass field with what the flag's help says and what values are accepted."""
-    limits = {"at_least": at_least, "at_most": at_most}
-    return field(default=default, metadata={"help": help, "choices": choices, **limits})
-
-
 @dataclass(frozen=True)
 class CleaningOptions:
     """What a `Cleaner` changes and rejects; each field is a flag of the same name."""
 
-    clean: bool = option(True, "clean and filter the texts; false: they stay as they are, white space around them cut")
-    normalization: str = option(
+    clean: bool = setting(True, "clean and filter the texts; false: they stay as they are, white space around them cut")
+    normalization: str = setting(
         "nfc",
         "Unicode form; nfkc also turns full-width punctuation, ligatures, circled digits … into plain ones",
         choices=("none", "nfc", "nfkc"),
     )
-    remove_control_characters: bool = option(
+    remove_control_characters: bool = setting(
         True, "remove control and private-use characters, noncharacters, zero-width and direction marks, soft hyphens"
     )
-    full_width: str = option(
+    full_width: str = setting(
         "alphanumeric",
         "full-width characters that become ASCII: Latin letters and digits, or all with the punctuation, or none",
         choices=("none", "alphanumeric", "all"),
     )
-    tidy_whitespace: bool = option(
+    tidy_whitespace: bool = setting(
         True, "one kind of newline and space, none at line ends, no U+3000 before paragraphs, at most one empty line"
     )
-    html: str = option(
+    html: str = setting(
         "entities",
         "entities: decode &nbsp; &#39; … and turn <br> and <p> into newlines; tags: also remove all tags of HTML, "
         "comments, scripts and styles, even in texts that write about HTML",
         choices=("none", "entities", "tags"),
     )
-    min_characters: int = option(1, "reject texts with fewer characters", at_least=1)
-    max_characters: int | None = option(None, "reject texts with more characters; null: no limit", at_least=1)
-    min_han_share: float = option(
+    min_characters: int = setting(1, "reject texts with fewer characters", at_least=1)
+    max_characters: int | None = setting(None, "reject texts with more characters; null: no limit", at_least=1)
+    min_han_share: float = setting(
         0.0, "reject texts with a smaller share of Han characters among all but white space", at_least=0, at_most=1
     )
-    max_compression_ratio: float = option(
+    max_compression_ratio: float = setting(
         8.0, "reject texts that repeat themselves: zlib makes them smaller by more than this; 0: none", at_least=0
     )
 
@@ -206,25 +199,7 @@ class Cleaner:
 
 
 def _problems(options: CleaningOptions) -> list[str]:
-    problems, hints = [], typing.get_type_hints(CleaningOptions)
-    for option in fields(options):
-        name, limits, value = option.name, option.metadata, getattr(options, option.name)
-        kind, optional = hints[name], type(None) in typing.get_args(hints[name])
-        if limits["choices"]:
-            good, expected = value in limits["choices"], f"one of {', '.join(limits['choices'])}"
-        elif kind is bool:
-            good, expected = isinstance(value, bool), "true or false"
-        else:
-            types, expected = ((int, float), "a number") if kind is float else (int, "a whole number")
-            good = isinstance(value, types) and not isinstance(value, bool) and -math.inf < value < math.inf
-            for limit, words, sign in (("at_least", "of at least", 1), ("at_most", "and at most", -1)):
-                if limits[limit] is not None:
-                    good = good and sign * value >= sign * limits[limit]
-                    expected += f" {words} {limits[limit]}"
-            if optional:
-                good, expected = good or value is None, expected + " or null"
-        if not good:
-            problems.append(f"{name}: {value!r} found, {expected} expected")
+    problems = check_options(options)
     if not problems and options.max_characters is not None and options.max_characters < options.min_characters:
         problems.append(f"max_characters: {options.max_characters} is below min_characters {options.min_characters}")
     return problems

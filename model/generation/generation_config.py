@@ -17,8 +17,19 @@ from model.generation.sampling import (
     TopK,
     TopP,
 )
+from model.options import check_options, is_number, is_whole, setting
 
 GREEDY_BELOW = 1e-4  # a temperature under this means greedy: dividing by it could overflow
+
+
+def _are_stop_strings(value) -> bool:
+    return isinstance(value, list | tuple) and all(isinstance(text, str) and text for text in value)
+
+
+def _is_logit_bias(value) -> bool:
+    return isinstance(value, dict) and all(
+        is_whole(index) and index >= 0 and (is_number(bias) or bias == -math.inf) for index, bias in value.items()
+    )
 
 
 @dataclass
@@ -29,26 +40,47 @@ class GenerationConfig:
         InputError: values that cannot be used; all of them are named at once.
     """
 
-    do_sample: bool = True  # False: greedy, the likeliest token each time
-    temperature: float = 0.8  # 0 means greedy
-    top_k: int = 50  # 0: off
-    top_p: float = 0.9  # 1: off
-    min_p: float = 0.0  # 0: off
-    max_new_tokens: int = 100
-    min_new_tokens: int = 0  # the text does not end before
-    repetition_penalty: float = 1.1  # 1: off; small models repeat themselves without one
-    presence_penalty: float = 0.0  # 0: off; of what the output holds, not the prompt
-    frequency_penalty: float = 0.0  # 0: off; times the tokens' number in the output
-    no_repeat_ngram_size: int = 0  # 0: off
-    stop_strings: Sequence[str] = ()  # the text ends before any of these
-    max_repeats: int = 0  # 0: off; the text ends once its last tokens are one passage so many times
-    logit_bias: dict[int, float] | None = None  # added to the logits of these ids; -inf bans one
-    use_cache: bool = True  # False recomputes the whole sequence for each token: slow, to compare with
-    logprobs: bool = False  # tell each token's log-probability, as the model gives it before any of the above
-    seed: int | None = None  # equal seeds give equal text; None: different each time
+    do_sample: bool = setting(True, "draw tokens at random; false: greedy, the likeliest token each time")
+    temperature: float = setting(0.8, "higher is more random; 0 is greedy", at_least=0)
+    top_k: int = setting(50, "choose among the k likeliest tokens; 0: off", at_least=0)
+    top_p: float = setting(
+        0.9, "choose among the likeliest tokens that reach this probability together; 1: off", at_least=0, at_most=1
+    )
+    min_p: float = setting(
+        0.0, "choose among tokens whose probability is this share of the likeliest's; 0: off", at_least=0, at_most=1
+    )
+    max_new_tokens: int = setting(100, "most tokens to generate", at_least=1)
+    min_new_tokens: int = setting(0, "fewest tokens to generate: the text ends no earlier", at_least=0)
+    repetition_penalty: float = setting(1.1, "higher repeats less; 1: off", above=0)
+    presence_penalty: float = setting(0.0, "taken off the logits of tokens that the output has; 0: off")
+    frequency_penalty: float = setting(0.0, "the same, times how often the output has them; 0: off")
+    no_repeat_ngram_size: int = setting(0, "no run of this many tokens occurs twice; 0: off", at_least=0)
+    stop_strings: Sequence[str] = setting(
+        (), "the text ends before any of these", accepts=(_are_stop_strings, "a list of texts")
+    )
+    max_repeats: int = setting(
+        0,
+        "the text ends once its last tokens are one passage this many times; 0: off",
+        accepts=(
+            lambda value: is_whole(value) and value >= 0 and value != 1,
+            "0 (off) or a whole number of at least 2",
+        ),
+    )
+    logit_bias: dict[int, float] | None = setting(
+        None,
+        "added to the logits of these ids; -inf bans one",
+        accepts=(lambda value: value is None or _is_logit_bias(value), "null or numbers by token id, -inf to ban one"),
+    )
+    use_cache: bool = setting(True, "false: recompute all of the text for each token, slowly, to compare")
+    logprobs: bool = setting(False, "tell each token's log-probability, as the model gives it before any of the above")
+    seed: int | None = setting(
+        None, "equal seeds give equal text; null: different each time", at_least=0, at_most=2**63 - 1
+    )
 
     def __post_init__(self) -> None:
-        problems = generation_problems(self)
+        problems = check_options(self)
+        if not problems and self.min_new_tokens > self.max_new_tokens:
+            problems = [f"min_new_tokens: {self.min_new_tokens} is above max_new_tokens {self.max_new_tokens}"]
         if problems:
             raise InputError("; ".join(problems))
 
@@ -85,54 +117,3 @@ class GenerationConfig:
         if self.min_p:
             warpers.append(MinP(self.min_p))
         return warpers
-
-
-def generation_problems(config: GenerationConfig) -> list[str]:
-    """Every value that cannot be used: one text each, naming the setting, the value and what is accepted."""
-
-    def whole(value, least: int) -> bool:
-        return type(value) is int and value >= least
-
-    def number(value) -> bool:
-        return type(value) in (int, float) and math.isfinite(value)
-
-    def usable_bias(bias) -> bool:
-        return isinstance(bias, dict) and all(
-            whole(index, 0) and (number(value) or value == -math.inf) for index, value in bias.items()
-        )
-
-    seed, penalty, bias, most = config.seed, config.repetition_penalty, config.logit_bias, config.max_new_tokens
-    stops = config.stop_strings
-    accepted = {  # setting: (is it usable, what would be)
-        "do_sample": (type(config.do_sample) is bool, "true or false"),
-        "temperature": (number(config.temperature) and config.temperature >= 0, "a number from 0 (greedy) up"),
-        "top_k": (whole(config.top_k, 0), "a whole number from 0 (off) up"),
-        "top_p": (number(config.top_p) and 0 <= config.top_p <= 1, "a number from 0 to 1 (off)"),
-        "min_p": (number(config.min_p) and 0 <= config.min_p <= 1, "a number from 0 (off) to 1"),
-        "max_new_tokens": (whole(most, 1), "a whole number from 1 up"),
-        "repetition_penalty": (number(penalty) and penalty > 0, "a number above 0 (1: off)"),
-        "min_new_tokens": (
-            whole(config.min_new_tokens, 0) and (not whole(most, 1) or config.min_new_tokens <= most),
-            "a whole number from 0 to max_new_tokens",
-        ),
-        "presence_penalty": (number(config.presence_penalty), "a number (0: off)"),
-        "frequency_penalty": (number(config.frequency_penalty), "a number (0: off)"),
-        "stop_strings": (
-            type(stops) in (list, tuple) and all(type(stop) is str and stop for stop in stops),
-            "a list of texts",
-        ),
-        "max_repeats": (
-            whole(config.max_repeats, 0) and config.max_repeats != 1,
-            "0 (off) or a whole number from 2 up",
-        ),
-        "logit_bias": (bias is None or usable_bias(bias), "None or numbers by token id, -inf to ban one"),
-        "no_repeat_ngram_size": (whole(config.no_repeat_ngram_size, 0), "a whole number from 0 (off) up"),
-        "logprobs": (type(config.logprobs) is bool, "true or false"),
-        "use_cache": (type(config.use_cache) is bool, "true or false"),
-        "seed": (seed is None or (whole(seed, 0) and seed < 2**63), "None or a whole number from 0 to 2**63 - 1"),
-    }
-    return [
-        f"{name}: {getattr(config, name)!r} is not {expected}"
-        for name, (usable, expected) in accepted.items()
-        if not usable
-    ]

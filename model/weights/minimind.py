@@ -21,7 +21,7 @@ from torch import Tensor
 
 from model.errors import InputError, shown
 from model.LMConfig import LMConfig
-from model.options import parse_value
+from model.options import options_of, parse_value
 from model.weights.names import gather, in_pairs, reordered, transformers_name, whole_pair
 from model.weights.weights import Weights
 
@@ -90,7 +90,7 @@ def _checked(given: Mapping[str, float], path: str | Path) -> dict:
         if name not in GIVABLE:
             raise InputError(f"{path}: {name} is told by the weights' shapes; {', '.join(GIVABLE)} can be given")
         try:
-            checked[name] = parse_value(LMConfig.__dataclass_fields__[name], value)
+            checked[name] = parse_value(options_of(LMConfig)[name], value)
         except ValueError as error:
             raise InputError(f"{name}: {shown(value)} found, {error} expected") from error
     return checked

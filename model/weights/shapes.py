@@ -1,6 +1,5 @@
 """The shape of a model as files describe it: read and checked before memory is taken for one."""
 
-import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -8,7 +7,7 @@ from torch import Tensor
 
 from model.errors import InputError, shown
 from model.LMConfig import LMConfig
-from model.options import checked_value
+from model.options import checked_value, options_of
 
 
 def read_shape(values, path: str | Path) -> LMConfig:
@@ -20,7 +19,7 @@ def read_shape(values, path: str | Path) -> LMConfig:
     if not isinstance(values, Mapping):
         raise InputError(f"{path}: config is {shown(values)}, the fields of a model's shape expected")
     problems, parsed = [], {}
-    known = {field.name: field for field in dataclasses.fields(LMConfig)}
+    known = options_of(LMConfig)
     for name, value in values.items():
         if name not in known:
             problems.append(f"config.{shown(str(name))[1:-1]} is unknown")

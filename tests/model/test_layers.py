@@ -14,7 +14,8 @@ model.training model.weights model.generation
 model.dataset model.model model.corpus
 model.token_file model.text model.kv_cache
 model.storage model.LMConfig model.command
-model.options model.errors model.loss model.attention
+model.options model.loss model.attention
+model.errors
 """
 ROW = {room: number for number, row in enumerate(ROWS.split("\n")) for room in row.split()}
 NETWORK = {"model.LMConfig", "model.model", "model.attention", "model.loss", "model.kv_cache"}  # can be copied out
