@@ -16,7 +16,7 @@ from model.generation.scoring import Score
 from model.options import options_of
 from model.storage.files import refuse_overwriting, refuse_overwriting_inputs
 from optimized_inference import DTYPES, GenerationConfig, TextGenerator, load_generator
-from utils import CommandParser, add_option, print_text, run_command, say, true_or_false
+from utils import CommandParser, add_option, path_flag, print_text, run_command, say, true_or_false
 
 DEFAULT_PROMPT = "中国"
 RULE = "=" * 80
@@ -85,20 +85,28 @@ def build_parser() -> argparse.ArgumentParser:
     mode = parser.add_argument_group("what to do (one of)")
     mode.add_argument("--prompt", metavar="TEXT", help="continue this text once")
     mode.add_argument("--interactive", action="store_true", help="chat: exit, quit or q leaves, clear forgets")
-    mode.add_argument("--batch_file", metavar="FILE", help="continue each line of a UTF-8 file")
+    mode.add_argument("--batch_file", type=path_flag, metavar="FILE", help="continue each line of a UTF-8 file")
 
     mode.add_argument(
-        "--score_file", metavar="FILE", help="how well the model predicts a UTF-8 text, or a JSONL's texts"
+        "--score_file",
+        type=path_flag,
+        metavar="FILE",
+        help="how well the model predicts a UTF-8 text, or a JSONL's texts",
     )
 
     files = parser.add_argument_group("files and machine")
     files.add_argument(
         "--model_path",
+        type=path_flag,
         metavar="PATH",
         help="weights or a checkpoint; a folder of transformers, a .gguf … (default: the newest under out/)",
     )
-    files.add_argument("--tokenizer_path", metavar="FOLDER", help="default: the one the weights were trained with")
-    files.add_argument("--output_file", metavar="FILE", help="write the results of --batch_file here too, as JSONL")
+    files.add_argument(
+        "--tokenizer_path", type=path_flag, metavar="FOLDER", help="default: the one the weights were trained with"
+    )
+    files.add_argument(
+        "--output_file", type=path_flag, metavar="FILE", help="write the results of --batch_file here too, as JSONL"
+    )
     files.add_argument("--resume", action="store_true", help="keep what --output_file has, and go on behind it")
     files.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: the fastest there is)")
     files.add_argument("--dtype", choices=DTYPES, help="of the weights in memory (default: float32)")

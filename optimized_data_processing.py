@@ -27,7 +27,17 @@ from model.corpus.sources import ENDINGS, OUR_ENDINGS, find_sources
 from model.errors import InputError
 from model.options import options_of
 from model.storage.files import write_json
-from utils import CommandParser, Processes, add_option, progress_line, run_command, say, screen, true_or_false
+from utils import (
+    CommandParser,
+    Processes,
+    add_option,
+    path_flag,
+    progress_line,
+    run_command,
+    say,
+    screen,
+    true_or_false,
+)
 
 DATASET = Path("dataset")
 DEFAULT_CORPUS = "mobvoi_seq_monkey_general_open_corpus.jsonl"  # what MiniMind's users have
@@ -235,6 +245,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--input_path",
         nargs="+",
+        type=path_flag,
         help='JSONL, one {"text": ...} a line, .gz and .zst too; Parquet; folders, globs; '
         "datasets:NAME?split=train; default: what lies in dataset/",
     )
@@ -244,9 +255,13 @@ def _parser() -> argparse.ArgumentParser:
         type=float,
         help="how often each input's documents are taken; 0.5: one in two",
     )
-    add("--output_path", help=f"the token file; default: {DEFAULT_OUTPUT}; with --clean_only {DEFAULT_CLEANED}")
+    add(
+        "--output_path",
+        type=path_flag,
+        help=f"the token file; default: {DEFAULT_OUTPUT}; with --clean_only {DEFAULT_CLEANED}",
+    )
     add("--resume", help="go on with a half-made output and keep a finished one; false: make it anew (true)", **SWITCH)
-    add("--stats_path", help="where the statistics go; default: data_stats.json beside the output")
+    add("--stats_path", type=path_flag, help="where the statistics go; default: data_stats.json beside the output")
     for title, cls in (("processing", ProcessingOptions), ("cleaning", CleaningOptions)):
         group = parser.add_argument_group(title)
         for field in options_of(cls).values():
@@ -256,7 +271,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--clean_only", action="store_true", help="write cleaned JSONL instead of tokens")
     add("--export", choices=("megatron", "nanotron"), help="write that library's index files for the .bin --input_path")
     add("--train_tokenizer", action="store_true", help="train a tokenizer on --input_path (several files, .gz too)")
-    add("--tokenizer_output", help="folder that the trained tokenizer goes to")
+    add("--tokenizer_output", type=path_flag, help="folder that the trained tokenizer goes to")
     add("--vocab_size", type=int, default=6400, help="tokens of the trained tokenizer (%(default)s)")
     add("--overwrite_tokenizer", action="store_true", help="replace a tokenizer that is in --tokenizer_output already")
     return parser

@@ -18,16 +18,15 @@ from pathlib import Path
 
 from model.corpus.job_folder import job_path
 from model.errors import InputError
-from model.options import accepted_types
+from model.training.config_file import read_config
 from model.training.settings import (
     FIELDS,
     SECTIONS,
     DataSettings,
     Settings,
     build_settings,
-    read_config,
 )
-from utils import CommandParser, Processes, print_message, run_command, say
+from utils import CommandParser, Processes, add_option, path_flag, print_message, run_command, say
 
 PREVIEW_PROMPTS = ("春风", "中国", "天下大势")
 
@@ -39,18 +38,13 @@ def read_settings(arguments: list[str], of_checkpoint: bool = True) -> Settings:
         of_checkpoint: False: leave the checkpoint unread; only its folder is taken from it, as out_dir.
     """
     parser = CommandParser(prog="train.py", description=__doc__.split("\n")[0], add_help=True)
-    parser.add_argument("--config", help="config file (YAML); config.yaml explains every setting")
+    parser.add_argument("--config", type=path_flag, help="config file (YAML); config.yaml explains every setting")
     parser.add_argument("--local-rank", "--local_rank", help="set by torch.distributed.launch")
     add_launcher_flags(parser)
     for section, cls in SECTIONS.items():
         group = parser.add_argument_group(section)
         for field in dataclasses.fields(cls):
-            optional_value = {"nargs": "?", "const": "true"} if accepted_types(field)[0] is bool else {}
-            choices = field.metadata["choices"]
-            text = field.metadata["help"] + (f" ({', '.join(choices)})" if choices else "")
-            group.add_argument(
-                f"--{field.name}", metavar="VALUE", help=f"{text} [{field.default}]", default=None, **optional_value
-            )
+            add_option(group, field, metavar="VALUE", as_text=True)
     known, unknown = parser.parse_known_args(arguments)
     problems = parser.describe_unknown(unknown) if unknown else []
     flags = {name: value for name, value in vars(known).items() if name in FIELDS and value is not None}

@@ -14,6 +14,7 @@ from typing import TypeVar
 from model.command import (  # noqa: F401 (the scripts' too)
     CommandParser,
     add_option,
+    path_flag,
     print_error,
     print_message,
     print_text,

@@ -16,7 +16,7 @@ import traceback
 from collections.abc import Callable, Sequence
 
 from model.errors import InputError, OneLineError, first_line, one_line, printable, shown
-from model.options import accepted_types, from_text
+from model.options import accepted_types, file_path, from_text
 
 
 def run_command(main: Callable[[], int | None]) -> None:
@@ -127,9 +127,24 @@ def true_or_false(text: str) -> bool:
     return text.lower() == "true"
 
 
-def add_option(group, field: dataclasses.Field, metavar: str | None = None, nargs: str | None = None) -> None:
-    """Add the flag of an option: its name, type, default and help are the declaration's. Limits are checked later,
-    where the options are made, which names all that is wrong at once."""
+def path_flag(text: str) -> str:
+    """The `type` of a flag that names a file or folder: `~` is the home folder."""
+    try:
+        return file_path(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{shown(text)} found, {error} expected") from None
+
+
+def add_option(
+    group, field: dataclasses.Field, metavar: str | None = None, nargs: str | None = None, as_text: bool = False
+) -> None:
+    """Add the flag of an option: its name, type, default and help are the declaration's.
+
+    Limits are checked later, where the options are made, which names all that is wrong at once.
+
+    Args:
+        as_text: keep the flag's text as it is, and None where the flag is not given.
+    """
 
     def typed(text: str):
         try:
@@ -137,19 +152,18 @@ def add_option(group, field: dataclasses.Field, metavar: str | None = None, narg
         except ValueError as error:
             raise argparse.ArgumentTypeError(f"{shown(text)} found, {error} expected") from None
 
-    choices = field.metadata["choices"]
-    default = str(field.default).lower() if isinstance(field.default, bool) else field.default
-    text = field.metadata["help"] + (f" (default: {default})" if default not in (None, ()) else "")
-    switch = {"nargs": "?", "const": True} if accepted_types(field)[0] is bool else {"nargs": nargs}
-    if choices:
-        metavar = f"{{{','.join(choices)}}}"
+    choices, is_switch = field.metadata["choices"], accepted_types(field)[0] is bool
+    help = field.metadata["help"] + (f" ({', '.join(choices)})" if choices else "")
+    if field.default not in (None, ()):
+        help += f" [{str(field.default).lower() if isinstance(field.default, bool) else field.default}]"
     group.add_argument(
         f"--{field.name}",
-        type=typed,
-        default=field.default,
-        help=text.replace("%", "%%"),
-        metavar=metavar or ("true|false" if "const" in switch else field.name.upper()),
-        **switch,
+        type=str if as_text else typed,
+        default=None if as_text else field.default,
+        help=help.replace("%", "%%"),
+        metavar=metavar or ("true|false" if is_switch else field.name.upper()),
+        nargs="?" if is_switch else nargs,
+        const=("true" if as_text else True) if is_switch else None,
     )
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from model.command import CommandParser, run_command, say
+from model.command import CommandParser, path_flag, run_command, say
 from model.errors import InputError
 from model.generation.generation_config import GenerationConfig
 from model.LMConfig import LMConfig
@@ -171,13 +171,17 @@ _READERS = {
 def main() -> None:
     """The command line."""
     parser = CommandParser(prog="python -m model.convert", description=__doc__.split("\n")[0])
-    parser.add_argument("source", help="a .pth, .pt, .gguf, .bin or .safetensors folder, ours or another program's")
-    parser.add_argument("target", help="what to write; it must not be there")
+    parser.add_argument(
+        "source", type=path_flag, help="a .pth, .pt, .gguf, .bin or .safetensors folder, ours or another program's"
+    )
+    parser.add_argument("target", type=path_flag, help="what to write; it must not be there")
     suffixes = ", ".join(f"{suffix or 'a folder'}: {name}" for suffix, name in SUFFIXES.items())
     parser.add_argument("--to", choices=TARGETS, help=f"the format; not given: by the target's name ({suffixes})")
     choices = (*DTYPES, "Q8_0")
     parser.add_argument("--dtype", choices=choices, default="F32", help="of the matrices; Q8_0 for GGUF [F32]")
-    parser.add_argument("--tokenizer_path", help="folder of the tokenizer; not given: what comes with the weights")
+    parser.add_argument(
+        "--tokenizer_path", type=path_flag, help="folder of the tokenizer; not given: what comes with the weights"
+    )
     for name in GIVABLE:
         kind = accepted_types(options_of(LMConfig)[name])[0]
         parser.add_argument(f"--{name}", type=kind, help="for files without a description, whose shapes do not tell it")

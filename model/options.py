@@ -6,6 +6,8 @@ else: flags, keys of the config file, checks and error messages are made from it
 
 import dataclasses
 import math
+import os
+import re
 import typing
 from collections.abc import Callable, Mapping
 
@@ -13,6 +15,9 @@ from model.errors import shown
 
 MOST = 10**12  # of a whole number without a limit: their products stay within 64 bits
 LONGEST_TEXT = 4096  # characters: Linux takes no longer path
+ESCAPES = "in YAML, \\ in double quotes begins an escape: put a path in single quotes, or write it with /"
+EATEN = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")  # what "C:\temp\new.bin" in double quotes becomes
+DRIVE_ALONE = re.compile(r"[A-Za-z]:[^\\/]")  # and "C:\x64ata"
 NULLS = ("null", "none", "~")  # what a flag's text says for None
 _BOOLEANS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 _NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
@@ -27,6 +32,7 @@ def setting(
     above: float | None = None,
     at_most: float | None = None,
     below: float | None = None,
+    path: bool = False,
     accepts: tuple[Callable[[typing.Any], bool], str] | None = None,
 ):
     """A dataclass field with what the flag's help says and what values are accepted.
@@ -34,10 +40,12 @@ def setting(
     Args:
         choices: the texts that are accepted, where not all are.
         at_least, above, at_most, below: limits of a number.
+        path: the text names a file or folder, where `~` is the home folder.
         accepts: in place of the limits, whether a value can be used, and in words which can.
     """
-    limits = {"at_least": at_least, "above": above, "at_most": at_most, "below": below, "accepts": accepts}
-    return dataclasses.field(default=default, metadata={"help": help, "choices": choices, **limits})
+    limits = {"at_least": at_least, "above": above, "at_most": at_most, "below": below}
+    more = {"choices": choices, "path": path, "accepts": accepts}
+    return dataclasses.field(default=default, metadata={"help": help, **limits, **more})
 
 
 def options_of(cls) -> dict[str, dataclasses.Field]:
@@ -106,11 +114,31 @@ def checked_value(field: dataclasses.Field, value):
     kind, words, optional = accepted_types(field)
     if (value is None and optional) or (isinstance(value, str) and value in words):
         return value
+    if limits["path"] and isinstance(value, str | os.PathLike):
+        value = file_path(value)
     if not _IS[kind](value) or (limits["choices"] and value not in limits["choices"]) or not _within(value, limits):
         raise ValueError(expected(field))
     if kind is int and limits["at_most"] is None and value > MOST:
         raise ValueError(f"{expected(field)} and at most {MOST:,}")
     return kind(value)
+
+
+def file_path(given: str | os.PathLike) -> str:
+    """A path as the user means it: `~` at its beginning is the home folder.
+
+    Raises:
+        ValueError: its text says what would be accepted; an escape of YAML ate a part of it, or there is no such home.
+    """
+    text = os.fspath(given)
+    if EATEN.search(text):
+        raise ValueError(f"a path without control characters ({ESCAPES})")
+    if DRIVE_ALONE.match(text):
+        raise ValueError(f"a path with \\ or / after the drive's colon ({ESCAPES})")
+    expanded = os.path.expanduser(text)
+    if expanded.startswith("~"):
+        user = re.split(r"[\\/]", expanded)[0]
+        raise ValueError(f"a path of a known home folder ({user} has none; ./{user} is a file of that name)")
+    return expanded
 
 
 def expected(field: dataclasses.Field) -> str:

@@ -20,11 +20,7 @@ class ProcessingOptions:
         InputError: values that cannot be, all of them in one message.
     """
 
-    tokenizer_path: str | Path | None = setting(
-        None,
-        "folder of a tokenizer; null: the embedded one",
-        accepts=(lambda value: value is None or isinstance(value, str | Path), "a folder"),
-    )
+    tokenizer_path: str | Path | None = setting(None, "folder of a tokenizer; null: the embedded one", path=True)
     max_length: int = setting(
         512, "tokens, bos and eos counted; long_documents says what becomes of longer documents", at_least=1
     )

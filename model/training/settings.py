@@ -7,21 +7,14 @@ collected and reported together.
 
 import dataclasses
 import difflib
-import os
-import re
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-
-import yaml
 
 from model.errors import MOST_CHARACTERS, InputError, shown
 from model.LMConfig import MOST_TOKENS, LMConfig, impossible_shape
 from model.options import parse_value, setting
 
-MAX_CONFIG_BYTES = 1 << 16  # a config file is a page of text; anything larger is another file
-DEEPEST = 16  # lists and mappings within each other in a config file; two are of use
 MOST_PROBLEMS = 20  # that are written out; the rest is counted
 MOST_PARAMETERS = 10**12  # of a model: each process holds all of it
 SCHEDULERS = ("cosine", "linear", "polynomial", "wsd")
@@ -33,11 +26,17 @@ Auto = typing.Literal["auto"]  # in a setting's type: that word is accepted too
 class DataSettings:
     """Section `data`."""
 
-    tokenizer_path: str | None = setting(None, "folder of the tokenizer; null: the embedded one, model/tokenizer")
-    train_data_path: str = setting("./dataset/pretrain_data.bin", "token file to train on")
-    val_data_path: str | None = setting(None, "token file to validate on; null: 1 %% of the samples are held out")
+    tokenizer_path: str | None = setting(
+        None, "folder of the tokenizer; null: the embedded one, model/tokenizer", path=True
+    )
+    train_data_path: str = setting("./dataset/pretrain_data.bin", "token file to train on", path=True)
+    val_data_path: str | None = setting(
+        None, "token file to validate on; null: 1 % of the samples are held out", path=True
+    )
     raw_data_path: str | None = setting(
-        None, "JSONL from which a missing train_data_path is made; null: for the default path, what is in dataset/"
+        None,
+        "JSONL from which a missing train_data_path is made; null: for the default path, what is in dataset/",
+        path=True,
     )
     sample_start: str = setting(
         "packed",
@@ -77,7 +76,7 @@ class TrainingSettings:
     min_lr: float | None = setting(None, "learning rate at the end; null: a tenth of learning_rate", at_least=0)
     warmup_steps: int | Auto | None = setting(
         None,
-        "steps in which the learning rate rises from 0; null: 2 %% of all steps, at most 1000; auto: about 5 %%",
+        "steps in which the learning rate rises from 0; null: 2 % of all steps, at most 1000; auto: about 5 %",
         at_least=0,
     )
     lr_scheduler: str = setting("cosine", "how the learning rate falls", choices=SCHEDULERS)
@@ -113,11 +112,11 @@ class TrainingSettings:
     ddp: bool = setting(False, "train in several processes, started by torchrun")
     ddp_timeout: float = setting(600.0, "seconds without progress after which several processes give up", above=0)
     init_from: str | None = setting(
-        None, "weights to begin with, of any format; the model's shape is theirs; null: drawn anew"
+        None, "weights to begin with, of any format; the model's shape is theirs; null: drawn anew", path=True
     )
     resume: bool = setting(False, "go on from the newest whole checkpoint in out_dir")
-    resume_from: str | None = setting(None, "go on from this checkpoint")
-    out_dir: str = setting("out", "folder for checkpoints, metrics and curves")
+    resume_from: str | None = setting(None, "go on from this checkpoint", path=True)
+    out_dir: str = setting("out", "folder for checkpoints, metrics and curves", path=True)
 
 
 @dataclass
@@ -168,7 +167,7 @@ def build_settings(
     """Merge a config file's sections and the flags' texts over the defaults, and check everything.
 
     Args:
-        file_values: what `read_config` returned.
+        file_values: what `config_file.read_config` returned.
         flags: name to text, as on the command line.
         source: the config file's name, for messages.
         problems: what is known to be wrong already, to be reported with the rest.
@@ -241,89 +240,3 @@ def _least_parameters(model: ModelSettings) -> int:
     heads = model.n_heads * model.head_dim if model.head_dim else model.dim
     of_a_layer = 2 * model.dim * heads + 3 * model.dim * hidden_dim
     return model.n_layers * of_a_layer + model.dim * (model.vocab_size or 0)
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """Safe YAML without its traps: keys given twice or merged in, aliases that unfold without end, tags, and text that
-    becomes a date, a number to base 60 (1:30), 16 (0x10) or 8 (010)."""
-
-    yaml_implicit_resolvers = {
-        first: [(tag, pattern) for tag, pattern in resolvers if tag.rpartition(":")[2] in ("bool", "null")]
-        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-
-    depth = 0
-
-    def compose_node(self, parent, index):
-        event = self.peek_event()
-        if isinstance(event, yaml.events.AliasEvent):
-            raise _refusal("aliases (*name) are not accepted", event)
-        if event.tag is not None:
-            raise _refusal("tags (!name) are not accepted", event)
-        if self.depth > DEEPEST:
-            raise _refusal("nested too deeply; a section's keys and values expected", event)
-        self.depth += 1
-        node = super().compose_node(parent, index)
-        self.depth -= 1
-        return node
-
-    def construct_mapping(self, node, deep=False):
-        seen = set()
-        for key_node, _ in node.value:
-            if not isinstance(key_node, yaml.nodes.ScalarNode):
-                raise _refusal("a key is a list or a mapping, expected a name", key_node)
-            key = self.construct_object(key_node)
-            if key in seen:
-                raise _refusal(f"{shown(key)} is given twice", key_node)
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-def _refusal(problem: str, found) -> yaml.constructor.ConstructorError:
-    """An error at the place where an event or a node begins."""
-    return yaml.constructor.ConstructorError(None, None, problem, found.start_mark)
-
-
-# Numbers as JSON writes them. All else that could be one (3e-4, 1_000) stays text, which `parse_value` reads.
-_StrictLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:int", re.compile(r"^[-+]?(?:0|[1-9][0-9]{0,17})$"), list("-+0123456789")
-)
-_StrictLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?[0-9]{1,18}\.[0-9]{0,18}(?:[eE][-+]?[0-9]{1,3})?$"),
-    list("-+0123456789"),
-)
-
-
-def read_config(path: str | Path) -> dict:
-    """Read a config file into its sections.
-
-    Raises:
-        InputError: the file is missing, no plain file, not UTF-8, not YAML, or no mapping.
-    """
-    path = Path(path)
-    shown_path = shown(str(path))[1:-1]
-    if not os.path.isfile(path):  # a pipe would be waited for, a device read without end
-        found = "is no plain file" if os.path.exists(path) else "there is no such file"
-        raise InputError(f"--config: {shown_path}: {found}")
-    with open(path, "rb") as file:
-        content = file.read(MAX_CONFIG_BYTES + 1)
-    if len(content) > MAX_CONFIG_BYTES:
-        size = path.stat().st_size
-        raise InputError(f"--config: {path} has {size:,} bytes, a config file at most {MAX_CONFIG_BYTES:,}")
-    try:
-        values = yaml.load(content.decode("utf-8"), _StrictLoader)  # noqa: S506 (a SafeLoader)
-    except UnicodeDecodeError as error:
-        raise InputError(f"--config: {path} is not UTF-8 (byte {error.start})") from error
-    except yaml.reader.ReaderError as error:
-        found = f"the character U+{error.character:04X} at position {error.position}"
-        raise InputError(f"--config: {path}: {found} has no place in YAML") from error
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f", line {mark.line + 1}" if mark else ""
-        raise InputError(f"--config: {path}{where}: {getattr(error, 'problem', None) or 'not YAML'}") from error
-    if values is None:
-        return {}
-    if not isinstance(values, dict):
-        raise InputError(f"--config: {path} holds {type(values).__name__}, expected the sections {', '.join(SECTIONS)}")
-    return values

@@ -22,7 +22,8 @@ import train
 from model.corpus.cleaning import CleaningOptions
 from model.corpus.options import ProcessingOptions
 from model.generation.generation_config import GenerationConfig
-from model.training.settings import SECTIONS, build_settings, read_config
+from model.training.config_file import read_config
+from model.training.settings import SECTIONS, build_settings
 from tests.conftest import ROOT
 from tests.guide.conftest import copy_project
 

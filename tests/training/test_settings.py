@@ -9,7 +9,8 @@ import pytest
 
 from model.errors import InputError
 from model.LMConfig import LMConfig
-from model.training.settings import FIELDS, SECTIONS, ModelSettings, Settings, build_settings, read_config
+from model.training.config_file import read_config
+from model.training.settings import FIELDS, SECTIONS, ModelSettings, Settings, build_settings
 
 ROOT = Path(__file__).parent.parent.parent
 
