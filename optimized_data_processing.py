@@ -24,7 +24,7 @@ from model.corpus.finished import written_paths
 from model.corpus.job import Job
 from model.corpus.options import ProcessingOptions
 from model.corpus.sources import ENDINGS, OUR_ENDINGS, find_sources
-from model.errors import InputError
+from model.errors import InputError, command_line
 from model.options import options_of
 from model.storage.files import write_json
 from utils import (
@@ -329,7 +329,8 @@ def _train_tokenizer(arguments: argparse.Namespace) -> int:
     )
     bad = ", ".join(f"{reason} {count:,}" for reason, count in sorted(read.rejected.items()))
     say(f"read {read.documents:,} documents, {read.characters:,} characters; bad lines left out: {bad or 'none'}")
-    say(f"wrote {arguments.tokenizer_output}; use it with --tokenizer_path {arguments.tokenizer_output}")
+    flag = command_line("--tokenizer_path", arguments.tokenizer_output)
+    say(f"wrote {arguments.tokenizer_output}; use it with {flag}")
     return 0
 
 

@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 from model.corpus.job_folder import job_path
-from model.errors import InputError
+from model.errors import InputError, command_line
 from model.training.config_file import read_config
 from model.training.settings import (
     FIELDS,
@@ -107,10 +107,10 @@ def prepare_data_if_missing(settings: Settings, processes: Processes) -> None:
     if source is None and os.path.realpath(target) == os.path.realpath(DataSettings.train_data_path):
         source = default_input_path()
     if source is None:
-        raise InputError(
-            f"train_data_path: no file {target}; make it with: python optimized_data_processing.py"
-            f" --input_path YOUR.jsonl --output_path {target}"
+        command = command_line(
+            "python", "optimized_data_processing.py", "--input_path", "YOUR.jsonl", "--output_path", target
         )
+        raise InputError(f"train_data_path: no file {target}; make it with: {command}")
     say(f"{target} is missing: making it from {source}")
     OptimizedDataProcessor(tokenizer_path=data.tokenizer_path).process_dataset(str(source), str(target))
 
@@ -245,12 +245,13 @@ def train(settings: Settings, processes: Processes, dry_run: bool) -> int:
     out_dir = Path(settings.training.out_dir)
     if outcome == "interrupted":
         several = processes.world_size > 1
-        launcher = f"torchrun --nproc_per_node={processes.world_size}" if several else "python"
-        command = f"{launcher} train.py --resume --out_dir {out_dir}"
+        launcher = ["torchrun", f"--nproc_per_node={processes.world_size}"] if several else ["python"]
+        command = command_line(*launcher, "train.py", "--resume", "--out_dir", out_dir)
         say(f"stopped after step {trainer.progress.step:,}; go on with: {command}")
     else:
         say(f"{outcome.replace('_', ' ')} after step {trainer.progress.step:,}; metrics and curves are in {out_dir}")
-        say(f"talk to it: python inference.py --model_path {out_dir / 'best_model.pth'} --interactive")
+        command = command_line("python", "inference.py", "--model_path", out_dir / "best_model.pth", "--interactive")
+        say(f"talk to it: {command}")
     return trainer.exit_code(outcome)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from model.errors import InputError
+from model.errors import InputError, command_line
 from model.loss import IGNORE_INDEX
 from model.token_file.manifest import read_manifest
 from model.token_file.packing import find_documents, pack_documents
@@ -54,7 +54,8 @@ class PretrainDataset:
         self.path, self.seq_len, self.vocab_size = Path(path), seq_len, vocab_size
         if not self.path.is_file():
             found = "no plain file" if self.path.exists() else "no such token file"
-            raise InputError(f"{path}: {found}; make it with: python optimized_data_processing.py")
+            command = command_line("python", "optimized_data_processing.py", "--output_path", path)
+            raise InputError(f"{path}: {found}; make it with: {command}")
         self.manifest = read_manifest(path)
         layout = self.layout = find_layout(self.path, self.manifest)
         self._check_tokenizer(tokenizer_sha256)

@@ -1,6 +1,9 @@
 """Exceptions with a message for the user: the scripts print it as one line, without a traceback, and exit."""
 
+import os
 import re
+import shlex
+import subprocess
 
 MOST_CHARACTERS = 60  # of a value that is wrong, in a message
 MOST_OF_MESSAGE = 4000  # characters of a whole message: all wrong settings of a file are one
@@ -61,6 +64,12 @@ def _visible(match: re.Match) -> str:
 def first_line(error: BaseException) -> str:
     """What an exception says, on one line and cut where it is long; its kind where it says nothing."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def command_line(*words) -> str:
+    """A command as the user's shell takes it: words with spaces or signs are quoted."""
+    words = list(map(str, words))
+    return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
 
 
 def shown(value) -> str:

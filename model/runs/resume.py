@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from model.errors import InputError
+from model.errors import InputError, command_line
 from model.runs.folder import INTERRUPTED, all_checkpoints, started_at
 from model.runs.state import CHECKPOINT_VERSION, state_problem
 from model.storage.archive import load_torch
@@ -110,6 +110,7 @@ def check_fits(path: Path, checkpoint: Mapping, mine: Mapping[str, Mapping], opt
     Raises:
         InputError: naming what differs.
     """
+    anew = f"to begin a new run with its weights: {command_line('--init_from', path)}, another --out_dir, no --resume"
     its = {
         "config": checkpoint["config"],
         "data": checkpoint["data"],
@@ -124,17 +125,17 @@ def check_fits(path: Path, checkpoint: Mapping, mine: Mapping[str, Mapping], opt
             if here[key] != there.get(key) and key not in unknown
         ]
         if different:
-            raise InputError(f"{path} was made with another {title}: {'; '.join(different)}")
+            raise InputError(f"{path} was made with another {title}: {'; '.join(different)}; {anew}")
     before = checkpoint["settings"]["training"]["optimizer_type"]
     if before != optimizer_type:
-        raise InputError(f"{path} was made with optimizer_type {before}, not {optimizer_type}")
+        raise InputError(f"{path} was made with optimizer_type {before}, not {optimizer_type}; {anew}")
 
 
 def changed_settings(checkpoint: Mapping, training: TrainingSettings) -> list[str]:
     """'learning_rate 0.0003 -> 0.0001' for each setting of training that is not what it was."""
     before, now = checkpoint["settings"]["training"], dataclasses.asdict(training)
-    names = [name for name in now if name not in OF_THE_PLACE and now[name] != before.get(name)]
-    return [f"{name} {before.get(name)} -> {now[name]}" for name in names]
+    names = [name for name in before if name in now and name not in OF_THE_PLACE and now[name] != before[name]]
+    return [f"{name} {before[name]} -> {now[name]}" for name in names]
 
 
 def environment(world_size: int, dtype: torch.dtype, device: torch.device) -> dict:
