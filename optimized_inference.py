@@ -1,40 +1,41 @@
 """Generation: one decode loop for a single prompt, a stream, a batch and a chat.
 
-From top to bottom: what can be set (GenerationConfig), the loop (`decode`: token ids in, ids out), text around it
-(TextGenerator), and a model with its tokenizer from files (`load_generator`).
+From top to bottom: the loop (`decode`: token ids in, ids and text out), what a user calls (`TextGenerator`), and a
+model with its tokenizer from files (`load_generator`). What can be set is in `GenerationConfig`.
 """
 
-import contextlib
 import dataclasses
 import itertools
 import random
 from collections import defaultdict
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from model.errors import InputError
 from model.generation.engine import Engine
 from model.generation.generation_config import GenerationConfig
 from model.generation.rows import Rows
-from model.generation.sampling import sample
+from model.generation.sampling import Processor, sample
 from model.generation.scoring import Score, token_losses
 from model.generation.speed import Speed, Stopwatch
 from model.kv_cache import cache_bytes
 from model.LMConfig import LMConfig
 from model.model import Transformer
 from model.storage.files import size_text
-from model.text.chat_template import check_history, encode_chat, valid_text
+from model.text.chat_template import valid_text
 from model.text.detokenize import Text, new_detokenizer
-from model.text.tokenization import Delimiters, delimiters, encode_texts, end_ids, vocabulary_size
+from model.text.prompts import Message, PromptEncoder
+from model.text.tokenization import encode_texts, end_ids, vocabulary_size
 from model.weights import load_weights
 from model.weights.load import fitting_tokenizer
 from utils import pick_device, pick_dtype, say
 
 BATCH_BYTES = 4 << 30  # of the keys and values of all texts that are written at once
-CONTEXT_BYTES = 1 << 30  # of those of one text; a longer context has to be asked for
+CONTEXT_BYTES = 1 << 30  # of those of one text; a longer context must be asked for
 BATCH_SIZE = 16  # prompts that `batch_generate` holds in memory at once
 OUT_DIR = Path("out")
 DTYPES = ("float32", "bfloat16", "float16", "int8")
@@ -44,28 +45,20 @@ DTYPES = ("float32", "bfloat16", "float16", "int8")
 
 
 class Event(NamedTuple):
-    """What happened to the text of prompt `number`: a token was chosen, or it ended, or both."""
-
-    number: int
-    token: int | None  # None: the end, which is no part of the text
-    end: str | None  # as in Row; None: it goes on
-    logprob: float | None  # of the token that was chosen, the end included, where it was asked for
-
-
-class Piece(NamedTuple):
-    """The next piece of a text."""
+    """What a step did to one text: it got a token, or ended, or both."""
 
     number: int  # of its prompt
-    text: str  # may be "": a token often ends within a character
-    end: str | None  # with the last piece, why the text ended: "eos", "length", "stop_string" or "repeats"
-    event: Event  # that it came with
+    token: int | None  # None: the eos, which is no part of the text
+    text: str  # the characters that this token completes; may be "", since a token often ends within a character
+    end: str | None  # why the text ends: "eos", "length", "context", "stop_string" or "repeats"; None: it goes on
+    logprob: float | None  # of the token that was chosen, the eos included, where it was asked for
 
 
 class Sample(NamedTuple):
     """A whole text."""
 
     text: str
-    end: str  # as in Piece
+    end: str  # as in Event
     ids: list[int]
     logprobs: list[float]  # of the ids, where they were asked for
 
@@ -77,53 +70,79 @@ def decode(
     config: GenerationConfig,
     eos_ids: Sequence[int],
     rows: Rows | None = None,
-    stopped: Container[int] = (),
+    new_text: Callable[[Sequence[int]], Text] | None = None,
     own_seeds: bool = False,
 ) -> Iterator[Event]:
-    """Continue any number of prompts (ids, each of 1 to max_seq_len - 1 tokens); one that ends makes room for the next.
+    """Continue any number of prompts (ids, each of 1 to max_seq_len - 1 tokens): the only decode loop there is.
 
-    A text ends at an eos, after `max_new_tokens`, where it fills the context, or once the caller has put its number
-    into `stopped`. It is the text that its prompt gets alone, up to float rounding.
+    A text ends at an eos, after `max_new_tokens`, where it fills the context, or where its `Text` ends it. It is the
+    text that its prompt gets alone, up to float rounding. Events of one text come in order, those of several mixed.
 
     Args:
-        rows: where they are written; None: one at a time.
+        prompts: the next one is taken when a row is free.
+        rows: where the texts are written; None: one at a time.
+        new_text: makes, from a prompt's ids, what turns its tokens into text and may end it; None: ids only.
         own_seeds: text n draws from the seed plus n, so that equal prompts get different texts.
+
+    Raises:
+        InputError: the logits are not finite, or the settings leave no token to choose.
     """
+    config.check_ids(engine.config.vocab_size)
     rows = rows or Rows(engine, 1)
     rows.clear()
     processors, warpers = config.processors(eos_ids), config.warpers()
-    waiting = enumerate(prompts)
+    waiting = iter(enumerate(prompts))
     while True:
         for number, prompt in itertools.islice(waiting, rows.free):
-            seed = config.seed if config.seed is None or not own_seeds else (config.seed + number) % 2**63
-            engine.look_for_compiled(config.seed is not None)
-            generator = None if config.greedy else random.Random(seed)  # noqa: S311 (None: from fresh entropy)
-            rows.admit(number, prompt, config.max_new_tokens, generator)
+            rows.compiled = engine.compiled_for(repeatable=config.seed is not None)
+            generator = None if config.greedy else new_generator(config.seed, number if own_seeds else 0)
+            text = None if new_text is None else new_text(prompt)
+            rows.admit(number, prompt, config.max_new_tokens, generator, text)
         if not rows.rows:
             return
 
-        logits = rows.next_logits(not config.use_cache, repeatable=config.seed is not None)  # float32 [rows, V]
-        if not logits.amax(-1).isfinite().all():  # NaN counts as the largest
-            problem = "the weights give logits that are not finite: the training diverged, or the file is damaged"
-            raise InputError(problem)
-        given = logits
-        if processors:
-            tokens, output = rows.written()
-            for process in processors:
-                logits = process(logits, tokens, output)
-        generators = None if config.greedy else [row.generator for row in rows.rows]
-        chosen = sample(logits, generators, warpers)
+        logits = rows.next_logits(config.use_cache)  # float32 [rows, V]
+        scores = processed(logits, processors, rows)
+        chosen = sample(scores, None if config.greedy else [row.generator for row in rows.rows], warpers)
+        logprobs = chosen_logprobs(logits, chosen) if config.logprobs else [None] * len(chosen)
 
-        logprobs = [None] * len(chosen)
-        if config.logprobs:
-            picked = torch.tensor(chosen, device=given.device)[:, None]
-            logprobs = given.log_softmax(-1).gather(1, picked)[:, 0].tolist()
         rows.add(chosen, eos_ids)
         for row, token, logprob in zip(rows.rows, chosen, logprobs, strict=True):
-            yield Event(row.number, None if row.end == "eos" else token, row.end, logprob)
-            if row.end is None and row.number in stopped:
-                row.end = "stopped"
+            kept = None if row.end == "eos" else token
+            text = row.hear(kept)
+            yield Event(row.number, kept, text, row.end, logprob)
         rows.drop_ended()
+
+
+def new_generator(seed: int | None, number: int) -> random.Random:
+    """The generator that a text draws from; without a seed, from fresh entropy."""
+    return random.Random(None if seed is None else (seed + number) % 2**63)  # noqa: S311
+
+
+def processed(logits: Tensor, processors: Sequence[Processor], rows: Rows) -> Tensor:
+    """logits float32 [rows, V] after the bias and the penalties.
+
+    Raises:
+        InputError: the logits are not finite, or no token is left.
+    """
+    scores = logits
+    if processors:
+        tokens, output = rows.written()
+        for process in processors:
+            scores = process(scores, tokens, output)
+    if not scores.amax(-1).isfinite().all():  # NaN counts as the largest
+        if not logits.amax(-1).isfinite().all():
+            problem = "the weights give logits that are not finite: the training diverged, or the file is damaged"
+        else:
+            problem = "no token is left to choose: logit_bias, no_repeat_ngram_size or a penalty rules out all of them"
+        raise InputError(problem)
+    return scores
+
+
+def chosen_logprobs(logits: Tensor, chosen: Sequence[int]) -> list[float]:
+    """The log-probability of each row's token, as the model gives it."""
+    picked = torch.tensor(chosen, device=logits.device)[:, None]
+    return logits.log_softmax(-1).gather(1, picked)[:, 0].tolist()
 
 
 # -------------------------------------------------------------------------------------------------------------- text
@@ -133,15 +152,20 @@ class TextGenerator:
     """A model and its tokenizer: text in, text out.
 
     Args:
-        model: moved to `device`; None leaves it where it is.
+        model: moved to `device`; None leaves it where it is. It may be in training mode, and stays in its mode.
         tokenizer: a `transformers` fast tokenizer with an eos token.
         int8: hold the matrices as int8 (weight-only, a scale for each row); on a CPU.
-        compile: on a CPU, whether a compiled step writes single texts. True waits until it is compiled; None uses it
-            where it is there already or meanwhile, except with a seed, whose text must not depend on that.
+        compile: on a CPU, whether compiled code writes the texts. True waits until it is compiled; None uses it if it
+            is there or once it comes, except with a seed, whose text must not depend on that.
         begins_with_bos: prompts are read behind the tokenizer's bos, as the documents that the model was trained on.
 
+    Attributes:
+        speed: of the last text of generate or chat; None: it has no token.
+        end: why that text ended, as in Event; None: it was stopped from outside.
+        say: takes the lines on what is chosen; by default they go to stderr.
+
     Raises:
-        InputError: the tokenizer has ids that the model has no embedding for, or a damaged generation_config.json.
+        InputError: the tokenizer has ids without a row in the model's embedding, or a damaged generation_config.json.
     """
 
     def __init__(
@@ -158,11 +182,12 @@ class TextGenerator:
             raise InputError(f"the tokenizer has {needed} tokens, the model's embedding {rows} rows: they do not fit")
         self.model = model if device is None else model.to(device)
         self.tokenizer, self.eos_ids = tokenizer, end_ids(tokenizer)
-        self.delimiters = delimiters(tokenizer) if begins_with_bos else Delimiters(None, tokenizer.eos_token_id)
         self.int8, self.compile = int8, compile
-        self.speed: Speed | None = None  # of the last text of generate or chat
-        self._said_no_template = False
-        self._last_engine: Engine | None = None
+        self.say: Callable[[str], None] = say
+        self.prompts = PromptEncoder(tokenizer, model.config.max_seq_len, begins_with_bos, self._say)
+        self.speed: Speed | None = None
+        self.end: str | None = None
+        self._engine: Engine | None = None
         self._chat: Rows | None = None  # the row that remembers the chat so far
 
     def generate(
@@ -174,22 +199,23 @@ class TextGenerator:
     ) -> str:
         """Continue a prompt and return the new text, without the prompt.
 
-        An empty prompt is allowed: the model then begins a document of its own. With a callback, each piece of text
-        goes to it as soon as its characters are whole; `stream=True` without one prints the pieces to stdout.
+        An empty prompt is allowed: the model then begins a new document. A callback gets each piece of text as soon as
+        its characters are complete; `stream=True` without one prints the pieces to stdout.
 
         Raises:
             InputError: the prompt is longer than the context less one token.
         """
-        return self._generate(self.encode_prompt(prompt), config, _emitter(stream, callback))
+        ids = self.encode_prompt(prompt)
+        return self._whole_text(ids, config, _emitter(stream, callback), Rows(self.engine(), 1))
 
     def batch_generate(
         self, prompts: Sequence[str], config: GenerationConfig | None = None, batch_size: int = BATCH_SIZE
     ) -> list[str]:
         """Continue any number of prompts, `batch_size` at a time; results keep the prompts' order.
 
-        A prompt's result is the one it gets alone: rows are masked from their padding, and each row draws from its
-        own generator. (In float32; 16-bit arithmetic may choose differently where two tokens are nearly as likely.)
-        So with a seed, equal prompts get equal results.
+        A prompt's result is the one it gets alone: padding is masked, and each row draws from its own generator. (In
+        float32; 16-bit arithmetic may choose differently where two tokens are nearly as likely.) So with a seed, equal
+        prompts get equal results.
 
         Raises:
             InputError: a prompt is longer than the context less one token; nothing was generated then.
@@ -204,10 +230,10 @@ class TextGenerator:
     ) -> Iterator[str]:
         """The texts that follow prompts' ids, in their order, each as soon as it and those before it are done."""
         texts, done, next_one = defaultdict(str), set(), 0
-        for piece in self.pieces(prompts, config, self._rows(min(batch_size, len(prompts)))):
-            texts[piece.number] += piece.text
-            if piece.end is not None:
-                done.add(piece.number)
+        for event in self.events(prompts, config, self._rows(min(batch_size, len(prompts)))):
+            texts[event.number] += event.text
+            if event.end is not None:
+                done.add(event.number)
             while next_one in done:
                 done.remove(next_one)
                 yield texts.pop(next_one)
@@ -215,15 +241,15 @@ class TextGenerator:
 
     def chat(
         self,
-        history: Sequence[dict[str, str]],
+        history: Sequence[Message],
         config: GenerationConfig | None = None,
         stream: bool = False,
         callback: Callable[[str], None] | None = None,
     ) -> str:
         """Answer the last message of a history of `{"role": ..., "content": ...}`, in the tokenizer's chat template.
 
-        Where the history outgrows the context, its oldest turns are left out (see `fit_history`). A tokenizer
-        without a template gets plain continuation of the contents. `stream` and `callback` as in `generate`.
+        Where the history outgrows the context, its oldest turns are left out (see `fit_history`). Without a template
+        the contents are continued as plain text. `stream` and `callback` as in `generate`.
 
         Raises:
             InputError: the history is empty or malformed, the template refuses it, or its last message alone is
@@ -231,183 +257,99 @@ class TextGenerator:
         """
         ids = self.encode_chat(self.fit_history(history, config))
         self.prepare_chat(config)
-        return self._generate(ids, config, _emitter(stream, callback), self._chat_rows())
+        return self._whole_text(ids, config, _emitter(stream, callback), self._chat)
 
     def stream(self, prompt: str, config: GenerationConfig | None = None) -> Iterator[str]:
         """The pieces of `generate`'s text, one after another: `for piece in generator.stream("春风")`."""
-        ids = self.encode_prompt(prompt)  # what is wrong with the prompt is said now, not at the first piece
-        return (piece.text for piece in self.pieces([ids], config) if piece.text)
+        ids = self.encode_prompt(prompt)  # a prompt that cannot be used fails here, not at the first piece
+        return (event.text for event in self.events([ids], config, Rows(self.engine(), 1)) if event.text)
 
     def samples(self, prompt: str, n: int, config: GenerationConfig | None = None) -> list[Sample]:
-        """n continuations of a prompt, with their ids and why they ended; with a seed, each draws from one of its own.
+        """n continuations of a prompt, with their ids and why they ended; with a seed, sample k draws from seed + k.
 
         Raises:
             InputError: as `generate`.
         """
         prompts = [self.encode_prompt(prompt)] * n
         found = [Sample("", "", [], []) for _ in prompts]
-        for piece in self.pieces(prompts, config, self._rows(min(BATCH_SIZE, n)), own_seeds=True):
-            sample, event = found[piece.number], piece.event
+        for event in self.events(prompts, config, self._rows(min(BATCH_SIZE, n)), own_seeds=True):
+            sample = found[event.number]
             if event.token is not None:
                 sample.ids.append(event.token)
                 if event.logprob is not None:
                     sample.logprobs.append(event.logprob)
-            found[piece.number] = sample._replace(text=sample.text + piece.text, end=piece.end or "")
+            found[event.number] = sample._replace(text=sample.text + event.text, end=event.end or "")
         return found
 
     def score(self, text: str) -> Score:
-        """How well the model predicts a text of any length, as a document of its own."""
+        """How well the model predicts a text of any length, read as one document."""
         ids = encode_texts(self.tokenizer, [valid_text("the text", text)])[0]
-        with evaluation_mode(self.model):
-            nats = float(token_losses(self.engine(), [self.delimiters.before_text, *ids]).double().sum())
+        nats = float(token_losses(self.engine(), [self.prompts.delimiters.before_text, *ids]).double().sum())
         return Score(nats, len(ids), len(text.encode()))
 
+    def events(
+        self, prompts: Iterable[Sequence[int]], config: GenerationConfig | None, rows: Rows, own_seeds: bool = False
+    ) -> Iterator[Event]:
+        """Continue prompts' ids in text, as `decode` does."""
+        config = config or GenerationConfig()
+
+        def new_text(prompt: Sequence[int]) -> Text:
+            return Text(new_detokenizer(self.tokenizer, prompt), config.stop_strings, config.max_repeats)
+
+        return decode(rows.engine, prompts, config, self.eos_ids, rows, new_text, own_seeds)
+
+    def encode_prompt(self, prompt: str) -> list[int]:
+        """See PromptEncoder."""
+        return self.prompts.encode_prompt(prompt)
+
+    def encode_chat(self, history: Sequence[Message]) -> list[int]:
+        """See PromptEncoder."""
+        return self.prompts.encode_chat(history)
+
+    def fit_history(self, history: Sequence[Message], config: GenerationConfig | None = None) -> list[Message]:
+        """The history without its oldest turns, as far as they leave no room for an answer: see PromptEncoder.
+
+        The room is `max_new_tokens`, or half the context where that is less.
+        """
+        most = (config or GenerationConfig()).max_new_tokens
+        return self.prompts.fit_history(history, min(most, self.model.config.max_seq_len // 2))
+
     def prepare_chat(self, config: GenerationConfig | None = None) -> None:
-        """Before an answer begins: have compiled what reads it, in the background, or use it if it is there."""
-        repeatable = config is not None and config.seed is not None
-        if not repeatable:
-            self.engine().expect_more()
-        self.engine().look_for_compiled(repeatable)
+        """Have what reads a chat compiled in the background, or use it if it is there; `chat` does so by itself."""
+        engine = self.engine()
+        engine.compiled_for(repeatable=config is not None and config.seed is not None, more_to_come=True)
+        if self._chat is None:
+            self._chat = Rows(engine, 1, remembers=True)
 
     def engine(self) -> Engine:
-        """What reads tokens with the model's weights as they are now."""
-        if self._last_engine is None or not self._last_engine.fits(self.model, self.int8, self.compile):
-            self._last_engine, self._chat = Engine(self.model, self.int8, self.compile, say), None
-        return self._last_engine
+        """What reads tokens with the model's present weights; a new one if they changed, which forgets the chat."""
+        if self._engine is None or not self._engine.fits(self.model, self.int8, self.compile):
+            self._engine, self._chat = Engine(self.model, self.int8, self.compile, self._say), None
+        return self._engine
 
     def _rows(self, most: int) -> Rows:
-        """Room for so many texts, or as many as the memory for keys and values allows."""
+        """Room for `most` texts, or as many as the memory for keys and values allows."""
         fitting = BATCH_BYTES // (cache_bytes(self.model.config, self.model.dtype) * self.model.config.max_seq_len)
         return Rows(self.engine(), max(1, min(most, fitting)))
 
-    def _chat_rows(self) -> Rows:
-        """The row that remembers the chat so far, so that a turn reads only what is new; not if the weights changed."""
-        engine = self.engine()
-        if self._chat is None:
-            self._chat = Rows(engine, 1, remembers=True)
-        return self._chat
-
-    def _generate(
-        self,
-        ids: list[int],
-        config: GenerationConfig | None,
-        emit: Callable[[str], None] | None,
-        rows: Rows | None = None,
+    def _whole_text(
+        self, ids: list[int], config: GenerationConfig | None, emit: Callable[[str], None] | None, rows: Rows
     ) -> str:
-        rows = rows or Rows(self.engine(), 1)
-        whole, stopwatch = [], Stopwatch()
+        pieces, stopwatch, self.end = [], Stopwatch(), None
         try:
-            for piece in self.pieces([ids], config, rows):
+            for event in self.events([ids], config, rows):
                 stopwatch.token()
-                if piece.text:
-                    whole.append(piece.text)
+                self.end = event.end
+                if event.text:
+                    pieces.append(event.text)
                     if emit is not None:
-                        emit(piece.text)
+                        emit(event.text)
         finally:
             self.speed = stopwatch.speed()
-        return "".join(whole)
+        return "".join(pieces)
 
-    def fit_history(
-        self, history: Sequence[dict[str, str]], config: GenerationConfig | None = None
-    ) -> list[dict[str, str]]:
-        """The history without its oldest turns, where it would not leave room for an answer; a line says how many.
-
-        A turn is a user's message with what follows it. System messages at the start and the last turn stay. The room
-        is `max_new_tokens`, or half the context where that is less.
-
-        Raises:
-            InputError: as `chat`.
-        """
-        context = self.model.config.max_seq_len
-        room = min((config or GenerationConfig()).max_new_tokens, context // 2)
-        kept = check_history(history)
-        system = 0
-        while kept[system]["role"] == "system" and system < len(kept) - 1:
-            system += 1
-        while len(self.encode_chat(kept, check=False)) > context - room:
-            next_turn = system + 1
-            while next_turn < len(kept) and kept[next_turn]["role"] != "user":
-                next_turn += 1
-            if next_turn >= len(kept):
-                self.encode_chat(kept)  # one turn is left: less room for the answer, or an error if there is none
-                break
-            del kept[system:next_turn]
-        if len(kept) < len(history):
-            say(f"context of {context} tokens: the {len(history) - len(kept)} oldest messages of the chat are left out")
-        return kept
-
-    def encode_prompt(self, prompt: str) -> list[int]:
-        """`<bos> ids`, as documents begin in training. A control token that the prompt spells out stays text.
-
-        Without a bos `ids`; where there are none, the eos, after which documents begin.
-        """
-        return self._fitting("prompt", self._encode_start(valid_text("the prompt", prompt)))
-
-    def encode_chat(self, history: Sequence[dict[str, str]], check: bool = True) -> list[int]:
-        """A history's ids, up to where the answer begins. A control token that a content spells out stays text.
-
-        Raises:
-            InputError: as `chat`; with `check=False` any length is accepted.
-        """
-        contents = [message["content"] for message in history]
-        if not self.tokenizer.chat_template:
-            if not self._said_no_template:
-                say("this tokenizer has no chat template: the chat is continued as plain text")
-                self._said_no_template = True
-            ids = self._encode_start("\n".join(contents))
-        else:
-            ids = encode_chat(self.tokenizer, history)
-        return self._fitting("chat", ids) if check else ids
-
-    def pieces(
-        self,
-        prompts: Iterable[Sequence[int]],
-        config: GenerationConfig | None = None,
-        rows: Rows | None = None,
-        own_seeds: bool = False,
-    ) -> Iterator[Piece]:
-        """Continue prompts' ids in text, as `decode` does with the same arguments.
-
-        The pieces of one text follow each other; those of different texts mix.
-        """
-        config, started, stopped = config or GenerationConfig(), {}, set()
-
-        def known() -> Iterator[Sequence[int]]:
-            for number, prompt in enumerate(prompts):
-                started[number] = Text(new_detokenizer(self.tokenizer, prompt), config.stop_strings, config.max_repeats)
-                yield prompt
-
-        with evaluation_mode(self.model):
-            rows = rows or Rows(self.engine(), 1)
-            for event in decode(rows.engine, known(), config, self.eos_ids, rows, stopped, own_seeds):
-                text, end = started[event.number].add(event.token, event.end)
-                yield Piece(event.number, text, end, event)
-                if end is not None:
-                    stopped.add(event.number)
-                    del started[event.number]
-
-    def _encode_start(self, text: str) -> list[int]:
-        """Ids of a document that begins with this text."""
-        ids = [*self.delimiters.opening, *encode_texts(self.tokenizer, [text])[0]]
-        return ids or [self.delimiters.before_text]
-
-    def _fitting(self, what: str, ids: list[int]) -> list[int]:
-        context = self.model.config.max_seq_len
-        if len(ids) > context - 1:
-            most = f"the model's context of {context} takes at most {context - 1}"
-            raise InputError(f"the {what} has {len(ids)} tokens, {most}; shorten it")
-        return ids
-
-
-@contextlib.contextmanager
-def evaluation_mode(model: Transformer) -> Iterator[None]:
-    """Dropout off; afterwards the model is as it was, whatever happened."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
+    def _say(self, line: str) -> None:
+        self.say(line)
 
 
 def _emitter(stream: bool, callback: Callable[[str], None] | None) -> Callable[[str], None] | None:

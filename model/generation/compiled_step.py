@@ -1,185 +1,45 @@
-"""What is compiled for writing on a CPU: a whole step for one text, the attention of a step for several.
+"""Compiled code for generating on a CPU: where it is kept, how it is made in another process, and how it runs.
 
-The step is one C++ function, so that a token costs little beyond reading the weights. Each product is written as a
-multiplication and a sum over a row of the weight: torch.compile's C++ backend makes each a loop that streams the weight
-from memory, and puts all loops of the step into one parallel region. In eager PyTorch the same would need a temporary
-as large as the weight. For several texts oneDNN's products are better; what PyTorch has no fast kernel for is the
-attention of many short queries.
-
-Both are compiled for a shape, not for its weights: they are kept on disk, and find the weights where the model has
-them.
+python -m model.generation.compiled_step JOB    what `Compiler` starts
 """
 
+import ast
+import contextlib
 import dataclasses
+import functools
 import hashlib
+import importlib.util
 import json
 import os
 import platform
+import signal
+import subprocess
+import sys
 import tempfile
+import weakref
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from model.generation.int8 import quantized
+from model.children import OWN_GROUP
+from model.generation import decode_step
+from model.generation.decode_step import DecodeStep, compile_attention, compile_step
 from model.kv_cache import SPARE, KVCache
 from model.LMConfig import LMConfig
-from model.model import Transformer, TransformerBlock, apply_rope
+from model.model import Transformer
 from model.storage.files import cache_folder
 
-OPTIONS = {
-    "realize_reads_threshold": 0,  # what several loops read is computed once, not anew in each of their iterations
-    "aot_inductor.package_constants_in_so": False,  # the weights stay out of the file
-}
-
-
-def _normed(x: Tensor, gain: Tensor, eps: float) -> Tensor:
-    """RMSNorm in float32."""
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * gain.float()
-
-
-def _weighted(scores: Tensor, values: Tensor) -> Tensor:
-    """softmax(scores) values, [..., S] and [..., S, D] -> [..., D]; divided at the end, not in the loop over S."""
-    weights = (scores - scores.amax(-1, keepdim=True)).exp()
-    return (weights[..., None] * values).sum(-2) / weights.sum(-1, keepdim=True)
-
-
-class _Matrix(nn.Module):
-    """x [K] -> x Wᵀ + bias [N] in float32, of weights of any type."""
-
-    def __init__(self, linear: nn.Linear, int8: bool) -> None:
-        super().__init__()
-        weight, scale = linear.weight.detach(), None
-        if int8:
-            weight, scale = quantized(weight)
-        self.register_buffer("weight", weight)
-        self.register_buffer("scale", scale)
-        self.register_buffer("bias", None if linear.bias is None else linear.bias.detach())
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = (self.weight.float() * x).sum(-1)
-        if self.scale is not None:
-            y = y * self.scale
-        return y if self.bias is None else y + self.bias.float()
-
-
-class _Layer(nn.Module):
-    """A TransformerBlock for one token of one text."""
-
-    def __init__(self, block: TransformerBlock, config: LMConfig, int8: bool) -> None:
-        super().__init__()
-        self.config = config
-        for name in ("wq", "wk", "wv", "wo"):
-            self.add_module(name, _Matrix(getattr(block.attention, name), int8))
-        for name in ("w1", "w2", "w3"):
-            self.add_module(name, _Matrix(getattr(block.feed_forward, name), int8))
-        self.register_buffer("attention_norm", block.attention_norm.weight.detach())
-        self.register_buffer("ffn_norm", block.ffn_norm.weight.detach())
-        if config.qk_norm:
-            self.register_buffer("q_norm", block.attention.q_norm.weight.detach())
-            self.register_buffer("k_norm", block.attention.k_norm.weight.detach())
-        slots = config.max_seq_len + SPARE
-        device = block.attention_norm.weight.device
-        self.register_buffer("keys", torch.zeros(config.n_kv_heads, config.head_dim, slots, device=device))
-        self.register_buffer("values", torch.zeros(config.n_kv_heads, slots, config.head_dim, device=device))
-
-    def forward(self, x: Tensor, position: Tensor, tokens: int, cos: Tensor, sin: Tensor) -> Tensor:
-        """x float32 [dim] -> [dim]; position int64 [1], cos and sin [D / 2]."""
-        eps = self.config.norm_eps
-        x = x + self._attention(_normed(x, self.attention_norm, eps), position, tokens, cos, sin)
-        h = _normed(x, self.ffn_norm, eps)
-        return x + self.w2(F.silu(self.w1(h)) * self.w3(h))
-
-    def _attention(self, h: Tensor, position: Tensor, tokens: int, cos: Tensor, sin: Tensor) -> Tensor:
-        kv_heads, head_dim = self.config.n_kv_heads, self.config.head_dim
-        q = self.wq(h).view(-1, head_dim)  # [H, D]
-        k, v = self.wk(h).view(kv_heads, head_dim), self.wv(h).view(kv_heads, head_dim)  # [H_kv, D] each
-        if self.config.qk_norm:
-            eps = self.config.norm_eps
-            q, k = _normed(q, self.q_norm, eps), _normed(k, self.k_norm, eps)
-        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
-        self.keys.index_copy_(2, position, k[:, :, None])
-        self.values.index_copy_(1, position, v[:, None])
-
-        q = q.view(kv_heads, -1, head_dim, 1) * head_dim**-0.5  # [H_kv, H / H_kv, D, 1]
-        scores = (self.keys[:, None, :, :tokens] * q).sum(2)  # [H_kv, H / H_kv, S]
-        heads = _weighted(scores, self.values[:, None, :tokens])  # [H_kv, H / H_kv, D]
-        return self.wo(heads.flatten())
-
-
-class DecodeStep(nn.Module):
-    """The Transformer for the next token of one text; activations, keys and values in float32.
-
-    Args:
-        model: whose weights it shares.
-        int8: hold the matrices, except the embedding, as int8 (a copy).
-    """
-
-    def __init__(self, model: Transformer, int8: bool = False) -> None:
-        super().__init__()
-        self.config = model.config
-        self.layers = nn.ModuleList(_Layer(block, model.config, int8) for block in model.layers)
-        self.output = _Matrix(model.output, int8)
-        self.register_buffer("embedding", model.tok_embeddings.weight.detach())
-        self.register_buffer("norm", model.norm.weight.detach())
-        self.register_buffer("rope_cos", model.rope_cos)
-        self.register_buffer("rope_sin", model.rope_sin)
-
-    def forward(self, token: Tensor, position: Tensor, places: Tensor) -> Tensor:
-        """The logits that follow a token, float32 [V]. Its keys and values go into the caches.
-
-        Args:
-            token, position: int64 [1].
-            places: anything of as many numbers as the text has tokens, this one included: a length as a Python
-                number would be compiled in.
-        """
-        x = self.embedding[token][0].float()
-        cos, sin = self.rope_cos[position], self.rope_sin[position]  # [1, D / 2]
-        for layer in self.layers:
-            x = layer(x, position, places.shape[0], cos, sin)
-        return self.output(_normed(x, self.norm, self.config.norm_eps))
-
-
-class BatchAttention(nn.Module):
-    """The attention of one layer for the next token of several texts, which may stand at different positions."""
-
-    def __init__(self, config: LMConfig) -> None:
-        super().__init__()
-        self.heads = (config.n_heads, config.n_kv_heads, config.n_kv_heads)
-        self.head_dim = config.head_dim
-
-    def forward(
-        self, qkv: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, places: Tensor, keys: Tensor, values: Tensor
-    ) -> Tensor:
-        """The heads' outputs [B, 1, H * D]; the new keys and values go into the caches.
-
-        Args:
-            qkv: [B, 1, (H + 2 H_kv) * D], without qk_norm.
-            cos, sin: float32 [B, 1, 1, D / 2], of the positions.
-            positions: int64 [B], of the tokens.
-            places: int64 [S], 0 to the largest position.
-            keys, values: [B, H_kv, C, D], C more than S.
-        """
-        rows, tokens = qkv.shape[0], places.shape[0]
-        q, k, v = qkv.float().view(rows, 1, -1, self.head_dim).split(self.heads, dim=2)
-        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
-        row = torch.arange(rows)
-        keys[row, :, positions] = k[:, 0].type_as(keys)
-        values[row, :, positions] = v[:, 0].type_as(values)
-
-        q = q.view(rows, self.heads[1], -1, 1, self.head_dim) * self.head_dim**-0.5  # [B, H_kv, H / H_kv, 1, D]
-        scores = (keys[:, :, None, :tokens].float() * q).sum(-1)  # [B, H_kv, H / H_kv, S]
-        scores = torch.where(places <= positions[:, None, None, None], scores, -torch.inf)
-        heads = _weighted(scores, values[:, :, None, :tokens].float())  # [B, H_kv, H / H_kv, D]
-        return heads.view(rows, 1, -1).type_as(qkv)
+ROOT = Path(__file__).resolve().parents[2]  # which holds the package `model`
+NO_COMPILER = "there is no C++ compiler"
 
 
 class CompiledStep:
     """A compiled DecodeStep with a model's weights, and the keys and values of one text.
 
     Attributes:
-        reader: whose text that is; free to be set.
+        reader: the Rows whose text that is; to be set by whoever takes the step over.
     """
 
     def __init__(self, path: Path, model: Transformer, int8: bool = False) -> None:
@@ -191,14 +51,13 @@ class CompiledStep:
         for layer, keys, values in zip(step.layers, self.keys, self.values, strict=True):
             layer.keys, layer.values = keys, values
         self._places = torch.zeros(config.max_seq_len)
-        # What torch._inductor.aoti_load_package wraps: importing that takes a second, and its wrapper 50 µs a call.
-        self._function = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", False, 1, -1)
+        self._function = _loaded(path)
         tensors = dict(step.named_buffers(remove_duplicate=False))
         self._tensors = {name: tensors[name] for name in self._function.get_constant_fqns()}  # it keeps only pointers
         self._function.load_constants(self._tensors, use_inactive=False, check_full_update=True, user_managed=True)
 
     def read(self, cache: KVCache, begin: int, end: int) -> None:
-        """Take over what row 0 of a cache holds in these slots."""
+        """Copy the keys and values that row 0 of a cache holds in these slots."""
         if begin < end:
             self.keys[..., begin:end] = cache.keys[:, 0, :, begin:end].transpose(-1, -2)
             self.values[:, :, begin:end] = cache.values[:, 0, :, begin:end]
@@ -217,7 +76,7 @@ class CompiledAttention:
     """A compiled BatchAttention, for all layers."""
 
     def __init__(self, path: Path, model: Transformer) -> None:
-        self._function = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", False, 1, -1)
+        self._function = _loaded(path)
         self._places = torch.arange(model.config.max_seq_len)
 
     def __call__(
@@ -227,45 +86,82 @@ class CompiledAttention:
         return self._function.boxed_run([qkv, cos, sin, positions, self._places[: longest + 1], keys, values])[0]
 
 
-def compile_step(config: LMConfig, dtype: torch.dtype, int8: bool, path: Path) -> None:
-    """Compile the step of all models of that shape into a file, in half a minute or so."""
-    with torch.device("meta"):
-        step = DecodeStep(Transformer(config).to(dtype), int8)
-    token, position = (torch.zeros(1, dtype=torch.int64) for _ in range(2))  # one tensor twice would be one input
-    tokens = torch.export.Dim("tokens", min=2, max=config.max_seq_len)
-    _compile(step.to_empty(device="cpu"), (token, position, torch.zeros(9)), (None, None, {0: tokens}), path)
+def _loaded(path: Path):
+    # What torch._inductor.aoti_load_package wraps: importing that takes a second, and its wrapper 50 µs a call.
+    return torch._C._aoti.AOTIModelPackageLoader(str(path), "model", False, 1, -1)
 
 
-def compile_attention(config: LMConfig, dtype: torch.dtype, path: Path) -> None:
-    """The same for the attention of several texts."""
-    rows, slots, length = 6, config.max_seq_len + SPARE, min(9, config.max_seq_len)
-    heads = torch.zeros(rows, 1, (config.n_heads + 2 * config.n_kv_heads) * config.head_dim, dtype=dtype)
-    cos, sin = (torch.zeros(rows, 1, 1, config.head_dim // 2) for _ in range(2))
-    cache = torch.zeros(rows, config.n_kv_heads, slots, config.head_dim, dtype=dtype)
-    positions, places = torch.zeros(rows, dtype=torch.int64), torch.arange(length)
-    example = (heads, cos, sin, positions, places, cache, cache.clone())
-    by_row = {0: torch.export.Dim("rows", min=2, max=2**16)}
-    by_token = {0: torch.export.Dim("tokens", min=2, max=config.max_seq_len)}
-    _compile(BatchAttention(config), example, (by_row, by_row, by_row, by_row, by_token, by_row, by_row), path)
+class Compiled(NamedTuple):
+    """The compiled code of a model."""
+
+    step: CompiledStep  # for one text
+    attention: CompiledAttention  # for several
 
 
-@torch.no_grad()
-def _compile(module: nn.Module, example: tuple, dynamic_shapes: tuple, path: Path) -> None:
-    """Compile a module into a file, which is whole or not there."""
-    program = torch.export.export(module, example, dynamic_shapes=dynamic_shapes)
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        made = torch._inductor.aoti_compile_and_package(
-            program, package_path=str(Path(folder) / "compiled.pt2"), inductor_configs=OPTIONS
+# ---------------------------------------------------------------------------------------------------- the files
+
+
+class CompiledFiles(NamedTuple):
+    """Where the compiled code for a shape is kept, for this machine and these versions of the code and of PyTorch."""
+
+    step: Path
+    attention: Path
+
+    @classmethod
+    def of(cls, model: Transformer, int8: bool, cache_dtype: torch.dtype) -> "CompiledFiles":
+        """Those for a model of this shape and dtype, there or not."""
+        return cls(
+            _kept_path("step", model.config, model.dtype, int8),
+            _kept_path("attention", model.config, cache_dtype, False),
         )
-        os.replace(made, path)
+
+    def exist(self) -> bool:
+        return all(path.exists() for path in self)
+
+    def delete(self) -> None:
+        for path in self:
+            path.unlink(missing_ok=True)
+
+    def load(self, model: Transformer, int8: bool) -> Compiled:
+        """The code, bound to a model's weights.
+
+        Raises:
+            RuntimeError or OSError: a file is damaged.
+        """
+        attention = CompiledAttention(self.attention, model)
+        return Compiled(CompiledStep(self.step, model, int8), attention)
 
 
-def kept_path(kind: str, config: LMConfig, dtype: torch.dtype, int8: bool) -> Path:
-    """Where what was compiled for that shape is kept for this machine and this version of it and of PyTorch."""
+def _kept_path(kind: str, config: LMConfig, dtype: torch.dtype, int8: bool) -> Path:
+    """The file that holds one kind of compiled code; its name is a hash of all that the code depends on."""
     shape = {**dataclasses.asdict(config), "dropout": 0, "flash_attn": True}
     parts = [json.dumps(shape), str(dtype), str(int8), torch.__version__, str(torch.get_num_threads()), _processor()]
-    parts += [Path(__file__).read_text(encoding="utf-8")]
+    parts += [text for _, text in sorted(sources_of(decode_step.__name__).items())]
     return cache_folder() / f"{kind}_{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:24]}.pt2"
+
+
+@functools.cache
+def sources_of(module: str) -> dict[str, str]:
+    """The source of a module and of all of ours that it imports, directly or not, by name."""
+    package = module.partition(".")[0]
+    sources, waiting = {}, [module]
+    while waiting:
+        name = waiting.pop()
+        try:
+            spec = importlib.util.find_spec(name)
+        except ModuleNotFoundError:  # `from module import name`, where the name is no module
+            spec = None
+        if name in sources or spec is None or spec.origin is None:
+            continue
+        sources[name] = Path(spec.origin).read_text(encoding="utf-8")
+        for node in ast.walk(ast.parse(sources[name])):
+            names = []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.module is not None:
+                names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+            waiting += [name for name in names if name.partition(".")[0] == package]
+    return sources
 
 
 def _processor() -> str:
@@ -275,3 +171,82 @@ def _processor() -> str:
         return next(line for line in lines if line.startswith(("flags", "Features")))
     except (OSError, StopIteration):
         return f"{platform.machine()} {platform.processor()} {torch.backends.cpu.get_cpu_capability()}"
+
+
+# ------------------------------------------------------------------------------------------------- the compiler
+
+
+class Compiler:
+    """A process of low priority that compiles a model's code into its files; it ends with this process.
+
+    Ctrl-C in the terminal does not reach it: that stops what the user started.
+    """
+
+    def __init__(self, model: Transformer, int8: bool, cache_dtype: torch.dtype, files: CompiledFiles) -> None:
+        files.step.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        job = {
+            "config": dataclasses.asdict(model.config),
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "cache_dtype": str(cache_dtype).removeprefix("torch."),
+            "int8": int8,
+            "step": str(files.step),
+            "attention": str(files.attention),
+            "threads": torch.get_num_threads(),
+        }
+        self._errors = tempfile.TemporaryFile()
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "model.generation.compiled_step", json.dumps(job)],
+            cwd=ROOT,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=self._errors,
+            **OWN_GROUP,
+        )
+        weakref.finalize(self, _kill, self._process)
+
+    def wait(self) -> str | None:
+        """Wait for the files; returns as `problem`."""
+        self._process.wait()
+        return self.problem()
+
+    @property
+    def running(self) -> bool:
+        return self._process.poll() is None
+
+    def problem(self) -> str | None:
+        """Why the process that ended made no files, in a few words; None: it made them."""
+        code = self._process.returncode
+        if not code:
+            return None
+        self._errors.seek(0)
+        lines = self._errors.read().decode("utf-8", "replace").strip().splitlines()
+        if lines and "InvalidCxxCompiler" in lines[-1]:
+            return NO_COMPILER
+        if lines:
+            return lines[-1][:200]
+        return f"signal {-code}" if code < 0 else f"exit code {code}"
+
+
+def _kill(process: subprocess.Popen) -> None:
+    """End the compiler, and the C++ compiler that it started."""
+    if process.poll() is None:
+        if os.name == "posix":
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+        else:
+            process.kill()
+
+
+def _main() -> None:
+    job = json.loads(sys.argv[1])
+    if hasattr(os, "nice"):
+        os.nice(10)
+    torch.set_num_threads(job["threads"])
+    with contextlib.suppress(KeyboardInterrupt):
+        config, dtype = LMConfig(**job["config"]), getattr(torch, job["dtype"])
+        compile_attention(config, getattr(torch, job["cache_dtype"]), Path(job["attention"]))
+        compile_step(config, dtype, job["int8"], Path(job["step"]))
+
+
+if __name__ == "__main__":
+    _main()

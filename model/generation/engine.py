@@ -1,43 +1,42 @@
-"""What a model's tokens are read with: on a CPU its weights laid out anew, and its compiled step once there is one."""
+"""What reads tokens: on a GPU the model itself, on a CPU its weights laid out anew, and compiled code once it is there.
 
-import contextlib
-import dataclasses
-import json
-import os
-import subprocess
-import sys
-import tempfile
-import weakref
-from collections.abc import Callable
-from pathlib import Path
+All choices between these are made here, when a text begins (`Engine.compiled_for`).
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
-from model.children import OWN_GROUP
 from model.errors import InputError, first_line
-from model.generation.compiled_step import CompiledAttention, CompiledStep, compile_attention, compile_step, kept_path
+from model.generation.compiled_step import NO_COMPILER, Compiled, CompiledAttention, CompiledFiles, Compiler
 from model.generation.inference_model import InferenceModel
 from model.kv_cache import KVCache
 from model.LMConfig import LMConfig
 from model.model import Transformer
 
-WORTH_COMPILING = 500  # steps after which more are to be expected
+WORTH_COMPILING = 500  # eager steps after which more are to be expected
+ATTEMPTS = 2  # at compiling in the background: something may have killed the first
+CHECKSUM_WIDTH = 8191  # 64-bit words that are summed side by side; a prime, so that no row of a matrix repeats in it
+CHECKSUM_BLOCK = 64  # times that width; 4 MiB
+CHECKSUM_FACTOR = 6364136223846793005  # odd, of Knuth's MMIX generator
 
 
 class Engine:
     """A Transformer as `Rows` reads with it.
 
     Args:
-        model: not in training mode. Its weights are copied: make a new engine when they change (see `fits`).
+        model: its weights are copied on a CPU: make a new engine when they change (see `fits`). Dropout stays off
+            whatever mode the model is in, and the mode stays as it is.
         int8: hold the matrices as int8 with a scale for each row; on a CPU.
-        compile: on a CPU, whether compiled code reads single tokens (see `compiled_step.py`). True: wait for it;
-            False: never; None: where it is on the disk or comes there (it is made in the background for a chat and for
-            long texts), except for what must be repeatable.
-        say: where the choice between them is told, a line each time it changes.
+        compile: on a CPU, whether compiled code reads single tokens (see `decode_step.py`). True: wait for it; False:
+            never; None: where it is on the disk or comes there (it is compiled in the background for a chat and after
+            long texts), except for texts that must be repeatable.
+        say: takes a line on what is chosen, each time that changes.
 
     Raises:
-        InputError: int8 or a compiled step on a GPU, or `compile` is True and it cannot be compiled.
+        InputError: int8 or compiled code on a GPU, or `compile` is True and compiling fails.
     """
 
     def __init__(
@@ -50,26 +49,25 @@ class Engine:
         on_cpu = model.device.type == "cpu"
         if (int8 or compile) and not on_cpu:
             raise InputError(f"int8 and compiled code are for CPUs; the model is on {model.device}")
-        self._weights = _fingerprint(model)
+        self._made_of = _identity(model)
         self._model, self._int8, self._compile, self._say = model, int8, compile, say
         self._reader = InferenceModel(model, int8) if on_cpu else model
-        self._step: CompiledStep | None = None
-        self._attention: CompiledAttention | None = None
-        self._paths: tuple[Path, Path] | None = None  # of step and attention; None: there will be none
-        self._compiler: BackgroundCompiler | None = None
-        self._steps = 0
+        self._compiled: Compiled | None = None
+        self._files: CompiledFiles | None = None  # None: there will be no compiled code
+        self._compiler: Compiler | None = None  # while one runs
+        self._attempts = 0
+        self._eager_steps = 0
         if on_cpu and compile is not False:
-            self._paths = (
-                kept_path("step", model.config, model.dtype, int8),
-                kept_path("attention", model.config, self.dtype, False),
-            )
-            if compile and not self._on_disk():
+            self._files = CompiledFiles.of(model, int8, self.dtype)
+            if compile and not self._files.exist():
                 say("compiling the decode step, once for this shape and machine: half a minute or so")
-                self._new_compiler().wait()
+                if (problem := self._new_compiler().wait()) is not None:
+                    raise InputError(f"compile: the decode step cannot be compiled ({problem}); omit --compile")
 
     def fits(self, model: Transformer, int8: bool, compile: bool | None) -> bool:
-        """Whether this is an engine of that model, with the weights that it has now."""
-        return (self._int8, self._compile) == (int8, compile) and self._weights == _fingerprint(model)
+        """Whether this is an engine of that model with its present weights; reads them once, as a token does."""
+        same = (self._model is model, self._int8, self._compile) == (True, int8, compile)
+        return same and self._made_of == _identity(model)
 
     @property
     def config(self) -> LMConfig:
@@ -84,136 +82,116 @@ class Engine:
         """Of keys and values."""
         return self._reader.dtype
 
-    def hidden_states(self, tokens: Tensor, cache: KVCache, repeatable: bool = True) -> Tensor:
+    def hidden_states(
+        self, tokens: Tensor, cache: KVCache, compiled_attention: CompiledAttention | None = None
+    ) -> Tensor:
         """As Transformer.hidden_states.
 
         Args:
-            repeatable: compute them the same way each time, whether or not compiled code is there by now.
+            compiled_attention: for one token each of several texts.
         """
-        if tokens.shape[0] > 1 == tokens.shape[1] and self._may_use_compiled(repeatable):
-            return self._reader.hidden_states(tokens, cache, self._attention)
-        return self._reader.hidden_states(tokens, cache)
+        if compiled_attention is not None:
+            return self._reader.hidden_states(tokens, cache, compiled_attention)
+        self._eager_steps += tokens.shape[1] == 1
+        with evaluating(self._reader):
+            return self._reader.hidden_states(tokens, cache)
 
     def output(self, hidden: Tensor) -> Tensor:
         """hidden [..., dim] -> logits [..., V]."""
         return self._reader.output(hidden)
 
-    def step(self, repeatable: bool) -> CompiledStep | None:
-        """The compiled step for the next token of a single text, if it is there and to be used."""
-        return self._step if self._may_use_compiled(repeatable) else None
+    def compiled_for(self, repeatable: bool, more_to_come: bool = False) -> Compiled | None:
+        """The compiled code that is to read a text which now begins; None: eager code is.
 
-    def expect_more(self) -> None:
-        """Many more tokens will be written: have what reads them compiled meanwhile."""
-        if self._paths is None or self._step is not None or self._compiler is not None or self._on_disk():
-            return
-        self._compiler = self._new_compiler()
-        self._say("decoding: eager; a compiled step, which is faster, is made in the background and kept for later")
-
-    def _on_disk(self) -> bool:
-        return all(path.exists() for path in self._paths)
-
-    def _new_compiler(self) -> "BackgroundCompiler":
-        return BackgroundCompiler(self._model, self._int8, self.dtype, *self._paths)
-
-    def _may_use_compiled(self, repeatable: bool) -> bool:
-        """Whether there is compiled code for a step that eager code could take."""
-        if self._paths is None or (repeatable and not self._compile):
-            return False
-        self._steps += 1
-        return self._step is not None
-
-    def look_for_compiled(self, repeatable: bool) -> None:
-        """Use compiled code from now on if it is there. When a text begins: no text changes on its way."""
-        if self._paths is None or self._step is not None or (repeatable and not self._compile):
-            return
-        if self._steps >= WORTH_COMPILING:
-            self.expect_more()
-        if self._compiler is not None:
-            if not self._compiler.done():
-                return
-            if self._compiler.problem is not None:
-                self._say(f"decoding: eager; the step could not be compiled ({self._compiler.problem})")
-                self._paths = None
-                return
-        if self._on_disk():
-            step, attention = self._paths
-            try:
-                self._attention = CompiledAttention(attention, self._model)
-                self._step = CompiledStep(step, self._model, self._int8)
-                self._say(f"decoding: a compiled step, kept in {step.parent}")
-            except (RuntimeError, OSError) as error:  # a damaged file; it is only the faster way
-                self._say(f"decoding: eager; what was compiled cannot be used and is deleted ({first_line(error)})")
-                for path in self._paths:
-                    path.unlink(missing_ok=True)
-                self._paths = None
-
-
-class BackgroundCompiler:
-    """A process of low priority that compiles a model's step and attention into files; it ends with this one."""
-
-    def __init__(self, model: Transformer, int8: bool, cache_dtype: torch.dtype, step: Path, attention: Path) -> None:
-        step.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        job = {
-            "config": dataclasses.asdict(model.config),
-            "dtype": str(model.dtype).removeprefix("torch."),
-            "cache_dtype": str(cache_dtype).removeprefix("torch."),
-            "int8": int8,
-            "step": str(step),
-            "attention": str(attention),
-            "threads": torch.get_num_threads(),
-        }
-        self.problem: str | None = None
-        self._errors = tempfile.TemporaryFile()
-        root = str(Path(__file__).resolve().parents[2])
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "model.generation.engine", json.dumps(job)],
-            cwd=root,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=self._errors,
-            **OWN_GROUP,
-        )
-        weakref.finalize(self, self._process.kill)
-
-    def done(self) -> bool:
-        """Whether it has ended; `problem` then says why without a file, if so."""
-        if self._process.poll() is None:
-            return False
-        if self._process.returncode and self.problem is None:
-            self._errors.seek(0)
-            lines = self._errors.read().decode("utf-8", "replace").strip().splitlines()
-            self.problem = lines[-1][:200] if lines else f"exit code {self._process.returncode}"
-            if "InvalidCxxCompiler" in self.problem:
-                self.problem = "there is no C++ compiler"
-        return True
-
-    def wait(self) -> None:
-        """Wait for the file.
-
-        Raises:
-            InputError: it could not be made.
+        Args:
+            repeatable: the text must not depend on whether compiled code is there by now.
+            more_to_come: many tokens are to be expected, as in a chat: worth compiling for.
         """
-        self._process.wait()
-        self.done()
-        if self.problem is not None:
-            raise InputError(f"compile: the decode step could not be compiled ({self.problem}); leave --compile away")
+        if self._files is None or (repeatable and not self._compile):
+            return None
+        if self._compiled is None:
+            self._await_compiler()
+            if self._files is not None and self._compiler is None:
+                if self._files.exist():
+                    self._load()
+                elif more_to_come or self._eager_steps >= WORTH_COMPILING:
+                    self._compile_in_background()
+        return self._compiled
+
+    def _await_compiler(self) -> None:
+        """If the background compiler has ended: note why it failed, if it did."""
+        if self._compiler is None or self._compiler.running:
+            return
+        problem, self._compiler = self._compiler.problem(), None
+        if problem is None:
+            return
+        last = problem == NO_COMPILER or self._attempts == ATTEMPTS
+        self._say(f"decoding: eager; compiling the step failed ({problem}){'' if last else ', trying once more'}")
+        if last:
+            self._files = None
+
+    def _compile_in_background(self) -> None:
+        self._attempts += 1
+        if self._attempts == 1:
+            self._say("decoding: eager; a faster, compiled step is being made in the background and kept for later")
+        self._compiler = self._new_compiler()
+
+    def _new_compiler(self) -> Compiler:
+        return Compiler(self._model, self._int8, self.dtype, self._files)
+
+    def _load(self) -> None:
+        try:
+            self._compiled = self._files.load(self._model, self._int8)
+            self._say(f"decoding: a compiled step, kept in {self._files.step.parent}")
+        except (RuntimeError, OSError) as error:  # a damaged file; it is only the faster way
+            self._say(f"decoding: eager; the compiled step cannot be used and is deleted ({first_line(error)})")
+            self._files.delete()
+            self._files = None
 
 
-def _fingerprint(model: Transformer) -> list:
-    """Changes when a weight does."""
-    return [(parameter.data_ptr(), parameter._version) for parameter in model.parameters()]
+@contextmanager
+def evaluating(reader: Transformer | InferenceModel) -> Iterator[None]:
+    """No dropout within the block; afterwards each module is in the mode that it was in."""
+    training = [module for module in reader.modules() if module.training] if isinstance(reader, Transformer) else []
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
-def _main() -> None:
-    job = json.loads(sys.argv[1])
-    if hasattr(os, "nice"):
-        os.nice(10)
-    torch.set_num_threads(job["threads"])
-    with contextlib.suppress(KeyboardInterrupt):
-        config, dtype = LMConfig(**job["config"]), getattr(torch, job["dtype"])
-        compile_attention(config, getattr(torch, job["cache_dtype"]), Path(job["attention"]))
-        compile_step(config, dtype, job["int8"], Path(job["step"]))
+# ------------------------------------------------------------------------------------------- whether weights change
 
 
-if __name__ == "__main__":
-    _main()
+def _identity(model: Transformer) -> tuple[torch.device, bytes]:
+    """Differs once a weight does, however it was changed: PyTorch's own counter misses what `weight.data` changes."""
+    return model.device, checksum(model)
+
+
+@torch.no_grad()
+def checksum(model: torch.nn.Module) -> bytes:
+    """A hash of all weights, which depends on their order. It takes about the time of reading them once."""
+    total = torch.zeros(CHECKSUM_WIDTH, dtype=torch.int64, device=next(model.parameters()).device)
+    for parameter in model.parameters():
+        for block in _blocks(parameter):
+            # On a CPU NumPy's sum is twice as fast as PyTorch's.
+            sums = torch.from_numpy(block.numpy().sum(0)) if block.device.type == "cpu" else block.sum(0)
+            total = total * CHECKSUM_FACTOR + sums  # modulo 2**64
+    return total.cpu().numpy().tobytes()
+
+
+def _blocks(tensor: Tensor) -> Iterator[Tensor]:
+    """A tensor's bytes as int64 [CHECKSUM_BLOCK or less, CHECKSUM_WIDTH] each, the last one padded with zeros."""
+    data = tensor.detach().contiguous().view(-1).view(torch.uint8)
+    if data.storage_offset() % 8:
+        data = data.clone()
+    width = 8 * CHECKSUM_WIDTH
+    whole = len(data) // width * width
+    if whole:
+        yield from data[:whole].view(torch.int64).view(-1, CHECKSUM_WIDTH).split(CHECKSUM_BLOCK)
+    if whole < len(data):
+        rest = data.new_zeros(width)
+        rest[: len(data) - whole] = data[whole:]
+        yield rest.view(torch.int64)[None]

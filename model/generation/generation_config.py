@@ -88,6 +88,16 @@ class GenerationConfig:
     def greedy(self) -> bool:
         return not self.do_sample or self.temperature < GREEDY_BELOW
 
+    def check_ids(self, vocab_size: int) -> None:
+        """Refuse a bias for a token that the model lacks.
+
+        Raises:
+            InputError: naming the id and the vocabulary.
+        """
+        unknown = [index for index in self.logit_bias or {} if index >= vocab_size]
+        if unknown:
+            raise InputError(f"logit_bias: id {unknown[0]} found, the vocabulary has the ids 0 to {vocab_size - 1}")
+
     def processors(self, eos_ids: Sequence[int]) -> list[Processor]:
         """The bias and the penalties, in transformers' order."""
         processors: list[Processor] = []

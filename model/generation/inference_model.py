@@ -1,7 +1,7 @@
 """A Transformer for generating on a CPU: the same computation on weights that are laid out for it.
 
-Writing a token reads each weight once and computes little with it, so what counts is how fast memory is read. So
-matrices that read the same vector are one (query, key and value), and oneDNN holds each in the order in which it reads.
+A token reads each weight once and computes little with it, so what counts is how fast memory is read: matrices that
+multiply the same vector are joined (query, key and value), and oneDNN holds each in the order in which it reads.
 """
 
 from collections.abc import Callable
@@ -12,19 +12,18 @@ from torch import Tensor
 
 from model.attention import cached_attention
 from model.generation.compiled_step import CompiledAttention
-from model.generation.int8 import quantized
+from model.generation.decode_step import quantized
 from model.kv_cache import KVCache
 from model.LMConfig import LMConfig
 from model.model import Transformer, TransformerBlock, turned
 
 PACKED_FOR = 32  # rows that oneDNN lays a matrix out for; as fast for 1 or 512, where one laid out for 1 is not
 
-
 Attend = Callable[["_Layer", Tensor], Tensor]  # [B, T, (H + 2 H_kv) * D] -> [B, T, H * D]
 
 
 def packs(dtype: torch.dtype) -> bool:
-    """Whether oneDNN can hold matrices of this type in an order of its own here."""
+    """Whether oneDNN can pack matrices of this type on this machine."""
     if not torch.backends.mkldnn.is_available():
         return False
     if dtype == torch.bfloat16:
@@ -33,7 +32,7 @@ def packs(dtype: torch.dtype) -> bool:
 
 
 class Matrix:
-    """A weight [N, K] of x -> x Wᵀ + bias, packed by oneDNN where it can: a copy, twice to three times as fast as
+    """A weight [N, K] of x -> x Wᵀ + bias, packed by oneDNN where it can: a copy, two to three times as fast as
     F.linear."""
 
     def __init__(self, weight: Tensor, dtype: torch.dtype, bias: Tensor | None = None) -> None:
@@ -58,8 +57,8 @@ class Matrix:
 class Int8Matrix(Matrix):
     """A weight as int8 with a scale for each of its N rows: a quarter of float32's bytes to read.
 
-    Rounding is to nearest, the largest of a row being 127 ("absmax" of LLM.int8, Dettmers et al., 2022, for the weights
-    only). PyTorch's int8 product is fast for one row in bfloat16; all others use the same numbers as `dtype`.
+    Rounded to nearest, the largest of a row being 127 ("absmax" of LLM.int8, Dettmers et al., 2022, for the weights
+    only). PyTorch's int8 product is fast for one row in bfloat16; other products use the same numbers as `dtype`.
     """
 
     def __init__(self, weight: Tensor, dtype: torch.dtype, bias: Tensor | None = None) -> None:
@@ -78,11 +77,11 @@ class Int8Matrix(Matrix):
 
 
 class InferenceModel:
-    """What `Rows` asks of a Transformer, faster. It copies the weights: make a new one when they change.
+    """What `Rows` asks of a Transformer, but faster. It copies the weights: make a new one when they change.
 
     Args:
         model: on the CPU.
-        int8: hold the matrices as `Int8Matrix`; all else is bfloat16 then, or float32 where that is not fast.
+        int8: hold the matrices as `Int8Matrix`, all else in bfloat16, or in float32 where bfloat16 is slow.
     """
 
     def __init__(self, model: Transformer, int8: bool = False) -> None:
@@ -102,7 +101,7 @@ class InferenceModel:
         return self.embedding.device
 
     def hidden_states(self, tokens: Tensor, cache: KVCache, compiled: CompiledAttention | None = None) -> Tensor:
-        """As Transformer.hidden_states: tokens int64 [B, T], which go on from what the cache holds -> [B, T, dim].
+        """As Transformer.hidden_states: tokens int64 [B, T], which follow what the cache holds -> [B, T, dim].
 
         Args:
             compiled: attention for one token each of several texts.

@@ -1,4 +1,4 @@
-"""Texts in the making, a row each: what is written, and the keys and values of what the model has read of it."""
+"""The texts that are being written, a row each: their ids, and the keys and values of what the model has read."""
 
 import random
 from collections.abc import Sequence
@@ -7,10 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from model.generation.compiled_step import CompiledStep
+from model.generation.compiled_step import Compiled, CompiledStep
 from model.generation.engine import Engine
 from model.generation.sampling import PADDING
 from model.kv_cache import SPARE, KVCache
+from model.text.detokenize import Text
 
 
 @dataclass(slots=True)
@@ -18,30 +19,43 @@ class Row:
     """One text."""
 
     number: int  # of its prompt
-    length: int  # tokens that it has, and
-    start: int  # those of its prompt
-    limit: int  # at which it ends
+    text: Text | None  # turns its tokens into text, and may end it; None: ids only
+    length: int  # in tokens
+    start: int  # tokens of its prompt
+    limit: int  # tokens after which it ends, and
+    at_limit: str  # why: "length" or "context"
     generator: random.Random | None  # None: greedy
-    end: str | None = None  # why it ended: "eos", "length" or "stopped"
+    end: str | None = None  # why it ended: "eos", as at_limit, or a reason of `text`; None: it goes on
+
+    def hear(self, token: int | None) -> str:
+        """The characters that the newest token completes (None: the eos), after which `text` may end the row."""
+        if self.text is None:
+            return ""
+        piece, self.end = self.text.add(token, self.end)
+        return piece
 
 
 class Rows:
-    """Up to `capacity` texts, which a step of the model continues together; a text that ends makes room for another.
+    """Up to `capacity` texts, which one step of the model continues together; a text that ends makes room for another.
 
-    The first rows have been read but for their newest token, those after them not yet: `next_logits` reads both.
+    The first rows have been read except for their newest token, those after them not at all: `next_logits` reads both.
 
     Args:
-        engine: what reads them; its model's context limits each text.
-        remembers: keep the keys and values of a text that ended, for a text that begins with the same tokens. For one
-            row at a time: a chat, in which each turn begins with all the turns before it.
+        engine: reads them; its model's context limits each text.
+        remembers: keep the keys and values of a text that ended, for a text that begins with the same tokens. For a
+            single row: a chat, in which each turn begins with all the turns before it.
+
+    Attributes:
+        compiled: the compiled code that reads single tokens; None: eager code does.
     """
 
     def __init__(self, engine: Engine, capacity: int, remembers: bool = False) -> None:
         context = engine.config.max_seq_len
         self.engine, self.capacity, self.remembers = engine, capacity, remembers
         self.rows: list[Row] = []
-        self._read = 0  # rows that the cache knows
-        self._stepped = 0  # slots of the first row that the engine's compiled step knows too
+        self.compiled: Compiled | None = None
+        self._read = 0  # rows that the cache holds
+        self._stepped = 0  # slots of the first row that the compiled step holds too
         self._cache = KVCache(engine.config, capacity, context + SPARE, device=engine.device, dtype=engine.dtype)
         self._ids = torch.full((capacity, context), PADDING, device=engine.device)
 
@@ -58,42 +72,47 @@ class Rows:
         """Drop all texts; what is remembered of the last one stays."""
         self.rows, self._read = [], 0
 
-    def admit(self, number: int, prompt: Sequence[int], most: int, generator: random.Random | None) -> None:
-        """Begin a text with a prompt, to go on for at most so many tokens, as far as the context reaches."""
+    def admit(
+        self,
+        number: int,
+        prompt: Sequence[int],
+        max_new_tokens: int,
+        generator: random.Random | None,
+        text: Text | None = None,
+    ) -> None:
+        """Begin a text with a prompt; it ends after `max_new_tokens`, or where the context is full."""
         place = len(self.rows)
         ids = torch.tensor(prompt, device=self.device)
         known = self._begin_known(place, ids) if self.remembers else 0
         self._cache.lengths[place] = known
         self._ids[place] = PADDING
         self._ids[place, : len(ids)] = ids
-        limit = min(self.engine.config.max_seq_len, len(ids) + most)
-        self.rows.append(Row(number, len(ids), len(ids), limit, generator))
+        context, wanted = self.engine.config.max_seq_len, len(ids) + max_new_tokens
+        limit, at_limit = (wanted, "length") if wanted <= context else (context, "context")
+        self.rows.append(Row(number, text, len(ids), len(ids), limit, at_limit, generator))
 
     def _begin_known(self, place: int, ids: Tensor) -> int:
-        """How many tokens this row's cache has read already; the last one must be read for what follows it."""
+        """How many of these tokens the row's cache holds already; the last must be read again for its logits."""
         most = min(self._cache.lengths[place], len(ids) - 1)
         same = self._ids[place, :most] == ids[:most]
         return int(same.cumprod(0).sum())
 
-    def next_logits(self, anew: bool = False, repeatable: bool = False) -> Tensor:
-        """Read what is not read yet -> logits of each row's next token, float32 [rows, V].
+    def next_logits(self, use_cache: bool = True) -> Tensor:
+        """Read what is unread -> logits of each row's next token, float32 [rows, V].
 
         Args:
-            anew: read all of every text once more: slow, to compare with.
-            repeatable: compute them the same way each time, whether or not a compiled step is there by now.
+            use_cache: False: read all of every text again, which is slow, to compare with.
         """
-        if anew:
+        if not use_cache:
             self._read = 0
             self._cache.lengths = [0] * self.capacity
-        elif len(self.rows) == self._read == 1:
-            step = self.engine.step(repeatable)
-            if step is not None:
-                return self._step(step)
+        elif len(self.rows) == self._read == 1 and self.compiled is not None:
+            return self._step(self.compiled.step)
         logits = []
         if self._read:
-            logits.append(self._read_texts(0, self._read, repeatable))
+            logits.append(self._read_texts(0, self._read))
         if self._read < len(self.rows):
-            logits.append(self._read_texts(self._read, len(self.rows), repeatable))
+            logits.append(self._read_texts(self._read, len(self.rows)))
         self._read = len(self.rows)
         return torch.cat(logits)
 
@@ -106,10 +125,10 @@ class Rows:
         self._stepped = known + 1
         return step(self._ids[0, known : known + 1], self._cache)[None]
 
-    def _read_texts(self, begin: int, end: int, repeatable: bool) -> Tensor:
-        """Read these rows to their ends. All of them have as much to read, or nothing of them was read before.
+    def _read_texts(self, begin: int, end: int) -> Tensor:
+        """Read these rows to their ends. Each has one unread token, or nothing of any was read before.
 
-        Shorter ones are padded on the right, where causal attention keeps what is read from being seen.
+        Shorter ones are padded on the right, where causal attention hides the padding.
         """
         lengths = [row.length for row in self.rows[begin:end]]
         part = self._cache.part(begin, end)
@@ -119,9 +138,11 @@ class Rows:
         steps = torch.arange(max(unread), device=self.device)
         positions = torch.tensor(part.lengths, device=self.device)[:, None] + steps  # [rows, T]
         ids = self._ids[begin:end].gather(1, positions.clamp(max=self._ids.shape[1] - 1)).clamp(min=0)
-        hidden = self.engine.hidden_states(ids, part, repeatable)  # [rows, T, dim]
+        one_each = len(ids) > 1 == ids.shape[1]
+        attention = self.compiled.attention if self.compiled is not None and one_each else None
+        hidden = self.engine.hidden_states(ids, part, attention)  # [rows, T, dim]
         self._cache.lengths[begin:end] = lengths
-        last = hidden[:, -1]  # of single tokens, or of rows as long as each other
+        last = hidden[:, -1]  # of single tokens, or of rows of equal length
         if min(unread) < len(steps):
             last = hidden[list(range(len(lengths))), [count - 1 for count in unread]]
         return self.engine.output(last).float()  # the output layer is the widest: only where it is needed
@@ -147,10 +168,10 @@ class Rows:
             if token in eos_ids:
                 row.end = "eos"
             elif row.length == row.limit:
-                row.end = "length"
+                row.end = row.at_limit
 
     def drop_ended(self) -> None:
-        """Take the rows that ended out; the last ones move into their places."""
+        """Remove the rows that ended; the last ones move into their places."""
         for place in reversed(range(len(self.rows))):
             if self.rows[place].end is not None:
                 last = self.rows.pop()

@@ -178,7 +178,7 @@ def sample(
     """
     if generators is None:
         return logits.argmax(-1).tolist()
-    if any(isinstance(warper, TopK) and warper.k < logits.shape[-1] for warper in warpers):
+    if _can_draw_from_top_k(warpers, logits.shape[-1]):
         return _draw_from_top_k(logits, generators, warpers)
     for warper in warpers:
         logits = warper(logits)
@@ -187,11 +187,18 @@ def sample(
     return torch.searchsorted(sums, shares * sums[:, -1:], right=True)[:, 0].clamp(max=sums.shape[1] - 1).tolist()
 
 
+def _can_draw_from_top_k(warpers: Sequence[Processor], vocab_size: int) -> bool:
+    """Whether these are warpers that `_draw_from_top_k` knows, in the order in which it applies them."""
+    known = iter((Temperature, TopK, TopP, MinP))
+    in_order = all(type(warper) in known for warper in warpers)  # each looks only past the one before it
+    return in_order and any(type(warper) is TopK and warper.k < vocab_size for warper in warpers)
+
+
 def _draw_from_top_k(logits: Tensor, generators: Sequence[random.Random], warpers: Sequence[Processor]) -> list[int]:
-    """The same for a TopK and any of the other warpers, in plain Python on the logits that it leaves.
+    """The same for a TopK with any of Temperature, TopP and MinP, in plain Python on the logits that TopK leaves.
 
     A token may take a millisecond, in which the weights drive all else out of the processor's caches: each of the
-    thirty small tensor operations that the warpers are would cost 4 µs.
+    warpers' thirty small tensor operations would cost 4 µs.
     """
     settings = {type(warper): warper for warper in warpers}
     temperature = settings[Temperature].temperature if Temperature in settings else 1.0

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -9,12 +10,14 @@ import time
 import pytest
 import torch
 
+from model.generation.compiled_step import sources_of
+from model.generation.decode_step import BatchAttention, DecodeStep, quantized
 from model.generation.engine import WORTH_COMPILING, Engine
 from model.generation.inference_model import InferenceModel, packs
-from model.generation.int8 import quantized
 from model.generation.rows import Rows
 from model.kv_cache import KVCache
 from model.LMConfig import LMConfig
+from model.model import TransformerBlock, apply_rope
 from optimized_inference import GenerationConfig, TextGenerator, decode
 from tests.conftest import ROOT, random_model
 
@@ -90,6 +93,65 @@ def test_an_engine_belongs_to_the_weights_that_it_was_made_of(tiny_model):
     assert not engine.fits(tiny_model, False, None)
 
 
+def swap_rows(weight):
+    weight.data[[3, 7]] = weight.data[[7, 3]]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda weight: weight.data.copy_(weight.data + 1),  # which PyTorch's version counter does not see
+        lambda weight: weight.data.view(-1)[-1:].mul_(1 + 2**-23),  # one bit of one number
+        lambda weight: weight.data.neg_(),
+        swap_rows,
+        lambda weight: weight.data.copy_(weight.data.roll(1, 0)),
+        lambda weight: weight.data.copy_(weight.data.flip(1)),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_any_change_of_a_weight_is_seen(tiny_model, change, dtype):
+    model = tiny_model.to(dtype)
+    engine, weight = Engine(model), model.layers[1].attention.wq.weight
+    before = weight.detach().clone()
+    change(weight)
+    if torch.equal(before, weight):
+        pytest.skip("no change in this dtype")
+    assert not engine.fits(model, False, None)
+    weight.data.copy_(before)
+    assert engine.fits(model, False, None)
+
+
+def test_texts_come_from_the_weights_as_they_are(tiny_model, tokenizer):
+    generator = TextGenerator(tiny_model, tokenizer, compile=False)
+    generator.generate("中国", GREEDY)
+    other = random_model(tiny_model.config, seed=1)
+    for own, new in zip(tiny_model.parameters(), other.parameters(), strict=True):
+        own.data.copy_(new)
+    assert generator.generate("中国", GREEDY) == TextGenerator(other, tokenizer, compile=False).generate("中国", GREEDY)
+
+
+def test_an_abandoned_stream_leaves_each_module_in_its_mode(tiny_model, tokenizer):
+    """Also where the Transformer itself reads, as on a GPU: no dropout, and no mode changed between two pieces."""
+    tiny_model.config.dropout = tiny_model.layers[0].attention.dropout = 0.9
+    engine, texts = Engine(tiny_model, compile=False), []
+    for reader in (engine._reader, tiny_model):
+        engine._reader = reader
+        for training in (True, False):
+            tiny_model.train(training)
+            tiny_model.layers[1].train(not training)
+            modes = [module.training for module in tiny_model.modules()]
+            events = decode(engine, [[1, 17, 200]], GREEDY, [])
+            texts.append([next(events).token for _ in range(9)])
+            tiny_model.train(not training)  # what the user does meanwhile stays
+            next(events)
+            assert {module.training for module in tiny_model.modules()} == {not training}
+            tiny_model.train(training)
+            tiny_model.layers[1].train(not training)
+            events.close()
+            assert [module.training for module in tiny_model.modules()] == modes
+    assert all(text == texts[0] for text in texts)
+
+
 # ------------------------------------------------------------------------------------------------ the compiled step
 
 
@@ -163,15 +225,15 @@ def test_the_step_comes_in_the_background_and_not_for_a_seed(tiny_model, tokeniz
     long = GenerationConfig(do_sample=False, max_new_tokens=100)
     for _ in range(WORTH_COMPILING // 100 + 3):
         generator.generate("中国", long)
-    assert "is made in the background" in capsys.readouterr().err
+    assert "being made in the background" in capsys.readouterr().err
     deadline = time.monotonic() + 120
     while "a compiled step, kept in" not in (said := capsys.readouterr().err) and time.monotonic() < deadline:
         time.sleep(0.2)
         assert generator.generate("中国", GREEDY) == expected
     assert str(steps / "background") in said
 
-    step = generator.engine().step(repeatable=False)
-    assert step is not None and generator.engine().step(repeatable=True) is None
+    engine = generator.engine()
+    assert engine.compiled_for(repeatable=False) is not None and engine.compiled_for(repeatable=True) is None
     seeded = GenerationConfig(seed=4, max_new_tokens=30)
     plain = TextGenerator(tiny_model, tokenizer, compile=False)
     assert generator.generate("中国", seeded) == plain.generate("中国", seeded)
@@ -179,9 +241,9 @@ def test_the_step_comes_in_the_background_and_not_for_a_seed(tiny_model, tokeniz
 
 
 @needs_compiler
-def test_a_damaged_file_of_a_step_is_told_and_not_used(tiny_model, tokenizer, steps, capsys):
+def test_a_damaged_compiled_step_is_reported_and_not_used(tiny_model, tokenizer, steps, capsys):
     TextGenerator(tiny_model, tokenizer, compile=True).engine()  # there by now, or compiled here
-    path, _ = Engine(tiny_model, False, None)._paths
+    path, _ = Engine(tiny_model, False, None)._files
     whole = path.read_bytes()
     try:
         path.write_bytes(whole[: len(whole) // 2])
@@ -190,6 +252,60 @@ def test_a_damaged_file_of_a_step_is_told_and_not_used(tiny_model, tokenizer, st
     finally:
         path.write_bytes(whole)
     assert text == TextGenerator(tiny_model, tokenizer, compile=False).generate("中国", GREEDY)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="sessions are POSIX's")
+def test_a_killed_compiler_is_started_once_more_and_ctrl_c_does_not_reach_it(tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setenv("MATECONV_CACHE", str(tmp_path))
+    said = []
+    engine = Engine(tiny_model, say=said.append)
+    for expected in ("signal 9), trying once more", "signal 9)"):
+        assert engine.compiled_for(repeatable=False, more_to_come=True) is None
+        process = engine._compiler._process
+        assert os.getsid(process.pid) == process.pid != os.getsid(0)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        assert engine.compiled_for(repeatable=False) is None and said[-1].endswith(expected)
+    assert engine.compiled_for(repeatable=False, more_to_come=True) is None and engine._compiler is None
+
+
+def test_a_compiler_that_fails_twice_is_left_alone(tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setenv("MATECONV_CACHE", str(tmp_path))
+    monkeypatch.setattr("model.generation.compiled_step.sys.executable", shutil.which("false") or "false")
+    said = []
+    engine = Engine(tiny_model, say=said.append)
+    for _ in range(5):
+        assert engine.compiled_for(repeatable=False, more_to_come=True) is None
+        if engine._compiler is not None:
+            engine._compiler._process.wait()
+    assert [line.count("failed (exit code 1)") for line in said] == [0, 1, 1] and "once more" not in said[-1]
+
+
+def test_compiled_code_is_kept_for_all_the_sources_that_it_is_made_from():
+    sources = sources_of("model.generation.decode_step")
+    assert {"model.model", "model.attention", "model.kv_cache", "model.LMConfig"} <= sources.keys()
+    assert "model.weights.load" not in sources and all(name.startswith("model") for name in sources)
+    for module in (DecodeStep, BatchAttention, TransformerBlock, LMConfig, apply_rope, quantized, KVCache):
+        assert module.__module__ in sources
+
+
+def test_a_change_of_any_of_them_is_another_file(tmp_path):
+    shutil.copytree(ROOT / "model", tmp_path / "model", ignore=shutil.ignore_patterns("__pycache__"))
+    code = """if True:
+        import torch
+        from model.generation.compiled_step import CompiledFiles, sources_of
+        from model.LMConfig import LMConfig
+        from model.model import Transformer
+        names, model = set(), Transformer(LMConfig(dim=32, n_layers=1))
+        for changed in (None, "attention", "LMConfig", "kv_cache", "generation/decode_step"):
+            if changed is not None:
+                with open(f"model/{changed}.py", "a") as file:
+                    file.write("# changed")
+            sources_of.cache_clear()
+            names.add(CompiledFiles.of(model, False, torch.float32))
+        print(len(names))
+    """
+    assert subprocess.check_output([sys.executable, "-c", code], cwd=tmp_path).strip() == b"5"
 
 
 def test_without_a_compiler_texts_are_written_all_the_same(tmp_path, tiny_model, tokenizer_folder):

@@ -15,6 +15,7 @@ from model.generation.engine import Engine
 from model.generation.scoring import Score, token_losses
 from model.LMConfig import LMConfig
 from model.text.detokenize import repeats
+from model.text.prompts import PromptEncoder
 from model.text.tokenization import encode_texts, tokenizer_sha256
 from model.weights import Weights, load_weights, save_weights
 from optimized_inference import GenerationConfig, TextGenerator, load_generator
@@ -97,6 +98,9 @@ def test_rows_that_fill_the_context_stop_and_the_others_go_on(generator):
     long = "a" * (context - 5)
 
     alone = [generator.generate(prompt, everything) for prompt in (long, "中国")]
+    assert generator.end == "context"
+    generator.generate(long, GenerationConfig(do_sample=False, max_new_tokens=4))
+    assert generator.end == "length"
 
     assert generator.batch_generate([long, "中国"], everything) == alone
 
@@ -232,7 +236,7 @@ def test_a_turn_of_a_chat_reads_only_what_is_new(generator, tokenizer, monkeypat
         known = whole
 
     with torch.no_grad():
-        generator.model.output.weight.mul_(1.0)  # weights that changed have read nothing
+        generator.model.output.weight.mul_(2.0)  # weights that changed have read nothing
     read.clear()
     generator.chat(history, config)
     assert read[0] == len(generator.encode_chat(history))
@@ -260,6 +264,23 @@ def test_the_oldest_turns_leave_a_full_context_but_not_the_system_message(genera
     assert generator.chat(history, GenerationConfig(max_new_tokens=60)) is not None
     with pytest.raises(InputError, match="takes at most 127"):
         generator.chat(turns("字" * 200))
+
+
+def test_a_long_history_is_fitted_with_few_renderings(tokenizer):
+    """400 turns: a binary search, not a rendering for each turn that is dropped; and the most turns that fit."""
+    encoder, rendered = PromptEncoder(tokenizer, context=500), []
+    encode = encoder._encode
+    encoder._encode = lambda history: rendered.append(len(history)) or encode(history)
+    history = [{"role": "system", "content": "s"}, *turns(*(f"第{n}句" * (1 + n % 3) for n in range(799)))]
+
+    kept = encoder.fit_history(history, room=100)
+
+    assert len(rendered) <= 12 and kept[0] == history[0] and kept[1]["role"] == "user" and kept[-1] == history[-1]
+    assert len(encode(kept)) <= 400 < len(encode([history[0], *history[-len(kept) - 1 :]]))
+    for room in (1, 50, 300, 449, 480):  # as by trying one after another
+        begins = [n for n in range(1, len(history)) if history[n]["role"] == "user"]
+        slow = next((n for n in begins if len(encode([history[0], *history[n:]])) <= 500 - room), begins[-1])
+        assert encoder.fit_history(history, room) == [history[0], *history[slow:]]
 
 
 def test_without_a_template_the_chat_is_plain_continuation_and_says_so_once(generator, tokenizer, capsys):

@@ -156,6 +156,39 @@ def test_a_tie_with_the_kth_is_drawn_too():
     assert {sample(logits, [generator], [TopK(2)])[0] for _ in range(100)} == {0, 1, 2}
 
 
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_no_warper_is_dropped_beside_top_k(place):
+    """One that is not known to the fast way, or in another order or twice, is applied all the same."""
+
+    def only_the_third(logits, *_):
+        return logits.masked_fill(torch.arange(logits.shape[-1]) != 3, -torch.inf)
+
+    logits, generator = torch.tensor([[9.0, 8.0, 7.0, 6.0, 1.0]]), random.Random(0)
+    warpers = [Temperature(0.5), TopK(4)]
+    warpers.insert(place, only_the_third)
+    assert {sample(logits, [generator], warpers)[0] for _ in range(30)} == {3}
+    for warpers in ([TopK(4), Temperature(1e-3)], [TopK(4), TopK(1)], [TopP(0.01), TopK(4)]):
+        assert {sample(logits, [generator], warpers)[0] for _ in range(30)} == {0}
+
+
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        ({"logit_bias": {300: 1.0}}, "logit_bias: id 300 found, the vocabulary has the ids 0 to 299"),
+        ({"logit_bias": {0: 1.0, 10**9: 1.0}}, "logit_bias: id 1000000000 found"),
+        ({"logit_bias": dict.fromkeys(range(300), float("-inf"))}, "no token is left to choose"),
+        ({"logit_bias": {5: float("-inf")} | dict.fromkeys(range(10, 300), float("-inf")),
+          "no_repeat_ngram_size": 1}, "no token is left to choose"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("choice", [{"do_sample": False}, {"seed": 1}, {"seed": 1, "top_k": 0}])
+def test_settings_that_leave_no_token_are_one_line(tiny_model, settings, problem, choice):
+    config = GenerationConfig(**settings, **choice, max_new_tokens=50)
+    with pytest.raises(InputError, match=problem) as caught:
+        ids_of(tiny_model, [1, 50], config, eos_id=299)
+    assert "\n" not in str(caught.value)
+
+
 def ids_of(model, prompt, config, eos_id=2):
     return [event.token for event in decode(Engine(model), [prompt], config, [eos_id]) if event.token is not None]
 
