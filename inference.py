@@ -99,7 +99,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--model_path",
         type=path_flag,
         metavar="PATH",
-        help="weights or a checkpoint; a folder of transformers, a .gguf … (default: the newest under out/)",
+        help="weights or a checkpoint; a run's folder, one of transformers, a .gguf … (default: the newest in out)",
     )
     files.add_argument(
         "--tokenizer_path", type=path_flag, metavar="FOLDER", help="default: the one the weights were trained with"

@@ -31,13 +31,13 @@ from model.text.detokenize import Text, new_detokenizer
 from model.text.prompts import Message, PromptEncoder
 from model.text.tokenization import encode_texts, end_ids, vocabulary_size
 from model.weights import load_weights
+from model.weights.find import find_weights
 from model.weights.load import fitting_tokenizer
 from utils import pick_device, pick_dtype, say
 
 BATCH_BYTES = 4 << 30  # of the keys and values of all texts that are written at once
 CONTEXT_BYTES = 1 << 30  # of those of one text; a longer context must be asked for
 BATCH_SIZE = 16  # prompts that `batch_generate` holds in memory at once
-OUT_DIR = Path("out")
 DTYPES = ("float32", "bfloat16", "float16", "int8")
 
 
@@ -372,15 +372,15 @@ def load_generator(
     """A generator from files; one line on stderr for each choice that was made.
 
     Args:
-        model_path: weights or a checkpoint, ours, a folder of transformers, GGUF … (`model/weights`); None takes the
-            newest final weights under out/.
+        model_path: weights or a checkpoint, ours, a run's folder, a folder of transformers, GGUF … (`model/weights`);
+            None takes the newest weights under out/.
         tokenizer_path: a tokenizer's folder; None takes the one that the weights were trained with.
         device: None (or "auto") takes the fastest kind there is.
         dtype: of the weights in memory, a torch.dtype or its name; None is float32, in which a batch gives what
-            single prompts give. int8 is for CPUs: a fourth of the bytes to read for each token.
+            single prompts give. int8 is for CPUs: a quarter of the bytes to read for each token.
         compile: as in TextGenerator.
-        max_seq_len: of the context, at most the model's own; None takes that, as far as the keys and values of a text
-            then take no more than CONTEXT_BYTES.
+        max_seq_len: of the context, at most the model's own; None takes that, or less where the keys and values of one
+            text would take more than CONTEXT_BYTES.
 
     Raises:
         InputError: a file is missing, damaged, or does not fit the others; the device or dtype cannot be used.
@@ -395,9 +395,11 @@ def load_generator(
             f"dtype: int8 is for generating on a CPU, the device is {chosen_device}; give --device cpu too"
         )
     if compile and chosen_device.type != "cpu":
-        raise InputError(f"compile: the compiled step is for CPUs, the device is {chosen_device}; leave --compile away")
+        raise InputError(f"compile: the compiled step is for CPUs, the device is {chosen_device}; omit --compile")
     chosen_dtype, dtype_reason = pick_dtype("float32" if int8 else asked, chosen_device)
-    path = Path(model_path) if model_path is not None else newest_weights()
+    path, choice = find_weights(model_path)
+    if choice is not None:
+        say(choice)
     weights = load_weights(path)
     if weights.inferred:
         say(weights.inferred)
@@ -412,7 +414,7 @@ def load_generator(
 
 
 def _with_context(config: LMConfig, max_seq_len: int | None, dtype: torch.dtype) -> LMConfig:
-    """The shape with the context that was asked for, or one that is not out of all proportion."""
+    """The shape with the context that was asked for, or one whose keys and values take at most CONTEXT_BYTES."""
     if max_seq_len is not None and not 1 <= max_seq_len <= config.max_seq_len:
         raise InputError(f"max_seq_len: {max_seq_len} found, 1 to {config.max_seq_len} expected, the model's own")
     fitting = CONTEXT_BYTES // cache_bytes(config, dtype)
@@ -420,19 +422,6 @@ def _with_context(config: LMConfig, max_seq_len: int | None, dtype: torch.dtype)
         max_seq_len = fitting
         say(
             f"context {fitting:,} tokens of the model's {config.max_seq_len:,}: keys and values of a text take"
-            f" {size_text(CONTEXT_BYTES)} then; for another: --max_seq_len"
+            f" {size_text(CONTEXT_BYTES)} then; --max_seq_len sets another"
         )
     return config if max_seq_len is None else dataclasses.replace(config, max_seq_len=max_seq_len)
-
-
-def newest_weights() -> Path:
-    """The newest out/pretrain_*.pth, else out/best_model.pth."""
-    final = sorted(OUT_DIR.glob("pretrain_*.pth"), key=lambda path: path.stat().st_mtime)
-    best = OUT_DIR / "best_model.pth"
-    if final:
-        say(f"weights {final[-1].as_posix()}: the newest final weights under {OUT_DIR}/")
-        return final[-1]
-    if best.is_file():
-        say(f"weights {best.as_posix()}: no final weights (pretrain_*.pth) under {OUT_DIR}/ yet")
-        return best
-    raise InputError(f"no weights under {OUT_DIR}/: train first (python train.py), or give --model_path")

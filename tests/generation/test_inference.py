@@ -345,6 +345,31 @@ def test_the_best_model_serves_where_there_are_no_final_weights(in_run_folder, c
     assert "out/best_model.pth: no final weights" in capsys.readouterr().err
 
 
+def test_a_run_folder_means_its_newest_weights_and_a_missing_file_names_those_that_are_there(in_run_folder, capsys):
+    for folder in ("out", in_run_folder / "out"):
+        load_generator(folder)
+        assert "out/pretrain_64.pth: the newest final weights" in capsys.readouterr().err
+    with pytest.raises(InputError, match="^out/pretrain_512.pth: no such file; there are out/pretrain_64.pth$"):
+        load_generator("out/pretrain_512.pth")
+
+    earlier = in_run_folder / "out" / "previous" / "20260101T000000"
+    earlier.mkdir(parents=True)
+    for path in (in_run_folder / "out").glob("pretrain_64.*"):
+        path.rename(earlier / path.name)
+    for model_path in (None, "out"):
+        load_generator(model_path)
+        assert f"previous/{earlier.name}/pretrain_64.pth: the newest of the earlier runs" in capsys.readouterr().err
+    with pytest.raises(InputError, match=f"no such file; there are out/previous/{earlier.name}/pretrain_64.pth"):
+        load_generator("out/best_model.pth")
+
+    saved = load_weights(earlier / "pretrain_64.pth")
+    save_weights(in_run_folder / "out" / "checkpoint_step_9.pth", saved)
+    load_generator()
+    assert "out/checkpoint_step_9.pth: the newest checkpoint; no final or best weights" in capsys.readouterr().err
+    with pytest.raises(InputError, match="^none/pretrain_512.pth: no such file$"):
+        load_generator("none/pretrain_512.pth")
+
+
 def test_weights_without_a_description_say_what_was_read_off_them(in_run_folder, tokenizer_folder, capsys):
     (in_run_folder / "out" / "pretrain_64.json").unlink()
     load_generator("out/pretrain_64.pth", tokenizer_folder)
