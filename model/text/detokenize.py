@@ -7,16 +7,20 @@ and what a call returns cannot differ.
 import codecs
 from collections.abc import Sequence
 
-from model.text.tokenization import control_ids, is_byte_level
+from model.text.tokenization import byte_value, control_ids, is_byte_fallback, is_byte_level
 
-WINDOW = 8  # tokens of the prompt that a tokenizer other than byte-level BPE needs to see to place its spaces
-LONGEST_PASSAGE = 64  # tokens that are looked for again and again
-LONGEST_TAIL = 3  # bytes of a UTF-8 character that is not complete yet
+WINDOW = 8  # tokens that a tokenizer without bytes needs to see to place its spaces
+LONGEST_PASSAGE = 64  # tokens of a passage whose repeats end a text
+LONGEST_CHARACTER = 4  # bytes, and so at most as many tokens
 
 
-def new_detokenizer(tokenizer, prompt_ids: Sequence[int] = ()) -> "ByteLevelDetokenizer | WindowDetokenizer":
-    """The detokenizer for what follows `prompt_ids`: feed it with `push(id)`, end with `flush()`."""
-    return ByteLevelDetokenizer(tokenizer) if is_byte_level(tokenizer) else WindowDetokenizer(tokenizer, prompt_ids)
+def new_detokenizer(tokenizer, prompt_ids: Sequence[int] = ()) -> "ByteDetokenizer | WindowDetokenizer":
+    """The detokenizer for what follows `prompt_ids`: feed it with `push(id)`, end with `flush()`.
+
+    Where the prompt ends within a character, the text begins with that character.
+    """
+    in_bytes = is_byte_level(tokenizer) or is_byte_fallback(tokenizer)
+    return (ByteDetokenizer if in_bytes else WindowDetokenizer)(tokenizer, prompt_ids)
 
 
 def byte_alphabet() -> dict[str, int]:
@@ -33,65 +37,72 @@ def byte_alphabet() -> dict[str, int]:
 BYTE_ALPHABET = byte_alphabet()
 
 
-class ByteLevelDetokenizer:
+class ByteDetokenizer:
     """Tokens -> bytes -> an incremental UTF-8 decoder, which holds back only the bytes of an unfinished character.
 
-    Bytes that can't be UTF-8 become U+FFFD at once; a U+FFFD that the text really holds is a character like others.
+    For byte-level BPE, and for tokenizers that spell rare characters in byte tokens, as SentencePiece's do. Bytes that
+    can't be UTF-8 become U+FFFD at once; a U+FFFD that the text really holds is a character like others.
     """
 
-    def __init__(self, tokenizer) -> None:
-        self._token = tokenizer.backend_tokenizer.id_to_token
-        self._silent = control_ids(tokenizer)
+    def __init__(self, tokenizer, prompt_ids: Sequence[int] = ()) -> None:
+        self._backend, self._silent = tokenizer.backend_tokenizer, control_ids(tokenizer)
+        self._byte_level = is_byte_level(tokenizer)
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        before = [index for index in prompt_ids if index not in self._silent]
+        self._begun = bool(before)
+        for index in before[-LONGEST_CHARACTER:]:  # an unfinished character lies in these
+            self.push(index)
 
     def push(self, index: int) -> str:
         """Text that this token completes, often "". Control tokens and ids without a token give none."""
-        token = self._token(index)
+        token = self._backend.id_to_token(index)
         if token is None or index in self._silent:
             return ""
-        if all(character in BYTE_ALPHABET for character in token):
-            return self._decoder.decode(bytes(BYTE_ALPHABET[character] for character in token))
-        return self._decoder.decode(token.encode("utf-8"))  # an added token is spelled as plain text
+        content = self._in_alphabet(token) if self._byte_level else self._in_context(index, token)
+        self._begun = True
+        return self._decoder.decode(content)
 
     def flush(self) -> str:
         """What is still held back, as U+FFFD; afterwards a new text can begin."""
         return self._decoder.decode(b"", final=True)
 
+    def _in_alphabet(self, token: str) -> bytes:
+        if all(character in BYTE_ALPHABET for character in token):
+            return bytes(BYTE_ALPHABET[character] for character in token)
+        return token.encode("utf-8")  # an added token is spelled as plain text
+
+    def _in_context(self, index: int, token: str) -> bytes:
+        """A token's bytes; the decoder strips the space of one that begins a text."""
+        if (byte := byte_value(token)) is not None:
+            return bytes([byte])
+        if not self._begun:
+            return self._backend.decode([index]).encode("utf-8")
+        before = self._backend.token_to_id("<0x61>")
+        return self._backend.decode([before, index])[1:].encode("utf-8")
+
 
 class WindowDetokenizer:
-    """For other tokenizers: decode a short window with and without the new tokens; the difference is the new text.
+    """For other tokenizers, whose tokens are whole characters and whose spaces depend on what stands before.
 
-    The method is that of Hugging Face's text-generation-inference; but a U+FFFD at the end is held back for at most
-    LONGEST_TAIL tokens, since a byte token beyond these can't belong to the same unfinished character.
+    A short window is decoded with and without the new token: the difference is the new text.
     """
 
     def __init__(self, tokenizer, prompt_ids: Sequence[int] = ()) -> None:
-        self._tokenizer = tokenizer
-        self._silent = control_ids(tokenizer)
-        self._shown = list(prompt_ids[-WINDOW:])  # the window's tokens whose text is out
-        self._pending: list[int] = []  # those whose text is held back
+        self._tokenizer, self._silent = tokenizer, control_ids(tokenizer)
+        self._window = [index for index in prompt_ids if index not in self._silent][-WINDOW:]
 
     def push(self, index: int) -> str:
-        """Text that this token completes, often "". Control tokens give none."""
+        """The token's text. Control tokens give none."""
         if index in self._silent:
             return ""
-        self._pending.append(index)
-        text = self._pending_text()
-        if text.endswith("\ufffd") and len(self._pending) <= LONGEST_TAIL:
-            return ""
-        return self._show(text)
-
-    def flush(self) -> str:
-        """What is still held back."""
-        return self._show(self._pending_text())
-
-    def _show(self, text: str) -> str:
-        self._shown, self._pending = self._pending or self._shown, []
+        before = self._decode(self._window)
+        text = self._decode([*self._window, index])[len(before) :]
+        self._window = [*self._window, index][-WINDOW:]
         return text
 
-    def _pending_text(self) -> str:
-        before = self._decode(self._shown)
-        return self._decode(self._shown + self._pending)[len(before) :]
+    def flush(self) -> str:
+        """Nothing is ever held back."""
+        return ""
 
     def _decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -102,13 +113,13 @@ class Text:
 
     Args:
         detokenizer: for its tokens.
-        stop_strings: it ends before the first of them; what could be the beginning of one is held back.
-        max_repeats: it ends after a passage that came so many times in a row; 0: never.
+        stop_strings: the text ends before the first of them; what could be the beginning of one is held back.
+        max_repeats: the text ends after a passage that came this often in a row; 0: never.
     """
 
     def __init__(
         self,
-        detokenizer: "ByteLevelDetokenizer | WindowDetokenizer",
+        detokenizer: ByteDetokenizer | WindowDetokenizer,
         stop_strings: Sequence[str] = (),
         max_repeats: int = 0,
     ) -> None:
@@ -120,8 +131,8 @@ class Text:
         """The piece of text that may now be shown, and why the text ends.
 
         Args:
-            token: None: there is no more.
-            end: the model ends the text with this token, for this reason.
+            token: None where there is no more.
+            end: why the model ends the text with this token; None where it does not.
         """
         if token is not None:
             self._ids.append(token)
@@ -139,13 +150,13 @@ class Text:
         return piece, end
 
     def _beginning(self, stop: str) -> int:
-        """How many of the last characters are the beginning of this stop string."""
+        """How many of the last characters begin this stop string."""
         longest = min(len(stop) - 1, len(self._held))
         return next((count for count in range(longest, 0, -1) if self._held.endswith(stop[:count])), 0)
 
 
 def repeats(ids: Sequence[int], times: int) -> bool:
-    """Whether a list ends with one passage of at most LONGEST_PASSAGE ids so many times."""
+    """Whether a list ends with `times` repeats of one passage of at most LONGEST_PASSAGE ids."""
     for length in range(1, min(LONGEST_PASSAGE, len(ids) // times) + 1):
         tail = ids[len(ids) - length * times :]
         if tail[-1] == tail[-1 - length] and tail[length:] == tail[:-length]:

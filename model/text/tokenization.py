@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import logging
+import re
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from model.text.encoder import TextEncoder, check_growth, library_errors
 from model.text.gguf_tokenizer import unpacked_tokenizer
 from model.text.tokenizer_folder import check_sizes, read_ends, read_object
 
+BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")
 EMBEDDED_TOKENIZER = Path(__file__).parents[1] / "tokenizer"
 
 
@@ -235,23 +237,30 @@ def encode_texts(tokenizer, texts: Sequence[str]) -> list[list[int]]:
 
 
 def text_encoder(tokenizer) -> TextEncoder:
-    """The encoder of a `transformers` fast tokenizer; made once, and again if the tokenizer got more tokens."""
-    tokens = (len(tokenizer), tokenizer.bos_token, tokenizer.eos_token)
-    found = _ENCODERS.get(tokenizer)
-    if found is None or found[0] != tokens:
-        names = [tokenizer.bos_token, *tokenizer.convert_ids_to_tokens(end_ids(tokenizer))]
-        found = tokens, TextEncoder(tokenizer.backend_tokenizer.to_str(), list(filter(None, names)))
-        _ENCODERS[tokenizer] = found
-    return found[1]
+    """The encoder of a `transformers` fast tokenizer, which is made once."""
+    return _parts(tokenizer)[0]
 
 
-_ENCODERS: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # tokenizer -> (what it was made of, TextEncoder)
-
-
-def control_ids(tokenizer) -> set[int]:
+def control_ids(tokenizer) -> frozenset[int]:
     """Ids of the tokens that stand for no text, such as `<s>` and `</s>`."""
-    added = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return added | set(tokenizer.all_special_ids) | set(end_ids(tokenizer))
+    return _parts(tokenizer)[1]
+
+
+def _parts(tokenizer) -> tuple[TextEncoder, frozenset[int]]:
+    """What follows from a tokenizer; made anew if it was given more tokens meanwhile."""
+    made_of = (len(tokenizer), tokenizer.bos_token, tokenizer.eos_token)
+    known_of, parts = _PARTS.get(tokenizer, (None, None))
+    if known_of != made_of:
+        ends = end_ids(tokenizer)
+        names = [tokenizer.bos_token, *tokenizer.convert_ids_to_tokens(ends)]
+        encoder = TextEncoder(tokenizer.backend_tokenizer.to_str(), list(filter(None, names)))
+        special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+        parts = encoder, frozenset({*special, *tokenizer.all_special_ids, *ends})
+        _PARTS[tokenizer] = made_of, parts
+    return parts
+
+
+_PARTS: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # tokenizer -> (what it was made of, its parts)
 
 
 def token_byte_lengths(tokenizer) -> np.ndarray:
@@ -273,3 +282,14 @@ def is_byte_level(tokenizer) -> bool:
     """Whether the tokens are spelled in GPT-2's byte alphabet (byte-level BPE)."""
     decoder = tokenizer.backend_tokenizer.decoder
     return decoder is not None and "ByteLevel" in repr(decoder)
+
+
+def is_byte_fallback(tokenizer) -> bool:
+    """Whether characters without a token are spelled in tokens like `<0xE4>`, one a byte, as SentencePiece does."""
+    backend = tokenizer.backend_tokenizer
+    return "ByteFallback" in repr(backend.decoder) and backend.token_to_id("<0x61>") is not None
+
+
+def byte_value(token: str) -> int | None:
+    """The byte that a token like `<0xE4>` stands for; None for other tokens."""
+    return int(token[3:5], 16) if BYTE_TOKEN.fullmatch(token) else None

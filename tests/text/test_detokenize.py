@@ -5,7 +5,8 @@ import random
 import pytest
 
 from model.text.detokenize import BYTE_ALPHABET, new_detokenizer
-from model.text.tokenization import encode_texts
+from model.text.tokenization import encode_texts, load_tokenizer
+from tests.text.kinds import KINDS, write_tokenizer
 
 TEXTS = [
     "中国是一个历史悠久的国家。长江、黄河！",
@@ -84,3 +85,51 @@ def test_other_tokenizers_stream_whole_characters_too():
     broken = new_detokenizer(tokenizer)  # bytes that never become a character do not stall the stream
     pieces = [broken.push(emoji[1]) for _ in range(5)] + [broken.push(3)]
     assert "\ufffd" in "".join(pieces) and "".join(pieces).endswith("hello")
+
+
+PIECES = ["魑", "魅", "春", "风", "甲", "a", " ", "  ", "b c", "😀", "👩\u200d👧", "é", "\ufffd", "\n", "</s>"]
+
+
+@pytest.mark.parametrize("kind", ["byte-level BPE", "BPE with bytes", "Unigram with bytes"])
+def test_the_text_is_right_wherever_the_prompt_ends(tmp_path, kind):
+    """Also within a character: what a prompt's ids show, and what follows them, join to the whole."""
+    tokenizer = load_tokenizer(write_tokenizer(tmp_path, KINDS[kind]()))
+    dice = random.Random(1)
+    for _ in range(200):
+        text = "".join(dice.choices(PIECES, k=dice.randrange(1, 12)))
+        if kind == "Unigram with bytes":
+            text = text.lstrip(" ")  # this one takes a space at the start for its own
+        ids = encode_texts(tokenizer, [text])[0]
+        for cut in range(len(ids) + 1):
+            first, second = new_detokenizer(tokenizer, [1]), new_detokenizer(tokenizer, [1, *ids[:cut]])
+            before = "".join(map(first.push, ids[:cut]))
+            after = "".join(map(second.push, ids[cut:]))
+            assert before + after == text and second.flush() == ""
+
+
+def test_a_long_run_of_byte_tokens_before_the_answer(tmp_path):
+    """The window of tokens that an earlier version decoded began within a character here."""
+    tokenizer = load_tokenizer(write_tokenizer(tmp_path, KINDS["BPE with bytes"]()))
+    for prompt, answer in (
+        ("魑", "魅魍魉"),
+        ("魑魅", "魍魉"),
+        ("魑魅魍", "魉。"),
+        ("春风魑魅魍", "魉。"),
+        ("魑魅魍春风", "魉"),
+    ):
+        whole, ids = encode_texts(tokenizer, [prompt + answer, prompt])
+        detokenizer = new_detokenizer(tokenizer, [1, *ids])
+        assert [*map(detokenizer.push, whole[len(ids) :]), detokenizer.flush()][-1] == ""
+        detokenizer = new_detokenizer(tokenizer, [1, *ids])
+        assert "".join(map(detokenizer.push, whole[len(ids) :])) == answer
+
+
+@pytest.mark.parametrize("kind", ["WordPiece", "WordLevel", "Unigram"])
+def test_spaces_stand_where_a_whole_text_has_them(tmp_path, kind):
+    tokenizer = load_tokenizer(write_tokenizer(tmp_path, KINDS[kind]()))
+    for text in ("甲乙 a b 丙", "a", "甲乙甲 丙 < b"):
+        ids = encode_texts(tokenizer, [text])[0]
+        whole = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        for cut in range(len(ids) + 1):
+            first, second = new_detokenizer(tokenizer, [1]), new_detokenizer(tokenizer, [1, *ids[:cut]])
+            assert "".join(map(first.push, ids[:cut])) + "".join(map(second.push, ids[cut:])) == whole

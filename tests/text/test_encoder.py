@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import Regex, Tokenizer, normalizers
 
 from model.corpus.bulk_encoder import BulkEncoder, EncoderChoice, choose_encoder
 from model.errors import InputError
@@ -15,97 +15,16 @@ from model.text import encoder
 from model.text.chat_template import encode_chat
 from model.text.encoder import TextEncoder
 from model.text.tokenization import control_ids, encode_texts, load_bulk_tokenizer, load_tokenizer
-from tests.conftest import CHAT_TEMPLATE, ROOT
+from tests.conftest import ROOT
+from tests.text.kinds import KINDS, not_special, unigram, write_tokenizer
 
-BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 SPELLED = ["甲乙</s>丙丁", "</s>", "<s>", "<unk>", "a </s> b", "</s></s>", " <s> </s> ", "甲<unk>乙 <end> 丙", "x<end>"]
 PLAIN = ["甲乙丙丁", "a b", "  甲 < s > / ", "", "丙<", "/s>"]
 
 
-def special(*tokens: str) -> list[AddedToken]:
-    return [AddedToken(token, normalized=False, special=True) for token in tokens]
-
-
-def byte_level(ignore_merges: bool = False) -> Tokenizer:
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: n for n, token in enumerate(["<unk>", "<s>", "</s>", *alphabet, "</", "s>"])}
-    merges = [("<", "/"), ("s", ">")]
-    if not ignore_merges:  # what is merged can be a control token too
-        merges.append(("</", "s>"))
-    backend = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=ignore_merges))
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(r"\s"), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)]
-    )
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens(special("<unk>", "<s>", "</s>"))
-    return backend
-
-
-def byte_fallback() -> Tokenizer:
-    words = ["<unk>", "<s>", "</s>", *BYTES, "▁", *"甲乙春风"]
-    backend = Tokenizer(
-        models.BPE(
-            {token: n for n, token in enumerate(words)}, [], unk_token="<unk>", fuse_unk=True, byte_fallback=True
-        )
-    )
-    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    backend.decoder = decoders.Sequence(steps)
-    backend.add_special_tokens(special("<unk>", "<s>", "</s>"))
-    return backend
-
-
-def unigram(fallback: bool = False) -> Tokenizer:
-    words = ["▁", *"甲乙丙丁</>s"] if not fallback else ["▁", *"甲乙", *BYTES]
-    vocabulary = [(token, 0.0) for token in ("<unk>", "<s>", "</s>")] + [(word, -5.0) for word in words]
-    backend = Tokenizer(models.Unigram(vocabulary, unk_id=0, byte_fallback=fallback))
-    backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
-    backend.add_special_tokens(special("<unk>", "<s>", "</s>"))
-    return backend
-
-
-def words(kind: type) -> Tokenizer:
-    tokens = ["<unk>", "<s>", "</s>", "甲乙", "丙", "a", "b", "<", "##/", "##s", "##>", "</s", "##甲"]
-    backend = Tokenizer(kind({token: n for n, token in enumerate(tokens)}, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return backend  # its control tokens stand in the vocabulary only
-
-
-def not_special() -> Tokenizer:
-    """An eos that is an added token like others, and one that is not a control token."""
-    backend = unigram()
-    content = json.loads(backend.to_str())
-    content["added_tokens"][2]["special"] = False
-    common = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
-    content["added_tokens"] += [{"id": 12, "content": "<end>", **common}, {"id": 13, "content": "<思考>", **common}]
-    return Tokenizer.from_str(json.dumps(content))
-
-
-KINDS = {
-    "byte-level BPE": byte_level,
-    "byte-level BPE that takes whole words": lambda: byte_level(ignore_merges=True),
-    "BPE with bytes": byte_fallback,
-    "Unigram": unigram,
-    "Unigram with bytes": lambda: unigram(fallback=True),
-    "WordPiece": lambda: words(models.WordPiece),
-    "WordLevel": lambda: words(models.WordLevel),
-    "an eos that is not special": not_special,
-}
-
-
 @pytest.fixture(params=KINDS)
 def folder(request, tmp_path) -> Path:
-    return write(tmp_path, KINDS[request.param]())
-
-
-def write(folder: Path, backend: Tokenizer, **config) -> Path:
-    folder.mkdir(exist_ok=True)
-    (folder / "tokenizer.json").write_text(backend.to_str(), encoding="utf-8")
-    config = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "chat_template": CHAT_TEMPLATE} | config
-    (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
-    if backend.token_to_id("<end>") is not None:
-        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, backend.token_to_id("<end>")]}))
-    return folder
+    return write_tokenizer(tmp_path, KINDS[request.param]())
 
 
 def test_a_control_token_in_a_text_stays_text(folder):
@@ -129,20 +48,20 @@ def test_data_processing_and_prompts_give_the_same_ids(folder):
 
 def test_a_unigrams_ids_are_sentencepieces(tmp_path):
     """SentencePiece has control tokens in no trie: "</s>" is found as its four characters."""
-    tokenizer = load_tokenizer(write(tmp_path, unigram()))
+    tokenizer = load_tokenizer(write_tokenizer(tmp_path, unigram()))
     assert encode_texts(tokenizer, ["甲乙</s>丙丁"]) == [[3, 4, 5, 8, 9, 11, 10, 6, 7]]
     assert encode_texts(tokenizer, ["甲<unk>"]) == [[3, 4, 8, 0, 10]]  # "unk" has no tokens here
 
 
 def test_a_token_that_is_no_control_token_is_found_in_texts(tmp_path):
-    tokenizer = load_tokenizer(write(tmp_path, not_special()))
+    tokenizer = load_tokenizer(write_tokenizer(tmp_path, not_special()))
     assert encode_texts(tokenizer, ["甲<思考>乙"]) == [[3, 4, 13, 3, 5]]
 
 
 def test_no_text_becomes_a_control_token_of_whatever_name(tmp_path):
     """Some tokenizers name an ordinary character as their padding, and eos and bos are one in others."""
     config = {"bos_token": "</s>", "pad_token": "甲"}
-    tokenizer = load_tokenizer(write(tmp_path, unigram(), **config))
+    tokenizer = load_tokenizer(write_tokenizer(tmp_path, unigram(), **config))
     assert encode_texts(tokenizer, ["甲乙</s>"]) == [[3, 4, 5, 8, 9, 11, 10]]  # 甲 is a character
 
 
