@@ -6,6 +6,7 @@ import datetime
 import os
 import platform
 import random
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -300,7 +301,7 @@ class Processes:
             one_machine = os.environ.get("GROUP_WORLD_SIZE") == "1"
             attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if one_machine else "0"
             store = dist.PrefixStore(f"mateconv/{attempt}", shared)
-            self._wait_for_all(store, patience)
+            hosts = self._wait_for_all(store, patience)
             group = {"store": dist.PrefixStore("group", store), "rank": self.rank, "world_size": self.world_size}
             dist.init_process_group("nccl" if on_gpu else "gloo", timeout=group_timeout, **group)
             self._control = dist.new_group(backend="gloo", timeout=group_timeout)
@@ -312,7 +313,7 @@ class Processes:
 
             watched = dist.PrefixStore("watch", store.clone())
             kept_by = None if self._store_of_launcher else 0
-            self._watchdog = Watchdog(watched, self.rank, self.world_size, timeout, give_up, kept_by)
+            self._watchdog = Watchdog(watched, self.rank, hosts, timeout, give_up, kept_by)
 
     @property
     def _store_of_launcher(self) -> bool:
@@ -336,18 +337,24 @@ class Processes:
             reason = f"{keeper} could not be reached at {host}:{port} within {patience.total_seconds():g} s"
             raise ProcessLost(f"{reason}; {self.world_size} processes were expected") from error
 
-    def _wait_for_all(self, store, patience: datetime.timedelta) -> None:
-        """Wait until each process has said that it is here, so that the one that does not come can be named."""
+    def _wait_for_all(self, store, patience: datetime.timedelta) -> list[str]:
+        """Wait until every process has reported, and name those that do not; returns each rank's host."""
         import torch.distributed as dist
 
-        store.set(f"here/{self.rank}", "1")
+        store.set(f"here/{self.rank}", socket.gethostname())
         keys = [f"here/{rank}" for rank in range(self.world_size)]
         try:
             store.wait(keys, patience)
         except dist.DistStoreError as error:
-            missing = [str(rank) for rank, key in enumerate(keys) if not store.check([key])]
+            missing = [self._with_machine(rank) for rank, key in enumerate(keys) if not store.check([key])]
             reason = f"rank {', '.join(missing)} did not come within {patience.total_seconds():g} s"
             raise ProcessLost(f"{reason}; {self.world_size} processes were expected") from error
+        return [store.get(key).decode() for key in keys]
+
+    def _with_machine(self, rank: int) -> str:
+        """A rank that has not reported; where there are several machines, with the number of its own."""
+        machines = -(-self.world_size // self.local_world_size)
+        return f"{rank} (machine {rank // self.local_world_size} of 0 to {machines - 1})" if machines > 1 else str(rank)
 
     def close(self) -> None:
         """Leave the group."""
@@ -376,16 +383,26 @@ class Processes:
         if self._watchdog is not None and not isinstance(error, ProcessLost):
             self._watchdog.announce(str(error) or type(error).__name__)
 
-    def lost(self, error: RuntimeError) -> ProcessLost | None:
-        """What a connection that broke means: the process that is gone, by its rank; None for any other error."""
+    def lost(self, error: RuntimeError, exchanging: bool = False) -> ProcessLost | None:
+        """Which process is gone, where that is why `error` was raised; None: this process failed by itself.
+
+        gloo raises a plain RuntimeError for a broken connection, in the middle of a backward pass too. No word in its
+        text decides here: the watchdog knows whether another process has ended.
+
+        Args:
+            exchanging: the error came out of a collective of ours, which nothing else can fail.
+        """
         import torch.distributed as dist
 
-        words = ("gloo", "NCCL", "onnection", "imed out", "roken pipe", "process group", "Socket")
-        if self._control is None or not (isinstance(error, dist.DistError) or any(w in str(error) for w in words)):
+        if self._control is None:
             return None
+        certain = exchanging or isinstance(error, dist.DistError)
         if self._watchdog is not None:
-            return ProcessLost(self._watchdog.whom_to_blame())
-        return ProcessLost(f"another process ended or no longer answers ({first_line(error)})")
+            reason = self._watchdog.whom_to_blame() if certain else self._watchdog.who_is_gone()
+            return None if reason is None else ProcessLost(reason)
+        if certain:
+            return ProcessLost(f"another process ended or no longer answers ({first_line(error)})")
+        return None
 
     def all_sum(self, values: list[float]) -> list[float]:
         """Add each number up over all processes, in float64."""
@@ -470,8 +487,8 @@ class Processes:
         self.arrive()
         try:
             yield
-        except RuntimeError as error:  # gloo's word for a connection that broke or a wait that took too long
-            raise self.lost(error) or error from error
+        except RuntimeError as error:  # gloo's for a connection that broke or a wait that took too long
+            raise self.lost(error, exchanging=True) or error from error
 
     @contextlib.contextmanager
     def main_first(self) -> Iterator[None]:

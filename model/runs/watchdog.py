@@ -6,6 +6,7 @@ do: who died no longer writes, who hangs has the lowest count. Who finds out fir
 makes it look like the one that failed.
 """
 
+import os
 import queue
 import threading
 import time
@@ -21,7 +22,8 @@ class Watchdog:
 
     Args:
         store: shared by all processes, with a connection of its own for this thread (`Store.clone()`).
-        rank, world_size: of this process, and how many there are.
+        rank: of this process.
+        hosts: the name of each rank's machine.
         timeout: seconds in which no process came any further, after which this process gives up.
         give_up: called from the watching thread with what is wrong; it must end the process.
         kept_by: the rank that keeps the store; None: the launcher does.
@@ -31,12 +33,16 @@ class Watchdog:
         self,
         store,
         rank: int,
-        world_size: int,
+        hosts: list[str],
         timeout: float,
         give_up: Callable[[str], None],
         kept_by: int | None = 0,
     ) -> None:
-        self._store, self._rank, self._others = store, rank, [r for r in range(world_size) if r != rank]
+        self._store, self._rank, self._others = store, rank, [r for r in range(len(hosts)) if r != rank]
+        several = len(set(hosts)) > 1
+        launcher = f"the launcher on {os.environ.get('MASTER_ADDR')}" if several else "the launcher"
+        self._names = [f"{number} on {host}" if several else str(number) for number, host in enumerate(hosts)]
+        self._keeper = launcher if kept_by is None else f"rank {self._names[kept_by]}"
         self._timeout, self._give_up = timeout, give_up
         self._interval = min(1.0, timeout / 10)  # seconds between two looks
         self._kept_by, self._line = kept_by, _Line(min(REQUEST_SECONDS, timeout / 2))
@@ -71,7 +77,7 @@ class Watchdog:
 
     def announce(self, message: str) -> None:
         """Tell the other processes why this one ends."""
-        self._tell_others(f"rank {self._rank} failed: {message}")
+        self._tell_others(f"rank {self._names[self._rank]} failed: {message}")
 
     def _tell_others(self, message: str) -> None:
         """Say what went wrong, unless another process was first."""
@@ -91,7 +97,15 @@ class Watchdog:
         return self._heard
 
     def whom_to_blame(self) -> str:
-        """One sentence on the process that the others wait for; takes some seconds, to see who still writes."""
+        """One sentence on the process that the others wait for; takes some seconds, to see who still reports."""
+        gone = self.who_is_gone()
+        if gone is None:
+            gone = self._who_lags()
+            self._tell_others(gone)
+        return gone
+
+    def who_is_gone(self) -> str | None:
+        """One sentence on a process that has failed or no longer reports; None: all live. Takes some seconds."""
         before = {rank: self._report(rank) for rank in self._others}
         for _ in range(3):
             self._tell()  # the watch itself may be here
@@ -99,24 +113,28 @@ class Watchdog:
                 return heard
             time.sleep(self._interval)
         now = {rank: self._report(rank) for rank in self._others}
-        message = self._compare(before, now)
+        if not self._line.answers:
+            return f"{self._keeper} no longer answers"
+        silent = [rank for rank in self._others if now[rank] is None or now[rank] == before[rank]]
+        if not silent:
+            return None
+        last = now[silent[0]]
+        message = f"rank {self._listed(silent)} no longer answers" + (f" (last: {last[2]})" if last else "")
         self._tell_others(message)
         return message
 
-    def _compare(self, before: dict, now: dict) -> str:
-        """Who no longer writes or, where all do, who has come less far than the others."""
-        if not self._line.answers:
-            return f"{'the launcher' if self._kept_by is None else f'rank {self._kept_by}'} no longer answers"
-        silent = [rank for rank in self._others if now[rank] is None or now[rank] == before[rank]]
-        if silent:
-            last = now[silent[0]]
-            return f"rank {_listed(silent)} no longer answers" + (f" (last: {last[2]})" if last else "")
+    def _who_lags(self) -> str:
+        now = {rank: self._report(rank) or ("", self._count, "unknown") for rank in self._others}
         counts = {rank: int(report[1]) for rank, report in now.items()} | {self._rank: self._count}
         behind = [rank for rank, count in counts.items() if count == min(counts.values())]
         doing = self._doing if behind[0] == self._rank else now[behind[0]][2]
         if len(behind) == len(counts):
             return f"all processes hang in the same place ({doing})"
-        return f"rank {_listed(behind)} hangs in: {doing}"
+        return f"rank {self._listed(behind)} hangs in: {doing}"
+
+    def _listed(self, ranks: list[int]) -> str:
+        names = [self._names[rank] for rank in ranks]
+        return " and ".join(names) if len(names) < 3 else ", ".join(names)
 
     def _watch(self) -> None:
         reports, moved = {}, 0.0  # of the others, and when they last changed
@@ -191,7 +209,3 @@ class _Line:
                 reply.put((False, request()))
             except RuntimeError:  # torch's errors of the network and the store
                 reply.put((True, None))
-
-
-def _listed(ranks: list[int]) -> str:
-    return " and ".join(map(str, ranks)) if len(ranks) < 3 else ", ".join(map(str, ranks))

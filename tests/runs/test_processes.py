@@ -13,7 +13,8 @@ from tests.training.test_training import ONE_THREAD, torchrun
 flags, token_file = test_training.flags, test_training.token_file
 
 HEAD = """
-import os, sys, time
+import os, socket, sys, time
+socket.gethostname = lambda: os.environ.get("TEST_HOST", "here")
 from model.errors import InputError, ProcessLost
 from utils import Processes, run_command
 def give_up(message):
@@ -21,13 +22,13 @@ def give_up(message):
     os._exit(3)
 def main():
     processes = Processes()
-    processes.start(timeout=20, give_up=give_up)
+    processes.start(timeout=float(os.environ.get("TEST_TIMEOUT", 20)), give_up=give_up)
     rank = processes.rank
 """
 
 
-def ranks(body, count=2, environments=({}, {})):
-    """Run the lines in `count` processes that have met; each one's exit code, output and errors."""
+def ranks(body, environments=({}, {}), count=2):
+    """Run the lines in processes that meet as `count` ranks; each one's exit code, output and errors."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     indented = "".join(f"    {line}\n" for line in body.strip().splitlines())
@@ -44,7 +45,7 @@ def ranks(body, count=2, environments=({}, {})):
             stderr=subprocess.PIPE,
             text=True,
         )
-        for rank in range(count)
+        for rank in range(len(environments))
     ]
     ended = [process.communicate(timeout=120) for process in started]
     return [(process.returncode, *texts) for process, texts in zip(started, ended, strict=True)]
@@ -87,3 +88,45 @@ def test_without_a_manifest_all_ranks_stop_early_at_the_same_step(flags, token_f
     result = torchrun(flags(max_steps=100, resume="true", **options))
     assert result.returncode == 0 and "early stopping after step 16" in result.stderr, result.stderr
     assert "validation data" not in result.stderr
+
+
+MACHINES = [{"TEST_HOST": "node-a"}, {"TEST_HOST": "node-b"}]
+
+
+@pytest.mark.parametrize(("environments", "name"), [(({}, {}), "rank 1"), (MACHINES, "rank 1 on node-b")])
+def test_a_rank_that_dies_is_named_with_its_machine_where_there_are_several(environments, name):
+    body = """
+if rank == 1:
+    processes.beat("reading")
+    time.sleep(1.5)
+    os._exit(9)
+processes.barrier()
+"""
+    survivor, dead = ranks(body, environments)
+    assert dead[0] == 9
+    assert survivor == (3, "", f"error: {name} no longer answers (last: reading)\n")
+
+
+def test_a_rank_that_fails_is_named_with_what_it_said():
+    body = """
+if rank == 1:
+    error = InputError("a bad batch")
+    processes.announce(error)
+    raise error
+processes.barrier()
+"""
+    survivor, failed = ranks(body, MACHINES)
+    assert failed[0] == 2
+    assert survivor == (3, "", "error: rank 1 on node-b failed: a bad batch\n")
+
+
+def test_no_word_in_an_error_makes_a_lost_process_of_it():
+    body = 'print(processes.lost(RuntimeError("gloo: Connection reset by peer, NCCL Socket timed out")))'
+    assert ranks(body) == [(0, "None\n", "")] * 2
+
+
+def test_a_rank_that_never_comes_is_named_with_its_machine():
+    alone = {"LOCAL_WORLD_SIZE": "1", "TEST_TIMEOUT": "2"}
+    ((code, _, errors),) = ranks("", [alone])
+    assert code == 3
+    assert "rank 1 (machine 1 of 0 to 1) did not come within 2 s; 2 processes were expected" in errors
