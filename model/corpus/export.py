@@ -175,7 +175,7 @@ def _link_or_copy(source: Path, target: Path) -> str:
     # A temporary name that a crash left behind may be a link to the source: writing to it would destroy the source.
     temporary.unlink(missing_ok=True)
     with contextlib.suppress(OSError):
-        os.link(source, temporary)
+        os.link(os.path.realpath(source), temporary)  # of a link, its target
         os.replace(temporary, target)
         return "a hard link"
     temporary.unlink(missing_ok=True)

@@ -20,7 +20,8 @@ from model.storage.gguf_header import GGUFFile, Refused, StoredTensor, Value, si
 from model.text.gguf_tokenizer import write_tokenizer
 from model.text.tokenization import tokenizer_folder, tokenizer_sha256
 from model.weights.names import gather, gguf_name, in_halves, in_pairs, reordered
-from model.weights.shapes import read_shape
+from model.weights.shapes import COMMON, LLAMA3_FIELDS, check_expressible, read_shape
+from model.weights.tokenizer_copy import check_links
 from model.weights.weights import Weights
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ FORMATS = ("F32", "F16", "BF16", "Q8_0")  # that are written
 IN_HALVES = {"llama": False, "qwen2": True, "qwen3": True}  # of the architectures that are read
 MOST_LAYERS = 512  # that llama.cpp reads
 ROPE_TENSOR = "rope_freqs.weight"
-LLAMA3_KEYS = ("rope_factor", "rope_low_freq_factor", "rope_high_freq_factor", "rope_original_max_seq_len")
+EXPRESSED = (*COMMON, "head_dim", "norm_eps", "rope_theta", *LLAMA3_FIELDS, "tie_embeddings", "qk_norm", "qkv_bias")
 
 
 # --------------------------------------------------------------------------------------------------------- reading
@@ -145,10 +146,11 @@ def _llama3(config: LMConfig, fields: Mapping, factors: Tensor, path: Path) -> L
 
     Ours are written beside them; of other files those are tried that Llama 3.1 to 3.3 have.
     """
-    own = [single_value(fields, f"mateconv.{key}", int if key == LLAMA3_KEYS[3] else float) for key in LLAMA3_KEYS]
+    kinds = (float, float, float, int)
+    own = [single_value(fields, f"mateconv.{key}", kind) for key, kind in zip(LLAMA3_FIELDS, kinds, strict=True)]
     usual = [[factor, 1.0, 4.0, 8192] for factor in (8.0, 32.0)]
     for values in [own] if None not in own else usual:
-        shape = vars(config) | {"rope_scaling": "llama3"} | dict(zip(LLAMA3_KEYS, values, strict=True))
+        shape = vars(config) | {"rope_scaling": "llama3"} | dict(zip(LLAMA3_FIELDS, values, strict=True))
         tried = read_shape(shape, path)
         wanted = rope_factors(tried)
         if wanted.shape == factors.shape and torch.allclose(wanted, factors.float(), rtol=1e-5, atol=0):
@@ -196,11 +198,11 @@ def save_gguf(path: str | Path, weights: Weights, kind: str = "F32") -> list[str
     import gguf
 
     path, config = Path(path), weights.config
-    architecture = _architecture(config, path)
+    architecture, folder = _architecture(config, path), tokenizer_folder(weights.tokenizer_path)
+    check_links(folder)
     with replacing(path) as file:
         writer = gguf.GGUFWriter(file.name, architecture)  # which opens the file once more
         _write_shape(writer, config, kind, path.stem)
-        folder = tokenizer_folder(weights.tokenizer_path)
         remarks = write_tokenizer(writer, folder, config.vocab_size, weights.begins_with_bos)
         if config.rope_scaling == "llama3":
             writer.add_tensor(ROPE_TENSOR, rope_factors(config).numpy())
@@ -225,6 +227,7 @@ def _architecture(config: LMConfig, path: Path) -> str:
     Raises:
         InputError: there is none.
     """
+    check_expressible(config, path, "GGUF", EXPRESSED, {"rope_scaling": (None, "linear", "llama3")})
     name = "qwen3" if config.qk_norm else "qwen2" if config.qkv_bias else "llama"
     problems = []
     if config.qk_norm and config.qkv_bias:
@@ -274,6 +277,6 @@ def _write_shape(writer: "gguf.GGUFWriter", config: LMConfig, kind: str, name: s
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(config.rope_factor)
     elif config.rope_scaling == "llama3":
-        for key in LLAMA3_KEYS:
-            add = writer.add_uint32 if key == LLAMA3_KEYS[3] else writer.add_float32
-            add(f"mateconv.{key}", getattr(config, key))
+        for key in LLAMA3_FIELDS:
+            value = getattr(config, key)
+            (writer.add_uint32 if isinstance(value, int) else writer.add_float32)(f"mateconv.{key}", value)

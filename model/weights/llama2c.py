@@ -12,7 +12,6 @@ text is to be encoded and decoded elsewhere.
 import dataclasses
 import math
 import struct
-import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
@@ -24,11 +23,10 @@ from torch import Tensor
 from model.errors import InputError
 from model.LMConfig import LMConfig
 from model.model import rope_table
-from model.storage.archive import DAMAGE, load_torch, save_torch
-from model.storage.archive_checks import MAX_PICKLE_BYTES
+from model.storage.archive import load_torch, save_torch
 from model.storage.files import replacing
-from model.weights.names import check_expressible, on_cpu, plain_state_dict, whole_pair
-from model.weights.shapes import check_shapes, read_shape, weight_shapes
+from model.weights.names import on_cpu, plain_state_dict, whole_pair
+from model.weights.shapes import COMMON, check_expressible, check_shapes, read_shape, weight_shapes
 from model.weights.weights import Weights
 
 MAGIC, ZIP = b"24ka", b"PK\3\4"
@@ -50,30 +48,18 @@ TOKENIZER_NOT_KNOWN = "llama2.c's files name no tokenizer: the embedded one is t
 TOKENIZER_NOT_WRITTEN = "no tokenizer.bin is written, since it cannot hold a byte-level BPE: run.c needs one of its own"
 
 
-def is_llama2c_model(path: str | Path) -> bool:
-    """Whether a file is llama2.c's by its content; one cut off behind its header is. Token files are none."""
+def is_llama2c_bin(path: str | Path) -> bool:
+    """Whether a file is a `.bin` of llama2.c by its header, even if the rest is missing. Token files are not."""
     path = Path(path)
     if not path.is_file():
         return False
     with open(path, "rb") as file:
         start = file.read(LEGACY_HEADER.size)
-    if start.startswith(ZIP):
-        return _holds_model_args(path)
     if start.startswith(MAGIC):
         return True
     try:
         return len(start) == LEGACY_HEADER.size and bool(_config(LEGACY_HEADER.unpack(start), None, path))
     except InputError:
-        return False
-
-
-def _holds_model_args(path: Path) -> bool:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            records = [record for record in archive.infolist() if record.filename.endswith("/data.pkl")]
-            plain = all(r.compress_type == zipfile.ZIP_STORED and r.file_size <= MAX_PICKLE_BYTES for r in records)
-            return plain and any(b"model_args" in archive.read(record) for record in records)
-    except DAMAGE:
         return False
 
 
@@ -88,7 +74,7 @@ def load_llama2c(path: str | Path) -> Weights:
         raise InputError(f"{path}: {'a folder, a file expected' if path.is_dir() else 'no such file'}")
     with open(path, "rb") as file:
         if file.read(len(ZIP)) == ZIP:
-            return _load_checkpoint(path)
+            return of_checkpoint(load_torch(path), path)
         file.seek(0)
         state_dict, config = _read_bin(file, path)
     if config.tie_embeddings:
@@ -99,8 +85,12 @@ def load_llama2c(path: str | Path) -> Weights:
 # ----------------------------------------------------------------------------------------------------- a checkpoint
 
 
-def _load_checkpoint(path: Path) -> Weights:
-    content = load_torch(path)
+def of_checkpoint(content: Mapping, path: Path) -> Weights:
+    """The model in a `ckpt.pt`, as `load_torch` returns it.
+
+    Raises:
+        InputError: `model_args` does not describe it.
+    """
     values, model = content.get("model_args"), content.get("model")
     if not isinstance(values, Mapping) or not isinstance(model, Mapping):
         raise InputError(f"{path}: no model with its model_args inside; a checkpoint of llama2.c's train.py expected")
@@ -124,8 +114,7 @@ def save_llama2c_checkpoint(path: str | Path, weights: Weights) -> None:
         InputError: llama2.c's model cannot compute what this one does; or the file cannot be written.
     """
     config = weights.config
-    fixed = {**_fixed(config), "norm_eps": config.norm_eps, "tie_embeddings": True}
-    check_expressible(config, path, fixed, "llama2.c's model_args")
+    check_expressible(config, path, "llama2.c's model_args", (*COMMON, "norm_eps"), _only(config))
     names = (*SHAPE, "multiple_of", "norm_eps", "dropout")
     content = {
         "model": on_cpu(weights.state_dict),
@@ -135,6 +124,12 @@ def save_llama2c_checkpoint(path: str | Path, weights: Weights) -> None:
         "config": {"vocab_source": "custom", "vocab_size": config.vocab_size},
     }
     save_torch(path, content)
+
+
+def _only(config: LMConfig) -> dict[str, tuple]:
+    """The values that llama2.c's programs take for granted."""
+    values = {"head_dim": config.dim / config.n_heads, "rope_theta": 1e4, "norm_eps": 1e-5, "tie_embeddings": True}
+    return {name: (value,) for name, value in values.items()}
 
 
 # ----------------------------------------------------------------------------------------------------------- a .bin
@@ -178,14 +173,6 @@ def _read_bin(file: BinaryIO, path: Path) -> tuple[dict[str, Tensor], LMConfig]:
     return state_dict, config
 
 
-def _fixed(config: LMConfig) -> dict:
-    """What run.c computes whatever a file holds."""
-    return {
-        "head_dim": config.dim / config.n_heads, "qk_norm": False, "qkv_bias": False,
-        "rope_theta": 1e4, "rope_scaling": None, "norm_eps": 1e-5,
-    }  # fmt: skip
-
-
 def _parts(config: LMConfig, version: int) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Names and shapes of all that a file holds behind its header."""
     shapes = weight_shapes(dataclasses.replace(config, n_layers=1))
@@ -226,7 +213,7 @@ def save_llama2c(path: str | Path, weights: Weights, version: int = 0) -> None:
     config, state_dict = weights.config, weights.state_dict
     if version not in (0, 1, 2):
         raise InputError(f"version {version} of llama2.c's format asked for, 0, 1 or 2 expected")
-    check_expressible(config, path, _fixed(config), "llama2.c's .bin")
+    check_expressible(config, path, "llama2.c's .bin", (*COMMON, "tie_embeddings"), _only(config))
     group = math.gcd(config.dim, config.hidden_dim, GROUP) if version == 2 else 1
     numbers = [getattr(config, name) for name in SHAPE]
     if version:

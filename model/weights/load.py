@@ -15,7 +15,7 @@ from model.text.tokenization import (
 )
 from model.text.tokenizer_folder import same_tokenizer
 from model.weights.gguf import load_gguf
-from model.weights.llama2c import is_llama2c_model, load_llama2c
+from model.weights.llama2c import is_llama2c_bin, load_llama2c, of_checkpoint
 from model.weights.meta_folder import is_meta_folder, load_meta_folder
 from model.weights.minimind import recognise
 from model.weights.names import plain_state_dict
@@ -40,6 +40,8 @@ def load_weights(path: str | Path, given: Mapping[str, float] | None = None) -> 
     content, sidecar = load_torch(path), path.with_suffix(".json")
     if "progress" in content:
         weights = _of_checkpoint(content, path)
+    elif "model_args" in content:
+        weights = of_checkpoint(content, path)
     elif sidecar.is_file():
         weights = Weights(plain_state_dict(content, path), *read_sidecar(sidecar))
     else:
@@ -89,7 +91,7 @@ def load_foreign(path: Path) -> Weights | None:
         return load_meta_folder(path.parent)
     if is_gguf(path):
         return load_gguf(path)
-    return load_llama2c(path) if is_llama2c_model(path) else None
+    return load_llama2c(path) if is_llama2c_bin(path) else None
 
 
 def _has_config(folder: Path) -> bool:

@@ -8,9 +8,9 @@ from pathlib import Path
 from model.errors import InputError, shown
 from model.LMConfig import LMConfig
 from model.storage.archive import load_torch, save_torch
-from model.storage.files import read_json, write_json
-from model.weights.names import check_expressible, on_cpu, plain_state_dict, whole_pair
-from model.weights.shapes import check_shapes, read_shape
+from model.storage.files import new_folder, read_json, write_json
+from model.weights.names import on_cpu, plain_state_dict, whole_pair
+from model.weights.shapes import COMMON, check_expressible, check_shapes, read_shape
 from model.weights.weights import Weights
 
 PARAMS, PART, PARTS = "params.json", "consolidated.00.pth", "consolidated.*.pth"
@@ -124,15 +124,16 @@ def save_meta_folder(path: str | Path, weights: Weights) -> None:
         InputError: Meta's code would compute something else than the model; or the folder cannot be written.
     """
     path, config = Path(path), weights.config
-    fixed = {"head_dim": config.dim / config.n_heads, "qk_norm": False, "qkv_bias": False}
-    check_expressible(config, path, fixed | (_scaled_rope(config) if config.rope_scaling else {}), "Meta's params.json")
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise InputError(f"{path}: is there already, a new or an empty folder expected")
+    scaled = _scaled_rope(config)
+    only = {"head_dim": (config.dim / config.n_heads,), "rope_scaling": (None, scaled.pop("rope_scaling"))}
+    only |= {name: (value,) for name, value in scaled.items()}
+    check_expressible(config, path, "Meta's params.json", (*COMMON, "norm_eps", "rope_theta", "tie_embeddings"), only)
     params = {name: getattr(config, name) for name in FIELDS} | _hidden_dim_params(config)
     if config.rope_scaling:
         params["use_scaled_rope"] = True
-    save_torch(path / PART, on_cpu(weights.state_dict))
-    write_json(path / PARAMS, params)  # last: without it the folder is none of Meta's
+    with new_folder(path) as temporary:
+        save_torch(temporary / PART, on_cpu(weights.state_dict))
+        write_json(temporary / PARAMS, params)
 
 
 def _hidden_dim_params(config: LMConfig) -> dict:

@@ -172,19 +172,3 @@ def on_cpu(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
             moved[tensor.data_ptr()] = tensor.detach().to("cpu", torch.float32)
         result[key] = moved[tensor.data_ptr()]
     return result
-
-
-def check_expressible(config: LMConfig, path: str | Path, fixed: Mapping, place: str) -> None:
-    """See that a format which cannot say everything can say this.
-
-    Args:
-        fixed: what a config's fields must be.
-        place: where the others would have to stand, for the message.
-
-    Raises:
-        InputError: with every field that is something else.
-    """
-    others = [name for name, value in fixed.items() if getattr(config, name) != value]
-    if others:
-        told = ", ".join(f"{name} {shown(getattr(config, name))} (only {fixed[name]})" for name in others)
-        raise InputError(f"{path}: {place} cannot say {told}; a folder of transformers can")

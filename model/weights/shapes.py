@@ -1,6 +1,7 @@
 """The shape of a model as files describe it: read and checked before memory is taken for one."""
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from torch import Tensor
@@ -8,6 +9,14 @@ from torch import Tensor
 from model.errors import InputError, shown
 from model.LMConfig import LMConfig
 from model.options import checked_value, options_of
+
+# Fields of an LMConfig that do not change what given weights compute: a format may leave them out.
+UNNEEDED = ("multiple_of", "dropout", "flash_attn")
+# Fields that every format expresses.
+COMMON = ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "hidden_dim", "max_seq_len")
+# Fields that a rope_scaling uses, of those that it alone may use.
+LLAMA3_FIELDS = ("rope_factor", "rope_low_freq_factor", "rope_high_freq_factor", "rope_original_max_seq_len")
+SCALING_FIELDS = {None: (), "linear": ("rope_factor",), "llama3": LLAMA3_FIELDS}
 
 
 def read_shape(values, path: str | Path) -> LMConfig:
@@ -81,3 +90,32 @@ def check_shapes(state_dict: Mapping[str, Tensor], config: LMConfig, path: str |
             raise InputError(f"{path}: {key} is {shown(found)}, by its description {shown(shape)} expected")
         if not state_dict[key].is_floating_point():
             raise InputError(f"{path}: {key} holds {state_dict[key].dtype}, floating-point numbers expected")
+
+
+def check_expressible(
+    config: LMConfig, path: str | Path, place: str, expressed: Iterable[str], only: Mapping[str, tuple]
+) -> None:
+    """See that a format can express a shape, before anything is written.
+
+    A field that a format does not know must have its default, so that a new one is never left out without a word.
+
+    Args:
+        place: the part of the format that holds the shape, for the message.
+        expressed: the fields that it holds.
+        only: the values that it can express of the fields that it holds in part.
+
+    Raises:
+        InputError: naming every field that it cannot express.
+    """
+    used = SCALING_FIELDS.get(config.rope_scaling, LLAMA3_FIELDS)
+    if "rope_scaling" not in expressed and config.rope_scaling not in only.get("rope_scaling", (None,)):
+        used = ()  # one reason is enough
+    others = []
+    for field in dataclasses.fields(config):
+        name, value = field.name, getattr(config, field.name)
+        accepted = only.get(name, (field.default,))
+        needed = name not in (*UNNEEDED, *expressed) and (name not in LLAMA3_FIELDS or name in used)
+        if needed and value not in accepted:
+            others.append(f"{name} {shown(value)} (only {' or '.join(map(str, accepted))})")
+    if others:
+        raise InputError(f"{path}: {place} cannot express {', '.join(others)}; convert to another format")

@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+from model.errors import InputError
 from model.storage.files import read_json, write_json
 from model.text.tokenization import EMBEDDED_TOKENIZER, load_tokenizer, tokenizer_folder
 from model.weights.weights import Weights
@@ -17,10 +18,28 @@ FILES = (
 def copy_tokenizer(source: str | Path | None, target: Path) -> None:
     """Copy what makes a tokenizer from a folder (None: the embedded one's) into another."""
     folder = tokenizer_folder(source)
+    check_links(folder)
     target.mkdir(parents=True, exist_ok=True)
     for name in FILES:
         if (folder / name).is_file():
             shutil.copyfile(folder / name, target / name)
+
+
+def check_links(folder: Path) -> None:
+    """See that no file of a tokenizer is a link out of its folder: an export would give away what lies there.
+
+    In the Hugging Face cache the files of `snapshots/*/` are links into `blobs/`, which are followed.
+
+    Raises:
+        InputError: one is.
+    """
+    own = folder.resolve()
+    places = [own, own.parent.parent / "blobs"] if own.parent.name == "snapshots" else [own]
+    for file in (folder / name for name in FILES):
+        if file.is_file() and not any((found := file.resolve()).is_relative_to(place) for place in places):
+            raise InputError(
+                f"{file} is a link to {found}, outside its folder, and is not exported; copy it there first"
+            )
 
 
 def export_tokenizer(weights: Weights, target: Path) -> None:

@@ -16,7 +16,7 @@ from model.storage.archive import load_torch
 from model.storage.files import files_of_set, new_folder, read_json, write_json
 from model.text.tokenization import end_ids, load_tokenizer, tokenizer_sha256
 from model.weights.names import gather, in_halves, in_pairs, plain_names, reordered, transformers_name
-from model.weights.shapes import read_shape
+from model.weights.shapes import COMMON, LLAMA3_FIELDS, check_expressible, read_shape
 from model.weights.tokenizer_copy import adds_bos, export_tokenizer
 from model.weights.weights import Weights
 
@@ -33,6 +33,7 @@ LLAMA3 = {
     "high_freq_factor": "rope_high_freq_factor",
     "original_max_position_embeddings": "rope_original_max_seq_len",
 }
+EXPRESSED = (*COMMON, "head_dim", "norm_eps", "rope_theta", *LLAMA3_FIELDS, "tie_embeddings", "qk_norm", "qkv_bias")
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 
 
@@ -240,7 +241,9 @@ def save_transformers(
     """
     from safetensors.torch import save
 
-    state_dict, config = reordered(weights.state_dict, weights.config, in_halves), weights.config
+    config = weights.config
+    check_expressible(config, folder, "config.json", EXPRESSED, {"rope_scaling": (None, "linear", "llama3")})
+    state_dict = reordered(weights.state_dict, config, in_halves)
     if config.tie_embeddings:
         state_dict.pop("output.weight")
     tensors = {transformers_name(name): tensor.to("cpu", dtype).contiguous() for name, tensor in state_dict.items()}

@@ -1,6 +1,5 @@
 """Our own file of weights: a plain state dict, `X.pth`, and beside it `X.json` with the shape and the tokenizer."""
 
-import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -9,7 +8,7 @@ from torch import Tensor
 from model.errors import InputError, shown
 from model.LMConfig import LMConfig
 from model.storage.archive import save_torch
-from model.storage.files import write_json
+from model.storage.files import read_json, write_json
 from model.weights.names import on_cpu
 from model.weights.shapes import read_shape
 
@@ -54,19 +53,17 @@ def read_sidecar(path: str | Path) -> tuple[LMConfig, str | None, str | None, bo
     Raises:
         InputError: it is no such file, or holds what no shape or tokenizer has.
     """
+    described = read_json(Path(path), MAX_SIDECAR_BYTES)
     try:
-        with open(path, "rb") as file:
-            content = file.read(MAX_SIDECAR_BYTES + 1)
-        if len(content) > MAX_SIDECAR_BYTES:
-            raise ValueError(f"over {MAX_SIDECAR_BYTES:,} bytes")
-        described = json.loads(content)
         config, *tokenizer = (described[key] for key in ("config", "tokenizer_path", "tokenizer_sha256"))
         if any(value is not None and not isinstance(value, str) for value in tokenizer):
             raise TypeError(f"tokenizer {tokenizer!r}")
         begins_with_bos = described.get("begins_with_bos", True)  # earlier versions knew nothing else
         if not isinstance(begins_with_bos, bool):
             raise TypeError(f"begins_with_bos {begins_with_bos!r}")
-    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+    except (LookupError, TypeError) as error:
         reason = shown(f"{type(error).__name__}: {error}")[1:-1]
-        raise InputError(f"{path}: does not describe weights ({reason}); without it the shapes are read") from error
+        raise InputError(
+            f"{path}: does not describe weights ({reason}); remove it to have the shape read off"
+        ) from error
     return read_shape(config, path), *tokenizer, begins_with_bos

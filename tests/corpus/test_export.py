@@ -126,6 +126,22 @@ def test_tokens_are_not_stored_twice_where_links_are(tmp_path, monkeypatch):
     assert file_sha256(path) == file_sha256(tmp_path / "a.ds")
 
 
+def test_a_token_file_that_is_a_link_is_exported_with_its_tokens(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    path = write_token_file(tmp_path / "elsewhere" / "a.bin", DOCUMENTS)
+    here = tmp_path / "here"
+    here.mkdir()
+    for suffix in (".bin", ".json", ".ends"):
+        try:
+            (here / f"a{suffix}").symlink_to(path.with_suffix(suffix))
+        except OSError:
+            pytest.skip("no symbolic links")
+    export_nanotron(here / "a.bin", print)
+    assert not (here / "a.ds").is_symlink()
+    path.unlink()
+    assert read_datatrove(here / "a.ds") == DOCUMENTS
+
+
 def test_exporting_again_gives_the_same_and_leaves_nothing_behind(tmp_path):
     path = write_token_file(tmp_path / "a.bin", DOCUMENTS)
     for _ in range(2):

@@ -1,7 +1,9 @@
 """python -m model.convert as a user runs it, and the scripts with weights in another program's format."""
 
+import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -15,6 +17,9 @@ import inference
 import model.convert
 import train
 from model.dataset import PretrainDataset, hold_out
+from model.errors import InputError
+from model.LMConfig import LMConfig
+from model.options import setting
 from model.storage.archive import load_torch
 from model.text.tokenization import EMBEDDED_TOKENIZER, load_tokenizer, tokenizer_sha256
 from model.weights import load_weights, save_weights
@@ -164,6 +169,78 @@ def test_a_state_dict_without_a_description_is_told_its_heads(shop, tmp_path, he
     code, _, error = here(model.convert, tmp_path / "bare.pth", tmp_path / "x", "--n_heads", "4", "--max_seq_len=256")
     assert code == 0 and "given n_heads 4, max_seq_len 256" in error
     assert_same(load_weights(tmp_path / "x"), weights)
+
+
+@pytest.mark.parametrize("target", ["b", "b.gguf", "b.bin", "b.pt", "meta"])
+@pytest.mark.parametrize(
+    "field, value, message",
+    [
+        ("rope_scaling", "yarn", "rope_scaling 'yarn'"),
+        ("sandwich_norm", True, "sandwich_norm True (only False)"),
+        ("n_experts", 8, "n_experts 8 (only 0)"),
+    ],
+)
+def test_what_a_format_does_not_know_is_refused_by_name(shop, tmp_path, target, field, value, message):
+    """As of a field that LMConfig gets tomorrow."""
+    weights = load_weights(shop / "own.pth")
+    if field == "rope_scaling":
+        weights.config.rope_scaling = value
+    else:
+        kind = type(value)
+        tomorrow = dataclasses.make_dataclass(
+            "Tomorrow", [(field, kind, setting(kind(), "of tomorrow"))], bases=(LMConfig,)
+        )
+        weights.config = tomorrow(**vars(weights.config) | {field: value})
+    to = "meta" if target == "meta" else model.convert.SUFFIXES[os.path.splitext(target)[1]]
+    with pytest.raises(InputError, match=f"{target}: .* cannot express {re.escape(message)}"):
+        model.convert.write(to, tmp_path / target, weights)
+    assert not list(tmp_path.iterdir())
+    if field != "rope_scaling":
+        setattr(weights.config, field, kind())  # its default changes nothing
+        model.convert.write(to, tmp_path / target, weights)
+
+
+# ------------------------------------------------------------------------------------------- links in its tokenizer
+
+
+@pytest.fixture
+def linked(shop, tmp_path):
+    """A downloaded folder whose chat template is a link to a file of the user's."""
+    (tmp_path / "secret").write_text("{{ 'the key' }}")
+    folder = tmp_path / "download"
+    shutil.copytree(shop / "own" / "model", folder)
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    try:
+        (folder / "chat_template.jinja").symlink_to(tmp_path / "secret")
+    except OSError:
+        pytest.skip("no symbolic links")
+    return folder
+
+
+@pytest.mark.parametrize("target", ["out", "out.gguf", "out.pth"])
+def test_no_file_from_outside_is_exported(linked, tmp_path, here, target):
+    code, _, error = here(model.convert, linked, tmp_path / target)
+    assert code == 2 and "chat_template.jinja is a link to" in error and "outside its folder" in error
+    assert {path.name for path in tmp_path.iterdir()} == {"secret", "download"}
+
+
+def test_links_within_a_folder_and_the_hugging_face_cache_are_followed(shop, tmp_path, here):
+    cache = tmp_path / "models--own--model"
+    snapshot = cache / "snapshots" / "0123abcd"
+    (cache / "blobs").mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for number, file in enumerate((shop / "own" / "model").iterdir()):
+        shutil.copy(file, cache / "blobs" / str(number))
+        try:
+            (snapshot / file.name).symlink_to(f"../../blobs/{number}")
+        except OSError:
+            pytest.skip("no symbolic links")
+    (tmp_path / "link").symlink_to(snapshot)
+    for source, target in ((snapshot, "a"), (tmp_path / "link", "b")):
+        code, _, error = here(model.convert, source, tmp_path / target)
+        assert code == 0, error
+        assert not any(path.is_symlink() for path in (tmp_path / target).iterdir())
+        assert_same(load_weights(tmp_path / target), load_weights(shop / "own.pth"))
 
 
 # ---------------------------------------------------------------------------------------------------------- inference

@@ -10,8 +10,8 @@ import torch
 from model.errors import InputError
 from model.LMConfig import LMConfig
 from model.model import Transformer
-from model.weights import Weights
-from model.weights.llama2c import is_llama2c_model, load_llama2c, save_llama2c, save_llama2c_checkpoint
+from model.weights import Weights, load_weights
+from model.weights.llama2c import is_llama2c_bin, load_llama2c, save_llama2c, save_llama2c_checkpoint
 from tests.conftest import random_model
 from tests.paper_llama import paper_logits
 
@@ -91,7 +91,7 @@ def test_run_c_computes_what_the_model_does(tmp_path, shape, tie_embeddings):
 def test_a_bin_gives_back_what_went_in(tmp_path, shape, tie_embeddings, version):
     weights = some_weights(**shape, tie_embeddings=tie_embeddings)
     save_llama2c(tmp_path / "model.bin", weights, version)
-    assert is_llama2c_model(tmp_path / "model.bin")
+    assert is_llama2c_bin(tmp_path / "model.bin")
     found = load_llama2c(tmp_path / "model.bin")
     assert_same(found, weights)
     assert "llama2.c's files name no tokenizer" in found.inferred
@@ -134,8 +134,8 @@ def test_int8_is_off_by_half_a_step_at_most(tmp_path, shape, group, tie_embeddin
 def test_a_checkpoint_gives_back_what_went_in(tmp_path, shape):
     weights = some_weights(**shape, norm_eps=1e-6)
     save_llama2c_checkpoint(tmp_path / "ckpt.pt", weights)
-    assert is_llama2c_model(tmp_path / "ckpt.pt")
     assert_same(load_llama2c(tmp_path / "ckpt.pt"), weights)
+    assert_same(load_weights(tmp_path / "ckpt.pt"), weights)
 
     content = torch.load(tmp_path / "ckpt.pt")  # as export.py does, whose ModelArgs has these fields and no others
     assert content.keys() == {"model", "model_args", "iter_num", "best_val_loss", "config"}
@@ -176,7 +176,7 @@ def test_a_checkpoint_of_train_py(tmp_path, tie_embeddings):
     "changes, message",
     [
         ({"qk_norm": True}, "qk_norm True"),
-        ({"qkv_bias": True, "rope_theta": 1e6}, r"qkv_bias True \(only False\), rope_theta 1000000.0 \(only 10000.0\)"),
+        ({"qkv_bias": True, "rope_theta": 1e6}, r"rope_theta 1000000.0 \(only 10000.0\), qkv_bias True \(only False\)"),
         ({"head_dim": 32}, r"head_dim 32 \(only 16.0\)"),
         ({"rope_scaling": "linear", "rope_factor": 2.0}, "rope_scaling 'linear'"),
     ],
@@ -184,15 +184,15 @@ def test_a_checkpoint_of_train_py(tmp_path, tie_embeddings):
 def test_what_llama2c_cannot_compute_is_named(tmp_path, changes, message):
     weights = some_weights(**SHAPES["grouped heads"], **changes)
     for save in (save_llama2c, save_llama2c_checkpoint):
-        with pytest.raises(InputError, match=f"llama2.c's .* cannot say .*{message}"):
+        with pytest.raises(InputError, match=f"llama2.c's .* cannot express .*{message}"):
             save(tmp_path / "model", weights)
     assert not list(tmp_path.iterdir())
 
 
 def test_each_format_has_limits_of_its_own(tmp_path):
-    with pytest.raises(InputError, match=r"cannot say norm_eps 1e-06 \(only 1e-05\)"):
+    with pytest.raises(InputError, match=r"cannot express norm_eps 1e-06 \(only 1e-05\)"):
         save_llama2c(tmp_path / "model.bin", some_weights(**SHAPES["grouped heads"], norm_eps=1e-6))
-    with pytest.raises(InputError, match=r"cannot say tie_embeddings False \(only True\)"):
+    with pytest.raises(InputError, match=r"cannot express tie_embeddings False \(only True\)"):
         save_llama2c_checkpoint(tmp_path / "ckpt.pt", some_weights(**SHAPES["grouped heads"], tie_embeddings=False))
     with pytest.raises(InputError, match="version 3 of llama2.c's format asked for"):
         save_llama2c(tmp_path / "model.bin", some_weights(**SHAPES["grouped heads"]), 3)
@@ -235,7 +235,7 @@ def test_a_file_of_another_size_is_noticed(tmp_path, version):
         path.write_bytes(content[:size])
         with pytest.raises(InputError, match="truncated"):
             load_llama2c(path)
-        assert is_llama2c_model(path) == (size >= (4 if version else 28))  # what the header says is believed
+        assert is_llama2c_bin(path) == (size >= (4 if version else 28))  # what the header says is believed
     path.write_bytes(content + b"\0")
     with pytest.raises(InputError, match=f"{len(content) + 1:,} bytes, by its header {len(content):,} expected"):
         load_llama2c(path)
@@ -259,7 +259,7 @@ def test_other_files_are_no_models_of_llama2c(tmp_path, tiny_model):
     (tmp_path / "text.bin").write_bytes("春江潮水连海平，海上明月共潮生。".encode())
     (tmp_path / "half.pt").write_bytes((tmp_path / "pretrain_64.pth").read_bytes()[:5000])
     paths = list(tmp_path.iterdir())
-    assert len(paths) == 6 and not any(is_llama2c_model(path) for path in [*paths, tmp_path, tmp_path / "none"])
+    assert len(paths) == 6 and not any(is_llama2c_bin(path) for path in [*paths, tmp_path, tmp_path / "none"])
     for path in paths:
         with pytest.raises(InputError) as raised:
             load_llama2c(path)

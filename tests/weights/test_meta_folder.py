@@ -165,11 +165,11 @@ def test_parts_that_are_missing_too_many_or_damaged(tmp_path):
         ({"qk_norm": True}, "qk_norm True"),
         ({"qkv_bias": True}, "qkv_bias True"),
         ({"head_dim": 32}, "head_dim 32"),
-        ({"rope_scaling": "linear", "rope_factor": 2.0}, r"rope_scaling 'linear' \(only llama3\), rope_factor 2.0"),
+        ({"rope_scaling": "linear", "rope_factor": 2.0}, r"rope_scaling 'linear' \(only None or llama3\)"),
         ({"rope_scaling": "llama3", "rope_factor": 32.0}, r"rope_factor 32.0 \(only 8.0\)"),
     ],
 )
 def test_what_params_json_cannot_say_is_named(tmp_path, changes, message):
-    with pytest.raises(InputError, match=f"Meta's params.json cannot say {message}"):
+    with pytest.raises(InputError, match=f"Meta's params.json cannot express {message}"):
         save_meta_folder(tmp_path / "model", some_weights(**SHAPES["grouped heads"], **changes))
     assert not list(tmp_path.iterdir())
