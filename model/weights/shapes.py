@@ -1,6 +1,5 @@
 """The shape of a model as files describe it: read and checked before memory is taken for one."""
 
-import dataclasses
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -111,8 +110,8 @@ def check_expressible(
     if "rope_scaling" not in expressed and config.rope_scaling not in only.get("rope_scaling", (None,)):
         used = ()  # one reason is enough
     others = []
-    for field in dataclasses.fields(config):
-        name, value = field.name, getattr(config, field.name)
+    for name, field in options_of(config).items():
+        value = getattr(config, name)
         accepted = only.get(name, (field.default,))
         needed = name not in (*UNNEEDED, *expressed) and (name not in LLAMA3_FIELDS or name in used)
         if needed and value not in accepted:
