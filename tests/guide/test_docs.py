@@ -26,6 +26,7 @@ from model.training.config_file import read_config
 from model.training.settings import SECTIONS, build_settings
 from tests.conftest import ROOT
 from tests.guide.conftest import copy_project
+from tests.model.test_layers import ROWS
 
 PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
 MORE_PAGES = ["CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/RESULTS.md", "tests/reliability/RELIABILITY.md"]
@@ -292,6 +293,15 @@ def test_links_lead_somewhere(page):
         if fragment:
             headings = re.findall(r"^#+ (.*)", FENCE.sub("", file.read_text(encoding="utf-8")), re.MULTILINE)
             assert fragment in map(anchor, headings), f"{page}: {target}"
+
+
+@pytest.mark.parametrize("page", ["docs/architecture.md", "docs/zh/architecture.md"])
+def test_the_architecture_page_shows_the_rows_that_imports_go_down(page):
+    picture = next(text for language, text in blocks(page) if language == "text")
+    shown = [
+        {name.replace("/", ".") for name in re.findall(r"model/\w+|\w+(?=\.py)", row)} for row in picture.splitlines()
+    ]
+    assert shown == [set(row.split()) for row in ROWS.strip().splitlines()]
 
 
 @pytest.mark.parametrize("page", [*PAGES, *map(twin, PAGES), "CONTRIBUTING.md"])
