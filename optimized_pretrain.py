@@ -376,7 +376,7 @@ class Trainer:
         return self.model if self.ema is None else self.ema.module
 
     def evaluate(self) -> tuple[float, float] | None:
-        """Validation loss (nats a token) and bits per byte; None if a stop was asked for meanwhile."""
+        """Validation loss (nats a token) and bits per byte of text; None if a stop was asked for meanwhile."""
         batches = -(-len(self.data.val_samples) // self.batch_rows)
         numbers = range(min(batches, self.training.eval_steps or batches))
         read = (self._local_batch(self.data.val, self.data.val_samples, number) for number in numbers)
@@ -386,8 +386,8 @@ class Trainer:
         self.model.train()
         if sums is None:
             return None
-        loss, tokens, byte_count = self.processes.all_sum(sums)
-        return loss / tokens, bits_per_byte(loss, byte_count)
+        loss, tokens, text_loss, byte_count = self.processes.all_sum(sums)
+        return loss / tokens, bits_per_byte(text_loss, byte_count)
 
     def _evaluate_and_keep_best(self) -> bool:
         """Evaluate, unless that was done at this step already; False if a stop was asked for meanwhile."""

@@ -9,8 +9,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from model.errors import InputError
 from model.LMConfig import MOST_TOKENS
 from model.storage.gguf_header import is_gguf
@@ -261,21 +259,6 @@ def _parts(tokenizer) -> tuple[TextEncoder, frozenset[int]]:
 
 
 _PARTS: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # tokenizer -> (what it was made of, its parts)
-
-
-def token_byte_lengths(tokenizer) -> np.ndarray:
-    """UTF-8 bytes that each id stands for, int32 [vocabulary_size]; 0 for control tokens.
-
-    With them a loss in nats a token becomes bits per byte, which compares across tokenizers. Exact for byte-level
-    BPE, where a token is written with one character a byte; for other kinds, the length of the token's own text.
-    """
-    lengths = np.zeros(vocabulary_size(tokenizer), dtype=np.int32)
-    silent, added, byte_level = control_ids(tokenizer), tokenizer.added_tokens_decoder, is_byte_level(tokenizer)
-    for token, index in tokenizer.get_vocab().items():
-        if index not in silent:
-            in_bytes = byte_level and index not in added  # an added token is spelled as plain text
-            lengths[index] = len(token if in_bytes else tokenizer.decode([index]).encode("utf-8", "replace"))
-    return lengths
 
 
 def is_byte_level(tokenizer) -> bool:

@@ -8,7 +8,8 @@ import numpy as np
 from model.dataset import VERIFY_BYTES, PretrainDataset, hold_out, verify_tokens
 from model.errors import InputError
 from model.storage.files import size_text
-from model.text.tokenization import delimiters, load_tokenizer, token_byte_lengths, tokenizer_sha256, vocabulary_size
+from model.text.token_bytes import token_bytes
+from model.text.tokenization import delimiters, load_tokenizer, tokenizer_sha256, vocabulary_size
 from model.training.settings import Settings
 
 
@@ -18,7 +19,7 @@ class TrainingData:
     Attributes:
         config: LMConfig, the model's shape for this tokenizer.
         tokenizer_sha256: of the tokenizer.
-        token_bytes: UTF-8 bytes that each id stands for, int64 [vocab_size].
+        token_bytes: TokenBytes, the bytes of text that ids stand for.
         delimiters: what documents begin and end with.
         train, val: PretrainDataset.
         train_samples, val_samples: numbers of the samples to use of them, int64.
@@ -38,8 +39,7 @@ class TrainingData:
         self._sample_start = data.sample_start
         tokens = vocabulary_size(tokenizer)
         self.config = settings.lm_config(tokens)
-        self.token_bytes = np.zeros(self.config.vocab_size, dtype=np.int64)
-        self.token_bytes[:tokens] = token_byte_lengths(tokenizer)
+        self.token_bytes = token_bytes(tokenizer, self.config.vocab_size)
 
         self.train = self._open(data.train_data_path, say)
         if data.val_data_path is not None:

@@ -2,37 +2,45 @@
 
 from collections.abc import Callable, Iterable
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from model.loss import cross_entropy
 from model.model import Transformer
+from model.text.token_bytes import TokenBytes
 
 
 @torch.no_grad()
 def validation_sums(
     model: Transformer,
     batches: Iterable[tuple[Tensor, Tensor, Tensor | None]],
-    token_bytes: np.ndarray,
+    token_bytes: TokenBytes,
     autocast,
     asked_to_stop: Callable[[], bool],
 ) -> list[float] | None:
-    """Loss in nats, tokens and bytes of text, summed over batches; None if a stop was asked for meanwhile.
+    """Sums over batches: loss in nats, tokens, the loss of those that are text, and its bytes; None after a stop.
+
+    Control tokens count in the loss of all tokens only: so a text has the bits per byte that `--score_file` says.
 
     Args:
         model: in evaluation mode.
         batches: inputs, targets and numbers of documents or None, int64 [B, T] each; targets below 0 do not count.
-        token_bytes: UTF-8 bytes that each id stands for, int [vocab_size].
+        token_bytes: bytes of text that ids stand for.
         autocast: context in which the model runs.
         asked_to_stop: called after each batch, by every process.
     """
-    sums = [0.0, 0.0, 0.0]
+    sums, is_text = [0.0] * 4, torch.from_numpy(token_bytes.is_text)
     for inputs, targets, documents in batches:
+        counted = targets >= 0
+        before, ids = inputs[counted].cpu(), targets[counted].cpu()
+        control = torch.zeros_like(counted)
+        control[counted] = ~is_text[ids].to(control.device)
         with autocast:
-            sums[0] += float(model(inputs, targets, documents=documents))
-        counted = targets[targets >= 0].cpu().numpy()
-        sums[1] += len(counted)
-        sums[2] += int(token_bytes[counted].sum())
+            hidden = model.hidden_states(inputs, documents=documents)
+            nats = float(cross_entropy(hidden, model.output.weight, targets))
+            silent = float(cross_entropy(hidden[control][None], model.output.weight, targets[control][None]))
+        for place, value in enumerate((nats, len(ids), nats - silent, token_bytes.count(before.numpy(), ids.numpy()))):
+            sums[place] += value
         if asked_to_stop():
             return None
     return sums

@@ -43,6 +43,31 @@ def byte_fallback() -> Tokenizer:
     return backend
 
 
+def with_prefix_space() -> Tokenizer:
+    """GPT-2's bytes with the space before a text that RoBERTa's have."""
+    backend = byte_level()
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    return backend
+
+
+def first_only() -> Tokenizer:
+    """Llama 2's newer form: a space before a text, none after a token within it."""
+    backend = unigram(fallback=True)
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    backend.decoder = decoders.Sequence(
+        [decoders.ByteFallback(), decoders.Metaspace(prepend_scheme="first"), decoders.Fuse()]
+    )
+    return backend
+
+
+def without_prefix() -> Tokenizer:
+    """Gemma's: a space is a token like others."""
+    backend = byte_fallback()
+    backend.normalizer = normalizers.Replace(" ", "▁")
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    return backend
+
+
 def unigram(fallback: bool = False) -> Tokenizer:
     words = ["▁", *"甲乙丙丁</>s"] if not fallback else ["▁", *"甲乙", *BYTES]
     vocabulary = [(token, 0.0) for token in ("<unk>", "<s>", "</s>")] + [(word, -5.0) for word in words]
@@ -75,7 +100,10 @@ KINDS = {
     "byte-level BPE": byte_level,
     "byte-level BPE that takes whole words": lambda: byte_level(ignore_merges=True),
     "BPE with bytes": byte_fallback,
+    "byte-level BPE with a space before a text": with_prefix_space,
+    "BPE with bytes and no space before a text": without_prefix,
     "Unigram": unigram,
+    "Unigram with a space before the first word": first_only,
     "Unigram with bytes": lambda: unigram(fallback=True),
     "WordPiece": lambda: words(models.WordPiece),
     "WordLevel": lambda: words(models.WordLevel),

@@ -19,12 +19,12 @@ from model.dataset import PretrainDataset, number_documents, verify_tokens
 from model.errors import InputError
 from model.LMConfig import LMConfig
 from model.loss import IGNORE_INDEX
+from model.text.token_bytes import token_bytes
 from model.text.tokenization import (
     encode_texts,
     end_ids,
     load_bulk_tokenizer,
     load_tokenizer,
-    token_byte_lengths,
     tokenizer_sha256,
     vocabulary_size,
 )
@@ -184,8 +184,8 @@ def test_tokens_that_were_added_count_the_bytes_of_their_text(tmp_path, qwen_lik
     text = "<思考>你好<思考>"
     ids = encode_texts(tokenizer, [text])[0]
     assert ids.count(700) == 2  # not a control token: its text is text
-    assert token_byte_lengths(tokenizer)[ids].sum() == len(text.encode())
-    assert token_byte_lengths(tokenizer)[697:700].tolist() == [0, 0, 0]
+    assert token_bytes(tokenizer).lengths[ids].sum() == len(text.encode())
+    assert token_bytes(tokenizer).lengths[697:700].tolist() == [0, 0, 0]
 
 
 # ------------------------------------------------------------------------------------------------- without a bos

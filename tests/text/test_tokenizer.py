@@ -13,11 +13,11 @@ import pytest
 from model.corpus.sources import find_sources
 from model.corpus.train_tokenizer import TrainingText, train_tokenizer
 from model.errors import InputError
+from model.text.token_bytes import token_bytes
 from model.text.tokenization import (
     encode_texts,
     is_byte_level,
     load_tokenizer,
-    token_byte_lengths,
     tokenizer_sha256,
     vocabulary_size,
 )
@@ -84,7 +84,7 @@ def test_every_string_comes_back_unchanged_and_holds_no_control_token(embedded):
 
 
 def test_every_byte_has_a_token(embedded):
-    lengths = token_byte_lengths(embedded)
+    lengths = token_bytes(embedded).lengths
     assert is_byte_level(embedded)
     assert lengths[:3].tolist() == [0, 0, 0]
     assert int((lengths == 1).sum()) == 256
@@ -106,7 +106,7 @@ def test_everyday_modern_words_are_one_or_two_tokens(embedded):
 def test_no_token_is_a_long_run_of_one_symbol_or_a_formula(embedded):
     texts = [embedded.decode([index]) for index in range(3, 6400)]
     assert [text for text in texts if len(text) > 4 and len(set(text)) == 1 and not text.isspace()] == []
-    assert token_byte_lengths(embedded).max() < 12
+    assert token_bytes(embedded).lengths.max() < 12
     digits = [text for text in texts if sum(character.isdigit() for character in text) > 1]
     assert digits == []  # digits stand one by one, so that numbers are written alike
 
