@@ -6,15 +6,16 @@ python inference.py --batch_file prompts.txt
 """
 
 import argparse
-import contextlib
 import json
 import sys
 from pathlib import Path
+from typing import BinaryIO
 
 from model.errors import InputError
 from model.generation.scoring import Score
 from model.options import options_of
 from model.storage.files import refuse_overwriting, refuse_overwriting_inputs
+from model.terminal import prepare_input, read_message
 from optimized_inference import DTYPES, GenerationConfig, TextGenerator, load_generator
 from utils import CommandParser, add_option, path_flag, print_text, run_command, say, true_or_false
 
@@ -221,37 +222,56 @@ def run_batch(
             encoded.append(generator.encode_prompt(prompt))
         except InputError as error:
             raise InputError(f"{arguments.batch_file}, line {number}: {error}") from error
-    done = 0
-    with contextlib.ExitStack() as stack:
-        file = None
-        if arguments.output_file is not None:
-            path = Path(arguments.output_file)
-            try:
-                done, end = finished_results(path, prompts) if arguments.resume and path.exists() else (0, 0)
-                file = stack.enter_context(open(path, "ab"))
-                if arguments.resume:
-                    file.truncate(end)
-            except OSError as error:
-                raise InputError(f"output_file: {path} cannot be written ({error.strerror})") from error
+    if arguments.output_file is None:
+        for number, ((_, prompt), text) in enumerate(zip(prompts, generator.completions(encoded, config), strict=True)):
+            print_result(number, prompt, text)
+        return
+    done, file = open_results(Path(arguments.output_file), prompts, arguments.resume)
+    with file:
         if done:
             say(f"{done} of {len(prompts)} results are in {arguments.output_file} already")
-        texts = generator.completions(encoded[done:], config)
-        for number, ((_, prompt), text) in enumerate(zip(prompts[done:], texts, strict=True), done + 1):
-            print_text(f"[{number}] {prompt}\n{prompt}{text}\n")
-            if file is not None:
+        try:
+            for text in generator.completions(encoded[done:], config):
+                prompt = prompts[done][1]
+                print_result(done, prompt, text)
                 file.write(json.dumps({"prompt": prompt, "text": text}, ensure_ascii=False).encode() + b"\n")
                 file.flush()
+                done += 1
+        except (InputError, KeyboardInterrupt):
+            say(f"{done} of {len(prompts)} results are in {arguments.output_file}; --resume continues there")
+            raise
+
+
+def print_result(number: int, prompt: str, text: str) -> None:
+    """A prompt and its continuation, as --batch_file shows them."""
+    print_text(f"[{number + 1}] {prompt}\n{prompt}{text}\n")
+
+
+def open_results(path: Path, prompts: list[tuple[int, str]], resume: bool) -> tuple[int, BinaryIO]:
+    """How many results the output file holds already, and the file, open behind the last of them.
+
+    Raises:
+        InputError: the file cannot be written, or holds something else.
+    """
+    try:
+        done, end = finished_results(path, prompts) if resume and path.exists() else (0, 0)
+        file = open(path, "ab")
+        if resume:
+            file.truncate(end)
+    except OSError as error:
+        raise InputError(f"output_file: {path} cannot be written ({error.strerror})") from error
+    return done, file
 
 
 def finished_results(path: Path, prompts: list[tuple[int, str]]) -> tuple[int, int]:
-    """How many results a batch wrote before it was cut off, and where the last of them ends in the file, in bytes.
+    """How many results an interrupted batch wrote, and where the last of them ends in the file, in bytes.
 
     Raises:
         InputError: they are no results of these prompts.
     """
     count = end = 0
     for line in path.read_bytes().splitlines(keepends=True):
-        if not line.endswith(b"\n"):  # cut off within it
+        if not line.endswith(b"\n"):  # interrupted within it
             break
         try:
             written = json.loads(line)["prompt"]
@@ -269,16 +289,22 @@ def finished_results(path: Path, prompts: list[tuple[int, str]]) -> tuple[int, i
 
 
 def say_speed(generator: TextGenerator) -> None:
-    """One line on how fast the last text came."""
+    """One line on how fast the last text came, and whether the context cut it off."""
     if generator.speed is not None:
-        say(f"speed: {generator.speed}")
+        context = generator.model.config.max_seq_len
+        why = f"; the text ends because the context of {context} tokens is full" if generator.end == "context" else ""
+        say(f"speed: {generator.speed}{why}")
 
 
 def run_interactive(generator: TextGenerator, config: GenerationConfig, show_speed: bool = False) -> None:
-    """Chat until the user leaves. Ctrl-C stops an answer, which stays in the history as far as it came."""
-    with contextlib.suppress(ImportError):  # Windows has none; its console edits lines by itself
-        import readline  # noqa: F401  (importing it gives input() line editing and history)
-    sys.stdin.reconfigure(encoding=None if sys.stdin.isatty() else "utf-8", errors="replace")
+    """Chat until the user leaves. Ctrl-C stops an answer, which stays in the history as far as it came.
+
+    What is said of the engine and the history stands before the transcript or between two turns, on stderr.
+    """
+    generator.prepare_chat(config)
+    lines: list[str] = []
+    generator.say = lines.append
+    prepare_input()
     print(f"🤖 交互式对话模式\n{RULE}\n输入 'exit'、'quit' 或 'q' 退出\n输入 'clear' 清空对话历史\n{RULE}\n")
     history: list[dict[str, str]] = []
     while (message := ask()) is not None and message.lower() not in ("exit", "quit", "q"):
@@ -287,15 +313,20 @@ def run_interactive(generator: TextGenerator, config: GenerationConfig, show_spe
             print("✨ 对话历史已清空\n")
         elif message:
             history = answer(generator, config, [*history, {"role": "user", "content": message}])
+            for line in lines:
+                say(line)
             if show_speed:
                 say_speed(generator)
+            if (lines or show_speed) and sys.stderr.isatty():
+                say("")
+            lines.clear()
     print("👋 再见！")
 
 
 def ask() -> str | None:
     """The user's next message; None when they leave with Ctrl-C or Ctrl-D."""
     try:
-        message = input("👤 用户: ").strip()
+        message = read_message("👤 用户: ").strip()
     except (EOFError, KeyboardInterrupt):
         print()
         return None
@@ -307,6 +338,7 @@ def ask() -> str | None:
 def answer(generator: TextGenerator, config: GenerationConfig, history: list[dict[str, str]]) -> list[dict[str, str]]:
     """Stream an answer to the last message; the history with it, or without that message if it cannot be answered."""
     said: list[str] = []
+    begun = False
 
     def hear(piece: str) -> None:
         said.append(piece)
@@ -314,10 +346,12 @@ def answer(generator: TextGenerator, config: GenerationConfig, history: list[dic
 
     try:
         history = generator.fit_history(history, config)
-        generator.prepare_chat(config)  # what it says comes before the answer
         show("🤖 助手: ")
+        begun = True
         generator.chat(history, config, stream=True, callback=hear)
     except InputError as error:
+        if begun:
+            print()
         say(f"error: {error}")
         print()
         return history[:-1]

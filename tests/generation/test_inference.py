@@ -1,7 +1,10 @@
 """Generating text as a user does: the Python calls of the guide, then inference.py itself as a command."""
 
+import argparse
 import dataclasses
+import io
 import json
+import math
 import os
 import subprocess
 import sys
@@ -566,6 +569,46 @@ def test_a_batch_that_was_cut_off_goes_on_and_ends_with_the_same_file(in_run_fol
     with pytest.raises(InputError, match="line 2 of results.jsonl is a result of another prompt"):
         inference.main()
     assert results.read_bytes() == whole
+
+
+def test_the_results_before_an_error_are_kept(in_run_folder, tiny_config, tokenizer, capsys):
+    model = random_model(LMConfig(**{**vars(tiny_config), "tie_embeddings": False}))
+    generator = TextGenerator(model, tokenizer, compile=False)
+    (bad,) = encode_texts(tokenizer, ["z"])[0]
+    model.tok_embeddings.weight.data[bad] = torch.nan
+    config = GenerationConfig(do_sample=False, max_new_tokens=3, logit_bias={bad: -math.inf})
+    prompts = [*((n, f"中国{n}") for n in range(1, 20)), (20, "z"), (21, "长江")]
+    arguments = argparse.Namespace(batch_file="p", output_file="results.jsonl", resume=False)
+
+    with pytest.raises(InputError, match="not finite"):
+        inference.run_batch(generator, config, prompts, arguments)
+
+    kept = [json.loads(line) for line in (in_run_folder / "results.jsonl").read_bytes().splitlines()]
+    assert len(kept) == 16 and kept[0] == {"prompt": "中国1", "text": generator.generate("中国1", config)}
+    said = capsys.readouterr()
+    assert "16 of 21 results are in results.jsonl; --resume continues there" in said.err
+    assert said.out.count("[16]") == 1 and "[17]" not in said.out
+
+
+def test_a_chat_survives_what_a_template_refuses(in_run_folder, generator, tokenizer, monkeypatch, capsys):
+    """And what is said of the engine and the history comes between two turns."""
+    tokenizer.chat_template = (
+        "{% if messages[-1]['content'] == 'no' %}{{ raise_exception('not this one') }}{% endif %}" + CHAT_TEMPLATE
+    )
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO("你好\nno\n你好\n".encode() * 3), encoding="utf-8"))
+    generator.say = said = []
+    order = []
+    monkeypatch.setattr(inference, "say", lambda line: order.append(("say", line)))
+    monkeypatch.setattr(inference, "show", lambda text: order.append(("show", text)))
+    inference.run_interactive(generator, GenerationConfig(do_sample=False, max_new_tokens=200), show_speed=True)
+
+    lines = [line for kind, line in order if kind == "say"]
+    assert sum("not this one" in line for line in lines) == 3
+    assert any("oldest messages of the chat are left out" in line for line in lines) and not said
+    assert any(line.endswith("; the text ends because the context of 128 tokens is full") for line in lines)
+    for (_, text), (after, _) in zip(order, order[1:], strict=False):
+        assert not (text == "🤖 助手: " and after == "say")
+    assert capsys.readouterr().out.endswith("👋 再见！\n")
 
 
 def test_an_output_never_replaces_the_prompts_nor_earlier_results(in_run_folder, monkeypatch, capsys):

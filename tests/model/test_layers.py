@@ -13,7 +13,7 @@ model.runs model.convert
 model.training model.weights model.generation
 model.dataset model.model model.corpus
 model.token_file model.text model.kv_cache
-model.storage model.LMConfig model.command
+model.storage model.LMConfig model.command model.terminal
 model.options model.loss model.attention
 model.errors
 """
