@@ -34,8 +34,10 @@ from model.training.choices import Choices, total_steps
 from model.training.data import TrainingData
 from model.training.divergence import difference_of_weights, fault_of_step, remember, weights_norm
 from model.training.evaluation import validation_sums
-from model.training.optimizer import MovingAverage, build_optimizer, momentum_at, optimizer_bytes, plan_schedule
+from model.training.moving_average import MovingAverage
+from model.training.optimizer import build_optimizer, optimizer_bytes, set_rates
 from model.training.report import describe_run
+from model.training.schedule import plan_schedule
 from model.training.settings import Settings, TrainingSettings
 from model.weights import Weights
 from utils import Processes, say
@@ -283,10 +285,7 @@ class Trainer:
         samples = self.order.next_step(progress.samples)
         tokens = self.data.train.count_targets(samples)  # of all processes: what the summed loss is divided by
         self.lr = self.schedule.at(progress.step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.lr
-            if "momentum" in group:
-                group["momentum"] = momentum_at(progress.step)
+        set_rates(self.optimizer, self.lr, progress.step)
 
         loss_sum = torch.zeros((), device=self.device)
         for micro in range(t.accumulation_steps):

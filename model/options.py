@@ -9,7 +9,7 @@ import math
 import os
 import re
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 from model.errors import shown
 
@@ -27,7 +27,7 @@ def setting(
     default,
     help: str,
     *,
-    choices: tuple = (),
+    choices: Collection[str] = (),
     at_least: float | None = None,
     above: float | None = None,
     at_most: float | None = None,
@@ -38,7 +38,7 @@ def setting(
     """A dataclass field with what the flag's help says and what values are accepted.
 
     Args:
-        choices: the texts that are accepted, where not all are.
+        choices: the texts that are accepted, where not all are; a registry may grow later.
         at_least, above, at_most, below: limits of a number.
         path: the text names a file or folder, where `~` is the home folder.
         accepts: in place of the limits, whether a value can be used, and in words which can.

@@ -16,8 +16,9 @@ from torch.optim.swa_utils import AveragedModel
 
 from model.errors import InputError, first_line, shown
 from model.storage.archive import is_finite
-from model.training.optimizer import is_hidden_matrix, load_optimizer_state
-from model.training.settings import FIELDS, SECTIONS
+from model.training.optimizer import load_optimizer_state
+from model.training.optimizer import state_problem as optimizer_problem
+from model.training.settings import SECTIONS
 from model.weights.shapes import check_shapes, read_shape
 
 CHECKPOINT_VERSION = 2
@@ -42,7 +43,6 @@ KINDS = {  # the keys of a checkpoint and what lies under them
     "random_states": list,  # of each process
     "environment": dict,  # versions, threads and processes, on which equal bits depend
 }
-ADAM_STATE, MUON_STATE = {"step", "exp_avg", "exp_avg_sq"}, {"momentum_buffer"}  # of each parameter
 SCALER_STATE = {"scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"}
 
 
@@ -157,31 +157,10 @@ def _weights_problem(content: Mapping) -> str | None:
 
 
 def _optimizer_problem(content: Mapping) -> str | None:
-    optimizer, model = content["optimizer"], content["model"]
-    try:
-        groups, states = optimizer["param_groups"], optimizer["state"]
-        names = {number: name for g in groups for number, name in zip(g["params"], g["param_names"], strict=True)}
-        optimizer_type = content["settings"]["training"]["optimizer_type"]
-        if optimizer_type not in FIELDS["optimizer_type"].metadata["choices"]:
-            return f"optimizer_type is {optimizer_type!r}"
-        muon = optimizer_type == "muon"
-        tied = {"output.weight"} if content["config"]["tie_embeddings"] else set()
-        if set(names.values()) != model.keys() - tied:
-            return "optimizer is not this model's"
-        numbers = [number for group in groups for number in (group["lr"], group["eps"], *group["betas"])]
-        if len(numbers) != 4 * len(groups) or not all(type(number) is float for number in numbers):
-            return f"optimizer: lr, eps and betas are {numbers}"
-        if content["progress"]["step"] and states.keys() != names.keys():
-            return "optimizer lacks the state of some parameters"
-        for number, state in states.items():
-            weight = model[names[number]]
-            wanted = MUON_STATE if muon and is_hidden_matrix(names[number], weight) else ADAM_STATE
-            kinds = {key: (tensor.shape, tensor.dtype) for key, tensor in state.items()}
-            if kinds != {key: ((), torch.float32) if key == "step" else (weight.shape, weight.dtype) for key in wanted}:
-                return f"optimizer: the state of {names[number]} has other parts, shapes or dtypes"
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        return f"optimizer cannot be understood ({error!r})"
-    return None
+    tied = {"output.weight"} if content["config"]["tie_embeddings"] else set()
+    parameters = {name: weight for name, weight in content["model"].items() if name not in tied}
+    optimizer_type = content["settings"]["training"].get("optimizer_type")
+    return optimizer_problem(optimizer_type, content["optimizer"], parameters, content["progress"]["step"] > 0)
 
 
 def _scaler_problem(scaler: Mapping) -> str | None:

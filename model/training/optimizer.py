@@ -1,91 +1,130 @@
-"""The optimizer, the learning rate as a function of the step, and the moving average of the weights."""
+"""The optimizers, by name, in `OPTIMIZERS`.
 
-import math
+A new one is a function that builds it and an entry there: settings, `auto`, the memory estimate and the check of a
+checkpoint take what they need from the entry. torch is imported where an optimizer is built, so that settings are
+checked without it.
+"""
+
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
+from model.errors import shown
 
-from model.errors import InputError
-from model.training.muon import Muon
-from model.training.settings import TrainingSettings
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
 
 BESIDE_MUON = 6.0  # times the learning rate: AdamW's for the embedding and the norms (benchmarks/RESULTS.md)
-FIRST_MOMENTUM, MOMENTUM, MOMENTUM_STEPS = 0.85, 0.95, 300  # of Muon, in the first step and after so many
-DECAY_SHARE = 0.5  # of a run's steps after the warm-up: "wsd" stays at the highest rate before them
+FIRST_MOMENTUM, MOMENTUM, MOMENTUM_STEPS = 0.85, 0.95, 300  # of Muon, in the first step and after this many
 
 
-def is_hidden_matrix(name: str, parameter: Tensor) -> bool:
+def is_hidden_matrix(name: str, parameter: "Tensor") -> bool:
     """Whether Muon is for this parameter: a matrix of a layer, but neither the embedding nor the output layer."""
     return name.startswith("layers.") and parameter.dim() == 2
 
 
+def decay_groups(parameters: Mapping[str, "nn.Parameter"], weight_decay: float) -> list[dict]:
+    """Parameter groups with names: matrices decay, norms and biases do not."""
+    groups = [
+        {"params": [(n, p) for n, p in parameters.items() if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [(n, p) for n, p in parameters.items() if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def adamw(parameters: Mapping, learning_rate: float, weight_decay: float, dtype: "torch.dtype"):
+    """Loshchilov & Hutter, 2019."""
+    from torch.optim import AdamW
+
+    groups = decay_groups(parameters, weight_decay)
+    return AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), eps=1e-8, fused=True)
+
+
+def adam(parameters: Mapping, learning_rate: float, weight_decay: float, dtype: "torch.dtype"):
+    """Kingma & Ba, 2015: the decay is added to the gradient."""
+    from torch.optim import Adam
+
+    groups = decay_groups(parameters, weight_decay)
+    return Adam(groups, lr=learning_rate, betas=(0.9, 0.95), eps=1e-8, fused=True)
+
+
+def muon(parameters: Mapping, learning_rate: float, weight_decay: float, dtype: "torch.dtype"):
+    """Jordan, 2024: for the matrices of the layers, with its own products in `dtype`; AdamW for all else."""
+    import torch
+
+    from model.training.muon import Muon
+
+    hidden = {name: p for name, p in parameters.items() if is_hidden_matrix(name, p)}
+    others = {name: p for name, p in parameters.items() if name not in hidden}
+    groups = [{**group, "muon": True, "lr_scale": 1.0} for group in decay_groups(hidden, weight_decay)]
+    groups += [{**group, "muon": False, "lr_scale": BESIDE_MUON} for group in decay_groups(others, weight_decay)]
+    return Muon(groups, lr=learning_rate, dtype=torch.float32 if dtype == torch.float16 else dtype)
+
+
+def _adams_state(name: str, parameter: "Tensor") -> tuple[str, ...]:
+    return ("step", "exp_avg", "exp_avg_sq")
+
+
+def _muons_state(name: str, parameter: "Tensor") -> tuple[str, ...]:
+    return ("momentum_buffer",) if is_hidden_matrix(name, parameter) else _adams_state(name, parameter)
+
+
+@dataclass(frozen=True)
+class OptimizerKind:
+    """What there is to know of an optimizer.
+
+    Attributes:
+        build: of (parameters by name, learning rate, weight decay, dtype of the run's products), the optimizer, whose
+            groups hold the parameters with their names.
+        state: of a parameter and its name, the tensors that the optimizer keeps for it: each of its shape and dtype,
+            but for "step", which is a float32 scalar.
+        numbers: what every group holds besides, each a float or a tuple of floats.
+        base_rate: the learning rate behind `auto` (see recipe.py); None: there is none, so the user has to give one.
+    """
+
+    build: Callable[..., "torch.optim.Optimizer"]
+    state: Callable[[str, "Tensor"], tuple[str, ...]]
+    numbers: tuple[str, ...] = ("lr",)
+    base_rate: float | None = None
+
+
+OPTIMIZERS = {
+    "adamw": OptimizerKind(adamw, _adams_state, ("lr", "eps", "betas"), base_rate=2e-3),
+    "adam": OptimizerKind(adam, _adams_state, ("lr", "eps", "betas"), base_rate=2e-3),
+    "muon": OptimizerKind(muon, _muons_state, ("lr", "eps", "betas"), base_rate=5e-3),
+}
+
+
 def build_optimizer(
-    model: nn.Module,
+    model: "nn.Module",
     optimizer_type: str,
     learning_rate: float,
     weight_decay: float,
-    dtype: torch.dtype = torch.float32,
-) -> torch.optim.Optimizer:
-    """Muon (Jordan, 2024), AdamW (Loshchilov & Hutter, 2019) or Adam (Kingma & Ba, 2015); matrices decay, norms do not.
+    dtype: "torch.dtype | None" = None,
+) -> "torch.optim.Optimizer":
+    """The optimizer of a model's parameters, a tied matrix once.
 
     Parameters keep their names in the optimizer's state, so that a checkpoint of another model is noticed.
 
     Args:
-        dtype: of Muon's own matrix products.
+        dtype: of the run's matrix products; None: float32.
     """
-    named = dict(model.named_parameters())  # a tied matrix once
-    hidden = [(n, p) for n, p in named.items() if optimizer_type == "muon" and is_hidden_matrix(n, p)]
-    others = [(n, p) for n, p in named.items() if optimizer_type != "muon" or not is_hidden_matrix(n, p)]
-    groups = [
-        {"params": hidden, "weight_decay": weight_decay, "muon": True},
-        {"params": [(n, p) for n, p in others if p.dim() >= 2], "weight_decay": weight_decay, "muon": False},
-        {"params": [(n, p) for n, p in others if p.dim() < 2], "weight_decay": 0.0, "muon": False},
-    ]
-    groups = [group for group in groups if group["params"]]
-    covered = sum(len(group["params"]) for group in groups)
-    if covered != len(named):
-        raise AssertionError(f"the groups hold {covered} of {len(named)} parameters")
-    if optimizer_type == "muon":
-        for group in groups:
-            group["lr_scale"] = 1.0 if group["muon"] else BESIDE_MUON
-        return Muon(groups, lr=learning_rate, dtype=torch.float32 if dtype == torch.float16 else dtype)
-    kind = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[optimizer_type]
-    return kind(groups, lr=learning_rate, betas=(0.9, 0.95), eps=1e-8, fused=True)
+    import torch
+
+    parameters = dict(model.named_parameters())
+    kind = OPTIMIZERS[optimizer_type]
+    optimizer = kind.build(parameters, learning_rate, weight_decay, torch.float32 if dtype is None else dtype)
+    covered = sum(len(group["params"]) for group in optimizer.param_groups)
+    if covered != len(parameters):
+        raise AssertionError(f"the groups hold {covered} of {len(parameters)} parameters")
+    return optimizer
 
 
-def optimizer_bytes(model: nn.Module, optimizer_type: str) -> int:
-    """Bytes of the state that the optimizer will have: two numbers for each of Adam's weights, one for Muon's."""
-    return sum(
-        parameter.nbytes * (1 if optimizer_type == "muon" and is_hidden_matrix(name, parameter) else 2)
-        for name, parameter in model.named_parameters()
-    )
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """The learning rate as a function of the step: a linear rise, then a fall that ends with the last step."""
-
-    total_steps: int
-    warmup_steps: int
-    learning_rate: float  # after the rise
-    min_lr: float  # of the last step
-    lr_scheduler: str  # the shape of the fall: "cosine", "linear", "polynomial" or "wsd"
-
-    def at(self, step: int) -> float:
-        """The learning rate of a step, counted from 0."""
-        if step < self.warmup_steps:
-            return self.learning_rate * (step + 1) / self.warmup_steps
-        falling = max(1, self.total_steps - 1 - self.warmup_steps)
-        progress = min(1.0, (step - self.warmup_steps) / falling)  # 0 to 1
-        remaining = {
-            "cosine": (1 + math.cos(math.pi * progress)) / 2,  # Loshchilov & Hutter, 2017
-            "linear": 1 - progress,
-            "polynomial": (1 - progress) ** 2,
-            "wsd": min(1.0, (1 - progress) / DECAY_SHARE),  # warm-up, stable, decay (Hu et al., 2024)
-        }[self.lr_scheduler]
-        return self.min_lr + (self.learning_rate - self.min_lr) * remaining
+def optimizer_bytes(model: "nn.Module", optimizer_type: str) -> int:
+    """Bytes of the state that the optimizer will have."""
+    state = OPTIMIZERS[optimizer_type].state
+    return sum(p.nbytes * len({*state(name, p)} - {"step"}) for name, p in model.named_parameters())
 
 
 def momentum_at(step: int) -> float:
@@ -93,45 +132,56 @@ def momentum_at(step: int) -> float:
     return FIRST_MOMENTUM + (MOMENTUM - FIRST_MOMENTUM) * min(1.0, step / MOMENTUM_STEPS)
 
 
-def plan_schedule(training: TrainingSettings, total_steps: int) -> Schedule:
-    """The schedule that the settings ask for, with what they leave open: see `warmup_steps` and `min_lr` there.
-
-    Raises:
-        InputError: the warm-up is as long as the run.
-    """
-    warmup_steps = training.warmup_steps
-    if warmup_steps is None:
-        warmup_steps = min(1000, total_steps // 50)
-    elif warmup_steps >= total_steps:
-        raise InputError(f"warmup_steps: {warmup_steps} leaves none of the {total_steps} steps of this run")
-    min_lr = training.learning_rate / 10 if training.min_lr is None else training.min_lr
-    return Schedule(total_steps, warmup_steps, training.learning_rate, min_lr, training.lr_scheduler)
+def set_rates(optimizer: "torch.optim.Optimizer", learning_rate: float, step: int) -> None:
+    """Set what depends on the step, counted from 0: the learning rate of every group, and Muon's momentum."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+        if "muon" in group:
+            group["momentum"] = momentum_at(step)
 
 
-def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict) -> None:
+def load_optimizer_state(optimizer: "torch.optim.Optimizer", state: dict) -> None:
     """Load a state, but keep the groups' own numbers: they belong to the settings, which may have changed."""
     own = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
-    groups = [{**theirs, **numbers} for theirs, numbers in zip(state["param_groups"], own, strict=True)]
+    groups = [
+        {"params": theirs["params"], **numbers} for theirs, numbers in zip(state["param_groups"], own, strict=True)
+    ]
     optimizer.load_state_dict({**state, "param_groups": groups})
 
 
-class MovingAverage(AveragedModel):
-    """An exponential moving average of the weights, updated with `update_parameters(model)` after each step.
+def state_problem(
+    optimizer_type: str, optimizer: Mapping, model: Mapping[str, "Tensor"], has_stepped: bool
+) -> str | None:
+    """Why a saved state can't be loaded; None where it can.
 
-    The decay starts low, min(decay, (1 + n) / (10 + n)) after n updates, so that the first steps are soon forgotten.
-    The count of updates stays on the CPU: PyTorch's own update sends it to the GPU and back, and waits there for all
-    that the GPU still has to do.
+    Args:
+        optimizer: what its `state_dict()` was.
+        model: the parameters that it is of, by name.
+        has_stepped: whether there must be a state for each.
     """
+    import torch
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
-        super().__init__(model)
-        self.decay = decay
-        self.requires_grad_(False)
-
-    @torch.no_grad()
-    def update_parameters(self, model: nn.Module) -> None:
-        """Count the weights in; the first ones are taken as they are."""
-        updates = int(self.n_averaged)
-        weight = 1 - min(self.decay, (1 + updates) / (10 + updates)) if updates else 1.0
-        torch._foreach_lerp_(list(self.module.parameters()), list(model.parameters()), weight)
-        self.n_averaged += 1
+    if not isinstance(optimizer_type, str) or optimizer_type not in OPTIMIZERS:
+        return f"optimizer_type is {shown(optimizer_type)}"
+    kind = OPTIMIZERS[optimizer_type]
+    try:
+        groups, states = optimizer["param_groups"], optimizer["state"]
+        names = {number: name for g in groups for number, name in zip(g["params"], g["param_names"], strict=True)}
+        if set(names.values()) != model.keys():
+            return "optimizer is not this model's"
+        for group in groups:
+            for name in kind.numbers:
+                numbers = group[name] if isinstance(group[name], tuple) else (group[name],)
+                if not all(type(number) is float for number in numbers):
+                    return f"optimizer: {name} is {shown(group[name])}"
+        if has_stepped and states.keys() != names.keys():
+            return "optimizer lacks the state of some parameters"
+        for number, state in states.items():
+            name, weight = names[number], model[names[number]]
+            found = {key: (tensor.shape, tensor.dtype) for key, tensor in state.items()}
+            scalar, like_weight = ((), torch.float32), (weight.shape, weight.dtype)
+            if found != {key: scalar if key == "step" else like_weight for key in kind.state(name, weight)}:
+                return f"optimizer: the state of {name} has other parts, shapes or dtypes"
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        return f"optimizer cannot be understood ({error!r})"
+    return None

@@ -11,9 +11,11 @@ import os
 import shutil
 import sys
 
+from model.errors import InputError
+from model.training.optimizer import OPTIMIZERS
+
 BASE_PARAMETERS = 3e6  # of the model, and
-BASE_TOKENS = 2048  # tokens of a step, at which these rates are best
-BASE_RATES = {"muon": 5e-3, "adamw": 2e-3, "adam": 2e-3}
+BASE_TOKENS = 2048  # tokens of a step, at which the optimizers' base rates are best
 MOST_SCALING = 4.0  # of the rate for larger or smaller steps, either way
 
 STEPS_OF_A_RUN = 600  # at least: more tokens make larger steps
@@ -39,10 +41,16 @@ def automatic_learning_rate(optimizer_type: str, parameters: int, tokens_per_ste
         optimizer_type: as in the settings.
         parameters: of the model, tied ones once.
         tokens_per_step: over all micro-batches and processes.
+
+    Raises:
+        InputError: no such rate is known for the optimizer.
     """
     by_batch = math.sqrt(tokens_per_step / BASE_TOKENS)
     by_size = math.sqrt(BASE_PARAMETERS / parameters)
-    rate = BASE_RATES[optimizer_type] * min(MOST_SCALING, max(1 / MOST_SCALING, by_batch)) * by_size
+    base_rate = OPTIMIZERS[optimizer_type].base_rate
+    if base_rate is None:
+        raise InputError(f"learning_rate: auto found, but {optimizer_type} has no automatic rate; give a number")
+    rate = base_rate * min(MOST_SCALING, max(1 / MOST_SCALING, by_batch)) * by_size
     return float(f"{rate:.2g}")  # two digits: nobody can tell more of them apart
 
 

@@ -14,10 +14,11 @@ from dataclasses import dataclass, field
 from model.errors import MOST_CHARACTERS, InputError, shown
 from model.LMConfig import MOST_TOKENS, LMConfig, impossible_shape
 from model.options import parse_value, setting
+from model.training.optimizer import OPTIMIZERS
+from model.training.schedule import SHAPES
 
 MOST_PROBLEMS = 20  # that are written out; the rest is counted
 MOST_PARAMETERS = 10**12  # of a model: each process holds all of it
-SCHEDULERS = ("cosine", "linear", "polynomial", "wsd")
 AUTO = "auto"  # the word for: chosen by the program, see model/training/recipe.py
 Auto = typing.Literal["auto"]  # in a setting's type: that word is accepted too
 
@@ -79,8 +80,8 @@ class TrainingSettings:
         "steps in which the learning rate rises from 0; null: 2 % of all steps, at most 1000; auto: about 5 %",
         at_least=0,
     )
-    lr_scheduler: str = setting("cosine", "how the learning rate falls", choices=SCHEDULERS)
-    optimizer_type: str = setting("adamw", "optimizer", choices=("adamw", "adam", "muon"))
+    lr_scheduler: str = setting("cosine", "how the learning rate falls", choices=SHAPES)
+    optimizer_type: str = setting("adamw", "optimizer", choices=OPTIMIZERS)
     weight_decay: float = setting(0.1, "of matrices only; adam's is added to the gradient", at_least=0, at_most=100)
     grad_clip: float = setting(1.0, "largest norm of the gradient; 0: not clipped", at_least=0)
     max_skipped_steps: int = setting(

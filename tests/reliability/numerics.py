@@ -157,7 +157,7 @@ def finite_problems(out: Path) -> list[str]:
 
 def rate_problems(out: Path, total_steps: int) -> list[str]:
     """Whether each logged learning rate is that of its step."""
-    from model.training.optimizer import Schedule
+    from model.training.schedule import Schedule
 
     schedule = Schedule(total_steps, WARMUP, 3e-3, 3e-3 / 10, "cosine")
     rates = [(event["step"], event["lr"]) for event in events(out) if "lr" in event]

@@ -7,8 +7,10 @@ import torch
 
 from model.LMConfig import LMConfig
 from model.model import Transformer
+from model.training.moving_average import MovingAverage
 from model.training.muon import orthogonalized
-from model.training.optimizer import MovingAverage, Schedule, build_optimizer, load_optimizer_state, momentum_at
+from model.training.optimizer import build_optimizer, load_optimizer_state, momentum_at
+from model.training.schedule import Schedule
 
 CONFIG = LMConfig(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=64, max_seq_len=16)
 SCHEDULE = {"total_steps": 100, "warmup_steps": 10, "learning_rate": 1.0, "min_lr": 0.1}

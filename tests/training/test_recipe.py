@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from model.training.memory import free_memory, rows_that_fit, saved_bytes
+from model.training.optimizer import OPTIMIZERS
 from model.training.recipe import (
-    BASE_RATES,
     automatic_batch_size,
     automatic_learning_rate,
     automatic_tokens_per_step,
@@ -20,12 +20,12 @@ from model.training.recipe import (
 from tests.conftest import random_model
 
 
-@pytest.mark.parametrize("optimizer_type", BASE_RATES)
+@pytest.mark.parametrize("optimizer_type", OPTIMIZERS)
 def test_the_rate_grows_with_the_batch_and_falls_with_the_model(optimizer_type):
     def rate(parameters, tokens):
         return automatic_learning_rate(optimizer_type, parameters, tokens)
 
-    assert rate(3_000_000, 2048) == BASE_RATES[optimizer_type]
+    assert rate(3_000_000, 2048) == OPTIMIZERS[optimizer_type].base_rate
     assert rate(3_000_000, 8192) == pytest.approx(2 * rate(3_000_000, 2048), rel=0.05)
     assert rate(48_000_000, 2048) == pytest.approx(rate(3_000_000, 2048) / 4, rel=0.05)
     assert rate(3_000_000, 2**30) == pytest.approx(4 * rate(3_000_000, 2048), rel=0.05)

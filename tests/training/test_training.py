@@ -22,7 +22,8 @@ from model.loss import IGNORE_INDEX
 from model.storage.archive import load_torch
 from model.text.tokenization import encode_texts, load_tokenizer, tokenizer_sha256
 from model.token_file.manifest import Manifest, file_sha256, write_manifest
-from model.training.optimizer import momentum_at
+from model.training.optimizer import OPTIMIZERS, OptimizerKind, decay_groups, momentum_at
+from model.training.schedule import SHAPES
 from model.training.settings import build_settings
 from optimized_pretrain import Trainer
 from tests.conftest import ROOT
@@ -295,6 +296,16 @@ def test_early_stopping_after_patience_evaluations_without_gain(flags, tmp_path)
     assert trainer.evaluate()[0] == pytest.approx(min(evaluated), abs=1e-6)
 
 
+def test_a_new_optimizer_and_schedule_are_settings_like_the_others(flags, tmp_path, new_entries):
+    trainer = train(flags(optimizer_type="sgd", lr_scheduler="constant", learning_rate=0.1))
+    assert type(trainer.optimizer) is torch.optim.SGD and trainer.optimizer.param_groups[0]["momentum"] == 0.9
+    assert [event["lr"] for event in events(tmp_path / "out") if "lr" in event][1:] == [0.1] * 11
+    with pytest.raises(InputError, match="sgd has no automatic rate; give a number"):
+        train(flags(optimizer_type="sgd", learning_rate="auto", out_dir=tmp_path / "auto"))
+    with pytest.raises(InputError, match="one of adamw, adam, muon, sgd expected"):
+        build_settings({}, {"optimizer_type": "lion"})
+
+
 # ---------------------------------------------------------------------------------------------- stopping and resuming
 
 RESUMED = {
@@ -304,11 +315,24 @@ RESUMED = {
     "muon": {"optimizer_type": "muon", "lr_scheduler": "wsd", "dtype": "bfloat16"},
     "documents": {"sample_start": "document", "document_mask": "true", "max_seq_len": 96, "batch_size": 80},
     "across epochs": {"batch_size": 200, "lr_scheduler": "linear", "early_stopping": "true", "patience": 3},
+    "new entries of the registries": {"optimizer_type": "sgd", "lr_scheduler": "constant", "learning_rate": 0.1},
 }
 
 
+def sgd(parameters, learning_rate, weight_decay, dtype):
+    return torch.optim.SGD(decay_groups(parameters, weight_decay), lr=learning_rate, momentum=0.9)
+
+
+@pytest.fixture
+def new_entries(monkeypatch):
+    """An optimizer and a schedule that the program lacks: each is a function and an entry."""
+    kind = OptimizerKind(sgd, state=lambda name, parameter: ("momentum_buffer",), numbers=("lr", "momentum"))
+    monkeypatch.setitem(OPTIMIZERS, "sgd", kind)
+    monkeypatch.setitem(SHAPES, "constant", lambda progress: 1.0)
+
+
 @pytest.mark.parametrize("case", RESUMED)
-def test_a_killed_run_goes_on_and_ends_with_the_same_bits(flags, tmp_path, case, monkeypatch):
+def test_a_killed_run_goes_on_and_ends_with_the_same_bits(flags, tmp_path, case, monkeypatch, new_entries):
     monkeypatch.setenv("MATECONV_EMULATE_DTYPE", "1")
     whole = train(flags(out_dir=tmp_path / "whole", **RESUMED[case]))
     assert whole.outcome == "finished"

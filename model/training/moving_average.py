@@ -1,0 +1,27 @@
+"""The moving average of the weights."""
+
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+
+
+class MovingAverage(AveragedModel):
+    """An exponential moving average of the weights, updated with `update_parameters(model)` after each step.
+
+    The decay starts low, min(decay, (1 + n) / (10 + n)) after n updates, so that the first steps are soon forgotten.
+    The count of updates stays on the CPU: PyTorch's own update sends it to the GPU and back, and waits there for all
+    that the GPU still has to do.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        super().__init__(model)
+        self.decay = decay
+        self.requires_grad_(False)
+
+    @torch.no_grad()
+    def update_parameters(self, model: nn.Module) -> None:
+        """Count the weights in; the first ones are taken as they are."""
+        updates = int(self.n_averaged)
+        weight = 1 - min(self.decay, (1 + updates) / (10 + updates)) if updates else 1.0
+        torch._foreach_lerp_(list(self.module.parameters()), list(model.parameters()), weight)
+        self.n_averaged += 1
