@@ -1,8 +1,9 @@
 """The shape of a model."""
 
-from dataclasses import dataclass
+from collections.abc import Set
+from dataclasses import dataclass, fields
 
-from model.errors import InputError
+from model.errors import InputError, shown
 from model.options import check_options, setting
 
 MOST_TOKENS = 2**24  # rows of an embedding; the largest tokenizers have a quarter of a million
@@ -59,6 +60,39 @@ class LMConfig:
             self.hidden_dim = self.multiple_of * -(-hidden_dim // self.multiple_of)
         if self.head_dim is None:
             self.head_dim = self.dim // self.n_heads
+
+
+# The fields by what knows them. A field that is added belongs to none of these groups until somebody has looked at
+# each place that uses one: `refuse_unknown` keeps the others from computing something else without a word.
+LLAMA_FIELDS = {
+    "dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "vocab_size", "hidden_dim", "norm_eps", "max_seq_len",
+    "rope_theta", "tie_embeddings",
+}  # fmt: skip
+QWEN_FIELDS = {"qk_norm", "qkv_bias"}
+SCALING_FIELDS = {
+    "rope_scaling", "rope_factor", "rope_low_freq_factor", "rope_high_freq_factor", "rope_original_max_seq_len",
+}  # fmt: skip
+KNOWN_SCALINGS = (None, "linear", "llama3")  # to all that know SCALING_FIELDS, whatever is added to ROPE_SCALINGS
+TRAINING_FIELDS = {"multiple_of", "dropout", "flash_attn"}  # trained weights compute the same whatever they are
+NETWORK_FIELDS = LLAMA_FIELDS | QWEN_FIELDS | SCALING_FIELDS | TRAINING_FIELDS
+
+
+def refuse_unknown(config: LMConfig, known: Set[str], place: str) -> None:
+    """Refuse a shape with a field that a part of the program does not know, unless it has its default.
+
+    Args:
+        known: the fields that the part computes with, or has no need of.
+        place: the part, for the message.
+
+    Raises:
+        InputError: naming every such field.
+    """
+    unknown = [f for f in fields(config) if f.name not in known and getattr(config, f.name) != f.default]
+    if config.rope_scaling not in KNOWN_SCALINGS:
+        unknown.append(config.__dataclass_fields__["rope_scaling"])
+    if unknown:
+        values = ", ".join(f"{f.name} {shown(getattr(config, f.name))} (only {f.default})" for f in unknown)
+        raise InputError(f"{place} does not know {values}")
 
 
 def impossible_shape(values: dict) -> list[str]:

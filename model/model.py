@@ -22,7 +22,7 @@ from model.attention import (
 )
 from model.errors import InputError
 from model.kv_cache import KVCache
-from model.LMConfig import LMConfig
+from model.LMConfig import NETWORK_FIELDS, LMConfig, refuse_unknown
 from model.loss import cross_entropy
 
 
@@ -155,6 +155,7 @@ class Transformer(nn.Module):
     def __init__(self, config: LMConfig | None = None) -> None:
         super().__init__()
         self.config = config = config or LMConfig()
+        refuse_unknown(config, NETWORK_FIELDS, "the network")
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(TransformerBlock(config, layer) for layer in range(config.n_layers))
         self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps)

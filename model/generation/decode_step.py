@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.kv_cache import SPARE
-from model.LMConfig import LMConfig
+from model.LMConfig import NETWORK_FIELDS, LMConfig, refuse_unknown
 from model.model import Transformer, TransformerBlock, apply_rope
 
 OPTIONS = {
@@ -120,6 +120,7 @@ class DecodeStep(nn.Module):
     def __init__(self, model: Transformer, int8: bool = False) -> None:
         super().__init__()
         self.config = model.config
+        refuse_unknown(self.config, NETWORK_FIELDS, "the compiled step")
         self.layers = nn.ModuleList(_Layer(block, model.config, int8) for block in model.layers)
         self.output = _Matrix(model.output, int8)
         self.register_buffer("embedding", model.tok_embeddings.weight.detach())
@@ -147,6 +148,7 @@ class BatchAttention(nn.Module):
 
     def __init__(self, config: LMConfig) -> None:
         super().__init__()
+        refuse_unknown(config, NETWORK_FIELDS, "the compiled attention")
         self.heads = (config.n_heads, config.n_kv_heads, config.n_kv_heads)
         self.head_dim = config.head_dim
 

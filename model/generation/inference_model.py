@@ -14,7 +14,7 @@ from model.attention import cached_attention
 from model.generation.compiled_step import CompiledAttention
 from model.generation.decode_step import quantized
 from model.kv_cache import KVCache
-from model.LMConfig import LMConfig
+from model.LMConfig import NETWORK_FIELDS, LMConfig, refuse_unknown
 from model.model import Transformer, TransformerBlock, turned
 
 PACKED_FOR = 32  # rows that oneDNN lays a matrix out for; as fast for 1 or 512, where one laid out for 1 is not
@@ -86,6 +86,7 @@ class InferenceModel:
 
     def __init__(self, model: Transformer, int8: bool = False) -> None:
         self.config: LMConfig = model.config
+        refuse_unknown(self.config, NETWORK_FIELDS, "the inference model")
         matrix = Int8Matrix if int8 else Matrix
         self.dtype = model.dtype
         if int8:
