@@ -15,7 +15,7 @@ class LMConfig:
     """The shape of a Transformer. The defaults are MiniMind v1's: 26,878,464 parameters.
 
     Raises:
-        InputError: values that no model can have; all of them are named at once.
+        InputError: naming every value that no model can have.
     """
 
     dim: int = setting(512, "width of the residual stream", at_least=1, at_most=2**20)
@@ -62,19 +62,14 @@ class LMConfig:
             self.head_dim = self.dim // self.n_heads
 
 
-# The fields by what knows them. A field that is added belongs to none of these groups until somebody has looked at
-# each place that uses one: `refuse_unknown` keeps the others from computing something else without a word.
-LLAMA_FIELDS = {
-    "dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "vocab_size", "hidden_dim", "norm_eps", "max_seq_len",
-    "rope_theta", "tie_embeddings",
+# Fields that the network, the inference model and the compiled step all compute with. One of them that learns a new
+# field adds it where it calls `refuse_unknown`; the field moves here once all of them know it.
+NETWORK_FIELDS = {
+    "dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "vocab_size", "hidden_dim", "multiple_of", "norm_eps",
+    "max_seq_len", "rope_theta", "rope_scaling", "rope_factor", "rope_low_freq_factor", "rope_high_freq_factor",
+    "rope_original_max_seq_len", "dropout", "flash_attn", "tie_embeddings", "qk_norm", "qkv_bias",
 }  # fmt: skip
-QWEN_FIELDS = {"qk_norm", "qkv_bias"}
-SCALING_FIELDS = {
-    "rope_scaling", "rope_factor", "rope_low_freq_factor", "rope_high_freq_factor", "rope_original_max_seq_len",
-}  # fmt: skip
-KNOWN_SCALINGS = (None, "linear", "llama3")  # to all that know SCALING_FIELDS, whatever is added to ROPE_SCALINGS
-TRAINING_FIELDS = {"multiple_of", "dropout", "flash_attn"}  # trained weights compute the same whatever they are
-NETWORK_FIELDS = LLAMA_FIELDS | QWEN_FIELDS | SCALING_FIELDS | TRAINING_FIELDS
+KNOWN_SCALINGS = (None, "linear", "llama3")
 
 
 def refuse_unknown(config: LMConfig, known: Set[str], place: str) -> None:

@@ -1,7 +1,7 @@
 """Options, declared once: settings of training, the shape of a model, data processing, sampling.
 
-An option is a dataclass field that `setting` makes. Its name, type, default, help and limits stand there and nowhere
-else: flags, keys of the config file, checks and error messages are made from it.
+An option is a dataclass field that `setting` makes. Its name, type, default, help and limits stand only there: flags,
+keys of the config file, checks and error messages are made from it.
 """
 
 import dataclasses
@@ -15,10 +15,7 @@ from model.errors import shown
 
 MOST = 10**12  # of a whole number without a limit: their products stay within 64 bits
 LONGEST_TEXT = 4096  # characters: Linux takes no longer path
-ESCAPES = "in YAML, \\ in double quotes begins an escape: put a path in single quotes, or write it with /"
-EATEN = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")  # what "C:\temp\new.bin" in double quotes becomes
-DRIVE_ALONE = re.compile(r"[A-Za-z]:[^\\/]")  # and "C:\x64ata"
-NULLS = ("null", "none", "~")  # what a flag's text says for None
+NULLS = ("null", "none", "~")  # mean None in a flag
 _BOOLEANS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 _NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 
@@ -54,7 +51,7 @@ def options_of(cls) -> dict[str, dataclasses.Field]:
 
 
 def check_options(values) -> list[str]:
-    """Check a dataclass's options in place, as `checked_value` does; one line for each that cannot be."""
+    """Check a dataclass's options in place, as `checked_value` does; one line for each that is refused."""
     problems = []
     for name, field in options_of(values).items():
         try:
@@ -127,13 +124,9 @@ def file_path(given: str | os.PathLike) -> str:
     """A path as the user means it: `~` at its beginning is the home folder.
 
     Raises:
-        ValueError: its text says what would be accepted; an escape of YAML ate a part of it, or there is no such home.
+        ValueError: there is no such home; its text says what would be accepted.
     """
     text = os.fspath(given)
-    if EATEN.search(text):
-        raise ValueError(f"a path without control characters ({ESCAPES})")
-    if DRIVE_ALONE.match(text):
-        raise ValueError(f"a path with \\ or / after the drive's colon ({ESCAPES})")
     expanded = os.path.expanduser(text)
     if expanded.startswith("~"):
         user = re.split(r"[\\/]", expanded)[0]

@@ -14,10 +14,10 @@ LONG_DOCUMENTS = ("keep", "split", "truncate", "drop")
 
 @dataclass(frozen=True)
 class ProcessingOptions:
-    """What is done with the input; `cleaning` apart, every field is a flag.
+    """What becomes of the input; every field but `cleaning` is a flag.
 
     Raises:
-        InputError: values that cannot be, all of them in one message.
+        InputError: naming every value that is refused.
     """
 
     tokenizer_path: str | Path | None = setting(None, "folder of a tokenizer; null: the embedded one", path=True)

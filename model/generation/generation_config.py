@@ -19,7 +19,7 @@ from model.generation.sampling import (
 )
 from model.options import check_options, is_number, is_whole, setting
 
-GREEDY_BELOW = 1e-4  # a temperature under this means greedy: dividing by it could overflow
+GREEDY_BELOW = 1e-4  # a temperature below this means greedy: dividing by it could overflow
 
 
 def _are_stop_strings(value) -> bool:
@@ -37,7 +37,7 @@ class GenerationConfig:
     """How to choose tokens, and how many.
 
     Raises:
-        InputError: values that cannot be used; all of them are named at once.
+        InputError: naming every value that is refused.
     """
 
     do_sample: bool = setting(True, "draw tokens at random; false: greedy, the likeliest token each time")
@@ -114,7 +114,7 @@ class GenerationConfig:
         return processors
 
     def warpers(self) -> list[Processor]:
-        """What shapes the distribution that is drawn from, after the processors, in transformers' order."""
+        """What shapes the distribution to draw from, after the processors, in transformers' order."""
         warpers: list[Processor] = []
         if self.greedy:
             return warpers

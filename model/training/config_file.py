@@ -11,8 +11,7 @@ from pathlib import Path
 import yaml
 
 from model.errors import InputError, shown
-from model.options import ESCAPES
-from model.training.settings import SECTIONS
+from model.training.settings import ESCAPES, SECTIONS
 
 MAX_CONFIG_BYTES = 1 << 16  # a config file is a page of text; anything larger is another file
 DEEPEST = 16  # lists and mappings within each other; two are of use

@@ -1,12 +1,12 @@
 """Every setting of training: its name, type, default, limits and help, declared once.
 
-The config file's sections, the flags of `train.py`, the file `out/config.yaml` and the settings inside a checkpoint
-are all made from the dataclasses below. Flags beat the file, the file beats the defaults. Whatever is wrong is
-collected and reported together.
+The config file's sections, the flags of `train.py`, `out/config.yaml` and the settings inside a checkpoint are made
+from the dataclasses below. Flags beat the file, the file beats the defaults. All problems are reported together.
 """
 
 import dataclasses
 import difflib
+import re
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,10 +17,13 @@ from model.options import parse_value, setting
 from model.training.optimizer import OPTIMIZERS
 from model.training.schedule import SHAPES
 
-MOST_PROBLEMS = 20  # that are written out; the rest is counted
-MOST_PARAMETERS = 10**12  # of a model: each process holds all of it
-AUTO = "auto"  # the word for: chosen by the program, see model/training/recipe.py
-Auto = typing.Literal["auto"]  # in a setting's type: that word is accepted too
+MOST_PROBLEMS = 20  # shown; the rest is counted
+MOST_PARAMETERS = 10**12  # of a model, which every process holds in full
+ESCAPES = "in YAML, \\ in double quotes begins an escape: put a path in single quotes, or write it with /"
+EATEN = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")  # what "C:\temp\new.bin" in double quotes becomes
+DRIVE_ALONE = re.compile(r"[A-Za-z]:[^\\/]")  # and "C:\x64ata"
+AUTO = "auto"  # the program chooses, see recipe.py
+Auto = typing.Literal["auto"]  # in a setting's type: accepted too
 
 
 @dataclass
@@ -41,7 +44,7 @@ class DataSettings:
     )
     sample_start: str = setting(
         "packed",
-        "where samples begin: packed, anywhere; document, with a document or, of a long one, where the last ended",
+        "where samples begin: packed, anywhere; document, where a document begins or its last sample ended",
         choices=("packed", "document"),
     )
 
@@ -68,11 +71,11 @@ class TrainingSettings:
     epochs: int = setting(15, "passes over the training samples", at_least=1)
     max_steps: int | None = setting(None, "steps to train, whatever epochs says; null: epochs decide", at_least=1)
     batch_size: int | Auto = setting(
-        32, "samples a process reads at once; auto: for this run, and what fits the memory", at_least=1, at_most=2**20
+        32, "samples that a process reads at once; auto: to suit this run and the memory", at_least=1, at_most=2**20
     )
-    accumulation_steps: int = setting(1, "batches of every process that make up one step", at_least=1, at_most=2**20)
+    accumulation_steps: int = setting(1, "batches per process that make up one step", at_least=1, at_most=2**20)
     learning_rate: float | Auto = setting(
-        3e-4, "highest learning rate, reached after the warm-up; auto: for this model and batch", above=0, at_most=100
+        3e-4, "highest learning rate, reached after the warm-up; auto: to suit model and batch", above=0, at_most=100
     )
     min_lr: float | None = setting(None, "learning rate at the end; null: a tenth of learning_rate", at_least=0)
     warmup_steps: int | Auto | None = setting(
@@ -82,20 +85,22 @@ class TrainingSettings:
     )
     lr_scheduler: str = setting("cosine", "how the learning rate falls", choices=SHAPES)
     optimizer_type: str = setting("adamw", "optimizer", choices=OPTIMIZERS)
-    weight_decay: float = setting(0.1, "of matrices only; adam's is added to the gradient", at_least=0, at_most=100)
+    weight_decay: float = setting(0.1, "of matrices only; adam adds it to the gradient", at_least=0, at_most=100)
     grad_clip: float = setting(1.0, "largest norm of the gradient; 0: not clipped", at_least=0)
     max_skipped_steps: int = setting(
-        10, "steps in a row that are skipped, not finite or leaping, before training stops as diverged", at_least=0
+        10,
+        "steps skipped in a row, since loss or gradient were not finite or leapt, before training stops as diverged",
+        at_least=0,
     )
     spike_threshold: float = setting(
-        10.0, "a loss so many standard deviations above the last 128 is a leap; 0: not looked for", at_least=0
+        10.0, "standard deviations above the mean of the last 128 losses that make a leap; 0: none does", at_least=0
     )
-    document_mask: bool = setting(False, "a token sees its own document only, not those before it in the sample")
+    document_mask: bool = setting(False, "a token sees only its own document, not those before it in the sample")
     dtype: str = setting(
-        "bfloat16", "numbers of the matrix products; weights stay float32", choices=("float32", "float16", "bfloat16")
+        "bfloat16", "of the matrix products; weights stay float32", choices=("float32", "float16", "bfloat16")
     )
     use_ema: bool = setting(False, "evaluate and save a moving average of the weights")
-    ema_decay: float = setting(0.999, "decay of that average a step", at_least=0, below=1)
+    ema_decay: float = setting(0.999, "decay of that average per step", at_least=0, below=1)
     early_stopping: bool = setting(False, "stop when the validation loss no longer falls")
     patience: int = setting(5, "evaluations without a lower loss before early stopping", at_least=1)
     eval_interval: int = setting(500, "steps between evaluations", at_least=1)
@@ -107,16 +112,16 @@ class TrainingSettings:
     log_interval: int = setting(10, "steps between lines of metrics.jsonl", at_least=1)
     seed: int = setting(42, "of weights, dropout and the order of samples", at_least=0, at_most=2**32 - 1)
     compile: bool | Auto = setting(
-        AUTO, "compile the model with torch.compile, which needs a C++ compiler; auto: where it pays"
+        AUTO, "compile the model with torch.compile, which needs a C++ compiler; auto: if it pays"
     )
     device: str = setting("auto", "cuda, cuda:1, mps or cpu; auto: the best there is")
     ddp: bool = setting(False, "train in several processes, started by torchrun")
-    ddp_timeout: float = setting(600.0, "seconds without progress after which several processes give up", above=0)
+    ddp_timeout: float = setting(600.0, "seconds without progress after which several processes fail", above=0)
     init_from: str | None = setting(
-        None, "weights to begin with, of any format; the model's shape is theirs; null: drawn anew", path=True
+        None, "weights to begin with, in any format; they give the model its shape; null: drawn at random", path=True
     )
-    resume: bool = setting(False, "go on from the newest whole checkpoint in out_dir")
-    resume_from: str | None = setting(None, "go on from this checkpoint", path=True)
+    resume: bool = setting(False, "resume from the newest whole checkpoint in out_dir")
+    resume_from: str | None = setting(None, "resume from this checkpoint", path=True)
     out_dir: str = setting("out", "folder for checkpoints, metrics and curves", path=True)
 
 
@@ -126,7 +131,7 @@ class LoggingSettings:
 
     use_wandb: bool = setting(False, "send the metrics to Weights & Biases; offline if it cannot be reached")
     wandb_project: str = setting("MateConv-Pretrain", "project in wandb")
-    wandb_run_name: str | None = setting(None, "name of the run in wandb; null: wandb makes one up")
+    wandb_run_name: str | None = setting(None, "name of the run in wandb; null: wandb chooses one")
 
 
 @dataclass
@@ -143,7 +148,10 @@ class Settings:
         return dataclasses.asdict(self)
 
     def lm_config(self, tokens: int) -> LMConfig:
-        """The model's shape, for a tokenizer of so many tokens.
+        """The model's shape.
+
+        Args:
+            tokens: of the tokenizer.
 
         Raises:
             InputError: `vocab_size` is too small for it.
@@ -171,7 +179,7 @@ def build_settings(
         file_values: what `config_file.read_config` returned.
         flags: name to text, as on the command line.
         source: the config file's name, for messages.
-        problems: what is known to be wrong already, to be reported with the rest.
+        problems: found before, to be reported with the rest.
 
     Raises:
         InputError: with one line for each thing that is wrong.
@@ -181,7 +189,7 @@ def build_settings(
         if section not in SECTIONS:
             problems.append(f"{source}: section {shown(section)} is unknown; {_nearest(section, SECTIONS)}")
         elif not isinstance(values, Mapping):
-            if values is not None:  # a section whose keys are all commented out
+            if values is not None:  # not a section whose keys are all commented out
                 problems.append(f"{source}: section {section!r} is {shown(values)}, expected keys with values")
         else:
             _merge_section(settings, section, values, source, problems)
@@ -198,14 +206,24 @@ def build_settings(
 def _merge_section(settings: Settings, section: str, values: Mapping, source: str, problems: list[str]) -> None:
     for name, value in values.items():
         if SECTION_OF.get(name) == section:
-            _assign(settings, name, value, f"{source}: {section}.{name}", problems)
+            if FIELDS[name].metadata["path"] and isinstance(value, str) and (wrong := _eaten_by_escapes(value)):
+                problems.append(f"{source}: {section}.{name}: {shown(value)} found, {wrong} expected ({ESCAPES})")
+            else:
+                _assign(settings, name, value, f"{source}: {section}.{name}", problems)
         elif name in SECTION_OF:
             problems.append(f"{source}: {section}.{name} belongs in section {SECTION_OF[name]!r}")
         else:
             own = [key for key, owner in SECTION_OF.items() if owner == section]
             written = shown(str(name))[1:-1]
-            nearest = _nearest(name, own) if len(problems) < MOST_PROBLEMS else ""  # the search takes its time
+            nearest = _nearest(name, own) if len(problems) < MOST_PROBLEMS else ""  # the search is slow
             problems.append(f"{source}: {section}.{written} is unknown; {nearest}")
+
+
+def _eaten_by_escapes(path: str) -> str | None:
+    """What to expect of a path that YAML's escapes left a trace in: "C:\\temp\\new.bin" with its tab and newline."""
+    if EATEN.search(path):
+        return "a path without control characters"
+    return "a path with / or \\ after the drive's colon" if DRIVE_ALONE.match(path) else None
 
 
 def _assign(settings: Settings, name: str, value, where: str, problems: list[str]) -> None:
