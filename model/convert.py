@@ -5,13 +5,14 @@ python -m model.convert out/pretrain_512.pth my_model.gguf --dtype Q8_0 # for ll
 python -m model.convert SmolLM2.gguf out/smollm2.pth                    # from others, to train it further
 python -m model.convert pretrain_512.pth out/minimind2.pth --tokenizer_path minimind_tokenizer --n_heads 8
 
-What a file is shows in its content; what is to be written, in the name of the target or by --to.
+The content of the source shows its format; the name of the target, or --to, decides what is written.
 """
 
 import dataclasses
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -20,6 +21,7 @@ from model.errors import InputError
 from model.generation.generation_config import GenerationConfig
 from model.LMConfig import LMConfig
 from model.options import accepted_types, options_of
+from model.storage.files import check_is_new
 from model.text.tokenization import EMBEDDED_TOKENIZER, tokenizer_folder, tokenizer_sha256
 from model.text.tokenizer_folder import same_tokenizer
 from model.weights import Weights, load_weights, save_weights
@@ -31,8 +33,6 @@ from model.weights.minimind import GIVABLE
 from model.weights.tokenizer_copy import copy_tokenizer
 from model.weights.transformers_folder import save_transformers
 
-SUFFIXES = {".pth": "mateconv", ".gguf": "gguf", ".bin": "llama2c", ".pt": "llama2c_checkpoint", "": "transformers"}
-TARGETS = (*SUFFIXES.values(), "meta")
 SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty", "max_new_tokens")
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -50,32 +50,30 @@ def convert(
 
     Args:
         source: a file or a folder.
-        target: which must not be there.
-        to: one of TARGETS; None: by the target's suffix.
-        dtype: F32, F16 or BF16; for GGUF also Q8_0. MateConv's, llama2.c's and Meta's are always float32.
+        target: must not exist, or be an empty folder.
+        to: a name in FORMATS; None: by the target's suffix.
+        dtype: of the matrices, one of the format's dtypes.
         tokenizer_path: None: the one that comes with the weights, or the embedded one.
-        given: values of the shape that a file without a description leaves open, such as {"n_heads": 8}.
-        say: told what was found and what was written, a line each.
+        given: values that a file without a description leaves open, such as {"n_heads": 8}.
+        say: called with a line for each thing that was found or written.
 
     Returns:
         what was read.
 
     Raises:
-        InputError: the source cannot be read, the target cannot express it, or the tokenizer is not its own.
+        InputError: the source cannot be read, the target cannot express it or exists, or the tokenizer is not its own.
     """
     source, target = Path(source), Path(target)
     if to is None and target.suffix == ".safetensors":
         raise InputError(f"{target}: a folder's name expected, which model.safetensors will be in")
-    to = to or SUFFIXES.get(target.suffix, "transformers")  # a model's name may have a dot in it
-    if to not in TARGETS:
-        raise InputError(f"--to: {to!r} found, one of {', '.join(TARGETS)} expected")
-    if dtype not in DTYPES and (dtype, to) != ("Q8_0", "gguf"):
-        raise InputError(f"--dtype: {dtype!r} found, {', '.join(DTYPES)} expected, or Q8_0 for GGUF")
-    if dtype != "F32" and to not in ("gguf", "transformers"):
-        raise InputError(f"--dtype: {to} files hold F32 only")
+    suffixes = {format.suffix: name for name, format in FORMATS.items()}
+    to = to or suffixes.get(target.suffix, "transformers")  # a model's name may have a dot in it
+    if to not in FORMATS:
+        raise InputError(f"--to: {to!r} found, one of {', '.join(FORMATS)} expected")
+    if dtype not in FORMATS[to].dtypes:
+        raise InputError(f"--dtype: {dtype!r} found, {', '.join(FORMATS[to].dtypes)} expected for {to}")
     for path in (target, *(_beside(target) if to == "mateconv" else ())):
-        if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-            raise InputError(f"{path} is there already; give another name, or remove it first")
+        check_is_new(path)
     weights = load_weights(source, given)
     if weights.inferred:
         say(weights.inferred)
@@ -88,17 +86,17 @@ def convert(
         weights = dataclasses.replace(weights, tokenizer_path=str(tokenizer_path), tokenizer_sha256=sha256)
     for remark in write(to, target, weights, dtype):
         say(f"{target}: {remark}")
-    say(f"{target}: written for {_READERS[to]}")
+    say(f"{target}: written for {FORMATS[to].readers}")
     return weights
 
 
 def write(to: str, target: Path, weights: Weights, dtype: str = "F32") -> list[str]:
-    """Write weights in a format, as `convert` does; returns what there is to say of it."""
-    return _WRITERS[to](target, weights, dtype) or []
+    """Write weights in a format, as `convert` does; returns remarks for the user."""
+    return FORMATS[to].write(target, weights, dtype) or []
 
 
 def describe(weights: Weights) -> str:
-    """A model in a line."""
+    """A model on one line."""
     config = weights.config
     numbers = sum(t.numel() for name, t in weights.state_dict.items() if name != "output.weight")
     if not config.tie_embeddings:
@@ -113,12 +111,12 @@ def describe(weights: Weights) -> str:
 
 
 def _beside(target: Path) -> tuple[Path, Path]:
-    """What else is written where `target` is MateConv's: its description, and a tokenizer that is not the embedded."""
+    """What our format writes beside `target`: its description, and its tokenizer unless that is the embedded one."""
     return target.with_suffix(".json"), target.with_name(f"{target.stem}_tokenizer")
 
 
 def _write_mateconv(target: Path, weights: Weights, dtype: str) -> None:
-    """X.pth with X.json, and the tokenizer as X_tokenizer, unless it is the embedded one."""
+    """X.pth with X.json, and the tokenizer as X_tokenizer unless it is the embedded one."""
     if weights.tokenizer_path is not None:
         folder, path = tokenizer_folder(weights.tokenizer_path), None
         if not same_tokenizer(folder, EMBEDDED_TOKENIZER):
@@ -130,41 +128,52 @@ def _write_mateconv(target: Path, weights: Weights, dtype: str) -> None:
 
 
 def _write_transformers(target: Path, weights: Weights, dtype: str) -> None:
-    defaults = vars(GenerationConfig())  # transformers then samples as inference.py does without flags
+    defaults = vars(GenerationConfig())  # so that transformers samples as inference.py does without flags
     save_transformers(target, weights, DTYPES[dtype], {name: defaults[name] for name in SAMPLING})
 
 
-def _write_gguf(target: Path, weights: Weights, dtype: str) -> list[str]:
-    return save_gguf(target, weights, dtype)
+class Format(NamedTuple):
+    """A format that is written.
+
+    Attributes:
+        suffix: of a target's name that means this format; None: only --to does.
+        readers: what reads it, for the user.
+        dtypes: that its matrices can have, the usual one first.
+        write: called with target, weights and dtype; returns remarks for the user, or None.
+    """
+
+    suffix: str | None
+    readers: str
+    dtypes: tuple[str, ...]
+    write: Callable[[Path, Weights, str], list[str] | None]
 
 
-def _write_llama2c(target: Path, weights: Weights, dtype: str) -> None:
-    save_llama2c(target, weights)
-
-
-def _write_llama2c_checkpoint(target: Path, weights: Weights, dtype: str) -> None:
-    save_llama2c_checkpoint(target, weights)
-
-
-def _write_meta(target: Path, weights: Weights, dtype: str) -> None:
-    save_meta_folder(target, weights)
-
-
-_WRITERS = {
-    "mateconv": _write_mateconv,
-    "transformers": _write_transformers,
-    "gguf": _write_gguf,
-    "llama2c": _write_llama2c,
-    "llama2c_checkpoint": _write_llama2c_checkpoint,
-    "meta": _write_meta,
-}
-_READERS = {
-    "mateconv": "MateConv: python inference.py --model_path, python train.py --init_from",
-    "transformers": "transformers: AutoModelForCausalLM.from_pretrained",
-    "gguf": "llama.cpp and what builds on it",
-    "llama2c": "llama2.c's run; it needs a tokenizer.bin, which cannot express byte-level BPE and is not written",
-    "llama2c_checkpoint": "llama2.c's Python scripts",
-    "meta": "what reads Meta's params.json and consolidated.00.pth; without a tokenizer",
+FORMATS = {
+    "mateconv": Format(
+        ".pth", "MateConv: python inference.py --model_path, python train.py --init_from", ("F32",), _write_mateconv
+    ),
+    "transformers": Format(
+        "", "transformers: AutoModelForCausalLM.from_pretrained", tuple(DTYPES), _write_transformers
+    ),
+    "gguf": Format(".gguf", "llama.cpp and what builds on it", (*DTYPES, "Q8_0"), save_gguf),
+    "llama2c": Format(
+        ".bin",
+        "llama2.c's run; it needs a tokenizer.bin, which cannot express byte-level BPE and is not written",
+        ("F32",),
+        lambda target, weights, dtype: save_llama2c(target, weights),
+    ),
+    "llama2c_checkpoint": Format(
+        ".pt",
+        "llama2.c's Python scripts",
+        ("F32",),
+        lambda target, weights, dtype: save_llama2c_checkpoint(target, weights),
+    ),
+    "meta": Format(
+        None,
+        "what reads Meta's params.json and consolidated.00.pth; without a tokenizer",
+        ("F32",),
+        lambda target, weights, dtype: save_meta_folder(target, weights),
+    ),
 }
 
 
@@ -172,19 +181,21 @@ def main() -> None:
     """The command line."""
     parser = CommandParser(prog="python -m model.convert", description=__doc__.split("\n")[0])
     parser.add_argument(
-        "source", type=path_flag, help="a .pth, .pt, .gguf, .bin or .safetensors folder, ours or another program's"
+        "source",
+        type=path_flag,
+        help="a .pth, .pt, .gguf, .bin or .safetensors file or a folder, ours or another program's",
     )
-    parser.add_argument("target", type=path_flag, help="what to write; it must not be there")
-    suffixes = ", ".join(f"{suffix or 'a folder'}: {name}" for suffix, name in SUFFIXES.items())
-    parser.add_argument("--to", choices=TARGETS, help=f"the format; not given: by the target's name ({suffixes})")
-    choices = (*DTYPES, "Q8_0")
-    parser.add_argument("--dtype", choices=choices, default="F32", help="of the matrices; Q8_0 for GGUF [F32]")
+    parser.add_argument("target", type=path_flag, help="what to write; must not exist")
+    by_name = ", ".join(f"{f.suffix or 'a folder'}: {name}" for name, f in FORMATS.items() if f.suffix is not None)
+    parser.add_argument("--to", choices=FORMATS, help=f"the format; default: by the target's name ({by_name})")
+    dtypes = FORMATS["gguf"].dtypes  # which has all of them
+    parser.add_argument("--dtype", choices=dtypes, default="F32", help="of the matrices; Q8_0 for GGUF only [F32]")
     parser.add_argument(
-        "--tokenizer_path", type=path_flag, help="folder of the tokenizer; not given: what comes with the weights"
+        "--tokenizer_path", type=path_flag, help="folder of the tokenizer; default: what comes with the weights"
     )
     for name in GIVABLE:
         kind = accepted_types(options_of(LMConfig)[name])[0]
-        parser.add_argument(f"--{name}", type=kind, help="for files without a description, whose shapes do not tell it")
+        parser.add_argument(f"--{name}", type=kind, help="for files without a description, whose shapes do not show it")
     arguments = parser.parse_args(sys.argv[1:])
     given = {name: value for name in GIVABLE if (value := getattr(arguments, name)) is not None}
     convert(arguments.source, arguments.target, arguments.to, arguments.dtype, arguments.tokenizer_path, given)

@@ -14,7 +14,7 @@ from typing import IO, BinaryIO
 from model.errors import InputError, first_line
 
 TEMPORARY_SUFFIX = ".tmp"
-MAX_JSON_BYTES = 16 << 20  # of what describes weights; the index of thousands stays below
+MAX_JSON_BYTES = 16 << 20  # of a JSON file; the index of thousands of weights has less
 NUMBERED = re.compile(r"(.+)-(\d{5})-of-(\d{5})(\.\w+)", re.DOTALL)  # as transformers and llama.cpp name parts
 NO_SPACE = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}  # full, or over a limit or a quota
 
@@ -23,16 +23,16 @@ NO_SPACE = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}  
 def replacing(
     path: str | Path, needed: int | None = None, check: Callable[[Path], None] | None = None
 ) -> Iterator[BinaryIO]:
-    """Open a temporary file beside `path` for writing; flush it to the disk and rename it over `path` at the end.
+    """Open a temporary file beside `path` for writing; at the end, flush it to the disk and rename it to `path`.
 
     If the block raises, `path` stays as it was and the temporary file is removed.
 
     Args:
-        needed: about how many bytes will be written, for the message where the disk is full.
-        check: called with the temporary file when it has reached the disk; if it raises, nothing is replaced.
+        needed: about how many bytes will be written, for the message if the disk is full.
+        check: called with the temporary file once it is on the disk; if it raises, nothing is replaced.
 
     Raises:
-        InputError: the system refuses the writing: a full disk, a folder that is not there or not ours.
+        InputError: the file cannot be written, as on a full disk or without permission.
     """
     path = Path(path)
     temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
@@ -75,15 +75,14 @@ def flush_to_disk(file: IO) -> None:
 
 @contextlib.contextmanager
 def new_folder(folder: str | Path) -> Iterator[Path]:
-    """A temporary folder to be filled, which gets its name once all is in it; if the block raises, nothing is left.
+    """A temporary folder to fill, which gets its name at the end; if the block raises, nothing is left.
 
     Raises:
-        InputError: there is a file, or a folder with something in it, of that name; or the system refuses.
+        InputError: a file or a folder that is not empty has that name, or the folder cannot be written.
     """
     folder = Path(folder)
     temporary = folder.with_name(folder.name + TEMPORARY_SUFFIX)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"{folder} is there already; give another name, or remove it first")
+    check_is_new(folder)
     try:
         shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed
         temporary.mkdir(parents=True)
@@ -95,6 +94,16 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
         raise InputError(f"{folder}: cannot be written ({error.strerror or error})") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_is_new(path: Path) -> None:
+    """See that nothing is lost if a file or folder is written there.
+
+    Raises:
+        InputError: there is one that is not an empty folder.
+    """
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise InputError(f"{path} is there already; give another name, or remove it first")
 
 
 def refuse_overwriting_inputs(outputs: Mapping[str, str | Path], inputs: Iterable[str | Path]) -> None:

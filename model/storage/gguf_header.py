@@ -1,8 +1,8 @@
-"""What a GGUF file begins with (ggml's docs/gguf.md): values by name, and what tensors there are and where they lie.
+"""The header of a GGUF file (ggml's docs/gguf.md): values by name, and each tensor's shape, type and place.
 
-The library `gguf` reads that too, but believes a length of 2^60, and makes an array of NumPy's for every number of a
-list, by which a file of a megabyte takes half a gigabyte. Here every length is compared with what is left, and nothing
-is made before it is asked for.
+The library `gguf` reads it too, but believes a length of 2^60 and makes a NumPy array of every number in a list, so a
+file of 1 MB takes 500 MB. Here every length is compared with the bytes that are left, and nothing is decoded before it
+is asked for.
 """
 
 import math
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
     import gguf
 
 MAGIC = b"GGUF"
-# Of a header: values, tensors, bytes, and texts and lists within lists. The largest models have a hundred, a few
-# thousand, thirty million and a million of them.
+# Limits of a header: values, tensors, bytes, and strings and lists within lists. The largest models have about 100,
+# 3,000, 30 million and 1 million.
 MOST_VALUES, MOST_TENSORS, MOST_BYTES, MOST_ITEMS = 4096, 1 << 14, 1 << 28, 1 << 21
 FORMS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}  # by type
 UINT32, STRING, ARRAY = 4, 8, 9
-TYPES = {  # GGUF's names of them, for each of Python's
+TYPES = {  # of GGUF that each of Python's stands for
     int: {f"{sign}INT{bits}" for sign in ("", "U") for bits in (8, 16, 32, 64)},
     float: {"FLOAT32", "FLOAT64"},
     bool: {"BOOL"},
@@ -34,17 +34,17 @@ TYPES = {  # GGUF's names of them, for each of Python's
 
 
 class Refused(Exception):
-    """Why what a file holds is not used; the message is the reason."""
+    """The message says what is wrong with a file's content."""
 
 
 @dataclass(frozen=True)
 class Value:
-    """A value as it stands in the file.
+    """A value as the file holds it.
 
     Attributes:
-        types: its type; of a list also that of its items.
-        content: its bytes; of a list those of all items.
-        count: of a list's items; 1 for a single value.
+        types: its type; for a list, also that of its items.
+        content: its bytes; for a list, those of all items.
+        count: number of items in a list; 1 for a single value.
     """
 
     types: list["gguf.GGUFValueType"]
@@ -52,10 +52,10 @@ class Value:
     count: int
 
     def contents(self):
-        """A number, a truth value, a text, or a list of them.
+        """A number, a boolean, a string, or a list of them.
 
         Raises:
-            UnicodeDecodeError: a text is no UTF-8.
+            UnicodeDecodeError: a string is not UTF-8.
         """
         kind, *items = self.types
         if kind == STRING:
@@ -76,9 +76,9 @@ class StoredTensor:
     """A tensor in the file.
 
     Attributes:
-        shape: numbers of each dimension, that of a row last.
-        kind: how its numbers are kept.
-        rows: uint8 [rows, bytes of a row], from the file when they are asked for.
+        shape: as in torch, the row length last.
+        kind: how its numbers are stored.
+        rows: uint8 [rows, bytes of a row], mapped from the file.
     """
 
     name: str
@@ -88,21 +88,21 @@ class StoredTensor:
 
 
 def _text(content: memoryview, place: int) -> tuple[str, int]:
-    """The text that begins there, and where it ends."""
+    """The string that begins at `place`, and where it ends."""
     begin = place + 8
     end = begin + struct.unpack_from("<Q", content, place)[0]
     return str(content[begin:end], "utf-8"), end
 
 
 class GGUFFile:
-    """A file whose header ends within it, as do all the tensors that it lists.
+    """A GGUF file whose header and tensors all lie within it.
 
     Attributes:
         fields: {key: Value}.
         tensors: {name: StoredTensor}.
 
     Raises:
-        InputError: it is no such file, is cut off, or its numbers do not add up.
+        InputError: it is another kind of file, is truncated, or contradicts itself.
     """
 
     def __init__(self, path: Path) -> None:
@@ -113,7 +113,7 @@ class GGUFFile:
             self.fields: dict[str, Value] = {}
             self.tensors: dict[str, StoredTensor] = {}
             self._read()
-        except ValueError as error:  # an empty file, a name that is no UTF-8, a type that is not known
+        except ValueError as error:  # an empty file, a name that is not UTF-8, an unknown type
             raise self._refusal(first_line(error)) from error
 
     def _read(self) -> None:
@@ -147,7 +147,7 @@ class GGUFFile:
         return Value(types, self._header[begin : self._place], count)
 
     def _skip(self, kind: int, count: int, depth: int = 0) -> None:
-        """Go past so many values of a type."""
+        """Skip `count` values of a type."""
         if kind in FORMS:
             self._take(count * struct.calcsize(f"<{FORMS[kind]}"))
             return
@@ -169,7 +169,7 @@ class GGUFFile:
         return count
 
     def _find(self, listed: dict[str, tuple[int, ...]]) -> None:
-        """Look where the tensors lie: each (dimensions, type, offset); no two may take the same bytes."""
+        """Map each tensor, given its (dimensions, type, offset); no two may share bytes."""
         import gguf
 
         alignment = self._alignment()
@@ -180,7 +180,7 @@ class GGUFFile:
             numbers = math.prod(dimensions)
             if numbers == 0 or dimensions[0] % block:
                 shape = " x ".join(map(str, dimensions))
-                raise self._refusal(f"{shown(name)} of {shape} numbers is kept in blocks of {block}")
+                raise self._refusal(f"{shown(name)} of {shape} numbers is stored in blocks of {block}")
             size = numbers // block * block_bytes
             if offset < reached or offset % alignment:
                 raise self._refusal(f"{shown(name)} begins at byte {offset:,} of the tensors, where it cannot")
@@ -192,7 +192,7 @@ class GGUFFile:
             self.tensors[name] = StoredTensor(name, tuple(reversed(dimensions)), kind, rows)
 
     def _alignment(self) -> int:
-        """What the tensors' places are multiples of."""
+        """Tensors begin at multiples of this many bytes."""
         found = self.fields.get("general.alignment")
         if found is None:
             return 32
@@ -221,16 +221,16 @@ class GGUFFile:
 
 
 def is_gguf(path: Path) -> bool:
-    """Whether a file is one by its first bytes or its name."""
+    """Whether a file's first bytes or its name say that it is GGUF."""
     with open(path, "rb") as file:
         return file.read(4) == MAGIC or path.suffix == ".gguf"
 
 
 def single_value(fields: Mapping[str, Value], key: str, kind: type):
-    """A value of a type; None where there is no such key.
+    """A value of the given Python type; None if the key is missing.
 
     Raises:
-        Refused: it has another type, or is no UTF-8.
+        Refused: it has another type, or is not UTF-8.
     """
     field = fields.get(key)
     if field is None:
@@ -241,10 +241,10 @@ def single_value(fields: Mapping[str, Value], key: str, kind: type):
 
 
 def list_of_values(fields: Mapping[str, Value], key: str, kind: type, most: int) -> list:
-    """An array's values, of which there are `most` at most; empty where there is no such key.
+    """The values of a list, at most `most`; empty if the key is missing.
 
     Raises:
-        Refused: it is no array, has another type or more values, or is no UTF-8.
+        Refused: it is no list, has another type or more values, or is not UTF-8.
     """
     field = fields.get(key)
     if field is None or field.count == 0:

@@ -1,7 +1,7 @@
-"""GGUF, the file of llama.cpp: shape, weights and tokenizer in one, read and written through the library `gguf`.
+"""GGUF, llama.cpp's format: shape, weights and tokenizer in one file. The library `gguf` writes it.
 
-Llama's and Mistral's keep the numbers of a head in pairs of neighbours, as ours do; Qwen2's and Qwen3's in halves.
-Matrices may be quantised: they are read as the float32 numbers that they stand for.
+The architecture llama pairs neighbouring numbers of a head for RoPE, as we do; qwen2 and qwen3 pair the two halves.
+Quantised matrices are read as float32.
 """
 
 from collections.abc import Mapping
@@ -20,7 +20,7 @@ from model.storage.gguf_header import GGUFFile, Refused, StoredTensor, Value, si
 from model.text.gguf_tokenizer import write_tokenizer
 from model.text.tokenization import tokenizer_folder, tokenizer_sha256
 from model.weights.names import gather, gguf_name, in_halves, in_pairs, reordered
-from model.weights.shapes import COMMON, LLAMA3_FIELDS, check_expressible, read_shape
+from model.weights.shapes import COMMON, LLAMA3_FIELDS, check_expressible, check_given, read_shape
 from model.weights.tokenizer_copy import check_links
 from model.weights.weights import Weights
 
@@ -28,9 +28,9 @@ if TYPE_CHECKING:
     import gguf
 
 F16_LARGEST = 65504
-FORMATS = ("F32", "F16", "BF16", "Q8_0")  # that are written
-IN_HALVES = {"llama": False, "qwen2": True, "qwen3": True}  # of the architectures that are read
-MOST_LAYERS = 512  # that llama.cpp reads
+FORMATS = ("F32", "F16", "BF16", "Q8_0")  # written; others are only read
+IN_HALVES = {"llama": False, "qwen2": True, "qwen3": True}  # the supported architectures
+MOST_LAYERS = 512  # llama.cpp's limit
 ROPE_TENSOR = "rope_freqs.weight"
 EXPRESSED = (*COMMON, "head_dim", "norm_eps", "rope_theta", *LLAMA3_FIELDS, "tie_embeddings", "qk_norm", "qkv_bias")
 
@@ -39,9 +39,9 @@ EXPRESSED = (*COMMON, "head_dim", "norm_eps", "rope_theta", *LLAMA3_FIELDS, "tie
 
 
 def load_gguf(path: str | Path) -> Weights:
-    """Read a GGUF file; of one that is split, all parts, whichever is given.
+    """Read a GGUF file. Any part of a split file stands for all of them.
 
-    Its tokenizer is the one inside, which `tokenizer_path` names by the file itself, or the first part.
+    `tokenizer_path` of the result is the file itself, or its first part, which holds the tokenizer.
 
     Raises:
         InputError: the file is damaged, a part is missing, or the model's architecture is not supported.
@@ -55,7 +55,7 @@ def load_gguf(path: str | Path) -> Weights:
 
 
 def _joined(files: list[GGUFFile], path: Path) -> tuple[Mapping[str, Value], Mapping[str, StoredTensor]]:
-    """The values of the first part, which has all of them, and the tensors of all parts."""
+    """The values in the first part, which are those of the model, and the tensors of all parts."""
     for number, file in enumerate(files):
         count, own = (single_value(file.fields, f"split.{key}", int) for key in ("count", "no"))
         if (count or 1, own or 0) != (len(files), number):
@@ -124,9 +124,7 @@ def _config(fields: Mapping, shapes: Mapping[str, tuple], factors: Tensor | None
         "qk_norm": "blk.0.attn_q_norm.weight" in shapes,
         "qkv_bias": "blk.0.attn_q.bias" in shapes,
     }
-    missing = [name for name, own in found.items() if own is None and name not in ("head_dim", "rope_theta")]
-    if missing:
-        raise InputError(f"{path}: does not say {', '.join(missing)} of the model")
+    check_given(found, [name for name in found if name != "head_dim"], path)
     scaling = value("rope.scaling.type", str, "none")
     if scaling == "linear":
         found |= {"rope_scaling": "linear", "rope_factor": _shortest(value("rope.scaling.factor", float, 1.0))}
@@ -142,9 +140,9 @@ def _shortest(number: float | None) -> float | None:
 
 
 def _llama3(config: LMConfig, fields: Mapping, factors: Tensor, path: Path) -> LMConfig:
-    """The shape with the settings of llama3's scaling that give these factors: the file holds only what they come to.
+    """The shape with the llama3 scaling that yields these factors, which are all that GGUF stores.
 
-    Ours are written beside them; of other files those are tried that Llama 3.1 to 3.3 have.
+    Our files store the scaling's settings too; for other files those of Llama 3.1 to 3.3 are tried.
     """
     kinds = (float, float, float, int)
     own = [single_value(fields, f"mateconv.{key}", kind) for key, kind in zip(LLAMA3_FIELDS, kinds, strict=True)]
@@ -159,13 +157,13 @@ def _llama3(config: LMConfig, fields: Mapping, factors: Tensor, path: Path) -> L
 
 
 def rope_factors(config: LMConfig) -> Tensor:
-    """By what each pair's frequency is divided, float32 [head_dim / 2]."""
+    """The divisor of each pair's frequency, float32 [head_dim / 2]."""
     plain = read_shape(vars(config) | {"rope_scaling": None}, "rope_scaling")
     return rope_frequencies(plain) / rope_frequencies(config)
 
 
 def _dequantised(tensor: StoredTensor, path: Path) -> Tensor:
-    """A tensor's numbers, float32, in the shape that its dimensions say; those kept as float16 or bfloat16 stay so."""
+    """A tensor as float32; stored float16 and bfloat16 stay what they are."""
     import gguf
 
     kept = {gguf.GGMLQuantizationType.F16: torch.float16, gguf.GGMLQuantizationType.BF16: torch.bfloat16}
@@ -186,14 +184,15 @@ def save_gguf(path: str | Path, weights: Weights, kind: str = "F32") -> list[str
     """Write a GGUF file that llama.cpp reads, with the tokenizer.
 
     Args:
-        kind: of the matrices, one of FORMATS; norms and biases are always F32. Q8_0 needs rows of a multiple of 32
-            numbers; other matrices are F16 then.
+        kind: type of the matrices, one of FORMATS; norms and biases are always F32. Q8_0 needs rows of a multiple of 32
+            numbers; a matrix of other rows is written as F16.
 
     Returns:
-        what llama.cpp will do otherwise with the tokenizer, a line each; none as a rule.
+        a line for each difference in how llama.cpp tokenizes; usually none.
 
     Raises:
-        InputError: the file cannot be written, llama.cpp has no such tokenizer, or a number is too large for F16.
+        InputError: llama.cpp cannot express the model or its tokenizer, a number is too large for F16, or the file
+            cannot be written.
     """
     import gguf
 
@@ -222,7 +221,7 @@ def save_gguf(path: str | Path, weights: Weights, kind: str = "F32") -> list[str
 
 
 def _architecture(config: LMConfig, path: Path) -> str:
-    """The one of llama.cpp's architectures that computes the same.
+    """The architecture of llama.cpp that computes the same.
 
     Raises:
         InputError: there is none.
@@ -248,7 +247,7 @@ def _architecture(config: LMConfig, path: Path) -> str:
 
 
 def _to_write(weights: Weights, halves: bool) -> dict[str, Tensor]:
-    """The weights in the order of the architecture; a tied matrix once."""
+    """The weights with heads in the architecture's order; a tied matrix once."""
     state_dict = reordered(weights.state_dict, weights.config, in_halves) if halves else dict(weights.state_dict)
     if weights.config.tie_embeddings:
         state_dict.pop("output.weight")

@@ -1,12 +1,12 @@
 """Files of llama2.c (Karpathy, 2023): `ckpt.pt`, which its train.py writes, and the `.bin` that its C programs read.
 
 A `.bin` is little-endian. Version 0, which run.c reads, begins with the seven int32 of SHAPE. Versions 1 and 2 begin
-with 256 bytes: a magic, the version, the same seven, whether the embedding is the output layer too, and how many int8
-share a scale. Weights are float32; in version 2, which runq.c reads, all but the norms are int8.
+with 256 bytes: a magic, the version, the same seven, whether the embeddings are tied, and how many int8 share a scale.
+Weights are float32; in version 2, which runq.c reads, all but the norms are int8.
 
-run.c's tokenizer.bin holds a sentencepiece model's pieces, each with a score. A byte-level BPE, whose merges have an
-order but no scores, cannot be written as one exactly, so none is written: run.c computes what the model does, but its
-text is to be encoded and decoded elsewhere.
+No tokenizer.bin is written. It holds the pieces of a sentencepiece model, each with a score, and byte-level BPE, whose
+merges have an order but no scores, cannot be expressed so: run.c computes what the model does, but its text must be
+encoded and decoded elsewhere.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ from model.model import rope_table
 from model.storage.archive import load_torch, save_torch
 from model.storage.files import replacing
 from model.weights.names import on_cpu, plain_state_dict, whole_pair
-from model.weights.shapes import COMMON, check_expressible, check_shapes, read_shape, weight_shapes
+from model.weights.shapes import COMMON, check_expressible, check_given, check_shapes, read_shape, weight_shapes
 from model.weights.weights import Weights
 
 MAGIC, ZIP = b"24ka", b"PK\3\4"
@@ -34,7 +34,7 @@ LEGACY_HEADER, HEADER = struct.Struct("<7i"), struct.Struct("<4si7iBi")
 HEADER_BYTES = 256
 SHAPE = ("dim", "hidden_dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "max_seq_len")
 GROUP = 64  # int8 that share a scale, at most
-# Weights in the order of the file. One of the layers is there for all layers before the next part follows.
+# Weights in the order of the file. A part of the layers is stored for all layers before the next part follows.
 LEGACY_ORDER = (
     "tok_embeddings", "attention_norm", "attention.wq", "attention.wk", "attention.wv", "attention.wo", "ffn_norm",
     "feed_forward.w1", "feed_forward.w2", "feed_forward.w3", "norm", "rope_table", "output",
@@ -44,8 +44,7 @@ ORDER = (
     "attention.wo", "feed_forward.w1", "feed_forward.w2", "feed_forward.w3", "output",
 )  # fmt: skip
 LAYER_PARTS = ("attention", "ffn_norm", "feed_forward")
-TOKENIZER_NOT_KNOWN = "llama2.c's files name no tokenizer: the embedded one is taken if none is given"
-TOKENIZER_NOT_WRITTEN = "no tokenizer.bin is written, since it cannot hold a byte-level BPE: run.c needs one of its own"
+TOKENIZER_NOT_KNOWN = "llama2.c's files name no tokenizer: the embedded one is used unless you give one"
 
 
 def is_llama2c_bin(path: str | Path) -> bool:
@@ -64,17 +63,17 @@ def is_llama2c_bin(path: str | Path) -> bool:
 
 
 def load_llama2c(path: str | Path) -> Weights:
-    """Read a `ckpt.pt` or a `.bin` of any version; int8 is turned into float32.
+    """Read a `ckpt.pt` or a `.bin` of any version; int8 becomes float32.
 
     Raises:
-        InputError: the file is damaged, or of another size than its header says; no memory was taken for it then.
+        InputError: the file is damaged, or has another size than its header says.
     """
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path}: {'a folder, a file expected' if path.is_dir() else 'no such file'}")
     with open(path, "rb") as file:
         if file.read(len(ZIP)) == ZIP:
-            return of_checkpoint(load_torch(path), path)
+            return read_llama2c_checkpoint(load_torch(path), path)
         file.seek(0)
         state_dict, config = _read_bin(file, path)
     if config.tie_embeddings:
@@ -85,7 +84,7 @@ def load_llama2c(path: str | Path) -> Weights:
 # ----------------------------------------------------------------------------------------------------- a checkpoint
 
 
-def of_checkpoint(content: Mapping, path: Path) -> Weights:
+def read_llama2c_checkpoint(content: Mapping, path: Path) -> Weights:
     """The model in a `ckpt.pt`, as `load_torch` returns it.
 
     Raises:
@@ -94,9 +93,7 @@ def of_checkpoint(content: Mapping, path: Path) -> Weights:
     values, model = content.get("model_args"), content.get("model")
     if not isinstance(values, Mapping) or not isinstance(model, Mapping):
         raise InputError(f"{path}: no model with its model_args inside; a checkpoint of llama2.c's train.py expected")
-    missing = [name for name in ("dim", "n_layers", "n_heads", "vocab_size") if name not in values]
-    if missing:
-        raise InputError(f"{path}: model_args does not say {', '.join(missing)}; it is no checkpoint of llama2.c")
+    check_given(values, ("dim", "n_layers", "n_heads", "vocab_size"), f"{path}: model_args")
     usual = {"multiple_of": 256, "max_seq_len": 2048}  # of its ModelArgs, where other than an LMConfig's
     n_kv_heads = values["n_heads"] if values.get("n_kv_heads") is None else values["n_kv_heads"]
     config = read_shape({**usual, **values, "n_kv_heads": n_kv_heads}, path)
@@ -108,10 +105,10 @@ def of_checkpoint(content: Mapping, path: Path) -> Weights:
 def save_llama2c_checkpoint(path: str | Path, weights: Weights) -> None:
     """Write a `ckpt.pt` that llama2.c's model.py, export.py and train.py (`--init_from=resume`) load, in float32.
 
-    It has no optimizer, so a resumed training begins with a new one.
+    It holds no optimizer state, so resuming starts with a new optimizer.
 
     Raises:
-        InputError: llama2.c's model cannot compute what this one does; or the file cannot be written.
+        InputError: llama2.c cannot express the model, or the file cannot be written.
     """
     config = weights.config
     check_expressible(config, path, "llama2.c's model_args", (*COMMON, "norm_eps"), _only(config))
@@ -127,7 +124,7 @@ def save_llama2c_checkpoint(path: str | Path, weights: Weights) -> None:
 
 
 def _only(config: LMConfig) -> dict[str, tuple]:
-    """The values that llama2.c's programs take for granted."""
+    """The values that llama2.c's programs assume."""
     values = {"head_dim": config.dim / config.n_heads, "rope_theta": 1e4, "norm_eps": 1e-5, "tie_embeddings": True}
     return {name: (value,) for name, value in values.items()}
 
@@ -136,7 +133,7 @@ def _only(config: LMConfig) -> dict[str, tuple]:
 
 
 def _config(numbers: Sequence[int], tied: bool | None, path: Path) -> LMConfig:
-    """The config that a header's seven numbers make; None for `tied`: a vocab_size below 0 says that it is not."""
+    """The config of a header's seven numbers. If `tied` is None, a negative vocab_size says that it is not."""
     values = dict(zip(SHAPE, numbers, strict=True))
     if tied is None:
         tied, values["vocab_size"] = values["vocab_size"] > 0, abs(values["vocab_size"])
@@ -144,18 +141,18 @@ def _config(numbers: Sequence[int], tied: bool | None, path: Path) -> LMConfig:
 
 
 def _read_bin(file: BinaryIO, path: Path) -> tuple[dict[str, Tensor], LMConfig]:
-    """The weights in a `.bin` whose size is what its header says."""
+    """The weights in a `.bin`, once its size is known to be what its header says."""
     start = file.read(HEADER_BYTES)
     version, group = 0, 1
     if start.startswith(MAGIC):
         if len(start) < HEADER_BYTES:
-            raise InputError(f"{path}: truncated within its header, {len(start)} of {HEADER_BYTES} bytes are there")
+            raise InputError(f"{path}: truncated within its header: {len(start)} of {HEADER_BYTES} bytes")
         _, version, *numbers, tied, group = HEADER.unpack_from(start)
         if version not in (1, 2):
             raise InputError(f"{path}: version {version} of llama2.c's format, 0, 1 or 2 expected")
         config = _config(numbers, bool(tied), path)
     elif len(start) < LEGACY_HEADER.size:
-        raise InputError(f"{path}: {len(start)} bytes, less than a header of llama2.c's; it is truncated or no model")
+        raise InputError(f"{path}: {len(start)} bytes, less than llama2.c's header; it is truncated or no model")
     else:
         config = _config(LEGACY_HEADER.unpack_from(start), None, path)
     if version == 2 and (group < 1 or config.dim % group or config.hidden_dim % group):
@@ -169,12 +166,12 @@ def _read_bin(file: BinaryIO, path: Path) -> tuple[dict[str, Tensor], LMConfig]:
     file.seek(HEADER_BYTES if version else LEGACY_HEADER.size)
     parts = _parts(config, version)
     state_dict = {name: _read(file, shape, group if version == 2 else None) for name, shape in parts}
-    state_dict.pop("rope_table", None)  # run.c computes it anew, and so does the model
+    state_dict.pop("rope_table", None)  # run.c computes it again, and so does the model
     return state_dict, config
 
 
 def _parts(config: LMConfig, version: int) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Names and shapes of all that a file holds behind its header."""
+    """Names and shapes of all that follows a file's header."""
     shapes = weight_shapes(dataclasses.replace(config, n_layers=1))
     for part in ORDER if version else LEGACY_ORDER:
         if part == "rope_table":
@@ -195,7 +192,7 @@ def _bin_bytes(config: LMConfig, version: int, group: int) -> int:
 
 
 def _read(file: BinaryIO, shape: tuple[int, ...], group: int | None) -> Tensor:
-    """The next weight, float32: a matrix of int8 where `group` of them share a scale that follows all of them."""
+    """The next weight as float32; if `group` is not None, a matrix is int8 with a scale for each group after them."""
     numbers = math.prod(shape)
     if group is None or len(shape) == 1:
         return torch.from_numpy(np.fromfile(file, "<f4", numbers)).view(shape)
@@ -208,7 +205,7 @@ def save_llama2c(path: str | Path, weights: Weights, version: int = 0) -> None:
     """Write a `.bin`: version 0 (run.c) or 1 in float32, version 2 (runq.c) in int8. No tokenizer is written.
 
     Raises:
-        InputError: run.c would compute something else than the model; or the file cannot be written.
+        InputError: llama2.c cannot express the model, or the file cannot be written.
     """
     config, state_dict = weights.config, weights.state_dict
     if version not in (0, 1, 2):
@@ -232,7 +229,7 @@ def save_llama2c(path: str | Path, weights: Weights, version: int = 0) -> None:
 
 
 def _int8(matrix: np.ndarray, group: int) -> tuple[np.ndarray, np.ndarray]:
-    """int8 [n, group] and float32 scales [n]: the largest number of a group is 127 times its scale."""
+    """int8 [n, group] and float32 scales [n]; the largest number of a group is 127 times its scale."""
     groups = matrix.reshape(-1, group)
     scales = np.abs(groups).max(axis=1) / np.float32(127)
     divisors = np.where(scales == 0, np.float32(1), scales)

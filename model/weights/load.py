@@ -1,4 +1,4 @@
-"""Reading weights in any format: which program's a file or folder is shows in its content."""
+"""Reading weights in any format; the content of a file or folder shows whose it is."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +15,7 @@ from model.text.tokenization import (
 )
 from model.text.tokenizer_folder import same_tokenizer
 from model.weights.gguf import load_gguf
-from model.weights.llama2c import is_llama2c_bin, load_llama2c, of_checkpoint
+from model.weights.llama2c import is_llama2c_bin, load_llama2c, read_llama2c_checkpoint
 from model.weights.meta_folder import is_meta_folder, load_meta_folder
 from model.weights.minimind import recognise
 from model.weights.names import plain_state_dict
@@ -25,35 +25,34 @@ from model.weights.weights import Weights, read_sidecar
 
 
 def load_weights(path: str | Path, given: Mapping[str, float] | None = None) -> Weights:
-    """Read weights: ours, MiniMind's, those inside one of our checkpoints (the EMA's where it has them), or another
-    program's (this folder).
+    """Read weights in any format: ours, another program's, or those in a training checkpoint (the EMA's if it has any).
 
     Args:
-        given: what is known of a model that no description lies beside (`minimind.GIVABLE`), as {"n_heads": 8}.
+        path: a file or a folder.
+        given: values that a file without a description leaves open (`minimind.GIVABLE`), such as {"n_heads": 8}.
 
     Raises:
-        InputError: the file is missing, damaged, or holds no model that this program knows.
+        InputError: the file is missing or damaged, or holds no model that is supported.
     """
     path = Path(path)
-    if (weights := load_foreign(path)) is not None:
-        return weights
-    content, sidecar = load_torch(path), path.with_suffix(".json")
-    if "progress" in content:
-        weights = _of_checkpoint(content, path)
-    elif "model_args" in content:
-        weights = of_checkpoint(content, path)
-    elif sidecar.is_file():
-        weights = Weights(plain_state_dict(content, path), *read_sidecar(sidecar))
-    else:
-        weights = recognise(plain_state_dict(content, path), path, given or {})
-    if given and weights.inferred is None:
+    if (weights := load_foreign(path)) is None:
+        content, sidecar = load_torch(path), path.with_suffix(".json")
+        if "progress" in content:
+            weights = _of_checkpoint(content, path)
+        elif "model_args" in content:
+            weights = read_llama2c_checkpoint(content, path)
+        elif sidecar.is_file():
+            weights = Weights(plain_state_dict(content, path), *read_sidecar(sidecar))
+            check_shapes(weights.state_dict, weights.config, path)
+        else:
+            return recognise(plain_state_dict(content, path), path, given or {})
+    if given:
         raise InputError(f"{path}: its shape is described with it, {', '.join(given)} cannot be given")
-    check_shapes(weights.state_dict, weights.config, path)
     return weights
 
 
 def _of_checkpoint(content: Mapping, path: Path) -> Weights:
-    """The weights inside one of our checkpoints, whatever has become of the rest of it."""
+    """The weights in one of our checkpoints, even if the rest of it is damaged."""
     tokenizer = [content.get(name) for name in ("tokenizer_path", "tokenizer_sha256")]
     state_dict, config = content.get("ema") or content.get("model"), read_shape(content.get("config"), path)
     if not isinstance(state_dict, Mapping) or any(not isinstance(value, str | None) for value in tokenizer):
@@ -65,10 +64,10 @@ def _of_checkpoint(content: Mapping, path: Path) -> Weights:
 
 
 def load_foreign(path: Path) -> Weights | None:
-    """Weights in another program's format; None where the file is to be read as one of torch's, ours or MiniMind's.
+    """Weights in another program's format; None if the file is a `.pth`, which torch reads.
 
     Raises:
-        InputError: it is such a file, but cannot be read.
+        InputError: they cannot be read.
     """
     if path.is_dir():
         if is_meta_folder(path):
@@ -99,10 +98,10 @@ def _has_config(folder: Path) -> bool:
 
 
 def fitting_tokenizer(path: Path, weights: Weights, tokenizer_path: str | Path | None):
-    """The tokenizer given, else the recorded one, else the embedded one.
+    """Load the given tokenizer, else the recorded one, else the embedded one.
 
     Raises:
-        InputError: it is not the one that the weights were trained with, or its size is not the embedding's.
+        InputError: the weights were trained with another one, or it has another size than the embedding.
     """
     folder, recorded = tokenizer_path or recorded_tokenizer(weights), weights.tokenizer_sha256
     tokenizer = load_tokenizer(folder)
@@ -121,7 +120,7 @@ def fitting_tokenizer(path: Path, weights: Weights, tokenizer_path: str | Path |
 
 
 def recorded_tokenizer(weights: Weights) -> str | None:
-    """Where the weights' tokenizer lies; None is the embedded one, also where a folder is gone that held the same."""
+    """The path of the weights' tokenizer; None for the embedded one, even if a copy of it was recorded and is gone."""
     path = weights.tokenizer_path
     if path and not Path(path).exists() and weights.tokenizer_sha256 == tokenizer_sha256():
         return None
@@ -129,7 +128,7 @@ def recorded_tokenizer(weights: Weights) -> str | None:
 
 
 def _holds_its_tokenizer(weights: Weights, folder: str | Path) -> bool:
-    """Whether a folder holds the recorded tokenizer in other bytes, as an export that adds the bos by itself does."""
+    """Whether a folder holds the recorded tokenizer in other bytes, as an export that adds the bos does."""
     own = recorded_tokenizer(weights)
     if own == str(folder) or (own is not None and not Path(own).exists()):
         return False

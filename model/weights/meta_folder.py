@@ -1,6 +1,6 @@
 """Meta's releases of Llama: a folder with `params.json` and `consolidated.00.pth`.
 
-params.json does not say for how long a context a model was trained: that of the release with such values is assumed.
+params.json does not give the context length; that of the release with the same values is assumed.
 """
 
 from pathlib import Path
@@ -10,11 +10,11 @@ from model.LMConfig import LMConfig
 from model.storage.archive import load_torch, save_torch
 from model.storage.files import new_folder, read_json, write_json
 from model.weights.names import on_cpu, plain_state_dict, whole_pair
-from model.weights.shapes import COMMON, check_expressible, check_shapes, read_shape
+from model.weights.shapes import COMMON, check_expressible, check_given, check_shapes, read_shape
 from model.weights.weights import Weights
 
 PARAMS, PART, PARTS = "params.json", "consolidated.00.pth", "consolidated.*.pth"
-# The fields of an LMConfig among Meta's; the others are worked out below.
+# Fields of params.json that an LMConfig has too; the others are derived.
 FIELDS = ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of", "norm_eps", "rope_theta")
 MORE_FIELDS = ("max_seq_len", "ffn_dim_multiplier", "use_scaled_rope", "max_batch_size")
 SCALED_ROPE = {  # what use_scaled_rope means
@@ -33,10 +33,10 @@ def is_meta_folder(path: str | Path) -> bool:
 
 
 def load_meta_folder(path: str | Path) -> Weights:
-    """Read a release of one part. Its tokenizer is not read: its context is assumed (`inferred` says which).
+    """Read a release in one part, without its tokenizer. `inferred` says which context is assumed.
 
     Raises:
-        InputError: it has several parts, is damaged, or params.json describes other weights or an unknown model.
+        InputError: it has several parts, is damaged, or params.json describes other weights or an unsupported model.
     """
     path = Path(path)
     parts = sorted(path.glob(PARTS))
@@ -51,7 +51,7 @@ def load_meta_folder(path: str | Path) -> Weights:
     config.tie_embeddings = tied
     check_shapes(state_dict, config, path)
     assumed = "" if "max_seq_len" in params else f"max_seq_len {config.max_seq_len} is assumed, as in {release}; "
-    told = f"{path}: {assumed}its tokenizer is not read: the embedded one is taken if none is given"
+    told = f"{path}: {assumed}its tokenizer is not read: the embedded one is used unless you give one"
     return Weights(state_dict, config, inferred=told)
 
 
@@ -60,18 +60,16 @@ def _params(path: Path) -> dict:
     unknown = sorted(set(params) - {*FIELDS, *MORE_FIELDS})
     if unknown:
         told = ", ".join(shown(name)[1:-1] for name in unknown[:3])
-        raise InputError(f"{path}: {told} inside, of a model that is not a plain Llama; such models are not supported")
-    missing = [name for name in ("dim", "n_layers", "n_heads") if name not in params]
-    if missing:
-        raise InputError(f"{path}: does not say {', '.join(missing)} of the model")
+        raise InputError(f"{path}: {told} inside, so it is no plain Llama; other models are not supported")
+    check_given(params, ("dim", "n_layers", "n_heads"), path)
     return params
 
 
 def read_params(params: dict, path: str | Path) -> tuple[LMConfig, str]:
-    """The config that a params.json describes, and the release whose context it is given where none is said.
+    """The config that params.json describes, and the release from which its context is taken if it gives none.
 
     Raises:
-        InputError: a value is of another kind than Meta's, or no model can have it.
+        InputError: a value has the wrong type, or no model can have it.
     """
     values = {name: params[name] for name in FIELDS if params.get(name) is not None}
     values = {"n_kv_heads": values.get("n_heads"), "multiple_of": 256, **values}
@@ -104,7 +102,7 @@ def _scaled_rope(config: LMConfig) -> dict:
 
 
 def _release(config: LMConfig) -> tuple[str, int]:
-    """(whose, max_seq_len) of the release that has such values."""
+    """(name, max_seq_len) of the release with such values."""
     if config.rope_scaling:
         return "Llama 3.1", 131072
     if config.rope_theta != 1e4:
@@ -113,15 +111,15 @@ def _release(config: LMConfig) -> tuple[str, int]:
 
 
 def save_meta_folder(path: str | Path, weights: Weights) -> None:
-    """Write a folder as Meta's releases of one part are, in float32, without a tokenizer.
+    """Write a folder like Meta's releases in one part, in float32, without a tokenizer.
 
-    rope_theta is always written: Llama 3's code takes 500,000 where it is missing.
+    rope_theta is always written, since Llama 3's code assumes 500,000 if it is missing.
 
     Args:
-        path: which must not be there, or be empty.
+        path: a new or an empty folder.
 
     Raises:
-        InputError: Meta's code would compute something else than the model; or the folder cannot be written.
+        InputError: Meta's code cannot express the model, or the folder cannot be written.
     """
     path, config = Path(path), weights.config
     scaled = _scaled_rope(config)
@@ -137,7 +135,7 @@ def save_meta_folder(path: str | Path, weights: Weights) -> None:
 
 
 def _hidden_dim_params(config: LMConfig) -> dict:
-    """multiple_of and, where need be, ffn_dim_multiplier, from which Meta's rule makes this hidden_dim."""
+    """multiple_of and, if needed, ffn_dim_multiplier, with which Meta's rule yields this hidden_dim."""
     for multiple_of in (config.multiple_of, 256):
         if _hidden_dim(config.dim, multiple_of, None) == config.hidden_dim:
             return {"multiple_of": multiple_of}

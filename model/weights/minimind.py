@@ -1,6 +1,6 @@
-"""State dicts that no description lies beside: names and shapes tell whose they are.
+"""State dicts without a description: names and shapes tell whose they are.
 
-MiniMind saved four generations of models as `pretrain_512.pth`, without a word about their shape:
+MiniMind saved four generations of models as `pretrain_512.pth`, with no description of their shape:
 
 | MiniMind                   | names         | query heads / key heads | RoPE                 | norm_eps |
 |----------------------------|---------------|-------------------------|----------------------|----------|
@@ -9,7 +9,7 @@ MiniMind saved four generations of models as `pretrain_512.pth`, without a word 
 | MiniMind2, from 2025-04-26 | transformers' | 8 / 2                   | halves, base 1e6     | 1e-5     |
 | minimind-3, from 2026-03   | transformers' | 8 / 4, with qk_norm     | halves, base 1e6     | 1e-6     |
 
-baby-llama2-chinese and llama2.c, which v1 grew out of, have Meta's names too, and as many key heads as query heads.
+baby-llama2-chinese and llama2.c, from which v1 descends, also use Meta's names, with as many key heads as query heads.
 """
 
 import re
@@ -25,17 +25,17 @@ from model.options import options_of, parse_value
 from model.weights.names import gather, in_pairs, reordered, transformers_name, whole_pair
 from model.weights.weights import Weights
 
-GIVABLE = ("n_heads", "n_kv_heads", "rope_theta", "max_seq_len", "norm_eps")  # what shapes do not tell, or not surely
+GIVABLE = ("n_heads", "n_kv_heads", "rope_theta", "max_seq_len", "norm_eps")  # what shapes do not show for certain
 WIDEST_HEAD = 1024
 EXPERTS = (".experts.", ".shared_experts.", ".gate.")  # parts of names in a mixture of experts
 LAYER_NAME = re.compile(r"(?:model\.)?layers\.(\d+)\.")
 
 
 class Generation(NamedTuple):
-    """What the programs that save such state dicts build them with."""
+    """The values with which a program builds the models that it saves as such state dicts."""
 
     title: str
-    n_heads: int | None  # None: not known
+    n_heads: int | None  # None: unknown
     max_seq_len: int
     rope_theta: float = 1e4
     norm_eps: float = 1e-5
@@ -46,7 +46,7 @@ V2 = Generation("MiniMind2", 8, 8192, rope_theta=1e6)
 V2_TRANSFORMERS = Generation("MiniMind2 (from 2025-04-26)", 8, 32768, rope_theta=1e6)
 V3 = Generation("minimind-3", 8, 32768, rope_theta=1e6, norm_eps=1e-6)
 OURS = Generation("MateConv, with qk_norm", None, 512)  # the gain of a head's norm tells the heads
-UNKNOWN = Generation("no model that is known", None, 512)
+UNKNOWN = Generation("no known model", None, 512)
 WITHOUT_GROUPS = {  # by dim: baby-llama2-chinese's two models, and llama2.c's stories15M and stories110M
     288: Generation("llama2.c", 6, 256),
     512: Generation("baby-llama2 or llama2.c", 8, 512),
@@ -60,14 +60,14 @@ def recognise(state_dict: Mapping[str, Tensor], path: str | Path, given: Mapping
 
     Args:
         state_dict: as `plain_state_dict` returns it.
-        path: where it is from, for messages.
-        given: by names of `GIVABLE`, what is known of the model better than by its shapes.
+        path: its file, for messages.
+        given: values by names of `GIVABLE`, which replace those that would be inferred.
 
     Returns:
-        Weights whose `inferred` is one line about what was read, what was assumed, and the tokenizer.
+        Weights whose `inferred` says in one line what was read, what was assumed, and which tokenizer is used.
 
     Raises:
-        InputError: it is a mixture of experts or no Transformer; or a value that was given fits none of its shapes.
+        InputError: it is a mixture of experts or no Transformer, or a given value does not fit its shapes.
     """
     experts = next((name for name in state_dict if any(part in name for part in EXPERTS)), None)
     if experts is not None:
@@ -88,7 +88,7 @@ def _checked(given: Mapping[str, float], path: str | Path) -> dict:
     checked = {}
     for name, value in given.items():
         if name not in GIVABLE:
-            raise InputError(f"{path}: {name} is told by the weights' shapes; {', '.join(GIVABLE)} can be given")
+            raise InputError(f"{path}: {name} follows from the weights' shapes; {', '.join(GIVABLE)} can be given")
         try:
             checked[name] = parse_value(options_of(LMConfig)[name], value)
         except ValueError as error:
@@ -99,7 +99,7 @@ def _checked(given: Mapping[str, float], path: str | Path) -> dict:
 def _shape(
     state_dict: Mapping[str, Tensor], rename: Callable[[str], str], path: str | Path, given: Mapping
 ) -> tuple[LMConfig, Generation]:
-    """The config that shapes, what is given, and what is usual make together; and of which generation it is."""
+    """The config, from shapes, given values and those that are usual, and the generation."""
 
     def size(name: str, dimensions: int) -> tuple[int, ...]:
         name = rename(name)
@@ -136,11 +136,11 @@ def _shape(
     try:
         return LMConfig(**usual | given | shape), generation
     except InputError as error:
-        raise InputError(f"{path}: its shapes are of no model ({error})") from error
+        raise InputError(f"{path}: no model has such shapes ({error})") from error
 
 
 def _generation(dim: int, queries: int, keys: int, qk_norm: bool, halves: bool) -> Generation:
-    """Whose weights these are, by their names (transformers' have halves) and the rows of wq and wk."""
+    """Whose weights these are, by their names (transformers' pair halves of a head) and the rows of wq and wk."""
     if halves:
         return V3 if qk_norm else V2_TRANSFORMERS
     if qk_norm:
@@ -153,10 +153,10 @@ def _generation(dim: int, queries: int, keys: int, qk_norm: bool, halves: bool) 
 def _heads(
     queries: int, keys: int, head_dim: int | None, generation: Generation, given: Mapping, path: str | Path
 ) -> tuple[int, int]:
-    """(n_heads, n_kv_heads): those given, else the generation's.
+    """(n_heads, n_kv_heads), as given or else the generation's.
 
     Raises:
-        InputError: they do not fit the rows of wq and wk, or are not known; with those that fit.
+        InputError: they do not fit the rows of wq and wk, or are unknown; the message lists those that fit.
     """
     widths = range(2, min(queries, keys, WIDEST_HEAD) + 1, 2) if head_dim is None else (head_dim,)
     pairs = {(queries // width, keys // width) for width in widths if not (queries % width or keys % width)}
@@ -168,15 +168,13 @@ def _heads(
     if len(found) == 1:
         return found[0]
     told = " with ".join(f"{name} {value}" for name, value in wanted.items())
-    what = f"{told}{whose} does not fit its shapes" if wanted else "its shapes do not tell the number of heads"
+    what = f"{told}{whose} does not fit its shapes" if wanted else "its shapes do not show the number of heads"
     accepted = ", ".join(f"{n_heads}/{n_kv_heads}" for n_heads, n_kv_heads in fitting[:20]) or "none"
-    raise InputError(
-        f"{path}: {what} (wq has {queries} rows, wk {keys}); n_heads/n_kv_heads that fit, to be given: {accepted}"
-    )
+    raise InputError(f"{path}: {what} (wq has {queries} rows, wk {keys}); give n_heads/n_kv_heads that fit: {accepted}")
 
 
 def _line(config: LMConfig, generation: Generation, path: Path, given: Mapping) -> str:
-    """What was read, assumed and given, and what is not known, on one line."""
+    """What was read, assumed and given, and what is unknown, on one line."""
 
     def told(*names: str) -> str:
         return ", ".join(f"{name} {getattr(config, name):g}" for name in names)
@@ -189,7 +187,7 @@ def _line(config: LMConfig, generation: Generation, path: Path, given: Mapping) 
         f"{generation.title}, read off them {told(*read)}",
         f"assumed {told(*assumed)}" if assumed else "",
         f"given {told(*given)}" if given else "",
-        "the tokenizer is not known: the embedded one is taken if none is given (MiniMind's own weights need "
+        "the tokenizer is unknown: the embedded one is used unless you give one (MiniMind's own weights need "
         "MiniMind's tokenizer folder: --tokenizer_path)",
     ]
     return "; ".join(part for part in parts if part)

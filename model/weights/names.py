@@ -1,8 +1,8 @@
-"""What programs call a weight, and in which order they keep the numbers of a head.
+"""What programs call each weight, and how they order the numbers of a head.
 
-RoPE turns pairs of numbers. In Meta's files and ours a pair is two neighbours, 2j and 2j + 1; transformers pairs j with
-j + D / 2. The same model is kept in both orders: the rows of queries and keys, their biases, and the gains of qk_norm
-change places, and every product and sum stays what it was.
+RoPE rotates pairs of numbers. In Meta's files and ours a pair is two neighbours, 2j and 2j + 1; transformers pairs j
+with j + D / 2. To convert, the rows of queries and keys, their biases and the gains of qk_norm are reordered; every
+product and sum stays the same.
 """
 
 import re
@@ -16,7 +16,7 @@ from model.errors import InputError, shown
 from model.LMConfig import LMConfig
 from model.weights.shapes import check_shapes, weight_shapes
 
-# Of a layer: our name, transformers' and GGUF's.
+# Weights of a layer: our name, transformers' and GGUF's.
 LAYER = {
     "attention_norm": ("input_layernorm", "attn_norm"),
     "attention.wq": ("self_attn.q_proj", "attn_q"),
@@ -34,11 +34,11 @@ TRANSFORMERS = {"tok_embeddings": "model.embed_tokens", "norm": "model.norm", "o
 GGUF = {"tok_embeddings": "token_embd", "norm": "output_norm", "output": "output"}
 # What DistributedDataParallel, torch.compile, FSDP and activation checkpointing put before a module's name.
 WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-# Tables that some versions saved; all of them follow from the shape.
+# Tables that some versions of programs saved; all of them follow from the shape.
 TABLES = re.compile(r"(?:^|\.)(?:mask|inv_freq|rope\.freqs|freqs_cis|freqs_cos|freqs_sin|pos_cis)$")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # of weights that are read
 TIED_PAIR = ("tok_embeddings.weight", "output.weight")
-TURNED = ("attention.wq", "attention.wk", "attention.q_norm", "attention.k_norm")  # by RoPE
+ROTATED = ("attention.wq", "attention.wk", "attention.q_norm", "attention.k_norm")  # by RoPE
 
 
 def transformers_name(name: str) -> str:
@@ -60,22 +60,22 @@ def _renamed(name: str, others: Mapping[str, str], layers: str, column: int) -> 
 
 
 def reordered(state_dict: Mapping[str, Tensor], config: LMConfig, order: Callable[[Tensor, int], Tensor]) -> dict:
-    """Our state dict with `order`, `in_halves` or `in_pairs`, done to all that RoPE turns."""
+    """Our state dict with `order`, `in_halves` or `in_pairs`, applied to everything that RoPE rotates."""
     result = dict(state_dict)
     for name, tensor in state_dict.items():
         part = name.split(".", 2)[-1].rpartition(".")[0]
-        if part in TURNED:
+        if part in ROTATED:
             result[name] = order(tensor, config.head_dim)
     return result
 
 
 def in_halves(tensor: Tensor, head_dim: int) -> Tensor:
-    """[heads * D, ...] with pairs of neighbours -> the same with the first of all pairs, then the second."""
+    """[heads * D, ...] with neighbouring pairs -> the first number of every pair, then the second of every pair."""
     return tensor.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).reshape(tensor.shape)
 
 
 def in_pairs(tensor: Tensor, head_dim: int) -> Tensor:
-    """Undoes `in_halves`."""
+    """The inverse of `in_halves`."""
     return tensor.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).reshape(tensor.shape)
 
 
@@ -86,14 +86,14 @@ def gather(
     read: Callable[[str], Tensor],
     path: str | Path,
 ) -> dict[str, Tensor]:
-    """A state dict under our names, in the order that the file has; all shapes are compared before anything is read.
+    """A state dict under our names, heads in the file's order. All shapes are checked before anything is read.
 
-    A file with two different matrices is not tied, whatever the config says; then `config` is corrected.
+    If the config says that the embeddings are tied and the file holds two different matrices, `config` is corrected.
 
     Args:
-        rename: ours to theirs.
-        shapes: of all that the file holds, by their names.
-        read: a tensor, by its name there.
+        rename: our names to the file's.
+        shapes: of everything in the file, by its names.
+        read: a tensor, by its name in the file.
         path: for messages.
 
     Raises:
@@ -104,7 +104,7 @@ def gather(
     extra = shapes.keys() - ours.keys()
     biases = sorted(name for name in extra if name.endswith((".o_proj.bias", ".attn_output.bias")))
     found = {ours.get(name, name): torch.empty(shape, device="meta") for name, shape in shapes.items()}
-    for name in biases:  # some have them, of zeros
+    for name in biases:  # some files have them, all zero
         if bool(read(name).any()):
             raise InputError(f"{path}: {shown(name)} is not zero; such models are not supported")
         del found[name]
@@ -124,7 +124,7 @@ def plain_state_dict(content: Mapping, path: str | Path) -> dict[str, Tensor]:
     """The weights alone, by their plain names.
 
     Raises:
-        InputError: there is something else than tensors by name.
+        InputError: the content is not a dict from names to tensors.
     """
     if not content or not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items()):
         raise InputError(f"{path}: expected a state dict of tensors or a MateConv checkpoint, found neither")
@@ -132,11 +132,11 @@ def plain_state_dict(content: Mapping, path: str | Path) -> dict[str, Tensor]:
 
 
 def plain_names(names: Iterable[str], path: str | Path) -> dict[str, str]:
-    """{plain name: name in the file} of weights: without wrappers, the same whether a model was saved by itself
-    (`layers.0.…`) or within one that has an output layer (`model.layers.0.…`). Tables are left out.
+    """{plain name: name in the file} of weights: without the prefixes of wrappers, and for transformers' models with
+    the prefix `model.`, which `LlamaModel.save_pretrained` leaves out. Tables are left out.
 
     Raises:
-        InputError: two names in the file are the same weight.
+        InputError: two names in the file mean the same weight.
     """
     plain = [(WRAPPERS.sub("", name), name) for name in names]
     plain = [(name, theirs) for name, theirs in plain if not TABLES.search(name)]
@@ -145,17 +145,17 @@ def plain_names(names: Iterable[str], path: str | Path) -> dict[str, str]:
     found: dict[str, str] = {}
     for name, theirs in plain:
         if (other := found.setdefault(name, theirs)) != theirs:
-            raise InputError(f"{path}: {shown(other)} and {shown(theirs)} inside are the same weight; one expected")
+            raise InputError(f"{path}: {shown(other)} and {shown(theirs)} inside mean the same weight; one expected")
     return found
 
 
 def whole_pair(state_dict: Mapping[str, Tensor], rename: Callable[[str], str] = str) -> tuple[dict[str, Tensor], bool]:
-    """A state dict with both of embedding and output, and whether they are one matrix.
+    """A state dict with both embedding and output, and whether they are one matrix.
 
-    Programs that tie them save both or one of them.
+    Programs that tie them save either or both.
 
     Args:
-        rename: our names to those of the state dict.
+        rename: our names to the state dict's.
     """
     names = [rename(name) for name in TIED_PAIR]
     pair = [state_dict[name] for name in names if name in state_dict]
@@ -164,7 +164,7 @@ def whole_pair(state_dict: Mapping[str, Tensor], rename: Callable[[str], str] = 
 
 
 def on_cpu(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Detached float32 tensors on the CPU; keys that share one matrix still share it, so it is stored once."""
+    """Detached float32 tensors on the CPU. Keys that share a matrix still share it, so that it is stored once."""
     moved: dict[int, Tensor] = {}
     result = {}
     for key, tensor in state_dict.items():

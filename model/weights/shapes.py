@@ -1,4 +1,4 @@
-"""The shape of a model as files describe it: read and checked before memory is taken for one."""
+"""A model's shape as files describe it, checked before memory is allocated for the model."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -18,11 +18,21 @@ LLAMA3_FIELDS = ("rope_factor", "rope_low_freq_factor", "rope_high_freq_factor",
 SCALING_FIELDS = {None: (), "linear": ("rope_factor",), "llama3": LLAMA3_FIELDS}
 
 
-def read_shape(values, path: str | Path) -> LMConfig:
-    """The LMConfig that a file holds as a dict, with every value of the right kind and within its limits.
+def check_given(values: Mapping, names: Iterable[str], path: str | Path) -> None:
+    """See that a description has the fields without which no shape can be made.
 
     Raises:
-        InputError: naming the file and every value that is wrong.
+        InputError: naming those that are missing or null.
+    """
+    if missing := [name for name in names if values.get(name) is None]:
+        raise InputError(f"{path}: does not say {', '.join(missing)} of the model")
+
+
+def read_shape(values, path: str | Path) -> LMConfig:
+    """The LMConfig of a dict that a file holds; every value must have the right type and lie within its limits.
+
+    Raises:
+        InputError: naming the file and every wrong value.
     """
     if not isinstance(values, Mapping):
         raise InputError(f"{path}: config is {shown(values)}, the fields of a model's shape expected")
@@ -45,7 +55,7 @@ def read_shape(values, path: str | Path) -> LMConfig:
 
 
 def weight_shapes(config: LMConfig) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the weights that a `Transformer` of this shape has, without making one."""
+    """The names and shapes of a `Transformer`'s weights, without making one."""
     dim, hidden_dim, head_dim = config.dim, config.hidden_dim, config.head_dim
     of_a_layer = {
         "attention.wq": (config.n_heads * head_dim, dim), "attention.wk": (config.n_kv_heads * head_dim, dim),
@@ -64,10 +74,10 @@ def weight_shapes(config: LMConfig) -> dict[str, tuple[int, ...]]:
 
 
 def check_shapes(state_dict: Mapping[str, Tensor], config: LMConfig, path: str | Path) -> None:
-    """See that weights are those of a model of this shape, before memory is taken for one.
+    """See that weights fit a model of this shape, before memory is allocated for it.
 
     Raises:
-        InputError: naming what is missing, too much, or of another shape.
+        InputError: naming a weight that is missing, unknown, or of another shape.
     """
     layers = {str(key).split(".")[1] for key in state_dict if str(key).startswith("layers.")}
     if len(layers) != config.n_layers:
@@ -80,7 +90,7 @@ def check_shapes(state_dict: Mapping[str, Tensor], config: LMConfig, path: str |
             for title, keys in (("no", missing), ("an unknown", others))
             if keys
         )
-        raise InputError(f"{path}: {found} inside; these are not the weights that its description is of")
+        raise InputError(f"{path}: {found} inside; its description is of other weights")
     for key, shape in wanted.items():
         if not isinstance(state_dict[key], Tensor):
             raise InputError(f"{path}: {key} is {shown(state_dict[key])}, a tensor expected")
@@ -96,12 +106,12 @@ def check_expressible(
 ) -> None:
     """See that a format can express a shape, before anything is written.
 
-    A field that a format does not know must have its default, so that a new one is never left out without a word.
+    A field that a format does not know must have its default, so that no new field is dropped silently.
 
     Args:
-        place: the part of the format that holds the shape, for the message.
-        expressed: the fields that it holds.
-        only: the values that it can express of the fields that it holds in part.
+        place: where the format holds the shape, for the message.
+        expressed: fields of which it can express every value.
+        only: by field, the values that it can express of others.
 
     Raises:
         InputError: naming every field that it cannot express.

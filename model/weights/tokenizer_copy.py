@@ -1,4 +1,4 @@
-"""A tokenizer's folder beside weights: copied as it is, or so that other programs begin texts as ours does."""
+"""A tokenizer's folder beside weights: copied as it is, or so that other programs add the bos that ours adds."""
 
 import json
 import shutil
@@ -16,7 +16,11 @@ FILES = (
 
 
 def copy_tokenizer(source: str | Path | None, target: Path) -> None:
-    """Copy what makes a tokenizer from a folder (None: the embedded one's) into another."""
+    """Copy a tokenizer's files from a folder (None: the embedded one's) into another.
+
+    Raises:
+        InputError: as `check_links`.
+    """
     folder = tokenizer_folder(source)
     check_links(folder)
     target.mkdir(parents=True, exist_ok=True)
@@ -45,8 +49,11 @@ def check_links(folder: Path) -> None:
 def export_tokenizer(weights: Weights, target: Path) -> None:
     """Copy the weights' tokenizer for other programs.
 
-    A model that was trained on documents that begin with bos expects it before a prompt. transformers asks the
-    tokenizer for it, so a tokenizer that does not add its bos is given that as a post-processor.
+    A model that was trained on documents that begin with the bos expects it before a prompt. transformers leaves it to
+    the tokenizer, so one that does not add its bos gets a post-processor that does.
+
+    Raises:
+        InputError: as `check_links`.
     """
     from tokenizers import Tokenizer
     from tokenizers.processors import Sequence, TemplateProcessing
@@ -68,9 +75,9 @@ def export_tokenizer(weights: Weights, target: Path) -> None:
 
 
 def adds_bos(source: str | Path) -> bool:
-    """Whether a tokenizer begins a text with its bos by itself, as its model's training did.
+    """Whether a tokenizer adds its bos to a text by itself, which says that its model was trained so.
 
-    Read off its post-processor, without running it: the library panics over one that is damaged.
+    The post-processor is read, not run: the library panics on a damaged one.
     """
     tokenizer = load_tokenizer(source)
     processor = tokenizer.backend_tokenizer.post_processor

@@ -1,7 +1,7 @@
 """Folders of transformers: config.json, safetensors, tokenizer, chat template and generation config.
 
-Llama, Mistral, Qwen2, Qwen3 and MiniMind's own folders are read; ours are written as LlamaForCausalLM, with biases as
-Qwen2ForCausalLM, with qk_norm as Qwen3ForCausalLM. Nothing in a folder is run.
+Llama, Mistral, Qwen2, Qwen3 and MiniMind's own folders are read. Ours are written as LlamaForCausalLM, as
+Qwen2ForCausalLM if there are biases, as Qwen3ForCausalLM if there is qk_norm. No code in a folder is run.
 """
 
 from collections.abc import Mapping
@@ -16,11 +16,11 @@ from model.storage.archive import load_torch
 from model.storage.files import files_of_set, new_folder, read_json, write_json
 from model.text.tokenization import end_ids, load_tokenizer, tokenizer_sha256
 from model.weights.names import gather, in_halves, in_pairs, plain_names, reordered, transformers_name
-from model.weights.shapes import COMMON, LLAMA3_FIELDS, check_expressible, read_shape
+from model.weights.shapes import COMMON, LLAMA3_FIELDS, check_expressible, check_given, read_shape
 from model.weights.tokenizer_copy import adds_bos, export_tokenizer
 from model.weights.weights import Weights
 
-# What a config.json that leaves a value out means: n_kv_heads (None: n_heads), context, window, norm_eps, base of RoPE.
+# Defaults of values that config.json leaves out: n_kv_heads (None: n_heads), context, window, norm_eps, base of RoPE.
 DEFAULTS = {
     "llama": (None, 2048, None, 1e-6, 1e4),
     "mistral": (8, 131072, 4096, 1e-6, 1e4),
@@ -41,13 +41,14 @@ ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen
 
 
 def load_transformers(folder: str | Path, chosen: str | None = None) -> Weights:
-    """Read a folder as `save_pretrained` writes it. Its tokenizer is the folder's own.
+    """Read a folder as `save_pretrained` writes it, with its tokenizer. Whatever transformers loads exactly, by prefix
+    or by tying, loads here.
 
     Args:
-        chosen: a file that must be one of those that hold its weights.
+        chosen: a file of its weights, which stands for all of them.
 
     Raises:
-        InputError: a file is missing or damaged, or the model is of a kind that this program has not.
+        InputError: a file is missing or damaged, or the model's architecture is not supported.
     """
     folder = Path(folder)
     values = read_json(folder / "config.json")
@@ -68,10 +69,10 @@ def read_config(values: Mapping, shapes: Mapping[str, tuple], path: Path) -> LMC
     """The LMConfig that a config.json describes.
 
     Args:
-        shapes: of the weights by transformers' names: whether there are biases shows in them.
+        shapes: of the weights by transformers' names, which show whether there are biases.
 
     Raises:
-        InputError: the model computes something else than a Transformer does.
+        InputError: the model is not a `Transformer`.
     """
     kind = values.get("model_type")
     if not isinstance(kind, str) or kind not in DEFAULTS:
@@ -82,7 +83,7 @@ def read_config(values: Mapping, shapes: Mapping[str, tuple], path: Path) -> LMC
     window = values.get("sliding_window", window)
     max_seq_len = values.get("max_position_embeddings", max_seq_len)
     if isinstance(window, int) and isinstance(max_seq_len, int) and values.get("use_sliding_window", kind == "mistral"):
-        max_seq_len = min(max_seq_len, window)  # within the window attention is what it is without one
+        max_seq_len = min(max_seq_len, window)  # up to the window, attention is the same without it
     heads, n_kv_heads = values.get("num_attention_heads"), values.get("num_key_value_heads", n_kv_heads)
     head_dim = values.get("head_dim")
     found = {
@@ -103,14 +104,12 @@ def read_config(values: Mapping, shapes: Mapping[str, tuple], path: Path) -> LMC
     gate = shapes.get("model.layers.0.mlp.gate_proj.weight")
     if found["hidden_dim"] is None and gate:
         found["hidden_dim"] = gate[0]  # MiniMind computes it
-    missing = [name for name in ("dim", "n_layers", "n_heads", "vocab_size", "hidden_dim") if found[name] is None]
-    if missing:
-        raise InputError(f"{path}: does not say {', '.join(missing)} of the model")
+    check_given(found, ("dim", "n_layers", "n_heads", "vocab_size", "hidden_dim"), path)
     return read_shape(found | rope, path)
 
 
 def _refuse_others(values: Mapping, path: Path) -> None:
-    """What changes the computation and is none of a Transformer's settings."""
+    """Refuse what changes the computation and no LMConfig can express."""
     expected = {
         "hidden_act": ("silu", "swish"), "mlp_bias": (False,), "use_moe": (False,), "num_local_experts": (0, 1),
         "partial_rotary_factor": (1, 1.0), "pretraining_tp": tuple(range(65)), "quantization_config": (),
@@ -125,7 +124,7 @@ def _refuse_others(values: Mapping, path: Path) -> None:
 
 
 def _rope(values: Mapping, path: Path) -> dict:
-    """RoPE's fields of an LMConfig, from version 5's rope_parameters or the older rope_theta and rope_scaling."""
+    """An LMConfig's fields for RoPE, from version 5's rope_parameters or the older rope_theta and rope_scaling."""
     given = values.get("rope_parameters") or values.get("rope_scaling") or {}
     if not isinstance(given, Mapping):
         raise InputError(f"{path}: rope_parameters is {shown(given)}, an object expected")
@@ -133,7 +132,7 @@ def _rope(values: Mapping, path: Path) -> dict:
     if kind not in ("default", "linear", "llama3"):
         raise InputError(f"{path}: RoPE of type {shown(kind)}, default, linear or llama3 expected")
     if given.get("partial_rotary_factor", 1) != 1:
-        raise InputError(f"{path}: RoPE turns a part of a head only (partial_rotary_factor); this is not supported")
+        raise InputError(f"{path}: RoPE rotates only part of a head (partial_rotary_factor), which is not supported")
     rope = {}
     for source in (values, given):
         if source.get("rope_theta") is not None:
@@ -146,10 +145,10 @@ def _rope(values: Mapping, path: Path) -> dict:
 
 
 class _Tensors:
-    """The tensors of a folder, by name; their shapes are known before any is read.
+    """The tensors of a folder by their plain names, read one by one.
 
     Attributes:
-        shapes: {name: shape} of those that count.
+        shapes: {name: shape}, before any is read.
     """
 
     def __init__(self, folder: Path, chosen: str | None) -> None:
@@ -181,7 +180,7 @@ class _Tensors:
 
         try:
             return found.get_tensor(name)
-        except SafetensorError as error:  # numbers of 4 or 6 bits, which torch has not
+        except SafetensorError as error:  # numbers of 4 or 6 bits, which torch lacks
             raise InputError(f"{self._folder}: {shown(name)} cannot be read ({first_line(error)})") from error
 
 
@@ -232,12 +231,13 @@ def save_transformers(
     """Write a folder that `AutoModelForCausalLM.from_pretrained` and `AutoTokenizer.from_pretrained` read.
 
     Args:
-        folder: which must not be there, or be empty.
-        dtype: of the weights in it.
-        generation: what its generation_config.json says of sampling.
+        folder: a new or an empty folder.
+        dtype: of its weights.
+        generation: its defaults for sampling, for generation_config.json.
 
     Raises:
-        InputError: the folder is not empty or cannot be written, or the tokenizer cannot be read.
+        InputError: the folder is not empty or cannot be written, the tokenizer cannot be read, or transformers cannot
+            express the model.
     """
     from safetensors.torch import save
 
@@ -250,7 +250,7 @@ def save_transformers(
     tokenizer = load_tokenizer(weights.tokenizer_path)
     ends = end_ids(tokenizer)
     kind = "qwen3" if config.qk_norm else "qwen2" if config.qkv_bias else "llama"
-    if kind == "qwen3" and config.qkv_bias:  # Qwen3 has biases of all four or none
+    if kind == "qwen3" and config.qkv_bias:  # Qwen3 has biases in all four projections or in none
         for layer in range(config.n_layers):
             tensors[f"model.layers.{layer}.self_attn.o_proj.bias"] = torch.zeros(config.dim, dtype=dtype)
     with new_folder(folder) as temporary:
@@ -262,7 +262,7 @@ def save_transformers(
 
 
 def config_json(config: LMConfig, kind: str, dtype: torch.dtype) -> dict:
-    """A config.json that versions 4 and 5 of transformers read, and what knows only the older names."""
+    """A config.json for versions 4 and 5 of transformers, and for programs that know only the older names."""
     rope = {"rope_theta": config.rope_theta, "rope_type": config.rope_scaling or "default"}
     if config.rope_scaling:
         rope["factor"] = config.rope_factor

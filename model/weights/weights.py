@@ -1,4 +1,4 @@
-"""Our own file of weights: a plain state dict, `X.pth`, and beside it `X.json` with the shape and the tokenizer."""
+"""Our own format: `X.pth`, a plain state dict, and beside it `X.json` with the model's shape and tokenizer."""
 
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,17 +18,17 @@ FORMAT_VERSION = 1  # of the JSON beside weights
 
 @dataclass
 class Weights:
-    """A model's weights with what is needed to use them."""
+    """A model's weights and what is needed to use them."""
 
     state_dict: dict[str, Tensor]
     config: LMConfig
     tokenizer_path: str | None = None  # None: the embedded tokenizer
-    tokenizer_sha256: str | None = None  # None: not known
-    begins_with_bos: bool = True  # a text is read behind the tokenizer's bos, as in the documents of our token files
-    inferred: str | None = None  # what no file says and was read off or assumed, on one line; None: nothing
+    tokenizer_sha256: str | None = None  # None: unknown
+    begins_with_bos: bool = True  # a text begins with the tokenizer's bos, as documents in our token files do
+    inferred: str | None = None  # one line about what no file says and was inferred; None: nothing was
 
     def with_state(self, state_dict: dict[str, Tensor]) -> "Weights":
-        """The same description of other weights."""
+        """The same description with other weights."""
         return replace(self, state_dict=state_dict)
 
 
@@ -47,18 +47,17 @@ def save_weights(path: str | Path, weights: Weights) -> None:
 
 
 def read_sidecar(path: str | Path) -> tuple[LMConfig, str | None, str | None, bool]:
-    """What lies beside weights, `{stem}.json`: the shape, the tokenizer's folder and its SHA-256, and whether texts
-    begin with its bos.
+    """The description beside weights: shape, tokenizer's folder and SHA-256, and whether texts begin with its bos.
 
     Raises:
-        InputError: it is no such file, or holds what no shape or tokenizer has.
+        InputError: the file is damaged, or holds something else.
     """
     described = read_json(Path(path), MAX_SIDECAR_BYTES)
     try:
         config, *tokenizer = (described[key] for key in ("config", "tokenizer_path", "tokenizer_sha256"))
         if any(value is not None and not isinstance(value, str) for value in tokenizer):
             raise TypeError(f"tokenizer {tokenizer!r}")
-        begins_with_bos = described.get("begins_with_bos", True)  # earlier versions knew nothing else
+        begins_with_bos = described.get("begins_with_bos", True)  # earlier versions had no other
         if not isinstance(begins_with_bos, bool):
             raise TypeError(f"begins_with_bos {begins_with_bos!r}")
     except (LookupError, TypeError) as error:

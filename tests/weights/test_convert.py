@@ -108,7 +108,7 @@ def test_there_and_back(shop, tmp_path, here, name, target, flags):
     assert code == 0 and f"{tmp_path / target}: written for" in error
     told = tokenizer if target.endswith((".bin", ".pt")) or "meta" in flags else []  # these name no tokenizer
     code, _, error = here(model.convert, tmp_path / target, tmp_path / "back.pth", *told)
-    assert code == 0 and ("the embedded one is taken if none is given" in error) == bool(told)
+    assert code == 0 and ("the embedded one is used unless you give one" in error) == bool(told)
     back = load_weights(tmp_path / "back.pth")
     if "meta" in flags:
         assert f"max_seq_len {back.config.max_seq_len} is assumed" in error
@@ -133,7 +133,10 @@ REFUSED = {
     "an unknown format": (["own.pth", "x", "--to", "onnx"], "argument --to: invalid choice: 'onnx'"),
     "an unknown dtype": (["own.pth", "x", "--dtype", "Q4_K"], "argument --dtype: invalid choice: 'Q4_K'"),
     "Q8_0 for transformers": (["own.pth", "x", "--dtype", "Q8_0"], "--dtype: 'Q8_0' found, F32, F16, BF16 expected"),
-    "a dtype that .pth has not": (["own.pth", "x.pth", "--dtype", "F16"], "--dtype: mateconv files hold F32 only"),
+    "a dtype that .pth has not": (
+        ["own.pth", "x.pth", "--dtype", "F16"],
+        "--dtype: 'F16' found, F32 expected for mateconv",
+    ),
     "no source": (["nothing.pth", "x"], "nothing.pth: no such file"),
     "an empty folder": (["empty", "x"], "empty: neither config.json (transformers) nor params.json (Meta)"),
     "another tokenizer": (["a.pth", "x", "--tokenizer_path", "own/model"], "a.pth was trained with another tokenizer"),
@@ -191,7 +194,8 @@ def test_what_a_format_does_not_know_is_refused_by_name(shop, tmp_path, target, 
             "Tomorrow", [(field, kind, setting(kind(), "of tomorrow"))], bases=(LMConfig,)
         )
         weights.config = tomorrow(**vars(weights.config) | {field: value})
-    to = "meta" if target == "meta" else model.convert.SUFFIXES[os.path.splitext(target)[1]]
+    suffix = None if target == "meta" else os.path.splitext(target)[1]
+    to = next(name for name, known in model.convert.FORMATS.items() if known.suffix == suffix)
     with pytest.raises(InputError, match=f"{target}: .* cannot express {re.escape(message)}"):
         model.convert.write(to, tmp_path / target, weights)
     assert not list(tmp_path.iterdir())

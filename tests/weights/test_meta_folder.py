@@ -125,7 +125,7 @@ def test_bfloat16_buffers_and_a_missing_output(tmp_path):
         ({"n_heads": 5}, "dim: 64 is not a multiple"),
         ({"multiple_of": 0}, "multiple_of: 0 found"),
         ({"max_seq_len": 2**40}, "max_seq_len: .* found"),
-        ({"moe": {"num_experts": 8}}, "moe inside, of a model that is not a plain Llama"),
+        ({"moe": {"num_experts": 8}}, "moe inside, so it is no plain Llama"),
         ("[1]", "a JSON object expected"),
         ("{", "a JSON object expected"),
         ("[" * 5000, "a JSON object expected"),

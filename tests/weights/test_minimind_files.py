@@ -140,11 +140,11 @@ def test_what_shapes_do_not_tell_can_be_given(tmp_path):
 @pytest.mark.parametrize(
     "given, message",
     [
-        ({"n_heads": 5}, r"n_heads 5 does not fit .* that fit, to be given: 2/1, 4/2, 8/4, 16/8"),
+        ({"n_heads": 5}, r"n_heads 5 does not fit .* give n_heads/n_kv_heads that fit: 2/1, 4/2, 8/4, 16/8"),
         ({"n_heads": 4, "n_kv_heads": 4}, "n_heads 4 with n_kv_heads 4 does not fit"),
         ({"n_heads": 4.5}, "n_heads: 4.5 found, a whole number"),
         ({"rope_theta": -1}, "rope_theta: -1 found"),
-        ({"dim": 3}, "dim is told by the weights' shapes"),
+        ({"dim": 3}, "dim follows from the weights' shapes"),
     ],
 )
 def test_what_cannot_be_is_refused_with_what_can(given, message):
@@ -156,7 +156,7 @@ def test_what_cannot_be_is_refused_with_what_can(given, message):
 def test_shapes_of_no_generation_need_their_heads():
     config = LMConfig(dim=144, n_layers=1, n_heads=9, n_kv_heads=3, vocab_size=300)
     state = random_model(config).state_dict()
-    with pytest.raises(InputError, match=r"do not tell the number of heads .* to be given: 3/1, 6/2, .*9/3"):
+    with pytest.raises(InputError, match=r"do not show the number of heads .* that fit: 3/1, 6/2, .*9/3"):
         recognise(state, "w.pth", {})
     assert recognise(state, "w.pth", {"n_heads": 9}).config == config
     # In transformers' names MiniMind's 8 heads are assumed, but 144 / 8 = 18 does not divide 48.

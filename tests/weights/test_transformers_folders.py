@@ -385,7 +385,7 @@ def test_a_weight_that_is_there_under_two_names_is_refused(tmp_path, tied):
     folder, tensors = tied
     shutil.copy(folder / "config.json", tmp_path)
     save_file(tensors | {"module.model.norm.weight": torch.ones(64)}, tmp_path / "model.safetensors")
-    with pytest.raises(InputError, match="model.norm.weight' and .*model.norm.weight' inside are the same weight"):
+    with pytest.raises(InputError, match="model.norm.weight' and .*model.norm.weight' inside mean the same weight"):
         load_weights(tmp_path)
 
 
