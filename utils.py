@@ -465,14 +465,17 @@ class Processes:
         Raises:
             InputError: it differs, on every rank; naming `what`, the first rank that differs and both values.
         """
+        theirs = self.decided(lambda: value)
+        if not self.any(value != theirs):
+            return
         values = self.gather(value)
 
-        def compare() -> None:
-            for rank, other in enumerate(values):
-                if other != value:
-                    raise InputError(f"{what}: rank {rank} has {shown(other)}, rank 0 {shown(value)}; they must agree")
+        def refuse() -> None:
+            rank = next(rank for rank, other in enumerate(values) if other != theirs)
+            found = f"rank {rank} has {shown(values[rank])}, rank 0 {shown(theirs)}"
+            raise InputError(f"{what}: {found}; they must agree")
 
-        self.decided(compare)
+        self.decided(refuse)
 
     def barrier(self) -> None:
         """Wait until every process is here."""

@@ -209,7 +209,7 @@ def code_problems(job: Job, case: Case, codes: list) -> list[str]:
         survivors = (3, None)  # the watch ends the process at once, and torchrun those that are left
     own = {"raise": (1,), "exit:7": (7,), "kill": (-9,), "stop": (-9,), "hang": (3,)}[case.kind]
     own = (-9,) if (case.kind, case.point) == ("hang", "start") else own
-    own = (None, 3) if case.launcher else own  # an exception that is not caught leaves no code
+    own = (3, None) if case.launcher and case.kind == "hang" else own
     wrong = [
         f"rank {rank} ended with {code}: {last_line(job)}"
         for rank, code in enumerate(codes)
