@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 
 from model.errors import InputError, OneLineError, first_line, one_line, printable, shown
 from model.options import accepted_types, file_path, from_text
+from model.requirements import missing_library
 
 
 def run_command(main: Callable[[], int | None]) -> None:
@@ -43,8 +44,12 @@ def run_command(main: Callable[[], int | None]) -> None:
         print_message("interrupted")
         code = 130
     except Exception as error:
-        print_fault(error)
-        code = 1
+        if (missing := missing_library(error)) is not None:
+            print_error(missing)
+            code = 2
+        else:
+            print_fault(error)
+            code = 1
     sys.exit(code)
 
 
