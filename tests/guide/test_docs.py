@@ -244,6 +244,15 @@ def test_the_workflow_covers_what_is_supported():
     assert uses and all(re.search(r"@[0-9a-f]{40} # v", use) for use in uses)
 
 
+@pytest.mark.parametrize("page", ["docs/install.md", "docs/zh/install.md"])
+def test_what_can_be_left_out_is_what_requirements_call_optional(page):
+    needed, optional = read("requirements.txt").split("# Optional")
+    names = [re.findall(r"^[\w-]+", part, re.MULTILINE) for part in (needed, optional)]
+    line = next(text for _, text in blocks(page) if "jsonlines" in text).split()[2:]
+    assert set(names[0]) == {*line, "tokenizers"}  # which transformers brings
+    assert all(name in read(page) for name in names[1] if name != "safetensors")  # so does this
+
+
 # --------------------------------------------------------------------------------------------------- the two languages
 
 
