@@ -1,18 +1,18 @@
-"""Data processing beside what users have now: from JSONL to the token file, on the same file and the same cores.
+"""Data processing compared with what users have now: from JSONL to the token file, with the same file and cores.
 
-    python benchmarks/data.py                                   # the sample corpus, many times over
+    python benchmarks/data.py                                   # the sample corpus, repeated
     python benchmarks/data.py --input my.jsonl --cores 1 2 4
     python benchmarks/data.py --memory                          # peak memory at 40 MB and at 2 GB of input
 
-Each line of the table is a process of its own, bound to the given number of cores. All rates are megabytes (10^6) of
-the texts' UTF-8 a second:
+Each row of the table is a separate process, bound to the given number of cores. All rates are megabytes (10^6) of the
+texts' UTF-8 per second:
 
-    one at a time      jsonlines, one call of the transformers tokenizer a document, a growing list: MiniMind v1's way
-    encode_batch_fast  tokenizers, batches of 1,000 texts that are in memory already; nothing is read or written
-    encode_batch_flat  fastokens, batches of a megabyte of texts that are in memory already; nothing is read or written
-    process_dataset    all of it, start of the workers, checks and manifest included; with and without cleaning
+    one at a time      jsonlines, one call of the transformers tokenizer per document, a growing list: MiniMind v1's way
+    encode_batch_fast  tokenizers, batches of 1,000 texts already in memory; no file is read or written
+    encode_batch_flat  fastokens, batches of a megabyte of texts already in memory; no file is read or written
+    process_dataset    the whole job, with starting workers, checks and manifest; with and without cleaning
 
-The first two are slow, and get every k-th document of the file. All of them must give the same ids.
+The first two are slow and get every k-th document of the file. All of them must give the same ids.
 """
 
 import argparse
@@ -48,7 +48,7 @@ def read_texts(path: Path, every: int) -> list[str]:
 
 
 def one_at_a_time(path: Path, every: int) -> tuple[float, float, str]:
-    """A call of the transformers tokenizer for each document, as MiniMind v1 does it."""
+    """One call of the transformers tokenizer per document, as in MiniMind v1."""
     import jsonlines
     from transformers import AutoTokenizer
 
@@ -103,7 +103,7 @@ def encode_batch_flat(path: Path, every: int) -> tuple[float, float, str]:
 
 
 def process_dataset(path: Path, every: int, **options) -> tuple[float, float, str]:
-    """All of data processing, from the file to the file."""
+    """The whole job, from file to file."""
     from optimized_data_processing import OptimizedDataProcessor
 
     output = path.with_name("ours") / "data.bin"
@@ -140,7 +140,7 @@ MEASURES = {
 
 
 def measure(name: str, path: Path, every: int, cores: int) -> dict:
-    """Run one measure in a process of its own, bound to the first `cores` cores."""
+    """Run one measure in a separate process, bound to the first `cores` cores."""
     command = [sys.executable, __file__, "--measure", name, "--input", str(path), "--every", str(every)]
     done = subprocess.run([*command, "--cores", str(cores)], capture_output=True, encoding="utf-8")
     if done.returncode:
@@ -149,7 +149,7 @@ def measure(name: str, path: Path, every: int, cores: int) -> dict:
 
 
 def make_input(folder: Path, megabytes: float, source: Path) -> Path:
-    """A file of at least so many megabytes: a corpus again and again, each copy's documents made different."""
+    """A file of at least this many megabytes: a corpus repeated, with the documents of each copy made different."""
     path = folder / "corpus.jsonl"
     texts = read_texts(source, 1)
     size = 0
@@ -167,7 +167,7 @@ def compare(path: Path, core_counts: list[int], repeats: int) -> None:
     with open(path, "rb") as file:
         lines = sum(1 for _ in file)
     size = path.stat().st_size
-    every = max(1, round(size / 20e6))  # so that the slow ones take some ten seconds
+    every = max(1, round(size / 20e6))  # so that the slow ones take about ten seconds
     print(f"{path.name}: {size / 1e6:,.0f} MB, {lines:,} documents; the slow ones get every {every}th\n")
     print(f"{platform.platform()}, Python {platform.python_version()}; ", end="")
     print(
@@ -190,7 +190,7 @@ def compare(path: Path, core_counts: list[int], repeats: int) -> None:
 
 
 def memory(folder: Path, source: Path) -> None:
-    """Print the peak memory of the whole job, all its processes together, at two sizes of input."""
+    """Print the peak memory of the whole job, all its processes together, at two input sizes."""
     print("| input | cleaning and duplicates | peak memory of all processes |\n|---|---|---|")
     for megabytes in (40, 2000):
         path = make_input(folder, megabytes, source)
@@ -207,7 +207,7 @@ def memory(folder: Path, source: Path) -> None:
 
 
 def _memory_of(pid: int) -> int:
-    """Resident bytes of a process and its children; pages that several of them share count once for each (Linux)."""
+    """Resident bytes of a process and its children; pages that they share count once for each (Linux)."""
     try:
         children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
         resident = int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
@@ -221,9 +221,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--input", type=Path, help="JSONL with texts that do not repeat")
     parser.add_argument(
-        "--source", type=Path, default=ROOT / "dataset" / "classics_zh.jsonl", help="what is multiplied"
+        "--source", type=Path, default=ROOT / "dataset" / "classics_zh.jsonl", help="the corpus to repeat"
     )
-    parser.add_argument("--megabytes", type=float, default=600, help="size of the file that is made without --input")
+    parser.add_argument("--megabytes", type=float, default=600, help="size of the file made without --input")
     parser.add_argument("--cores", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--memory", action="store_true", help="measure memory instead of speed")

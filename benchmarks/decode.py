@@ -1,16 +1,16 @@
-"""How fast texts are written beside transformers and llama.cpp, with the same weights, prompts and number of tokens.
+"""Generation speed compared with transformers and llama.cpp, with the same weights, prompts and number of tokens.
 
     python benchmarks/decode.py
     python benchmarks/decode.py --llama_python ../llama/bin/python
     python benchmarks/decode.py --shapes 26.9M --formats fp32 --batches 1 --tokens 64 --rounds 3
     python benchmarks/decode.py --device cuda --formats fp32 bf16
 
-llama.cpp takes part where llama-cpp-python is installed, here or for the interpreter that --llama_python names, and
-gguf is installed here. Every contender has its own process and they take turns, one text each a round, so that what
-else the machine does meets all of them. first: milliseconds to the first token, in which the prompt is read. tok/s: the
-tokens after it over the time after it; medians over the rounds. GB/s: the weights' bytes, read once a step. Limit: the
-rate at which a sum of 1 GiB reads memory, measured in every round too; what a cache holds of the weights is faster.
-On a GPU there are transformers and MateConv, eager, greedy and sampling.
+llama.cpp takes part if llama-cpp-python is installed, here or for the interpreter that --llama_python names, and gguf
+is installed here. Every contender has its own process and they take turns, one text per round, so that other load on
+the machine affects all of them. first: milliseconds to the first token, which include reading the prompt. tok/s: the
+tokens after it over the time after it; medians over the rounds. GB/s: the weights' bytes, read once per step. Limit:
+the rate at which summing 1 GiB reads memory, measured in every round; weights that stay in a cache are read faster. On
+a GPU transformers and MateConv take part, eager, greedy and sampling.
 """
 
 import argparse
@@ -89,7 +89,7 @@ def contenders(options: argparse.Namespace, form: str, batch: int) -> list[str]:
 
 
 def bandwidth(memory: torch.Tensor) -> float:
-    """Bytes a second that a sum reads."""
+    """Bytes per second that a sum reads."""
     utils.synchronize(memory.device)
     start = time.perf_counter()
     memory.sum()
@@ -161,7 +161,7 @@ def measure(shape: str, options: argparse.Namespace) -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
-                parameter.mul_(3)  # logits of a trained model's size: with small ones 16-bit rounding decides the text
+                parameter.mul_(3)  # logits as large as a trained model's: with small ones 16-bit rounding decides
     weights = model.parameter_count() - (0 if config.tie_embeddings else model.tok_embeddings.weight.numel())
     with tempfile.TemporaryDirectory() as folder:
         save_weights(Path(folder) / "weights.pth", Weights(model.state_dict(), config))

@@ -1,7 +1,7 @@
 """Who takes part in decode.py: each one's model of the same weights, and one text written with it.
 
 A contender is built from the weights that decode.py made, and then called with `tokens`: it continues every prompt by
-so many tokens, greedily and never ending before, and tells the seconds to the first token and in all.
+exactly that many tokens, greedily, and returns the seconds to the first token and in total.
 """
 
 import argparse
@@ -15,19 +15,19 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 LLAMA_FORMATS = {"fp32": "F32", "bf16": "BF16", "int8": "Q8_0"}
-FIRST_ID = 5  # below: what ends a text
-Written = tuple[float, float, list[int]]  # seconds to the first token, seconds in all, the first prompt's new ids
+FIRST_ID = 5  # smaller ids end a text
+Written = tuple[float, float, list[int]]  # seconds to the first token, seconds in total, the first prompt's new ids
 
 
 def prompts(order: argparse.Namespace) -> list[list[int]]:
-    """As many prompts as the batch has rows, of as many ids each."""
+    """One prompt for each row of the batch, all of the same length."""
     numbers = itertools.count(7)
     ids = range(FIRST_ID, order.vocab_size)
     return [[ids[next(numbers) * 7919 % len(ids)] for _ in range(order.prompt)] for _ in range(order.batch)]
 
 
 def our_model(order: argparse.Namespace):
-    """The weights in the order's format; int8 is made of float32."""
+    """The weights in the order's format; int8 is made from float32."""
     import torch
 
     from model.model import Transformer
@@ -134,7 +134,7 @@ def write_gguf(folder: Path, formats: list[str]) -> None:
 
 
 def serve(order: argparse.Namespace) -> None:
-    """A contender's process: warm up, say so in JSON, then write a text for every line that comes on stdin."""
+    """A contender's process: warm up, report it in JSON, then generate a text for every line on stdin."""
     answers, sys.stdout = sys.stdout, sys.stderr
     if order.kind not in ("llama_cpp", "transformers"):
         import torch

@@ -1,12 +1,12 @@
-"""Whether a model computes the same in other programs, and comes back from their files bit for bit.
+"""Does a model compute the same in other programs, and come back from their files bit for bit?
 
     python benchmarks/exports.py --llama_python ../llama/bin/python
     python benchmarks/exports.py --llama_python ../llama/bin/python --weights out/best_model.pth ../smollm2.gguf
 
-Models of several shapes, with random weights, and those of --weights are written in each format. The other program
-reads the file, tokenizes a text in Chinese and English with emoji, computes the logits of each of its positions, and
-continues it greedily. A row tells: the largest difference between two logits and the largest logit; whether ids and
-text are the same; whether what is read back from the file is what was written, and what is compared with what.
+Models of several shapes with random weights, and those of --weights, are written in each format. The other program
+reads the file, tokenizes a text in Chinese and English with emoji, computes the logits at each position, and continues
+the text greedily. A row shows what is compared; the largest difference of a logit and the largest logit; whether ids
+and text are the same; and whether reading the file back gives what was written.
 """
 
 import argparse
@@ -80,7 +80,7 @@ def in_llama_cpp(path: Path, context: int, python: str):
 
 
 def in_transformers(path: Path, context: int, python: str):
-    """The same with transformers."""
+    """The same in transformers."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -97,7 +97,7 @@ def in_transformers(path: Path, context: int, python: str):
 
 
 def in_mateconv(weights):
-    """The same with ours."""
+    """The same in ours."""
     import torch
 
     from model.generation.engine import Engine
@@ -158,7 +158,7 @@ def compare(name: str, weights, formats: list[tuple[str, str]], llama_python: st
             path = Path(here) / f"{number}{'.gguf' if kind == 'gguf' else ''}"
             write(kind, path, weights, dtype)
             back = load_weights(path)
-            ours = in_mateconv(back)  # the numbers that are in the file
+            ours = in_mateconv(back)  # the numbers in the file
             program = "llama.cpp" if kind == "gguf" else "transformers"
             theirs = PROGRAMS[program](path, context, llama_python)
             pth = Path(here) / f"{number}.pth"
@@ -169,7 +169,7 @@ def compare(name: str, weights, formats: list[tuple[str, str]], llama_python: st
 
 
 def compare_as_it_is(path: Path, programs: list[str], llama_python: str | None) -> None:
-    """A row for each program that reads a file of others itself."""
+    """A row for each program that reads a foreign file itself."""
     from model.weights import load_weights
 
     weights = load_weights(path)
@@ -177,7 +177,7 @@ def compare_as_it_is(path: Path, programs: list[str], llama_python: str | None) 
     for program in programs:
         try:
             theirs = PROGRAMS[program](path, min(weights.config.max_seq_len, 256), llama_python)
-        except (ValueError, ImportError) as error:  # transformers reads GGUF with the package accelerate only
+        except (ValueError, ImportError) as error:  # transformers needs the package accelerate to read GGUF
             print(f"{path.name}: left out: {program}: {first_line(error)}")
             continue
         print_row(path.name, f"{program}, as it is", ours, theirs, "-")
@@ -202,9 +202,11 @@ def read_options() -> argparse.Namespace:
     """The command line."""
     parser = utils.CommandParser(description=__doc__.split("\n")[0])
     parser.add_argument(
-        "--llama_python", metavar="FILE", help="a Python with llama-cpp-python; none: without llama.cpp"
+        "--llama_python", metavar="FILE", help="a Python with llama-cpp-python; omitted: without llama.cpp"
     )
-    parser.add_argument("--weights", nargs="+", type=Path, default=[], metavar="PATH", help="of any format, to add")
+    parser.add_argument(
+        "--weights", nargs="+", type=Path, default=[], metavar="PATH", help="more weights, in any format"
+    )
     return parser.parse_args()
 
 

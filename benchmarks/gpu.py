@@ -1,12 +1,13 @@
-"""Everything that a GPU should do, tried on this machine's: right, the same after a kill, and how fast.
+"""Everything a GPU should do, tried on this machine: correct results, the same results after a kill, and speed.
 
     python benchmarks/gpu.py --out gpu_results
     python benchmarks/gpu.py --out gpu_results --only machine smoke tests
     python benchmarks/gpu.py --out gpu_results --nanogpt ../nanoGPT --minimind ../minimind
 
-Some ten minutes on an H100 with 16 cores. Each part has processes and a limit of its own, and the next one begins
-whatever becomes of it. `summary.md` and `results.json` in the folder are written anew after each part, the logs as they
-come: a run that is cut off leaves what it found. With `--device cpu` all shapes are tiny: to try the parts themselves.
+It takes about ten minutes on an H100 with 16 cores. Each part has its own processes and time limit, and the next one
+starts whatever the outcome. `summary.md` and `results.json` in the folder are rewritten after each part and logs are
+written as they come, so an interrupted run leaves what it found. With `--device cpu` all shapes are tiny, to test the
+parts themselves.
 """
 
 import argparse
@@ -30,9 +31,9 @@ from model.errors import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
 TOKENS = ROOT / "dataset" / "classics_zh.bin"
-SHOWN = 45  # last lines of a part in the summary
+SHOWN = 45  # last lines of a part that the summary shows
 SIDE_BY_SIDE = {"tests", "resume", "training_tests"}  # nothing in them is timed
-ORDER = (  # the most important ones first
+ORDER = (  # the most important first
     "machine", "smoke", "tests", "resume", "training_tests", "train_speed", "decode", "demo", "training",
     "train_speed_110M", "decode_135M", "profile", "dry_run", "saving", "decode_135M_fp32",
 )  # fmt: skip
@@ -41,11 +42,11 @@ TINY = ("--dim", 64, "--n_layers", 2, "--n_heads", 4, "--n_kv_heads", 2, "--max_
 
 @dataclass
 class Part:
-    """Commands that run one after another, until one fails."""
+    """Commands that run one after another until one fails."""
 
     name: str
     question: str
-    seconds: float  # that all of them may take
+    seconds: float  # for all of them together
     commands: list[list[str]]
     log: str = "log.txt"
     outcome: str = "not run"
@@ -54,12 +55,12 @@ class Part:
 
 
 def python(script: str, *arguments) -> list[str]:
-    """The command that runs a script of this repository."""
+    """The command line of a script in this repository."""
     return [sys.executable, str(ROOT / script), *map(str, arguments)]
 
 
 def all_parts(options: argparse.Namespace, work: Path) -> list[Part]:
-    """The parts in their order."""
+    """The parts, in order."""
     parts = {part.name: part for make in (checks, speeds, trainings) for part in make(options, work)}
     for part in parts.values():
         part.seconds *= 5 if options.device == "cpu" else 1
@@ -67,7 +68,7 @@ def all_parts(options: argparse.Namespace, work: Path) -> list[Part]:
 
 
 def checks(options: argparse.Namespace, work: Path) -> list[Part]:
-    """Whether all is right."""
+    """Are the results correct?"""
     in_parallel = ["-n", "4"] if importlib.util.find_spec("xdist") else []
     pytest = [sys.executable, "-m", "pytest", "-o", "addopts=", "-q", "-p", "no:cacheprovider", "--durations=5"]
     rooms = {"training": ("cuda", "recipe", "optimizer"), "model": ("model",), "generation": ("sampling",)}
@@ -76,8 +77,8 @@ def checks(options: argparse.Namespace, work: Path) -> list[Part]:
     demo = ["train.py", "--config", "config_demo.yaml", "--device", options.device, "--compile", "false"]
     write = ["inference.py", "--device", options.device, "--model_path", work / "smoke" / "best_model.pth"]
     return [
-        Part("machine", "what is here, and what limits it", 60, [python(parts, "machine", options.device, work)]),
-        Part("smoke", "does training and writing run at all", 120, [
+        Part("machine", "what is here, and what are its limits", 60, [python(parts, "machine", options.device, work)]),
+        Part("smoke", "do training and generation run at all", 120, [
             python(*demo, "--max_steps", 20, "--eval_interval", 10, "--out_dir", work / "smoke"),
             python(*write, "--prompt", "春风", "--max_new_tokens", 40, "--seed", 1, "--show_speed"),
         ]),
@@ -91,7 +92,7 @@ def checks(options: argparse.Namespace, work: Path) -> list[Part]:
 
 
 def speeds(options: argparse.Namespace, work: Path) -> list[Part]:
-    """How fast each piece is."""
+    """How fast is each piece?"""
     small, device = options.device == "cpu", ("--device", options.device)
     middle = TINY if small else ("--batch_size", 32)
     large = TINY if small else ("--dim", 768, "--n_layers", 16, "--max_seq_len", 1024, "--batch_size", 16)
@@ -110,13 +111,13 @@ def speeds(options: argparse.Namespace, work: Path) -> list[Part]:
         Part("train_speed_110M", "how fast is a step of 110M parameters", 150, [python(*step, *large, *all_of_them)]),
         Part("profile", "where a step's time goes", 90,
              [python(*step, *middle, "--profile"), python(*step, *middle, "--profile", "--only", "ours-compiled")]),
-        Part("decode", "how fast are texts written with 26.9M parameters", 150,
+        Part("decode", "how fast is generation with 26.9M parameters", 150,
              [python(*decode, "--rounds", 3, "--shapes", "26.9M", "--formats", "bf16", "fp32")]),
-        Part("decode_135M", "how fast are texts written with 135M parameters", 120,
+        Part("decode_135M", "how fast is generation with 135M parameters", 120,
              [python(*decode, "--rounds", 2, "--shapes", "26.9M" if small else "135M", "--formats", "bf16")]),
         Part("decode_135M_fp32", "the same in float32", 100,
              [python(*decode, "--rounds", 2, "--shapes", "26.9M" if small else "135M", "--formats", "fp32")]),
-        Part("saving", "how long a save stops training", 60,
+        Part("saving", "how long does a save stop training", 60,
              [python("benchmarks/saving.py", *device, *(TINY[:4] if small else ()))]),
     ]  # fmt: skip
 
@@ -141,13 +142,13 @@ def trainings(options: argparse.Namespace, work: Path) -> list[Part]:
             python(*run, "--compile", "true", "--out_dir", work / "compiled"), told("compiled"),
             python(*run, "--compile", "false", "--use_ema", "--out_dir", work / "eager"), told("eager"),
         ]),
-        Part("dry_run", "what a run would take, with the largest batch that fits", 90,
+        Part("dry_run", "what would a run take, with the largest batch that fits", 90,
              [python(*dry, "--compile", "true")]),
     ]  # fmt: skip
 
 
 def run(part: Part, out: Path, environment: dict[str, str], left: float) -> None:
-    """Run a part's commands; what they print goes to its log, and the last lines into `part.said`."""
+    """Run a part's commands; their output goes to its log, and the last lines into `part.said`."""
     start, limit = time.monotonic(), min(part.seconds, left)
     with open(out / part.log, "a+", encoding="utf-8", errors="replace") as log:
         log.write(f"\n======== {part.name}: {part.question}\n")
@@ -167,7 +168,7 @@ def run(part: Part, out: Path, environment: dict[str, str], left: float) -> None
 
 
 def finish(command: list[str], log, environment: dict[str, str], seconds: float) -> int | None:
-    """A command's exit code; None: it took too long and was ended, with all that it had started."""
+    """A command's exit code; None: it took too long and was killed with all its children."""
     own_group = {"start_new_session": True} if os.name == "posix" else {}
     process = subprocess.Popen(
         command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, **own_group
@@ -183,7 +184,7 @@ def finish(command: list[str], log, environment: dict[str, str], seconds: float)
 
 
 def write_summary(parts: list[Part], out: Path) -> None:
-    """What is known so far, to read and for programs."""
+    """Write the results so far, for readers and for programs."""
     (out / "results.json").write_text(json.dumps([asdict(part) for part in parts], indent=1), encoding="utf-8")
     lines = ["| part | question | outcome | seconds |", "|---|---|---|---:|"]
     lines += [f"| {part.name} | {part.question} | {part.outcome} | {part.took:.0f} |" for part in parts]
@@ -194,7 +195,7 @@ def write_summary(parts: list[Part], out: Path) -> None:
 
 
 def keep_curves(out: Path, work: Path) -> None:
-    """The demo's curve and events, into the folder of results."""
+    """Copy the demo's curve and events into the folder of results."""
     for name in ("curves.png", "metrics.jsonl"):
         if (work / "demo" / name).exists():
             shutil.copy(work / "demo" / name, out / name)
@@ -206,7 +207,7 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="for the results")
     parser.add_argument("--device", default="cuda", help="cuda, cuda:N, or cpu for tiny shapes [cuda]")
     parser.add_argument("--only", nargs="+", metavar="PART", help="these parts only")
-    parser.add_argument("--seconds", type=float, default=540, metavar="N", help="after which no part begins [540]")
+    parser.add_argument("--seconds", type=float, default=540, metavar="N", help="after which no part starts [540]")
     parser.add_argument("--nanogpt", metavar="FOLDER", help="a checkout of nanoGPT")
     parser.add_argument("--minimind", metavar="FOLDER", help="a checkout of MiniMind at its tag minimind-v1")
     options = parser.parse_args()

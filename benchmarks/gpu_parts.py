@@ -1,4 +1,4 @@
-"""What gpu.py runs that is no benchmark or test of its own: python benchmarks/gpu_parts.py PART DEVICE FOLDER."""
+"""The parts of gpu.py that are no separate benchmark or test: python benchmarks/gpu_parts.py PART DEVICE FOLDER."""
 
 import json
 import os
@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def milliseconds(device: torch.device, function: Callable[[], object]) -> float:
-    """What one call takes until the device has done it."""
+    """Seconds that one call takes until the device has finished it."""
     utils.synchronize(device)
     start = time.perf_counter()
     function()
@@ -32,7 +32,7 @@ def milliseconds(device: torch.device, function: Callable[[], object]) -> float:
 
 
 def machine(device: torch.device, folder: Path) -> int:
-    """Versions, the rates of products and memory, what a launch costs, and attention over a growing text."""
+    """Versions, rates of products and memory, the cost of a launch, and attention over a growing text."""
     print(f"Python {platform.python_version()}, torch {torch.__version__}, {os.cpu_count()} cores")
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
@@ -55,7 +55,7 @@ def machine(device: torch.device, folder: Path) -> int:
 
 
 def growing_text(device: torch.device) -> None:
-    """What PyTorch's own choice of attention takes for each new length, and what ours does."""
+    """What PyTorch's own choice of attention takes for each new length, and what ours takes."""
     q, k, v = (torch.randn(1, heads, 400, 32, device=device, dtype=torch.bfloat16) for heads in (16, 8, 8))
 
     def pytorchs(length: int) -> None:
@@ -78,7 +78,7 @@ def growing_text(device: torch.device) -> None:
 
 
 def told(device: torch.device, folder: Path) -> int:
-    """What a run's metrics.jsonl says, in a few lines."""
+    """A run's metrics.jsonl in a few lines."""
     events = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     for event in events:
         if "val_loss" in event:
@@ -87,7 +87,7 @@ def told(device: torch.device, folder: Path) -> int:
                 f" {event['val_loss']:.4f}, {event['bits_per_byte']:.4f} bits per byte"
             )
     steps = [event for event in events if "tokens_per_second" in event]
-    later = steps[len(steps) // 3 :]  # the first ones compile
+    later = steps[len(steps) // 3 :]  # the first compile
     rate, mfu = (statistics.median(event[key] for event in later) for key in ("tokens_per_second", "mfu"))
     print(f"{rate:,.0f} tokens/s in the median, MFU {mfu:.1%}; the last loss {steps[-1]['loss']:.4f}")
     return 0

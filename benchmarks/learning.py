@@ -1,14 +1,14 @@
-"""How much a recipe learns from the same tokens, and in the same seconds.
+"""How much does a recipe learn from the same tokens, and in the same seconds?
 
     python benchmarks/learning.py
     python benchmarks/learning.py --tokens 10000000 --data my.bin --seeds 1 2 3 --jobs 2
     python benchmarks/learning.py --only ours --extra "dropout: 0.1"       # any setting on top of a recipe
 
-Each run is `train.py` itself, with a schedule that ends with its tokens: a shorter run is a finished one, not a
-piece of a longer one. Recipes differ in nothing but the settings that RECIPES shows. Compared are the loss and the bits
-per byte on held-out samples, the same for all. Finished runs are kept and not run again: the command can be stopped and
-repeated. Seconds are what a recipe's tokens take at the rate that it has when nothing else runs: after the runs each
-recipe trains for a few seconds alone, in turn.
+Each run is `train.py` itself, with a schedule that ends with its tokens: a shorter run is a finished one, not a part of
+a longer one. Recipes differ only in the settings that RECIPES shows. The table compares the loss and the bits per byte
+on held-out samples, the same for all. Finished runs are kept and not repeated, so the command can be stopped and
+started again. Seconds are what a recipe's tokens take at the rate that it reaches alone: after the runs each recipe
+trains for a few seconds, one after another.
 """
 
 import argparse
@@ -25,9 +25,9 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = {"dim": 192, "n_layers": 4, "n_heads": 6, "n_kv_heads": 3, "max_seq_len": 256}  # the demo's
 ADAMW = {"optimizer_type": "adamw", "lr_scheduler": "cosine", "batch_size": 4}
-RECIPES = {  # name: settings, and the shares of --tokens that it is trained with
+RECIPES = {  # name: settings, and the shares of --tokens to train with
     "minimind": (
-        # MiniMind v1's: Adam at 1e-4, no decay, no warm-up, a cosine to a tenth. (It does not shuffle; here it is.)
+        # MiniMind v1's: Adam at 1e-4, no decay, no warm-up, a cosine to a tenth (there without shuffling)
         {"optimizer_type": "adam", "learning_rate": 1e-4, "weight_decay": 0.0, "warmup_steps": 0, "batch_size": 4},
         (1.0,),
     ),
@@ -43,10 +43,10 @@ SPEED_TOKENS, SPEED_TURNS = 100_000, 3
 
 
 def run(recipe: str, tokens: float, seed: int, folder: Path, threads: int, options: argparse.Namespace) -> list[dict]:
-    """Train once, unless it was done before; returns the lines of `metrics.jsonl`.
+    """Train once, unless that was done before; returns the lines of `metrics.jsonl`.
 
     Args:
-        folder: for the run's files; "FOLDER.log" beside it gets what it prints.
+        folder: for the run's files; its output goes to "FOLDER.log" beside it.
     """
     settings = RECIPES[recipe][0] | (yaml.safe_load(options.extra) or {})
     steps = round(tokens / (settings["batch_size"] * MODEL["max_seq_len"]))
@@ -70,7 +70,7 @@ def learned(recipe: str, share: float, seed: int, options: argparse.Namespace) -
     """What a recipe learns from this share of the tokens.
 
     Returns:
-        recipe, share, seed, tokens, val_loss (nats a token), bits_per_byte, and the curve: a list of
+        recipe, share, seed, tokens, val_loss (nats/token), bits_per_byte, and the curve: a list of
         (tokens, val_loss, bits_per_byte).
     """
     folder = options.out / f"{recipe.replace(' ', '-')}-{round(options.tokens * share)}-{seed}"
@@ -83,7 +83,7 @@ def learned(recipe: str, share: float, seed: int, options: argparse.Namespace) -
 
 
 def tokens_per_second(recipes: list[str], options: argparse.Namespace) -> dict[str, float]:
-    """How fast each recipe trains alone on all cores: the best of a few short runs, in which they take turns."""
+    """How fast each recipe trains alone on all cores: the best of a few short runs, taking turns."""
     best = dict.fromkeys(recipes, 0.0)
     for turn in range(SPEED_TURNS):
         for recipe in recipes:
@@ -98,7 +98,7 @@ def summarised(rows: list[dict], speed: dict[str, float]) -> list[dict]:
     """One row for each recipe and share: the mean over seeds, and the standard deviation of the loss.
 
     Args:
-        speed: each recipe's tokens a second.
+        speed: each recipe's tokens per second.
     """
     groups: dict[tuple, list[dict]] = {}
     for row in rows:
@@ -115,7 +115,7 @@ def summarised(rows: list[dict], speed: dict[str, float]) -> list[dict]:
 
 
 def comparison(summary: list[dict], other: dict) -> list[str]:
-    """What ours needs for the loss of another recipe's run, and what ours learns in that run's seconds."""
+    """What ours needs to reach the loss of another recipe's run, and what it learns in that run's seconds."""
     ours = sorted((row for row in summary if row["recipe"] == "ours"), key=lambda row: row["tokens"])
     first = f"{other['recipe']} has {other['val_loss']:.4f} after {other['tokens']:,.0f} tokens"
     lines = [f"{first} and {other['seconds']:.0f} s"]
@@ -135,8 +135,8 @@ def comparison(summary: list[dict], other: dict) -> list[str]:
 
 
 def print_tables(summary: list[dict]) -> None:
-    """Print the runs, and what ours needs for the loss of each other recipe."""
-    print("| recipe | tokens | seeds | validation loss, nats a token (deviation) | bits per byte | seconds, alone |")
+    """Print the runs, and what ours needs to reach the loss of each other recipe."""
+    print("| recipe | tokens | seeds | validation loss, nats/token (deviation) | bits per byte | seconds, alone |")
     print("|---|---:|---:|---:|---:|---:|")
     for row in summary:
         loss = f"{row['val_loss']:.4f} ({row['deviation']:.4f}) | {row['bits_per_byte']:.4f}"
@@ -148,7 +148,7 @@ def print_tables(summary: list[dict]) -> None:
 
 
 def draw(rows: list[dict], path: Path) -> None:
-    """Draw every run's held-out bits per byte over its tokens, and the finished ones as points, to a PNG."""
+    """Draw every run's held-out bits per byte over its tokens, with a point where it ends, to a PNG."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -169,7 +169,7 @@ def draw(rows: list[dict], path: Path) -> None:
 
 
 def main() -> None:
-    """Run what is not there yet, then print and draw all of it."""
+    """Run what is missing, then print and draw everything."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", type=Path, default=ROOT / "dataset" / "classics_zh.bin", help="token file")
     parser.add_argument("--tokens", type=int, default=2_000_000, help="tokens of the longest runs")
@@ -177,7 +177,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=list(RECIPES), choices=list(RECIPES), help="recipes")
     parser.add_argument("--shares", type=float, nargs="+", help="run only these shares of --tokens")
     parser.add_argument("--extra", default="", help="settings on top of each recipe's, as YAML; give another --out")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at once, but those for the seconds")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at the same time, except those that measure seconds")
     parser.add_argument("--out", type=Path, default=ROOT / "out" / "learning", help="folder for the runs")
     options = parser.parse_args()
     options.data, options.out = options.data.resolve(), options.out.resolve()

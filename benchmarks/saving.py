@@ -1,11 +1,11 @@
-"""How long saving a checkpoint stops training: all at once, and in the background.
+"""How long does saving a checkpoint stop training, in the foreground and in the background?
 
     python benchmarks/saving.py
     python benchmarks/saving.py --dim 1024 --n_layers 24 --device cuda
 
-For a model of MiniMind's shape with AdamW: what `torch.save` takes, what saving with SHA-256, flush to the disk and
-reading back takes, how long `BackgroundSaver.submit` keeps the loop waiting, and by how much steps slow down while the
-thread writes. Limits: the copy is bound by memory, the writing by the disk, whose speed is measured with plain bytes.
+For a model of MiniMind's shape with AdamW: the time of `torch.save`; of saving with SHA-256, flushing and reading back;
+how long `BackgroundSaver.submit` stalls the loop; and by how much steps slow down while the thread writes. Limits:
+memory bounds the copy and the disk bounds the writing, whose speed is measured with plain bytes.
 """
 
 import argparse
@@ -40,7 +40,7 @@ def seconds_of(function) -> float:
 
 
 def plain_disk_seconds(folder: Path, size: int) -> float:
-    """What writing and flushing so many bytes takes, in seconds."""
+    """Seconds that writing and flushing this many bytes takes."""
     block = os.urandom(1 << 20)
 
     def write() -> None:
@@ -58,7 +58,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--dim", type=int, default=512)
     parser.add_argument("--n_layers", type=int, default=8)
-    parser.add_argument("--rows", type=int, default=1, help="samples of the steps that go on meanwhile")
+    parser.add_argument("--rows", type=int, default=1, help="samples of the steps that run meanwhile")
     parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
     config = LMConfig(dim=arguments.dim, n_layers=arguments.n_layers)
@@ -94,9 +94,9 @@ def main() -> None:
             whole.append(time.perf_counter() - start)
         stall, slower = statistics.median(stalls), statistics.mean(during) / alone
         print(f"in the background: training stops for {stall:.3f} s ({size / stall / 1e9:.1f} GB/s of copying)")
-        print(f"    and goes on {slower:.2f} times slower for {statistics.median(whole):.2f} s (a step: {alone:.3f} s)")
+        print(f"    and runs {slower:.2f} times slower for {statistics.median(whole):.2f} s (a step: {alone:.3f} s)")
         lost = stall + (statistics.median(whole) - stall) * (1 - 1 / slower)
-        print(f"    which costs {lost:.2f} s of training in all")
+        print(f"    which costs {lost:.2f} s of training in total")
 
 
 def seconds_of_one(function) -> float:

@@ -1,8 +1,9 @@
-"""Who takes part in train_step.py: each one's model, its optimizer, and one training step, run in a process of its own.
+"""Who takes part in train_step.py: each one's model, optimizer, and training step, run in a separate process.
 
-Every contender trains as its own project does: MateConv as `Trainer`, transformers' Llama with the fused AdamW that is
-its Trainer's default, nanoGPT with its `configure_optimizers`, MiniMind v1 with the Adam of its 1-pretrain.py. On a GPU
-MateConv alone uses kernels that give the same bits each time, and reads loss and norm before it changes the weights.
+Every contender trains as its own project does: MateConv as `Trainer` does, transformers' Llama with the fused AdamW
+that is its Trainer's default, nanoGPT with its `configure_optimizers`, MiniMind v1 with the Adam of its 1-pretrain.py.
+On a GPU only MateConv uses kernels that give the same bits each time and checks loss and norm before it changes the
+weights.
 """
 
 import argparse
@@ -30,22 +31,22 @@ NAMES = {
     "llama-compiled": "transformers Llama, compiled",
     "nanogpt": "nanoGPT, eager",
     "nanogpt-compiled": "nanoGPT, compiled",
-    "minimind": "MiniMind v1, eager",  # it turns compiling off itself
+    "minimind": "MiniMind v1, eager",  # it disables compiling itself
     "ours-any-order": "MateConv, eager, any order",
     "ours-any-order-compiled": "MateConv, compiled, any order",
 }
-ONLY_IF_ASKED = ("ours-any-order", "ours-any-order-compiled")  # adding up on a GPU in any order, as Trainer does not
+ONLY_IF_ASKED = ("ours-any-order", "ours-any-order-compiled")  # sums on a GPU in any order, unlike Trainer
 
 
 @dataclass
 class Contender:
-    """A model that can take training steps."""
+    """A model that takes training steps."""
 
     model: nn.Module
-    mean_loss: Callable[[nn.Module, Tensor, Tensor], Tensor]  # (model, inputs, targets) -> nats a token
+    mean_loss: Callable[[nn.Module, Tensor, Tensor], Tensor]  # (model, inputs, targets) -> nats/token
     optimizer: torch.optim.Optimizer
     flops_per_token: int
-    looks_first: bool = False  # whether loss and norm are looked at before the weights change
+    looks_first: bool = False  # whether loss and norm are checked before the weights change
     deterministic: bool = False  # whether a GPU gives the same bits each time
 
 
@@ -84,7 +85,7 @@ def _llama(options: argparse.Namespace) -> Contender:
     config = LlamaConfig(**shape, use_cache=False, attn_implementation="sdpa")
     model = LlamaForCausalLM(config).to(options.device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=True)
-    # shift_labels: the targets are shifted already, so that as many count as for the others.
+    # shift_labels: the targets are already shifted, so that as many count as for the others.
     return Contender(
         model,
         lambda m, x, y: m(input_ids=x, labels=y, shift_labels=y).loss,
@@ -106,7 +107,7 @@ def _nanogpt(options: argparse.Namespace) -> Contender:
     model = code.GPT(config).to(options.device)
     device_type = torch.device(options.device).type
     optimizer = model.configure_optimizers(WEIGHT_DECAY, LEARNING_RATE, (0.9, 0.95), device_type)
-    flops = _flops_per_token(model.get_num_params(), options)  # which leaves out the positions: they are only read
+    flops = _flops_per_token(model.get_num_params(), options)  # which omits the positions: they are only looked up
     return Contender(model, lambda m, x, y: m(x, y)[1], optimizer, flops)
 
 
@@ -131,7 +132,7 @@ def _import_from(folder: Path, package: str, name: str):
 
 
 def _flops_per_token(weights: int, options: argparse.Namespace) -> int:
-    """As our Transformer.training_flops_per_token counts."""
+    """Counted as in our Transformer.training_flops_per_token."""
     return 6 * weights + 6 * options.n_layers * options.dim * options.max_seq_len
 
 
@@ -174,7 +175,7 @@ class Steps:
             optimizer.zero_grad(set_to_none=True)
 
     def seconds(self) -> float:
-        """What one step takes, of `count` in a row."""
+        """Seconds that one step takes, of `count` in a row."""
         utils.synchronize(self.device)
         start = time.perf_counter()
         for _ in range(self.count):
@@ -183,14 +184,14 @@ class Steps:
         return (time.perf_counter() - start) / self.count
 
     def first_seconds(self) -> float:
-        """What the first step takes, which compiles; another one follows, so that all is warm."""
+        """Seconds of the first step, which compiles; a second one follows, to warm up."""
         count, self.count = self.count, 1
         first, _ = self.seconds(), self.seconds()
         self.count = count
         return first
 
     def peak_bytes(self) -> int:
-        """Bytes of a GPU's memory that were in use at most since this was asked last; 0 on other devices."""
+        """Peak bytes of GPU memory since the last call; 0 on other devices."""
         if self.device.type != "cuda":
             return 0
         peak = torch.cuda.max_memory_allocated(self.device)
@@ -199,7 +200,7 @@ class Steps:
 
 
 def serve(name: str, keeps_freed_memory: bool, options: argparse.Namespace) -> None:
-    """A contender's process: warm up, say so in a line of JSON, then take a step for every line that comes on stdin."""
+    """A contender's process: warm up, report it in a line of JSON, then take a step for every line on stdin."""
     answers, sys.stdout = sys.stdout, sys.stderr  # nanoGPT prints
     if options.threads:
         torch.set_num_threads(options.threads)

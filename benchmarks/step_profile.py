@@ -1,4 +1,4 @@
-"""Where one training step of ours spends its time: what `train_step.py --profile` prints."""
+"""Where one of our training steps spends its time: what `train_step.py --profile` prints."""
 
 import argparse
 from collections import defaultdict
@@ -14,7 +14,7 @@ PRODUCTS, ATTENTION, LOSS = "matrix products of the layers", "attention", "the v
 UPDATE, COPIES, ELEMENTWISE = "clipping and optimizer", "copies, casts and fills", "norms and elementwise"
 REST = "Python, and waiting"
 
-# An operation's whole time belongs to the first group that it, or an operation that called it, is of.
+# An operation's whole time belongs to the first group that contains it or an operation that called it.
 CALLERS = {
     "update of the weights": UPDATE,
     "mateconv::chunked_attention": ATTENTION,
@@ -30,7 +30,7 @@ MOVES = ("aten::copy_", "aten::_to_copy", "aten::to", "aten::clone", "aten::cont
 
 
 def group_of(event: FunctionEvent, vocab_size: int) -> str:
-    """What an operation is for; a product with the vocabulary's matrix is part of the loss."""
+    """The group of an operation; a product with the vocabulary's matrix is part of the loss."""
     caller = event
     while caller is not None:
         name = caller.name.removeprefix("autograd::engine::evaluate_function: ")
@@ -45,8 +45,8 @@ def group_of(event: FunctionEvent, vocab_size: int) -> str:
 
 
 def step_groups(steps: step_contenders.Steps, vocab_size: int, count: int) -> tuple[dict[str, float], float]:
-    """Seconds of each group in the quickest of `count` steps, and those of that step in all; on a GPU those in which it
-    computes, of a step that is slower than without the profiler."""
+    """Seconds of each group in the fastest of `count` steps, and of that whole step; on a GPU the seconds in which it
+    computes, in a step that is slower than without the profiler."""
     on_gpu = steps.device.type == "cuda"
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if on_gpu else [])
     best: tuple[dict[str, float], float] = ({}, float("inf"))
@@ -55,7 +55,7 @@ def step_groups(steps: step_contenders.Steps, vocab_size: int, count: int) -> tu
             whole = steps.seconds()
         groups: dict[str, float] = defaultdict(float)
         for event in profiler.events():
-            if event.device_type == torch.autograd.DeviceType.CPU:  # a GPU's kernels count for what launched them
+            if event.device_type == torch.autograd.DeviceType.CPU:  # a GPU's kernels count for their launcher
                 microseconds = event.self_device_time_total if on_gpu else event.self_cpu_time_total
                 groups[group_of(event, vocab_size)] += microseconds / 1e6
         if whole < best[1]:
@@ -64,7 +64,7 @@ def step_groups(steps: step_contenders.Steps, vocab_size: int, count: int) -> tu
 
 
 def print_profile(options: argparse.Namespace) -> None:
-    """Profile ours, eager unless only the compiled one is asked for, and print a table."""
+    """Profile ours, eager unless only the compiled one is requested, and print a table."""
     utils.keep_freed_memory()
     torch.manual_seed(0)
     contender = step_contenders.build("ours", options)
@@ -74,7 +74,7 @@ def print_profile(options: argparse.Namespace) -> None:
     plain = min(steps.seconds() for _ in range(options.rounds))
     steps.count = 1
     groups, profiled = step_groups(steps, options.vocab_size, options.rounds)
-    whole = plain if steps.device.type == "cuda" else profiled  # a GPU computes as fast while it is watched
+    whole = plain if steps.device.type == "cuda" else profiled  # profiling does not slow down the GPU itself
     rate = utils.measure_matmul_flops(steps.device, getattr(torch, options.dtype))
     groups[REST] = max(0.0, whole - sum(groups.values()))
 
@@ -86,7 +86,7 @@ def print_profile(options: argparse.Namespace) -> None:
         ATTENTION: 6 * options.n_layers * options.dim * options.max_seq_len * tokens,
     }
     name = step_contenders.NAMES["ours-compiled" if compiled else "ours"]
-    print(f"\n{name}, the quickest of {options.rounds}: {plain:.4f} s, profiled {profiled:.4f} s; of {whole:.4f} s")
+    print(f"\n{name}, the fastest of {options.rounds}: {plain:.4f} s, profiled {profiled:.4f} s; of {whole:.4f} s")
     for group, seconds in sorted(groups.items(), key=lambda item: -item[1]):
         speed = f"{flops[group] / seconds / 1e9:>9,.0f} GFLOP/s" if group in flops and seconds else ""
         print(f"{group:30} {seconds:8.4f} s {seconds / whole:>5.0%} {speed}")

@@ -1,15 +1,15 @@
-"""How fast one training step is beside other projects' models of the same shape, and where its time goes.
+"""The speed of one training step compared with other projects' models of the same shape, and where its time goes.
 
     python benchmarks/train_step.py --nanogpt ../nanoGPT --minimind ../minimind
     python benchmarks/train_step.py --device cuda --batch_size 64 --only ours-compiled llama-compiled
     python benchmarks/train_step.py --profile
 
 A step is forward, backward, clipping at 1.0, the optimizer's step and zero_grad. Every contender has its own process
-and they take turns, a step each a round (on a GPU ten in a row), so that what else the machine does meets all of them.
-MiniMind's folder is a checkout of its tag minimind-v1; transformers has to be installed. What is not there is left out.
+and they take turns, one step per round (on a GPU ten in a row), so that other load on the machine affects all of them.
+MiniMind's folder is a checkout of its tag minimind-v1; transformers must be installed. Missing contenders are skipped.
 
-GFLOP/s: 6 for each of the contender's own weights and token, and causal attention. Limit: the rate of a large matrix
-product on this device in this dtype, measured in every round too.
+GFLOP/s: 6 FLOP per weight of the contender and token, plus causal attention. Limit: the rate of a large matrix product
+on this device in this dtype, also measured in every round.
 """
 
 import argparse
@@ -33,33 +33,33 @@ ROW = "{:30} {:>7} {:>8} {:>9} {:>9} {:>8} {:>7} {:>9} {:>9}"
 
 
 def read_options(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The command line; `device` and `dtype` as they are used."""
+    """The command line; `device` and `dtype` as used."""
     parser = utils.CommandParser(description=__doc__.split("\n")[0])
     numbers = {"dim": 512, "n_layers": 8, "n_heads": 16, "n_kv_heads": 8, "vocab_size": 6400, "max_seq_len": 512}
     for name, default in (numbers | {"batch_size": 8, "rounds": 6}).items():
         parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"[{default}]")
-    parser.add_argument("--threads", type=int, metavar="N", help="of every process [as torch chooses]")
+    parser.add_argument("--threads", type=int, metavar="N", help="threads of every process [torch's choice]")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps [auto]")
     parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16", "float16"), help="[bfloat16]")
-    parser.add_argument("--steps", type=int, metavar="N", help="of a turn [1, on a GPU 10]")
+    parser.add_argument("--steps", type=int, metavar="N", help="steps per turn [1, on a GPU 10]")
     parser.add_argument("--together", action="store_true", help="warm up at the same time: first steps are slower")
     parser.add_argument("--nanogpt", metavar="FOLDER", help="a checkout of nanoGPT")
     parser.add_argument("--minimind", metavar="FOLDER", help="a checkout of MiniMind at its tag minimind-v1")
     parser.add_argument(
-        "--only", nargs="+", choices=step_contenders.NAMES, metavar="NAME", help="these contenders only"
+        "--only", nargs="+", choices=step_contenders.NAMES, metavar="NAME", help="only these contenders"
     )
     parser.add_argument(
         "--keep_freed_memory",
         action="store_true",
-        help="measure a second time, with the peers' C library told, as ours is, to keep memory that was freed",
+        help="measure again, with the peers' C library keeping freed memory as ours does",
     )
-    parser.add_argument("--profile", action="store_true", help="instead: where a step of ours spends its time")
-    parser.add_argument("--worker", help=argparse.SUPPRESS)  # this process is that contender's
+    parser.add_argument("--profile", action="store_true", help="instead: show where one of our steps spends its time")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)  # this is the process of that contender
     options = parser.parse_args(arguments)
     given = {name: getattr(options, name) for name in (*numbers, "batch_size", "rounds", "threads", "steps")}
     if below_one := [name for name, number in given.items() if number is not None and number < 1]:
         raise InputError(f"--{below_one[0]}: at least 1 expected")
-    step_contenders.our_config(options)  # a shape that no model can have is named here
+    step_contenders.our_config(options)  # an impossible shape is reported here
     if options.threads:
         torch.set_num_threads(options.threads)
     device = utils.pick_device(options.device)[0]
@@ -72,7 +72,7 @@ def read_options(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 class Contender(Worker):
-    """One that takes training steps, warmed up."""
+    """A contender, warmed up."""
 
     def __init__(self, name: str, options: argparse.Namespace, keeps_freed_memory: bool) -> None:
         order = {"name": name, "keeps_freed_memory": keeps_freed_memory, "options": vars(options)}
@@ -81,14 +81,14 @@ class Contender(Worker):
         self.peak_bytes = 0
 
     def step(self) -> None:
-        """Take its turn and note a step's seconds."""
+        """Take a turn and record the seconds of a step."""
         seconds, peak = self.ask()
         self.seconds.append(seconds)
         self.peak_bytes = max(self.peak_bytes, peak)
 
 
 def contenders_here(options: argparse.Namespace) -> list[str]:
-    """Who can take part; says who cannot."""
+    """Who can take part; prints who cannot."""
     names = options.only or [name for name in step_contenders.NAMES if name not in step_contenders.ONLY_IF_ASKED]
     for peer, file in (("nanogpt", "model.py"), ("minimind", "model/LMConfig.py")):
         folder = getattr(options, peer)
@@ -127,7 +127,7 @@ def compare(workers: list[Contender], options: argparse.Namespace, title: str) -
         median = statistics.median(worker.seconds)
         flops = worker.ready["flops_per_token"] * tokens / median
         beside = "-"
-        if best_peer is not None:  # of the same round each
+        if best_peer is not None:  # of the same round
             pairs = zip(best_peer.seconds, worker.seconds, strict=True)
             beside = f"{statistics.median(peer / own for peer, own in pairs):.2f}"
         print(

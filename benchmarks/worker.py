@@ -1,4 +1,4 @@
-"""A contender of a benchmark, in a process of its own that answers lines with JSON."""
+"""A contender of a benchmark, in a separate process that answers lines with JSON."""
 
 import json
 import os
@@ -11,10 +11,10 @@ from model.errors import OneLineError
 
 
 class Worker:
-    """Runs `python script --worker order`, which answers once when it is ready, and then once for each line.
+    """Runs `python script --worker order`, which answers when it is ready, and then once per line.
 
     Attributes:
-        ready: its first answer, once it was waited for.
+        ready: its first answer, after `wait`.
     """
 
     def __init__(self, name: str, script: str, order: dict, threads: int | None = None, python: str = sys.executable):
@@ -36,13 +36,13 @@ class Worker:
         """Wait until it is ready; returns itself.
 
         Raises:
-            OneLineError: it ended; with the last line that it had to say.
+            OneLineError: it ended; with the last line it printed.
         """
         self.ready = self._answer()
         return self
 
     def ask(self, line: str = "go"):
-        """What it answers to a line; raises as `wait`."""
+        """Its answer to a line; raises as `wait`."""
         self.process.stdin.write(f"{line}\n")
         self.process.stdin.flush()
         return self._answer()
@@ -64,11 +64,11 @@ class Worker:
 
 
 def ready_workers(begin: Iterable[Callable[[], Worker]], together: bool) -> list[Worker]:
-    """Workers that are ready; says which could not start.
+    """Workers that are ready; prints which could not start.
 
     Args:
         begin: starts each.
-        together: get ready at the same time: sooner, but what each measures meanwhile is of a busy machine.
+        together: warm up at the same time: sooner, but each then measures a busy machine.
     """
     begun = [start() for start in begin] if together else (start() for start in begin)
     workers = []
@@ -82,6 +82,6 @@ def ready_workers(begin: Iterable[Callable[[], Worker]], together: bool) -> list
 
 
 def warn_if_busy() -> None:
-    """Say so where other work would blur what is measured."""
+    """Warn if other load would blur the measurements."""
     if hasattr(os, "getloadavg") and os.getloadavg()[0] > 0.5:
-        print(f"this machine is busy (load {os.getloadavg()[0]:.1f}): the ratios tell little, the rates nothing")
+        print(f"this machine is busy (load {os.getloadavg()[0]:.1f}): the ratios mean little, the rates nothing")
