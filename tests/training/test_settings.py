@@ -177,3 +177,9 @@ def test_help_lists_every_flag():
     result = subprocess.run([sys.executable, ROOT / "train.py", "--help"], capture_output=True, text=True, timeout=60)
     assert result.returncode == 0
     assert not [name for name in FIELDS if f"--{name} " not in result.stdout and f"--{name}\n" not in result.stdout]
+
+
+def test_settings_are_checked_before_torch_is_loaded():
+    code = "import sys, train; train.read_settings(['--optimizer_type', 'muon']); print('torch' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert result.stdout == "False\n", result.stderr
