@@ -78,13 +78,13 @@ def kernels_for_any_length(device: torch.device) -> contextlib.AbstractContextMa
 
 
 def in_chunks(x: Tensor, tokens: int, dropout: float) -> bool:
-    """Whether attention over so many tokens is computed in chunks: where `x`, which it reads, is trained on a CPU."""
+    """Whether attention over `tokens` tokens is computed in chunks: where its input `x` is trained on a CPU."""
     trains = torch.is_grad_enabled() and x.requires_grad
     return trains and x.device.type == "cpu" and not dropout and CHUNK <= tokens <= LONGEST
 
 
 def document_mask(documents: Tensor) -> Tensor:
-    """Which keys each query may look at: those before it in its document. int64 [B, T] -> bool [B, 1, T, T]."""
+    """Which keys each query sees: those before it in its document, and itself. int64 [B, T] -> bool [B, 1, T, T]."""
     same = documents[:, None, :, None] == documents[:, None, None, :]
     return same & torch.ones(same.shape[-2:], dtype=torch.bool, device=same.device).tril()
 
@@ -137,7 +137,7 @@ def _blocks(heads: int, grouped: int, tokens: int, documents: Tensor | None):
 def chunked_attention(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Causal attention in pieces small enough for the cache, skipping what lies above the diagonal.
 
-    An operator of its own: `torch.compile` takes it as a whole. Query heads of one key head are rows of one product.
+    A custom operator, since `torch.compile` then leaves it whole. Query heads of one key head share one product.
 
     Args:
         documents: as `causal_attention` takes them.

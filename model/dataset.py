@@ -1,8 +1,8 @@
-"""The token file and its manifest, and the order in which training reads its samples.
+"""A token file as samples, and the order in which training reads them.
 
 A token file `X.bin` is headerless little-endian uint16 (uint32 when the largest id needs it), documents one after
-another as `<bos> ids <eos>` (`ids <eos>` where the tokenizer has no bos). Its manifest `X.json` says what is inside
-(`model.token_file.manifest`). Files of others are read as well (`model.token_file.token_layout`).
+another as `<bos> ids <eos>` (`ids <eos>` where the tokenizer has no bos). Its manifest `X.json` describes it
+(`model.token_file.manifest`). Other programs' token files are read too (`model.token_file.token_layout`).
 """
 
 import hashlib
@@ -17,29 +17,29 @@ from model.token_file.manifest import read_manifest
 from model.token_file.packing import find_documents, pack_documents
 from model.token_file.token_layout import find_layout
 
-VERIFY_BYTES = 8 << 30  # a larger token file is not read through before training: 8 GiB take some ten seconds
+VERIFY_BYTES = 8 << 30  # larger token files are not verified before training: 8 GiB take some ten seconds
 BLOCK_BYTES = 16 << 20
 
 
 class PretrainDataset:
     """A token file cut into samples of `seq_len + 1` tokens; neighbours share one, so every token is predicted once.
 
-    Or packed into samples that begin where documents do (`model.token_file.packing`): there every token but a
-    document's first is.
+    Or packed into samples that begin where documents do (`model.token_file.packing`): then every token but a document's
+    first is predicted.
 
-    Reads the file through a memory map: nothing is loaded ahead, and any number of processes share the pages.
+    Reads the file through a memory map: nothing is loaded ahead, and all processes share the pages.
 
     Args:
         path: our token file with its manifest; without one MiniMind's or nanoGPT's headerless uint16, or llm.c's.
         seq_len: tokens that the model reads of each sample.
-        vocab_size: rows of the model's embedding; an id past them is an error.
+        vocab_size: rows of the model's embedding; a larger id is an error.
         tokenizer_sha256: of the tokenizer in use, to compare with the manifest's.
-        bos_id, eos_id: begin and end each document; one of them given, samples begin where documents do: at each bos,
-            or after each eos where there is no bos.
+        bos_id, eos_id: begin and end each document. If one is given, samples begin where documents do: at each bos, or
+            after each eos if there is no bos.
 
     Raises:
-        InputError: the file is missing, of another size, dtype or tokenizer than its manifest says, too short, or
-            without a document.
+        InputError: the file is missing, differs from its manifest in size, dtype or tokenizer, is too short, or holds
+            no document.
     """
 
     def __init__(
@@ -63,8 +63,8 @@ class PretrainDataset:
             held = f"{layout.count:,} tokens"
             raise InputError(f"{path}: {held}, fewer than one sample of max_seq_len + 1 = {seq_len + 1}")
         self.tokens = np.memmap(self.path, dtype=layout.dtype, mode="r", offset=layout.offset)  # [tokens]
-        self.verified_sha256: str | None = None  # of the bytes, once they were read through
-        self.packing = None  # None: sample s is the tokens from s * seq_len on
+        self.verified_sha256: str | None = None  # of the bytes, once they are verified
+        self.packing = None  # None: sample s starts at token s * seq_len
         if bos_id is not None or eos_id is not None:
             begins = find_documents(self.tokens, bos_id, eos_id)
             if not len(begins):
@@ -95,7 +95,7 @@ class PretrainDataset:
         return [*zip(self.packing.starts[runs].tolist(), self.packing.lengths[runs].tolist(), strict=True)]
 
     def fingerprint(self) -> dict:
-        """What tells this data from other data: a resumed run must find the same."""
+        """What identifies this data: a resumed run must find the same."""
         sha256 = self.manifest.sha256 if self.manifest else self.verified_sha256
         return {
             "tokens": len(self.tokens),
@@ -108,8 +108,8 @@ class PretrainDataset:
     def batch(self, samples: np.ndarray, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Read samples into inputs and targets, int64 [rows, seq_len] each.
 
-        Rows past the last sample are filled up, with targets that no loss counts: every batch has the same shape. So is
-        what a sample leaves empty, and the last token of a run has no target.
+        Missing rows, and what a sample leaves empty, are padded with targets that no loss counts, so that every batch
+        has the same shape. The last token of a run has no target.
 
         Raises:
             InputError: an id that the model has no embedding for.
@@ -135,8 +135,8 @@ def number_documents(
 ) -> torch.Tensor:
     """Number the documents in each row of a batch: int64 [B, T], rising by one where a document begins.
 
-    It begins with `bos_id`, or after `eos_id` where there is no bos; where both are one token, with the second of two
-    in a row. And it begins after a token without a target, since what follows that does not continue it.
+    A document begins with `bos_id`, or after `eos_id` if there is no bos; if both are one token, with the second of two
+    in a row. It also begins after a token without a target, which nothing continues.
     """
     begins = torch.zeros_like(inputs, dtype=torch.bool)
     begins[:, 1:] = targets[:, :-1] == IGNORE_INDEX
@@ -148,11 +148,11 @@ def number_documents(
 
 
 def verify_tokens(dataset: PretrainDataset) -> str:
-    """Read a token file through, before hours are spent on it: its SHA-256 (hex).
+    """Read a whole token file, before hours are spent on it; returns its SHA-256 (hex).
 
     Raises:
-        InputError: it is not the file that its manifest was made with, or it holds an id that the model has no
-            embedding for, with the first such place; or it cannot be read to its end.
+        InputError: it is not the file that its manifest describes; it holds an id that the model has no embedding for,
+            with the first such place; or it cannot be read to its end.
     """
     path, dtype, digest = dataset.path, dataset.tokens.dtype, hashlib.sha256()
     block, read, outside = bytearray(BLOCK_BYTES), 0, None  # outside: the first id past the vocabulary, and where
@@ -184,7 +184,7 @@ def hold_out(samples: int) -> tuple[np.ndarray, np.ndarray]:
     """Set a fixed share of the samples aside for validation: (for training, held out), int64 indices.
 
     One in a hundred, at most 1,000, spread evenly over the file and the same whatever the seed, so that runs compare.
-    A file of a single sample has nothing to spare.
+    A file of a single sample gives none.
     """
     if samples < 2:
         return np.arange(samples), np.arange(0)
@@ -196,8 +196,8 @@ def hold_out(samples: int) -> tuple[np.ndarray, np.ndarray]:
 def epoch_order(samples: int, seed: int, epoch: int) -> np.ndarray:
     """The order of the samples in one epoch: a permutation, int64 [samples], and a pure function of its arguments.
 
-    The sort of a Philox stream (Salmon et al., 2011): NumPy promises that stream for ever, which it does not for its
-    own shuffles, so a run goes on in the same order after NumPy was updated.
+    It sorts a Philox stream (Salmon et al., 2011). NumPy guarantees that stream, but not its shuffles, across versions,
+    so a run resumes in the same order after an update.
     """
     stream = np.random.Philox(key=np.array([seed, epoch], dtype=np.uint64)).random_raw(samples)
     return np.argsort(stream, kind="stable")

@@ -5,14 +5,14 @@ from torch import Tensor
 
 from model.LMConfig import LMConfig
 
-SPARE = 16  # slots that a text which fills the context leaves: torch.export would compile that case apart
+SPARE = 16  # slots past the context: torch.export would treat a full cache as a special case
 
 
 class KVCache:
     """Keys and values of several texts, one a row, in buffers that are allocated once and written in place.
 
-    Each row fills its slots from 0 on, so that a token's slot is its position in its own text, whatever the other rows
-    hold. Rows can be read into apart from the others (`part`), cut (by their length) or moved.
+    Each row fills its slots from 0 on: a token's slot is its position in its text, whatever the other rows hold. Rows
+    can be filled separately (`part`), cut (by their length) or moved.
 
     Attributes:
         lengths: tokens that each row holds.
@@ -38,7 +38,7 @@ class KVCache:
         return self.keys.shape[3]
 
     def part(self, begin: int, end: int) -> "KVCache":
-        """Some rows as a cache of their own, in the same memory; its lengths go their own way from here."""
+        """A cache of some of the rows, in the same memory but with lengths that change independently."""
         view = object.__new__(KVCache)
         view.keys, view.values = self.keys[:, begin:end], self.values[:, begin:end]
         view.lengths, view._positions = self.lengths[begin:end], None
@@ -52,11 +52,11 @@ class KVCache:
                 buffer[:, target, :, :length] = buffer[:, source, :, :length]
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Write one layer's new keys and values [rows, H_kv, T, D] behind what the rows hold.
+        """Append one layer's new keys and values [rows, H_kv, T, D] to each row.
 
         Returns:
-            all of that layer's, [rows, H_kv, S, D], S being the longest row's. The lengths themselves move on after the
-            last layer: see `advance`.
+            all of that layer's, [rows, H_kv, S, D], where S is the longest row's. The lengths change after the last
+            layer: see `advance`.
         """
         tokens, longest = keys.shape[2], max(self.lengths)
         if min(self.lengths) == longest:
@@ -76,7 +76,7 @@ class KVCache:
 
     def positions(self, tokens: int) -> Tensor:
         """Positions of the next `tokens` tokens in their rows' texts: int64 [T], or [rows, T] where rows differ."""
-        # All layers ask the same, and sending the lengths to a GPU waits for what it still computes.
+        # The same for all layers, and sending the lengths to a GPU waits for what it still computes.
         if self._positions is None or self._positions[0] != [*self.lengths, tokens]:
             new = torch.arange(tokens, device=self.keys.device)
             begins = self.lengths[0]
@@ -86,7 +86,7 @@ class KVCache:
         return self._positions[1]
 
     def attention_mask(self, tokens: int) -> Tensor | None:
-        """Which slots the next `tokens` tokens may look at: bool [rows or 1, 1, T, S]; None means all of them."""
+        """Which slots the next `tokens` tokens see: bool [rows or 1, 1, T, S]; None: all of them."""
         longest = max(self.lengths)
         if tokens == 1 and min(self.lengths) == longest:
             return None

@@ -38,14 +38,14 @@ def cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 @torch.library.custom_op("mateconv::chunked_cross_entropy", mutates_args=())
 def chunked_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss together with its gradients: both need the softmax, and this way it is computed once and not kept.
+    """The loss together with its gradients: both need the softmax, which is then computed once and not kept.
 
-    An operator of its own: `torch.compile` takes it as a whole. The idea is Liger's (Hsu et al., 2024).
+    A custom operator, since `torch.compile` then leaves it whole. The idea is Liger's (Hsu et al., 2024).
 
     Args:
         hidden: [N, dim]
         weight: [vocab_size, dim]
-        targets: int64 [N], IGNORE_INDEX where none counts.
+        targets: int64 [N], IGNORE_INDEX where none is predicted.
 
     Returns:
         the summed loss, float32 [], and its gradients by `hidden` and by `weight`.

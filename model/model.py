@@ -223,7 +223,7 @@ class Transformer(nn.Module):
     def hidden_states(self, tokens: Tensor, cache: KVCache | None = None, documents: Tensor | None = None) -> Tensor:
         """What the output layer reads: tokens int64 [B, T] -> [B, T, dim], normalised.
 
-        With a cache, `tokens` go on from what it holds, and it holds them too afterwards.
+        With a cache, `tokens` continue the texts that it holds, and are added to it.
         """
         count = tokens.shape[1]
         if cache is None:

@@ -1,4 +1,4 @@
-"""The manifest of a token file: `X.json` beside `X.bin` says what is inside."""
+"""The manifest of a token file: `X.json` describes the `X.bin` beside it."""
 
 import hashlib
 import json
@@ -12,13 +12,13 @@ from model.errors import InputError, shown
 from model.storage.files import write_json
 
 FORMAT_VERSION = 1
-MAX_MANIFEST_BYTES = 16 << 20  # thousands of sources with their statistics stay below
+MAX_MANIFEST_BYTES = 16 << 20  # thousands of sources with their statistics take less
 MOST_TOKENS = 2**63 - 1
 
 
 @dataclass
 class Manifest:
-    """What lies in a token file; stored beside `X.bin` as `X.json`."""
+    """What a token file holds; stored beside `X.bin` as `X.json`."""
 
     dtype: str  # "uint16" or "uint32", little-endian
     vocab_size: int  # ids are below this
@@ -27,7 +27,7 @@ class Manifest:
     tokens: int
     documents: int
     tokenizer_sha256: str
-    encoder: str  # the library and version that made the ids
+    encoder: str  # library and version that encoded the texts
     sha256: str  # of the token file itself
     sources: list[dict] = field(default_factory=list)  # [{"name": "corpus.jsonl", "size": bytes}, …]
     processing: dict = field(default_factory=dict)  # options and statistics of optimized_data_processing.py
@@ -53,13 +53,13 @@ def read_manifest(token_path: str | Path) -> Manifest | None:
     """Read the manifest beside a token file; None where there is none.
 
     Raises:
-        InputError: the file is not JSON, lacks a field, holds what cannot be, or was written by a newer version.
+        InputError: the file is not JSON, lacks a field, holds an impossible value, or was written by a newer version.
     """
     path = manifest_path(token_path)
     if not os.path.lexists(path):
         return None
     again = "make it again with the .bin"
-    if not os.path.isfile(path):  # taken for "no manifest", the tokens would be read as what they may not be
+    if not os.path.isfile(path):  # without a manifest the tokens could be read as the wrong dtype
         raise InputError(f"{path}: the manifest of a token file expected, found no plain file; {again}")
     try:
         with open(path, "rb") as file:
@@ -80,7 +80,7 @@ def read_manifest(token_path: str | Path) -> Manifest | None:
 
 
 def manifest_problems(values: dict) -> list[str]:
-    """Every field that is missing, or has a value that no manifest has."""
+    """Every field that is missing or has an impossible value."""
     problems = []
     for name, hint in typing.get_type_hints(Manifest).items():
         kind = typing.get_origin(hint) or hint

@@ -1,19 +1,19 @@
-"""Samples that begin where documents do: which stretches of a token file each of them is made of."""
+"""Samples that begin where documents do, made of stretches of a token file."""
 
 from dataclasses import dataclass
 
 import numpy as np
 
-BLOCK_TOKENS = 16 << 20  # looked through at once
+BLOCK_TOKENS = 16 << 20  # searched at a time
 
 
 @dataclass
 class Packing:
-    """Runs of tokens, and which of them each sample is made of; a run's first token is predicted by nobody."""
+    """Runs of tokens, and the runs that each sample is made of. A run's first token is not predicted."""
 
     starts: np.ndarray  # int64 [runs], places in the token file
     lengths: np.ndarray  # int64 [runs], tokens
-    first: np.ndarray  # int64 [samples + 1]: sample s is made of the runs first[s] to first[s + 1], without the last
+    first: np.ndarray  # int64 [samples + 1]: sample s is made of runs first[s] to first[s + 1] - 1
     targets: np.ndarray  # int64 [samples], tokens that each predicts
 
 
@@ -31,7 +31,7 @@ def find_documents(tokens: np.ndarray, bos_id: int | None, eos_id: int | None) -
 
 
 def _places(tokens: np.ndarray, index: int) -> np.ndarray:
-    """Where this id stands: int64 [places]."""
+    """The positions of an id: int64 [places]."""
     blocks = range(0, len(tokens), BLOCK_TOKENS)
     found = [np.flatnonzero(tokens[begin : begin + BLOCK_TOKENS] == index) + begin for begin in blocks]
     return np.concatenate(found) if found else np.zeros(0, dtype=np.int64)
@@ -41,17 +41,17 @@ def pack_documents(begins: np.ndarray, tokens: int, seq_len: int) -> Packing:
     """Pack documents into samples of at most `seq_len + 1` tokens, so that each token but a document's first is
     predicted once.
 
-    A document longer than a sample fills samples of its own, each going on with the last token of the one before; its
-    tail is packed with the whole documents, by best fit, the longest first (Ding et al., 2024, "Fewer truncations
-    improve language modeling"). What no document fits into stays empty. The samples are in the order of the file.
+    A document longer than a sample fills whole samples, each of which starts with the last token of the one before. Its
+    tail is packed with the other documents, by best fit, the longest first (Ding et al., 2024, "Fewer truncations
+    improve language modeling"). Space that no document fits stays empty. The samples are in the order of the file.
 
     Args:
-        begins: int64 [documents], ascending: where they begin; what lies before the first is one more.
+        begins: int64 [documents], ascending: where they begin; tokens before the first are one more.
         tokens: of the file.
     """
     begins = np.union1d(begins, [0])
     ends = np.append(begins[1:], tokens)
-    full = np.where(ends - begins > seq_len + 1, (ends - begins - 1) // seq_len, 0)  # samples of its own, int64 [N]
+    full = np.where(ends - begins > seq_len + 1, (ends - begins - 1) // seq_len, 0)  # whole samples of each, int64 [N]
     within = np.arange(full.sum()) - np.repeat(full.cumsum() - full, full)
     full_starts = np.repeat(begins, full) + within * seq_len
 
@@ -78,13 +78,13 @@ def pack_documents(begins: np.ndarray, tokens: int, seq_len: int) -> Packing:
 def _best_fit(lengths: np.ndarray, capacity: int) -> np.ndarray:
     """Best-fit-decreasing bin packing: the bin of each item, int64 [items], numbered from 0 without gaps.
 
-    Items of one length are dealt out together, so that the work grows with the lengths that there are, squared, and
-    not with the items.
+    Items of one length are placed together, so that the work grows with the square of the number of lengths, not with
+    the number of items.
     """
     order = np.argsort(-lengths, kind="stable")
     counts = np.bincount(lengths, minlength=capacity + 1)
     bins = np.empty(len(lengths), dtype=np.int64)
-    room: list[list[np.ndarray]] = [[] for _ in range(capacity + 1)]  # the bins that have so much left
+    room: list[list[np.ndarray]] = [[] for _ in range(capacity + 1)]  # bins by the space they have left
     roomy = np.zeros(capacity + 1, dtype=bool)
     opened = done = 0
     for length in np.flatnonzero(counts)[::-1].tolist():
@@ -105,7 +105,7 @@ def _best_fit(lengths: np.ndarray, capacity: int) -> np.ndarray:
             into = np.repeat(used, most)[: len(items)]
             bins[items[: len(into)]] = into
             items = items[len(into) :]
-            taken = np.bincount(np.arange(len(into)) // most)  # by each used bin: the last may take fewer
+            taken = np.bincount(np.arange(len(into)) // most)  # per used bin: the last may take fewer
             for count in {most, int(taken[-1])}:
                 rest, some = left - count * length, used[taken == count]
                 if rest and len(some):

@@ -1,4 +1,4 @@
-"""How the tokens lie in a file: ours and nanoGPT's without a header, llm.c's behind one."""
+"""The layout of a token file: ours and nanoGPT's have no header, llm.c's has one."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +8,7 @@ import numpy as np
 from model.errors import InputError
 from model.token_file.manifest import Manifest
 
-# Of llm.c and modded-nanogpt: 256 little-endian int32, of which these are magic, version and the number of tokens.
+# Of llm.c and modded-nanogpt: 256 little-endian int32, the first three are magic, version and the number of tokens.
 HEADER_BYTES = 1024
 HEADERS = {
     20240520: (1, np.dtype("<u2")),
@@ -18,19 +18,19 @@ HEADERS = {
 
 @dataclass(frozen=True)
 class TokenLayout:
-    """Where the tokens lie in a file, and what they are."""
+    """Where the tokens are in a file, and their dtype."""
 
     dtype: np.dtype  # little-endian
     offset: int  # bytes before the first
     count: int
-    origin: str  # whose form this is, for the user
+    origin: str  # whose format this is, for the user
 
 
 def find_layout(path: Path, manifest: Manifest | None) -> TokenLayout:
-    """How the tokens lie in a file: as its manifest says; without one as a header does, or as MiniMind's and nanoGPT's.
+    """The layout that a file's manifest or header describes; with neither, MiniMind's and nanoGPT's.
 
     Raises:
-        InputError: its size is not what its manifest or its header says.
+        InputError: its size contradicts its manifest or header.
     """
     size = path.stat().st_size
     if manifest is not None:

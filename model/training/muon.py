@@ -7,9 +7,9 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 SAFETY = 1.01
-# One after another these odd polynomials a x + b x³ + c x⁵ bring singular values from 0.001 to 1 as near to 1 as any of
-# their degree can: Polar Express (Amsel et al., 2025). Past 1 they grow steeply, and bfloat16's rounding takes a value
-# there, so that all but the last are applied to x / SAFETY, as the paper does: training broke down without it.
+# Applied in turn, these odd polynomials a x + b x³ + c x⁵ bring singular values from 0.001 to 1 as near to 1 as any of
+# their degree can: Polar Express (Amsel et al., 2025). They grow steeply past 1, where bfloat16's rounding may take a
+# value, so all but the last are applied to x / SAFETY, as in the paper: training broke down without it.
 EXACT = (
     (8.287212, -23.595887, 17.300387),
     (4.107059, -2.947850, 0.544843),
@@ -41,10 +41,10 @@ class Muon(torch.optim.Optimizer):
     """Steps of one size in every direction of a matrix (Jordan, 2024); other parameters are AdamW's.
 
     An update of Muon is scaled to the root mean square of one of AdamW's, 0.2, so that both share a learning rate and a
-    weight decay (Liu et al., 2025). Matrices of one shape are worked on together.
+    weight decay (Liu et al., 2025). Matrices of one shape are processed together.
 
     Args:
-        groups: parameter groups with names; those with "muon": True hold matrices, and the rest is AdamW's.
+        groups: parameter groups with names; those with "muon": True hold matrices; the others are AdamW's.
         lr: learning rate; a group's "lr_scale" multiplies it.
         momentum: of Muon, Nesterov's.
         betas, eps: of AdamW.
