@@ -32,7 +32,8 @@ def main() -> None:
     config = GenerationConfig(do_sample=not arguments.greedy, **chosen)
     prompts = read_prompts(Path(arguments.batch_file)) if arguments.batch_file is not None else []
     if arguments.output_file is not None:
-        refuse_overwriting_inputs({"output_file": arguments.output_file}, [arguments.batch_file])
+        inputs = [arguments.batch_file, arguments.model_path, arguments.tokenizer_path]
+        refuse_overwriting_inputs({"output_file": arguments.output_file}, [path for path in inputs if path])
         if not arguments.resume:
             refuse_overwriting("output_file", arguments.output_file, "--resume continues it; or give another path")
     generator = load_generator(
@@ -74,7 +75,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         arguments.interactive = True
     elif not modes:
         arguments.prompt = DEFAULT_PROMPT
-        say(f"prompt {DEFAULT_PROMPT}: the default, since no --prompt was given and this is no terminal")
+        say(f"prompt {DEFAULT_PROMPT}: the default, since no --prompt was given and stdin is not a terminal")
     return arguments
 
 
@@ -85,14 +86,14 @@ def build_parser() -> argparse.ArgumentParser:
 
     mode = parser.add_argument_group("what to do (one of)")
     mode.add_argument("--prompt", metavar="TEXT", help="continue this text once")
-    mode.add_argument("--interactive", action="store_true", help="chat: exit, quit or q leaves, clear forgets")
+    mode.add_argument("--interactive", action="store_true", help="chat; exit, quit or q ends it, clear forgets it")
     mode.add_argument("--batch_file", type=path_flag, metavar="FILE", help="continue each line of a UTF-8 file")
 
     mode.add_argument(
         "--score_file",
         type=path_flag,
         metavar="FILE",
-        help="how well the model predicts a UTF-8 text, or a JSONL's texts",
+        help="print how well the model predicts a UTF-8 text, or the texts of a JSONL",
     )
 
     files = parser.add_argument_group("files and machine")
@@ -100,7 +101,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--model_path",
         type=path_flag,
         metavar="PATH",
-        help="weights or a checkpoint; a run's folder, one of transformers, a .gguf … (default: the newest in out)",
+        help="weights or a checkpoint; a run's folder, one of transformers, a .gguf … (default: the newest in out/)",
     )
     files.add_argument(
         "--tokenizer_path", type=path_flag, metavar="FOLDER", help="default: the one the weights were trained with"
@@ -108,11 +109,11 @@ def build_parser() -> argparse.ArgumentParser:
     files.add_argument(
         "--output_file", type=path_flag, metavar="FILE", help="write the results of --batch_file here too, as JSONL"
     )
-    files.add_argument("--resume", action="store_true", help="keep what --output_file has, and go on behind it")
+    files.add_argument("--resume", action="store_true", help="keep what --output_file holds and continue behind it")
     files.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: the fastest there is)")
     files.add_argument("--dtype", choices=DTYPES, help="of the weights in memory (default: float32)")
     files.add_argument(
-        "--max_seq_len", type=int, metavar="N", help="tokens of the context (default: the model's, within reason)"
+        "--max_seq_len", type=int, metavar="N", help="context in tokens (default: the model's, within reason)"
     )
     files.add_argument(
         "--compile",
@@ -120,13 +121,13 @@ def build_parser() -> argparse.ArgumentParser:
         nargs="?",
         const=True,
         metavar="true|false",
-        help="write single texts with a compiled step, on a CPU: true waits until it is compiled (default: where it is"
-        " there already, or once it is compiled in the background of a chat; not with a seed)",
+        help="on a CPU, generate with a compiled step: true waits until it is compiled (default: as soon as it exists;"
+        " a chat compiles it in the background; not with a seed)",
     )
 
     text = parser.add_argument_group("how to generate")
-    text.add_argument("--stream", action="store_true", help="show the text as it comes")
-    text.add_argument("--show_speed", action="store_true", help="say on stderr how fast each text came")
+    text.add_argument("--stream", action="store_true", help="show the text while it is generated")
+    text.add_argument("--show_speed", action="store_true", help="say on stderr how fast each text was generated")
     text.add_argument("--greedy", action="store_true", help="take the likeliest token each time")
     for name in (name for name in SAMPLING if name not in ("stop_strings", "use_cache")):
         add_option(text, options[name], metavar="N")
@@ -144,7 +145,7 @@ def show(text: str) -> None:
 
 def run_single(generator: TextGenerator, config: GenerationConfig, prompt: str, stream: bool) -> None:
     """Print the prompt and its continuation; with `stream`, as it comes."""
-    generator.encode_prompt(prompt)  # a prompt that cannot be used is not worth showing
+    generator.encode_prompt(prompt)  # an unusable prompt is refused before it is shown
     if stream:
         show(prompt)
         generator.generate(prompt, config, stream=True, callback=show)
@@ -157,7 +158,7 @@ def read_utf8(flag: str, path: Path) -> str:
     """A text file's content.
 
     Raises:
-        InputError: no such file, or not UTF-8; with the flag that named it.
+        InputError: no such file, or not UTF-8; the message names the flag.
     """
     try:
         return path.read_bytes().decode("utf-8-sig")
@@ -182,7 +183,7 @@ def read_texts(path: Path) -> list[str]:
             if line.strip():
                 try:
                     texts.append(json.loads(line)["text"])
-                except (ValueError, KeyError, TypeError) as error:
+                except (ValueError, KeyError, TypeError, RecursionError) as error:
                     raise InputError(f'score_file: line {number} of {path} is no {{"text": ...}}') from error
     if not any(texts):
         raise InputError(f"score_file: {path} holds no text")
@@ -208,7 +209,7 @@ def read_prompts(path: Path) -> list[tuple[int, str]]:
     lines = [(number, line.rstrip("\r")) for number, line in enumerate(text.split("\n"), 1)]
     prompts = [(number, line) for number, line in lines if line.strip()]
     if not prompts:
-        raise InputError(f"batch_file: {path} holds no prompt; write one a line")
+        raise InputError(f"batch_file: {path} holds no prompt; write one per line")
     return prompts
 
 
@@ -275,7 +276,7 @@ def finished_results(path: Path, prompts: list[tuple[int, str]]) -> tuple[int, i
             break
         try:
             written = json.loads(line)["prompt"]
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise InputError(
                 f"output_file: line {count + 1} of {path} is no result of a batch; give another file"
             ) from error
@@ -289,7 +290,7 @@ def finished_results(path: Path, prompts: list[tuple[int, str]]) -> tuple[int, i
 
 
 def say_speed(generator: TextGenerator) -> None:
-    """One line on how fast the last text came, and whether the context cut it off."""
+    """One line on how fast the last text was generated, and whether the context cut it off."""
     if generator.speed is not None:
         context = generator.model.config.max_seq_len
         why = f"; the text ends because the context of {context} tokens is full" if generator.end == "context" else ""
@@ -297,9 +298,9 @@ def say_speed(generator: TextGenerator) -> None:
 
 
 def run_interactive(generator: TextGenerator, config: GenerationConfig, show_speed: bool = False) -> None:
-    """Chat until the user leaves. Ctrl-C stops an answer, which stays in the history as far as it came.
+    """Chat until the user leaves. Ctrl-C stops an answer; what it said so far stays in the history.
 
-    What is said of the engine and the history stands before the transcript or between two turns, on stderr.
+    Lines on the engine and the history appear before the transcript or between two turns, on stderr.
     """
     generator.prepare_chat(config)
     lines: list[str] = []
@@ -324,7 +325,7 @@ def run_interactive(generator: TextGenerator, config: GenerationConfig, show_spe
 
 
 def ask() -> str | None:
-    """The user's next message; None when they leave with Ctrl-C or Ctrl-D."""
+    """The user's next message; None for Ctrl-C or Ctrl-D."""
     try:
         message = read_message("👤 用户: ").strip()
     except (EOFError, KeyboardInterrupt):

@@ -35,9 +35,9 @@ from model.weights.find import find_weights
 from model.weights.load import fitting_tokenizer
 from utils import pick_device, pick_dtype, say
 
-BATCH_BYTES = 4 << 30  # of the keys and values of all texts that are written at once
-CONTEXT_BYTES = 1 << 30  # of those of one text; a longer context must be asked for
-BATCH_SIZE = 16  # prompts that `batch_generate` holds in memory at once
+BATCH_BYTES = 4 << 30  # for the keys and values of all texts in a batch
+CONTEXT_BYTES = 1 << 30  # for those of one text; a longer context must be asked for
+BATCH_SIZE = 16  # prompts that `batch_generate` continues at once
 DTYPES = ("float32", "bfloat16", "float16", "int8")
 
 
@@ -50,7 +50,7 @@ class Event(NamedTuple):
     number: int  # of its prompt
     token: int | None  # None: the eos, which is no part of the text
     text: str  # the characters that this token completes; may be "", since a token often ends within a character
-    end: str | None  # why the text ends: "eos", "length", "context", "stop_string" or "repeats"; None: it goes on
+    end: str | None  # why the text ends: "eos", "length", "context", "stop_string" or "repeats"; None: it does not
     logprob: float | None  # of the token that was chosen, the eos included, where it was asked for
 
 
@@ -75,14 +75,15 @@ def decode(
 ) -> Iterator[Event]:
     """Continue any number of prompts (ids, each of 1 to max_seq_len - 1 tokens): the only decode loop there is.
 
-    A text ends at an eos, after `max_new_tokens`, where it fills the context, or where its `Text` ends it. It is the
-    text that its prompt gets alone, up to float rounding. Events of one text come in order, those of several mixed.
+    A text ends at an eos, after `max_new_tokens`, when it fills the context, or when its `Text` ends it. Each prompt
+    gets the text that it would get alone, up to float rounding. The events of a text come in order, mixed with others'.
 
     Args:
-        prompts: the next one is taken when a row is free.
+        prompts: the next one is taken whenever a row is free.
         rows: where the texts are written; None: one at a time.
-        new_text: makes, from a prompt's ids, what turns its tokens into text and may end it; None: ids only.
-        own_seeds: text n draws from the seed plus n, so that equal prompts get different texts.
+        new_text: from a prompt's ids, the `Text` that turns the new tokens into characters and may end the text; None:
+            tokens only.
+        own_seeds: text n draws from seed + n, so that equal prompts get different texts.
 
     Raises:
         InputError: the logits are not finite, or the settings leave no token to choose.
@@ -98,16 +99,17 @@ def decode(
             generator = None if config.greedy else new_generator(config.seed, number if own_seeds else 0)
             text = None if new_text is None else new_text(prompt)
             rows.admit(number, prompt, config.max_new_tokens, generator, text)
-        if not rows.rows:
+        if not rows.live:
             return
 
         logits = rows.next_logits(config.use_cache)  # float32 [rows, V]
         scores = processed(logits, processors, rows)
-        chosen = sample(scores, None if config.greedy else [row.generator for row in rows.rows], warpers)
+        generators = None if config.greedy else [row.generator for row in rows.live]
+        chosen = sample(scores, generators, warpers)
         logprobs = chosen_logprobs(logits, chosen) if config.logprobs else [None] * len(chosen)
 
         rows.add(chosen, eos_ids)
-        for row, token, logprob in zip(rows.rows, chosen, logprobs, strict=True):
+        for row, token, logprob in zip(rows.live, chosen, logprobs, strict=True):
             kept = None if row.end == "eos" else token
             text = row.hear(kept)
             yield Event(row.number, kept, text, row.end, logprob)
@@ -155,9 +157,9 @@ class TextGenerator:
         model: moved to `device`; None leaves it where it is. It may be in training mode, and stays in its mode.
         tokenizer: a `transformers` fast tokenizer with an eos token.
         int8: hold the matrices as int8 (weight-only, a scale for each row); on a CPU.
-        compile: on a CPU, whether compiled code writes the texts. True waits until it is compiled; None uses it if it
-            is there or once it comes, except with a seed, whose text must not depend on that.
-        begins_with_bos: prompts are read behind the tokenizer's bos, as the documents that the model was trained on.
+        compile: on a CPU, whether compiled code writes the texts. True waits until it is compiled; None uses it as soon
+            as it exists, except with a seed, whose text must not depend on that.
+        begins_with_bos: prompts begin with the tokenizer's bos, like the documents that the model was trained on.
 
     Attributes:
         speed: of the last text of generate or chat; None: it has no token.
@@ -307,7 +309,7 @@ class TextGenerator:
         return self.prompts.encode_chat(history)
 
     def fit_history(self, history: Sequence[Message], config: GenerationConfig | None = None) -> list[Message]:
-        """The history without its oldest turns, as far as they leave no room for an answer: see PromptEncoder.
+        """The history without the oldest turns that would leave no room for an answer: see PromptEncoder.
 
         The room is `max_new_tokens`, or half the context where that is less.
         """
@@ -315,14 +317,14 @@ class TextGenerator:
         return self.prompts.fit_history(history, min(most, self.model.config.max_seq_len // 2))
 
     def prepare_chat(self, config: GenerationConfig | None = None) -> None:
-        """Have what reads a chat compiled in the background, or use it if it is there; `chat` does so by itself."""
+        """Get ready to answer: use compiled code, or start compiling it in the background. `chat` does this itself."""
         engine = self.engine()
         engine.compiled_for(repeatable=config is not None and config.seed is not None, more_to_come=True)
         if self._chat is None:
             self._chat = Rows(engine, 1, remembers=True)
 
     def engine(self) -> Engine:
-        """What reads tokens with the model's present weights; a new one if they changed, which forgets the chat."""
+        """The engine for the model's present weights; a new one if they changed, which also forgets the chat."""
         if self._engine is None or not self._engine.fits(self.model, self.int8, self.compile):
             self._engine, self._chat = Engine(self.model, self.int8, self.compile, self._say), None
         return self._engine

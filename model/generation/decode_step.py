@@ -23,7 +23,7 @@ from model.LMConfig import NETWORK_FIELDS, LMConfig, refuse_unknown
 from model.model import Transformer, TransformerBlock, apply_rope
 
 OPTIONS = {
-    "realize_reads_threshold": 0,  # what several loops read is computed once, not anew in each of their iterations
+    "realize_reads_threshold": 0,  # what several loops read is computed once, not in each of their iterations
     "aot_inductor.package_constants_in_so": False,  # the weights stay out of the file
 }
 

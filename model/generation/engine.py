@@ -1,6 +1,6 @@
-"""What reads tokens: on a GPU the model itself, on a CPU its weights laid out anew, and compiled code once it is there.
+"""What reads tokens: on a GPU the model itself; on a CPU a packed copy of its weights, or compiled code once it exists.
 
-All choices between these are made here, when a text begins (`Engine.compiled_for`).
+The choice is made here: packed or int8 in `Engine.__init__`, eager or compiled for each text in `compiled_for`.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,8 +16,8 @@ from model.kv_cache import KVCache
 from model.LMConfig import LMConfig
 from model.model import Transformer
 
-WORTH_COMPILING = 500  # eager steps after which more are to be expected
-ATTEMPTS = 2  # at compiling in the background: something may have killed the first
+WORTH_COMPILING = 500  # eager steps, after which more are likely to follow
+ATTEMPTS = 2  # at compiling in the background; the first may have been killed
 CHECKSUM_WIDTH = 8191  # 64-bit words that are summed side by side; a prime, so that no row of a matrix repeats in it
 CHECKSUM_BLOCK = 64  # times that width; 4 MiB
 CHECKSUM_FACTOR = 6364136223846793005  # odd, of Knuth's MMIX generator
@@ -27,13 +27,13 @@ class Engine:
     """A Transformer as `Rows` reads with it.
 
     Args:
-        model: its weights are copied on a CPU: make a new engine when they change (see `fits`). Dropout stays off
-            whatever mode the model is in, and the mode stays as it is.
+        model: on a CPU its weights are copied: make a new engine when they change (see `fits`). It may be in training
+            mode: dropout is off here, and the mode stays.
         int8: hold the matrices as int8 with a scale for each row; on a CPU.
         compile: on a CPU, whether compiled code reads single tokens (see `decode_step.py`). True: wait for it; False:
-            never; None: where it is on the disk or comes there (it is compiled in the background for a chat and after
-            long texts), except for texts that must be repeatable.
-        say: takes a line on what is chosen, each time that changes.
+            never; None: use it as soon as it exists (it is compiled in the background for a chat and after long
+            texts), except for texts that must be repeatable.
+        say: takes a line on each choice.
 
     Raises:
         InputError: int8 or compiled code on a GPU, or `compile` is True and compiling fails.
@@ -101,11 +101,11 @@ class Engine:
         return self._reader.output(hidden)
 
     def compiled_for(self, repeatable: bool, more_to_come: bool = False) -> Compiled | None:
-        """The compiled code that is to read a text which now begins; None: eager code is.
+        """Choose what reads the text that begins now: compiled code, or None for eager code.
 
         Args:
-            repeatable: the text must not depend on whether compiled code is there by now.
-            more_to_come: many tokens are to be expected, as in a chat: worth compiling for.
+            repeatable: the text must not depend on whether compiled code exists yet.
+            more_to_come: many tokens will follow, as in a chat: compiling pays.
         """
         if self._files is None or (repeatable and not self._compile):
             return None
@@ -114,12 +114,12 @@ class Engine:
             if self._files is not None and self._compiler is None:
                 if self._files.exist():
                     self._load()
-                elif more_to_come or self._eager_steps >= WORTH_COMPILING:
+                elif self._attempts < ATTEMPTS and (more_to_come or self._eager_steps >= WORTH_COMPILING):
                     self._compile_in_background()
         return self._compiled
 
     def _await_compiler(self) -> None:
-        """If the background compiler has ended: note why it failed, if it did."""
+        """Look whether the background compiler has ended; if it failed for good, give up compiled code."""
         if self._compiler is None or self._compiler.running:
             return
         problem, self._compiler = self._compiler.problem(), None
@@ -143,7 +143,7 @@ class Engine:
         try:
             self._compiled = self._files.load(self._model, self._int8)
             self._say(f"decoding: a compiled step, kept in {self._files.step.parent}")
-        except (RuntimeError, OSError) as error:  # a damaged file; it is only the faster way
+        except (RuntimeError, OSError) as error:  # a damaged file: eager code does the same
             self._say(f"decoding: eager; the compiled step cannot be used and is deleted ({first_line(error)})")
             self._files.delete()
             self._files = None
@@ -151,7 +151,7 @@ class Engine:
 
 @contextmanager
 def evaluating(reader: Transformer | InferenceModel) -> Iterator[None]:
-    """No dropout within the block; afterwards each module is in the mode that it was in."""
+    """No dropout within the block; afterwards each module is in its mode again."""
     training = [module for module in reader.modules() if module.training] if isinstance(reader, Transformer) else []
     for module in training:
         module.training = False
@@ -166,13 +166,13 @@ def evaluating(reader: Transformer | InferenceModel) -> Iterator[None]:
 
 
 def _identity(model: Transformer) -> tuple[torch.device, bytes]:
-    """Differs once a weight does, however it was changed: PyTorch's own counter misses what `weight.data` changes."""
+    """Changes when any weight does. PyTorch's version counter would miss changes through `weight.data`."""
     return model.device, checksum(model)
 
 
 @torch.no_grad()
 def checksum(model: torch.nn.Module) -> bytes:
-    """A hash of all weights, which depends on their order. It takes about the time of reading them once."""
+    """A hash of all weights that depends on their order. It takes about as long as reading them once."""
     total = torch.zeros(CHECKSUM_WIDTH, dtype=torch.int64, device=next(model.parameters()).device)
     for parameter in model.parameters():
         for block in _blocks(parameter):

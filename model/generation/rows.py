@@ -25,7 +25,7 @@ class Row:
     limit: int  # tokens after which it ends, and
     at_limit: str  # why: "length" or "context"
     generator: random.Random | None  # None: greedy
-    end: str | None = None  # why it ended: "eos", as at_limit, or a reason of `text`; None: it goes on
+    end: str | None = None  # why it ended: "eos", `at_limit` or a reason of `text`; None: it has not
 
     def hear(self, token: int | None) -> str:
         """The characters that the newest token completes (None: the eos), after which `text` may end the row."""
@@ -46,13 +46,14 @@ class Rows:
             single row: a chat, in which each turn begins with all the turns before it.
 
     Attributes:
-        compiled: the compiled code that reads single tokens; None: eager code does.
+        live: the texts that have not ended.
+        compiled: compiled code that reads single tokens; None: eager code does.
     """
 
     def __init__(self, engine: Engine, capacity: int, remembers: bool = False) -> None:
         context = engine.config.max_seq_len
         self.engine, self.capacity, self.remembers = engine, capacity, remembers
-        self.rows: list[Row] = []
+        self.live: list[Row] = []
         self.compiled: Compiled | None = None
         self._read = 0  # rows that the cache holds
         self._stepped = 0  # slots of the first row that the compiled step holds too
@@ -66,11 +67,11 @@ class Rows:
     @property
     def free(self) -> int:
         """How many more texts there is room for."""
-        return self.capacity - len(self.rows)
+        return self.capacity - len(self.live)
 
     def clear(self) -> None:
         """Drop all texts; what is remembered of the last one stays."""
-        self.rows, self._read = [], 0
+        self.live, self._read = [], 0
 
     def admit(
         self,
@@ -81,7 +82,7 @@ class Rows:
         text: Text | None = None,
     ) -> None:
         """Begin a text with a prompt; it ends after `max_new_tokens`, or where the context is full."""
-        place = len(self.rows)
+        place = len(self.live)
         ids = torch.tensor(prompt, device=self.device)
         known = self._begin_known(place, ids) if self.remembers else 0
         self._cache.lengths[place] = known
@@ -89,7 +90,7 @@ class Rows:
         self._ids[place, : len(ids)] = ids
         context, wanted = self.engine.config.max_seq_len, len(ids) + max_new_tokens
         limit, at_limit = (wanted, "length") if wanted <= context else (context, "context")
-        self.rows.append(Row(number, text, len(ids), len(ids), limit, at_limit, generator))
+        self.live.append(Row(number, text, len(ids), len(ids), limit, at_limit, generator))
 
     def _begin_known(self, place: int, ids: Tensor) -> int:
         """How many of these tokens the row's cache holds already; the last must be read again for its logits."""
@@ -106,14 +107,14 @@ class Rows:
         if not use_cache:
             self._read = 0
             self._cache.lengths = [0] * self.capacity
-        elif len(self.rows) == self._read == 1 and self.compiled is not None:
+        elif len(self.live) == self._read == 1 and self.compiled is not None:
             return self._step(self.compiled.step)
         logits = []
         if self._read:
             logits.append(self._read_texts(0, self._read))
-        if self._read < len(self.rows):
-            logits.append(self._read_texts(self._read, len(self.rows)))
-        self._read = len(self.rows)
+        if self._read < len(self.live):
+            logits.append(self._read_texts(self._read, len(self.live)))
+        self._read = len(self.live)
         return torch.cat(logits)
 
     def _step(self, step: CompiledStep) -> Tensor:
@@ -130,7 +131,7 @@ class Rows:
 
         Shorter ones are padded on the right, where causal attention hides the padding.
         """
-        lengths = [row.length for row in self.rows[begin:end]]
+        lengths = [row.length for row in self.live[begin:end]]
         part = self._cache.part(begin, end)
         if begin == 0:
             self._stepped = min(self._stepped, part.lengths[0])
@@ -150,19 +151,19 @@ class Rows:
     def written(self) -> tuple[Tensor, Tensor]:
         """The texts, int64 [rows, T], and their output alone, [rows, T or less]: the newest token last, PADDING before
         the first."""
-        if len(self.rows) == 1:
-            row = self.rows[0]
+        if len(self.live) == 1:
+            row = self.live[0]
             return self._ids[:1, : row.length], self._ids[:1, row.start : row.length]
-        lengths = torch.tensor([row.length for row in self.rows], device=self.device)[:, None]
-        starts = torch.tensor([row.start for row in self.rows], device=self.device)[:, None]
-        longest = max(row.length for row in self.rows)
+        lengths = torch.tensor([row.length for row in self.live], device=self.device)[:, None]
+        starts = torch.tensor([row.start for row in self.live], device=self.device)[:, None]
+        longest = max(row.length for row in self.live)
         positions = torch.arange(longest, device=self.device) + (lengths - longest)  # [rows, T], below 0: no token
-        ids = self._ids[: len(self.rows)].gather(1, positions.clamp(min=0)).where(positions >= 0, PADDING)
+        ids = self._ids[: len(self.live)].gather(1, positions.clamp(min=0)).where(positions >= 0, PADDING)
         return ids, ids.where(positions >= starts, PADDING)
 
     def add(self, chosen: Sequence[int], eos_ids: Sequence[int]) -> None:
         """Write the next token of each row, and note which rows end with it."""
-        for place, (row, token) in enumerate(zip(self.rows, chosen, strict=True)):
+        for place, (row, token) in enumerate(zip(self.live, chosen, strict=True)):
             self._ids[place, row.length] = token
             row.length += 1
             if token in eos_ids:
@@ -172,12 +173,12 @@ class Rows:
 
     def drop_ended(self) -> None:
         """Remove the rows that ended; the last ones move into their places."""
-        for place in reversed(range(len(self.rows))):
-            if self.rows[place].end is not None:
-                last = self.rows.pop()
-                if place < len(self.rows):
-                    self.rows[place] = last
-                    self._cache.move(len(self.rows), place)
+        for place in reversed(range(len(self.live))):
+            if self.live[place].end is not None:
+                last = self.live.pop()
+                if place < len(self.live):
+                    self.live[place] = last
+                    self._cache.move(len(self.live), place)
                     self._stepped = 0
-                    self._ids[place] = self._ids[len(self.rows)]
-        self._read = len(self.rows)
+                    self._ids[place] = self._ids[len(self.live)]
+        self._read = len(self.live)

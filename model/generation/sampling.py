@@ -95,7 +95,7 @@ class MinNewTokens:
 
 @dataclass(frozen=True)
 class OutputPenalties:
-    """Subtract `presence` from the logit of each token in the output, and `frequency` for each time that it is there.
+    """Subtract `presence` from the logit of each token in the output, and `frequency` for each time that it occurs.
 
     OpenAI's and vLLM's presence_penalty and frequency_penalty; transformers has none.
     """
@@ -220,7 +220,7 @@ def _draw_from_top_k(logits: Tensor, generators: Sequence[random.Random], warper
 
 
 def _kept(weights: list[float], removed: float, least: float) -> int:
-    """How many of the weights, which fall from 1, TopP (that removes a share of 1 - p) and MinP leave."""
+    """How many of the weights, which fall from 1, are left by TopP, which removes a share of 1 - p, and MinP."""
     tail, share = 0.0, removed * sum(weights)
     for count in range(len(weights), 1, -1):
         tail += weights[count - 1]

@@ -1,11 +1,11 @@
-"""How fast a text comes."""
+"""How fast a text is generated."""
 
 import time
 from typing import NamedTuple
 
 
 class Speed(NamedTuple):
-    """How fast a text came."""
+    """How fast a text was generated."""
 
     first: float  # seconds to the first token, in which the prompt is read
     tokens: int
@@ -24,14 +24,14 @@ class Stopwatch:
         self._tokens = 0
 
     def token(self) -> None:
-        """One more token is there."""
+        """Count a token."""
         self._tokens += 1
         self._newest = time.perf_counter()
         if self._tokens == 1:
             self._first = self._newest
 
     def speed(self) -> Speed | None:
-        """None: there was no token."""
+        """None without a token."""
         if not self._tokens:
             return None
         return Speed(self._first - self._start, self._tokens, self._newest - self._start)

@@ -33,10 +33,9 @@ def find_weights(path: str | Path | None) -> tuple[Path, str | None]:
 
 
 def newest_weights(folder: Path) -> tuple[Path, str] | None:
-    """The weights to use of those in a run's folder, with a line that says why; None: there are none.
+    """The weights to use in a run's folder, with a line that says why; None: it holds none.
 
-    Final weights come before the best of a run that still goes on, these before a checkpoint, and the results of
-    earlier runs last.
+    Final weights come first, then the best of an unfinished run, then a checkpoint, then earlier runs' results.
     """
     under = f"under {folder.as_posix()}/"
     choices = (
