@@ -21,7 +21,8 @@ from pathlib import Path
 
 from model.corpus.cleaning import CleaningOptions
 from model.corpus.finished import written_paths
-from model.corpus.job import Job
+from model.corpus.inspection import counts_text
+from model.corpus.job import WARNED_SHARE, Job
 from model.corpus.options import ProcessingOptions
 from model.corpus.sources import ENDINGS, OUR_ENDINGS, find_sources
 from model.errors import InputError, command_line
@@ -153,9 +154,9 @@ class OptimizedDataProcessor:
     def _run(self, input_path, output_path: str | Path, resume: bool, weights, tokenize: bool) -> dict:
         output = _checked_output(output_path)
         ours = {path.resolve() for path in written_paths(output)}
-        sources = find_sources(input_path, weights, leave_out=ours)
+        sources = find_sources(input_path, weights, ours, self.options.text_field, self.options.txt_documents)
         for source in sources:
-            if not source.is_dataset and Path(source.location).resolve() in ours:
+            if source.form != "dataset" and Path(source.location).resolve() in ours:
                 raise InputError(f"output_path: {output} or what lies beside it is the input itself; give another name")
         job = Job(sources, output, self.options, tokenize, self.processes, say, _ByteBar)
         try:
@@ -223,7 +224,9 @@ def default_input_path(folder: str | Path = DATASET) -> Path:
     own = sorted(
         path
         for path in folder.glob("*")
-        if path.is_file() and path.name.endswith(ENDINGS) and not path.name.endswith((SAMPLE_CORPUS, *OUR_ENDINGS))
+        if path.is_file()
+        and path.name.lower().endswith(ENDINGS)
+        and not path.name.endswith((SAMPLE_CORPUS, *OUR_ENDINGS))
     )
     sources = [path for path in own if not path.name.startswith("cleaned_")]  # raw_data.jsonl before what it gave
     own = sources or own
@@ -327,8 +330,11 @@ def _train_tokenizer(arguments: argparse.Namespace) -> int:
     read = train_tokenizer(
         sources, arguments.tokenizer_output, arguments.vocab_size, arguments.text_field, arguments.overwrite_tokenizer
     )
-    bad = ", ".join(f"{reason} {count:,}" for reason, count in sorted(read.rejected.items()))
-    say(f"read {read.documents:,} documents, {read.characters:,} characters; bad lines left out: {bad or 'none'}")
+    bad = counts_text(dict(sorted(read.rejected.items())))
+    say(f"read {read.documents:,} documents, {read.characters:,} characters; rejected: {bad or 'none'}")
+    rejected = sum(read.rejected.values())
+    if (share := rejected / (read.documents + rejected)) >= WARNED_SHARE:
+        say(f"warning: {share:.0%} of the lines were rejected{read.what_was_rejected()}")
     flag = command_line("--tokenizer_path", arguments.tokenizer_output)
     say(f"wrote {arguments.tokenizer_output}; use it with {flag}")
     return 0

@@ -7,7 +7,9 @@ from pathlib import Path
 
 from model.corpus.job_folder import JobFolder, describe_changes
 from model.corpus.merge import DocumentFile
-from model.corpus.sources import OUR_ENDINGS, Source, read_part, stream_parts
+from model.corpus.opening import Source
+from model.corpus.parts import read_part, stream_parts
+from model.corpus.sources import OUR_ENDINGS
 from model.errors import InputError
 from model.storage.files import write_json
 from model.token_file.manifest import FORMAT_VERSION, Manifest, ends_path, file_sha256, manifest_path, write_manifest

@@ -3,7 +3,7 @@
 import dataclasses
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
@@ -19,13 +19,16 @@ from model.corpus.finished import (
     finish_files,
     validation_path,
 )
+from model.corpus.inspection import EXAMPLES, counts_text, describe_lines, nothing_read
 from model.corpus.job_folder import JobFolder, job_path
-from model.corpus.jsonl import parse_line
+from model.corpus.jsonl import parse_line, read_rejects
 from model.corpus.merge import DocumentFile, Merger, RawLines
+from model.corpus.opening import TXT_DOCUMENTS, Source
 from model.corpus.options import ProcessingOptions
 from model.corpus.part_file import Damaged
 from model.corpus.part_maker import PartOptions
-from model.corpus.sources import Source, lines_of, stream_parts
+from model.corpus.parts import lines_of, stream_parts
+from model.corpus.reasons import REASONS
 from model.corpus.statistics import Statistics
 from model.corpus.worker import Crew, Task
 from model.errors import InputError
@@ -35,6 +38,7 @@ from model.token_file.manifest import ends_path
 BYTES_OF_A_TOKEN = 8  # more than a token of Chinese has, so that a part holds somewhat less than save_interval
 SMALLEST_PART, LARGEST_PART = 4 << 10, 64 << 20  # bytes
 FIRST_BYTES = 4 << 20  # of the input, looked at to choose the encoder
+WARNED_SHARE = 0.2  # of the lines: if more are rejected, a warning says so
 WAIT_FOR_OTHERS = 3600 * 24 * 7  # seconds: the merging of a large corpus takes its time
 
 
@@ -102,6 +106,8 @@ class Job:
         for name in ("tokenizer_path", "chunk_size", "save_interval", "workers"):  # these change nothing
             del depends[name]
         depends |= depends.pop("cleaning")
+        if not any(source.form in TXT_DOCUMENTS for source in self.sources):
+            del depends["txt_documents"]
         if self.tokenize:
             depends["the tokenizer"] = tokenizer_sha256(self.options.tokenizer_path)
         else:
@@ -269,11 +275,18 @@ class Job:
         if statistics.documents:
             count = f"{statistics.documents:,} document" + "s" * (statistics.documents > 1)
             raise InputError(f"val_share: all of {count} went to validation; give a smaller share")
-        reasons = _counts(dict(sorted(statistics.rejected.items())))
-        raise InputError(
-            f"{sources}: none of {statistics.lines:,} lines is a document ({reasons}); expected one "
-            f'{{"{self.options.text_field}": "..."}} a line (text_field names the key); the lines are in {rejects}'
-        )
+        _, _, seen = self._most_rejected(statistics.rejected, rejects)
+        raise InputError(nothing_read(sources, statistics.rejected, seen, self.options.text_field) + f"; see {rejects}")
+
+    def _most_rejected(self, rejected: Mapping[str, int], rejects: Path) -> tuple[str, str, str]:
+        """The reason that most lines were rejected for, where the first of them is, and what such lines hold."""
+        reason = max(rejected, key=rejected.get)
+        examples = read_rejects(rejects, reason, EXAMPLES)
+        where = examples[0][0]
+        source = next((source for source in self.sources if source.name == where.get("source")), self.sources[0])
+        place = f"line {where['line']:,}" + (f" of {source.name}" if len(self.sources) > 1 else "")
+        lines = [raw for _, raw in examples]
+        return reason, place, describe_lines(lines, reason, self.options.text_field, source.location)
 
     def _keep_finished(self) -> dict:
         manifest = check_finished(self.output, self.sources, self.plan)
@@ -286,11 +299,11 @@ class Job:
         rejects = self.output.with_name(f"{self.output.stem}.rejects.jsonl")
         self.say(f"{summary['lines']:,} lines: {summary['documents']:,} documents, {summary['rejected']:,} rejected")
         if summary["rejected"]:
-            self.say(f"rejected: {_counts(summary['rejected_by_reason'])}; kept in {rejects}")
+            self.say(f"rejected: {counts_text(summary['rejected_by_reason'])}; kept in {rejects}")
         changed = dict(summary["changed_by_cleaning"])
         if documents := changed.pop("documents"):
             changes = self.output.with_name(f"{self.output.stem}.changes.jsonl")
-            self.say(f"cleaning changed {documents:,} documents: {_counts(changed)}; samples of it are in {changes}")
+            self.say(f"cleaning changed {documents:,} documents: {counts_text(changed)}; samples: {changes}")
         if self.tokenize:
             long, mode = summary["documents_longer_than_max_length"], summary["long_documents"]
             said = {"keep": "kept whole", "split": "split", "truncate": "cut off", "drop": "rejected"}[mode]
@@ -301,11 +314,19 @@ class Job:
         if validation := summary["validation"]:
             tokens = f", {validation['tokens']:,} tokens" if self.tokenize else ""
             self.say(f"for validation: {validation['documents']:,} documents{tokens}")
+        self._warn_of_rejects(summary, rejects)
         self.say(f"wrote {self.output} in {seconds:.1f} s ({self.size / 1e6 / max(seconds, 1e-9):.1f} MB/s)")
 
-
-def _counts(counts: dict) -> str:
-    return ", ".join(f"{name} {count:,}" for name, count in counts.items() if count)
+    def _warn_of_rejects(self, summary: dict, rejects: Path) -> None:
+        """Say loudly that so much was rejected that something may be wrong."""
+        rejected = {name: count for name, count in summary["rejected_by_reason"].items() if name != "not_sampled"}
+        share = sum(rejected.values()) / max(1, summary["lines"])
+        if share >= WARNED_SHARE:
+            reason, place, seen = self._most_rejected(rejected, rejects)
+            self.say(
+                f"warning: {share:.0%} of the lines were rejected, {rejected[reason]:,} of them as {reason} "
+                f"({REASONS[reason]}), such as {place}{seen}"
+            )
 
 
 def _token_dtype(vocab_size: int) -> np.dtype:

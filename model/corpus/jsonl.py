@@ -2,6 +2,8 @@
 
 import base64
 import json
+from itertools import islice
+from pathlib import Path
 
 import numpy as np
 
@@ -72,7 +74,7 @@ def holds_escapes(raw: bytes) -> bool:
 def reject_line(where: dict, reason: str, raw: bytes | memoryview | None) -> str:
     """The line of the rejects file, ending in a newline: where the line was, why it was rejected, what it held.
 
-    A raw line that is not UTF-8 is kept as base64, so that every byte of it can be had back.
+    A raw line that is not UTF-8 is kept as base64, so that every byte of it is there.
     """
     record = {**where, "reason": reason}
     if raw is not None:
@@ -81,3 +83,13 @@ def reject_line(where: dict, reason: str, raw: bytes | memoryview | None) -> str
         except UnicodeDecodeError:
             record["raw_base64"] = base64.b64encode(raw).decode("ascii")
     return json.dumps(record, ensure_ascii=False) + "\n"
+
+
+def read_rejects(path: Path, reason: str, most: int) -> list[tuple[dict, bytes]]:
+    """The first `most` lines that a rejects file names for this reason: (where the line was, what it held)."""
+    with open(path, encoding="utf-8") as file:
+        records = (record for line in file if (record := json.loads(line))["reason"] == reason)
+        return [
+            (record, base64.b64decode(record["raw_base64"]) if "raw_base64" in record else record["raw"].encode())
+            for record in islice(records, most)
+        ]

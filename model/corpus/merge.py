@@ -19,10 +19,11 @@ from model.corpus.change_samples import ChangeSamples
 from model.corpus.duplicates import first_occurrences
 from model.corpus.jsonl import reject_line
 from model.corpus.near_duplicates import first_similar
+from model.corpus.opening import Source
 from model.corpus.options import ProcessingOptions
 from model.corpus.part_file import Part
+from model.corpus.parts import line_offsets, lines_of, read_part, stream_parts
 from model.corpus.reasons import NAMES
-from model.corpus.sources import Source, line_offsets, lines_of, read_part, stream_parts
 from model.corpus.statistics import Statistics
 from model.errors import InputError
 from model.storage.files import flush_to_disk
@@ -331,4 +332,4 @@ class RawLines:
                 "resume=False (--resume false)"
             )
         lines = lines_of(block)
-        return lines, line_offsets(block, lines)
+        return lines, line_offsets(block)

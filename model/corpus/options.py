@@ -6,6 +6,7 @@ from pathlib import Path
 
 from model.corpus.cleaning import Cleaner, CleaningOptions
 from model.corpus.near_duplicates import require_library
+from model.corpus.opening import TXT_DOCUMENTS
 from model.errors import InputError, shown
 from model.options import check_options, setting
 
@@ -27,6 +28,12 @@ class ProcessingOptions:
     chunk_size: int = setting(50000, "most lines to process at a time", at_least=1)
     save_interval: int = setting(1000000, "tokens, about, after which a worker's progress is made final", at_least=1)
     text_field: str = setting("text", "key of the text in each JSON object, or the column")
+    txt_documents: str = setting(
+        "file",
+        "what becomes a document of plain .txt: the file (past 1 MiB cut at a line's end), a paragraph between empty "
+        "lines, or a line",
+        choices=TXT_DOCUMENTS,
+    )
     long_documents: str = setting("keep", "documents of more than max_length tokens", choices=LONG_DOCUMENTS)
     deduplicate: bool = setting(True, "leave out a text that came before, exactly")
     near_duplicates: float = setting(

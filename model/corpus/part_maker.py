@@ -18,7 +18,7 @@ from model.corpus.jsonl import holds_escapes, parse_line
 from model.corpus.long_documents import cut_document, split_document
 from model.corpus.near_duplicates import signatures
 from model.corpus.part_file import DOCUMENT, PartColumns, write_part
-from model.corpus.sources import Block, line_offsets, lines_of
+from model.corpus.parts import Block, line_offsets, lines_of
 from model.text.tokenization import Delimiters
 
 CHUNK_BYTES = 1 << 20  # lines are handled in chunks of so many bytes at most: a few dozen MB of memory
@@ -65,7 +65,7 @@ class PartMaker:
             oversized = block.oversized and last == len(lines)
             self._add_chunk(lines[first:last], first, oversized, escapes, columns)
         if columns.rejects:
-            offsets = line_offsets(block, lines)
+            offsets = line_offsets(block)
             columns.rejects = [(offsets[line], line, reason, raw) for line, reason, raw in sorted(columns.rejects)]
         record = {
             "sha256": block.sha256,

@@ -12,8 +12,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from model.corpus.inspection import EXAMPLES, describe_lines, nothing_read
 from model.corpus.jsonl import parse_line
-from model.corpus.sources import Source, find_sources, line_offsets, lines_of, stream_parts
+from model.corpus.opening import EXPECTED, Source
+from model.corpus.parts import line_offsets, lines_of, stream_parts
+from model.corpus.sources import find_sources
 from model.errors import InputError
 from model.storage.files import replacing
 
@@ -22,6 +25,7 @@ SMALLEST_VOCABULARY = len(SPECIAL_TOKENS) + 256  # the bytes alone
 TOKEN_BYTES_BELOW = 12  # three Chinese characters or a long English word: longer tokens are formulas, not words
 MAX_FILE_BYTES = 64 << 20  # text taken from each file, spread evenly over it; the trainer holds all pieces in memory
 BLOCK_BYTES = 8 << 20  # of the input, read at once
+MAX_EXAMPLE_BYTES = 4096  # of a rejected line
 MAX_KNOWN_LINES = 2_000_000  # lines remembered, so as not to count them twice
 
 # <s>user\n…</s>\n<s>assistant\n…</s>\n: every message alike, whatever its role.
@@ -46,7 +50,8 @@ class TrainingText:
     text_field: str = "text"
     documents: int = 0
     characters: int = 0
-    rejected: Counter = field(default_factory=Counter)  # bad lines by reason (jsonl.REASONS)
+    rejected: Counter = field(default_factory=Counter)  # bad lines by reason (reasons.REASONS)
+    examples: dict[str, list[bytes]] = field(default_factory=dict)  # the first lines rejected for each reason
 
     def __iter__(self) -> Iterator[str]:
         known: set[int] = set()
@@ -54,17 +59,26 @@ class TrainingText:
             share = min(1.0, MAX_FILE_BYTES / max(source.size, 1))
             for _, block, _ in stream_parts(source, BLOCK_BYTES, self.text_field):
                 lines = lines_of(block)
-                for raw, offset in zip(lines, line_offsets(block, lines), strict=True):
+                for raw, offset in zip(lines, line_offsets(block), strict=True):
                     if zlib.crc32(offset.to_bytes(8, "little")) >= share * 2**32:
                         continue  # chosen by position: the same lines each time
                     text, reason = parse_line(raw, self.text_field)
                     if text is None:
                         self.rejected[reason] += 1
+                        if self.rejected[reason] <= EXAMPLES:
+                            self.examples.setdefault(reason, []).append(bytes(raw[:MAX_EXAMPLE_BYTES]))
                         continue
                     self.documents += 1
                     text = _without_noise(text, known)
                     self.characters += len(text)
                     yield text
+
+    def what_was_rejected(self) -> str:
+        """What the lines hold that were rejected for the most frequent reason, as `describe_lines` says it."""
+        if not self.rejected:
+            return ""
+        [(reason, _)] = self.rejected.most_common(1)
+        return describe_lines(self.examples[reason], reason, self.text_field, self.sources[0].location)
 
 
 def _without_noise(text: str, known: set[int]) -> str:
@@ -108,7 +122,7 @@ def train_tokenizer(
         raise InputError(
             f"vocab_size: {vocab_size} is too small; the bytes and control tokens are {SMALLEST_VOCABULARY}"
         )
-    sources = find_sources(input_paths)  # all of them are there before the first is read
+    sources = find_sources(input_paths, text_field=text_field)  # all of them are there before the first is read
 
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -130,6 +144,11 @@ def train_tokenizer(
     # would cost llama.cpp's and fastokens' support of GPT-2's plain split, and the latter's speed.
     tokenizer.train_from_iterator(text, trainer)
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    if not text.documents:
+        names = ", ".join(source.location for source in sources[:3]) + (", …" if len(sources) > 3 else "")
+        if not text.rejected:
+            raise InputError(f"input_path: {names}: no line found; {EXPECTED}")
+        raise InputError(f"input_path: {nothing_read(names, text.rejected, text.what_was_rejected(), text_field)}")
     found = tokenizer.get_vocab_size()
     if found < vocab_size:
         raise InputError(

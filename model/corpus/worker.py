@@ -17,9 +17,10 @@ from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
+from model.corpus.opening import Source
 from model.corpus.part_file import Damaged, Part
 from model.corpus.part_maker import PartMaker, PartOptions
-from model.corpus.sources import Block, Source, read_part
+from model.corpus.parts import Block, read_part
 from model.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -229,7 +229,7 @@ def damaged(name: str, folder: Path) -> Path | str:
         ("gz changed", "raw.jsonl.gz is damaged"),
         ("gz none", "raw.jsonl.gz is damaged (Not a gzipped file"),
         ("gz nothing", "raw.jsonl.gz: no line found"),
-        ("gz utf-16", "raw.jsonl.gz is UTF-16; save it as UTF-8 first"),
+        ("gz utf-16", "raw.jsonl.gz is UTF-16, UTF-8 expected; unpack it to "),
         ("zst cut early", "raw.jsonl.zst is damaged (the file ends in the middle of a frame)"),
         ("zst cut", "raw.jsonl.zst is damaged (the file ends in the middle of a frame)"),
         ("zst second", "raw.jsonl.zst is damaged (the file ends in the middle of a frame)"),

@@ -1,0 +1,192 @@
+"""What a file of texts is, told from its first bytes, and what to say of one that no document can be read from."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from model.errors import shown
+
+BOM = b"\xef\xbb\xbf"
+PACKINGS = {"gz": b"\x1f\x8b", "zst": b"\x28\xb5\x2f\xfd", "xz": b"\xfd7zXZ\x00", "bz2": b"BZh"}
+PARQUET = b"PAR1"
+UNREADABLE = {  # by their first bytes; what to do with each
+    b"PK\x03\x04": "a zip archive (or an office document); unpack it first: python -m zipfile -e {} FOLDER",
+    b"PK\x05\x06": "an empty zip archive",
+    b"7z\xbc\xaf\x27\x1c": "a 7z archive; unpack it first",
+    b"Rar!\x1a\x07": "a RAR archive; unpack it first",
+    b"%PDF": "a PDF; save its text as .txt first",
+    b"\xd0\xcf\x11\xe0": "an office document; save its text as .txt first",
+}
+TAR = "a tar archive; unpack it first: python -m tarfile -e {} FOLDER"
+TAR_ENDINGS = (".tar", ".tgz", ".tbz2", ".txz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")
+TABLES = (".csv", ".tsv")
+CHAT_KEYS = ("messages", "conversations", "conversation", "dialogue", "chat")
+ENCODINGS = {"gb18030": (0xB0, 0xD7), "big5": (0xA4, 0xC6)}  # lead bytes of the characters that most text consists of
+UNREAD_REASONS = ("bad_utf8", "bad_json", "not_an_object", "no_text")  # those of lines that hold no text
+EXAMPLES = 20  # lines that are looked at to say what a file holds
+MOST_KEYS = 8  # that a message lists
+
+
+def unreadable(name: str, head: bytes) -> str | None:
+    """What a file is that holds no lines of text, and what to do; None where it may hold some.
+
+    Args:
+        name: its path.
+        head: its first bytes, unpacked.
+    """
+    found = next((text for magic, text in UNREADABLE.items() if head.startswith(magic)), None)
+    if head[257:262] == b"ustar" or name.lower().endswith(TAR_ENDINGS):
+        found = TAR
+    elif not found and name.lower().endswith(TABLES):
+        found = "a table; read it with --input_path datasets:csv?data_files={}"
+    return found and found.format(quoted(name))
+
+
+def quoted(path: str | Path) -> str:
+    """A path as a shell's command line takes it."""
+    return f'"{path}"' if re.search(r"[^\w./\\:~-]", str(path)) else str(path)
+
+
+def packing_of(name: str, head: bytes) -> str:
+    """What a file is compressed with, by its ending or else its first bytes; "" where it isn't."""
+    ending = name.lower().rpartition(".")[2]
+    return ending if ending in PACKINGS else next((p for p, magic in PACKINGS.items() if head.startswith(magic)), "")
+
+
+def is_array(head: bytes) -> bool:
+    """Whether a text begins as a JSON array of objects, as opposed to JSONL whose first line is damaged or a list."""
+    head = head.removeprefix(BOM).lstrip()
+    if not re.match(rb"\[\s*[{\]]", head):
+        return False
+    first, newline, rest = head.partition(b"\n")
+    first, rest = first.rstrip(), rest.lstrip()
+    return not newline or first.endswith((b"[", b"{", b",")) or rest[:1] in (b",", b"]", b"")
+
+
+def holds_documents(head: bytes, text_field: str) -> bool:
+    """Whether a .json file is JSONL or an array of objects with a text, rather than one object about something."""
+    first = head.removeprefix(BOM).lstrip().partition(b"\n")[0].strip()
+    is_document = rb'\[?\s*\{.*?"%b"\s*:\s*"' % re.escape(text_field.encode())
+    return first != b"{" and re.match(is_document, head.removeprefix(BOM).lstrip(), re.DOTALL) is not None
+
+
+def has_only_carriage_returns(head: bytes) -> bool:
+    """Whether JSONL has the line ends of a Mac of the last century."""
+    first, _, rest = head.removeprefix(BOM).strip().partition(b"\r")
+    return bool(rest) and b"\n" not in head and _parsed(first) is not None
+
+
+def encoding_of(text: bytes) -> str | None:
+    """The encoding of a text that is not UTF-8: "utf-16", "gb18030" or "big5"; None for UTF-8, or if nobody can say."""
+    if text.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return "utf-16"
+    if text.count(0) > len(text) // 4:
+        return "utf-16-le" if text[1:2] == b"\0" else "utf-16-be"
+    if _decodes(text, "utf-8"):
+        return None
+    likely = {name: _common_share(text, *leads) for name, leads in ENCODINGS.items() if _decodes(text, name)}
+    return max(likely, key=likely.get, default=None)
+
+
+def _decodes(text: bytes, encoding: str) -> bool:
+    """Whether this is the start of a text in an encoding; its last character may be cut."""
+    try:
+        text.decode(encoding)
+    except UnicodeDecodeError as error:
+        return error.start > 0 and error.start >= len(text) - 3
+    return True
+
+
+def _common_share(text: bytes, lowest: int, highest: int) -> float:
+    """The share of two-byte characters whose first byte lies in a range."""
+    leads = [pair[0] for pair in re.findall(rb"[\x81-\xfe][\x40-\xfe]", text)]
+    return sum(lowest <= lead <= highest for lead in leads) / max(1, len(leads))
+
+
+def how_to_convert(path: str | Path, encoding: str) -> str:
+    """A command that turns a file into UTF-8, on every system."""
+    target = Path(path).with_name(f"utf8_{Path(path).name}")
+    code = (
+        f"import shutil, sys; shutil.copyfileobj(open(sys.argv[1], encoding='{encoding}', newline=''), "
+        "open(sys.argv[2], 'w', encoding='utf-8', newline=''))"
+    )
+    return f'python -c "{code}" {quoted(path)} {quoted(target)}'
+
+
+def describe_encoding(path: str | Path, encoding: str) -> str:
+    """'is GB18030, UTF-8 expected; convert it: …'."""
+    plain = str(path)[: -len(packing) - 1] if (packing := packing_of(str(path), b"")) else path
+    first = f"unpack it to {quoted(plain)} and " if packing else ""
+    return f"is {encoding.upper()}, UTF-8 expected; {first}convert it: {how_to_convert(plain, encoding)}"
+
+
+def counts_text(counts: Mapping[str, int]) -> str:
+    """'bad_json 3, empty 1'."""
+    return ", ".join(f"{name} {count:,}" for name, count in counts.items() if count)
+
+
+def nothing_read(sources: str, rejected: Mapping[str, int], seen: str, text_field: str) -> str:
+    """What to say where every line was rejected: the reasons, what was expected, and what the lines hold.
+
+    Args:
+        seen: as `describe_lines` returned it.
+    """
+    reasons = counts_text(dict(sorted(rejected.items())))
+    return (
+        f"{sources}: none of {sum(rejected.values()):,} lines is a document ({reasons}); expected one "
+        f'{{"{text_field}": "..."}} a line (--text_field names the key){seen}'
+    )
+
+
+def describe_lines(lines: Sequence[bytes], reason: str, text_field: str, path: str | Path) -> str:
+    """What lines hold that are no documents, and what the user can do about it: '; ' and a clause, or ''.
+
+    Args:
+        lines: some that were rejected for `reason`.
+        path: of the file that they are from.
+    """
+    clause = _describe(lines, text_field, path) if reason in UNREAD_REASONS else ""
+    return f"; {clause}" if clause else ""
+
+
+def _describe(lines: Sequence[bytes], text_field: str, path: str | Path) -> str:
+    together = b"\n".join(lines)
+    if encoding := encoding_of(together):
+        return f"the text {describe_encoding(path, encoding)}"
+    values = [value for line in lines if (value := _parsed(line)) is not None]
+    objects = [value for value in values if isinstance(value, dict)]
+    if objects:
+        return _describe_objects(objects, text_field)
+    if values:
+        kinds = sorted({{list: "arrays", str: "strings"}.get(type(value), "numbers") for value in values})
+        return f"the lines are JSON {' and '.join(kinds)}, not objects"
+    start = together.removeprefix(BOM).strip()
+    if re.match(rb"\{\s*'", start):
+        return "the lines are Python's notation, not JSON: strings need double quotes, as json.dumps writes them"
+    if start[:1] in (b"{", b"["):
+        return "each object must stand on one line, as `jq -c .` writes it"
+    if start.startswith(b"<"):
+        return "it looks like HTML or XML"
+    return "it looks like plain text; a file named .txt is read as text" if start else ""
+
+
+def _describe_objects(objects: Sequence[dict], text_field: str) -> str:
+    keys = list(dict.fromkeys(key for value in objects for key in value))
+    chat = [key for key in CHAT_KEYS if key in keys] or (["role", "content"] if {"role", "content"} <= {*keys} else [])
+    if text_field in keys:
+        found = next(value[text_field] for value in objects if text_field in value)
+        return f"the value of {text_field} is {shown(found)}, a string expected"
+    listed = ", ".join([shown(key)[1:-1] for key in keys[:MOST_KEYS]] + ["…"] * (len(keys) > MOST_KEYS)) or "no keys"
+    if chat:
+        return f"these are chats (keys {listed}), and data processing reads texts: write each as one string"
+    strings = {key: len(value) for item in reversed(objects) for key, value in item.items() if isinstance(value, str)}
+    advice = f"; perhaps --text_field {quoted(max(strings, key=strings.get))}" if strings else ""
+    return f"the keys that are there: {listed}{advice}"
+
+
+def _parsed(line: bytes):
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):
+        return None

@@ -1,0 +1,367 @@
+"""One source of texts: what it is, and how it is read as JSONL, whatever its form.
+
+A row of Parquet or of a dataset, an object of a JSON array, a document of plain text: each becomes the line
+`{"text": ...}` that it would have been. Memory does not grow with the file.
+"""
+
+import codecs
+import contextlib
+import gzip
+import io
+import json
+import re
+import zlib
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+from urllib.parse import parse_qs
+
+from model.corpus.inspection import (
+    BOM,
+    PACKINGS,
+    PARQUET,
+    describe_encoding,
+    encoding_of,
+    has_only_carriage_returns,
+    is_array,
+    packing_of,
+    unreadable,
+)
+from model.errors import InputError, first_line
+
+READ_AT_ONCE = 1 << 20  # bytes, about, of what is unpacked or made from rows
+HEAD_BYTES = 16 << 10  # by which a file's form is told
+TXT_BYTES = 1 << 20  # a document made of a .txt holds no more
+TXT_DOCUMENTS = ("file", "paragraph", "line")
+DATASETS = "datasets:"  # datasets:NAME?split=train&name=CONFIG: the options are load_dataset's
+EXPECTED = 'expected JSONL, one {"text": ...} object a line'
+
+
+@dataclass(frozen=True)
+class Source:
+    """One file, or one dataset that `datasets` streams."""
+
+    location: str  # a path, or datasets:NAME?…
+    name: str  # unique: without the folder that all sources happen to lie in
+    size: int  # bytes on disk; 0 for a streamed dataset, whose size is unknown
+    weight: float = 1.0
+    form: str = "jsonl"  # or cr (JSONL with CR line ends), array, parquet, dataset; or one of TXT_DOCUMENTS
+    packing: str = ""  # one of PACKINGS; "": not compressed
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether any part can be read without those before it."""
+        return self.form == "jsonl" and not self.packing
+
+    def part_count(self, part_bytes: int) -> int:
+        """Parts of a plain file; some may hold no line."""
+        return max(1, -(-self.size // part_bytes))
+
+
+def recognise(path: Path, txt_documents: str = "file") -> tuple[str, str, bytes]:
+    """(form, packing, the first bytes unpacked) of a file.
+
+    Raises:
+        InputError: it is an archive, in another encoding, damaged from the start, or its reader is not installed.
+    """
+    with open(path, "rb") as file:
+        head = file.read(HEAD_BYTES)
+    name = str(path)
+    packing, stem = packing_of(name, head), name.lower()
+    if packing:
+        stem = stem.removesuffix(f".{packing}")
+        with _unpacked(path, packing) as file, naming_damage(name):
+            head = file.read(HEAD_BYTES)
+    if problem := unreadable(name, head):
+        raise InputError(f"input_path: {path} is {problem}")
+    if packing and (head.startswith(PARQUET) or packing_of("", head)):
+        raise InputError(f"input_path: {path} holds a compressed file within a compressed one; unpack it first")
+    if stem.endswith(".parquet") or head.startswith(PARQUET):
+        return "parquet", packing, head
+    is_txt = stem.endswith(".txt")
+    if (encoding := encoding_of(head)) and (is_txt or encoding == "utf-16"):
+        raise InputError(f"input_path: {path} {describe_encoding(path, encoding)}")
+    form = "cr" if has_only_carriage_returns(head) else "jsonl"
+    return txt_documents if is_txt else "array" if is_array(head) else form, packing, head
+
+
+def open_source(source: Source, text_field: str = "text") -> BinaryIO:
+    """The source's text as JSONL, from its first byte.
+
+    Raises:
+        InputError: its reader is not installed, or it cannot be read.
+    """
+    if source.form == "dataset":
+        return _as_file(_as_jsonl(_dataset_rows(source.location), text_field))
+    path = Path(source.location)
+    if source.form == "parquet":
+        return _as_file(_as_jsonl(_parquet_rows(path, text_field), text_field))
+    file = _unpacked(path, source.packing)
+    if source.form == "array":
+        return _as_file(_array_elements(file), file)
+    if source.form == "cr":
+        return _as_file((block.replace(b"\r", b"\n") for block in _blocks(file)), file)
+    if source.form in TXT_DOCUMENTS:
+        return _as_file(_as_jsonl(_txt_documents(file, source.form), text_field), file)
+    return file
+
+
+def _unpacked(path: Path, packing: str) -> BinaryIO:
+    disk = open(path, "rb")  # noqa: SIM115 (closed by what is returned)
+    try:
+        return _as_file(_UNPACKERS[packing](disk), disk) if packing else disk
+    except ImportError as error:
+        disk.close()
+        package = {"zst": "zstandard: pip install zstandard"}.get(packing, f"a Python that was built with {error.name}")
+        raise InputError(f"input_path: reading {path} needs {package}") from None
+
+
+def _blocks(file: BinaryIO) -> Iterator[bytes]:
+    return iter(lambda: file.read(READ_AT_ONCE), b"")
+
+
+def _unpacked_blocks(file: BinaryIO) -> Iterator[bytes]:
+    return iter(lambda: file.read1(READ_AT_ONCE), b"")  # no further than it must: what is damaged may lie far behind
+
+
+def _gz(disk: BinaryIO) -> Iterator[bytes]:
+    return _unpacked_blocks(gzip.GzipFile(fileobj=disk))
+
+
+def _bz2(disk: BinaryIO) -> Iterator[bytes]:
+    import bz2
+
+    return _unpacked_blocks(bz2.BZ2File(disk))
+
+
+def _xz(disk: BinaryIO) -> Iterator[bytes]:
+    import lzma
+
+    return _unpacked_blocks(lzma.LZMAFile(disk))
+
+
+def _zst(disk: BinaryIO) -> Iterator[bytes]:
+    import zstandard
+
+    return _zst_frames(disk, zstandard.ZstdDecompressor(max_window_size=1 << 31))
+
+
+def _zst_frames(file: BinaryIO, decompressor) -> Generator:
+    """What a .zst file holds. Unlike zstandard's own reader it tells a file that was cut off from one that ends."""
+    frame = None
+    while packed := file.read(4 << 10):  # little at a time: 4 bytes may stand for 128 KiB of one character
+        while packed:
+            frame = frame or decompressor.decompressobj()
+            yield frame.decompress(packed)
+            packed = frame.unused_data
+            if frame.eof:
+                frame = None
+    if frame is not None:
+        raise EOFError("the file ends in the middle of a frame")
+
+
+_UNPACKERS: dict[str, Callable[[BinaryIO], Iterator[bytes]]] = {"gz": _gz, "bz2": _bz2, "xz": _xz, "zst": _zst}
+assert _UNPACKERS.keys() == PACKINGS.keys()
+
+
+@contextlib.contextmanager
+def naming_damage(location: str) -> Iterator[None]:
+    """Turn what the decompressors raise for a damaged file into an InputError."""
+    try:
+        yield
+    except Exception as error:
+        of_library = type(error).__name__ in ("ZstdError", "LZMAError")
+        of_bz2_or_gzip = isinstance(error, OSError) and error.errno is None  # the system's own errors have a number
+        if not (of_library or of_bz2_or_gzip or isinstance(error, EOFError | zlib.error)):
+            raise
+        raise InputError(f"input_path: {location} is damaged ({first_line(error)}); fetch it again") from error
+
+
+# ------------------------------------------------------------------------------------------ rows, elements, documents
+
+
+def _parquet_rows(path: Path, text_field: str) -> Generator:
+    try:
+        import pyarrow
+        from pyarrow.parquet import ParquetFile
+    except ImportError:
+        raise InputError(f"input_path: reading {path} needs pyarrow: pip install pyarrow") from None
+    try:
+        with ParquetFile(path, buffer_size=1 << 20) as file:  # pages are read one by one, not whole row groups
+            columns = file.schema_arrow.names
+            if text_field not in columns:
+                raise InputError(f"text_field: {path} has no column {text_field}; its columns are {', '.join(columns)}")
+            for batch in file.iter_batches(batch_size=128, columns=[text_field]):
+                column = batch.column(0)
+                if pyarrow.types.is_string(column.type) or pyarrow.types.is_large_string(column.type):
+                    column = column.cast(pyarrow.large_binary())  # it may hold what is not UTF-8, and to_pylist raise
+                yield from column.to_pylist()
+    except (pyarrow.ArrowException, OSError, MemoryError) as error:
+        raise InputError(
+            f"input_path: {path} cannot be read as Parquet ({first_line(error)}); fetch it again"
+        ) from error
+
+
+def _dataset_rows(location: str) -> Generator:
+    name, _, query = location.removeprefix(DATASETS).partition("?")
+    options: dict = {"split": "train"}
+    for key, values in parse_qs(query.replace("+", "%2B"), keep_blank_values=True).items():  # a + is no space
+        options[key] = values[0] if len(values) == 1 else values  # data_files=a&data_files=b are two files
+    if not name:
+        raise InputError(f"input_path: {location} names no dataset; expected datasets:NAME?split=train")
+    try:
+        import datasets
+    except ImportError:
+        raise InputError(f"input_path: {location} needs datasets: pip install datasets") from None
+    try:
+        rows = datasets.load_dataset(name, streaming=True, trust_remote_code=False, **options)
+        yield from rows
+    except Exception as error:  # it raises whatever its readers raise: OSError, ValueError, KeyError, its own errors
+        raise InputError(f"input_path: {location} cannot be streamed ({first_line(error)})") from error
+
+
+# What matters to where an element of an array ends: a string's start, brackets, and commas between elements.
+_STRUCTURE = re.compile(rb'["{}\[\],]')
+_IN_STRING = re.compile(rb'[^"\\]*(?:\\.[^"\\]*)*', re.DOTALL)
+
+
+def _array_elements(file: BinaryIO) -> Generator:
+    """The elements of JSON arrays, one a line, byte for byte but for line ends within them.
+
+    Nothing is parsed: what is damaged inside an element becomes that line's reject. What follows an array is another
+    array, or lines as they are.
+    """
+    depth, in_array, in_string, begun, rest = 0, False, False, False, b""  # begun: the line holds something
+    for block in _blocks(file):
+        block, rest, pieces, start, at = rest + block, b"", [], 0, 0
+        while True:
+            if in_string:
+                at = _IN_STRING.match(block, at).end()
+                if at == len(block) or block[at : at + 1] == b"\\":  # the string, or an escape, goes on in the next
+                    break
+                in_string, at = False, at + 1
+            found = _STRUCTURE.search(block, at)
+            if found is None:
+                at = len(block)
+                break
+            at, mark = found.end(), found[0]
+            if mark == b'"':
+                in_string = True
+            elif depth or mark == b"{" or (mark == b"[" and in_array):  # within an element
+                depth += {b"{": 1, b"[": 1, b",": 0}.get(mark, -1)
+            elif mark == b"[" or (in_array and mark != b"}"):  # an array begins, an element ends, or the array does
+                piece = _piece_of_line(block[start : at - 1], in_array, begun)
+                pieces.append(piece + b"\n" if piece or begun else b"")
+                begun, start, in_array = False, at, mark != b"]"
+        piece, rest = _piece_of_line(block[start:at], in_array, begun), block[at:]
+        begun = bool(piece or begun) and not piece.endswith(b"\n")
+        yield b"".join([*pieces, piece])
+    if in_array:
+        raise EOFError("its JSON array is not closed")
+
+
+def _piece_of_line(piece: bytes, in_array: bool, begun: bool) -> bytes:
+    """A piece of an element without line ends, or of what stands outside of arrays; `begun`: it is not the first."""
+    piece = piece.replace(b"\n", b" ").replace(b"\r", b" ") if in_array else piece.replace(BOM, b"")
+    return piece if begun else piece.lstrip()
+
+
+def _txt_documents(file: BinaryIO, unit: str) -> Generator:
+    """The documents of plain text: the whole of it, its paragraphs (between empty lines) or its lines.
+
+    One of more than TXT_BYTES is cut at the next line's end. A line that is not UTF-8 stands alone, with a lone
+    surrogate for each bad byte, so that it alone is rejected.
+    """
+    held, size = [], 0
+    for line in _txt_lines(file):
+        is_good = _is_encodable(line)
+        ends = size > TXT_BYTES or not is_good or unit == "line" or (unit == "paragraph" and not line.strip())
+        if ends and size:
+            yield "".join(held)
+            held, size = [], 0
+        if not is_good:
+            yield line
+        elif size or line.strip():
+            held.append(line)
+            size += len(line)
+    if size:
+        yield "".join(held)
+
+
+def _txt_lines(file: BinaryIO) -> Generator:
+    """Lines with their ends, all of which become \\n; a very long line comes in pieces."""
+    decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
+    for raw in iter(lambda: file.readline(TXT_BYTES), b""):
+        text = decoder.decode(raw).replace("\r\n", "\n").replace("\r", "\n")
+        yield from (line.removeprefix("\ufeff") for line in io.StringIO(text))
+    yield from io.StringIO(decoder.decode(b"", final=True))
+
+
+def _is_encodable(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+# --------------------------------------------------------------------------------------------------- files of our own
+
+
+class _Generated(io.RawIOBase):
+    """A file of the bytes that an iterator yields; closing it closes the generator, and the file that it reads."""
+
+    def __init__(self, contents: Iterator[bytes], file: BinaryIO | None) -> None:
+        self._contents, self._file, self._rest = contents, file, memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        while not self._rest:
+            content = next(self._contents, None)
+            if content is None:
+                return 0
+            self._rest = memoryview(content)
+        taken, self._rest = self._rest[: len(buffer)], self._rest[len(buffer) :]
+        buffer[: len(taken)] = taken
+        return len(taken)
+
+    def close(self) -> None:
+        if hasattr(self._contents, "close"):
+            self._contents.close()
+        if self._file is not None:
+            self._file.close()
+        super().close()
+
+
+def _as_file(contents: Iterator[bytes], file: BinaryIO | None = None) -> BinaryIO:
+    """A file of these bytes, which are made from `file`; its `disk` tells how far the reading is."""
+    made = io.BufferedReader(_Generated(contents, file), READ_AT_ONCE)
+    made.disk = getattr(file, "disk", file)
+    return made
+
+
+def _as_jsonl(rows: Generator, text_field: str) -> Generator:
+    """The rows as lines of JSONL, some READ_AT_ONCE characters at a time."""
+    with contextlib.closing(rows):
+        lines, characters = [], 0
+        for row in rows:
+            lines.append(_line(row.get(text_field) if isinstance(row, dict) else row, text_field))
+            characters += len(lines[-1])
+            if characters > READ_AT_ONCE:
+                yield "".join(lines).encode("utf-8", "surrogatepass")
+                lines, characters = [], 0
+        yield "".join(lines).encode("utf-8", "surrogatepass")
+
+
+def _line(value, text_field: str) -> str:
+    if isinstance(value, bytes):  # bytes that are not UTF-8 become lone surrogates, and the line a bad_utf8
+        value = value.decode("utf-8", "surrogateescape")
+    return json.dumps({text_field: value}, ensure_ascii=False, default=_not_json) + "\n"
+
+
+def _not_json(value) -> dict:
+    """What stands for a date, a picture or the like, which is no text."""
+    return {type(value).__name__: str(value)}
