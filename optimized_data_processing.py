@@ -226,6 +226,7 @@ def default_input_path(folder: str | Path = DATASET) -> Path:
         for path in folder.glob("*")
         if path.is_file()
         and path.name.lower().endswith(ENDINGS)
+        and not path.name.startswith(".")
         and not path.name.endswith((SAMPLE_CORPUS, *OUR_ENDINGS))
     )
     sources = [path for path in own if not path.name.startswith("cleaned_")]  # raw_data.jsonl before what it gave

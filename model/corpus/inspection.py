@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from model.errors import shown
+from model.errors import command_line, shown
 
 BOM = b"\xef\xbb\xbf"
 PACKINGS = {"gz": b"\x1f\x8b", "zst": b"\x28\xb5\x2f\xfd", "xz": b"\xfd7zXZ\x00", "bz2": b"BZh"}
@@ -24,6 +24,7 @@ TABLES = (".csv", ".tsv")
 CHAT_KEYS = ("messages", "conversations", "conversation", "dialogue", "chat")
 ENCODINGS = {"gb18030": (0xB0, 0xD7), "big5": (0xA4, 0xC6)}  # lead bytes of the characters that most text consists of
 UNREAD_REASONS = ("bad_utf8", "bad_json", "not_an_object", "no_text")  # those of lines that hold no text
+LIKELY_SHARE, FEWEST_CHARACTERS = 0.5, 4  # of common characters, by which an encoding is told
 EXAMPLES = 20  # lines that are looked at to say what a file holds
 MOST_KEYS = 8  # that a message lists
 
@@ -40,12 +41,7 @@ def unreadable(name: str, head: bytes) -> str | None:
         found = TAR
     elif not found and name.lower().endswith(TABLES):
         found = "a table; read it with --input_path datasets:csv?data_files={}"
-    return found and found.format(quoted(name))
-
-
-def quoted(path: str | Path) -> str:
-    """A path as a shell's command line takes it."""
-    return f'"{path}"' if re.search(r"[^\w./\\:~-]", str(path)) else str(path)
+    return found and found.format(command_line(name))
 
 
 def packing_of(name: str, head: bytes) -> str:
@@ -61,7 +57,8 @@ def is_array(head: bytes) -> bool:
         return False
     first, newline, rest = head.partition(b"\n")
     first, rest = first.rstrip(), rest.lstrip()
-    return not newline or first.endswith((b"[", b"{", b",")) or rest[:1] in (b",", b"]", b"")
+    goes_on = (b",", b"]", b"", b"[") if first.endswith(b"]") else (b",", b"]", b"")  # or another array follows
+    return not newline or first.endswith((b"[", b"{", b",")) or rest[:1] in goes_on
 
 
 def holds_documents(head: bytes, text_field: str) -> bool:
@@ -85,8 +82,12 @@ def encoding_of(text: bytes) -> str | None:
         return "utf-16-le" if text[1:2] == b"\0" else "utf-16-be"
     if _decodes(text, "utf-8"):
         return None
+    as_utf8 = re.sub(r"[\x00-\x7f]", "", text.decode("utf-8", "replace"))
+    if as_utf8.count("\ufffd") < len(as_utf8) / 2:
+        return None  # UTF-8 with some damage
     likely = {name: _common_share(text, *leads) for name, leads in ENCODINGS.items() if _decodes(text, name)}
-    return max(likely, key=likely.get, default=None)
+    best = max(likely, key=likely.get, default=None)
+    return best if best and likely[best] >= LIKELY_SHARE else None
 
 
 def _decodes(text: bytes, encoding: str) -> bool:
@@ -99,25 +100,25 @@ def _decodes(text: bytes, encoding: str) -> bool:
 
 
 def _common_share(text: bytes, lowest: int, highest: int) -> float:
-    """The share of two-byte characters whose first byte lies in a range."""
+    """The share of two-byte characters whose first byte lies in a range; 0 of a few, which say nothing."""
     leads = [pair[0] for pair in re.findall(rb"[\x81-\xfe][\x40-\xfe]", text)]
-    return sum(lowest <= lead <= highest for lead in leads) / max(1, len(leads))
+    return sum(lowest <= lead <= highest for lead in leads) / len(leads) if len(leads) >= FEWEST_CHARACTERS else 0.0
 
 
 def how_to_convert(path: str | Path, encoding: str) -> str:
-    """A command that turns a file into UTF-8, on every system."""
+    """A command that turns a file into UTF-8."""
     target = Path(path).with_name(f"utf8_{Path(path).name}")
     code = (
-        f"import shutil, sys; shutil.copyfileobj(open(sys.argv[1], encoding='{encoding}', newline=''), "
-        "open(sys.argv[2], 'w', encoding='utf-8', newline=''))"
+        f'import shutil, sys; shutil.copyfileobj(open(sys.argv[1], encoding="{encoding}", newline=""), '
+        'open(sys.argv[2], "w", encoding="utf-8", newline=""))'
     )
-    return f'python -c "{code}" {quoted(path)} {quoted(target)}'
+    return command_line("python", "-c", code, path, target)
 
 
 def describe_encoding(path: str | Path, encoding: str) -> str:
     """'is GB18030, UTF-8 expected; convert it: …'."""
     plain = str(path)[: -len(packing) - 1] if (packing := packing_of(str(path), b"")) else path
-    first = f"unpack it to {quoted(plain)} and " if packing else ""
+    first = f"unpack it to {command_line(plain)} and " if packing else ""
     return f"is {encoding.upper()}, UTF-8 expected; {first}convert it: {how_to_convert(plain, encoding)}"
 
 
@@ -181,7 +182,7 @@ def _describe_objects(objects: Sequence[dict], text_field: str) -> str:
     if chat:
         return f"these are chats (keys {listed}), and data processing reads texts: write each as one string"
     strings = {key: len(value) for item in reversed(objects) for key, value in item.items() if isinstance(value, str)}
-    advice = f"; perhaps --text_field {quoted(max(strings, key=strings.get))}" if strings else ""
+    advice = f"; perhaps --text_field {command_line(max(strings, key=strings.get))}" if strings else ""
     return f"the keys that are there: {listed}{advice}"
 
 

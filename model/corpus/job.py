@@ -38,7 +38,8 @@ from model.token_file.manifest import ends_path
 BYTES_OF_A_TOKEN = 8  # more than a token of Chinese has, so that a part holds somewhat less than save_interval
 SMALLEST_PART, LARGEST_PART = 4 << 10, 64 << 20  # bytes
 FIRST_BYTES = 4 << 20  # of the input, looked at to choose the encoder
-WARNED_SHARE = 0.2  # of the lines: if more are rejected, a warning says so
+WARNED_SHARE = 0.2  # of the lines: if more are rejected, but for EXPECTED_REASONS, a warning says so
+EXPECTED_REASONS = ("empty", "not_sampled")
 WAIT_FOR_OTHERS = 3600 * 24 * 7  # seconds: the merging of a large corpus takes its time
 
 
@@ -319,7 +320,9 @@ class Job:
 
     def _warn_of_rejects(self, summary: dict, rejects: Path) -> None:
         """Say loudly that so much was rejected that something may be wrong."""
-        rejected = {name: count for name, count in summary["rejected_by_reason"].items() if name != "not_sampled"}
+        rejected = {
+            name: count for name, count in summary["rejected_by_reason"].items() if name not in EXPECTED_REASONS
+        }
         share = sum(rejected.values()) / max(1, summary["lines"])
         if share >= WARNED_SHARE:
             reason, place, seen = self._most_rejected(rejected, rejects)
