@@ -297,7 +297,7 @@ TEMPLATES = {
     "a macro without end": ("{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}",),
     "a text of 100 GB": ("{{ 'x' * 100000000000 }}",),
     "a text of 64 MB": ("{{ 'x' * 64000000 }}",),
-    "a number without end": ("{{ 10 ** 10 ** 10 }}",),
+    "a number without end": ("{{ 10 ** (10 ** 10) }}",),
     "no template": ("{% for %}{{",),
     "nested without end": ("{% if 1 %}" * 3000,),
     "what is harmless": ("{{ messages[-1]['content'] }}{{ bos_token }}", False),

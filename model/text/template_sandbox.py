@@ -1,0 +1,316 @@
+"""Jinja's sandbox for chat templates, in transformers' dialect and within limits of time, work and memory.
+
+A sandboxed template reaches no file and no function of Python, but it can ask for a text of 100 GB in one operation,
+or loop for days. Here each operation that makes something says how large that will be before it is made, and each turn
+of a loop, call and filter looks at the clock.
+"""
+
+import datetime
+import functools
+import json
+import re
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextvars import ContextVar
+from typing import Any
+
+from jinja2 import TemplateError, nodes
+from jinja2.compiler import CodeGenerator
+from jinja2.environment import Environment, Template
+from jinja2.exceptions import SecurityError
+from jinja2.ext import Extension, loopcontrols
+from jinja2.nodes import EvalContext
+from jinja2.runtime import Context, LoopContext, str_join
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace
+
+SECONDS = 5  # for one rendering, which takes under a millisecond as a rule
+MAX_CHARACTERS = 16 << 20  # of a rendered chat, and of any text made meanwhile
+MOST_WORK = 512 << 20  # characters and items made in one rendering
+MAX_NUMBER = 1_000_000  # as an argument: a width, an indentation
+MAX_BITS = 4096  # of a whole number
+SHALLOW = {  # filters that look at a list's items no deeper
+    "attr", "batch", "count", "d", "default", "first", "items", "last", "length", "list", "map", "random", "reject",
+    "rejectattr", "reverse", "select", "selectattr", "slice",
+}  # fmt: skip
+WITHOUT = ("center", "pprint", "striptags", "urlize", "wordwrap", "xmlattr")  # filters that are hard to bound
+
+
+class TooMuch(Exception):
+    """A template asked for too much, or took too long; the message ends a sentence that begins with the template."""
+
+
+class _Budget:
+    """What a rendering may still spend."""
+
+    def __init__(self) -> None:
+        self.end, self.left = time.monotonic() + SECONDS, MOST_WORK
+
+    def spend(self, size: int) -> None:
+        if size > MAX_CHARACTERS:
+            raise TooMuch(f"asks for {size:,} characters at once, at most {MAX_CHARACTERS:,}")
+        self.left -= size
+        if self.left < 0:
+            raise TooMuch(f"makes more than {MOST_WORK:,} characters on the way")
+        if time.monotonic() > self.end:
+            raise TooMuch(f"was still running after {SECONDS} s")
+
+
+_BUDGET: ContextVar[_Budget | None] = ContextVar("budget", default=None)
+
+
+def spend(size: int) -> None:
+    """Count the making of `size` characters or items.
+
+    Raises:
+        TooMuch: there is no time or room left for it.
+    """
+    if (budget := _BUDGET.get()) is not None:
+        budget.spend(size)
+
+
+def render(source: str, **values) -> str:
+    """The text that a template makes of values.
+
+    Raises:
+        TooMuch: it asks for too much or takes too long.
+        jinja2.TemplateError: it is damaged, or refuses the values.
+    """
+    token = _BUDGET.set(_Budget())
+    try:
+        pieces, length = [], 0
+        for piece in _compiled(source).generate(**values):
+            length += len(piece)
+            if length > MAX_CHARACTERS:
+                raise TooMuch(f"makes more than {MAX_CHARACTERS:,} characters")
+            spend(1)
+            pieces.append(piece)
+        return "".join(pieces)
+    finally:
+        _BUDGET.reset(token)
+
+
+@functools.lru_cache(maxsize=8)
+def _compiled(source: str) -> Template:
+    environment = _Sandbox()
+    tree = environment.parse(source)
+    for loop in list(tree.find_all(nodes.For)):
+        body = sum(len(data.data) for data in loop.find_all(nodes.TemplateData))  # what each turn writes at least
+        loop.iter = nodes.Filter(loop.iter, "_counted", [nodes.Const(body)], [], None, None)
+        loop.iter.set_lineno(loop.lineno)
+    return environment.from_string(tree.set_environment(environment))
+
+
+# --------------------------------------------------------------------------------------------------------- the sandbox
+
+
+class _Generator(CodeGenerator):
+    """Compiles `a ~ b` to a call of the sandbox."""
+
+    def visit_Concat(self, node: nodes.Concat, frame) -> None:
+        self.write("environment.concatenate((")
+        for part in node.nodes:
+            self.visit(part, frame)
+            self.write(", ")
+        self.write("))")
+
+
+class _Sandbox(ImmutableSandboxedEnvironment):
+    code_generator_class = _Generator
+    intercepted_binops = frozenset(["+", "*", "**", "%"])
+
+    def __init__(self) -> None:
+        super().__init__(
+            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols], finalize=self._finalized
+        )
+        for name in WITHOUT:
+            del self.filters[name]
+        self.filters["tojson"] = _to_json
+        self.filters = {name: _bounded(name, function) for name, function in self.filters.items()}
+        self.filters["_counted"] = _counted
+        del self.globals["lipsum"]
+        self.globals |= {"raise_exception": _raise, "strftime_now": _now, "dict": _dict, "namespace": _Namespace}
+
+    @staticmethod
+    def _finalized(value: Any) -> Any:
+        spend(weigh(value))
+        return value
+
+    @staticmethod
+    def concatenate(parts: tuple) -> str:
+        spend(weigh(parts))
+        return str_join(parts)
+
+    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+        spend(_size_of_operation(operator, left, right))
+        return super().call_binop(context, operator, left, right)
+
+    def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805 (as in jinja)
+        if isinstance(__obj, LoopContext):
+            args = (_counted(args[0], 0), *args[1:])
+        spend(_size_of_call(__obj, args, kwargs))
+        result = super().call(__context, __obj, *args, **kwargs)
+        spend(_size(result))
+        return result
+
+
+def weigh(value: Any) -> int:
+    """Characters of a value as text, roughly, and at least the items in it, deeper ones counting more.
+
+    Raises:
+        TooMuch: they are too many.
+    """
+    total, waiting = 0, [(value, 1)]
+    while waiting:
+        value, depth = waiting.pop()
+        total += _size(value) + depth
+        if isinstance(value, dict):
+            waiting += [(part, depth + 1) for pair in value.items() for part in pair]
+        elif isinstance(value, list | tuple | set | frozenset):
+            waiting += [(part, depth + 1) for part in value]
+        if total > MAX_CHARACTERS:
+            spend(total)
+    return total
+
+
+def _size(value: Any) -> int:
+    """Characters or items of a value itself."""
+    if isinstance(value, int):
+        return value.bit_length() // 3 + 1  # digits
+    return len(value) if isinstance(value, str | bytes | list | tuple | dict | set | frozenset) else 1
+
+
+def _size_of_operation(operator: str, left: Any, right: Any) -> int:
+    if operator == "*":
+        if isinstance(left, int) and isinstance(right, int):
+            _check_bits(left.bit_length() + right.bit_length())
+        elif isinstance(left, int) or isinstance(right, int):
+            return _size(right) * max(left, 0) if isinstance(left, int) else _size(left) * max(right, 0)
+    elif operator == "**" and isinstance(left, int) and isinstance(right, int):
+        _check_bits(left.bit_length() * abs(right))
+    elif operator == "%" and isinstance(left, str | bytes):
+        return _size_of_format(left, right if isinstance(right, tuple) else (right,))
+    elif operator == "+":
+        return _size(left) + _size(right)
+    return 1
+
+
+def _check_bits(bits: int) -> None:
+    if bits > MAX_BITS:
+        raise TooMuch(f"computes a number of {bits:,} bits, at most {MAX_BITS:,}")
+
+
+def _size_of_format(pattern: str | bytes, arguments: tuple) -> int:
+    """Of `"%5d" % x` or `"{:5}".format(x)`: its widths, and each value as often as there are places."""
+    text = pattern if isinstance(pattern, str) else pattern.decode("latin-1")
+    widths = sum(int(width[:10]) for width in re.findall(r"\d+", text))
+    numbers = sum(abs(value) for value in arguments if isinstance(value, int))  # can be widths too
+    places = 1 + text.count("%") + text.count("{")
+    return len(text) + widths + places * (weigh(arguments) + numbers)
+
+
+def _size_of_call(function: Any, arguments: tuple, named: dict) -> int:
+    """Of what a function or method makes, as far as it can be larger than what it gets."""
+    given = (*arguments, *named.values())
+    _check_numbers(given)
+    function = getattr(function, "__wrapped__", function)  # jinja wraps str.format
+    text, name = getattr(function, "__self__", None), getattr(function, "__name__", "")
+    if not isinstance(text, str | bytes) or not given:
+        return 1
+    if name in ("format", "format_map"):
+        return _size_of_format(text, given)
+    if name == "join":
+        return weigh(given) + len(text) * _size(given[0])
+    if name == "replace":
+        return _size_of_replacing(text, *given[:2])
+    if name == "translate":
+        return len(text) * (1 + weigh(given))
+    return len(text) * (1 + max(abs(value) for value in given if isinstance(value, int))) if name == "expandtabs" else 1
+
+
+def _size_of_replacing(text: Any, old: Any = "", new: Any = "", *_) -> int:
+    text, old, new = str(text), str(old), str(new)
+    return len(text) + (text.count(old) * max(0, len(new) - len(old)))
+
+
+def _check_numbers(values: Iterable[Any]) -> None:
+    for value in values:
+        if isinstance(value, int) and abs(value) > MAX_NUMBER:
+            raise TooMuch(f"gives a function a number above {MAX_NUMBER:,}")
+
+
+def _bounded(name: str, function: Callable) -> Callable:
+    """A filter that says how much it makes before it does."""
+
+    @functools.wraps(function)
+    def bounded(*args, **kwargs):
+        given = [value for value in args if not isinstance(value, Environment | Context | EvalContext)]
+        value, given = given[0] if given else None, (*given[1:], *kwargs.values())
+        _check_numbers(given)
+        size = _size(value) if name in SHALLOW else weigh(value) + weigh(given)
+        if name == "format":
+            size = _size_of_format(str(value), given)
+        elif name == "replace":
+            size = _size_of_replacing(value, *given[:2])
+        elif name in ("join", "indent", "tojson", "sum"):  # a separator, an indentation or a list for each item
+            size *= 1 + sum(value if isinstance(value, int) else _size(value) for value in given if value is not None)
+        spend(size)
+        return function(*args, **kwargs)
+
+    return bounded
+
+
+def _counted(items: Iterable, body: int) -> Iterator:
+    """What a loop goes through; each turn is counted."""
+    for item in items:
+        spend(1 + body)
+        yield item
+
+
+# --------------------------------------------------------------------------------------- transformers' own additions
+
+
+class _Generation(Extension):
+    """`{% generation %}…{% endgeneration %}` marks an answer for training; the text is what is inside."""
+
+    tags = {"generation"}  # noqa: RUF012 (as in jinja)
+
+    def parse(self, parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+class _Namespace(Namespace):
+    """Jinja's, without names that begin with an underscore."""
+
+    def __init__(*args, **kwargs) -> None:  # so that `namespace(self=...)` works
+        self, args = args[0], args[1:]
+        values = dict(*args, **kwargs)
+        for name in values:
+            _check_name(name)
+        Namespace.__init__(self, values)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        _check_name(name)
+        Namespace.__setitem__(self, name, value)
+
+
+def _check_name(name: Any) -> None:
+    if str(name).startswith("_"):
+        raise SecurityError(f"it stores {name!r} in a namespace")
+
+
+def _raise(message: str) -> None:
+    raise TemplateError(message)
+
+
+def _now(form: str) -> str:
+    return datetime.datetime.now().strftime(form)
+
+
+def _dict(*args, **kwargs) -> dict:
+    return dict(*args, **kwargs)
+
+
+def _to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
