@@ -1,7 +1,7 @@
-"""The token file for other trainers: what Megatron and nanotron need beside it, so that they read the same tokens.
+"""Token files for other trainers: what Megatron and nanotron need beside one to read the same tokens.
 
-Beside every token file `X.bin` lies `X.ends`: little-endian uint64, one per document, where it ends in tokens
-(exclusive). Both formats are made of that and of the token file's own bytes; the tokens are not encoded again.
+Beside every token file `X.bin` lies `X.ends`: little-endian uint64, the exclusive end of each document in tokens. Both
+formats are made from it and the token file's own bytes; nothing is encoded again.
 """
 
 import contextlib
@@ -18,11 +18,11 @@ from model.storage.files import TEMPORARY_SUFFIX, replacing
 from model.text.tokenization import tokenizer_folder, tokenizer_sha256
 from model.token_file.manifest import Manifest, ends_path, manifest_path, read_manifest
 
-BLOCK = 1 << 20  # documents that are in memory at a time: 8 MiB an array
+BLOCK = 1 << 20  # documents in memory at a time: 8 MiB an array
 COPY_BYTES = 16 << 20
 MEGATRON_MAGIC = b"MMIDIDX\x00\x00"
-MEGATRON_DTYPES = {"uint16": 8, "uint32": 4}  # 4 is int32: Megatron knows no uint32, and below 2^31 the bytes are equal
-UNKNOWN_TOKENIZER = "Unknown Tokenizer"  # datatrove's own words
+MEGATRON_DTYPES = {"uint16": 8, "uint32": 4}  # 4 is int32: Megatron has no uint32, and below 2^31 the bytes are equal
+UNKNOWN_TOKENIZER = "Unknown Tokenizer"  # datatrove's words
 REMAKE = "make it again with optimized_data_processing.py"
 
 
@@ -39,7 +39,7 @@ def export_megatron(token_path: str | Path, say: Callable[[str], None]) -> list[
         the file that was written.
 
     Raises:
-        InputError: a file is missing, they do not belong together, or an id would not fit Megatron's int32.
+        InputError: a file is missing, the files do not belong together, or ids may exceed Megatron's int32.
     """
     token_path = Path(token_path)
     manifest = _checked_manifest(token_path)
@@ -71,20 +71,20 @@ def export_nanotron(
 ) -> list[Path]:
     """Write `X.ds`, `X.ds.index` and `X.ds.metadata` beside `X.bin`: datatrove's tokenized file, which nanotron reads.
 
-    `X.ds` is a hard link to `X.bin` where the file system has them, else a copy. The format is that of datatrove's
+    `X.ds` is a hard link to `X.bin` if the file system supports it, else a copy. The format is that of datatrove's
     src/datatrove/pipeline/tokens/tokenizer.py (`TokenizedFile`).
 
     Args:
         token_path: the token file.
         say: prints one line for the user.
-        tokenizer_path: folder of the tokenizer that made it; None: the embedded one, if that made it. nanotron loads
-            the tokenizer that the metadata names, so its absolute path is written there.
+        tokenizer_path: folder of the tokenizer that made the file; None: the embedded one, if it did. Its absolute path
+            goes into the metadata, from which nanotron loads it.
 
     Returns:
         the files that were written.
 
     Raises:
-        InputError: a file is missing, they do not belong together, or the given tokenizer is another than theirs.
+        InputError: a file is missing, the files do not belong together, or another tokenizer made them.
     """
     token_path = Path(token_path)
     manifest = _checked_manifest(token_path)
@@ -92,7 +92,7 @@ def export_nanotron(
     tokens, index, metadata = (token_path.with_suffix(suffix) for suffix in (".ds", ".ds.index", ".ds.metadata"))
     with replacing(index) as file, open(ends_path(token_path), "rb") as ends:
         shutil.copyfileobj(ends, file, COPY_BYTES)
-        tokens.unlink(missing_ok=True)  # it comes back last: a crash leaves no tokens with the index of others
+        tokens.unlink(missing_ok=True)  # it is made last: a crash leaves no tokens with another file's index
     with replacing(metadata) as file:
         lines = [f"{name}|{np.dtype(manifest.dtype).itemsize}", str(manifest.tokens), _in_words(manifest.tokens)]
         file.write("\n".join(lines).encode("utf-8"))
@@ -104,10 +104,10 @@ def export_nanotron(
 
 
 def _checked_manifest(token_path: Path) -> Manifest:
-    """The manifest of a token file that is whole and whose document ends belong to it.
+    """The manifest of a token file, once the file is known to be whole and its document ends to belong to it.
 
     Raises:
-        InputError: it is not.
+        InputError: they do not.
     """
     if token_path.suffix != ".bin":
         raise InputError(
@@ -143,7 +143,7 @@ def _checked_manifest(token_path: Path) -> Manifest:
 
 
 def _documents(token_path: Path) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Where the documents start and end, in tokens: int64 [≤ BLOCK] each, block after block."""
+    """Starts and ends of the documents in tokens, int64 [≤ BLOCK] each, block after block."""
     with open(ends_path(token_path), "rb") as file:
         before = np.zeros(1, dtype=np.int64)
         while block := file.read(BLOCK * 8):
@@ -153,10 +153,10 @@ def _documents(token_path: Path) -> Iterator[tuple[np.ndarray, np.ndarray]]:
 
 
 def _tokenizer_name(token_path: Path, manifest: Manifest, tokenizer_path: str | Path | None) -> str:
-    """The absolute path of the tokenizer's folder; UNKNOWN_TOKENIZER where none is given and it isn't the embedded one.
+    """The absolute path of the tokenizer's folder; UNKNOWN_TOKENIZER if none is given and it is not the embedded one.
 
     Raises:
-        InputError: the given tokenizer is not the one that made the token file.
+        InputError: the given tokenizer did not make the token file.
     """
     folder = tokenizer_folder(tokenizer_path).resolve()
     if (found := tokenizer_sha256(folder)) == manifest.tokenizer_sha256:
@@ -170,9 +170,9 @@ def _tokenizer_name(token_path: Path, manifest: Manifest, tokenizer_path: str | 
 
 
 def _link_or_copy(source: Path, target: Path) -> str:
-    """Give `source` a second name, or copy it where the file system refuses that; which of the two it was."""
+    """Give `source` a second name, or copy it if the file system cannot; returns which of the two."""
     temporary = target.with_name(target.name + TEMPORARY_SUFFIX)
-    # A temporary name that a crash left behind may be a link to the source: writing to it would destroy the source.
+    # A crash may have left a link to the source under the temporary name: writing to it would destroy the source.
     temporary.unlink(missing_ok=True)
     with contextlib.suppress(OSError):
         os.link(os.path.realpath(source), temporary)  # of a link, its target
@@ -185,9 +185,9 @@ def _link_or_copy(source: Path, target: Path) -> str:
 
 
 def _in_words(count: int) -> str:
-    """Three digits with an SI prefix, "24.9 MT": `humanize.metric(count, unit="T")`, which datatrove writes."""
+    """Three digits with an SI prefix, "24.9 MT", as `humanize.metric(count, unit="T")`, which datatrove writes."""
     exponent = len(str(count)) - 1
-    for _ in range(2):  # the second time where rounding gives one digit more: 999,999 is 1.00 M
+    for _ in range(2):  # again if rounding adds a digit: 999,999 is 1.00 M
         scaled, digits = count / 1000 ** (exponent // 3), 2 - exponent % 3
         if round(scaled, digits) < 10 ** (exponent % 3 + 1):
             break

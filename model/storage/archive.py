@@ -1,11 +1,11 @@
-"""Files of tensors that notice damage: `torch.save`'s format with a SHA-256 behind it.
+"""Files of tensors that notice damage: `torch.save`'s format followed by a SHA-256.
 
-`torch.load` looks at no checksum: a flipped bit passes as a weight. Here the file ends with
+`torch.load` checks no checksum, so a flipped bit passes for a weight. Here the file ends with
 
     MateConv sha256 {64 hexadecimal digits}\n
 
-over everything before it, which `torch.load` and other readers of the format skip. A file is read back before it takes
-its place, and every byte is compared before anything is loaded from it.
+of everything before it, which `torch.load` and other readers of the format skip. A new file is read back before it
+replaces the old one, and every byte is checked before anything is loaded.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ from model.storage.files import replacing
 
 TRAILER_PREFIX, DIGEST_BYTES = b"MateConv sha256 ", 64
 
-# What zipfile and torch.load raise for files that were damaged, cut off, or made to look like what they are not.
+# What zipfile and torch.load raise for files that are damaged, truncated or forged.
 DAMAGE = (
     zipfile.BadZipFile, zlib.error, struct.error, pickle.UnpicklingError, EOFError, OSError, RuntimeError, ValueError,
     TypeError, LookupError, AttributeError, OverflowError, NotImplementedError, AssertionError, MemoryError,
@@ -37,16 +37,16 @@ DAMAGE = (
 
 
 def save_torch(path: str | Path, content: Mapping) -> None:
-    """`torch.save` that leaves the old file or the new one, whatever happens, and reads the new one back.
+    """`torch.save` that leaves either the old file or the new one, whatever happens, and reads the new one back.
 
     Raises:
-        InputError: the file cannot be written, or what was read back is not what was written.
+        InputError: the file cannot be written, or reads back differently.
     """
     with replacing(path, needed=tensor_bytes(content), check=_read_back) as file:
         hashing = _HashingWriter(file)
         try:
             torch.save(content, hashing)
-        except RuntimeError as error:  # torch's archive writer hides the system's error behind its own
+        except RuntimeError as error:  # torch's archive writer hides the system's error
             if not isinstance(error.__context__, OSError):
                 raise
             raise error.__context__ from error
@@ -54,7 +54,7 @@ def save_torch(path: str | Path, content: Mapping) -> None:
 
 
 class _HashingWriter:
-    """Passes what is written on to a file, and keeps its SHA-256."""
+    """Writes to a file and computes its SHA-256 on the way."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file, self.sha256 = file, hashlib.sha256()
@@ -69,13 +69,15 @@ class _HashingWriter:
 
 def _read_back(path: Path) -> None:
     with contextlib.suppress(AttributeError, OSError), open(path, "rb") as file:
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # from the disk, not from memory; Linux only
+        os.posix_fadvise(
+            file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED
+        )  # read from the disk, not from the cache; Linux only
     if not digest_is_right(path):
         raise InputError(f"{path}: what was read back is not what was written; the disk is failing")
 
 
 def digest_is_right(path: Path) -> bool | None:
-    """Whether a file's SHA-256 is the one at its end; None where the file has none."""
+    """Whether a file's SHA-256 is the one at its end; None if it has none."""
     size = path.stat().st_size
     with open(path, "rb") as file:
         file.seek(max(0, size - TRAILER_BYTES))
@@ -91,12 +93,12 @@ def digest_is_right(path: Path) -> bool | None:
 
 
 def load_torch(path: str | Path, own: bool = False) -> dict:
-    """`torch.load(weights_only=True)` onto the CPU, after every byte was compared with the file's SHA-256.
+    """`torch.load(weights_only=True)` onto the CPU, after every byte was checked against the file's SHA-256.
 
-    Files of others, which have none, are compared with the checksums of their zip records.
+    Files of other programs, which have none, are checked against the checksums of their zip records.
 
     Args:
-        own: the file must have a SHA-256, as those that this program writes have.
+        own: the file must have a SHA-256, as all files that this program writes.
 
     Raises:
         InputError: the file is missing, truncated, damaged, not a dict, or holds more than tensors and plain values.
@@ -125,7 +127,7 @@ def load_torch(path: str | Path, own: bool = False) -> dict:
 
 
 def _checked_records(path: Path, own: bool) -> dict[str, int]:
-    """The sizes of a file's records by name, after every byte of it was compared with a checksum."""
+    """The sizes of a file's records by name, after every byte was checked."""
     if kind := other_kind(path):
         raise InputError(f"{path}: it is {kind}")
     right = digest_is_right(path)
@@ -142,7 +144,7 @@ def _checked_records(path: Path, own: bool) -> dict[str, int]:
 
 
 def _take_into_memory(content) -> None:
-    """Copy tensors out of the file that they are mapped from; those that share a storage still do."""
+    """Copy mapped tensors into memory, so that the file may change; those that share a storage still do."""
     copies = {}
     with torch.no_grad():
         for _, tensor in named_tensors(content):

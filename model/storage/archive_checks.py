@@ -15,16 +15,15 @@ from torch import Tensor
 
 from model.errors import InputError, shown
 
-MAX_PICKLE_BYTES = 16 << 20  # the values of a checkpoint without its tensors take a few hundred kB
-MAX_DIRECTORY_BYTES = 16 << 20  # a hundred thousand tensors
-TRAILER_BYTES = 81  # that our own files have after the archive
-HEADER_BYTES = 30  # of a record, before its name
-END_BYTES = 22  # of the record that ends an archive
-END_64_BYTES = 56 + 20  # of the two records before that one which an archive of 4 GB or more needs
-LONG = 0xFFFFFFFF  # stands for a number that one of those two holds
+MAX_PICKLE_BYTES = 16 << 20  # a checkpoint's values without its tensors take a few hundred kB
+MAX_DIRECTORY_BYTES = 16 << 20  # 100,000 tensors
+TRAILER_BYTES = 81  # what our own files have after the archive
+HEADER_BYTES = 30  # a record's header, without its name
+END_BYTES = 22  # the record that ends an archive
+END_64_BYTES = 56 + 20  # the two records before it in an archive of 4 GB or more
 
 SAVE_AGAIN = "load it where it was made, and save its state_dict() with torch.save"
-KINDS = {  # by their first bytes, what else is found under the name of weights
+KINDS = {  # other files that pass for weights, by their first bytes
     b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19.": "torch's format before version 1.6; convert it with"
     " torch.save(torch.load(OLD, weights_only=True), NEW)",
     b"\x80": f"a bare pickle, which could run code; {SAVE_AGAIN}",
@@ -44,7 +43,7 @@ KINDS = {  # by their first bytes, what else is found under the name of weights
 
 
 def other_kind(path: Path) -> str | None:
-    """What a file is that is no zip archive, with what to do; None where that is unknown."""
+    """What a file is instead of a zip archive, and what to do; None if that is unknown."""
     with open(path, "rb") as file:
         start = file.read(262)
     if start[8:10] == b'{"' and int.from_bytes(start[:8], "little") < path.stat().st_size:
@@ -55,15 +54,14 @@ def other_kind(path: Path) -> str | None:
 
 
 def check_records(path: Path) -> dict[str, int]:
-    """Check a zip archive's directory: torch could have written it, and nothing in it unpacks to more than its size.
-
-    Every record is stored as it is, lies within the file and over no other.
+    """Check a zip archive's directory: every record is uncompressed, lies within the file, and overlaps no other, as in
+    archives that torch writes.
 
     Returns:
-        the size of each record, by its name within the archive's one folder.
+        the size of each record, by its name within the archive's only folder.
 
     Raises:
-        InputError: something in it is not as torch writes it.
+        InputError: torch writes no such archive.
         zipfile.BadZipFile: it is damaged, or two readers could find different records in it.
     """
     with open(path, "rb") as file:
@@ -85,7 +83,7 @@ def check_records(path: Path) -> dict[str, int]:
 
 
 def _directory(file: BinaryIO) -> int:
-    """Where an archive's directory begins. It must end where the records begin that end the file, as for any reader."""
+    """Where an archive's directory begins, which is unambiguous: the records that end the file follow it at once."""
     size = os.fstat(file.fileno()).st_size
     for end in (size - END_BYTES, size - END_BYTES - TRAILER_BYTES):
         file.seek(max(0, end - END_64_BYTES))
@@ -113,7 +111,7 @@ def _number(content: bytes) -> int:
 
 
 def _problem_of_records(records: list[zipfile.ZipInfo]) -> str | None:
-    """What torch does not write; None where all of the records are as it writes them."""
+    """Why torch did not write these records; None if it could have."""
     for record in records:
         if record.compress_type != zipfile.ZIP_STORED or record.file_size != record.compress_size:
             return f"the record {shown(record.filename)} is compressed to {record.compress_size:,} bytes"
@@ -136,7 +134,7 @@ def _problem_of_records(records: list[zipfile.ZipInfo]) -> str | None:
 
 
 def named_tensors(content) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor in nested dicts, lists and tuples once, with the keys that lead to it: "model.norm.weight"."""
+    """Every tensor in nested dicts, lists and tuples, once, with the keys that lead to it: "model.norm.weight"."""
     waiting, seen = [("", content)], set()
     while waiting:
         name, value = waiting.pop()
@@ -152,7 +150,7 @@ def named_tensors(content) -> Iterator[tuple[str, Tensor]]:
 
 
 def check_tensors(content, path: str | Path, sizes: Iterable[int]) -> None:
-    """See that every tensor that was loaded is a plain one, within a storage that is a record of the file.
+    """See that every loaded tensor is a plain one, in a storage of the size of one of the file's records.
 
     Args:
         content: nested dicts, lists and tuples, as `torch.load` returned them.
@@ -176,7 +174,7 @@ def check_tensors(content, path: str | Path, sizes: Iterable[int]) -> None:
 
 
 def tensor_problem(tensor: Tensor) -> str | None:
-    """Why a tensor from a file is not used; None where it is."""
+    """Why a tensor from a file is not used; None if it is."""
     if type(tensor) not in (Tensor, torch.nn.Parameter):
         return f"is a {type(tensor).__name__}"
     if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_nested or tensor.device.type == "meta":
