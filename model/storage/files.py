@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, BinaryIO
@@ -94,6 +95,39 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
         raise InputError(f"{folder}: cannot be written ({error.strerror or error})") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def cached_folder(folder: Path, whole: str, fill: Callable[[Path], None]) -> Path:
+    """A folder of the cache; one that is not there is filled first.
+
+    Several processes may fill it at once: each fills a folder of its own, and the first to finish gives it the name.
+
+    Args:
+        whole: a file that a filled folder has.
+        fill: called with an empty folder.
+
+    Raises:
+        InputError: the folder cannot be written; and what `fill` raises.
+    """
+    if (folder / whole).is_file():
+        return folder
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(
+            prefix=folder.name + ".", dir=folder.parent, ignore_cleanup_errors=True
+        ) as own:
+            filled = Path(own) / folder.name
+            filled.mkdir()
+            fill(filled)
+            if folder.exists() and not (folder / whole).is_file():  # somebody removed files from it
+                shutil.rmtree(folder, ignore_errors=True)
+            with contextlib.suppress(OSError):  # another process was first
+                os.replace(filled, folder)
+        if not (folder / whole).is_file():
+            raise InputError(f"{folder}: cannot be written; remove it, or set MATECONV_CACHE to another folder")
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be written ({error.strerror or error})") from error
+    return folder
 
 
 def check_is_new(path: Path) -> None:

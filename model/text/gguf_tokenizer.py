@@ -17,10 +17,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from model.errors import InputError, first_line, shown
+from model.errors import InputError, shown
 from model.LMConfig import MOST_TOKENS
-from model.storage.files import cache_folder, files_of_set, new_folder, replacing, write_json
+from model.storage.files import cache_folder, cached_folder, files_of_set, replacing, write_json
 from model.storage.gguf_header import GGUFFile, Refused, Value, list_of_values, single_value
+from model.text.encoder import library_errors
 from model.text.merge_scores import merges_of, scores_of
 from model.text.pre_tokenizers import BY_NAME, PRE_TOKENIZERS, as_json, find_name
 from model.text.tokenizer_folder import TokenizerFolder, read_folder
@@ -224,10 +225,7 @@ def _unpacked_tokenizer(path: Path, size: int, modified: int) -> Path:
         content.update(f"{key} {[*map(int, fields[key].types)]} {fields[key].count}\n".encode())
         content.update(fields[key].content)
     folder = cache_folder() / "tokenizers" / content.hexdigest()[:24]
-    if not (folder / "tokenizer.json").is_file():
-        with new_folder(folder) as temporary:
-            read_tokenizer(fields, temporary, path)
-    return folder
+    return cached_folder(folder, "tokenizer.json", lambda target: read_tokenizer(fields, target, path))
 
 
 def read_tokenizer(fields: Mapping[str, Value], target: str | Path, source: str | Path) -> None:
@@ -255,11 +253,9 @@ def read_tokenizer(fields: Mapping[str, Value], target: str | Path, source: str 
         template = single_value(fields, "tokenizer.chat_template", str)
         if template is not None and len(template) > MOST_TEMPLATE_CHARACTERS:
             raise Refused(f"the chat template has {len(template):,} characters, at most {MOST_TEMPLATE_CHARACTERS:,}")
-        try:
+        with library_errors("the tokenizers library refuses it"):
             tokenizer = Tokenizer.from_str(json.dumps(vocabulary.as_json(parts)))
-        except Exception as error:  # the library raises plain Exception
-            raise Refused(first_line(error)) from error
-    except Refused as error:
+    except (Refused, InputError) as error:
         raise InputError(f"{source}: its tokenizer cannot be used: {error}") from error
     with replacing(target / "tokenizer.json") as file:
         file.write(tokenizer.to_str(pretty=True).encode("utf-8"))

@@ -5,7 +5,7 @@ import os
 import pytest
 
 from model.errors import InputError
-from model.storage.files import refuse_overwriting, refuse_overwriting_inputs
+from model.storage.files import cached_folder, refuse_overwriting, refuse_overwriting_inputs
 
 
 def test_an_output_that_is_an_input_is_refused_under_any_name(tmp_path, monkeypatch):
@@ -36,3 +36,38 @@ def test_an_output_that_would_replace_something_is_refused(tmp_path):
         refuse_overwriting("output", tmp_path)
     for free in (empty, tmp_path / "new", os.devnull):
         refuse_overwriting("output", free)
+
+
+def test_the_first_to_fill_a_cached_folder_wins(tmp_path):
+    """Another process fills it while this one does: both get the same whole folder, and nothing else is left."""
+    folder = tmp_path / "cache" / "a"
+
+    def fill_meanwhile(target):
+        (target / "whole").write_text("second")
+        cached_folder(folder, "whole", lambda other: (other / "whole").write_text("first"))
+
+    assert cached_folder(folder, "whole", fill_meanwhile) == folder
+    assert (folder / "whole").read_text() == "first"
+    assert [path.name for path in folder.parent.iterdir()] == ["a"]
+    cached_folder(folder, "whole", lambda other: pytest.fail("it is there"))
+
+
+def test_a_cached_folder_is_filled_again_where_a_file_is_gone(tmp_path):
+    folder = tmp_path / "a"
+    folder.mkdir()
+    (folder / "other").write_text("")
+    cached_folder(folder, "whole", lambda target: (target / "whole").write_text("1"))
+    assert [path.name for path in folder.iterdir()] == ["whole"]
+
+
+def test_a_cached_folder_that_cannot_be_filled_leaves_nothing(tmp_path):
+    def fail(target):
+        (target / "half").write_text("")
+        raise InputError("damaged")
+
+    with pytest.raises(InputError, match="damaged"):
+        cached_folder(tmp_path / "a", "whole", fail)
+    assert not any(tmp_path.iterdir())
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot be written"):
+        cached_folder(tmp_path / "file" / "a", "whole", fail)

@@ -1,7 +1,10 @@
 """The tokenizer inside a GGUF file. llama.cpp itself is asked in tests/text/gguf_tokenizers.py."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import gguf
@@ -580,3 +583,30 @@ def test_more_tokens_than_there_can_be(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "MOST_TOKENS", 6000)
     with pytest.raises(InputError, match="tokens has 6,400 values, at most 6,000 expected"):
         through_gguf(EMBEDDED_TOKENIZER, tmp_path)
+
+
+UNPACK = """
+import pathlib, sys, time
+from model.text.gguf_tokenizer import unpacked_tokenizer
+print("ready", flush=True)
+sys.stdin.readline()
+folder = unpacked_tokenizer(pathlib.Path(sys.argv[1]))
+print(folder, sorted(path.name for path in folder.iterdir()), len((folder / "tokenizer.json").read_bytes()))
+"""
+
+
+def test_processes_that_unpack_one_file_at_once_do_not_disturb_each_other(tmp_path):
+    write_gguf(tmp_path / "model.gguf", EMBEDDED_TOKENIZER)
+    environment = os.environ | {"MATECONV_CACHE": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", UNPACK, str(tmp_path / "model.gguf")]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    processes = [subprocess.Popen(command, env=environment, encoding="utf-8", **pipes) for _ in range(6)]
+    for process in processes:  # all of them start at once
+        assert process.stdout.readline() == "ready\n"
+    for process in processes:
+        process.stdin.write("\n")
+        process.stdin.flush()
+    said = {process.communicate() for process in processes}
+    assert [process.returncode for process in processes] == [0] * 6, said
+    assert len(said) == 1 and "['generation_config.json', 'tokenizer.json', 'tokenizer_config.json']" in str(said)
+    assert len(list((tmp_path / "cache" / "tokenizers").iterdir())) == 1
