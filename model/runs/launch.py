@@ -1,9 +1,13 @@
 """Several processes on this machine, started by torchrun's own code, with an exit code that can be relied on.
 
-`torchrun` itself exits with 1 whatever its workers exited with, and also where all of them were interrupted and saved.
+`torchrun` itself exits with 1 whatever its workers exited with, also where all of them were interrupted and saved. And
+it kills them 30 s after Ctrl-C, or at once at the second one, while they may still be saving.
 """
 
+import functools
 import os
+import signal
+import sys
 import threading
 import time
 from pathlib import Path
@@ -14,24 +18,28 @@ from model.runs.status import STATUS_FILE, read_status
 from model.runs.supervisor import INTERRUPTED, exit_code, file_identity
 
 PROCESS_LOST = ProcessLost.exit_code  # of a process that ends because another one of the run did
+SECONDS_TO_SAVE = 300.0  # that workers have after Ctrl-C
+TORCHRUN_SECONDS_TO_SAVE = 30.0  # that they have under plain torchrun
+OURS = "MATECONV_LAUNCHER"  # set in the environment of our own workers
 
 
 def launch(processes: int, command: list[str], out_dir: Path) -> int:
-    """Run `python command…` in several processes; returns the exit code of the one that failed first.
+    """Run `python command…` in several processes; returns the exit code of the first that failed.
 
-    torchrun's settings can be given in its environment variables PET_*: with PET_RDZV_ENDPOINT and PET_NNODES the same
-    command on each of several machines makes one run.
+    PET_* environment variables set torchrun's options: with PET_RDZV_ENDPOINT and PET_NNODES, the same command on each
+    of several machines makes one run.
 
     Args:
         processes: how many, on this machine.
         command: the script and its arguments.
-        out_dir: the run's folder, whose status.json tells whether it was interrupted.
+        out_dir: the run's folder; its status.json says whether it was interrupted.
     """
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
 
-    os.environ.setdefault("PET_SHUTDOWN_TIMEOUT", "300")  # seconds that workers have for saving when they are stopped
+    os.environ[OURS] = "1"
+    _let_workers_save()
     where = [] if "PET_RDZV_ENDPOINT" in os.environ else ["--standalone"]
     before = file_identity(out_dir / STATUS_FILE)
     try:
@@ -39,7 +47,7 @@ def launch(processes: int, command: list[str], out_dir: Path) -> int:
         code = 0
     except ChildFailedError as error:
         codes = [error.get_first_failure()[1].exitcode, *(failure.exitcode for failure in error.failures.values())]
-        code = next((code for code in codes if code != PROCESS_LOST), PROCESS_LOST)  # the cause, not what came of it
+        code = next((code for code in codes if code != PROCESS_LOST), PROCESS_LOST)  # the cause, not its effects
     except SignalException as error:
         code = -int(error.sigval)
     status = read_status(out_dir) if file_identity(out_dir / STATUS_FILE) != before else None
@@ -47,8 +55,61 @@ def launch(processes: int, command: list[str], out_dir: Path) -> int:
     return INTERRUPTED if stopped else exit_code(code)
 
 
+class _Impatient(Exception):
+    """The user asked a third time."""
+
+
+def _let_workers_save() -> None:
+    """Make torchrun wait for SECONDS_TO_SAVE after a signal, and not at all after the third one.
+
+    torch 2.10 has no option for the first, and every version drops its workers at the second signal. (`PContext` is
+    public, and so is its `close`.)
+    """
+    from torch.distributed.elastic.multiprocessing import PContext, SignalException
+
+    close = PContext.close
+    if hasattr(close, "__wrapped__"):
+        return
+
+    @functools.wraps(close)
+    def close_patiently(self, death_sig=None, timeout=30) -> None:
+        if not isinstance(sys.exc_info()[1], SignalException):  # a worker failed, or all have ended
+            close(self, death_sig, timeout)
+            return
+        more = 0
+
+        def count(number: int, frame) -> None:
+            nonlocal more
+            more += 1
+            if more == 2:
+                raise _Impatient
+
+        before = {number: signal.signal(number, count) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            close(self, death_sig, int(SECONDS_TO_SAVE))
+        except _Impatient:
+            close(self, getattr(signal, "SIGKILL", signal.SIGTERM), 1)
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    PContext.close = close_patiently
+
+
+def advice_on_slow_saves(seconds: float) -> str | None:
+    """What to say under plain torchrun where a save takes so long that it may be killed after Ctrl-C."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ or OURS in os.environ:
+        return None
+    names = ("PET_SHUTDOWN_TIMEOUT", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT")
+    limit = float(next((os.environ[name] for name in names if name in os.environ), TORCHRUN_SECONDS_TO_SAVE))
+    if seconds < limit / 2:
+        return None
+    ways = "start with python train.py --nproc_per_node=N, or give torchrun --shutdown_timeout=300 (torch 2.13)"
+    return f"saving took {seconds:.0f} s, and torchrun kills its workers {limit:.0f} s after Ctrl-C: {ways}"
+
+
 def end_with_parent(seconds: float = 0.5) -> None:
-    """End this process (exit code 3) soon after the one that started it: no worker trains on without torchrun."""
+    """End this process (exit code 3) soon after its parent: no worker trains on without torchrun."""
     parent = os.getppid()
 
     def watch() -> None:

@@ -1,24 +1,26 @@
-"""Saving while training goes on: a copy of the state is taken at once, and written by a thread."""
+"""Saving while training goes on: the state is copied at once, and a thread writes the copy."""
 
 import queue
 import threading
+import time
 from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
 from model.errors import InputError, TrainingDiverged
+from model.runs.launch import advice_on_slow_saves
 from model.storage.archive import is_finite
 
-MAX_FAILURES = 3  # saves that failed in a row before the run ends
-MAX_WAITING = 2  # copies that wait to be written: weights and a checkpoint of one step
+MAX_FAILURES = 3  # failed saves in a row that end the run
+MAX_WAITING = 2  # copies that wait to be written: the weights and the checkpoint of one step
 
 
 class BackgroundSaver:
     """Writes one file after another in a thread.
 
-    A save that fails for want of space, or of the folder, is told and left: the run goes on, and the next one of its
-    kind tries again, until MAX_FAILURES have failed in a row.
+    A save that fails because the disk is full or the folder is gone is reported; the run continues, and the next save
+    of that kind tries again. MAX_FAILURES in a row end the run.
 
     Args:
         say: prints one line for the user.
@@ -26,10 +28,11 @@ class BackgroundSaver:
 
     def __init__(self, say: Callable[[str], None]) -> None:
         self._say = say
-        self._failures: dict[str, int] = {}  # in a row, of each kind
+        self._failures: dict[str, int] = {}  # in a row, by kind
         self._error: BaseException | None = None
         self._jobs = queue.Queue()
         self._free = threading.Semaphore(MAX_WAITING)
+        self._advised = False  # about slow saves, once
         self._thread = threading.Thread(target=self._work, name="saver", daemon=True)
         self._thread.start()
 
@@ -40,14 +43,14 @@ class BackgroundSaver:
         write: Callable[[Mapping], None],
         every_second: Callable[[], None] = lambda: None,
     ) -> None:
-        """Copy `content` and have `write(copy)` called in the thread; waits only where too many are waiting already.
+        """Copy `content`, for the thread to call `write(copy)`; waits only while MAX_WAITING copies wait already.
 
         Args:
-            kind: what is saved; the next of the same kind makes a failed one good.
+            kind: what is saved; a save that succeeds clears the earlier failures of its kind.
             every_second: called while waiting.
 
         Raises:
-            InputError, TrainingDiverged: of an earlier save, as `check`.
+            InputError, TrainingDiverged: of an earlier save, see `check`.
         """
         self.check()
         while not self._free.acquire(timeout=1):
@@ -59,28 +62,28 @@ class BackgroundSaver:
             raise
 
     def check(self) -> None:
-        """Raise what should end the run: too many saves failed in a row, or there was something that no save can mend.
+        """Raise what must end the run: too many failed saves in a row, or a fault that no later save can repair.
 
         Raises:
             InputError: the last MAX_FAILURES files could not be written.
-            TrainingDiverged: weights, optimizer or average held numbers that are not finite; they were not written.
+            TrainingDiverged: weights, optimizer state or moving average were not finite, and so were not written.
         """
         if self._error is not None:
             raise self._error
 
     def is_idle(self) -> bool:
-        """Whether all is written."""
+        """Whether everything is written."""
         return self._jobs.unfinished_tasks == 0
 
     def wait(self, every_second: Callable[[], None] = lambda: None) -> None:
-        """Wait until all is written.
+        """Wait until everything is written.
 
         Args:
             every_second: called while waiting.
 
         Raises:
             InputError: the last save of some kind failed.
-            TrainingDiverged: as `check`.
+            TrainingDiverged: see `check`.
         """
         done = threading.Event()
         self._jobs.put(("", None, lambda _: done.set()))
@@ -89,11 +92,11 @@ class BackgroundSaver:
         self.check()
         if self._failures:
             names = ", ".join(self._failures)
-            raise InputError(f"the last {names} could not be saved (see above); what was saved before is whole")
+            raise InputError(f"the last {names} could not be saved (see above); earlier files are intact")
 
     def _work(self) -> None:
-        # A second team of OpenMP threads makes more threads than cores, and GNU's library then lets all of them sleep
-        # between operations: training on a CPU went on at two thirds of its speed. This counts for this thread alone.
+        # With a second team of OpenMP threads there are more threads than cores, and GNU's library lets all of them
+        # sleep between operations: training on a CPU ran at two thirds of its speed. This setting is the thread's own.
         torch.set_num_threads(1)
         while True:
             kind, content, write = self._jobs.get()
@@ -104,11 +107,13 @@ class BackgroundSaver:
             try:
                 if not is_finite(content):
                     raise TrainingDiverged(
-                        "the weights, the optimizer's state or the average hold numbers that are not finite, and were"
-                        " not saved; lower learning_rate, then --resume from the last checkpoint"
+                        "weights, optimizer state or moving average are not finite and were not saved; lower"
+                        " learning_rate, then --resume from the last checkpoint"
                     )
+                begin = time.monotonic()
                 write(content)
                 self._failures.pop(kind, None)
+                self._advise(time.monotonic() - begin)
             except InputError as error:
                 self._failures[kind] = self._failures.get(kind, 0) + 1
                 self._say(f"not saved: {error}")
@@ -121,9 +126,15 @@ class BackgroundSaver:
                 self._free.release()
                 self._jobs.task_done()
 
+    def _advise(self, seconds: float) -> None:
+        """Say once if a save takes so long that torchrun may kill it after Ctrl-C."""
+        if not self._advised and (advice := advice_on_slow_saves(seconds)) is not None:
+            self._advised = True
+            self._say(advice)
+
 
 def copy_to_cpu(content):
-    """A copy of nested dicts, lists and tuples with all tensors on the CPU; those that share a storage still do."""
+    """A copy of nested dicts, lists and tuples with all tensors on the CPU; shared storages stay shared."""
     return _copy(content, {})
 
 

@@ -1,0 +1,91 @@
+"""Processes started by `launch` have time to save after Ctrl-C; only the third one cuts them off."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from model.runs import launch
+from tests.conftest import ROOT
+from tests.training.test_training import ONE_THREAD
+
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals as POSIX has them")
+
+# A worker that needs three seconds to save, as a large model would.
+WORKER = """
+import os, signal, sys, time
+from pathlib import Path
+folder, saving = Path(__file__).parent, []
+for name in ("SIGINT", "SIGTERM"):
+    signal.signal(getattr(signal, name), lambda *_: saving.append(1))
+(folder / f"ready{os.environ['RANK']}").touch()
+while not saving:
+    time.sleep(0.05)
+end = time.monotonic() + 3
+while time.monotonic() < end:
+    time.sleep(0.05)
+if os.environ["RANK"] == "0":
+    from model.runs.status import Status
+    Status(folder, 2, 9).write("interrupted", 5)
+(folder / f"saved{os.environ['RANK']}").touch()
+"""
+DRIVER = """
+import sys
+from pathlib import Path
+from model.runs import launch
+launch.SECONDS_TO_SAVE = float(sys.argv[2])
+sys.exit(launch.launch(2, [sys.argv[1]], Path(sys.argv[1]).parent))
+"""
+
+
+def interrupt(folder, times, seconds_to_save=60):
+    """Start two workers, send Ctrl-C to all so often; the exit code, the seconds that it took, and who saved."""
+    worker = folder / "worker.py"
+    worker.write_text(WORKER)
+    process = subprocess.Popen(
+        [sys.executable, "-c", DRIVER, str(worker), str(seconds_to_save)],
+        env=ONE_THREAD | {"PYTHONPATH": str(ROOT)}, start_new_session=True, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    end = time.monotonic() + 100
+    while not all((folder / f"ready{rank}").exists() for rank in (0, 1)):
+        assert process.poll() is None and time.monotonic() < end, process.communicate()
+        time.sleep(0.05)
+    begin = time.monotonic()
+    for _ in range(times):
+        os.killpg(process.pid, signal.SIGINT)
+        time.sleep(0.4)
+    errors = process.communicate(timeout=100)[1]
+    assert "SignalException: " not in errors, errors
+    saved = [rank for rank in (0, 1) if (folder / f"saved{rank}").exists()]
+    return process.returncode, time.monotonic() - begin, saved
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_workers_may_save_after_ctrl_c(tmp_path, times):
+    code, _, saved = interrupt(tmp_path, times)
+    assert (code, saved) == (130, [0, 1])
+
+
+def test_the_third_ctrl_c_waits_for_nobody(tmp_path):
+    code, seconds, saved = interrupt(tmp_path, 3)
+    assert (code, saved) == (130, []) and seconds < 3
+
+
+def test_the_time_to_save_is_limited(tmp_path):
+    code, seconds, saved = interrupt(tmp_path, 1, seconds_to_save=1)
+    assert (code, saved) == (130, [])
+
+
+def test_slow_saves_are_told_under_plain_torchrun_only(monkeypatch):
+    for name in ("PET_SHUTDOWN_TIMEOUT", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT", launch.OURS):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    assert launch.advice_on_slow_saves(10) is None
+    assert "saving took 20 s, and torchrun kills its workers 30 s after Ctrl-C" in launch.advice_on_slow_saves(20)
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "300")
+    assert launch.advice_on_slow_saves(20) is None
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID")
+    assert launch.advice_on_slow_saves(1000) is None
