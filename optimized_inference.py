@@ -33,7 +33,7 @@ from model.text.tokenization import encode_texts, end_ids, vocabulary_size
 from model.weights import load_weights
 from model.weights.find import find_weights
 from model.weights.load import fitting_tokenizer
-from utils import pick_device, pick_dtype, say
+from utils import pick_device, pick_dtype, print_text, say
 
 BATCH_BYTES = 4 << 30  # for the keys and values of all texts in a batch
 CONTEXT_BYTES = 1 << 30  # for those of one text; a longer context must be asked for
@@ -356,7 +356,7 @@ class TextGenerator:
 
 def _emitter(stream: bool, callback: Callable[[str], None] | None) -> Callable[[str], None] | None:
     if callback is None and stream:
-        return lambda piece: print(piece, end="", flush=True)
+        return lambda piece: print_text(piece, end="")
     return callback
 
 

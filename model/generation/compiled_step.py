@@ -39,7 +39,7 @@ class CompiledStep:
     """A compiled DecodeStep with a model's weights, and the keys and values of one text.
 
     Attributes:
-        reader: the Rows whose text that is; to be set by whoever takes the step over.
+        reader: the Rows whose text it holds, which set this when they take the step over.
     """
 
     def __init__(self, path: Path, model: Transformer, int8: bool = False) -> None:
@@ -116,7 +116,7 @@ class CompiledFiles(NamedTuple):
         )
 
     def exist(self) -> bool:
-        return all(path.exists() for path in self)
+        return all(os.path.exists(path) for path in self)  # False for a folder that may not be read
 
     def delete(self) -> None:
         for path in self:
@@ -179,7 +179,10 @@ def _processor() -> str:
 class Compiler:
     """A process of low priority that compiles a model's code into its files; it ends with this process.
 
-    Ctrl-C in the terminal does not reach it: that stops what the user started.
+    Ctrl-C in the terminal does not reach it: the user stops an answer with it, and did not start this.
+
+    Raises:
+        OSError: the folder cannot be written, or the process cannot be started.
     """
 
     def __init__(self, model: Transformer, int8: bool, cache_dtype: torch.dtype, files: CompiledFiles) -> None:

@@ -61,7 +61,11 @@ class Engine:
             self._files = CompiledFiles.of(model, int8, self.dtype)
             if compile and not self._files.exist():
                 say("compiling the decode step, once for this shape and machine: half a minute or so")
-                if (problem := self._new_compiler().wait()) is not None:
+                try:
+                    problem = self._new_compiler().wait()
+                except OSError as error:
+                    problem = first_line(error)
+                if problem is not None:
                     raise InputError(f"compile: the decode step cannot be compiled ({problem}); omit --compile")
 
     def fits(self, model: Transformer, int8: bool, compile: bool | None) -> bool:
@@ -123,18 +127,23 @@ class Engine:
         if self._compiler is None or self._compiler.running:
             return
         problem, self._compiler = self._compiler.problem(), None
-        if problem is None:
-            return
-        last = problem == NO_COMPILER or self._attempts == ATTEMPTS
-        self._say(f"decoding: eager; compiling the step failed ({problem}){'' if last else ', trying once more'}")
-        if last:
-            self._files = None
+        if problem is not None:
+            self._note_failure(problem, last=problem == NO_COMPILER or self._attempts == ATTEMPTS)
 
     def _compile_in_background(self) -> None:
         self._attempts += 1
+        try:
+            self._compiler = self._new_compiler()
+        except OSError as error:  # a cache that cannot be written, no memory for a process
+            self._note_failure(first_line(error), last=True)
+            return
         if self._attempts == 1:
             self._say("decoding: eager; a faster, compiled step is being made in the background and kept for later")
-        self._compiler = self._new_compiler()
+
+    def _note_failure(self, problem: str, last: bool) -> None:
+        self._say(f"decoding: eager; compiling the step failed ({problem}){'' if last else ', trying once more'}")
+        if last:
+            self._files = None
 
     def _new_compiler(self) -> Compiler:
         return Compiler(self._model, self._int8, self.dtype, self._files)

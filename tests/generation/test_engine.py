@@ -10,9 +10,10 @@ import time
 import pytest
 import torch
 
+from model.errors import InputError
 from model.generation.compiled_step import sources_of
 from model.generation.decode_step import BatchAttention, DecodeStep, quantized
-from model.generation.engine import WORTH_COMPILING, Engine
+from model.generation.engine import CHECKSUM_WIDTH, WORTH_COMPILING, Engine, _blocks
 from model.generation.inference_model import InferenceModel, packs
 from model.generation.rows import Rows
 from model.kv_cache import KVCache
@@ -119,6 +120,14 @@ def test_any_change_of_a_weight_is_seen(tiny_model, change, dtype):
     assert not engine.fits(model, False, None)
     weight.data.copy_(before)
     assert engine.fits(model, False, None)
+
+
+def test_weights_on_a_gpu_have_the_same_checksum(tiny_model):
+    for parameter in tiny_model.parameters():
+        for block in _blocks(parameter):
+            assert torch.equal(block.sum(0), torch.from_numpy(block.numpy().sum(0)))  # as on a GPU, and as on a CPU
+    whole = torch.randn(3 * CHECKSUM_WIDTH)
+    assert sum(block.numel() for block in _blocks(whole[1:])) == 2 * CHECKSUM_WIDTH  # 8 bytes each, and padding
 
 
 def test_texts_come_from_the_weights_as_they_are(tiny_model, tokenizer):
@@ -279,6 +288,18 @@ def test_a_compiler_that_fails_twice_is_left_alone(tiny_model, tmp_path, monkeyp
         if engine._compiler is not None:
             engine._compiler._process.wait()
     assert [line.count("failed (exit code 1)") for line in said] == [0, 1, 1] and "once more" not in said[-1]
+
+
+def test_a_cache_that_cannot_be_written_is_one_line(tiny_model, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("MATECONV_CACHE", str(tmp_path / "file"))
+    said = []
+    engine = Engine(tiny_model, say=said.append)
+    for _ in range(2):
+        assert engine.compiled_for(repeatable=False, more_to_come=True) is None
+    assert len(said) == 1 and "compiling the step failed" in said[0]
+    with pytest.raises(InputError, match="compile: the decode step cannot be compiled .*; omit --compile"):
+        Engine(tiny_model, compile=True)
 
 
 def test_compiled_code_is_kept_for_all_the_sources_that_it_is_made_from():
