@@ -30,15 +30,13 @@ class BulkEncoder:
     """Encodes lists of texts into one flat array. A control token that a text spells out stays text."""
 
     def __init__(self, choice: EncoderChoice) -> None:
-        self.name = choice.name
+        self.name, self._json, self._slow = choice.name, choice.tokenizer_json, None
+        self._encode = self._encode_slowly
         if choice.package == "fastokens":
             import fastokens
 
-            self._tokenizer = fastokens.Tokenizer.from_json_str(choice.tokenizer_json)
+            self._fast = fastokens.Tokenizer.from_json_str(choice.tokenizer_json)
             self._encode = self._encode_fast
-        else:
-            self._tokenizer, self._quiet = load_backend(choice.tokenizer_json), can_panic(choice.tokenizer_json)
-            self._encode = self._encode_slowly
 
     def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Ids of all texts one after another, uint32, and how many each has, int64 [len(texts)]; no bos, no eos."""
@@ -47,12 +45,20 @@ class BulkEncoder:
         return self._encode(list(texts))
 
     def _encode_slowly(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        encoded = encode_batch(self._tokenizer, texts, self._quiet)
+        self._slow = self._slow or load_backend(self._json)
+        encoded = encode_batch(self._slow, texts, can_panic(self._json))
         lengths = np.array([len(ids) for ids in encoded], dtype=np.int64)
         return np.fromiter((index for ids in encoded for index in ids), np.uint32, count=int(lengths.sum())), lengths
 
     def _encode_fast(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        ids, offsets = self._tokenizer.encode_batch_flat(texts, split_special_tokens=True)
+        try:
+            ids, offsets = self._fast.encode_batch_flat(texts, split_special_tokens=True)
+        except ValueError:  # it refuses a symbol without a token, which tokenizers skips and LossCounter counts
+            if len(texts) == 1:
+                return self._encode_slowly(texts)
+            half = len(texts) // 2
+            parts = self._encode_fast(texts[:half]), self._encode_fast(texts[half:])
+            return tuple(map(np.concatenate, zip(*parts, strict=True)))
         return np.frombuffer(ids, "<u4"), np.diff(np.frombuffer(offsets, "<u8").astype(np.int64))
 
 

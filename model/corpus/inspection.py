@@ -23,7 +23,6 @@ TAR_ENDINGS = (".tar", ".tgz", ".tbz2", ".txz", ".tar.gz", ".tar.bz2", ".tar.xz"
 TABLES = (".csv", ".tsv")
 CHAT_KEYS = ("messages", "conversations", "conversation", "dialogue", "chat")
 ENCODINGS = {"gb18030": (0xB0, 0xD7), "big5": (0xA4, 0xC6)}  # lead bytes of the characters that most text consists of
-UNREAD_REASONS = ("bad_utf8", "bad_json", "not_an_object", "no_text")  # those of lines that hold no text
 LIKELY_SHARE, FEWEST_CHARACTERS = 0.5, 4  # of common characters, by which an encoding is told
 EXAMPLES = 20  # lines that are looked at to say what a file holds
 MOST_KEYS = 8  # that a message lists
@@ -147,14 +146,14 @@ def describe_lines(lines: Sequence[bytes], reason: str, text_field: str, path: s
         lines: some that were rejected for `reason`.
         path: of the file that they are from.
     """
-    clause = _describe(lines, text_field, path) if reason in UNREAD_REASONS else ""
+    encoding = encoding_of(b"\n".join(lines)) if reason in ("bad_utf8", "bad_json") else None
+    clause = f"the text {describe_encoding(path, encoding)}" if encoding else ""
+    if reason in ("bad_json", "not_an_object", "no_text") and not encoding:
+        clause = _describe(lines, text_field)
     return f"; {clause}" if clause else ""
 
 
-def _describe(lines: Sequence[bytes], text_field: str, path: str | Path) -> str:
-    together = b"\n".join(lines)
-    if encoding := encoding_of(together):
-        return f"the text {describe_encoding(path, encoding)}"
+def _describe(lines: Sequence[bytes], text_field: str) -> str:
     values = [value for line in lines if (value := _parsed(line)) is not None]
     objects = [value for value in values if isinstance(value, dict)]
     if objects:
@@ -162,7 +161,7 @@ def _describe(lines: Sequence[bytes], text_field: str, path: str | Path) -> str:
     if values:
         kinds = sorted({{list: "arrays", str: "strings"}.get(type(value), "numbers") for value in values})
         return f"the lines are JSON {' and '.join(kinds)}, not objects"
-    start = together.removeprefix(BOM).strip()
+    start = b"\n".join(lines).removeprefix(BOM).strip()
     if re.match(rb"\{\s*'", start):
         return "the lines are Python's notation, not JSON: strings need double quotes, as json.dumps writes them"
     if start[:1] in (b"{", b"["):

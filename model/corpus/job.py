@@ -22,6 +22,7 @@ from model.corpus.finished import (
 from model.corpus.inspection import EXAMPLES, counts_text, describe_lines, nothing_read
 from model.corpus.job_folder import JobFolder, job_path
 from model.corpus.jsonl import parse_line, read_rejects
+from model.corpus.lost_text import unknown_id
 from model.corpus.merge import DocumentFile, Merger, RawLines
 from model.corpus.opening import TXT_DOCUMENTS, Source
 from model.corpus.options import ProcessingOptions
@@ -218,9 +219,12 @@ class Job:
         """Merge the parts into the finished files, and write down which they are; returns the counts."""
         if len(records) > 100:
             self.say(f"merging {len(records):,} parts")
-        vocab_size = self.tokenizer.vocab_size if self.tokenize else 0
-        delimiters = self.tokenizer.delimiters.count if self.tokenize else 0
-        statistics = Statistics([source.name for source in self.sources], vocab_size, delimiters)
+        statistics, vocab_size = Statistics([source.name for source in self.sources]), 0
+        if self.tokenize:
+            vocab_size, delimiters = self.tokenizer.vocab_size, self.tokenizer.delimiters.count
+            unknown = unknown_id(self.tokenizer.json)
+            statistics = Statistics([source.name for source in self.sources], vocab_size, delimiters, unknown)
+            statistics.lost_bytes = sum(record.get("lost_bytes", 0) for record in records.values())
         part_bytes = folder.planned()["part_bytes"]
         folder.start_merging()
         main, validation = (
@@ -315,8 +319,20 @@ class Job:
         if validation := summary["validation"]:
             tokens = f", {validation['tokens']:,} tokens" if self.tokenize else ""
             self.say(f"for validation: {validation['documents']:,} documents{tokens}")
+        self._warn_of_losses(summary)
         self._warn_of_rejects(summary, rejects)
         self.say(f"wrote {self.output} in {seconds:.1f} s ({self.size / 1e6 / max(seconds, 1e-9):.1f} MB/s)")
+
+    def _warn_of_losses(self, summary: dict) -> None:
+        """Say what of the texts the tokenizer has no token for."""
+        unknown, lost = (summary["vocabulary"][name] for name in ("unknown_tokens", "lost_bytes"))
+        remedy = "a tokenizer with a token for every byte loses nothing (--train_tokenizer makes one)"
+        if unknown:
+            share = _share_text(unknown / summary["tokens"])
+            self.say(f"warning: {unknown:,} tokens ({share}) are the unknown token, for text that has none; {remedy}")
+        if lost:
+            share = _share_text(lost / max(1, summary["utf8_bytes"]))
+            self.say(f"warning: {lost:,} bytes of the texts ({share}) have no token and are lost; {remedy}")
 
     def _warn_of_rejects(self, summary: dict, rejects: Path) -> None:
         """Say loudly that so much was rejected that something may be wrong."""
@@ -330,6 +346,10 @@ class Job:
                 f"warning: {share:.0%} of the lines were rejected, {rejected[reason]:,} of them as {reason} "
                 f"({REASONS[reason]}), such as {place}{seen}"
             )
+
+
+def _share_text(share: float) -> str:
+    return f"{share:.2%}" if share >= 0.0001 else "under 0.01%"
 
 
 def _token_dtype(vocab_size: int) -> np.dtype:

@@ -42,6 +42,7 @@ class PartColumns:
     documents: list[np.ndarray] = field(default_factory=list)
     signatures: list[np.ndarray] = field(default_factory=list)
     rejects: list[tuple] = field(default_factory=list)  # line, reason, raw line
+    lost_bytes: int = 0  # of the texts, for which the tokenizer has no token
     id_counts: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))  # how often each id stands there
 
     def count_ids(self, tokens: np.ndarray) -> None:

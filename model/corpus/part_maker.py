@@ -16,6 +16,7 @@ from model.corpus.change_samples import ChangeSamples
 from model.corpus.cleaning import Cleaner, CleaningOptions, count_han
 from model.corpus.jsonl import holds_escapes, parse_line
 from model.corpus.long_documents import cut_document, split_document
+from model.corpus.lost_text import LossCounter
 from model.corpus.near_duplicates import signatures
 from model.corpus.part_file import DOCUMENT, PartColumns, write_part
 from model.corpus.parts import Block, line_offsets, lines_of
@@ -56,6 +57,7 @@ class PartMaker:
         self.options = options
         self.cleaner = Cleaner(options.cleaning)
         self.encoder = BulkEncoder(options.encoder) if options.encoder else None
+        self.losses = LossCounter(options.encoder.tokenizer_json) if options.encoder else None
 
     def make(self, block: Block, path: Path) -> dict:
         """Write the part of these lines to `path`; returns its record, which the file holds too."""
@@ -73,6 +75,7 @@ class PartMaker:
             "items": sum(len(array) for array in columns.payload),
             "dtype": self.options.dtype,
             "encoder": self.encoder.name if self.encoder and columns.documents else "",
+            "lost_bytes": columns.lost_bytes,
         }
         write_part(path, record, columns)
         return record
@@ -91,6 +94,8 @@ class PartMaker:
                 numbers.append(number)
         if self.options.cleaning.clean:
             texts, numbers, masks = self._clean(texts, numbers, lines, first, columns)
+        if self.losses:
+            columns.lost_bytes += self.losses.count(texts)
         texts, encoded = self._as_tokens(texts) if self.encoder else self._as_jsonl(texts)
         for index in np.flatnonzero(encoded.pieces == 0).tolist():
             number = numbers[index]

@@ -19,11 +19,21 @@ class Statistics:
 
     Lengths and shares are those of the documents as they were kept, whichever file they went to, each counted once. The
     share of Han characters is that of each document's first 512 characters.
+
+    Args:
+        vocab_size: 0 where nothing is tokenised.
+        delimiters: how many of bos and eos a document has.
+        unknown_id: of the token that stands for what has none.
+
+    Attributes:
+        lost_bytes: of UTF-8, of all documents, repeated ones too, for which the tokenizer has no token at all.
     """
 
-    def __init__(self, source_names: Sequence[str], vocab_size: int, delimiters: int) -> None:
-        """`vocab_size`: 0 where nothing is tokenised; `delimiters`: bos and eos of a document, how many it has."""
-        self.vocab_size, self._delimiters = vocab_size, delimiters
+    def __init__(
+        self, source_names: Sequence[str], vocab_size: int = 0, delimiters: int = 0, unknown_id: int | None = None
+    ) -> None:
+        self.vocab_size, self._delimiters, self._unknown_id = vocab_size, delimiters, unknown_id
+        self.lost_bytes = 0
         self.rejected: Counter = Counter()
         self.documents = 0  # lines that became one
         self.documents_written = self.tokens = 0  # in the token file; more documents than lines where some were split
@@ -86,6 +96,11 @@ class Statistics:
         self._id_counts[ids] += counts
 
     @property
+    def unknown_tokens(self) -> int:
+        """How often the unknown token stands in the token file."""
+        return 0 if self._unknown_id is None else int(self._id_counts[self._unknown_id])
+
+    @property
     def characters_per_token(self) -> float | None:
         """Characters a token of text, bos and eos not counted."""
         return self.characters / self._text_tokens if self._text_tokens else None
@@ -114,6 +129,8 @@ class Statistics:
             "vocabulary": {
                 "size": self.vocab_size,
                 "ids_used": used,
+                "unknown_tokens": self.unknown_tokens,
+                "lost_bytes": self.lost_bytes,
                 "share_used": round(used / self.vocab_size, 4) if self.vocab_size else None,
                 "most_frequent": self._most_frequent(),
             },
