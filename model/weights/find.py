@@ -6,6 +6,7 @@ from model.errors import InputError
 
 OUT_DIR = Path("out")  # where training writes by default
 FINAL, BEST, CHECKPOINTS = "pretrain_*.pth", "best_model.pth", "checkpoint_*.pth"
+FOREIGN = ("config.json", "params.json")  # which mark a folder of transformers, and of Meta
 PREVIOUS = "previous"  # the folder within a run's folder that keeps what earlier runs left
 NAMED = 5  # files that a message lists at most
 
@@ -25,8 +26,9 @@ def find_weights(path: str | Path | None) -> tuple[Path, str | None]:
             return found
         raise InputError(f"no weights under {OUT_DIR}/: train first (python train.py), or give --model_path")
     path = Path(path).expanduser()
-    if path.is_dir() and (found := newest_weights(path)) is not None:
-        return found
+    if path.is_dir() and not any((path / name).is_file() for name in FOREIGN):
+        if (found := newest_weights(path)) is not None:
+            return found
     if not path.exists():
         raise InputError(f"{path.as_posix()}: no such file{_weights_near(path)}")
     return path, None

@@ -144,6 +144,16 @@ def test_generating_leaves_the_model_and_the_global_generator_as_they_were(gener
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_an_abandoned_stream_undoes_no_mode(generator):
+    generator.model.train()
+    stream = generator.stream("中国", GREEDY)
+    next(stream)
+    assert generator.model.training
+    generator.model.eval()
+    stream.close()
+    assert not generator.model.training
+
+
 def test_a_prompt_must_fit_and_be_text(generator):
     assert generator.generate("a" * 126, GREEDY) is not None  # bos and 126 bytes leave room for one token
     with pytest.raises(InputError, match="128 tokens.*context of 128 takes at most 127"):
@@ -371,6 +381,9 @@ def test_a_run_folder_means_its_newest_weights_and_a_missing_file_names_those_th
     assert "out/checkpoint_step_9.pth: the newest checkpoint; no final or best weights" in capsys.readouterr().err
     with pytest.raises(InputError, match="^none/pretrain_512.pth: no such file$"):
         load_generator("none/pretrain_512.pth")
+    (in_run_folder / "out" / "config.json").write_text("{}")  # another program's folder is taken as a whole
+    with pytest.raises(InputError, match="neither model.safetensors nor"):
+        load_generator("out")
 
 
 def test_weights_without_a_description_say_what_was_read_off_them(in_run_folder, tokenizer_folder, capsys):
