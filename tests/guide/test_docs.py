@@ -190,6 +190,24 @@ def test_the_commands_and_examples_of_a_page_work(page, home, interpreter):
             assert language == "text", f"{page}: a block of {language!r} is run by nobody"
 
 
+def test_what_the_readme_shows_is_what_the_demo_prints(home, interpreter):
+    """But for the numbers, the model's texts, and the hardware."""
+    answer = interpreter.run(["train.py", "--config", "config_demo.yaml", *SMALL.split()])
+    printed = {without_numbers(line) for line in answer["stderr"].splitlines()}
+    transcript, in_chinese = (
+        next(text for language, text in blocks(page) if language == "text") for page in ("README.md", "README_zh.md")
+    )
+    assert transcript == in_chinese
+    shown = [
+        line for line in transcript.split("\n\n")[0].splitlines() if not line.startswith((" ", "…", "device", "dtype"))
+    ]
+    assert [line for line in shown if without_numbers(line) not in printed] == [], answer["stderr"]
+
+
+def without_numbers(line: str) -> str:
+    return re.sub(r"\d[\d,.]*(?: [KMGTP]?(?:B|FLOP))?", "N", line)
+
+
 @pytest.mark.parametrize("page", [*PAGES, "CONTRIBUTING.md"])
 def test_what_is_not_run_here_is_run_elsewhere(page):
     for language, text in blocks(page):
