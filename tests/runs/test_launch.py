@@ -18,6 +18,8 @@ pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals as POSIX has
 WORKER = """
 import os, signal, sys, time
 from pathlib import Path
+from model.runs.launch import end_with_parent
+end_with_parent()  # as train.py does
 folder, saving = Path(__file__).parent, []
 for name in ("SIGINT", "SIGTERM"):
     signal.signal(getattr(signal, name), lambda *_: saving.append(1))
