@@ -1,7 +1,7 @@
 """Several processes on this machine, started by torchrun's own code, with an exit code that can be relied on.
 
 `torchrun` itself exits with 1 whatever its workers exited with, also where all of them were interrupted and saved. And
-it kills them 30 s after Ctrl-C, or at once at the second one, while they may still be saving.
+it kills them 30 s after Ctrl-C, while they may still be saving.
 """
 
 import functools
@@ -62,8 +62,8 @@ class _Impatient(Exception):
 def _let_workers_save() -> None:
     """Make torchrun wait for SECONDS_TO_SAVE after a signal, and not at all after the third one.
 
-    torch 2.10 has no option for the first, and every version drops its workers at the second signal. (`PContext` is
-    public, and so is its `close`.)
+    torch 2.10 has no option for that, and how a further signal ends depends on when it comes. (`PContext` is public,
+    and so is its `close`.)
     """
     from torch.distributed.elastic.multiprocessing import PContext, SignalException
 
