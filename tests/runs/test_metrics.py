@@ -224,12 +224,12 @@ def test_wandb_gets_one_row_a_step_with_all_that_belongs_to_it(tmp_path, said, f
 
 
 FAULTS = {  # and what the user is told
-    "import raises": "import fails; the run goes on without wandb",
-    "init raises": "init fails; the run goes on without wandb",
-    "init exits": "1; the run goes on without wandb",
-    "log raises": "log fails; the run goes on without wandb",
+    "import raises": "import fails; the run continues without wandb",
+    "init raises": "init fails; the run continues without wandb",
+    "init exits": "1; the run continues without wandb",
+    "log raises": "log fails; the run continues without wandb",
     "log dies": "its process ended with code -6",
-    "finish raises": "finish fails; the run goes on without wandb",
+    "finish raises": "finish fails; the run continues without wandb",
 }
 
 
@@ -266,7 +266,7 @@ def test_a_folder_of_that_name_is_not_wandb(tmp_path, said, monkeypatch):
 
 @pytest.mark.parametrize("content", [None, "", "\0\0", "[1]", '{"id": 5}', '{"id": "../x"}', '{"number": 1}'])
 def test_a_run_keeps_its_id_in_wandb_and_a_bad_file_gives_a_new_one(tmp_path, said, content):
-    from model.runs.metrics import _wandb_run_id
+    from model.runs.trackers import wandb_run_id
 
     ids = []
     for _ in range(2):
@@ -274,8 +274,8 @@ def test_a_run_keeps_its_id_in_wandb_and_a_bad_file_gives_a_new_one(tmp_path, sa
         (tmp_path / WANDB_RUN).unlink(missing_ok=True)
         if content is not None:
             (tmp_path / WANDB_RUN).write_text(content)
-        ids.append(_wandb_run_id(tmp_path / WANDB_RUN, said.append))
-        assert _wandb_run_id(tmp_path / WANDB_RUN, said.append) == ids[-1]
+        ids.append(wandb_run_id(tmp_path / WANDB_RUN, said.append))
+        assert wandb_run_id(tmp_path / WANDB_RUN, said.append) == ids[-1]
     assert ids[0] != ids[1] and len(ids[0]) == 8 and said == []
 
 

@@ -1,0 +1,166 @@
+"""A tracker in a process of its own, which follows metrics.jsonl and sends what it finds there.
+
+Training shares nothing with this process but a file and two pipes. So whatever the tracker does, a stall, a crash, a
+draw from a global random generator, a hook at the exit, cannot reach the training. (In a thread it could.)
+
+In: one line of JSON on stdin, {"tracker": name, "metrics": path, "options": …}, and when the run has ended the line
+`finish`. If stdin ends without it, the run was killed. Out: each line on stdout is one to show to the user.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from model.children import OWN_GROUP
+from model.errors import first_line
+from model.runs.metrics_file import parse_event
+from model.runs.trackers import TRACKERS
+
+POLL_SECONDS = 0.5  # between two looks at metrics.jsonl
+CLOSE_SECONDS = 3.0  # that the end of a training waits for the tracker
+GRACE_SECONDS = 30  # that this process may live after the run has ended, to send the rest
+
+
+class TrackerProcess:
+    """The training's end of the pipes.
+
+    Args:
+        name: of the tracker.
+        metrics: the file to follow.
+        options: of the tracker.
+        folder: where the tracker keeps what it could not send.
+        say: prints one line for the user.
+
+    Raises:
+        OSError: the process cannot be started.
+    """
+
+    def __init__(self, name: str, metrics: Path, options: dict, folder: Path, say: Callable[[str], None]) -> None:
+        self._tracker, self._folder, self._say, self._left = TRACKERS[name], folder, say, False
+        code = f"import sys; sys.path[:] = {sys.path!r}; from model.runs.tracker_process import main; main()"
+        pipe = subprocess.PIPE
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", code], env=os.environ | self._tracker.environment(),
+            stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, bufsize=0, **OWN_GROUP,
+        )  # fmt: skip
+        self._tell(json.dumps({"tracker": name, "metrics": str(metrics), "options": options}, default=str))
+        self._reader = threading.Thread(target=self._pass_on, daemon=True)
+        self._reader.start()
+
+    def _tell(self, line: str) -> None:
+        with contextlib.suppress(OSError):  # the process has ended; `_pass_on` says so
+            self._process.stdin.write(line.encode() + b"\n")
+
+    def _pass_on(self) -> None:
+        """Show the process's lines to the user, and its end if it ends without a word."""
+        with self._process.stdout:
+            for line in self._process.stdout:
+                if not self._left:
+                    self._say(line.decode(errors="replace").rstrip())
+        if (code := self._process.wait()) and not self._left:
+            name = self._tracker.library
+            self._say(f"{self._tracker.flag}: its process ended with code {code}; the run continues without {name}")
+
+    def close(self) -> None:
+        """Wait until all is sent, at most `CLOSE_SECONDS`; then the process ends by itself."""
+        self._tell("finish")
+        with contextlib.suppress(OSError):
+            self._process.stdin.close()
+        self._reader.join(CLOSE_SECONDS)
+        self._left = True
+        if self._reader.is_alive():
+            unfinished = f"not finished after {CLOSE_SECONDS:g} s; it continues for up to {GRACE_SECONDS} s"
+            self._say(f"{self._tracker.flag}: {unfinished}; {self._tracker.unsent(self._folder)}")
+
+
+class MetricsTail:
+    """Reads metrics.jsonl as it grows, one row per step: trackers take a step once and drop what comes later for it."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._position = 0  # in bytes
+        self._row: dict = {}  # of the newest step, which may have more events to come
+
+    def rows(self, last: bool) -> Iterator[dict]:
+        """The new rows that are complete; the newest step only if no more events will come."""
+        yield from self._rows_before_newest()
+        if last and self._row:
+            yield self._row
+
+    def _rows_before_newest(self) -> Iterator[dict]:
+        with contextlib.suppress(OSError), open(self._path, "rb") as file:
+            if os.fstat(file.fileno()).st_size < self._position:  # lines were taken back, or the file is a new one
+                self._position = 0
+            file.seek(self._position)
+            for line in file:
+                if not line.endswith(b"\n"):  # still being written
+                    return
+                self._position += len(line)
+                if (event := parse_event(line)) is None:
+                    continue
+                if self._row and self._row["step"] != event["step"]:
+                    yield self._row
+                    self._row = {}
+                self._row |= {key: value for key, value in event.items() if value is not None}
+
+
+def send(order: dict, ended: threading.Event, killed: Callable[[], bool], tell: Callable[[str], None]) -> None:
+    """Send metrics.jsonl from the first step that the tracker lacks, also of earlier sessions, until the run ends.
+
+    Args:
+        order: see above.
+        ended: set when the run has ended.
+        killed: whether it ended without a word; its last step, which may be half, comes again when it is resumed.
+        tell: shows one line to the user.
+    """
+    from filelock import FileLock  # a requirement of torch itself
+
+    folder = Path(order["options"]["dir"]) / order["tracker"]
+    folder.mkdir(exist_ok=True)
+    with FileLock(folder / ".lock", timeout=2 * GRACE_SECONDS):  # the session before may still be sending
+        tracker, tail = TRACKERS[order["tracker"]](order["options"], tell), MetricsTail(Path(order["metrics"]))
+        first, last_round = tracker.first_step, False
+        while not last_round:
+            last_round = ended.wait(POLL_SECONDS)
+            for row in tail.rows(last=last_round and not killed()):
+                if row["step"] >= first:
+                    tracker.log(row, row["step"])
+                    first = row["step"] + 1
+        tracker.finish(failed=killed())
+
+
+def main() -> None:
+    """Read the order, send, and end: 0 if what went wrong, if anything, has been told."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # those are for the training, which then tells us
+        signal.signal(number, lambda *_: None)
+    shown = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # the tracker's own output goes where its stderr goes
+
+    def tell(line: str) -> None:
+        with contextlib.suppress(OSError):  # the training may be gone
+            print(line, file=shown, flush=True)
+
+    order = json.loads(sys.stdin.buffer.readline())
+    ended, last_word = threading.Event(), []
+
+    def wait_for_the_end() -> None:
+        last_word.append(sys.stdin.buffer.readline())
+        ended.set()
+        time.sleep(GRACE_SECONDS)
+        os._exit(3)
+
+    threading.Thread(target=wait_for_the_end, daemon=True).start()
+    try:
+        send(order, ended, lambda: last_word != [b"finish\n"], tell)
+    except BaseException as error:  # SystemExit too
+        tracker, reason = TRACKERS[order["tracker"]], first_line(error).rstrip(". ")
+        kept = "metrics.jsonl holds all of it"
+        tell(f"{tracker.flag}: {reason}; the run continues without {tracker.library} ({kept})")
+    os._exit(0)  # whatever hooks and threads the tracker has left
