@@ -39,6 +39,13 @@ RECIPES = {  # name: settings, and the shares of --tokens to train with
         (0.1, 0.3, 0.5, 1.0),
     ),
 }
+TITLES = {  # in the picture
+    "minimind": "MiniMind v1: Adam 1e-4",
+    "adamw 1e-3": "AdamW 1e-3",
+    "adamw 2e-3": "AdamW 2e-3",
+    "adamw 4e-3": "AdamW 4e-3",
+    "ours": "MateConv: Muon 5e-3, linear",
+}
 SPEED_TOKENS, SPEED_TURNS = 100_000, 3
 
 
@@ -155,14 +162,17 @@ def draw(rows: list[dict], path: Path) -> None:
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-    colours = {recipe: f"C{number}" for number, recipe in enumerate(dict.fromkeys(row["recipe"] for row in rows))}
+    recipes = list(dict.fromkeys(row["recipe"] for row in rows))
     for row in rows:
         tokens, _, bits = zip(*row["curve"], strict=True)
-        label = row["recipe"] if row["seed"] == rows[0]["seed"] and row["share"] == 1.0 else None
-        axes.plot([t / 1e6 for t in tokens], bits, color=colours[row["recipe"]], alpha=0.5, label=label)
-        axes.plot(tokens[-1] / 1e6, bits[-1], "o", color=colours[row["recipe"]])
-    axes.set_xlabel("million tokens")
-    axes.set_ylabel("held-out bits per byte")
+        millions, colour = [count / 1e6 for count in tokens], f"C{recipes.index(row['recipe'])}"
+        axes.plot(millions, bits, color=colour, alpha=0.5)
+        axes.plot(millions[-1], bits[-1], "o", color=colour)
+    for number, recipe in enumerate(recipes):
+        axes.plot([], [], "o-", color=f"C{number}", label=TITLES[recipe])
+    axes.set(title="What each recipe learns: a line is a run, which ends at its point")
+    axes.set(xlabel="tokens trained on, millions", ylabel="bits per byte of held-out text (lower is better)")
+    axes.set_xlim(left=0)
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=120)
