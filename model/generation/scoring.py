@@ -16,7 +16,7 @@ from model.model import Transformer
 
 @dataclass(frozen=True)
 class Score:
-    """The loss of one or several texts; `+` joins two."""
+    """The loss of one text or several; `+` adds two up."""
 
     nats: float = 0.0  # summed
     tokens: int = 0
@@ -32,7 +32,7 @@ class Score:
 
     @property
     def perplexity(self) -> float:
-        return math.exp(self.loss) if self.loss < 700 else math.inf  # a float's end
+        return math.exp(self.loss) if self.loss < 700 else math.inf  # past which exp overflows
 
     @property
     def bits_per_byte(self) -> float:
@@ -44,8 +44,8 @@ class Score:
 def token_losses(model: Engine | Transformer, ids: Sequence[int]) -> Tensor:
     """The loss of each token but the first, in nats, given those before it: float32 [len(ids) - 1].
 
-    A text longer than the context is read in windows that overlap by half, so that a token past the first window sees
-    half a context at least.
+    A text longer than the context is read in windows that overlap by half: a token past the first window sees at least
+    half a context.
     """
     context = model.config.max_seq_len
     text = torch.tensor(ids, device=model.device)

@@ -1,4 +1,4 @@
-"""What reads tokens on a CPU, packed and compiled, against the Transformer itself."""
+"""What reads tokens on a CPU, packed and compiled, compared with the Transformer itself."""
 
 import os
 import shutil
@@ -213,7 +213,7 @@ def test_the_compiled_step_writes_what_the_eager_one_writes(tiny_config, steps, 
 
 
 @needs_compiler
-def test_a_chat_goes_on_where_the_compiled_step_left_it(tiny_model, steps):
+def test_a_chat_continues_where_the_compiled_step_stopped(tiny_model, steps):
     engine, config = Engine(tiny_model, False, True), GenerationConfig(do_sample=False, max_new_tokens=8)
     rows, other = Rows(engine, 1, remembers=True), Rows(engine, 2)
     history = [1, 17, 200]
@@ -329,7 +329,7 @@ def test_a_change_of_any_of_them_is_another_file(tmp_path):
     assert subprocess.check_output([sys.executable, "-c", code], cwd=tmp_path).strip() == b"5"
 
 
-def test_without_a_compiler_texts_are_written_all_the_same(tmp_path, tiny_model, tokenizer_folder):
+def test_without_a_compiler_generation_works(tmp_path, tiny_model, tokenizer_folder):
     from model.weights import Weights, save_weights
 
     save_weights(tmp_path / "out" / "pretrain_64.pth", Weights(tiny_model.state_dict(), tiny_model.config))

@@ -95,7 +95,7 @@ def test_repeats_are_whole_passages_at_the_end(ids, times, expected):
     assert repeats(ids, times) == expected
 
 
-def test_rows_that_fill_the_context_stop_and_the_others_go_on(generator):
+def test_rows_that_fill_the_context_end_and_the_others_continue(generator):
     context = generator.model.config.max_seq_len
     everything = GenerationConfig(do_sample=False, max_new_tokens=10 * context)
     long = "a" * (context - 5)
@@ -177,7 +177,7 @@ def turns(*contents):
     return [{"role": roles[n % 2], "content": content} for n, content in enumerate(contents)]
 
 
-def test_samples_differ_repeat_with_a_seed_and_tell_their_probabilities(generator, tokenizer):
+def test_samples_differ_repeat_with_a_seed_and_give_their_probabilities(generator, tokenizer):
     config = GenerationConfig(seed=5, temperature=1.5, max_new_tokens=12, logprobs=True)
     found = generator.samples("中国", 20, config)
     assert found == generator.samples("中国", 20, config) and len({sample.text for sample in found}) == 20
@@ -431,7 +431,7 @@ def test_broken_weights_are_refused(in_run_folder, tiny_config):
         load_generator(path, dtype="int3")
 
 
-def test_no_weights_at_all_tells_to_train(tmp_path, monkeypatch):
+def test_without_weights_the_message_says_to_train(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match="train first"):
         load_generator()
@@ -479,7 +479,7 @@ def test_one_prompt_printed_or_streamed_is_the_same_text(in_run_folder, tiny_mod
     assert capsys.readouterr().out == f"中国{text}\n"
 
 
-def test_no_flags_at_all_continue_the_default_prompt(run_folder):
+def test_without_flags_the_default_prompt_is_continued(run_folder):
     result = run(run_folder)
     assert output(result).startswith("中国")
     assert "the newest final weights under out/" in result.stderr.decode()
@@ -502,7 +502,7 @@ def test_a_chat_through_a_pipe_reads_like_the_guide(run_folder, tiny_model, toke
         f"👤 用户: {'字' * 99}\n\n"
         "👤 用户: exit\n👋 再见！\n"
     )
-    assert "takes at most 127; shorten it" in result.stderr.decode()  # and the chat went on after that message
+    assert "takes at most 127; shorten it" in result.stderr.decode()  # and the chat continued after that message
 
 
 def test_ctrl_c_stops_the_answer_and_what_was_said_stays(generator, monkeypatch, capsys):
@@ -563,7 +563,7 @@ def test_a_file_of_prompts_gives_each_its_single_result(in_run_folder, tiny_mode
     ]
 
 
-def test_a_batch_that_was_cut_off_goes_on_and_ends_with_the_same_file(in_run_folder, monkeypatch, capsys):
+def test_an_interrupted_batch_resumes_to_the_same_file(in_run_folder, monkeypatch, capsys):
     (in_run_folder / "prompts.txt").write_text("\n".join(["中国", "长江", "你好", "春风"]), encoding="utf-8")
     results = in_run_folder / "results.jsonl"
     flags = ["--batch_file", "prompts.txt", "--output_file", "results.jsonl", "--seed", "3", "--max_new_tokens", "12"]
