@@ -1,18 +1,22 @@
-"""Starting a run again when it dies: `python train.py --config config.yaml --restarts 10`.
+"""Restarts a run that dies: `python train.py --config config.yaml --restarts 10`.
 
-The supervisor is a small process that imports no torch. It starts the training as a child and looks at how that
-ended. What a restart can help is started again with `--resume`: a process that was killed, a crash, exit code 3. What
-it cannot help ends here with the child's exit code: done (0), diverged (1), bad input (2), interrupted (130).
+The supervisor is a small process that imports no torch. It starts the training as a child and looks at how that ended.
+If a restart can help, it starts the training again with `--resume`: after a kill, a crash, or exit code 3. If not, it
+ends with the child's exit code: done (0), diverged (1), bad input (2), interrupted (130).
 
-The child has a process group of its own, so that Ctrl-C in a terminal reaches it once, through the supervisor. If the
-supervisor itself is killed, the child goes on alone to its end; it holds the lock on its folder, so that no second one
-can start beside it.
+Why not torchrun's --max-restarts: that restarts the same command, without `--resume`; it restarts a run that diverged
+or whose input is bad; it gives up on nothing but a count; and a single process has no torchrun.
+
+The child leads its own process group, so that Ctrl-C in a terminal reaches it once, through the supervisor. If the
+supervisor itself is killed, the child continues to its end; it holds the lock on its folder, so that no second one can
+start beside it.
 """
 
 import os
 import signal
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -23,6 +27,7 @@ from model.runs.status import STATUS_FILE, read_status
 DIVERGED, BAD_INPUT, INTERRUPTED = TrainingDiverged.exit_code, InputError.exit_code, 130  # exit codes of train.py
 FRUITLESS_ATTEMPTS = 3  # in a row without a newer checkpoint, after which the supervisor gives up
 SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")
+SECONDS_TO_LEAVE = 10.0  # after the third signal; then the child is killed
 
 
 class Supervisor:
@@ -30,11 +35,11 @@ class Supervisor:
 
     Args:
         command: starts the training.
-        resume_command: goes on with it, once it has saved a checkpoint of its own.
+        resume_command: resumes it, once it has saved a checkpoint.
         out_dir: the training's folder.
-        restarts: how often it is started again at most.
+        restarts: the most restarts.
         say: called with one line for each restart.
-        first_wait: seconds before a restart; twice as long after each attempt without a newer checkpoint.
+        first_wait: seconds before a restart; doubled after each attempt without a newer checkpoint.
     """
 
     def __init__(
@@ -49,13 +54,14 @@ class Supervisor:
         self.command, self.resume_command, self.out_dir = list(command), list(resume_command), Path(out_dir)
         self.restarts, self.say, self.first_wait = restarts, say, first_wait
         self.child: subprocess.Popen | None = None
-        self.stop = threading.Event()  # a signal has come: no restart any more
+        self.stop = threading.Event()  # a signal has come: no more restarts
+        self._signals, self._kill_at = 0, float("inf")  # how many came; when the child is killed
 
     def run(self) -> int:
         """Start the training, again and again; returns the last child's exit code, 128 + N if signal N ended it."""
         self._take_over_signals()
         before = found = self._checkpoints()
-        own: set = set()  # checkpoints written since: an earlier run's in the same folder are not to go on from
+        own: set = set()  # checkpoints written since; those of an earlier run in the same folder do not count
         fruitless = 0
         for attempt in range(self.restarts + 1):
             code, status = self._attempt(self.resume_command if own else self.command)
@@ -70,14 +76,15 @@ class Supervisor:
             fruitless = 0 if found.items() - earlier.items() else fruitless + 1
             if fruitless == FRUITLESS_ATTEMPTS or attempt == self.restarts:
                 reason = (
-                    f"giving up after {fruitless} attempts in a row without a newer checkpoint, since a fault that"
-                    " repeats is no accident"
+                    f"giving up after {fruitless} attempts in a row without a newer checkpoint: the fault repeats"
                     if fruitless == FRUITLESS_ATTEMPTS
                     else f"giving up after {self.restarts} restarts"
                 )
                 self.say(f"{reason}; the last attempt: {happened}")
                 return exit_code(code)
-            newest = f"going on from {max(own, key=lambda item: item[1])[0]}" if own else "the same command once more"
+            newest = (
+                f"resuming from {max(own, key=lambda item: item[1])[0]}" if own else "starting the same command again"
+            )
             self.say(f"restart {attempt + 1} of {self.restarts}: {happened}; {newest}")
             if self.stop.wait(self.first_wait * 2**fruitless):
                 self.say("interrupted while waiting for the next attempt")
@@ -85,7 +92,7 @@ class Supervisor:
         raise AssertionError("not reached")
 
     def _attempt(self, command: list[str]) -> tuple[int, dict | None]:
-        """One child's exit code (-N where signal N killed it), and the status that it wrote, if it wrote one."""
+        """One child's exit code (-N if signal N killed it), and the status that it wrote, if any."""
         before = file_identity(self.out_dir / STATUS_FILE)
         if self.stop.is_set():
             return INTERRUPTED, None
@@ -97,7 +104,8 @@ class Supervisor:
                 code = self.child.wait(timeout=1)  # Windows handles Ctrl-C only between two waits
                 break
             except subprocess.TimeoutExpired:
-                continue
+                if time.monotonic() > self._kill_at:
+                    self.child.kill()
         self.child = None
         return code, read_status(self.out_dir) if file_identity(self.out_dir / STATUS_FILE) != before else None
 
@@ -109,6 +117,9 @@ class Supervisor:
 
     def _on_signal(self, number: int, frame) -> None:
         self.stop.set()
+        self._signals += 1
+        if self._signals == 3:
+            self._kill_at = time.monotonic() + SECONDS_TO_LEAVE
         self._pass_on(number)
 
     def _pass_on(self, number: int) -> None:
@@ -131,7 +142,7 @@ def file_identity(path: Path) -> tuple[int, int] | None:
 
 
 def exit_code(code: int) -> int:
-    """A child's return code as an exit code: 128 + N where signal N killed it, as shells have it."""
+    """A child's return code as an exit code: 128 + N if signal N killed it, as in shells."""
     return 128 - code if code < 0 else code
 
 

@@ -42,6 +42,8 @@ if "until" in plan:  # go on until this signal, as training does
         status.write("interrupted", attempt, exit_code=130)
         sys.exit(plan["exit"])
     signal.signal(plan["until"], stop)
+    if "deaf" in plan:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
     (folder / "waiting").touch()
     time.sleep(30)
 if "kill" in plan:
@@ -51,7 +53,9 @@ sys.exit(plan["exit"])
 DRIVER = """
 import sys
 sys.path.insert(0, {root!r})
+from model.runs import supervisor
 from model.runs.supervisor import Supervisor
+supervisor.SECONDS_TO_LEAVE = 1
 start = [sys.executable, {fake!r}, {folder!r}]
 code = Supervisor(start, [*start, "--resume"], {out!r}, {restarts}, print, first_wait={wait}).run()
 assert "torch" not in sys.modules
@@ -108,7 +112,7 @@ DONE = {"checkpoint": "checkpoint_step_99.pth", "state": "finished", "exit": 0}
 def test_what_a_restart_can_help_is_started_again_from_its_checkpoint(supervise, tmp_path, end, said):
     code, lines = supervise({"checkpoint": "checkpoint_step_4.pth"} | end, DONE)
     assert code == 0 and attempts(tmp_path) == ["", "--resume"]
-    assert lines == [f"restart 1 of 10: {said}; going on from checkpoint_step_4.pth"]
+    assert lines == [f"restart 1 of 10: {said}; resuming from checkpoint_step_4.pth"]
 
 
 @pytest.mark.parametrize(
@@ -155,7 +159,7 @@ def test_no_more_restarts_than_asked_for(supervise, tmp_path):
 def test_a_new_run_never_goes_on_from_an_earlier_runs_checkpoint(supervise, tmp_path):
     (tmp_path / "out" / "checkpoint_step_99.pth").write_bytes(b"of another run")
     code, lines = supervise({"exit": 3}, DONE)
-    assert code == 0 and attempts(tmp_path) == ["", ""] and "the same command once more" in lines[0]
+    assert code == 0 and attempts(tmp_path) == ["", ""] and "starting the same command again" in lines[0]
 
 
 @posix_only
@@ -166,6 +170,17 @@ def test_a_signal_is_passed_on_and_ends_it(start, tmp_path, number):
     process.send_signal(number)
     assert process.communicate(timeout=20)[0] == "" and process.returncode == 130
     assert read_status(tmp_path / "out")["state"] == "interrupted" and len(attempts(tmp_path)) == 1
+
+
+@posix_only
+def test_a_child_that_hears_no_signal_is_killed_after_the_third(start, tmp_path):
+    process = start({"until": signal.SIGHUP, "deaf": True, "exit": 130, "state": "running"})
+    wait_for((tmp_path / "waiting").exists, process)
+    for _ in range(3):
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.1)
+    process.communicate(timeout=30)
+    assert process.returncode == 137 and len(attempts(tmp_path)) == 1
 
 
 @posix_only
