@@ -107,11 +107,10 @@ def load_torch(path: str | Path, own: bool = False) -> dict:
     if not path.is_file():
         raise InputError(f"{path}: {'a folder, a file expected' if path.is_dir() else 'no such file'}")
     try:
-        sizes = _checked_records(path, own)
+        _check_bytes(path, own)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of pickle protocols that torch does not write
-            # Mapped: without, not every version of torch compares a storage's size with that of its record.
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:  # its text advises loading unsafely; what it found is enough
         found = re.search(r"GLOBAL (\S+)", str(error))
         reason = f"it names {shown(found[1])[1:-1]}" if found else "its pickle is damaged, or not by torch.save"
@@ -121,13 +120,12 @@ def load_torch(path: str | Path, own: bool = False) -> dict:
         raise InputError(f"{path}: truncated, damaged or not a PyTorch file ({reason}); use an older file") from error
     if not isinstance(content, dict):
         raise InputError(f"{path}: expected a dict of tensors, found {type(content).__name__}")
-    check_tensors(content, path, sizes.values())
-    _take_into_memory(content)
+    check_tensors(content, path)
     return content
 
 
-def _checked_records(path: Path, own: bool) -> dict[str, int]:
-    """The sizes of a file's records by name, after every byte was checked."""
+def _check_bytes(path: Path, own: bool) -> None:
+    """See that a file is an archive as torch writes them, and that every byte is as it was written."""
     if kind := other_kind(path):
         raise InputError(f"{path}: it is {kind}")
     right = digest_is_right(path)
@@ -135,24 +133,11 @@ def _checked_records(path: Path, own: bool) -> dict[str, int]:
         raise InputError(f"{path}: damaged (its SHA-256 is not the one at its end); use an older file")
     if right is None and own:
         raise InputError(f"{path}: damaged (its end, where its SHA-256 should be, is missing); use an older file")
-    sizes = check_records(path)
+    check_records(path)
     if right is None:
         with zipfile.ZipFile(path) as archive:
             if wrong := archive.testzip():
                 raise InputError(f"{path}: damaged (the checksum of {shown(wrong)} is wrong); use an older file")
-    return sizes
-
-
-def _take_into_memory(content) -> None:
-    """Copy mapped tensors into memory, so that the file may change; those that share a storage still do."""
-    copies = {}
-    with torch.no_grad():
-        for _, tensor in named_tensors(content):
-            storage = tensor.untyped_storage()
-            place = storage.data_ptr(), storage.nbytes()
-            if place not in copies:
-                copies[place] = storage.clone()
-            tensor.set_(copies[place], tensor.storage_offset(), tensor.shape, tensor.stride())
 
 
 def tensor_bytes(content) -> int:

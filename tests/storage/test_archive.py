@@ -145,29 +145,25 @@ def test_an_archive_past_four_gigabytes_has_its_numbers_elsewhere(tmp_path):
         (torch.zeros(1).expand(10**9), "1,000,000,000 numbers, its storage 1"),
         (torch.zeros(2, 2).to_sparse(), "no dense tensor"),
         (torch.zeros(2, device="meta"), "no dense tensor"),
-        (torch.zeros(3), "a storage of 12 bytes, which no record"),
     ],
 )
 def test_a_tensor_that_is_not_what_it_seems_is_refused(tensor, expected):
     with pytest.raises(InputError, match=f"a.pth: the tensor 'x.1' .*{expected}"):
-        check_tensors({"x": [0, tensor]}, "a.pth", [4, 16])
+        check_tensors({"x": [0, tensor]}, "a.pth")
 
 
-def test_storages_that_swap_their_sizes_read_nothing_but_the_file(tmp_path):
-    """One claims 4,000 numbers and has a record of 16 bytes: what was read past it was memory of the process."""
+@pytest.mark.parametrize("elements", [5, 3, 10**12, -4, 2**63])
+def test_a_storage_is_as_long_as_its_record(tmp_path, elements):
+    """Past a record of 16 bytes lies other memory of the process, which versions of torch before 2.10 would read."""
+    with_tensor(tensor(storage(elements), 0, (3,), (1,)))(tmp_path / "a.pth")
+    refusal(tmp_path / "a.pth")
+
+
+def test_storages_do_not_swap_their_records(tmp_path):
+    """In sum they claim what is there."""
     claims = tensor(storage(4000), 0, (4000,), (1,)) + b"s" + text("b") + tensor(storage(4, "1"), 0, (4,), (1,))
     with_tensor(claims, {"data/1": b"\0" * 16000})(tmp_path / "a.pth")
-    content = (tmp_path / "a.pth").read_bytes()
-    begin = content.index(b"data/0") + len(b"data/0")
-    assert load_torch(tmp_path / "a.pth")["tok_embeddings.weight"].numpy().tobytes() == content[begin:][:16000]
-
-
-def test_tensors_over_each_other_take_no_memory(tmp_path):
-    """Each of a thousand storages claims all that follows in the file."""
-    records = {f"data/{n}": bytes(1000) for n in range(1, 1000)} | {"data/1000": bytes(2**20)}
-    claims = b"s".join(text(str(n)) + tensor(storage(2**18, str(n)), 0, (2**18,), (1,)) for n in range(1, 1000))
-    with_tensor(GOOD + b"s" + claims, records)(tmp_path / "a.pth")
-    assert "its tensors lie over each other" in refusal(tmp_path / "a.pth")
+    refusal(tmp_path / "a.pth")
 
 
 def test_a_list_that_holds_itself_ends(tmp_path):
