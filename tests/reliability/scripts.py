@@ -192,9 +192,9 @@ def serve() -> None:
     import optimized_data_processing  # noqa: F401
     import optimized_pretrain  # noqa: F401
     import train  # noqa: F401
-    from model.text.tokenization import load_tokenizer, token_byte_lengths
+    from model.text.tokenization import encode_texts, load_tokenizer
 
-    token_byte_lengths(load_tokenizer())  # imports what transformers leaves for later
+    encode_texts(load_tokenizer(), ["中"])  # imports what transformers leaves for later
     for line in sys.stdin:
         asked = json.loads(line)
         said = [Path(asked["said"]) / name for name in ("stdin", "stdout", "stderr")]
