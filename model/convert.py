@@ -25,6 +25,7 @@ from model.storage.files import check_is_new
 from model.text.tokenization import EMBEDDED_TOKENIZER, tokenizer_folder, tokenizer_sha256
 from model.text.tokenizer_folder import same_tokenizer
 from model.weights import Weights, load_weights, save_weights
+from model.weights.find import find_weights
 from model.weights.gguf import save_gguf
 from model.weights.llama2c import save_llama2c, save_llama2c_checkpoint
 from model.weights.load import fitting_tokenizer, recorded_tokenizer
@@ -49,7 +50,7 @@ def convert(
     """Read weights in any format and write them in another.
 
     Args:
-        source: a file or a folder.
+        source: a file or a folder; a run's folder means its newest weights.
         target: must not exist, or be an empty folder.
         to: a name in FORMATS; None: by the target's suffix.
         dtype: of the matrices, one of the format's dtypes.
@@ -63,7 +64,7 @@ def convert(
     Raises:
         InputError: the source cannot be read, the target cannot express it or exists, or the tokenizer is not its own.
     """
-    source, target = Path(source), Path(target)
+    target = Path(target)
     if to is None and target.suffix == ".safetensors":
         raise InputError(f"{target}: a folder's name expected, which model.safetensors will be in")
     suffixes = {format.suffix: name for name, format in FORMATS.items()}
@@ -74,6 +75,9 @@ def convert(
         raise InputError(f"--dtype: {dtype!r} found, {', '.join(FORMATS[to].dtypes)} expected for {to}")
     for path in (target, *(_beside(target) if to == "mateconv" else ())):
         check_is_new(path)
+    source, choice = find_weights(source)
+    if choice is not None:
+        say(choice)
     weights = load_weights(source, given)
     if weights.inferred:
         say(weights.inferred)

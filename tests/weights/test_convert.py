@@ -228,6 +228,17 @@ def test_no_file_from_outside_is_exported(linked, tmp_path, here, target):
     assert {path.name for path in tmp_path.iterdir()} == {"secret", "download"}
 
 
+def test_a_run_folder_is_its_newest_weights(shop, tmp_path):
+    for name in ("a.pth", "a.json"):
+        shutil.copy(shop / name, tmp_path / name.replace("a.", "pretrain_64."))
+    said = []
+    model.convert.convert(tmp_path, tmp_path / "model.gguf", say=said.append)
+    assert said[0].startswith(f"weights {tmp_path.as_posix()}/pretrain_64.pth: the newest final weights")
+    assert_same(load_weights(tmp_path / "model.gguf"), load_weights(shop / "a.pth"))
+    with pytest.raises(InputError, match="pretrain_512.pth: no such file; there are .*pretrain_64.pth"):
+        model.convert.convert(tmp_path / "pretrain_512.pth", tmp_path / "x")
+
+
 def test_links_within_a_folder_and_the_hugging_face_cache_are_followed(shop, tmp_path, here):
     cache = tmp_path / "models--own--model"
     snapshot = cache / "snapshots" / "0123abcd"
