@@ -21,13 +21,12 @@ def read_config(path: str | Path) -> dict:
     """Read a config file into its sections.
 
     Raises:
-        InputError: the file is missing, no plain file, not UTF-8, not YAML, or no mapping.
+        InputError: the file is missing, not a plain file, not UTF-8, not YAML, or not a mapping.
     """
     path = Path(path)
-    shown_path = shown(str(path))[1:-1]
     if not os.path.isfile(path):  # a pipe would be waited for, a device read without end
         found = "is no plain file" if os.path.exists(path) else "there is no such file"
-        raise InputError(f"--config: {shown_path}: {found}")
+        raise InputError(f"--config: {path}: {found}")
     with open(path, "rb") as file:
         content = file.read(MAX_CONFIG_BYTES + 1)
     if len(content) > MAX_CONFIG_BYTES:
@@ -39,7 +38,7 @@ def read_config(path: str | Path) -> dict:
         raise InputError(f"--config: {path} is not UTF-8 (byte {error.start}); save it as UTF-8") from error
     except yaml.reader.ReaderError as error:
         found = f"the character U+{error.character:04X} at position {error.position}"
-        raise InputError(f"--config: {path}: {found} has no place in YAML") from error
+        raise InputError(f"--config: {path}: {found} is not allowed in YAML") from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
@@ -54,8 +53,8 @@ def read_config(path: str | Path) -> dict:
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """Safe YAML without its traps: keys given twice or merged in, aliases that unfold without end, tags, and text that
-    becomes a date, a number to base 60 (1:30), 16 (0x10) or 8 (010)."""
+    """Safe YAML that refuses repeated keys, merged keys, aliases and tags, and keeps as text what would become a date
+    or a number to base 60 (1:30), 16 (0x10) or 8 (010)."""
 
     yaml_implicit_resolvers = {
         first: [(tag, pattern) for tag, pattern in resolvers if tag.rpartition(":")[2] in ("bool", "null")]
@@ -94,7 +93,7 @@ def _refusal(problem: str, found) -> yaml.constructor.ConstructorError:
     return yaml.constructor.ConstructorError(None, None, problem, found.start_mark)
 
 
-# Numbers as JSON writes them. All else that could be one (3e-4, 1_000) stays text, which `parse_value` reads.
+# Numbers as JSON writes them. Other forms (3e-4, 1_000) stay text, which `parse_value` reads.
 _StrictLoader.add_implicit_resolver(
     "tag:yaml.org,2002:int", re.compile(r"^[-+]?(?:0|[1-9][0-9]{0,17})$"), list("-+0123456789")
 )
