@@ -1,6 +1,7 @@
 """Who may import whom: the rooms of `model/` stand on rows, and imports only go down."""
 
 import ast
+import importlib
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -94,3 +95,18 @@ def test_the_network_can_be_copied_out():
 def test_only_scripts_import_the_corpus():
     importers = {room_of(importer) for importer, imported, _ in IMPORTS if room_of(imported) == "model.corpus"}
     assert not {room for room in importers if room.startswith("model.")} - {"model.corpus"}
+
+
+def test_every_name_of_ours_that_is_imported_exists():
+    """In tests and benchmarks too, and within functions, where only a run would show it."""
+    missing = []
+    for path in [
+        *ROOT.glob("*.py"),
+        *(p for room in ("model", "tests", "benchmarks") for p in ROOT.glob(f"{room}/**/*.py")),
+    ]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and room_of(node.module) in ROW:
+                module = importlib.import_module(node.module)
+                names = [a.name for a in node.names if not is_module(f"{node.module}.{a.name}")]
+                missing += [f"{path.relative_to(ROOT)}: {node.module}.{n}" for n in names if not hasattr(module, n)]
+    assert not missing
