@@ -21,13 +21,13 @@ from pathlib import Path
 
 from model.corpus.cleaning import CleaningOptions
 from model.corpus.finished import written_paths
-from model.corpus.inspection import counts_text
+from model.corpus.inspection import PACKINGS, counts_text
 from model.corpus.job import WARNED_SHARE, Job
 from model.corpus.options import ProcessingOptions
 from model.corpus.sources import ENDINGS, OUR_ENDINGS, find_sources
 from model.errors import InputError, command_line
 from model.options import options_of
-from model.storage.files import write_json
+from model.storage.files import is_same_file, read_json, refuse_overwriting, refuse_overwriting_inputs, write_json
 from utils import (
     CommandParser,
     Processes,
@@ -50,9 +50,9 @@ DEFAULT_CLEANED = DATASET / "cleaned_data.jsonl"
 class OptimizedDataProcessor:
     """Turns JSONL into a token file; see the module's docstring.
 
-    Memory does not grow with the input: each worker holds a part (8 MB unless save_interval is larger) and what becomes
-    of it; finding duplicates takes some 200 MB at most, since the texts' hashes are sorted piece by piece, on disk. One
-    line may be up to 64 MiB.
+    Memory does not grow with the input. Each worker holds one part (8 MB unless save_interval is larger) and what
+    becomes of it. Finding duplicates takes at most some 200 MB: the texts' hashes are sorted in pieces, on disk. One
+    line may have up to 64 MiB.
 
     Args:
         tokenizer_path, max_length, chunk_size, save_interval: as in the guide.
@@ -61,7 +61,7 @@ class OptimizedDataProcessor:
             long_documents="split", val_share=0.01, min_characters=20, …
 
     Raises:
-        InputError: an option cannot be.
+        InputError: an option has an impossible value.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class OptimizedDataProcessor:
     ) -> None:
         known = {field.name for cls in (ProcessingOptions, CleaningOptions) for field in dataclasses.fields(cls)}
         if unknown := sorted(options.keys() - known):
-            raise InputError(f"{unknown[0]}: no such option; there are {', '.join(sorted(known))}")
+            raise InputError(f"{unknown[0]}: no such option; the options are {', '.join(sorted(known))}")
         of_cleaning = {field.name for field in dataclasses.fields(CleaningOptions)}
         cleaning = CleaningOptions(**{name: options.pop(name) for name in of_cleaning & options.keys()})
         self.options = ProcessingOptions(
@@ -84,6 +84,7 @@ class OptimizedDataProcessor:
         )
         self.processes = processes or Processes.alone()
         self._summary: dict | None = None  # of the last job
+        self._inputs: list[str] = []
 
     def validate_and_clean_jsonl(
         self,
@@ -94,7 +95,7 @@ class OptimizedDataProcessor:
     ) -> dict:
         """Write the good lines as `{"text": ...}`, and the others to `<output>.rejects.jsonl`.
 
-        Other keys of the objects are left out. A run that was killed goes on; a finished output is kept.
+        Other keys of the objects are dropped. A run that was killed resumes; a finished output is kept.
 
         Returns:
             the counts: lines, documents, rejected, rejected_by_reason, … (`Statistics.summary`).
@@ -113,8 +114,8 @@ class OptimizedDataProcessor:
     ) -> dict:
         """Make the token file `X.bin`, its manifest `X.json`, the documents' ends `X.ends`, and `X.rejects.jsonl`.
 
-        A run that was killed goes on and ends with the same bytes. A finished one, run again with the same input,
-        tokenizer and options, does nothing. With `resume=False` all of it is made anew.
+        A run that was killed resumes and ends with the same bytes. A finished one, run again with the same input,
+        tokenizer and options, does nothing. With `resume=False` everything is made anew.
 
         Args:
             input_path: a file, a folder, a glob, `datasets:NAME?…`, or a list of them (`model.corpus.sources`).
@@ -125,7 +126,7 @@ class OptimizedDataProcessor:
             the counts, as `validate_and_clean_jsonl`.
 
         Raises:
-            InputError: the input cannot be read, holds no document, or the output was begun with, or made from,
+            InputError: the input cannot be read or holds no document; or the output was begun with, or made from,
                 something else.
         """
         return self._run(input_path, output_path, resume, weights, tokenize=True)
@@ -134,20 +135,24 @@ class OptimizedDataProcessor:
         """Write the counts of the last job to a JSON file, and a picture of them to a PNG of the same name.
 
         Raises:
-            InputError: nothing was processed yet.
+            InputError: nothing was processed yet, or there is another file of that name.
         """
         if self._summary is None:
             raise InputError("save_statistics: nothing was processed yet; call process_dataset first")
         if not self.processes.is_main:
             return
         path = _checked_stats_path(path)
+        for file in (path, path.with_suffix(".png")):
+            refuse_overwriting_inputs({"stats_path": file}, self._inputs)
+        if (before := _described_output(path)) not in (None, self._summary["output"]):
+            say(f"statistics: {path} held those of {before}, and is replaced")
         write_json(path, self._summary)
         try:
             from model.corpus.picture import draw_summary
 
             draw_summary(path.with_suffix(".png"), self._summary)
         except ImportError:
-            say(f"statistics: {path} (no picture: matplotlib is not installed)")
+            say(f"statistics: {path} (no picture: that needs matplotlib: pip install matplotlib)")
         else:
             say(f"statistics: {path} and {path.with_suffix('.png')}")
 
@@ -155,14 +160,14 @@ class OptimizedDataProcessor:
         output = _checked_output(output_path)
         ours = {path.resolve() for path in written_paths(output)}
         sources = find_sources(input_path, weights, ours, self.options.text_field, self.options.txt_documents)
-        for source in sources:
-            if source.form != "dataset" and Path(source.location).resolve() in ours:
-                raise InputError(f"output_path: {output} or what lies beside it is the input itself; give another name")
+        self._inputs = [source.location for source in sources if source.form != "dataset"]
+        for path in written_paths(output):
+            refuse_overwriting_inputs({"output_path": path}, self._inputs)
         job = Job(sources, output, self.options, tokenize, self.processes, say, _ByteBar)
         try:
             self._summary = job.run(resume)
         except OSError as error:  # a full disk, a forbidden folder
-            raise InputError(f"{output}: {error}; run it again when that is mended: it goes on from there") from error
+            raise InputError(f"{output}: {error}; once that is fixed, run it again: it resumes") from error
         return self._summary
 
 
@@ -177,7 +182,7 @@ class _ByteBar:
         self._bar.last_line = time.perf_counter()  # a short job leaves no such line
 
     def advance(self, count: int, postfix: str) -> None:
-        """Move on by so many bytes."""
+        """Move on by `count` bytes."""
         self._bar.set_postfix_str(postfix, refresh=False)
         self._bar.update(count)
         progress_line(self._bar)
@@ -194,27 +199,45 @@ def _checked_output(output_path: str | Path) -> Path:
         raise InputError(f"output_path: {output_path!r} found, a file's name expected")
     output = Path(output_path)
     if output.suffix in ("", ".json", ".ends"):
-        raise InputError(f"output_path: {output} would be overwritten by what lies beside it; name it .bin or .jsonl")
-    if output.suffix in (".gz", ".zst", ".parquet"):
+        raise InputError(f"output_path: {output} is the name of a file beside the output; name it .bin or .jsonl")
+    if output.suffix.lower()[1:] in (*PACKINGS, "parquet"):
         raise InputError(f"output_path: {output} would not be what its name says; name it .bin or .jsonl")
+    if output.is_dir():
+        raise InputError(f"output_path: {output} is a folder, the name of a file expected")
     return output
 
 
 def _checked_stats_path(stats_path: str | Path) -> Path:
+    """Where statistics may go: what is there already must be statistics."""
     path = Path(stats_path)
     if not path.name or path.is_dir():
         raise InputError(f"stats_path: {path} is a folder, the name of a JSON file expected")
+    if path.suffix.lower() == ".png":
+        raise InputError(f"stats_path: {path} is the name of the picture; give that of a JSON file")
+    if _described_output(path) is None:
+        for file in (path, path.with_suffix(".png")):
+            refuse_overwriting("stats_path", file)
     return path
+
+
+def _described_output(stats_path: Path) -> str | None:
+    """Which output the statistics in a file are of; None where there is no such file, or it holds something else."""
+    try:
+        values = read_json(stats_path)
+        return values["output"] if "rejected_by_reason" in values else None
+    except (InputError, KeyError):
+        return None
 
 
 # ------------------------------------------------------------------------------------------------- the command line
 
 
 def default_input_path(folder: str | Path = DATASET) -> Path:
-    """The JSONL file to work on where none is named, and say why: MiniMind's corpus, the user's own, or the sample.
+    """The JSONL file to process where none is named, with a line that says why: MiniMind's corpus, the only one of the
+    user, or the sample.
 
     Raises:
-        InputError: the folder holds several files that could be meant, or none.
+        InputError: the folder holds several such files, or none.
     """
     folder = Path(folder)
     corpus, sample = folder / DEFAULT_CORPUS, folder / SAMPLE_CORPUS
@@ -250,21 +273,21 @@ def _parser() -> argparse.ArgumentParser:
         "--input_path",
         nargs="+",
         type=path_flag,
-        help='JSONL, one {"text": ...} a line, .gz and .zst too; Parquet; folders, globs; '
-        "datasets:NAME?split=train; default: what lies in dataset/",
+        help='JSONL, one {"text": ...} a line; a JSON array of such objects; plain .txt; each also as .gz, .zst, '
+        ".xz, .bz2; Parquet; folders, globs; datasets:NAME?split=train; default: what lies in dataset/",
     )
     add(
         "--weights",
         nargs="+",
         type=float,
-        help="how often each input's documents are taken; 0.5: one in two",
+        help="how often the documents of each input are taken; 0.5: one in two",
     )
     add(
         "--output_path",
         type=path_flag,
         help=f"the token file; default: {DEFAULT_OUTPUT}; with --clean_only {DEFAULT_CLEANED}",
     )
-    add("--resume", help="go on with a half-made output and keep a finished one; false: make it anew (true)", **SWITCH)
+    add("--resume", help="resume a half-made output and keep a finished one; false: make it anew (true)", **SWITCH)
     add("--stats_path", type=path_flag, help="where the statistics go; default: data_stats.json beside the output")
     for title, cls in (("processing", ProcessingOptions), ("cleaning", CleaningOptions)):
         group = parser.add_argument_group(title)
@@ -274,10 +297,10 @@ def _parser() -> argparse.ArgumentParser:
     add = other.add_argument
     add("--clean_only", action="store_true", help="write cleaned JSONL instead of tokens")
     add("--export", choices=("megatron", "nanotron"), help="write that library's index files for the .bin --input_path")
-    add("--train_tokenizer", action="store_true", help="train a tokenizer on --input_path (several files, .gz too)")
-    add("--tokenizer_output", type=path_flag, help="folder that the trained tokenizer goes to")
+    add("--train_tokenizer", action="store_true", help="train a tokenizer on --input_path")
+    add("--tokenizer_output", type=path_flag, help="folder for the trained tokenizer")
     add("--vocab_size", type=int, default=6400, help="tokens of the trained tokenizer (%(default)s)")
-    add("--overwrite_tokenizer", action="store_true", help="replace a tokenizer that is in --tokenizer_output already")
+    add("--overwrite_tokenizer", action="store_true", help="replace the tokenizer in --tokenizer_output")
     return parser
 
 
@@ -298,8 +321,9 @@ def main() -> int:
     output = _checked_output(arguments.output_path or (DEFAULT_CLEANED if arguments.clean_only else DEFAULT_OUTPUT))
     stats_path = _checked_stats_path(arguments.stats_path or output.with_name("data_stats.json"))
     for path in (stats_path, stats_path.with_suffix(".png")):
-        if path.resolve() in [Path(other).resolve() for other in (*source, *written_paths(output))]:
-            raise InputError(f"stats_path: {path} is the input, the output or what lies beside it; give another name")
+        refuse_overwriting_inputs({"stats_path": path}, source)
+        if any(is_same_file(path, other) for other in written_paths(output)):
+            raise InputError(f"stats_path: {path} is the output, or what lies beside it; give another name")
     make = processor.validate_and_clean_jsonl if arguments.clean_only else processor.process_dataset
     try:
         make(source, output, arguments.resume, arguments.weights)
@@ -325,7 +349,7 @@ def _train_tokenizer(arguments: argparse.Namespace) -> int:
     from model.corpus.train_tokenizer import train_tokenizer
 
     if not arguments.tokenizer_output:
-        raise InputError("tokenizer_output: name the folder that the trained tokenizer goes to")
+        raise InputError("tokenizer_output: name the folder for the trained tokenizer")
     sources = arguments.input_path or [default_input_path()]
     say(f"training a tokenizer of {arguments.vocab_size:,} tokens on {len(sources)} file(s); it can take minutes")
     read = train_tokenizer(

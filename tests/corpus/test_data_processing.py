@@ -182,7 +182,7 @@ def test_the_picture_is_optional_and_its_absence_is_named(raw, processor, tmp_pa
     processor.process_dataset(raw, tmp_path / "data.bin")
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)  # as if it were not installed
     processor.save_statistics(tmp_path / "without.json")
-    assert "matplotlib is not installed" in capsys.readouterr().err
+    assert "pip install matplotlib" in capsys.readouterr().err
     assert (tmp_path / "without.json").exists() and not (tmp_path / "without.png").exists()
     monkeypatch.undo()
     pytest.importorskip("matplotlib")
@@ -237,8 +237,8 @@ def test_clean_only_from_the_command_line(raw, tmp_path):
         (b'{"text": "x"}\n', ["--chunk_size", "0"], "chunk_size: 0 found, a whole number"),
         (b'{"text": "x"}\n', ["--resume", "maybe"], "true or false expected"),
         (b'{"text": "x"}\n', ["--text", "x"], "--text: unknown; did you mean --text_field"),
-        (b'{"text": "x"}\n', ["--output_path", "raw.json"], "overwritten by what lies beside it"),
-        (b'{"text": "x"}\n', ["--output_path", "raw.jsonl"], "is the input itself"),
+        (b'{"text": "x"}\n', ["--output_path", "raw.json"], "is the name of a file beside the output"),
+        (b'{"text": "x"}\n', ["--output_path", "raw.jsonl"], "is an input and would be overwritten"),
         (b'{"text": "x"}\n', ["--output_path", "raw.jsonl/data.bin"], "raw.jsonl"),
     ],
 )
@@ -258,3 +258,37 @@ def test_bad_input_is_told_in_one_line(tmp_path, monkeypatch, capsys, content, f
     if content is not None:
         assert Path("raw.jsonl").read_bytes() == content
     assert not os.path.exists("data.bin")
+
+
+def test_statistics_replace_nothing_but_statistics(tmp_path, raw, process_data_here):
+    def process(output: str, stats: str) -> tuple[int, list[str]]:
+        flags = ["--input_path", raw, "--workers", 0, "--output_path", tmp_path / output]
+        code, said = process_data_here(*flags, "--stats_path", tmp_path / stats)
+        return code, said.splitlines()
+
+    (tmp_path / "config.json").write_text('{"dim": 512}')
+    (tmp_path / "photo.png").write_bytes(b"\x89PNG")
+    for stats, message in {
+        "config.json": "config.json exists already (12 bytes); give another path",
+        "photo.json": "photo.png exists already (4 bytes)",
+        "x.png": "x.png is the name of the picture",
+    }.items():
+        code, lines = process("a.bin", stats)
+        assert code == 2 and len(lines) == 1 and lines[0].startswith("error: stats_path: ") and message in lines[0]
+    assert (tmp_path / "config.json").read_text() == '{"dim": 512}' and not (tmp_path / "a.bin").exists()
+    assert process("a.bin", "s.json")[0] == 0
+    code, lines = process("b.bin", "s.json")
+    assert code == 0 and f"statistics: {tmp_path / 's.json'} held those of a.bin, and is replaced" in lines
+    assert "replaced" not in "".join(process("b.bin", "s.json")[1])
+
+
+def test_an_output_that_is_an_input_by_another_name_is_refused(tmp_path, raw, process_data_here):
+    link = tmp_path / "link.jsonl"
+    link.symlink_to(raw)
+    before = raw.read_bytes()
+    flags = ["--input_path", raw, "--clean_only", "--resume", "false", "--output_path"]
+    code, said = process_data_here(*flags, link)
+    assert code == 2 and "is an input and would be overwritten" in said and raw.read_bytes() == before
+    (tmp_path / "folder.bin").mkdir()
+    code, said = process_data_here(*flags, tmp_path / "folder.bin")
+    assert code == 2 and "folder.bin is a folder" in said
