@@ -335,6 +335,8 @@ def test_the_architecture_page_shows_the_rows_that_imports_go_down(page):
 def test_files_that_are_named_exist(page):
     for path in re.findall(r"`((?:model|tests|benchmarks|examples|docs)/[\w./]*)`", read(page)):
         assert (ROOT / path).exists(), f"{page}: {path}"
+    modules = {path.name for path in (*ROOT.glob("*.py"), *ROOT.glob("model/**/*.py"), *ROOT.glob("tests/**/*.py"))}
+    assert set(re.findall(r"`(\w+\.py)`", read(page))) <= modules
 
 
 # ---------------------------------------------------------------------------------------------------------- the tables
