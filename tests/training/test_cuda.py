@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from model.attention import cached_attention, pytorch_attention
-from model.generation.engine import Engine
+from model.generation.engine import Engine, checksum
 from model.generation.rows import Rows
 from model.LMConfig import LMConfig
 from model.training.settings import build_settings
@@ -144,6 +144,21 @@ def test_texts_are_those_of_the_cpu_alone_in_a_batch_and_without_a_cache(setting
     assert texts_of(there, prompts, GenerationConfig(max_new_tokens=60, **settings), 1) == expected
     assert texts_of(there, prompts, GenerationConfig(max_new_tokens=60, **settings), 3) == expected
     assert texts_of(there, prompts, GenerationConfig(max_new_tokens=60, use_cache=False, **settings), 1) == expected
+
+
+def test_weights_have_the_checksum_that_they_have_on_the_cpu():
+    here, there = twins(torch.bfloat16)
+    assert checksum(here.to(torch.bfloat16)) == checksum(there)
+    engine = Engine(there)
+    there.layers[1].feed_forward.w2.weight.data[3, 5] += 1
+    assert not engine.fits(there, False, None)
+
+
+def test_dropout_is_off_in_generation_whatever_the_mode_of_the_model():
+    _, there = twins(dropout=0.5)
+    prompts, config = [[1, 17, 200], [1, 9]], GenerationConfig(do_sample=False, max_new_tokens=20)
+    expected = texts_of(there, prompts, config, 2)
+    assert texts_of(there.train(), prompts, config, 2) == expected and there.training
 
 
 def test_the_rate_of_products_is_no_artefact():
