@@ -91,8 +91,10 @@ def from_text(field: dataclasses.Field, text: str):
         return None
     if word in words:
         return word
+    if kind is str:
+        return file_path(text) if field.metadata["path"] else text
     try:
-        return _FROM_TEXT[kind](word) if kind in _FROM_TEXT else text
+        return _FROM_TEXT[kind](word)
     except (ValueError, KeyError):
         raise ValueError(expected(field)) from None
 

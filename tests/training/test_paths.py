@@ -62,9 +62,10 @@ def test_a_tilde_is_the_home_folder_in_every_flag_that_names_a_file(script, home
     monkeypatch.setattr(module.CommandParser, "parse_known_args", caught)
     with pytest.raises(Stop):
         train.read_settings([]) if script == "train" else module.main()
+    checked_later = FIELDS if script == "train" else ()  # with all settings
     for action in parsers[0]._actions:
-        words = action.dest.split("_")
-        if {"path", "file", "output", "config", "source", "target"} & set(words) and action.dest not in FIELDS:
+        names_a_file = {"path", "file", "output", "config", "source", "target"} & set(action.dest.split("_"))
+        if names_a_file and action.dest not in checked_later:
             assert action.type("~/a b") == f"{home}/a b", action.dest
 
 
