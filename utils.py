@@ -52,7 +52,7 @@ def progress_line(bar, every_seconds: float = 30) -> None:
 
 
 def pick_device(asked: str = "auto", local_rank: int = 0):
-    """The torch device to use, and why.
+    """The torch device to use, and why it was chosen.
 
     Args:
         asked: "auto", or a device that torch knows: "cpu", "mps", "cuda", "cuda:1".
@@ -88,8 +88,8 @@ def pick_device(asked: str = "auto", local_rank: int = 0):
 def pick_dtype(asked: str, device):
     """The dtype of the matrix products on this device, and why.
 
-    A processor without instructions for 16-bit floats computes them one by one, over a hundred times slower than
-    float32: there float32 is used instead. MATECONV_EMULATE_DTYPE=1 keeps what was asked for, to test it.
+    A processor without instructions for 16-bit floats emulates them, over a hundred times slower than float32: there
+    float32 is used instead. MATECONV_EMULATE_DTYPE=1 keeps the dtype that was set, for tests.
     """
     import torch
 
@@ -109,11 +109,10 @@ def pick_dtype(asked: str, device):
 
 
 def keep_freed_memory() -> bool:
-    """Let this process keep the memory that its tensors free, where malloc is glibc's; returns whether it does.
+    """Let glibc's malloc keep the memory that tensors free; returns whether malloc is glibc's.
 
-    By default glibc takes each large block from the system and gives it back when it is freed. In training on a CPU,
-    where each step allocates the same tensors again, the system then clears some gigabytes of pages a step, which costs
-    a tenth of the time.
+    By default glibc returns each large block to the system when it is freed. Training on a CPU allocates the same
+    tensors at each step, so the system would clear gigabytes of pages per step, a tenth of the time.
     """
     if platform.libc_ver()[0] != "glibc":
         return False
@@ -123,14 +122,14 @@ def keep_freed_memory() -> bool:
 
 
 def measure_matmul_flops(device, dtype, seconds: float = 0.3) -> float:
-    """FLOP/s that a large square matrix product reaches here: the limit that MFU compares with."""
+    """FLOP/s of a large square matrix product on this device: the limit that MFU is measured against."""
     import torch
 
     sizes = (256, 2048, 8192) if device.type == "cuda" else (256, 1024)
     best = 0.0
     for size in sizes:
         if best and 2 * size**3 / best > 4 * seconds:
-            break  # emulated numbers, or a small GPU: the smaller product has told enough
+            break  # emulated dtype, or a small GPU: the smaller product is enough
         a = torch.randn(size, size, device=device, dtype=dtype)
         a @ a  # a GPU's first product loads cuBLAS, for up to a second
         synchronize(device)
@@ -144,7 +143,7 @@ def measure_matmul_flops(device, dtype, seconds: float = 0.3) -> float:
 
 
 def synchronize(device) -> None:
-    """Wait until the device has done all that it was told; a CPU has."""
+    """Wait until the device has finished its queue; a CPU has none."""
     import torch
 
     if device.type == "cuda":
@@ -155,8 +154,8 @@ def synchronize(device) -> None:
 
 @contextlib.contextmanager
 def deterministic_kernels(device) -> Iterator[None]:
-    """On a CUDA GPU, kernels that give the same bits each time. By default the gradients of attention and, compiled, of
-    the embedding are added up there in the order in which threads happen to come, and cuBLAS may choose another way.
+    """On a CUDA GPU, use kernels that give the same bits each time. By default, gradients of attention and, when
+    compiled, of the embedding are summed in whatever order threads arrive, and cuBLAS may choose another algorithm.
 
     CUBLAS_WORKSPACE_CONFIG must be set before this process's first matrix product there, see `Trainer`.
     """
@@ -167,7 +166,7 @@ def deterministic_kernels(device) -> Iterator[None]:
         return
     options = torch.utils.deterministic
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    fills, options.fill_uninitialized_memory = options.fill_uninitialized_memory, False  # that only finds faults
+    fills, options.fill_uninitialized_memory = options.fill_uninitialized_memory, False  # it only helps to find bugs
     torch.use_deterministic_algorithms(True)
     try:
         yield
@@ -205,7 +204,7 @@ def random_state() -> dict:
 
 
 def restore_random_state(state: dict) -> None:
-    """Put every global generator back to what `random_state` returned."""
+    """Restore every global generator to what `random_state` returned."""
     import numpy as np
     import torch
 
@@ -223,13 +222,13 @@ def restore_random_state(state: dict) -> None:
 
 
 def settle_buckets(model, rows: int, seq_len: int, device, autocast) -> None:
-    """Let DistributedDataParallel order its buckets of gradients now, which it does after its first step.
+    """Make DistributedDataParallel order its gradient buckets now; by itself it does so after its first step.
 
-    Where three or more processes add a gradient up, its place in a bucket decides in which order, and so the last
-    bit (the sum of two numbers has but one order). Without this a resumed run would differ in it.
+    With three or more processes, a gradient's place in its bucket decides the order of the sum, and so the last bit
+    (two numbers have only one order). Without this, a resumed run would differ in that bit.
 
     Args:
-        model: a DistributedDataParallel; its parameters have gradients afterwards, which are to be cleared.
+        model: a DistributedDataParallel; its parameters have gradients afterwards, which the caller clears.
         rows, seq_len: of a batch.
         autocast: context in which the model runs.
     """
@@ -246,7 +245,7 @@ def settle_buckets(model, rows: int, seq_len: int, device, autocast) -> None:
 class Processes:
     """The processes that train together: one, or those that torchrun started.
 
-    `all_sum` and the like go through gloo on the CPU, beside the gradients' own group, so that agreeing on a flag
+    `all_sum` and the like use gloo on the CPU, in a separate group from the gradients', so that agreeing on a flag
     never waits for the GPU.
     """
 
@@ -260,7 +259,7 @@ class Processes:
 
     @classmethod
     def alone(cls) -> "Processes":
-        """A group of this process only, whatever started it."""
+        """A group of this process alone, whatever started it."""
         processes = cls()
         processes.rank, processes.local_rank, processes.world_size, processes.local_world_size = 0, 0, 1, 1
         return processes
@@ -271,7 +270,7 @@ class Processes:
 
     @property
     def by_torchrun(self) -> bool:
-        """Whether torchrun started this process: to it, any exit code but 0 is a failure."""
+        """Whether torchrun started this process. It takes any exit code but 0 for a failure."""
         return "TORCHELASTIC_RUN_ID" in os.environ
 
     def start(self, device=None, timeout: float = 1800, give_up: Callable[[str], None] | None = None) -> None:
@@ -292,12 +291,12 @@ class Processes:
 
         on_gpu = device is not None and device.type == "cuda"
         patience = datetime.timedelta(seconds=timeout)
-        # Where there is a watch, it decides first.
+        # The watchdog, if there is one, decides first.
         group_timeout = datetime.timedelta(seconds=timeout if give_up is None else 4 * timeout + 60)
         try:
             shared = self._store(patience)
-            # torchrun keeps its store when it starts the processes again: no name of the last time may be found there.
-            # (On several machines each counts its restarts apart.)
+            # torchrun keeps its store when it restarts the processes: they must find no key of the last attempt.
+            # (With several machines, each counts its restarts separately.)
             one_machine = os.environ.get("GROUP_WORLD_SIZE") == "1"
             attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if one_machine else "0"
             store = dist.PrefixStore(f"mateconv/{attempt}", shared)
@@ -305,7 +304,7 @@ class Processes:
             group = {"store": dist.PrefixStore("group", store), "rank": self.rank, "world_size": self.world_size}
             dist.init_process_group("nccl" if on_gpu else "gloo", timeout=group_timeout, **group)
             self._control = dist.new_group(backend="gloo", timeout=group_timeout)
-        except RuntimeError as error:  # torch's errors of the network and the store
+        except RuntimeError as error:  # all that torch raises for the network and the store
             reason = first_line(error)
             raise ProcessLost(f"not all of {self.world_size} processes came within {timeout:g} s ({reason})") from error
         if give_up is not None:
@@ -317,18 +316,18 @@ class Processes:
 
     @property
     def _store_of_launcher(self) -> bool:
-        """Whether torchrun keeps the store, and not rank 0."""
+        """Whether torchrun hosts the store, not rank 0."""
         return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
     def _store(self, patience: datetime.timedelta):
-        """The store that all processes share. torch's own rendezvous waits for all of them, and can't say for whom."""
+        """The store that all processes share. torch's own rendezvous waits for all and can't name the missing."""
         import torch.distributed as dist
 
         keeps_it = self.is_main and not self._store_of_launcher
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         try:
             options = {"wait_for_workers": False, "multi_tenant": True}
-            options["use_libuv"] = os.environ.get("USE_LIBUV", "1") == "1"  # torch's own switch, for Windows
+            options["use_libuv"] = os.environ.get("USE_LIBUV", "1") == "1"  # torch's switch, for Windows
             return dist.TCPStore(host, port, is_master=keeps_it, timeout=patience, **options)
         except RuntimeError as error:
             if keeps_it:
@@ -368,18 +367,18 @@ class Processes:
             self._control = None
 
     def beat(self, doing: str, patience: float = 1.0) -> None:
-        """Tell the watch, if there is one, that this process came further: what it does now, and how many timeouts
-        that may take."""
+        """Report progress to the watchdog, if there is one: what this process does next, and how many timeouts that
+        may take."""
         if self._watchdog is not None:
             self._watchdog.beat(doing, patience)
 
     def arrive(self) -> None:
-        """Tell the watch that this process has come to where it waits for the others."""
+        """Report progress to the watchdog: from here this process waits for the others."""
         if self._watchdog is not None:
             self._watchdog.arrive()
 
     def announce(self, error: BaseException) -> None:
-        """Tell the other processes why this one ends, so that they can say so."""
+        """Tell the other processes why this one ends, so that they can name the cause."""
         if self._watchdog is not None and not isinstance(error, ProcessLost):
             self._watchdog.announce(str(error) or type(error).__name__)
 
@@ -417,7 +416,7 @@ class Processes:
         return tensor.tolist()
 
     def any(self, flag) -> bool:
-        """Whether the flag is set on any process."""
+        """Whether the flag is set on any rank."""
         return self.all_sum([float(flag)])[0] > 0
 
     def smallest(self, value: float) -> float:

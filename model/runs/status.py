@@ -1,7 +1,7 @@
-"""`out/status.json`: how a run stands, for whoever starts it again: the supervisor, a job script, a person.
+"""`out/status.json`: the state of a run, for whoever restarts it: the supervisor, a job script, a person.
 
-Exit codes can get lost on their way: torchrun has its own, and a process that is killed has none. This file tells the
-same in one place. A run that was killed stays "running".
+Exit codes get lost: torchrun has its own, and a killed process has none. This file says the same in one place. A run
+that was killed stays "running".
 """
 
 import datetime
@@ -24,7 +24,7 @@ class Status:
     Args:
         out_dir: the run's folder.
         world_size: processes that train together.
-        total_steps: optimizer steps that the run will have taken in the end.
+        total_steps: optimizer steps of the whole run.
     """
 
     def __init__(self, out_dir: Path, world_size: int, total_steps: int) -> None:
@@ -41,14 +41,14 @@ class Status:
         exit_code: int | None = None,
         message: str | None = None,
     ) -> None:
-        """Replace the file in one step. Never raises where it cannot be written: the reason is kept in `problem`.
+        """Replace the file atomically. Never raises: if it cannot be written, `problem` says why.
 
         Args:
             state: one of STATES.
             step: optimizer steps taken.
-            checkpoint: name of the newest saved checkpoint; None: the one named last.
-            exit_code: None while the run goes on.
-            message: what a person should know, as the reason of a failure.
+            checkpoint: name of the newest saved checkpoint; None: the same as before.
+            exit_code: None while the run continues.
+            message: what a person should know, such as why the run failed.
         """
         if state not in STATES:
             raise ValueError(f"state {state!r} found, one of {', '.join(STATES)} expected")
@@ -72,7 +72,7 @@ class Status:
 
 
 def read_status(out_dir: Path) -> dict | None:
-    """The status of the run in a folder; None where there is none, or it is damaged."""
+    """The status of the run in a folder; None if there is none, or it is damaged."""
     path = Path(out_dir) / STATUS_FILE
     try:
         with open(path, "rb") as file:

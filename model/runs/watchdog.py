@@ -1,9 +1,9 @@
-"""Who is missing when several processes wait for each other: the watch that ends a job that stands still.
+"""Ends a job in which processes wait for one that died or hangs, and names it.
 
-Every process counts how far it has come (`beat`), and a thread of its own writes the count into the store that all
-processes share (torch.distributed's TCPStore). A collective that waits says nothing about whom it waits for; the counts
-do: who died no longer writes, who hangs has the lowest count. Who finds out first tells the others, before its own end
-makes it look like the one that failed.
+Every process counts its progress (`beat`), and a thread writes the count into the store that all processes share
+(torch.distributed's TCPStore). A collective that waits does not say for whom; the counts do: a dead rank no longer
+reports, a rank that hangs has the lowest count. The first rank that finds out tells the others, before its own end
+makes it look like the culprit.
 """
 
 import os
@@ -12,21 +12,21 @@ import threading
 import time
 from collections.abc import Callable
 
-FAREWELL_SECONDS = 5.0  # for a process that learns that another one has failed, to end by itself
-START_PATIENCE = 3.0  # timeouts that may pass before the first beat: imports, data and a checkpoint are read
-REQUEST_SECONDS = 10.0  # that the store may take for an answer
+FAREWELL_SECONDS = 5.0  # that a process has to end by itself after it learns that another one failed
+START_PATIENCE = 3.0  # timeouts that may pass before the first beat, while imports, data and a checkpoint are read
+REQUEST_SECONDS = 10.0  # that the store may take to answer
 
 
 class Watchdog:
     """Watches the processes of one job.
 
     Args:
-        store: shared by all processes, with a connection of its own for this thread (`Store.clone()`).
+        store: shared by all processes; this thread needs a separate connection (`Store.clone()`).
         rank: of this process.
         hosts: the name of each rank's machine.
-        timeout: seconds in which no process came any further, after which this process gives up.
-        give_up: called from the watching thread with what is wrong; it must end the process.
-        kept_by: the rank that keeps the store; None: the launcher does.
+        timeout: seconds without progress of any process, after which this one gives up.
+        give_up: called in the watchdog's thread with what is wrong; it must end the process.
+        kept_by: the rank that hosts the store; None: the launcher does.
     """
 
     def __init__(
@@ -47,25 +47,25 @@ class Watchdog:
         self._interval = min(1.0, timeout / 10)  # seconds between two looks
         self._kept_by, self._line = kept_by, _Line(min(REQUEST_SECONDS, timeout / 2))
         self._count, self._doing, self._patience, self._moved = 0, "starting", START_PATIENCE, time.monotonic()
-        self._heard: str | None = None  # what went wrong, as another process says
-        self._spoke: float | None = None  # when this process told what went wrong
-        self._alive = 0  # how often this thread has looked
+        self._heard: str | None = None  # what went wrong, according to another process
+        self._spoke: float | None = None  # when this process reported what went wrong
+        self._alive = 0  # rounds of this thread
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
 
     def beat(self, doing: str, patience: float = 1.0) -> None:
-        """This process came further.
+        """Report progress.
 
         Args:
-            doing: what it does now, for the message.
+            doing: what this process does next, for the message.
             patience: how many timeouts that may take.
         """
         self._count += 1
         self._doing, self._patience, self._moved = doing, patience, time.monotonic()
 
     def arrive(self) -> None:
-        """This process came further, to where it waits for the others."""
+        """Report progress to a point where this process waits for the others."""
         self._count += 1
         self._moved = time.monotonic()
 
@@ -80,24 +80,24 @@ class Watchdog:
         self._tell_others(f"rank {self._names[self._rank]} failed: {message}")
 
     def _tell_others(self, message: str) -> None:
-        """Say what went wrong, unless another process was first."""
+        """Report what went wrong, unless another process was first."""
         if not self._listen():
             self._ask(lambda: self._store.set("wrong", message))
             self._spoke = time.monotonic()
 
     def _linger(self) -> None:
-        """Where the store ends with this process: give the others time to read what was said last."""
+        """If this process hosts the store: give the others time to read the last report."""
         if self._spoke is not None and self._kept_by == self._rank:
             time.sleep(max(0.0, self._spoke + 3 * self._interval - time.monotonic()))
 
     def _listen(self) -> str | None:
-        """What went wrong, if a process has said so."""
+        """What went wrong, if a process has reported it."""
         if self._heard is None:
             self._heard = self._ask(lambda: self._store.get("wrong").decode() if self._store.check(["wrong"]) else None)
         return self._heard
 
     def whom_to_blame(self) -> str:
-        """One sentence on the process that the others wait for; takes some seconds, to see who still reports."""
+        """One sentence about the process that the others wait for; takes some seconds, to see who still reports."""
         gone = self.who_is_gone()
         if gone is None:
             gone = self._who_lags()
@@ -105,10 +105,10 @@ class Watchdog:
         return gone
 
     def who_is_gone(self) -> str | None:
-        """One sentence on a process that has failed or no longer reports; None: all live. Takes some seconds."""
+        """One sentence about a process that failed or no longer reports; None: all are alive. Takes some seconds."""
         before = {rank: self._report(rank) for rank in self._others}
         for _ in range(3):
-            self._tell()  # the watch itself may be here
+            self._tell()  # this may be the watchdog's thread itself
             if (heard := self._listen()) is not None:
                 return heard
             time.sleep(self._interval)
@@ -146,7 +146,7 @@ class Watchdog:
             if standing < self._interval:
                 failed_since = None
                 continue
-            # This process works or waits. Has another one failed? Do the others come further?
+            # This process works or waits. Has another one failed? Do the others make progress?
             if failed:
                 failed_since = failed_since or time.monotonic()
                 if time.monotonic() - failed_since > FAREWELL_SECONDS:
@@ -169,30 +169,30 @@ class Watchdog:
         self._ask(lambda: self._store.set(f"report/{self._rank}", report))
 
     def _report(self, rank: int) -> tuple[str, str, str] | None:
-        """How often that rank has looked, how far it has come, what it does; None where it has not said."""
+        """That rank's rounds, its progress and what it does; None: it has not reported."""
         key = f"report/{rank}"
         found = self._ask(lambda: self._store.get(key).decode() if self._store.check([key]) else None)
         return tuple(found.split("|", 2)) if found else None
 
     def _ask(self, request):
-        """What the store answers; None where it does not."""
+        """The store's answer; None: there is none."""
         return self._line.ask(request)
 
 
 class _Line:
-    """Asks the store from a thread of its own: one whose machine has lost its power does not even refuse.
+    """Asks the store in a separate thread: a host that has lost its power does not even refuse the connection.
 
     Args:
         seconds: that an answer may take.
     """
 
     def __init__(self, seconds: float) -> None:
-        self.answers, self.broken = True, False  # broken: what kept the store has ended
+        self.answers, self.broken = True, False  # broken: the store's host has closed the connection
         self._seconds, self._requests = seconds, queue.SimpleQueue()
         threading.Thread(target=self._work, name="watchdog's line", daemon=True).start()
 
     def ask(self, request: Callable):
-        """What the request returns; None where the store does not answer in time, or is gone."""
+        """What the request returns; None if the store does not answer in time, or is gone."""
         reply = queue.SimpleQueue()
         self._requests.put((request, reply))
         try:
