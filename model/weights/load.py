@@ -72,6 +72,10 @@ def load_foreign(path: Path) -> Weights | None:
     if path.is_dir():
         if is_meta_folder(path):
             return load_meta_folder(path)
+        if (path / "adapter_config.json").is_file():
+            raise InputError(
+                f"{path}: a LoRA adapter; merge it into its base model first, with peft's merge_and_unload"
+            )
         if not _has_config(path):
             raise InputError(f"{path}: neither config.json (transformers) nor params.json (Meta) in this folder")
         return load_transformers(path)

@@ -127,7 +127,11 @@ def plain_state_dict(content: Mapping, path: str | Path) -> dict[str, Tensor]:
         InputError: the content is not a dict from names to tensors.
     """
     if not content or not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items()):
-        raise InputError(f"{path}: expected a state dict of tensors or a MateConv checkpoint, found neither")
+        dicts = {key: value for key, value in content.items() if isinstance(value, Mapping)}
+        inner = [key for key, value in dicts.items() if any(isinstance(tensor, Tensor) for tensor in value.values())]
+        hint = f"; save its {shown(inner[0])} alone with torch.save" if inner else ""
+        found = ", ".join(map(shown, [*content][:5])) or "nothing"
+        raise InputError(f"{path}: expected a state dict of tensors or a MateConv checkpoint, found {found}{hint}")
     return {plain: content[name] for plain, name in plain_names(content, path).items()}
 
 

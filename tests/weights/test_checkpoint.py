@@ -84,8 +84,11 @@ def test_other_names_are_refused(tmp_path):
     with pytest.raises(InputError, match="found list"):
         load_weights(tmp_path / "list.pth")
     torch.save({"a": 1}, tmp_path / "dict.pth")
-    with pytest.raises(InputError, match="state dict"):
+    with pytest.raises(InputError, match="state dict .* found 'a'$"):
         load_weights(tmp_path / "dict.pth")
+    torch.save({"epoch": 3, "state_dict": {"norm.weight": torch.zeros(2)}}, tmp_path / "lightning.ckpt")
+    with pytest.raises(InputError, match="found 'epoch', 'state_dict'; save its 'state_dict' alone with torch.save"):
+        load_weights(tmp_path / "lightning.ckpt")
 
 
 @pytest.fixture

@@ -444,6 +444,12 @@ def test_shards_under_another_name_are_read_where_one_is_given(shards):
         load_weights(parts[0].parent)
 
 
+def test_an_adapter_is_named(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(InputError, match="a LoRA adapter; merge it into its base model"):
+        load_weights(tmp_path)
+
+
 def test_safetensors_without_a_config_beside_them(tmp_path, tied):
     shutil.copy(tied[0] / "model.safetensors", tmp_path)
     with pytest.raises(InputError, match="no config.json beside it"):
