@@ -1,7 +1,7 @@
-"""Training a byte-level BPE tokenizer (Sennrich et al. 2016; bytes as in GPT-2) on JSONL text.
+"""Trains a byte-level BPE tokenizer (Sennrich et al. 2016; bytes as in GPT-2) on JSONL text.
 
-What is trained is of the kind that `model/tokenizer` holds: GPT-2's split over all 256 bytes, so that every string can
-be encoded and comes back unchanged; digits one by one; `<unk>`, `<s>`, `</s>` are ids 0, 1, 2; MiniMind v1's chat form.
+The result is a tokenizer like that in `model/tokenizer`: GPT-2's split over all 256 bytes, so that every string
+survives encoding and decoding unchanged; single digits; `<unk>`, `<s>`, `</s>` as ids 0, 1, 2; MiniMind v1's chat form.
 """
 
 import json
@@ -23,10 +23,10 @@ from model.storage.files import replacing
 SPECIAL_TOKENS = ("<unk>", "<s>", "</s>")  # ids 0, 1, 2
 SMALLEST_VOCABULARY = len(SPECIAL_TOKENS) + 256  # the bytes alone
 TOKEN_BYTES_BELOW = 12  # three Chinese characters or a long English word: longer tokens are formulas, not words
-MAX_FILE_BYTES = 64 << 20  # text taken from each file, spread evenly over it; the trainer holds all pieces in memory
-BLOCK_BYTES = 8 << 20  # of the input, read at once
+MAX_FILE_BYTES = 64 << 20  # text sampled evenly from each file; the trainer holds all pieces in memory
+BLOCK_BYTES = 8 << 20  # of input read at once
 MAX_EXAMPLE_BYTES = 4096  # of a rejected line
-MAX_KNOWN_LINES = 2_000_000  # lines remembered, so as not to count them twice
+MAX_KNOWN_LINES = 2_000_000  # lines remembered, to skip repeats
 
 # <s>user\n…</s>\n<s>assistant\n…</s>\n: every message alike, whatever its role.
 CHAT_TEMPLATE = (
@@ -40,10 +40,10 @@ LONG_SPACE_RUN = re.compile(r"( {8}) +")
 
 @dataclass
 class TrainingText:
-    """Iterates over the texts of sources, ready for the trainer; counts what it read.
+    """Iterates over the texts of sources for the trainer, and counts documents, characters and rejected lines.
 
-    Left out, because tokens spent on it are lost to the language: a line that was seen before (a site's boilerplate),
-    the rest of a long run of one symbol or of spaces, and the difference between a no-break space and a space.
+    Removes what would waste tokens: a line seen before (a site's boilerplate), the rest of a long run of one symbol or
+    of spaces, and the difference between a no-break space and a space.
     """
 
     sources: Sequence[Source]
@@ -61,7 +61,7 @@ class TrainingText:
                 lines = lines_of(block)
                 for raw, offset in zip(lines, line_offsets(block), strict=True):
                     if zlib.crc32(offset.to_bytes(8, "little")) >= share * 2**32:
-                        continue  # chosen by position: the same lines each time
+                        continue  # chosen by position, so the same lines each time
                     text, reason = parse_line(raw, self.text_field)
                     if text is None:
                         self.rejected[reason] += 1
@@ -101,16 +101,16 @@ def train_tokenizer(
 ) -> TrainingText:
     """Train a tokenizer of exactly `vocab_size` tokens on files (`model.corpus.sources`); save it into `output_dir`.
 
-    The same files give the same tokenizer, byte for byte. Memory: at most 64 MiB of each file goes in (of a .gz, 64 MiB
-    as it lies on disk), spread evenly over a larger one. A file that is given twice does not count twice: its lines are
-    known.
+    The same files give the same tokenizer, byte for byte. To bound memory, at most 64 MiB of each file is used (64 MiB
+    on disk for a .gz), sampled evenly. A file given twice does not count twice, since its lines are known.
 
     Returns:
-        what was read: documents, characters, and bad lines by reason.
+        the text read, with its counts of documents, characters, and bad lines by reason.
 
     Raises:
-        InputError: a file is missing, the folder holds a tokenizer and `overwrite` is false, the vocabulary is smaller
-            than the 259 bytes and control tokens, or the text is too little for `vocab_size` tokens.
+        InputError: a file is missing, nothing in the files can be read, the folder holds a tokenizer and `overwrite` is
+            false, the vocabulary is smaller than the 259 bytes and control tokens, or the text is too short for
+            `vocab_size` tokens.
     """
     folder = Path(output_dir)
     if (folder / "tokenizer.json").exists() and not overwrite:
@@ -122,7 +122,7 @@ def train_tokenizer(
         raise InputError(
             f"vocab_size: {vocab_size} is too small; the bytes and control tokens are {SMALLEST_VOCABULARY}"
         )
-    sources = find_sources(input_paths, text_field=text_field)  # all of them are there before the first is read
+    sources = find_sources(input_paths, text_field=text_field)  # all must exist before the first is read
 
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -136,12 +136,12 @@ def train_tokenizer(
         min_frequency=2,
         special_tokens=list(SPECIAL_TOKENS),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        max_token_length=TOKEN_BYTES_BELOW,  # the trainer leaves out tokens of this length too
+        max_token_length=TOKEN_BYTES_BELOW,  # the trainer excludes this length too
         show_progress=False,
     )
     text = TrainingText(sources, text_field)
-    # No merge is learnt across a digit, so digits stay one by one without a step of their own when encoding, where it
-    # would cost llama.cpp's and fastokens' support of GPT-2's plain split, and the latter's speed.
+    # No merge is learnt across a digit, so digits stay single even without the Digits step when encoding. With it,
+    # llama.cpp and fastokens would not recognise GPT-2's plain split, and fastokens would be slower.
     tokenizer.train_from_iterator(text, trainer)
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     if not text.documents:
@@ -160,17 +160,17 @@ def train_tokenizer(
 
 
 def _save(tokenizer, folder: Path) -> None:
-    """Write tokenizer.json and tokenizer_config.json, the latter last, each in one step."""
+    """Write tokenizer.json, then tokenizer_config.json, each atomically."""
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": "<s>",
         "eos_token": "</s>",
         "unk_token": "<unk>",
-        "pad_token": None,  # the token file and the sampler need none; a user of padding chooses one
+        "pad_token": None,  # neither the token file nor the sampler pads; whoever does chooses one
         "add_bos_token": False,
         "add_eos_token": False,
-        "clean_up_tokenization_spaces": False,  # decoding gives back exactly what was encoded
-        "model_max_length": int(1e30),  # the model's own limit counts, not the tokenizer's
+        "clean_up_tokenization_spaces": False,  # decoding restores exactly what was encoded
+        "model_max_length": int(1e30),  # the model's limit counts, not the tokenizer's
         "chat_template": CHAT_TEMPLATE,
     }
     files = {

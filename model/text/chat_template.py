@@ -1,10 +1,10 @@
-"""A chat in the words of the tokenizer's template, which is a small program from whoever made the tokenizer."""
+"""Chats in the tokenizer's template, which is a small program by whoever made the tokenizer."""
 
 from collections.abc import Sequence
 
 import jinja2
 
-from model.errors import InputError, first_line
+from model.errors import InputError, first_line, shown
 from model.text import template_sandbox
 from model.text.tokenization import text_encoder
 
@@ -12,7 +12,7 @@ from model.text.tokenization import text_encoder
 def encode_chat(tokenizer, history: Sequence[dict[str, str]]) -> list[int]:
     """Ids of a history of `{"role": ..., "content": ...}` in the tokenizer's template, up to where the answer begins.
 
-    The template's control tokens are control tokens; one that a message spells out stays text.
+    Control tokens in the template are control tokens; those spelled out in a message stay text.
 
     Raises:
         InputError: as `render_template`.
@@ -25,10 +25,10 @@ def encode_chat(tokenizer, history: Sequence[dict[str, str]]) -> list[int]:
 
 
 def render_template(tokenizer, history: Sequence[dict[str, str]]) -> str:
-    """The text of a history of `{"role": ..., "content": ...}`, up to where the answer begins; that of transformers.
+    """The text of a history of `{"role": ..., "content": ...}`, up to where the answer begins, as in transformers.
 
     Raises:
-        InputError: the template refuses the history, is damaged, or takes too long or too much.
+        InputError: the template refuses the history, is damaged, or exceeds a limit.
     """
     messages = [{key: value for key, value in message.items() if value is not None} for message in history]
     values = tokenizer.special_tokens_map | {"messages": messages, "tools": None, "documents": None}
@@ -44,25 +44,27 @@ def render_template(tokenizer, history: Sequence[dict[str, str]]) -> str:
 
 
 def check_history(history: Sequence[dict[str, str]]) -> list[dict[str, str]]:
-    """A copy of a chat's messages.
+    """Check a chat's messages and return a copy of the list.
 
     Raises:
-        InputError: there is none, or one is not `{"role": text, "content": text}`.
+        InputError: the list is empty, or a message is not `{"role": text, "content": text}`.
     """
     if not history:
         raise InputError("the chat history is empty: it needs at least one message")
     for n, message in enumerate(history):
         if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
-            raise InputError(f'message {n} of the chat is {message!r}; expected {{"role": "user", "content": "..."}}')
+            raise InputError(
+                f'message {n} of the chat is {shown(message)}; expected {{"role": "user", "content": "..."}}'
+            )
         valid_text(f"message {n} of the chat", message["content"])
     return list(history)
 
 
 def valid_text(what: str, text: str) -> str:
-    """The text itself.
+    """Check a text and return it.
 
     Raises:
-        InputError: it is no text, or holds half of a surrogate pair (what bytes that are not UTF-8 turn into).
+        InputError: it is not a str, or holds half of a surrogate pair (as invalid UTF-8 decodes to).
     """
     if not isinstance(text, str):
         raise InputError(f"{what} is {type(text).__name__}, expected text")

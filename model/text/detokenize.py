@@ -1,12 +1,12 @@
-"""From ids to text, one id at a time, without ever showing half a character.
+"""Ids to text, one id at a time, in whole characters.
 
-The text of a generation is, by definition, the pieces that a detokenizer gives joined together: what a stream shows
-and what a call returns cannot differ.
+By definition, the text of a generation is the joined pieces of a detokenizer: a stream shows what a call returns.
 """
 
 import codecs
 from collections.abc import Sequence
 
+from model.text.encoder import decode
 from model.text.tokenization import byte_value, control_ids, is_byte_fallback, is_byte_level
 
 WINDOW = 8  # tokens that a tokenizer without bytes needs to see to place its spaces
@@ -15,7 +15,7 @@ LONGEST_CHARACTER = 4  # bytes, and so at most as many tokens
 
 
 def new_detokenizer(tokenizer, prompt_ids: Sequence[int] = ()) -> "ByteDetokenizer | WindowDetokenizer":
-    """The detokenizer for what follows `prompt_ids`: feed it with `push(id)`, end with `flush()`.
+    """The detokenizer for the ids after `prompt_ids`: call `push(id)` for each, then `flush()`.
 
     Where the prompt ends within a character, the text begins with that character.
     """
@@ -24,7 +24,7 @@ def new_detokenizer(tokenizer, prompt_ids: Sequence[int] = ()) -> "ByteDetokeniz
 
 
 def byte_alphabet() -> dict[str, int]:
-    """GPT-2's alphabet: the printable character that stands for each byte in a byte-level token -> the byte.
+    """GPT-2's alphabet: the printable character that stands for a byte in byte-level tokens -> the byte.
 
     Printable Latin-1 characters stand for themselves, the other 68 bytes for the characters from U+0100 on
     (`bytes_to_unicode` in openai/gpt-2).
@@ -40,8 +40,8 @@ BYTE_ALPHABET = byte_alphabet()
 class ByteDetokenizer:
     """Tokens -> bytes -> an incremental UTF-8 decoder, which holds back only the bytes of an unfinished character.
 
-    For byte-level BPE, and for tokenizers that spell rare characters in byte tokens, as SentencePiece's do. Bytes that
-    can't be UTF-8 become U+FFFD at once; a U+FFFD that the text really holds is a character like others.
+    For byte-level BPE and for tokenizers that spell rare characters in byte tokens (SentencePiece). Invalid UTF-8
+    becomes U+FFFD at once; a genuine U+FFFD in the text is a character like any other.
     """
 
     def __init__(self, tokenizer, prompt_ids: Sequence[int] = ()) -> None:
@@ -54,7 +54,7 @@ class ByteDetokenizer:
             self.push(index)
 
     def push(self, index: int) -> str:
-        """Text that this token completes, often "". Control tokens and ids without a token give none."""
+        """The text that this token completes, often "". Control tokens and unknown ids add none."""
         token = self._backend.id_to_token(index)
         if token is None or index in self._silent:
             return ""
@@ -63,7 +63,7 @@ class ByteDetokenizer:
         return self._decoder.decode(content)
 
     def flush(self) -> str:
-        """What is still held back, as U+FFFD; afterwards a new text can begin."""
+        """The bytes still held back, as U+FFFD; the detokenizer is then ready for a new text."""
         return self._decoder.decode(b"", final=True)
 
     def _in_alphabet(self, token: str) -> bytes:
@@ -76,23 +76,23 @@ class ByteDetokenizer:
         if (byte := byte_value(token)) is not None:
             return bytes([byte])
         if not self._begun:
-            return self._backend.decode([index]).encode("utf-8")
+            return decode(self._backend, [index]).encode("utf-8")
         before = self._backend.token_to_id("<0x61>")
-        return self._backend.decode([before, index])[1:].encode("utf-8")
+        return decode(self._backend, [before, index])[1:].encode("utf-8")
 
 
 class WindowDetokenizer:
-    """For other tokenizers, whose tokens are whole characters and whose spaces depend on what stands before.
+    """For other tokenizers: tokens are whole characters, and spaces depend on the token before.
 
-    A short window is decoded with and without the new token: the difference is the new text.
+    Decodes a short window with and without the new token; the difference is the new text.
     """
 
     def __init__(self, tokenizer, prompt_ids: Sequence[int] = ()) -> None:
-        self._tokenizer, self._silent = tokenizer, control_ids(tokenizer)
+        self._backend, self._silent = tokenizer.backend_tokenizer, control_ids(tokenizer)
         self._window = [index for index in prompt_ids if index not in self._silent][-WINDOW:]
 
     def push(self, index: int) -> str:
-        """The token's text. Control tokens give none."""
+        """The token's text; control tokens have none."""
         if index in self._silent:
             return ""
         before = self._decode(self._window)
@@ -101,20 +101,20 @@ class WindowDetokenizer:
         return text
 
     def flush(self) -> str:
-        """Nothing is ever held back."""
+        """Always "": nothing is held back."""
         return ""
 
     def _decode(self, ids: list[int]) -> str:
-        return self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return decode(self._backend, ids)
 
 
 class Text:
-    """A text that grows by tokens, and may have to end before its model ends it.
+    """A text that grows token by token, and ends at a stop string or a repetition if the model does not end it first.
 
     Args:
-        detokenizer: for its tokens.
-        stop_strings: the text ends before the first of them; what could be the beginning of one is held back.
-        max_repeats: the text ends after a passage that came this often in a row; 0: never.
+        detokenizer: turns its tokens into text.
+        stop_strings: the text ends before the first of these; a possible beginning of one is held back.
+        max_repeats: the text ends once a passage occurs this often in a row; 0: never.
     """
 
     def __init__(
@@ -128,11 +128,11 @@ class Text:
         self._held = ""
 
     def add(self, token: int | None, end: str | None = None) -> tuple[str, str | None]:
-        """The piece of text that may now be shown, and why the text ends.
+        """The next piece of text to show, and why the text ends (None: it does not).
 
         Args:
-            token: None where there is no more.
-            end: why the model ends the text with this token; None where it does not.
+            token: None if the text ends without another token.
+            end: why the model ends the text here; None if it does not.
         """
         if token is not None:
             self._ids.append(token)
@@ -150,7 +150,7 @@ class Text:
         return piece, end
 
     def _beginning(self, stop: str) -> int:
-        """How many of the last characters begin this stop string."""
+        """Length of the longest tail of the held text that begins this stop string."""
         longest = min(len(stop) - 1, len(self._held))
         return next((count for count in range(longest, 0, -1) if self._held.endswith(stop[:count])), 0)
 

@@ -1,8 +1,8 @@
-"""Text to ids: a text never yields a control token, and whatever a tokenizer does ends as ids or as one clear error.
+"""Text to ids. No text yields a control token, and a tokenizer that fails, hangs or panics ends in one clear error.
 
-Most libraries find `</s>` in a text and make it the token that ends a document. Skipping that search is not enough: a
-Unigram, WordLevel or WordPiece model, or BPE with `ignore_merges`, finds the token in its own vocabulary. So here the
-control tokens get secret names: the text `</s>` then is what SentencePiece makes of it, ordinary pieces.
+Most libraries turn the text `</s>` into the token that ends a document. Skipping their search for special tokens is not
+enough: a Unigram, WordLevel or WordPiece model, or BPE with `ignore_merges`, finds the token in its vocabulary. So the
+control tokens get secret names here, and `</s>` becomes ordinary pieces, as in SentencePiece.
 """
 
 import base64
@@ -18,39 +18,37 @@ from collections.abc import Collection, Iterator, Sequence
 
 from model.errors import InputError, first_line
 
-MOST_GROWTH = 64  # characters that a normalizer or decoder may make of one; NFKC makes at most 18
-SECONDS, SECONDS_PER_MILLION = 30, 120  # for encoding, and for each million characters; the slowest take one or two
+MOST_GROWTH = 64  # characters that a normalizer or decoder may make of one; NFKC makes up to 18
+SECONDS, SECONDS_PER_MILLION = 30, 120  # limit of one encoding; the slowest take one or two a million
 
 
 class TextEncoder:
-    """A tokenizer for texts, whose control tokens have secret names.
+    """Encodes texts with a copy of a tokenizer whose control tokens have secret names.
 
     Attributes:
-        json: its tokenizer.json, without truncation, padding and post-processor; the ids are the original's.
-        control: the control tokens, by their original names -> ids.
+        json: the copy's tokenizer.json, without truncation, padding and post-processor; ids are the original's.
+        control: original name -> id of each control token.
 
     Args:
-        tokenizer_json: of the `tokenizers` library.
-        names: of tokens that are control tokens besides those that the file calls special.
-
-    Raises:
-        InputError: the tokenizer is damaged.
+        tokenizer_json: as the `tokenizers` library writes it.
+        names: control tokens besides those that the file marks as special.
     """
 
     def __init__(self, tokenizer_json: str, names: Collection[str] = ()) -> None:
         tokenizer = json.loads(tokenizer_json)
-        # Private-use characters have no case, are no spaces, and nobody can guess these.
+        # Private-use characters have no case and are no white space; nobody can guess a random sequence.
         self._secret = "".join(chr(0xE000 + secrets.randbelow(6400)) for _ in range(9))
         self._names = sorted(_control_tokens(tokenizer, names), key=len, reverse=True)
         self.control = _rename(tokenizer, {name: self._hidden(n) for n, name in enumerate(self._names)})
         self.json = json.dumps(tokenizer | {"truncation": None, "padding": None, "post_processor": None})
         self._spelled = re.compile("|".join(map(re.escape, self._names)) or "(?!)")  # the longest first
-        self._guards = re.compile(f"{self._secret}(\\d+)\ue000")
+        escaped = re.escape(json.dumps(self._secret)[1:-1])  # by a template that writes JSON in ASCII
+        self._guards = re.compile(rf"(?:{self._secret}|{escaped})(\d+)(?:\ue000|\\ue000)")
         self._quiet = can_panic(self.json)
         self._backend = None
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of each text, without bos and eos. A control token that a text spells out stays text.
+        """Ids of each text, without bos and eos. A control token spelled out in a text stays text.
 
         Raises:
             InputError: the tokenizer fails, or takes too long.
@@ -58,7 +56,7 @@ class TextEncoder:
         return self._encode(texts, as_text=True)
 
     def guarded(self, value):
-        """A copy of a message (texts within dicts and lists) in which control tokens are told from a template's own."""
+        """A copy of a message (texts in dicts and lists) with its control tokens marked, unlike a template's."""
         if isinstance(value, str):
             return self._spelled.sub(lambda found: f"{self._secret}{self._names.index(found[0])}\ue000", value)
         if isinstance(value, dict):
@@ -66,7 +64,7 @@ class TextEncoder:
         return [self.guarded(item) for item in value] if isinstance(value, list | tuple) else value
 
     def encode_rendered(self, text: str) -> list[int]:
-        """Ids of a chat rendered from guarded messages: control tokens where the template wrote them, nowhere else.
+        """Ids of a chat rendered from guarded messages, with control tokens only where the template wrote them.
 
         Raises:
             InputError: as `encode`.
@@ -81,14 +79,14 @@ class TextEncoder:
     def _encode(self, texts: Sequence[str], as_text: bool) -> list[list[int]]:
         if self._backend is None:
             self._backend = load_backend(self.json)
-        self._backend.encode_special_tokens = as_text  # also of those without a secret name: see _control_tokens
+        self._backend.encode_special_tokens = as_text  # covers those without a secret name: see _control_tokens
         return encode_batch(self._backend, texts, self._quiet)
 
 
 def _control_tokens(tokenizer: dict, names: Collection[str]) -> set[str]:
-    """Names of the control tokens in a tokenizer.json: those it calls special, the model's unknown token, and `names`.
+    """Names of the control tokens in a tokenizer.json: its special tokens, the model's unknown token, and `names`.
 
-    One that is a single character, as CLIP's padding `!`, is a character like others unless it is among `names`.
+    A single character, such as CLIP's padding `!`, stays an ordinary character unless `names` holds it.
     """
     model = tokenizer["model"]
     unknown = model.get("unk_token")
@@ -99,7 +97,7 @@ def _control_tokens(tokenizer: dict, names: Collection[str]) -> set[str]:
 
 
 def _rename(tokenizer: dict, names: dict[str, str]) -> dict[str, int]:
-    """Rename tokens of a tokenizer.json, in place, as control tokens; ids by their old names."""
+    """Rename tokens of a tokenizer.json in place and mark them special; returns old name -> id."""
     ids, model = {}, tokenizer["model"]
     vocabulary = model["vocab"]
     if isinstance(vocabulary, list):  # Unigram's: [token, score], by id
@@ -110,7 +108,7 @@ def _rename(tokenizer: dict, names: dict[str, str]) -> dict[str, int]:
         model["vocab"] = {names.get(token, token): index for token, index in vocabulary.items()}
     if model.get("unk_token") in names:
         model["unk_token"] = names[model["unk_token"]]
-    if model.get("merges"):  # one that makes or takes a control token would make it out of text
+    if model.get("merges"):  # a merge that involves a control token could yield it
         model["merges"] = [
             merge for merge in model["merges"] if not {*_pair(merge), "".join(_pair(merge))} & names.keys()
         ]
@@ -126,7 +124,7 @@ def _pair(merge: str | list[str]) -> list[str]:
 
 
 def check_growth(normalizer, decoder) -> None:
-    """See that no text becomes very much longer within a tokenizer.
+    """Check that a tokenizer cannot blow up a text until memory runs out.
 
     Args:
         normalizer, decoder: of the `tokenizers` library; None where there is none.
@@ -141,12 +139,12 @@ def check_growth(normalizer, decoder) -> None:
 
 
 def _growth(step: dict) -> int:
-    """Characters that a normalizer or decoder can make of one, roughly: those that it writes itself."""
+    """Upper estimate of the characters that a normalizer or decoder makes of one, apart from Unicode normalization."""
     growth = 1
     for inner in step.get("normalizers") or step.get("decoders") or []:
         growth *= _growth(inner)
     if step.get("type") == "Replace":
-        pattern = step["pattern"].get("String") or ""  # a regular expression can match nothing at all
+        pattern = step["pattern"].get("String") or ""  # a regular expression can match the empty string
         growth = -(-len(step["content"]) // len(pattern)) if pattern else len(step["content"]) + 1
     elif step.get("type") == "Prepend":
         growth = len(step["prepend"]) + 1
@@ -161,10 +159,10 @@ def _growth(step: dict) -> int:
 
 @contextlib.contextmanager
 def library_errors(what: str) -> Iterator[None]:
-    """Turn whatever the tokenizers library raises into an InputError; a panic of its Rust is no Exception.
+    """Turn what the tokenizers library raises into an InputError, a Rust panic (no subclass of Exception) included.
 
     Raises:
-        InputError: with `what` and the library's reason.
+        InputError: `what`, and the library's reason.
     """
     try:
         yield
@@ -177,15 +175,15 @@ def library_errors(what: str) -> Iterator[None]:
 
 
 def can_panic(tokenizer_json: str) -> bool:
-    """Whether a tokenizer has regular expressions, over which the library can panic, and prints pages then."""
+    """Whether a tokenizer has regular expressions: the library panics if one backtracks too far, and prints pages."""
     return '"Regex":' in tokenizer_json
 
 
 def load_backend(tokenizer_json: str):
-    """A tokenizer of the library, for texts: what they spell is no special token.
+    """A tokenizer of the library that finds no special tokens in texts.
 
     Raises:
-        InputError: it is damaged.
+        InputError: the tokenizer is damaged.
     """
     from tokenizers import Tokenizer
 
@@ -198,11 +196,10 @@ def load_backend(tokenizer_json: str):
 def encode_batch(backend, texts: Sequence[str], quiet: bool) -> list[list[int]]:
     """Ids of texts, encoded by the library's threads in one call.
 
-    That call has a thread around it, which is left behind if it takes too long: nothing can interrupt a regular
-    expression.
+    The call runs in a daemon thread, which is abandoned at the time limit: nothing can interrupt a regular expression.
 
     Args:
-        quiet: nothing is printed on a panic; until the call is over, stderr goes through a file.
+        quiet: print nothing on a panic; stderr goes through a file during the call.
 
     Raises:
         InputError: the library fails, panics, or takes too long.
@@ -231,13 +228,23 @@ def encode_batch(backend, texts: Sequence[str], quiet: bool) -> list[list[int]]:
     return [encoding.ids for encoding in encoded]
 
 
+def decode(backend, ids: Sequence[int]) -> str:
+    """Text of ids, none of them a control token.
+
+    Raises:
+        InputError: the library fails or panics.
+    """
+    with library_errors("the tokenizer cannot turn its tokens into text"):
+        return backend.decode(list(ids), skip_special_tokens=False)
+
+
 @contextlib.contextmanager
 def _quiet_errors() -> Iterator[None]:
-    """Hold back what is written to stderr: if the block raises, the exception says it all, else it is written after."""
+    """Hold back what is written to stderr; write it after the block, or drop it if the block raises."""
     try:
         sys.stderr.flush()
         stderr = os.dup(2)
-    except (OSError, AttributeError, ValueError):  # there is none
+    except (OSError, AttributeError, ValueError):  # no stderr
         yield
         return
     with tempfile.TemporaryFile() as held:

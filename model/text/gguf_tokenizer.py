@@ -1,12 +1,12 @@
-"""The tokenizer inside a GGUF file (`tokenizer.*`): written from a tokenizer folder, and read back into one.
+"""Converts a tokenizer folder into a GGUF file's `tokenizer.*` keys, and back.
 
-GGUF holds a tokenizer as llama.cpp (`llama-vocab.cpp`) runs it. Two kinds are written and read:
+GGUF holds a tokenizer as llama.cpp (`llama-vocab.cpp`) runs it. Two kinds are supported:
 
     gpt2    byte-level BPE: merges, and the name of one of llama.cpp's pre-tokenizers (`pre_tokenizers.py`)
-    llama   SentencePiece's BPE: a score for each token, of which whichever is best is made first, and bytes as tokens
+    llama   SentencePiece's BPE: a score per token (the best merges first) and a token per byte
 
-Of the rest of a file this module knows nothing, and nothing of what a file holds is run. A folder that is read gives
-llama.cpp's ids, except that a text never becomes a control token where it is encoded as mere text.
+Nothing in the file is executed. The resulting folder gives llama.cpp's ids, except that plain text never yields a
+control token.
 """
 
 import functools
@@ -29,21 +29,21 @@ from model.text.tokenizer_folder import TokenizerFolder, read_folder
 if TYPE_CHECKING:
     import gguf
 
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # tokenizer.ggml.token_type; 0: none of these
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # tokenizer.ggml.token_type; 0: undefined
 READ_BY = 1  # version of what makes a tokenizer's folder: unpacked ones of other versions are left alone
 MOST_MERGES = 2 * MOST_TOKENS
-MOST_CHARACTERS = 1024  # of a token; runs of spaces have a few hundred
+MOST_CHARACTERS = 1024  # per token; runs of spaces have a few hundred
 MOST_TEMPLATE_CHARACTERS = 1 << 20  # the longest templates, with tools, have thirty thousand
 SPACE = "▁"  # how SentencePiece writes a space
 BYTE_TOKENS = [f"<0x{byte:02X}>" for byte in range(256)]
 NEVER_IN_UTF_8 = {0xC0, 0xC1, *range(0xF5, 0x100)}
-# Tokens that llama.cpp takes for the end of a text or a turn by what they are called, whatever a file says.
+# Names that llama.cpp always treats as the end of a text or a turn, whatever the file says.
 END_NAMES = {
     "</s>", "<eos>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>",
     "<|return|>", "<|call|>", "<|endoftext|>", "<|end_of_text|>", "<end_of_turn>", "<end_of_utterance>",
     "<｜end▁of▁sentence｜>",
 }  # fmt: skip
-# Control tokens in the same way: for code with a gap to fill.
+# Names that llama.cpp always treats as control tokens: fill-in-the-middle for code.
 GAP_NAMES = {
     "<|fim_prefix|>", "<fim-prefix>", "<fim_prefix>", "<｜fim▁begin｜>", "<PRE>", "▁<PRE>", "<|code_prefix|>",
     "<|fim_suffix|>", "<fim-suffix>", "<fim_suffix>", "<｜fim▁hole｜>", "<SUF>", "▁<SUF>", "<|code_suffix|>",
@@ -57,18 +57,18 @@ GAP_NAMES = {
 
 
 def write_tokenizer(writer: "gguf.GGUFWriter", folder: str | Path, rows: int, add_bos: bool = True) -> list[str]:
-    """Add the `tokenizer.*` keys for a tokenizer folder to a GGUF file that is being made.
+    """Add the `tokenizer.*` keys of a tokenizer folder to a GGUF file.
 
     Args:
-        folder: tokenizer.json, tokenizer_config.json; chat_template.jinja and generation_config.json where there are.
+        folder: tokenizer.json and tokenizer_config.json; chat_template.jinja and generation_config.json if present.
         rows: of the embedding; those past the tokenizer's last id become unused tokens.
-        add_bos: llama.cpp is to begin every text with the bos token, where there is one, as documents do in training.
+        add_bos: llama.cpp begins every text with the bos token, if there is one, as documents do in training.
 
     Returns:
-        What llama.cpp will do otherwise than the folder says, a line each; none as a rule.
+        One line for each point where llama.cpp will deviate from the folder; usually none.
 
     Raises:
-        InputError: the folder cannot be read, or llama.cpp would give other ids than it.
+        InputError: the folder cannot be read, or llama.cpp would produce other ids.
     """
     folder = Path(folder)
     found = read_folder(folder)
@@ -99,7 +99,7 @@ def write_tokenizer(writer: "gguf.GGUFWriter", folder: str | Path, rows: int, ad
     }.items():
         if name in ids:
             add(ids[name])
-    # llama.cpp knows most ends of a turn by their text; the file can name one that it does not know.
+    # llama.cpp recognises most end-of-turn tokens by name; the file can declare one more.
     turns = sorted(found.end_ids[1:], key=lambda index: tokens[index] in END_NAMES)
     if turns:
         writer.add_eot_token_id(turns[0])
@@ -113,7 +113,7 @@ def write_tokenizer(writer: "gguf.GGUFWriter", folder: str | Path, rows: int, ad
 
 
 def _list_tokens(found: TokenizerFolder, rows: int) -> tuple[list[str], list[int]]:
-    """Text and type of every id below `rows`."""
+    """Text and type of each id below `rows`."""
     model, added = found.tokenizer["model"], found.tokenizer["added_tokens"]
     if model["type"] != "BPE":
         raise Refused(f"its model is {model['type']}, BPE expected")
@@ -138,7 +138,7 @@ def _list_tokens(found: TokenizerFolder, rows: int) -> tuple[list[str], list[int
 
 
 def _write_gpt2(writer: "gguf.GGUFWriter", tokenizer: dict) -> list[str]:
-    """Add what byte-level BPE needs; returns remarks."""
+    """Add the keys of byte-level BPE; returns remarks."""
     model, normalizer, pre_tokenizer = (tokenizer[part] for part in ("model", "normalizer", "pre_tokenizer"))
     name = find_name(pre_tokenizer, model["ignore_merges"])
     if name is None:
@@ -165,7 +165,7 @@ def _write_gpt2(writer: "gguf.GGUFWriter", tokenizer: dict) -> list[str]:
 
 
 def _write_llama(writer: "gguf.GGUFWriter", tokenizer: dict, tokens: list[str], types: list[int]) -> None:
-    """Add what BPE with scores needs."""
+    """Add the keys of BPE with scores."""
     _check_bpe(tokenizer["model"])
     if tokenizer["pre_tokenizer"] is not None:
         raise Refused(f"its pre-tokenizer {shown(tokenizer['pre_tokenizer'])}: with byte_fallback none is expected")
@@ -186,7 +186,7 @@ def _write_llama(writer: "gguf.GGUFWriter", tokenizer: dict, tokens: list[str], 
 
 
 def _check_bpe(model: dict) -> None:
-    """See that BPE has no options that llama.cpp has not."""
+    """Check that BPE has no option that llama.cpp lacks."""
     if model["continuing_subword_prefix"] or model["end_of_word_suffix"] or model["dropout"]:
         raise Refused("its BPE has a dropout, or marks the parts of words")
     if not model["merges"] or len({tuple(pair) for pair in model["merges"]}) < len(model["merges"]):
@@ -194,10 +194,10 @@ def _check_bpe(model: dict) -> None:
 
 
 def _byte_letters() -> dict[int, str]:
-    """GPT-2's letter for each byte that UTF-8 can have."""
+    """GPT-2's letter for each byte that occurs in UTF-8."""
     from tokenizers.pre_tokenizers import ByteLevel
 
-    letters, hidden = set(ByteLevel.alphabet()), iter(range(256, 512))  # the hidden ones stand for what cannot be seen
+    letters, hidden = set(ByteLevel.alphabet()), iter(range(256, 512))  # these stand for unprintable bytes
     by_byte = [chr(byte) if chr(byte) in letters else chr(next(hidden)) for byte in range(256)]
     return {byte: letter for byte, letter in enumerate(by_byte) if byte not in NEVER_IN_UTF_8}
 
@@ -206,18 +206,17 @@ def _byte_letters() -> dict[int, str]:
 
 
 def unpacked_tokenizer(path: Path) -> Path:
-    """The folder of the tokenizer inside a file: in the cache, under a name that its content gives. Of a file that is
-    split, the first part holds it.
+    """The cached folder of a GGUF file's tokenizer, named by its content; of a split file, the first part holds it.
 
     Raises:
-        InputError: it is damaged, or llama.cpp's name of its pre-tokenizer is not known.
+        InputError: the tokenizer is damaged, or names an unknown pre-tokenizer.
     """
     path = files_of_set(path)[0]
     found = path.stat()
     return _unpacked_tokenizer(path, found.st_size, found.st_mtime_ns)
 
 
-@functools.lru_cache(maxsize=4)  # reading tens of thousands of tokens takes seconds, and several ask for the folder
+@functools.lru_cache(maxsize=4)  # reading tens of thousands of tokens takes seconds, and several callers ask
 def _unpacked_tokenizer(path: Path, size: int, modified: int) -> Path:
     fields = GGUFFile(path).fields
     content = hashlib.sha256(READ_BY.to_bytes(4, "little"))
@@ -229,15 +228,15 @@ def _unpacked_tokenizer(path: Path, size: int, modified: int) -> Path:
 
 
 def read_tokenizer(fields: Mapping[str, Value], target: str | Path, source: str | Path) -> None:
-    """Write a tokenizer folder of what a GGUF file says of its tokenizer.
+    """Write the tokenizer of a GGUF file as a folder.
 
     Args:
-        fields: those of a `GGUFFile`.
-        target: gets tokenizer.json, tokenizer_config.json and generation_config.json, with all ids that end a text.
+        fields: of a `GGUFFile`.
+        target: receives tokenizer.json, tokenizer_config.json and generation_config.json (all ids that end a text).
         source: the file, for messages.
 
     Raises:
-        InputError: the tokenizer is damaged, or of a kind that cannot be had exactly; nothing is written.
+        InputError: the tokenizer is damaged, or cannot be reproduced exactly; nothing is written.
     """
     from tokenizers import Tokenizer
 
@@ -264,15 +263,15 @@ def read_tokenizer(fields: Mapping[str, Value], target: str | Path, source: str 
 
 
 class _Vocabulary:
-    """The tokens of a GGUF file and what they are for, checked.
+    """The tokens of a GGUF file and their roles, checked.
 
     Attributes:
         model: "gpt2", "llama" or another.
-        tokens: without the unused ones at the end, [PAD…], which only fill the embedding.
-        ids: of each token.
-        types: of each token, 0 for all where the file does not say.
-        special_ids: of "bos", "eos", "unk" and "pad", those that there are.
-        end_ids: what ends a text, in order.
+        tokens: without unused ones at the end, [PAD…], which only fill the embedding.
+        ids: token -> id.
+        types: one per token; all 0 if the file has none.
+        special_ids: ids of those of "bos", "eos", "unk" and "pad" that exist.
+        end_ids: ids that end a text, ascending.
 
     Raises:
         Refused: with what was found.
@@ -332,11 +331,11 @@ class _Vocabulary:
         )
 
     def known_by_name(self, names: set[str]) -> set[int]:
-        """Ids of tokens with these names that are not ordinary words: to Qwen 3, `</s>` is one, from HTML."""
+        """Ids of tokens with these names, except ordinary words: in Qwen 3, `</s>` is one, from HTML."""
         return {self.ids[name] for name in names if name in self.ids and self.types[self.ids[name]] != NORMAL}
 
     def added_tokens(self) -> list[dict]:
-        """The tokens that are looked for in a text before all others, as in tokenizer.json."""
+        """The `added_tokens` of a tokenizer.json, which match in a text before all others."""
         special = {*self.special_ids.values(), *self.end_ids}
         special |= self.known_by_name(GAP_NAMES)
         special |= {index for index, kind in enumerate(self.types) if kind in (CONTROL, UNKNOWN)}
@@ -355,7 +354,7 @@ class _Vocabulary:
         ]
 
     def as_json(self, parts: dict) -> dict:
-        """tokenizer.json with these parts, which `model` has no vocabulary in."""
+        """tokenizer.json: these parts, with the vocabulary added to `model`."""
         added = self.added_tokens()
         # Added tokens past all others stay out of the model's vocabulary: with ignore_merges, a word that spells one
         # would become it. Those between others must be in it to keep their ids.
@@ -375,7 +374,7 @@ class _Vocabulary:
         }
 
     def _post_processor(self) -> dict | None:
-        """What adds the bos and the eos where a text is encoded with its control tokens."""
+        """The post-processor that adds bos and eos when a caller asks for special tokens."""
         if not any(self.adds.values()):
             return None
         texts = {name: self.tokens[self.special_ids[name]] for name, added in self.adds.items() if added}
@@ -395,7 +394,7 @@ class _Vocabulary:
         }
 
     def config(self) -> dict:
-        """tokenizer_config.json, without the chat template."""
+        """tokenizer_config.json without the chat template."""
         names = {name: self.tokens[index] for name, index in self.special_ids.items()}
         return {
             "tokenizer_class": "PreTrainedTokenizerFast",
@@ -413,7 +412,7 @@ class _Vocabulary:
 
 
 def _gpt2_parts(fields: Mapping[str, Value], vocabulary: _Vocabulary) -> dict:
-    """What tokenizer.json has for byte-level BPE, without the vocabulary."""
+    """The parts of a tokenizer.json for byte-level BPE, without the vocabulary."""
     if vocabulary.pre not in BY_NAME:
         names = ", ".join(filter(None, BY_NAME))
         raise Refused(f"tokenizer.ggml.pre is {shown(vocabulary.pre)}, which is not known; expected one of {names}")
@@ -426,7 +425,7 @@ def _gpt2_parts(fields: Mapping[str, Value], vocabulary: _Vocabulary) -> dict:
         if left not in vocabulary.ids or right not in vocabulary.ids or left + right not in vocabulary.ids:
             raise Refused(f"tokenizer.ggml.merges: {shown(merge)} (number {number}) is not two tokens that make one")
         if vocabulary.types[vocabulary.ids[left + right]] not in (CONTROL, UNKNOWN):
-            merges[left, right] = None  # of two that are the same, llama.cpp takes the first
+            merges[left, right] = None  # llama.cpp uses the first of two equal merges
     byte_level = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
     model = {"unk_token": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": kind.ignore_merges}
     return {
@@ -438,7 +437,7 @@ def _gpt2_parts(fields: Mapping[str, Value], vocabulary: _Vocabulary) -> dict:
 
 
 def _llama_parts(fields: Mapping[str, Value], vocabulary: _Vocabulary) -> dict:
-    """What tokenizer.json has for SentencePiece's BPE, without the vocabulary."""
+    """The parts of a tokenizer.json for SentencePiece's BPE, without the vocabulary."""
     missing = [token for token in BYTE_TOKENS if token not in vocabulary.ids]
     if missing:
         raise Refused(f"{len(missing)} of the tokens <0x00> to <0xFF> are missing, {missing[0]} first")
@@ -464,11 +463,11 @@ def _llama_parts(fields: Mapping[str, Value], vocabulary: _Vocabulary) -> dict:
 
 
 def _merges(fields: Mapping[str, Value], vocabulary: _Vocabulary) -> list[list[str]]:
-    """The merges that a file's scores stand for."""
+    """The list of merges that is equivalent to the file's scores."""
     scores = list_of_values(fields, "tokenizer.ggml.scores", float, MOST_TOKENS)
     if len(scores) < len(vocabulary.tokens):
         raise Refused(f"there are {len(scores):,} scores for {len(vocabulary.tokens):,} tokens")
-    # Added tokens are found before merging, bytes stand for what is not text.
+    # Added tokens match before merging; byte tokens never come from merging.
     others = {token["content"] for token in vocabulary.added_tokens()} | set(BYTE_TOKENS)
     words = {word: score for word, score in zip(vocabulary.tokens, scores, strict=False) if word not in others}
     return merges_of(words, vocabulary.ids)

@@ -1,8 +1,8 @@
-"""SentencePiece's BPE has a score for each token, the `tokenizers` library's has a list of merges: one from the other.
+"""Converts between the two forms of BPE: SentencePiece's score per token and the `tokenizers` library's list of merges.
 
-With scores, any two neighbours are merged that form a token, those with the best score first (`llama-vocab.cpp`). A
-list says which two are merged, the first in it first. They are the same where the list has every pair that forms a
-token, and has those that form the same one together.
+With scores, any two neighbours that form a token merge, the best score first (`llama-vocab.cpp`). With a list, the
+pairs in it merge, in its order. The two agree if the list has every pair that forms a token and keeps the pairs of one
+token together.
 """
 
 import math
@@ -13,13 +13,13 @@ from model.storage.gguf_header import Refused
 
 
 def scores_of(merges: Iterable[list[str]], tokens: list[str], words: Iterable[str]) -> list[float]:
-    """Scores of `tokens` that merge as a list of merges does.
+    """Scores for `tokens` that are equivalent to a list of merges.
 
     Args:
-        words: those of the tokens that come from merging, if they have more than one character.
+        words: the tokens that merging makes, except single characters.
 
     Raises:
-        Refused: there are none.
+        Refused: no scores are equivalent.
     """
     ranks: dict[str, int] = {}
     pairs = set()
@@ -36,14 +36,14 @@ def scores_of(merges: Iterable[list[str]], tokens: list[str], words: Iterable[st
 
 
 def merges_of(scores: Mapping[str, float], known: Container[str]) -> list[list[str]]:
-    """The list of merges that does what scores do.
+    """The list of merges that is equivalent to scores.
 
     Args:
-        scores: of the tokens that come from merging, if they have more than one character.
+        scores: of the tokens that merging makes, except single characters.
         known: all tokens.
 
     Raises:
-        Refused: there is none.
+        Refused: no list is equivalent.
     """
     by_score: dict[float, str] = {}
     made: dict[str, list[tuple[str, str]]] = {}
@@ -53,13 +53,13 @@ def merges_of(scores: Mapping[str, float], known: Container[str]) -> list[list[s
         if pairs := _pairs(word, known):
             if other := [part for pair in pairs for part in pair if part not in known]:
                 raise Refused(f"the token {shown(word)} is merged from {shown(other[0])}, which is no token")
-            if score in by_score:  # the one further left is made first: no list can say so
+            if score in by_score:  # the leftmost merges first: no list can express that
                 raise Refused(f"the tokens {shown(by_score[score])} and {shown(word)} have the same score {score:g}")
             by_score[score], made[word] = word, pairs
     return [list(pair) for score in sorted(by_score, reverse=True) for pair in made[by_score[score]]]
 
 
 def _pairs(word: str, known: Container[str]) -> list[tuple[str, str]]:
-    """What can be merged to a word; a character is there even if it is no token."""
+    """The pairs that merge into a word; single characters always exist, tokens or not."""
     cuts = [(word[:length], word[length:]) for length in range(1, len(word))]
     return [pair for pair in cuts if all(len(part) == 1 or part in known for part in pair)]

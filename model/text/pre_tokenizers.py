@@ -1,10 +1,9 @@
-"""llama.cpp's pre-tokenizers for byte-level BPE, as the `tokenizers` library would have them.
+"""llama.cpp's pre-tokenizers for byte-level BPE, in the `tokenizers` library's form.
 
-A GGUF file names its pre-tokenizer (`tokenizer.ggml.pre`), and llama.cpp knows what each name stands for: regular
-expressions that split a text one after another, each within the pieces of the one before (`llama-vocab.cpp`). Here they
-are in the `tokenizers` library's form. Where an original tokenizer and llama.cpp differ, this is llama.cpp's: `tekken`
-and `gpt-4o` tell upper from lower case in ASCII only there, and DeepSeek's first two do not take U+3000 for a letter.
-Characters newer than Unicode 14 can be letters to one of the two programs and not to the other.
+A GGUF file names its pre-tokenizer (`tokenizer.ggml.pre`); llama.cpp maps each name to regular expressions that split a
+text one after another, each within the pieces of the previous one (`llama-vocab.cpp`). Where an original tokenizer and
+llama.cpp differ, this file follows llama.cpp: `tekken` and `gpt-4o` distinguish case in ASCII only, and DeepSeek's
+first two do not treat U+3000 as a letter. The two programs may disagree on characters newer than Unicode 14.
 """
 
 from dataclasses import dataclass
@@ -35,14 +34,14 @@ DEEPSEEK_V3 = (
     r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"""
     r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-DEEPSEEK_LETTERS = (  # of the scripts that have cases
+DEEPSEEK_LETTERS = (  # scripts with upper and lower case
     "A-Za-zµÀ-ÖØ-öø-ƺƼ-ƿǄ-ʓʕ-ʯͰ-ͳͶͷͻ-ͽͿΆΈ-ΊΌΎ-ΡΣ-ϵϷ-ҁҊ-ԯԱ-ՖႠ-ჅᎠ-Ᏽᏸ-ᏽᲐ-ᲺᲽ-Ჿᴀ-ᴫᵫ-ᵷᵹ-ᶚḀ-ἕἘ-Ἕἠ-ὅὈ-Ὅ"
     "ὐ-ὗὙὛὝὟ-ώᾀ-ᾴᾶ-ᾼιῂ-ῄῆ-ῌῐ-ΐῖ-Ίῠ-Ῥῲ-ῴῶ-ῼℂℇℊ-ℓℕℙ-ℝℤΩℨK-ℭℯ-ℴℹℼ-ℿⅅ-ⅉⅎↃↄⰀ-ⱻⱾ-ⳤⳫ-ⳮⳲⳳꙀ-ꙭꚀ-ꚛꜢ-ꝯꝱ-ꞇ"
     "Ꞌ-ꞎꭰ-ꮿﬀ-ﬆﬓ-ﬗＡ-Ｚａ-ｚ𐐀-𐑏𐒰-𐓓𐓘-𐓻𐲀-𐲲𐳀-𐳲𑢠-𑣟𞤀-𞥃"
 )
-DEEPSEEK_SCRIPTS = r"[一-龥\u0800-一가-\ud7ff&&\S]+"  # llama.cpp has no spaces in the range, DeepSeek's have U+3000
+DEEPSEEK_SCRIPTS = r"[一-龥\u0800-一가-\ud7ff&&\S]+"  # llama.cpp excludes spaces; DeepSeek includes U+3000
 
-SPELLINGS = {  # how tokenizers write what llama.cpp has; they differ in 'ſ alone, a letter that is no longer used
+SPELLINGS = {  # tokenizers' spelling -> llama.cpp's; they differ only in 'ſ, an obsolete letter
     "(?i:'s|'t|'re|'ve|'m|'ll|'d)": CONTRACTIONS,
     "'(?i:[sdmt]|ll|ve|re)": "'(?:[sSdDmMtT]|[lL][lL]|[vV][eE]|[rR][eE])",
     "\r": r"\r",
@@ -52,13 +51,13 @@ SPELLINGS = {  # how tokenizers write what llama.cpp has; they differ in 'ſ alo
 
 @dataclass(frozen=True)
 class PreTokenizer:
-    """What one or several of llama.cpp's names stand for.
+    """A pre-tokenizer, under all of llama.cpp's names for it.
 
     Attributes:
-        names: the first is the one that is written.
-        splits: regular expressions; what each finds, and what lies between, is split on with the next.
-        ignore_merges: a piece that is a token is taken as it is, without merging.
-        add_bos: texts begin with the bos token, unless the file says whether they do.
+        names: we write the first.
+        splits: regular expressions; the next one splits both the matches and what lies between them.
+        ignore_merges: a piece that is a token becomes that token without merging.
+        add_bos: texts begin with the bos token unless the file says otherwise.
     """
 
     names: tuple[str, ...]
@@ -120,7 +119,7 @@ BY_NAME = {name: kind for kind in PRE_TOKENIZERS for name in kind.names}
 
 
 def as_json(splits: tuple[str, ...]) -> dict:
-    """A `pre_tokenizer` of tokenizer.json that splits so, and then spells the pieces in GPT-2's byte alphabet."""
+    """The `pre_tokenizer` of a tokenizer.json for these splits, followed by GPT-2's byte alphabet."""
     last = splits[-1] == GPT_2  # ByteLevel has it built in
     steps = [
         {"type": "Split", "pattern": {"Regex": split}, "behavior": "Isolated", "invert": False}
@@ -131,7 +130,7 @@ def as_json(splits: tuple[str, ...]) -> dict:
 
 
 def find_name(pre_tokenizer: dict | None, ignore_merges: bool) -> str | None:
-    """llama.cpp's name for a `pre_tokenizer` of tokenizer.json that does the same; None where there is none."""
+    """llama.cpp's name for the `pre_tokenizer` of a tokenizer.json; None if it has no equivalent."""
     splits = _splits_of(pre_tokenizer)
     return next(
         (
@@ -144,7 +143,7 @@ def find_name(pre_tokenizer: dict | None, ignore_merges: bool) -> str | None:
 
 
 def _splits_of(pre_tokenizer: dict | None) -> list[str] | None:
-    """Its regular expressions; None if it does not split by them alone and end with the byte alphabet."""
+    """Its regular expressions; None if it does anything but split by them and apply the byte alphabet."""
     steps = [pre_tokenizer or {}]
     if steps[0].get("type") == "Sequence":
         steps = steps[0]["pretokenizers"]
@@ -162,7 +161,7 @@ def _splits_of(pre_tokenizer: dict | None) -> list[str] | None:
 
 
 def _plain(split: str) -> str:
-    """One spelling of a regular expression, where there are several."""
+    """A regular expression in our spelling."""
     for spelling, ours in SPELLINGS.items():
         split = split.replace(spelling, ours)
     return split

@@ -1,8 +1,8 @@
-"""Jinja's sandbox for chat templates, in transformers' dialect and within limits of time, work and memory.
+"""Jinja's sandbox for chat templates: transformers' dialect, with limits on time, work and memory.
 
-A sandboxed template reaches no file and no function of Python, but it can ask for a text of 100 GB in one operation,
-or loop for days. Here each operation that makes something says how large that will be before it is made, and each turn
-of a loop, call and filter looks at the clock.
+A sandboxed template reaches neither files nor Python's functions, but it can ask for 100 GB of text in one operation or
+loop for days. Here each operation estimates the size of its result before it runs, and each iteration, call and filter
+checks the clock.
 """
 
 import datetime
@@ -24,24 +24,32 @@ from jinja2.runtime import Context, LoopContext, str_join
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
-SECONDS = 5  # for one rendering, which takes under a millisecond as a rule
-MAX_CHARACTERS = 16 << 20  # of a rendered chat, and of any text made meanwhile
-MOST_WORK = 512 << 20  # characters and items made in one rendering
-MAX_NUMBER = 1_000_000  # as an argument: a width, an indentation
-MAX_BITS = 4096  # of a whole number
-SHALLOW = {  # filters that look at a list's items no deeper
+SECONDS = 5  # per rendering; usually under a millisecond
+MAX_CHARACTERS = 16 << 20  # of a rendered chat, and of each value on the way
+MOST_WORK = 512 << 20  # characters and items per rendering
+MAX_NUMBER = 1_000_000  # as an argument, such as a width
+MAX_BITS = 4096  # of an integer
+SHALLOW = {  # filters that do not look into the items of a list
     "attr", "batch", "count", "d", "default", "first", "items", "last", "length", "list", "map", "random", "reject",
     "rejectattr", "reverse", "select", "selectattr", "slice",
 }  # fmt: skip
-WITHOUT = ("center", "pprint", "striptags", "urlize", "wordwrap", "xmlattr")  # filters that are hard to bound
+# Filters that no chat template uses, and that are hard to bound.
+WITHOUT = (
+    "center",
+    "pprint",
+    "striptags",
+    "urlize",
+    "wordwrap",
+    "xmlattr",
+)
 
 
 class TooMuch(Exception):
-    """A template asked for too much, or took too long; the message ends a sentence that begins with the template."""
+    """A template exceeds a limit. The message is a predicate whose subject is the template."""
 
 
 class _Budget:
-    """What a rendering may still spend."""
+    """Time and work left for one rendering."""
 
     def __init__(self) -> None:
         self.end, self.left = time.monotonic() + SECONDS, MOST_WORK
@@ -60,21 +68,21 @@ _BUDGET: ContextVar[_Budget | None] = ContextVar("budget", default=None)
 
 
 def spend(size: int) -> None:
-    """Count the making of `size` characters or items.
+    """Charge a result of `size` characters or items to the current rendering.
 
     Raises:
-        TooMuch: there is no time or room left for it.
+        TooMuch: that exceeds a limit, or time is up.
     """
     if (budget := _BUDGET.get()) is not None:
         budget.spend(size)
 
 
 def render(source: str, **values) -> str:
-    """The text that a template makes of values.
+    """Render a template with values.
 
     Raises:
-        TooMuch: it asks for too much or takes too long.
-        jinja2.TemplateError: it is damaged, or refuses the values.
+        TooMuch: the template exceeds a limit.
+        jinja2.TemplateError: the template is damaged, or refuses the values.
     """
     token = _BUDGET.set(_Budget())
     try:
@@ -95,7 +103,7 @@ def _compiled(source: str) -> Template:
     environment = _Sandbox()
     tree = environment.parse(source)
     for loop in list(tree.find_all(nodes.For)):
-        body = sum(len(data.data) for data in loop.find_all(nodes.TemplateData))  # what each turn writes at least
+        body = sum(len(data.data) for data in loop.find_all(nodes.TemplateData))  # constant text per iteration
         loop.iter = nodes.Filter(loop.iter, "_counted", [nodes.Const(body)], [], None, None)
         loop.iter.set_lineno(loop.lineno)
     return environment.from_string(tree.set_environment(environment))
@@ -105,7 +113,7 @@ def _compiled(source: str) -> Template:
 
 
 class _Generator(CodeGenerator):
-    """Compiles `a ~ b` to a call of the sandbox."""
+    """Compiles `a ~ b` to a call of the sandbox's `concatenate`."""
 
     def visit_Concat(self, node: nodes.Concat, frame) -> None:
         self.write("environment.concatenate((")
@@ -155,10 +163,10 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 
 
 def weigh(value: Any) -> int:
-    """Characters of a value as text, roughly, and at least the items in it, deeper ones counting more.
+    """Upper estimate of a value's characters as text; nested items add their depth, for indentation.
 
     Raises:
-        TooMuch: they are too many.
+        TooMuch: the estimate exceeds MAX_CHARACTERS.
     """
     total, waiting = 0, [(value, 1)]
     while waiting:
@@ -174,9 +182,9 @@ def weigh(value: Any) -> int:
 
 
 def _size(value: Any) -> int:
-    """Characters or items of a value itself."""
+    """Characters or items of a value, without nested ones."""
     if isinstance(value, int):
-        return value.bit_length() // 3 + 1  # digits
+        return value.bit_length() // 3 + 1  # decimal digits, about
     return len(value) if isinstance(value, str | bytes | list | tuple | dict | set | frozenset) else 1
 
 
@@ -201,16 +209,16 @@ def _check_bits(bits: int) -> None:
 
 
 def _size_of_format(pattern: str | bytes, arguments: tuple) -> int:
-    """Of `"%5d" % x` or `"{:5}".format(x)`: its widths, and each value as often as there are places."""
+    """Upper estimate for `"%5d" % x` or `"{:5}".format(x)`: the widths, and all values at each placeholder."""
     text = pattern if isinstance(pattern, str) else pattern.decode("latin-1")
     widths = sum(int(width[:10]) for width in re.findall(r"\d+", text))
-    numbers = sum(abs(value) for value in arguments if isinstance(value, int))  # can be widths too
+    numbers = sum(abs(value) for value in arguments if isinstance(value, int))  # may be widths
     places = 1 + text.count("%") + text.count("{")
     return len(text) + widths + places * (weigh(arguments) + numbers)
 
 
 def _size_of_call(function: Any, arguments: tuple, named: dict) -> int:
-    """Of what a function or method makes, as far as it can be larger than what it gets."""
+    """Upper estimate of a call's result, for those methods whose result can outgrow their arguments."""
     given = (*arguments, *named.values())
     _check_numbers(given)
     function = getattr(function, "__wrapped__", function)  # jinja wraps str.format
@@ -240,7 +248,7 @@ def _check_numbers(values: Iterable[Any]) -> None:
 
 
 def _bounded(name: str, function: Callable) -> Callable:
-    """A filter that says how much it makes before it does."""
+    """The filter, charging its result before it runs."""
 
     @functools.wraps(function)
     def bounded(*args, **kwargs):
@@ -252,7 +260,7 @@ def _bounded(name: str, function: Callable) -> Callable:
             size = _size_of_format(str(value), given)
         elif name == "replace":
             size = _size_of_replacing(value, *given[:2])
-        elif name in ("join", "indent", "tojson", "sum"):  # a separator, an indentation or a list for each item
+        elif name in ("join", "indent", "tojson", "sum"):  # something is added per item
             size *= 1 + sum(value if isinstance(value, int) else _size(value) for value in given if value is not None)
         spend(size)
         return function(*args, **kwargs)
@@ -261,7 +269,7 @@ def _bounded(name: str, function: Callable) -> Callable:
 
 
 def _counted(items: Iterable, body: int) -> Iterator:
-    """What a loop goes through; each turn is counted."""
+    """The items of a loop; charges each iteration."""
     for item in items:
         spend(1 + body)
         yield item
@@ -271,7 +279,7 @@ def _counted(items: Iterable, body: int) -> Iterator:
 
 
 class _Generation(Extension):
-    """`{% generation %}…{% endgeneration %}` marks an answer for training; the text is what is inside."""
+    """`{% generation %}…{% endgeneration %}` marks an answer for training; it renders as its content."""
 
     tags = {"generation"}  # noqa: RUF012 (as in jinja)
 
@@ -281,7 +289,7 @@ class _Generation(Extension):
 
 
 class _Namespace(Namespace):
-    """Jinja's, without names that begin with an underscore."""
+    """Jinja's namespace, refusing names that begin with an underscore."""
 
     def __init__(*args, **kwargs) -> None:  # so that `namespace(self=...)` works
         self, args = args[0], args[1:]

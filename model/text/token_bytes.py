@@ -1,9 +1,9 @@
-"""Bytes of text that token ids stand for: with them a loss in nats becomes bits per byte, comparable across tokenizers.
+"""Bytes of text behind token ids: they turn a loss in nats into bits per byte, which compares across tokenizers.
 
-The bytes are those of the text itself, for every tokenizer that keeps it: byte-level BPE, byte tokens like `<0xE4>`,
-spaces written as `▁`, and the space that many put before a text. Where a tokenizer changes texts (normalizes them,
-drops white space, has no token for a character), they are those of the text that it gives back; an unknown token counts
-none.
+For a tokenizer that preserves the text, the bytes are those of the text itself: with byte-level BPE, with byte tokens
+like `<0xE4>`, with spaces spelled `▁`, and without the space that many tokenizers prepend to a text. For one that
+changes the text (normalizes it, drops white space, lacks a character), they are those of the text that it decodes to;
+an unknown token counts 0 bytes.
 """
 
 from collections.abc import Callable
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from model.text.encoder import decode, library_errors
 from model.text.tokenization import (
     byte_value,
     control_ids,
@@ -26,13 +27,13 @@ EAST_ASIAN = "\u2e80"  # from here on BERT's tokenizers split a text at each cha
 
 @dataclass(frozen=True)
 class TokenBytes:
-    """UTF-8 bytes of the text behind ids; arrays of one item an id.
+    """UTF-8 bytes of the text behind ids; each array has one item per id.
 
     Attributes:
-        lengths: int64, a token's bytes within a text.
-        is_text: bool, not of control tokens, which end or begin a text.
-        spaced: bool, it begins with a space.
-        opens: bool, after it the tokenizer puts a space of its own before the text.
+        lengths: int64, bytes of the token in the middle of a text.
+        is_text: bool, False for control tokens.
+        spaced: bool, the token begins with a space.
+        opens: bool, a text that begins after this token gets a prepended space.
     """
 
     lengths: np.ndarray
@@ -41,7 +42,7 @@ class TokenBytes:
     opens: np.ndarray
 
     def count(self, before: np.ndarray, ids: np.ndarray) -> int:
-        """Bytes of tokens, given the one before each."""
+        """Bytes of the tokens `ids`, each of which follows its item in `before`."""
         return int(self.lengths[ids].sum() - (self.opens[before] & self.spaced[ids]).sum())
 
 
@@ -50,7 +51,7 @@ def token_bytes(tokenizer, rows: int | None = None) -> TokenBytes:
 
     Args:
         tokenizer: a `transformers` fast tokenizer.
-        rows: of the embedding; ids past the tokenizer's last stand for nothing.
+        rows: of the embedding; ids past the tokenizer's last count 0 bytes.
     """
     rows = rows or vocabulary_size(tokenizer)
     control, added = control_ids(tokenizer), tokenizer.added_tokens_decoder
@@ -58,7 +59,7 @@ def token_bytes(tokenizer, rows: int | None = None) -> TokenBytes:
     lengths, spaced = np.zeros(rows, dtype=np.int64), np.zeros(rows, dtype=bool)
     is_text, opens = np.ones(rows, dtype=bool), np.zeros(rows, dtype=bool)
     ordinary = {index: token for token, index in tokenizer.get_vocab().items() if index not in control}
-    words = {}  # by whether a space stands before them: the first there is
+    words = {}  # the first word with a leading space, and the first without
     for index, text in _texts(tokenizer, ordinary, set(added)).items():
         lengths[index], spaced[index] = len(text), text.startswith(b" ")
         if (space := bool(spaced[index])) not in words and (word := text.decode("utf-8", "replace").strip()).isalnum():
@@ -77,8 +78,8 @@ def token_bytes(tokenizer, rows: int | None = None) -> TokenBytes:
 
 
 def _texts(tokenizer, tokens: dict[int, str], added: set[int]) -> dict[int, bytes]:
-    """What each token adds to a text that has begun and goes on."""
-    if is_byte_level(tokenizer):  # written with one character a byte, but for added tokens
+    """The bytes that each token adds in the middle of a text."""
+    if is_byte_level(tokenizer):  # one character per byte, except in added tokens
         spell: Callable[[str], bytes] = lambda token: token.replace("Ġ", " ").encode("latin-1", "replace")  # noqa: E731
         return {index: token.encode() if index in added else spell(token) for index, token in tokens.items()}
     backend = tokenizer.backend_tokenizer
@@ -87,12 +88,13 @@ def _texts(tokenizer, tokens: dict[int, str], added: set[int]) -> dict[int, byte
         found = {index: bytes([value]) for index, token in tokens.items() if (value := byte_value(token)) is not None}
         begin = end = backend.token_to_id("<0x61>")
     else:
-        begin = end = next((index for index in tokens if backend.decode([index]).strip().isalnum()), None)
+        begin = end = next((index for index in tokens if decode(backend, [index]).strip().isalnum()), None)
     if begin is None:
         return found
     rest = [index for index in tokens if index not in found]
-    decoded = backend.decode_batch([[begin, index, end] for index in rest], skip_special_tokens=False)
-    first, both = backend.decode([begin]), backend.decode([begin, end])
+    with library_errors("the tokenizer cannot turn its tokens into text"):
+        decoded = backend.decode_batch([[begin, index, end] for index in rest], skip_special_tokens=False)
+    first, both = decode(backend, [begin]), decode(backend, [begin, end])
     is_word_piece = "WordPiece" in repr(backend.decoder)
     for index, text in zip(rest, decoded, strict=True):
         text = text[len(first) : len(text) - (len(both) - len(first))]

@@ -1,4 +1,4 @@
-"""Loading a tokenizer, telling two of them apart, and turning text into ids without ever making a control token."""
+"""Loads tokenizers, hashes them, and turns text into ids; no text ever yields a control token."""
 
 import contextlib
 import hashlib
@@ -22,45 +22,42 @@ EMBEDDED_TOKENIZER = Path(__file__).parents[1] / "tokenizer"
 
 @dataclass(frozen=True)
 class Delimiters:
-    """The control tokens that tell documents apart: each is `<bos> ids <eos>`, or `ids <eos>` without a bos.
-
-    Tokenizers without one are those of Qwen 2 and later.
-    """
+    """The control tokens around a document: `<bos> ids <eos>`, or `ids <eos>` without a bos, as in Qwen 2 and later."""
 
     bos_id: int | None
     eos_id: int
 
     @property
     def count(self) -> int:
-        """Tokens that a document has besides those of its text."""
+        """Control tokens per document."""
         return 1 if self.bos_id is None else 2
 
     @property
     def opening(self) -> list[int]:
-        """Ids that a document begins with, before those of its text."""
+        """Ids before a document's text."""
         return [] if self.bos_id is None else [self.bos_id]
 
     @property
     def before_text(self) -> int:
-        """The id that stands before a document's text in a token file: its bos, else the eos of the one before it."""
+        """The id that precedes a document's text in a token file: its bos, else the eos of the previous document."""
         return self.eos_id if self.bos_id is None else self.bos_id
 
 
 def load_tokenizer(path: str | Path | None = None):
     """Load a tokenizer folder as a `transformers` fast tokenizer; None takes the embedded one.
 
-    Nothing is downloaded and no code from the folder is run. The ids are those of its `tokenizer.json`, whatever class
-    `tokenizer_config.json` names: another version of transformers may not know it, or (5.0 with DeepSeek's)
-    build another tokenizer from the same vocabulary. It must name an eos token, which ends each document; a bos token
-    is used where there is one.
+    Downloads nothing and runs no code from the folder. The ids are those of its `tokenizer.json`, whatever class
+    `tokenizer_config.json` names: another version of transformers may not know that class, or may build another
+    tokenizer from the same vocabulary (5.0 with DeepSeek's). The folder must name an eos token, which ends each
+    document; a bos token is optional.
 
     Raises:
-        InputError: the folder is missing, holds no `tokenizer.json` that can be read, or names no eos token.
+        InputError: the folder is missing, its `tokenizer.json` is missing or damaged, or it names no eos token.
     """
     folder = _tokenizer_file(path).parent
     config = _read_config(folder)
 
-    from transformers import PreTrainedTokenizerFast  # takes seconds to import: only where a tokenizer is used
+    from transformers import PreTrainedTokenizerFast  # slow to import: only where a tokenizer is used
 
     with library_errors(f"tokenizer_path: {folder} cannot be loaded"), _without_warnings():
         tokenizer = PreTrainedTokenizerFast.from_pretrained(
@@ -72,7 +69,7 @@ def load_tokenizer(path: str | Path | None = None):
         _take_names_of_class(tokenizer, folder, unnamed)
     if tokenizer.eos_token_id is None:
         raise InputError(f"tokenizer_path: {folder} names no eos_token; add one to its tokenizer_config.json")
-    # Whole books are encoded at once; the library's warning about the model's maximum length says nothing here.
+    # We encode whole books at once, so the library's warning about the model's maximum length is noise.
     tokenizer.model_max_length = int(1e30)
     return tokenizer
 
@@ -86,7 +83,7 @@ def _read_config(folder: Path) -> dict:
 
 
 def _names_without_type(config: dict) -> dict[str, str]:
-    """The control tokens that are given as `{"content": "</s>", …}`, which transformers reads with a "__type" only."""
+    """The control tokens written as `{"content": "</s>", …}`, which transformers reads only with a "__type"."""
     given = {f"{name}_token": config.get(f"{name}_token") for name in ("bos", "eos", "unk", "pad")}
     bare = {name: token for name, token in given.items() if isinstance(token, dict) and "__type" not in token}
     return {name: token["content"] for name, token in bare.items() if isinstance(token.get("content"), str)}
@@ -103,13 +100,13 @@ def _check(folder: Path, backend) -> None:
 
 
 def _take_names_of_class(tokenizer, folder: Path, names: Sequence[str]) -> None:
-    """Give a tokenizer the control tokens that its class has by itself: GPT-2's folder names neither bos nor eos."""
+    """Take over control tokens that only the tokenizer's class names: GPT-2's folder names neither bos nor eos."""
     from transformers import AutoTokenizer
 
     try:
-        with _without_warnings():
+        with library_errors("no such class"), _without_warnings():
             named = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-    except Exception:  # as above; a class that transformers does not know has no names to give
+    except InputError:  # transformers does not know the class
         return
     for name in names:
         token = getattr(named, name)
@@ -119,7 +116,7 @@ def _take_names_of_class(tokenizer, folder: Path, names: Sequence[str]) -> None:
 
 @contextlib.contextmanager
 def _without_warnings() -> Iterator[None]:
-    """Keep transformers from warning that a folder's class is not the one that is loaded."""
+    """Silence transformers' warning that a folder names another class than the one loaded."""
     logger = logging.getLogger("transformers")
     before = logger.level
     logger.setLevel(logging.ERROR)
@@ -130,7 +127,7 @@ def _without_warnings() -> Iterator[None]:
 
 
 def delimiters(tokenizer) -> Delimiters:
-    """What documents begin and end with in the token files of a `transformers` tokenizer."""
+    """The control tokens around documents in the token files of a `transformers` tokenizer."""
     return Delimiters(tokenizer.bos_token_id, tokenizer.eos_token_id)
 
 
@@ -138,16 +135,16 @@ def end_ids(tokenizer) -> list[int]:
     """Ids that end a text: the eos, and those that `generation_config.json` beside the tokenizer names.
 
     Raises:
-        InputError: that file is damaged, or names what is no id of the tokenizer.
+        InputError: that file is damaged, or names an id that the tokenizer lacks.
     """
-    if not tokenizer.name_or_path:  # it was made by hand
+    if not tokenizer.name_or_path:  # built in memory
         return [tokenizer.eos_token_id]
     return read_ends(Path(tokenizer.name_or_path), tokenizer.eos_token_id, vocabulary_size(tokenizer))
 
 
 @dataclass(frozen=True)
 class BulkTokenizer:
-    """What data processing needs of a tokenizer."""
+    """The parts of a tokenizer that data processing needs."""
 
     json: str  # of the `tokenizers` library, in which control tokens have secret names (`TextEncoder`)
     bos_id: int | None
@@ -162,8 +159,7 @@ class BulkTokenizer:
 def load_bulk_tokenizer(path: str | Path | None = None) -> BulkTokenizer:
     """Load a tokenizer folder for data processing.
 
-    Where transformers would add nothing to tokenizer.json but the names of the control tokens, it is not imported,
-    which takes seconds.
+    Does not import transformers, which takes seconds, where tokenizer.json and the names of bos and eos are enough.
 
     Raises:
         InputError: as `load_tokenizer`.
@@ -191,7 +187,7 @@ def load_bulk_tokenizer(path: str | Path | None = None) -> BulkTokenizer:
 
 
 def tokenizer_sha256(path: str | Path | None = None) -> str:
-    """SHA-256 (hex) of the folder's `tokenizer.json`: equal for two tokenizers that give the same ids.
+    """SHA-256 (hex) of the folder's `tokenizer.json`.
 
     Raises:
         InputError: the folder is missing or holds no `tokenizer.json`.
@@ -200,10 +196,10 @@ def tokenizer_sha256(path: str | Path | None = None) -> str:
 
 
 def tokenizer_folder(path: str | Path | None = None) -> Path:
-    """The folder of a tokenizer: None is the embedded one; that inside a GGUF file is unpacked into the cache.
+    """The folder of a tokenizer: None is the embedded one; a GGUF file's is unpacked into the cache.
 
     Raises:
-        InputError: the file is damaged, or its tokenizer is of a kind that is not known.
+        InputError: the file is damaged, or its kind of tokenizer is unsupported.
     """
     folder = Path(path or EMBEDDED_TOKENIZER)
     return unpacked_tokenizer(folder) if folder.is_file() and is_gguf(folder) else folder
@@ -221,7 +217,7 @@ def _tokenizer_file(path: str | Path | None) -> Path:
 
 
 def vocabulary_size(tokenizer) -> int:
-    """Number of rows that the embedding needs: the largest id plus one (added tokens can lie past `vocab_size`)."""
+    """Rows that the embedding needs: the largest id plus one (added tokens can lie past `vocab_size`)."""
     return max(tokenizer.get_vocab().values(), default=-1) + 1
 
 
@@ -235,17 +231,17 @@ def encode_texts(tokenizer, texts: Sequence[str]) -> list[list[int]]:
 
 
 def text_encoder(tokenizer) -> TextEncoder:
-    """The encoder of a `transformers` fast tokenizer, which is made once."""
+    """The encoder of a `transformers` fast tokenizer, built on first use."""
     return _parts(tokenizer)[0]
 
 
 def control_ids(tokenizer) -> frozenset[int]:
-    """Ids of the tokens that stand for no text, such as `<s>` and `</s>`."""
+    """Ids of the tokens that are no text, such as `<s>` and `</s>`."""
     return _parts(tokenizer)[1]
 
 
 def _parts(tokenizer) -> tuple[TextEncoder, frozenset[int]]:
-    """What follows from a tokenizer; made anew if it was given more tokens meanwhile."""
+    """A tokenizer's encoder and control ids; rebuilt once the tokenizer has more tokens."""
     made_of = (len(tokenizer), tokenizer.bos_token, tokenizer.eos_token)
     known_of, parts = _PARTS.get(tokenizer, (None, None))
     if known_of != made_of:
@@ -258,7 +254,7 @@ def _parts(tokenizer) -> tuple[TextEncoder, frozenset[int]]:
     return parts
 
 
-_PARTS: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # tokenizer -> (what it was made of, its parts)
+_PARTS: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # tokenizer -> (its state then, its parts)
 
 
 def is_byte_level(tokenizer) -> bool:

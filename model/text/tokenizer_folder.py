@@ -1,4 +1,4 @@
-"""What a tokenizer folder says, and whether two of them say the same."""
+"""Reads tokenizer folders as plain values, and compares two of them."""
 
 import json
 from dataclasses import dataclass, replace
@@ -9,7 +9,7 @@ from model.errors import InputError, first_line, shown
 from model.storage.files import read_json
 from model.text.encoder import library_errors
 
-MOST_BYTES = {  # of each file of a folder that is read, by us or by transformers
+MOST_BYTES = {  # limit of each file that we or transformers read
     "tokenizer.json": 512 << 20,  # with 262,144 tokens it has 33 MB
     "tokenizer_config.json": 64 << 20,  # with a thousand added tokens it has 200 kB
     "added_tokens.json": 64 << 20,
@@ -25,8 +25,8 @@ class TokenizerFolder:
 
     Attributes:
         tokenizer: `tokenizer.json`, spelled as the installed `tokenizers` library spells it.
-        special_ids: of "bos", "eos", "unk" and "pad", those that are named; the eos always is.
-        end_ids: what ends a text; the eos is the first.
+        special_ids: ids of those of "bos", "eos", "unk" and "pad" that the folder names; "eos" is always there.
+        end_ids: the ids that end a text, the eos first.
         chat_template: None where there is none.
     """
 
@@ -39,7 +39,7 @@ class TokenizerFolder:
 def same_tokenizer(folder: str | Path, other: str | Path) -> bool:
     """Whether two tokenizer folders give the same ids, the same control tokens, ends and chat template.
 
-    What they add by themselves (the post-processor) is not compared: this project never asks for it.
+    Ignores the tokens that a post-processor adds, which this project never asks for.
 
     Raises:
         InputError: one of them cannot be read.
@@ -53,10 +53,10 @@ def same_tokenizer(folder: str | Path, other: str | Path) -> bool:
 
 
 def read_folder(folder: str | Path) -> TokenizerFolder:
-    """Read tokenizer.json, tokenizer_config.json and, where there are, chat_template.jinja and generation_config.json.
+    """Read tokenizer.json and tokenizer_config.json, and chat_template.jinja and generation_config.json if present.
 
     Raises:
-        InputError: one of them is missing or damaged, they contradict each other, or no eos is named.
+        InputError: a file is missing or damaged, two contradict each other, or none names an eos.
     """
     from tokenizers import Tokenizer
 
@@ -73,15 +73,15 @@ def read_folder(folder: str | Path) -> TokenizerFolder:
 
 
 def read_ends(folder: Path, eos_id: int, size: int) -> list[int]:
-    """Ids that end a text: the eos, then those that generation_config.json names, in a folder where there is one.
+    """Ids that end a text: the eos, then those in the folder's generation_config.json, if it has one.
 
-    Instruct models name several there (`eos_token_id`, a number or a list): the end of an answer, of a document.
+    Instruct models list several there (`eos_token_id`, a number or a list): the end of an answer, of a document.
 
     Args:
-        size: the tokenizer's ids are below it.
+        size: one more than the largest id.
 
     Raises:
-        InputError: that file is damaged, or names what is no id of the tokenizer.
+        InputError: that file is damaged, or names an id that the tokenizer lacks.
     """
     named = read_object(folder, "generation_config.json").get("eos_token_id")
     named = named if isinstance(named, list) else [] if named is None else [named]
@@ -93,19 +93,19 @@ def read_ends(folder: Path, eos_id: int, size: int) -> list[int]:
 
 
 def read_object(folder: Path, name: str) -> dict:
-    """One of the folder's JSON files; empty where there is none.
+    """One of the folder's JSON files; an empty dict if there is none.
 
     Raises:
-        InputError: it is too large, or holds no JSON object.
+        InputError: the file is too large, or holds no JSON object.
     """
     return read_json(folder / name, MOST_BYTES[name]) if (folder / name).is_file() else {}
 
 
 def check_sizes(folder: Path) -> None:
-    """See that each of the folder's files is a plain file of a likely size, before a library reads it whole.
+    """Check before a library reads them whole that the folder's files are plain files within MOST_BYTES.
 
     Raises:
-        InputError: one is not.
+        InputError: one of them is not.
     """
     for name, most in MOST_BYTES.items():
         file = folder / name
@@ -136,7 +136,7 @@ def _special_ids(backend, config: dict, folder: Path) -> dict[str, int]:
 
 
 def _chat_template(config: dict, folder: Path) -> str | None:
-    """A folder's chat template; of several by name, the one that is called default."""
+    """A folder's chat template; of several, the one named default."""
     template = config.get("chat_template")
     if isinstance(template, list):
         named = [item for item in template if isinstance(item, dict) and item.get("name") == "default"]
@@ -153,5 +153,5 @@ def _chat_template(config: dict, folder: Path) -> str | None:
 
 
 def _content(token: Any) -> Any:
-    """The text of a token, which configs give as it is or with its properties."""
+    """The text of a token, which configs write as a string or as an object."""
     return token.get("content") if isinstance(token, dict) else token

@@ -13,6 +13,7 @@ from model.corpus.bulk_encoder import BulkEncoder, EncoderChoice, choose_encoder
 from model.errors import InputError
 from model.text import encoder
 from model.text.chat_template import encode_chat
+from model.text.detokenize import new_detokenizer
 from model.text.encoder import TextEncoder
 from model.text.tokenization import control_ids, encode_texts, load_bulk_tokenizer, load_tokenizer
 from tests.conftest import ROOT
@@ -103,6 +104,13 @@ def test_a_template_may_change_what_a_message_says(tokenizer):
     assert ids == [1, *first, 2, 1, *second, 2]
 
 
+def test_a_template_may_write_a_message_as_json(tokenizer):
+    for ascii_only in ("true", "false"):
+        tokenizer.chat_template = f"{{{{ messages[0].content | tojson(ensure_ascii={ascii_only}) }}}}"
+        ids = encode_chat(tokenizer, [{"role": "user", "content": "a</s>b"}])
+        assert tokenizer.decode(ids) == '"a</s>b"' and 2 not in ids
+
+
 # ----------------------------------------------------------------------------------------- what a tokenizer can do
 
 
@@ -165,6 +173,16 @@ def test_a_tokenizer_that_would_take_the_memory_is_refused(tmp_path, tokenizer_f
             InputError, match=f"its {part} can make 1,099,511,627,776 characters out of one, at most 64"
         ):
             load(folder)
+
+
+def test_a_decoder_that_fails_is_one_line(tmp_path):
+    slow = {"type": "Sequence", "decoders": [SLOW, {"type": "Fuse"}]}
+    backend = json.loads(unigram().to_str()) | {"decoder": slow}
+    backend["model"]["vocab"].append(["a" * 60 + "!", -1.0])
+    folder = write_tokenizer(tmp_path, Tokenizer.from_str(json.dumps(backend)))
+    detokenizer = new_detokenizer(load_tokenizer(folder))
+    with pytest.raises(InputError, match="cannot turn its tokens into text"):
+        detokenizer.push(12)
 
 
 def test_usual_normalizers_are_accepted(tmp_path, tokenizer_folder):
