@@ -54,7 +54,7 @@ def check_history(history: Sequence[dict[str, str]]) -> list[dict[str, str]]:
     for n, message in enumerate(history):
         if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
             raise InputError(
-                f'message {n} of the chat is {shown(message)}; expected {{"role": "user", "content": "..."}}'
+                f'message {n} of the chat is {shown(message)}; {{"role": "user", "content": "..."}} expected'
             )
         valid_text(f"message {n} of the chat", message["content"])
     return list(history)
