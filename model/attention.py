@@ -150,7 +150,7 @@ def chunked_attention(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None 
     grouped = heads // kv_heads
     q = q.reshape(batch * kv_heads, grouped, tokens, size)
     k, v = k.reshape(-1, tokens, size), v.reshape(-1, tokens, size)
-    out = torch.empty_like(q)
+    out = q.new_empty(q.shape)  # contiguous, as the fake kernel says; q of a single batch row is a strided view
     kept = q.new_empty(_weights_kept(batch * kv_heads, grouped, tokens))
     hidden = q.new_full((CHUNK, CHUNK), -torch.inf).triu(1)  # what lies after the query
     if documents is not None:
@@ -184,7 +184,7 @@ def chunked_attention_backward(
     grouped = heads // kv_heads
     q, grad = (t.reshape(batch * kv_heads, grouped, tokens, size) for t in (q, grad))
     k, v = k.reshape(-1, tokens, size), v.reshape(-1, tokens, size)
-    grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    grad_q, grad_k, grad_v = q.new_empty(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)  # contiguous
     for head, query, key, begin, shape in _blocks(batch * kv_heads, grouped, tokens, documents):
         some, some_grad = (t[head, :, query].reshape(shape[0], shape[1], size) for t in (q, grad))
         weights = kept[begin : begin + math.prod(shape)].view(shape)

@@ -4,11 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model.attention import chunked_attention, document_mask
+from model.attention import chunked_attention, chunked_attention_backward, document_mask
 from model.errors import InputError
 from model.kv_cache import KVCache
 from model.LMConfig import LMConfig
-from model.loss import IGNORE_INDEX, cross_entropy
+from model.loss import IGNORE_INDEX, chunked_cross_entropy, cross_entropy
 from model.model import Transformer
 from model.weights.minimind import recognise
 from tests.conftest import random_model
@@ -255,6 +255,20 @@ def test_the_training_step_with_documents_is_one_graph(tiny_config):
         gradients = [torch.autograd.grad(loss, [*model.parameters()]) for loss in losses]
         for one, other in zip(*gradients, strict=True):
             torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_the_operators_for_torch_compile_describe_their_outputs_as_they_are(batch):
+    """Shapes and strides: `torch.compile` relies on what the fake kernels say. Queries are views, as in the model."""
+    q, k, v = (torch.randn(batch, 64, heads, 16).transpose(1, 2).requires_grad_() for heads in (4, 2, 2))
+    for documents in (None, torch.zeros(batch, 64, dtype=torch.int64)):
+        torch.library.opcheck(chunked_attention, (q, k, v, documents), test_utils="test_faketensor")
+        out, kept = chunked_attention(q, k, v, documents)
+        inputs = (torch.randn_like(out), *(t.detach() for t in (q, k, v)), documents, kept.detach())
+        torch.library.opcheck(chunked_attention_backward, inputs, test_utils="test_faketensor")
+    hidden, weight = torch.randn(batch * 64, 32, requires_grad=True), torch.randn(100, 32, requires_grad=True)
+    targets = torch.randint(100, (batch * 64,))
+    torch.library.opcheck(chunked_cross_entropy, (hidden, weight, targets), test_utils="test_faketensor")
 
 
 def test_chunked_loss_equals_pytorchs_with_its_gradients(monkeypatch):
