@@ -13,11 +13,11 @@ import dataclasses
 import os
 import signal
 import sys
-import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from model.corpus.job_folder import job_path
-from model.errors import InputError, command_line
+from model.errors import InputError, ProcessLost, command_line
 from model.training.config_file import read_config
 from model.training.settings import (
     FIELDS,
@@ -26,17 +26,63 @@ from model.training.settings import (
     Settings,
     build_settings,
 )
-from utils import CommandParser, Processes, add_option, path_flag, print_message, run_command, say
+from utils import (
+    CommandParser,
+    Processes,
+    add_option,
+    path_flag,
+    pick_device,
+    print_error,
+    print_message,
+    run_command,
+    say,
+)
 
+if TYPE_CHECKING:
+    from model.runs.beginning import Beginning  # imports torch
+
+DATA_SECONDS = 24 * 3600.0  # that making the token file may take before the other processes give up
 PREVIEW_PROMPTS = ("春风", "中国", "天下大势")
 
 
-def read_settings(arguments: list[str], of_checkpoint: bool = True) -> Settings:
-    """Turn the command line into settings: flags beat the config file or, with --resume alone, the checkpoint's.
+def read_settings(arguments: list[str]) -> Settings:
+    """Turn the command line into settings: flags beat the config file, the file beats the defaults."""
+    return _read_command(arguments)[0]
 
-    Args:
-        of_checkpoint: False: leave the checkpoint unread; only its folder is taken from it, as out_dir.
+
+def read_beginning(arguments: list[str]) -> tuple[Settings, "Beginning | None"]:
+    """The settings, and the checkpoint or weights that the run begins with, read once; None: drawn anew.
+
+    With --resume and no --config the checkpoint's own settings count, and flags beat them.
+
+    Raises:
+        InputError: a file cannot be read, or there is nothing to resume.
     """
+    settings, flags, has_config = _read_command(arguments)
+    training = settings.training
+    resumes = training.resume or training.resume_from is not None
+    if not resumes and training.init_from is None:
+        return settings, None
+    from model.runs.beginning import Beginning, find_beginning, take_shape_of_checkpoint  # imports torch
+    from model.runs.resume import find_checkpoint
+
+    if has_config or not resumes:
+        return settings, find_beginning(settings, say)
+    if (checkpoint := find_checkpoint(training, say)) is None:
+        raise InputError("--resume: nothing to resume; start a run with --config first")
+    path, content = checkpoint
+    saved = content["settings"]
+    place = {"out_dir": str(path.parent), "resume_from": None, "resume": True}
+    settings = build_settings(saved | {"training": saved["training"] | place}, flags, str(path))
+    say(f"settings: those saved in {path}" + (f", and {', '.join(f'--{name}' for name in flags)}" if flags else ""))
+    if settings.training.init_from is not None:
+        _refuse_shape(flags)
+        take_shape_of_checkpoint(settings, path, content)
+    return settings, Beginning(checkpoint)
+
+
+def _read_command(arguments: list[str]) -> tuple[Settings, dict[str, str], bool]:
+    """The settings that the command line gives, its flags for settings, and whether it names a config file."""
     parser = CommandParser(prog="train.py", description=__doc__.split("\n")[0], add_help=True)
     parser.add_argument("--config", type=path_flag, help="config file (YAML); config.yaml explains every setting")
     parser.add_argument("--local-rank", "--local_rank", help="set by torch.distributed.launch")
@@ -48,58 +94,36 @@ def read_settings(arguments: list[str], of_checkpoint: bool = True) -> Settings:
     known, unknown = parser.parse_known_args(arguments)
     problems = parser.describe_unknown(unknown) if unknown else []
     flags = {name: value for name, value in vars(known).items() if name in FIELDS and value is not None}
-
-    if known.config is not None:
-        settings = build_settings(read_config(known.config), flags, source=known.config, problems=problems)
-        return _with_shape_settled(settings, flags)
-    asked = build_settings({}, flags, problems=problems)
-    if not (asked.training.resume or asked.training.resume_from):
-        return _with_shape_settled(asked, flags)
-    if not of_checkpoint:
-        if asked.training.resume_from is not None and "out_dir" not in flags:
-            asked.training.out_dir = str(Path(asked.training.resume_from).parent)
-        return asked
-    return _with_shape_settled(build_settings(*_settings_of_checkpoint(asked, flags)), flags)
+    values = {} if known.config is None else read_config(known.config)
+    settings = build_settings(values, flags, source=known.config or "config", problems=problems)
+    training = settings.training
+    if training.init_from is not None:
+        _refuse_shape(flags)
+    if known.config is None and training.resume_from is not None and "out_dir" not in flags:
+        training.out_dir = str(Path(training.resume_from).parent)  # where the run resumes
+    return settings, flags, known.config is not None
 
 
-def _with_shape_settled(settings: Settings, flags: dict) -> Settings:
-    """The settings themselves, once it is sure that no flag contradicts the weights to begin with."""
-    if settings.training.init_from is not None:
-        from model.runs.initial_weights import refuse_shape  # imports torch
+def _refuse_shape(flags: dict[str, str]) -> None:
+    """Refuse flags that contradict the weights of init_from."""
+    from model.runs.beginning import refuse_shape  # imports torch
 
-        refuse_shape(list(flags))
-    return settings
+    refuse_shape(list(flags))
 
 
-def _settings_of_checkpoint(asked: Settings, flags: dict) -> tuple[dict, dict, str]:
-    """The settings saved in the checkpoint to go on from; its folder is where the run goes on."""
-    from model.runs.resume import find_checkpoint
+def prepare_data_if_missing(settings: Settings) -> None:
+    """Make a missing token file from raw_data_path, or for the default path from what lies in dataset/.
 
-    asked.training.resume = True  # --resume_from alone means it
-    found = find_checkpoint(asked.training, lambda _: None)  # the trainer looks again, and says what it finds
-    if found is None:
-        raise InputError("--resume: there is nothing to go on from; start a run with --config first")
-    path, content = found
-    values = content["settings"]
-    values["training"] |= {"out_dir": str(path.parent), "resume_from": None, "resume": True}
-    say(f"settings: those saved in {path}" + (f", and {', '.join(f'--{name}' for name in flags)}" if flags else ""))
-    return values, flags, str(path)
-
-
-def prepare_data_if_missing(settings: Settings, processes: Processes) -> None:
-    """Make a missing token file from raw_data_path, or for the default path from what lies in dataset/."""
+    Raises:
+        InputError: there is nothing to make it from, or the path is no token file's.
+    """
     data = settings.data
     target = Path(data.train_data_path)
     if target.is_dir():
         raise InputError(f"train_data_path: {target} is a folder, a token file (.bin) expected")
     if target.exists() and not job_path(target).exists():
         if data.raw_data_path is not None:
-            say(f"raw_data_path: {data.raw_data_path} is not read, since {target} is there")
-        return
-    if not processes.is_main:
-        print_message(f"[rank {processes.rank}] waiting for rank 0 to make {target}")
-        while not (target.exists() and target.with_suffix(".json").exists()):
-            time.sleep(0.5)
+            say(f"raw_data_path: {data.raw_data_path} is not read, since {target} exists")
         return
     from optimized_data_processing import OptimizedDataProcessor, default_input_path
 
@@ -116,16 +140,16 @@ def prepare_data_if_missing(settings: Settings, processes: Processes) -> None:
 
 
 def make_preview(settings: Settings):
-    """A function that continues a few prompts with the model in training, to see what it has learned."""
+    """A function that continues a few prompts with the model in training, to show what it has learned."""
     from model.text.tokenization import end_ids, load_tokenizer
     from optimized_inference import GenerationConfig, TextGenerator
 
     tokenizer = load_tokenizer(settings.data.tokenizer_path)
-    end_ids(tokenizer)  # what is wrong with its generation_config.json is said now, not at the first evaluation
+    end_ids(tokenizer)  # a bad generation_config.json is reported now, not at the first evaluation
 
     def preview(model) -> list[str]:
         generator, lines = TextGenerator(model, tokenizer), []
-        for number, prompt in enumerate(PREVIEW_PROMPTS):  # one seed each: equal seeds give like texts
+        for number, prompt in enumerate(PREVIEW_PROMPTS):  # one seed each: equal seeds give similar texts
             config = GenerationConfig(max_new_tokens=40, seed=settings.training.seed + number)
             try:
                 text = generator.generate(prompt, config)
@@ -138,8 +162,8 @@ def make_preview(settings: Settings):
 
 
 def add_launcher_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags that say how processes are started, and whether to train at all. They are no settings: a run is the
-    same with and without them."""
+    """The flags for how processes are started, and whether to train at all. They are no settings: they don't change a
+    run."""
 
     def whole_number(text: str) -> int:
         if not text.isdecimal():
@@ -152,21 +176,21 @@ def add_launcher_flags(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         type=whole_number,
         default=0,
-        help="start the training again with --resume when it dies, up to N times; not when it has diverged, its input"
-        " is bad, or it was interrupted [0]",
+        help="restart the training with --resume when it dies, up to N times; not when it has diverged, its input is"
+        " bad, or it was interrupted [0]",
     )
     group.add_argument(
         "--nproc_per_node",
         metavar="N",
         type=whole_number,
         default=None,
-        help="train in N processes on this machine, started as torchrun --standalone does, with an exit code that"
-        " tells; not given: in this process",
+        help="train in N processes on this machine, as torchrun --standalone does, and exit with the code of the one"
+        " that failed; without it: in this process",
     )
     group.add_argument(
         "--dry_run",
         action="store_true",
-        help="do not train: measure a few steps, and tell memory, FLOPs and the time that the run will take; out_dir"
+        help="do not train: measure a few steps and print the memory, FLOPs and time that the run will take; out_dir"
         " stays as it is",
     )
 
@@ -176,8 +200,8 @@ def start_processes(restarts: int, nproc_per_node: int | None, arguments: list[s
     if nproc_per_node == 0:
         raise InputError("--nproc_per_node: 0 found, at least 1 expected")
     if "WORLD_SIZE" in os.environ:
-        raise InputError("--restarts and --nproc_per_node start the processes themselves; leave torchrun out")
-    training = read_settings(arguments, of_checkpoint=False).training  # what is wrong is said before anything starts
+        raise InputError("--restarts and --nproc_per_node start the processes themselves; omit torchrun")
+    training = read_settings(arguments).training  # bad input is reported before anything starts
     command, out_dir = [str(Path(__file__).resolve()), *arguments], Path(training.out_dir)
     if not restarts:
         from model.runs.launch import launch
@@ -206,35 +230,32 @@ def main() -> int:
         from model.runs.launch import end_with_parent
 
         end_with_parent()
-    settings = read_settings(arguments)
+    settings, beginning = read_beginning(arguments)
     processes = Processes()
     several = processes.world_size > 1
     if settings.training.ddp and not several:
         say("ddp: this is a single process; several are started by: torchrun --nproc_per_node=N train.py … --ddp")
     elif several and not settings.training.ddp:
         say(f"ddp: torchrun started {processes.world_size} processes, so they train together")
-    if settings.training.init_from is not None:
-        from model.runs.initial_weights import initial_tokenizer  # imports torch
-
-        settings.data.tokenizer_path = initial_tokenizer(settings)
-    prepare_data_if_missing(settings, processes)
-    return train(settings, processes, launcher.dry_run)
+    return train(settings, beginning, processes, launcher.dry_run)
 
 
-def train(settings: Settings, processes: Processes, dry_run: bool) -> int:
-    """Train, or only tell what that would take; returns the exit code."""
+def train(settings: Settings, beginning: "Beginning | None", processes: Processes, dry_run: bool) -> int:
+    """Train, or only report what that would take; returns the exit code."""
+    from model.training.memory import is_out_of_memory
     from optimized_pretrain import Trainer  # imports torch: after everything that can fail early
 
     trainer = None
     try:
-        trainer = Trainer(settings, processes, make_preview(settings))
+        prepare_data_for_all(settings, processes)
+        trainer = Trainer(settings, processes, make_preview(settings), beginning)
         if dry_run:
-            return tell_dry_run(trainer, processes)
-        trainer.stop.install()  # until the process ends: torchrun sends its signal twice
+            return print_dry_run(trainer, processes)
+        trainer.stop_signal.install()  # until the process ends: torchrun sends its signal twice
         outcome = trainer.train()
     except BaseException as error:
         if is_out_of_memory(error):
-            text = "out of memory: lower batch_size and raise accumulation_steps, or shorten max_seq_len"
+            text = "out of memory: lower batch_size and raise accumulation_steps, or lower max_seq_len"
             error = InputError(text).with_traceback(error.__traceback__)
         processes.announce(error)
         if trainer is not None:
@@ -242,34 +263,59 @@ def train(settings: Settings, processes: Processes, dry_run: bool) -> int:
         raise error
     finally:
         processes.close()
-    out_dir = Path(settings.training.out_dir)
+    step, out_dir = trainer.progress.step, Path(settings.training.out_dir)
     if outcome == "interrupted":
         several = processes.world_size > 1
         launcher = ["torchrun", f"--nproc_per_node={processes.world_size}"] if several else ["python"]
         command = command_line(*launcher, "train.py", "--resume", "--out_dir", out_dir)
-        say(f"stopped after step {trainer.progress.step:,}; go on with: {command}")
-    else:
-        say(f"{outcome.replace('_', ' ')} after step {trainer.progress.step:,}; metrics and curves are in {out_dir}")
-        command = command_line("python", "inference.py", "--model_path", out_dir / "best_model.pth", "--interactive")
-        say(f"talk to it: {command}")
+        say(f"stopped after step {step:,}; resume with: {command}")
+        return trainer.exit_code(outcome)
+    best = out_dir / "best_model.pth"
+    say(f"{outcome.replace('_', ' ')} after step {step:,}; metrics and curves are in {out_dir}")
+    say(f"final weights: {out_dir / f'pretrain_{trainer.config.dim}.pth'}; weights of the lowest loss: {best}")
+    say(f"chat with it: {command_line('python', 'inference.py', '--model_path', best, '--interactive')}")
     return trainer.exit_code(outcome)
 
 
-def tell_dry_run(trainer, processes: Processes) -> int:
-    """Print, on rank 0, what the run would take; returns the exit code."""
-    from model.training.dry_run import dry_run
+def prepare_data_for_all(settings: Settings, processes: Processes) -> None:
+    """Rank 0 makes missing data; the others wait for it, and end if it fails or dies.
 
-    lines = dry_run(trainer)
+    Raises:
+        InputError: as `prepare_data_if_missing`, or this process's machine has no such file.
+        ProcessLost: rank 0 has failed.
+    """
+    target = Path(settings.data.train_data_path)
+    if processes.world_size > 1:
+        device, _ = pick_device(settings.training.device, processes.local_rank)
+        processes.start(device, settings.training.ddp_timeout, _end_process)
+    timeouts = DATA_SECONDS / settings.training.ddp_timeout
+    if not processes.is_main and not target.exists():
+        print_message(f"[rank {processes.rank}] waiting for rank 0, which makes {target}")
+    with processes.main_first(f"making {target}", timeouts):
+        if processes.is_main:
+            prepare_data_if_missing(settings)
+        elif not target.exists():
+            raise InputError(
+                f"train_data_path: rank 0 has {target}, rank {processes.rank} on another machine has not; use a folder"
+                " that all machines share, or copy the file and its .json"
+            )
+
+
+def _end_process(message: str) -> None:
+    """End this process from the watchdog's thread; the main thread waits for a process that is gone."""
+    print_error(message)
+    os._exit(ProcessLost.exit_code)
+
+
+def print_dry_run(trainer, processes: Processes) -> int:
+    """Print, on rank 0, what the run would take; returns the exit code."""
+    from model.training.report import dry_run
+
+    lines = dry_run(trainer.plan, trainer.measure_steps)
     if processes.is_main:
         print("\n".join(["", *lines, "", "this was a dry run: nothing was trained, and nothing written to out_dir"]))
     processes.barrier()
     return 0
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the machine's or the GPU's memory was too small: torch has no exception of its own for the former."""
-    text = str(error)
-    return isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text
 
 
 if __name__ == "__main__":

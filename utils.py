@@ -33,10 +33,10 @@ T = TypeVar("T")
 
 
 def progress_bar(total: int, initial: int, show: bool):
-    """A bar over training steps with the time left. Where it cannot move, in a log file, see `progress_line`."""
+    """A bar over training steps; its postfix has the time left. In a log file it can't move: see `progress_line`."""
     from tqdm import tqdm
 
-    layout = "{percentage:3.0f}% |{bar:24}| step {n_fmt}/{total_fmt} [{elapsed}, {remaining} left{postfix}]"
+    layout = "{percentage:3.0f}% |{bar:24}| step {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
     return tqdm(total=total, initial=initial, disable=not show, bar_format=layout, mininterval=0.5, file=screen())
 
 
@@ -106,6 +106,32 @@ def pick_dtype(asked: str, device):
     if asked == "bfloat16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         return torch.float16, "bfloat16 was asked for, but this GPU (before Ampere) has no instructions for it"
     return dtype, "as asked"
+
+
+def choose_hardware(asked_device: str, asked_dtype: str, local_rank: int):
+    """The device and dtype to use, printed with the reasons, and the speed of its matrix products: a `plan.Hardware`.
+
+    Args:
+        asked_device, asked_dtype: as in the settings.
+
+    Raises:
+        InputError: no such device here.
+    """
+    import torch
+
+    from model.training.plan import Hardware
+
+    device, why = pick_device(asked_device, local_rank)
+    say(f"device {device}: {why}")
+    dtype, why = pick_dtype(asked_dtype, device)
+    say(f"dtype {str(dtype).removeprefix('torch.')}: {why}")
+    if device.type == "cpu":
+        keep_freed_memory()
+    elif device.type == "cuda":
+        torch.cuda.set_device(device)
+    autocast = contextlib.nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic kernels require it of cuBLAS
+    return Hardware(device, dtype, autocast, measure_matmul_flops(device, dtype))
 
 
 def keep_freed_memory() -> bool:
@@ -255,6 +281,9 @@ class Processes:
         self.world_size = int(os.environ.get("WORLD_SIZE", "1"))
         self.local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         self._control = None
+        self._keys = None  # the store that all processes share
+        self._turns = 0  # of main_first
+        self._give_up: list[Callable[[str], None]] = []  # the last one counts
         self._watchdog = None
 
     @classmethod
@@ -279,12 +308,14 @@ class Processes:
         Args:
             device: the torch device that this process computes on; None: none, only the control group is wanted.
             timeout: seconds to wait for each other.
-            give_up: called in a thread when no process came further for `timeout` seconds (see `beat`), with a
-                sentence on the one that the others wait for; must end this process. None: nobody watches.
+            give_up: called in a thread when no process made progress for `timeout` seconds (see `beat`), with a
+                sentence on the one that the others wait for; must end this process. None: nobody watches. A later call
+                replaces it.
 
         Raises:
             ProcessLost: not all of them came in time.
         """
+        self._give_up += [] if give_up is None else [give_up]
         if self.world_size == 1 or self._control is not None:
             return
         import torch.distributed as dist
@@ -299,7 +330,7 @@ class Processes:
             # (With several machines, each counts its restarts separately.)
             one_machine = os.environ.get("GROUP_WORLD_SIZE") == "1"
             attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if one_machine else "0"
-            store = dist.PrefixStore(f"mateconv/{attempt}", shared)
+            self._keys = store = dist.PrefixStore(f"mateconv/{attempt}", shared)
             hosts = self._wait_for_all(store, patience)
             group = {"store": dist.PrefixStore("group", store), "rank": self.rank, "world_size": self.world_size}
             dist.init_process_group("nccl" if on_gpu else "gloo", timeout=group_timeout, **group)
@@ -312,7 +343,8 @@ class Processes:
 
             watched = dist.PrefixStore("watch", store.clone())
             kept_by = None if self._store_of_launcher else 0
-            self._watchdog = Watchdog(watched, self.rank, hosts, timeout, give_up, kept_by)
+            ends = self._give_up  # its thread must not keep this object, and so the store, alive at exit
+            self._watchdog = Watchdog(watched, self.rank, hosts, timeout, lambda message: ends[-1](message), kept_by)
 
     @property
     def _store_of_launcher(self) -> bool:
@@ -364,7 +396,7 @@ class Processes:
             import torch.distributed as dist
 
             dist.destroy_process_group()
-            self._control = None
+            self._control = self._keys = None
 
     def beat(self, doing: str, patience: float = 1.0) -> None:
         """Report progress to the watchdog, if there is one: what this process does next, and how many timeouts that
@@ -493,10 +525,24 @@ class Processes:
             raise self.lost(error, exchanging=True) or error from error
 
     @contextlib.contextmanager
-    def main_first(self) -> Iterator[None]:
-        """Rank 0 runs the block first, the others after it has finished."""
-        if not self.is_main:
-            self.barrier()
+    def main_first(self, doing: str = "what rank 0 does first", timeouts: float = 1.0) -> Iterator[None]:
+        """Rank 0 runs the block first, the others after it has finished.
+
+        Args:
+            doing, timeouts: as for `beat`.
+
+        Raises:
+            ProcessLost: rank 0 has failed.
+        """
+        self._turns += 1
+        turn = f"turn/{self._turns}"
+        self.beat(doing, timeouts)
+        if self._control is not None and not self.is_main:
+            with self._others_alive():
+                while not self._keys.check([turn]):  # a barrier would end with the group's timeout
+                    if self._watchdog is not None and (said := self._watchdog.heard) is not None:
+                        raise ProcessLost(said)
+                    time.sleep(0.1)
         yield
-        if self.is_main:
-            self.barrier()
+        if self._control is not None and self.is_main:
+            self._keys.set(turn, "1")

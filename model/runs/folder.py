@@ -4,7 +4,6 @@ import datetime
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -14,6 +13,7 @@ from filelock import FileLock, Timeout  # a requirement of torch itself
 from model.errors import InputError, shown
 from model.storage.archive import DAMAGE, digest_is_right
 from model.storage.files import TEMPORARY_SUFFIX, free_bytes, replacing, size_text
+from model.training.plan import RunSpace
 
 INTERRUPTED = "checkpoint_interrupted.pth"
 TIME_FORMAT = "%Y%m%dT%H%M%S"
@@ -137,20 +137,6 @@ def prune_checkpoints(out_dir: Path, keep_last: int, verified: int) -> None:
     for path in old[: max(0, len(old) - (keep_last - 1))]:
         path.unlink(missing_ok=True)
     (out_dir / INTERRUPTED).unlink(missing_ok=True)
-
-
-@dataclass(frozen=True)
-class RunSpace:
-    """What a run will write: its checkpoints, one being written, and its weights."""
-
-    checkpoint_bytes: int  # of one file, as
-    weights_bytes: int
-    checkpoints: int  # that will lie there at the end
-
-    @property
-    def most(self) -> int:
-        """Bytes on the disk at any time: three files of weights are the best, the last, and one being written."""
-        return (self.checkpoints + 1) * self.checkpoint_bytes + 3 * self.weights_bytes
 
 
 def check_space(out_dir: Path, space: RunSpace, goes_on: bool) -> None:

@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from, and whether it belongs to this model, tokenizer and data."""
+"""Which checkpoint a run resumes from, and whether it belongs to this model, tokenizer and data."""
 
 import dataclasses
 import platform
@@ -15,7 +15,7 @@ from model.training.data import TrainingData
 from model.training.settings import TrainingSettings
 from model.weights.shapes import read_shape
 
-# Settings of a run that may differ without a word when it goes on.
+# Settings that may change on resuming without being reported.
 OF_THE_PLACE = {"resume", "resume_from", "out_dir", "device", "ddp"}
 
 
@@ -59,7 +59,7 @@ def newest_checkpoint(out_dir: Path) -> tuple[Path, dict, list[str]] | None:
 
 
 def find_checkpoint(training: TrainingSettings, say: Callable[[str], None]) -> tuple[Path, dict] | None:
-    """The checkpoint that the settings ask to go on from, with its path; None to start from the beginning."""
+    """The checkpoint that the settings ask to resume from, with its path; None: start from the beginning."""
     if training.resume_from is not None:
         path = Path(training.resume_from)
         return path, load_checkpoint(path)
@@ -75,17 +75,21 @@ def find_checkpoint(training: TrainingSettings, say: Callable[[str], None]) -> t
     return path, checkpoint
 
 
-def checkpoint_to_go_on_from(
-    training: TrainingSettings, data: TrainingData, environment: Mapping, say: Callable[[str], None]
-) -> tuple[Path, dict] | None:
-    """As `find_checkpoint`, but one that belongs to this model, tokenizer and data; says what is not as it was.
+def check_checkpoint(
+    found: tuple[Path, Mapping],
+    training: TrainingSettings,
+    data: TrainingData,
+    environment: Mapping,
+    say: Callable[[str], None],
+) -> None:
+    """Check that a checkpoint belongs to this model, tokenizer and data; report what has changed otherwise.
+
+    Args:
+        found: the checkpoint with its path.
 
     Raises:
-        InputError: it was made with others.
+        InputError: it belongs to others.
     """
-    found = find_checkpoint(training, say)
-    if found is None:
-        return None
     path, checkpoint = found
     mine = {
         "config": dataclasses.asdict(data.config),
@@ -97,20 +101,24 @@ def checkpoint_to_go_on_from(
     if changed := changed_settings(checkpoint, training):
         say(f"resuming with other settings than before: {', '.join(changed)}")
     if changed := changed_environment(checkpoint, environment):
-        say(f"resuming where equal bits are not to be expected: {', '.join(changed)}")
-    return found
+        say(f"resuming, but not with the same bits: {', '.join(changed)}")
 
 
 def check_fits(path: Path, checkpoint: Mapping, mine: Mapping[str, Mapping], optimizer_type: str) -> None:
-    """See that a checkpoint belongs to this run.
+    """Check that a checkpoint belongs to this run.
 
     Args:
-        mine: for `config`, `data` and `tokenizer`, what this run has in the place of the checkpoint's.
+        mine: this run's `config`, `data` and `tokenizer`, to compare with the checkpoint's.
 
     Raises:
         InputError: naming what differs.
     """
-    anew = f"to begin a new run with its weights: {command_line('--init_from', path)}, another --out_dir, no --resume"
+    new_run = f"begin a new run with its weights: {command_line('--init_from', path)}, another --out_dir, no --resume"
+    remedies = {
+        "config": "change the shape back, or omit --resume to begin a new run",
+        "data": f"give the same data, or {new_run}",
+        "tokenizer": "give the same tokenizer_path, or omit --resume to begin a new run",
+    }
     its = {
         "config": checkpoint["config"],
         "data": checkpoint["data"],
@@ -125,10 +133,12 @@ def check_fits(path: Path, checkpoint: Mapping, mine: Mapping[str, Mapping], opt
             if here[key] != there.get(key) and key not in unknown
         ]
         if different:
-            raise InputError(f"{path} was made with another {title}: {'; '.join(different)}; {anew}")
+            raise InputError(f"{path} was made with another {title}: {'; '.join(different)}; {remedies[name]}")
     before = checkpoint["settings"]["training"]["optimizer_type"]
     if before != optimizer_type:
-        raise InputError(f"{path} was made with optimizer_type {before}, not {optimizer_type}; {anew}")
+        raise InputError(
+            f"{path} was made with optimizer_type {before}, not {optimizer_type}; change it back, or {new_run}"
+        )
 
 
 def changed_settings(checkpoint: Mapping, training: TrainingSettings) -> list[str]:

@@ -1,55 +1,59 @@
-"""What a run writes into its folder while it trains, by rank 0: checkpoints, weights, metrics, and how it stands."""
+"""What rank 0 writes into a run's folder while it trains: checkpoints, weights, metrics, and the status."""
 
 import contextlib
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from model.errors import OneLineError
-from model.runs.folder import INTERRUPTED, begin_run, prune_checkpoints, step_checkpoint
+from model.runs.folder import INTERRUPTED, begin_run, check_space, prune_checkpoints, step_checkpoint, write_config
 from model.runs.metrics import MetricsLog
 from model.runs.saving import BackgroundSaver
 from model.runs.status import Status
 from model.storage.archive import save_torch
+from model.training.plan import RunPlan
+from model.training.settings import Settings
 from model.weights import Weights, save_weights
 
 STATUS_SECONDS = 20  # between two writings of status.json, while nothing else happens
 
 
 class RunFiles:
-    """Claims the run's folder, sets aside what another run or line left in it, and writes this run's files.
+    """Claims the run's folder, checks its space, sets aside what another run left in it, and writes this run's files.
 
     Args:
-        out_dir: the folder.
-        resumed_from: the checkpoint that the run goes on from; None where it starts from the beginning.
-        step: the step that it goes on from.
-        keep_last: step checkpoints to keep.
-        status: of this run.
+        settings: as asked for.
+        plan: of this run.
+        resumed: the checkpoint that the run resumes from, with its path; None where it starts from the beginning.
         say: prints one line for the user.
         waiting: called every second while training waits for saves.
 
     Raises:
-        InputError: the folder cannot be written, or another process trains into it.
+        InputError: the folder cannot be written or has no room, or another process trains into it.
     """
 
     def __init__(
         self,
-        out_dir: Path,
-        resumed_from: Path | None,
-        step: int,
-        keep_last: int,
-        status: Status,
+        settings: Settings,
+        plan: RunPlan,
+        resumed: tuple[Path, Mapping] | None,
         say: Callable[[str], None],
         waiting: Callable[[], None],
     ) -> None:
-        self._waiting = waiting
-        self.out_dir, self.keep_last, self._say = out_dir, keep_last, say
-        self._lock, self.started = begin_run(out_dir, resumed_from, step, say)  # started: None where the run goes on
-        self.metrics = MetricsLog(out_dir, step, say)
+        path, checkpoint = resumed or (None, None)
+        out_dir = self.out_dir = Path(settings.training.out_dir)
+        self._keep_last, self._say, self._waiting = plan.training.keep_last, say, waiting
+        same_folder = path is not None and path.resolve().parent == out_dir.resolve()
+        check_space(out_dir, plan.space, goes_on=same_folder)
+        self._status, self._told = Status(out_dir, plan.world_size, plan.total_steps), 0.0
+        self._lock, begun = begin_run(out_dir, path, plan.steps_done, say)  # begun: None where the folder's run resumes
+        self.started = begun or checkpoint["started"]  # when the run started
+        self.metrics = MetricsLog(out_dir, plan.steps_done, say)
         self._saver = BackgroundSaver(say)
-        self._status, self._told = status, 0.0
-        self._saved = resumed_from.name if resumed_from else None  # the newest checkpoint that is on the disk
-        self.tell("running", step)
+        self._saved = path.name if path is not None else None  # the newest checkpoint on the disk
+        self.tell("running", plan.steps_done)
+        write_config(out_dir, self.started, plan.resolved(settings))
 
     def save_checkpoint(self, content: dict, interrupted: bool = False) -> None:
         """Copy a checkpoint's content, for a thread to write it, read it back and then remove older ones.
@@ -63,7 +67,7 @@ class RunFiles:
         def write(copied: dict) -> None:
             save_torch(path, copied)
             if not interrupted:
-                prune_checkpoints(self.out_dir, self.keep_last, step)
+                prune_checkpoints(self.out_dir, self._keep_last, step)
             self._saved = path.name
             self._say(f"saved {path}")
 
@@ -82,6 +86,24 @@ class RunFiles:
 
         self._saver.submit(name, weights.state_dict, write, self._waiting)
 
+    def save_final(self, name: str, weights: Weights, best_loss: float) -> None:
+        """Write the final weights and, where there are no best ones, these as the best; returns once they are written.
+
+        Args:
+            best_loss: the best validation loss; infinite where nothing was evaluated.
+
+        Raises:
+            InputError, TrainingDiverged: a save failed.
+        """
+        self.save_weights(name, weights)
+        self.wait()
+        if not (self.out_dir / "best_model.pth").exists():
+            self.save_weights("best_model.pth", weights)
+            lost = f"those of loss {best_loss:.4f} are missing" if math.isfinite(best_loss) else "nothing was evaluated"
+            self._say(f"best_model.pth: the final weights, since {lost}")
+            self.wait()
+        self._say(f"saved {self.out_dir / name}")
+
     def wait(self) -> None:
         """Wait until all is on the disk.
 
@@ -91,7 +113,7 @@ class RunFiles:
         self._saver.wait(self._waiting)
 
     def check(self, step: int) -> None:
-        """Between two steps: raise what became of earlier saves, and keep status.json fresh.
+        """Between two steps: raise the errors of earlier saves, and keep status.json fresh.
 
         Raises:
             InputError, TrainingDiverged: as `BackgroundSaver.check`.
@@ -106,8 +128,8 @@ class RunFiles:
         self._status.write(state, step, self._saved, exit_code, message)
 
     def close(self) -> None:
-        """Finish what is being written, and leave the folder to others."""
+        """Finish what is being written, and release the folder."""
         self.metrics.close()
-        with contextlib.suppress(OneLineError):  # it was told
+        with contextlib.suppress(OneLineError):  # it was reported
             self._saver.wait()
         self._lock.release()

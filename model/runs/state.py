@@ -1,4 +1,4 @@
-"""What a checkpoint holds, everything that training needs to go on exactly, and whether one that was read holds it."""
+"""What a checkpoint holds: all that training needs to resume exactly; and whether a file that was read holds it."""
 
 import dataclasses
 import math
@@ -16,9 +16,11 @@ from torch.optim.swa_utils import AveragedModel
 
 from model.errors import InputError, first_line, shown
 from model.storage.archive import is_finite
+from model.training.data import TrainingData
 from model.training.optimizer import load_optimizer_state
 from model.training.optimizer import state_problem as optimizer_problem
-from model.training.settings import SECTIONS
+from model.training.plan import RunPlan
+from model.training.settings import SECTIONS, Settings
 from model.weights.shapes import check_shapes, read_shape
 
 CHECKPOINT_VERSION = 2
@@ -61,6 +63,28 @@ class Progress:
     window_loss: float = 0.0  # summed over the tokens since the last log line
     window_tokens: int = 0
     seconds: float = 0.0  # spent training, over all sessions
+
+
+def run_description(settings: Settings, plan: RunPlan, data: TrainingData, environment: Mapping) -> dict:
+    """The parts of a checkpoint that stay the same for the whole run.
+
+    Args:
+        settings: as asked for.
+        environment: what equal bits depend on.
+    """
+    return {
+        "format_version": CHECKPOINT_VERSION,
+        "settings": settings.as_dict(),
+        "config": dataclasses.asdict(plan.config),
+        "tokenizer_path": settings.data.tokenizer_path,
+        "tokenizer_sha256": data.tokenizer_sha256,
+        "data": data.fingerprint,
+        "validation": data.validation,
+        "pace": plan.pace,
+        "total_steps": plan.total_steps,
+        "chosen": plan.chosen,
+        "environment": environment,
+    }
 
 
 def saved_state(

@@ -9,7 +9,7 @@ import json
 import os
 from pathlib import Path
 
-from model.errors import InputError, one_line
+from model.errors import InputError, TrainingDiverged, one_line
 from model.storage.files import write_json
 
 STATUS_FILE = "status.json"
@@ -69,6 +69,14 @@ class Status:
             self.problem = None
         except (InputError, OSError) as error:
             self.problem = str(error)
+
+
+def outcome_of(error: BaseException) -> tuple[str, int, str]:
+    """What a run that `error` ends has come to: state, exit code, and message."""
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted", 130, "stopped at once, without saving; the steps after the last checkpoint are lost"
+    state = "diverged" if isinstance(error, TrainingDiverged) else "failed"
+    return state, getattr(error, "exit_code", 1), str(error) or type(error).__name__
 
 
 def read_status(out_dir: Path) -> dict | None:

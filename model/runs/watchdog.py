@@ -69,6 +69,11 @@ class Watchdog:
         self._count += 1
         self._moved = time.monotonic()
 
+    @property
+    def heard(self) -> str | None:
+        """What went wrong, as another process has said; None: nothing that this process knows of."""
+        return self._heard
+
     def stop(self) -> None:
         """The job is over."""
         self._over.set()

@@ -247,7 +247,7 @@ def free_bytes(folder: Path) -> int:
 
 def size_text(size: float) -> str:
     """A number of bytes as people write it: "430 MB"."""
-    for unit, bytes_per_unit in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+    for unit, bytes_per_unit in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if size >= bytes_per_unit:
             return f"{size / bytes_per_unit:.3g} {unit}"
     return f"{size:.0f} bytes"

@@ -1,13 +1,12 @@
-"""What stands for `auto` in the settings of a run: chosen once by the recipe, told, and kept when the run goes on."""
+"""What `auto` comes to in a run's settings: chosen once by the recipe, printed with the reason, kept on resuming."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 
-from model.dataset import SampleOrder
 from model.errors import InputError
 from model.model import Transformer
 from model.options import parse_value
@@ -22,18 +21,27 @@ from model.training.recipe import (
     batch_text,
     compile_pays,
     cpp_compiler,
-    run_seconds,
 )
 from model.training.settings import AUTO, FIELDS, Settings, TrainingSettings
 
-if TYPE_CHECKING:
-    from utils import Processes
+
+class Ranks(Protocol):
+    """The processes that train together, as far as choosing needs them (`utils.Processes`)."""
+
+    world_size: int
+    local_world_size: int
+
+    def smallest(self, value: float) -> float:
+        """The smallest of all processes' values."""
+
+    def beat(self, doing: str, patience: float) -> None:
+        """Report progress to the watchdog."""
 
 
 class Choices:
-    """Replaces `auto` in `training`, the settings as resolved, by values.
+    """Replaces `auto` in `training`, the resolved settings, with values.
 
-    A run that goes on takes what its checkpoint has: measured anew, a choice could be another one, and the run too.
+    A resumed run takes its checkpoint's values: a new measurement could give others, and so another run.
 
     Attributes:
         training: a copy of the settings' section; what is still `auto` is replaced by the methods below.
@@ -41,21 +49,20 @@ class Choices:
 
     Args:
         settings: as asked for.
-        found: the checkpoint that the run goes on from, with its path.
-        processes: those that train together; all of them choose the same.
+        found: the checkpoint that the run resumes from, with its path.
+        processes: those that train together; all of them choose the same values.
         device: that this process computes on.
         say: prints one line for the user.
 
     Raises:
-        InputError: the checkpoint's choices are no values of the settings; or `compile` is asked for where torch finds
-            no compiler.
+        InputError: the checkpoint's choices are not valid settings; or `compile` is true and torch finds no compiler.
     """
 
     def __init__(
         self,
         settings: Settings,
         found: tuple[Path, Mapping] | None,
-        processes: "Processes",
+        processes: Ranks,
         device: torch.device,
         say: Callable[[str], None],
     ) -> None:
@@ -65,22 +72,22 @@ class Choices:
         self._earlier = {} if found is None else self._of_checkpoint(*found)
         if self.training.compile is True and device.type == "cpu" and cpp_compiler() is None:
             raise InputError(
-                "compile: true found, but torch.compile needs a C++ compiler on a CPU, and finds none (g++, or what the"
+                "compile: true found, but torch.compile needs a C++ compiler on a CPU and finds none (g++, or what the"
                 " variable CXX names; cl on Windows); install one, or use --compile false"
             )
 
     def _of_checkpoint(self, path: Path, checkpoint: Mapping) -> dict:
-        chosen = checkpoint.get("chosen", {})  # an older checkpoint has none
+        chosen = checkpoint.get("chosen", {})  # missing in older checkpoints
         try:
             values = {name: parse_value(FIELDS[name], value) for name, value in chosen.items()}
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise InputError(f"{path}: what it chose for auto cannot be used; use an older checkpoint") from error
+            raise InputError(f"{path}: its values for auto are invalid; use an older checkpoint") from error
         if checkpoint["environment"].get("device") != self._device.type:
-            values.pop("compile", None)  # right on one kind of device, and not on another
+            values.pop("compile", None)  # what pays on one kind of device need not on another
         return values
 
     def _settle(self, name: str, choose: Callable[[], tuple[int | float | bool, str]]) -> None:
-        """Where a setting is auto, set it to the checkpoint's value, or else to what `choose` returns, and say why."""
+        """If a setting is auto, set it to the checkpoint's value, or else to what `choose` returns, and say why."""
         if getattr(self.training, name) != AUTO:
             return
         value, why = (self._earlier[name], "as before") if name in self._earlier else choose()
@@ -91,7 +98,7 @@ class Choices:
         self._say(f"{name} {shown} (auto): {why}")
 
     def batch_size(self, model: Transformer, data: TrainingData, autocast) -> None:
-        """Settle batch_size: what the run's tokens call for, as far as it fits the memory, measured on the model.
+        """Settle batch_size: what the number of tokens calls for, as far as memory allows, measured on the model.
 
         Raises:
             InputError: not even one sample fits.
@@ -106,7 +113,7 @@ class Choices:
         wanted = automatic_batch_size(tokens, length * shares, max(1, samples // shares), None)
         processes.beat("measuring how large a batch fits the memory", 3)
         beside = state = optimizer_bytes(model, t.optimizer_type)
-        if self._device.type != "cuda":  # a checkpoint that waits to be written lies in the same memory
+        if self._device.type != "cuda":  # the copy that is being saved takes the same memory
             beside += state + sum(parameter.nbytes for parameter in model.parameters())
         free = free_memory(self._device, processes.local_world_size)
         fits = rows_that_fit(
@@ -116,13 +123,13 @@ class Choices:
         if fits == 0:
             raise InputError(
                 f"batch_size: auto found, but not even one sample of {length} tokens fits 60 % of the free memory"
-                f" ({free / 1e9:.1f} GB); a smaller model or max_seq_len does"
+                f" ({free / 1e9:.1f} GB); use a smaller model or max_seq_len"
             )
         rows = automatic_batch_size(tokens, length * shares, max(1, samples // shares), fits)
-        memory = f"memory would take {'' if self._device.type != 'cuda' else 'at least '}{fits:,}"
+        memory = f"memory holds {'' if self._device.type != 'cuda' else 'at least '}{fits:,}"
         if fits < wanted:
             memory = (
-                f"{wanted:,} would be better, but memory takes no more; accumulation_steps {-(-wanted // fits)} helps"
+                f"{wanted:,} would be better, but memory holds no more; accumulation_steps {-(-wanted // fits)} helps"
             )
         return (
             rows,
@@ -147,27 +154,15 @@ class Choices:
         """Settle warmup_steps."""
         self._settle("warmup_steps", lambda: (automatic_warmup(total_steps), f"of {total_steps:,} steps"))
 
-    def compile(self, flops: float, peak_flops: float) -> None:
+    def compile(self, seconds: float) -> None:
         """Settle compile.
 
         Args:
-            flops: of what is left of the run.
-            peak_flops: FLOP/s of large matrix products on this device.
+            seconds: that what is left of the run is expected to take, the same on all processes.
         """
 
         def choose() -> tuple[bool, str]:
-            peak = self._processes.smallest(peak_flops) * self._processes.world_size  # the same on all of them
-            pays, why = compile_pays(self._device.type, run_seconds(flops, peak), cpp_compiler())
+            pays, why = compile_pays(self._device.type, seconds, cpp_compiler())
             return self._processes.smallest(pays) > 0, why
 
         self._settle("compile", choose)
-
-
-def total_steps(training: TrainingSettings, order: SampleOrder, checkpoint: Mapping | None, pace: Mapping) -> int:
-    """Steps of the whole run: those of the checkpoint that it goes on from, unless it goes on at another pace."""
-    if checkpoint is not None and checkpoint["pace"] == pace:
-        return checkpoint["total_steps"]
-    if training.max_steps is not None:
-        return training.max_steps
-    done = checkpoint["progress"] if checkpoint is not None else {"step": 0, "samples": 0}
-    return done["step"] + order.steps_left(done["samples"], training.epochs)

@@ -90,7 +90,8 @@ class TrainingData:
             say(f"{path}: {size_text(dataset.tokens.nbytes)} are too many to be read through before training begins")
         return dataset
 
-    def spread_validation(self, samples: int) -> None:
-        """Validate on so many samples only, spread evenly over those there are."""
-        if samples < len(self.val_samples):
-            self.val_samples = self.val_samples[np.linspace(0, len(self.val_samples) - 1, samples).astype(np.int64)]
+    def spread_validation(self, most: int | None) -> np.ndarray:
+        """The samples to validate on: all, or `most` of them, spread evenly; int64."""
+        if most is None or most >= len(self.val_samples):
+            return self.val_samples
+        return self.val_samples[np.linspace(0, len(self.val_samples) - 1, most).astype(np.int64)]

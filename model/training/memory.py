@@ -1,56 +1,142 @@
-"""How much memory training takes, measured on the model itself, and how much is free."""
+"""How much memory a training step takes, known before any of it is allocated, and how much is free."""
 
-import ctypes
-import os
-import sys
+import dataclasses
+import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode  # a private name, but documented ("Fake tensor")
 
-FULL = 0.6  # of the free memory that a run may take: in use is up to a fourth more than what is kept (measured, CPU)
-UNKNOWN = 4 << 30  # bytes, where the system does not say what is free
+from model.errors import InputError
+from model.LMConfig import LMConfig
+from model.model import Transformer
+from model.storage.files import size_text
+from model.training.optimizer import optimizer_bytes
+from model.training.settings import AUTO, TrainingSettings
+
+# Shares of the free memory. A step's peak is up to a fourth above what `step_memory` counts (measured on a CPU).
+FULL = 0.6  # that an automatic batch_size may fill
+CLOSE = 0.8  # above which a run is warned
 MOST_ROWS = 2**20  # of a batch, as in the settings
 
 
-def saved_bytes(model: nn.Module, rows: int, autocast) -> int:
-    """Bytes that a forward pass over `rows` full samples keeps for the backward pass, the weights not counted.
+@dataclass(frozen=True)
+class StepMemory:
+    """Bytes that one process holds when the forward pass of a training step ends. Its peak is higher."""
+
+    weights: int  # with the moving average's
+    gradients: int
+    optimizer: int
+    activations: int  # what the forward pass keeps for the backward pass
+
+    @property
+    def together(self) -> int:
+        return self.weights + self.gradients + self.optimizer + self.activations
+
+
+def step_memory(
+    config: LMConfig, training: TrainingSettings, rows: int, device: torch.device, autocast: AbstractContextManager
+) -> StepMemory:
+    """The memory of a step, to the byte, from fake tensors: these have shapes and dtypes and take no memory.
+
+    Models of one and two layers are run; all other layers take as much as the second.
+
+    Args:
+        rows: samples of the batch.
+        autocast: context in which the model runs.
+    """
+    sizes = []
+    with FakeTensorMode(), torch.device(device.type):
+        for layers in (1, 2):
+            model = Transformer(dataclasses.replace(config, n_layers=layers)).train()
+            parameters = sum(parameter.nbytes for parameter in model.parameters())
+            state = optimizer_bytes(model, training.optimizer_type)
+            sizes.append((parameters, state, saved_bytes(model, rows, autocast, training.document_mask)))
+    parameters, state, activations = (
+        one + (two - one) * (config.n_layers - 1) for one, two in zip(*sizes, strict=True)
+    )
+    return StepMemory(parameters * (2 if training.use_ema else 1), parameters, state, activations)
+
+
+def check_memory(
+    config: LMConfig,
+    training: TrainingSettings,
+    device: torch.device,
+    autocast: AbstractContextManager,
+    processes: int,
+) -> str | None:
+    """Compare a step with the free memory before anything is allocated; returns a warning where it is close.
+
+    An automatic batch_size counts as one sample.
+
+    Args:
+        processes: how many share this machine's memory.
+
+    Raises:
+        InputError: the step can't fit; the message names the settings that make it so large.
+    """
+    rows = 1 if training.batch_size == AUTO else training.batch_size
+    memory, free = step_memory(config, training, rows, device, autocast), free_memory(device, processes)
+    if memory.together <= CLOSE * free:
+        return None
+    state = memory.together - memory.activations
+    parts = f"weights, gradients and optimizer {size_text(state)}, activations {size_text(memory.activations)}"
+    found = f"a step takes at least {size_text(memory.together)} ({parts}), {size_text(free)} are free on {device}"
+    if memory.activations < state:
+        remedy = "make the model smaller (dim, n_layers, vocab_size)"
+    elif rows == 1:
+        remedy = f"lower max_seq_len ({config.max_seq_len:,})"
+    else:
+        remedy = f"lower batch_size ({rows:,}) and raise accumulation_steps, or lower max_seq_len"
+    swap = psutil.swap_memory().free if device.type == "cpu" else 0
+    if memory.together > free + swap:
+        raise InputError(f"out of memory: {found}; {remedy}")
+    return f"memory is short: {found}; if the run fails, {remedy}"
+
+
+def saved_bytes(model: nn.Module, rows: int, autocast: AbstractContextManager, with_documents: bool = False) -> int:
+    """Bytes that a forward pass over `rows` full samples keeps for the backward pass, without the weights.
 
     Args:
         model: a Transformer in training mode.
         autocast: context in which the model runs.
+        with_documents: run it as document_mask does.
     """
-    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    kept: dict[int, torch.UntypedStorage] = {}  # by address, so that what is kept twice counts once
+    weights = {id(storage): storage for storage in (parameter.untyped_storage() for parameter in model.parameters())}
+    kept: dict[int, torch.UntypedStorage] = {}  # by identity: a storage that is kept twice counts once
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage
+        if id(storage) not in weights:
+            kept[id(storage)] = storage
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss = _loss(model, rows, autocast)
+        loss = _loss(model, rows, autocast, with_documents)
     del loss
     return sum(storage.nbytes() for storage in kept.values())
 
 
-def _loss(model: nn.Module, rows: int, autocast) -> Tensor:
+def _loss(model: nn.Module, rows: int, autocast: AbstractContextManager, with_documents: bool = False) -> Tensor:
     device = next(model.parameters()).device
     tokens = torch.zeros(rows, model.config.max_seq_len, dtype=torch.int64, device=device)
     with autocast:
-        return model(tokens, tokens)
+        return model(tokens, tokens, documents=tokens if with_documents else None)
 
 
-def _peak_bytes(model: nn.Module, rows: int, autocast) -> int | None:
-    """CUDA: bytes in use at the peak of a forward and backward pass, above those before it; None: out of memory."""
+def _peak_bytes(model: nn.Module, rows: int, autocast: AbstractContextManager) -> int | None:
+    """CUDA: the peak of a forward and backward pass in bytes, above what was in use before; None: out of memory."""
     device = next(model.parameters()).device
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
     try:
         _loss(model, rows, autocast).backward()
-    except torch.cuda.OutOfMemoryError:
+    except torch.OutOfMemoryError:
         return None
     finally:
         for parameter in model.parameters():
@@ -60,23 +146,28 @@ def _peak_bytes(model: nn.Module, rows: int, autocast) -> int | None:
 
 
 def rows_that_fit(
-    model: nn.Module, autocast, wanted: int, beside: int, free: int, every_step: Callable[[], None] = lambda: None
+    model: nn.Module,
+    autocast: AbstractContextManager,
+    wanted: int,
+    beside: int,
+    free: int,
+    every_step: Callable[[], None] = lambda: None,
 ) -> int:
-    """How many samples a batch may have, so that a step takes at most 60 % of the memory that is free.
+    """How many samples a batch may have, so that a step takes at most 60 % of the free memory.
 
-    On a CUDA GPU by the peak of real forward and backward passes, of 1, 2, 4 … samples, until that share or `wanted`
-    is reached. Elsewhere, where no peak can be read, by the bytes that a forward pass over 1 and 2 samples keeps,
-    which grow evenly with the samples.
+    On a CUDA GPU from the peak of real forward and backward passes over 1, 2, 4 … samples, until that share or
+    `wanted` is reached. Elsewhere, where no peak can be read, from the bytes that forward passes over 1 and 2 samples
+    keep, which grow linearly with the samples.
 
     Args:
         model: a Transformer on its device, in training mode; its gradients are cleared.
-        wanted: more are not tried on a GPU.
-        beside: bytes that are not there yet, and that a step does not show: the optimizer's state.
+        wanted: on a GPU, the most that is tried.
+        beside: bytes that a step needs and these passes don't show: the optimizer's state.
         free: bytes, see `free_memory`.
         every_step: called after each pass.
 
     Returns:
-        0 where not even one sample fits.
+        0 if not even one sample fits.
     """
     device = next(model.parameters()).device
     room = FULL * free - beside
@@ -102,7 +193,7 @@ def free_memory(device: torch.device, processes: int = 1) -> int:
     """Bytes that a process may still take on this device.
 
     Args:
-        processes: on this machine, which share a CPU's memory.
+        processes: how many share this machine's memory.
     """
     if device.type == "cuda":
         reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -113,30 +204,13 @@ def free_memory(device: torch.device, processes: int = 1) -> int:
 
 
 def system_memory() -> int:
-    """Bytes of the machine's memory that are free, within what the group of processes (a container's) may take."""
-    if sys.platform == "win32":
-        return _windows_memory() or UNKNOWN
-    found = [_linux_memory(), *_group_memory()]
-    known = [value for value in found if value is not None]
-    if known:
-        return max(0, min(known))
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2  # macOS: of all that there is, half
-    except (ValueError, OSError):
-        return UNKNOWN
+    """Bytes of the machine's memory that are free, within the limits of this process's control groups (containers)."""
+    return int(max(0, min(psutil.virtual_memory().available, _left_to_group())))
 
 
-def _linux_memory() -> int | None:
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration, ValueError):
-        return None
-
-
-def _group_memory() -> list[int]:
-    """What the control groups of this process leave, Linux: those of version 2 and the memory group of version 1."""
-    left = []
+def _left_to_group() -> float:
+    """What the control groups of this process leave (Linux, version 2 and the memory group of version 1)."""
+    left = [math.inf]
     root = Path("/sys/fs/cgroup")
     names = {".": ("memory.max", "memory.current"), "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes")}
     try:
@@ -149,22 +223,17 @@ def _group_memory() -> list[int]:
         places = [root / folder / part for part in (Path(path), *Path(path).parents)]
         for place in dict.fromkeys(places):
             try:
-                most = int((place / limit).read_text(encoding="ascii"))  # "max" where there is none
+                most = int((place / limit).read_text(encoding="ascii"))  # "max" where there is no limit
                 now = int((place / used).read_text(encoding="ascii"))
                 stat = dict(line.split() for line in (place / "memory.stat").read_text(encoding="ascii").splitlines())
             except (OSError, ValueError):
                 continue
             left.append(most - now + int(stat.get("inactive_file", 0)))  # cached files give way
-    return left
+    return min(left)
 
 
-def _windows_memory() -> int | None:
-    class Status(ctypes.Structure):
-        _fields_ = [("size", ctypes.c_ulong), ("load", ctypes.c_ulong)] + [
-            (name, ctypes.c_ulonglong)
-            for name in ("total", "free", "total_page", "free_page", "total_virtual", "free_virtual", "extended")
-        ]
-
-    status = Status(size=ctypes.sizeof(Status))
-    found = ctypes.windll.kernel32.GlobalMemoryStatusEx(ctypes.byref(status))
-    return int(status.free) if found else None
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a GPU's or the machine's memory was too small. For the latter torch raises a plain RuntimeError."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)

@@ -14,8 +14,8 @@ import sys
 from model.errors import InputError
 from model.training.optimizer import OPTIMIZERS
 
-BASE_PARAMETERS = 3e6  # of the model, and
-BASE_TOKENS = 2048  # tokens of a step, at which the optimizers' base rates are best
+BASE_PARAMETERS = 3e6  # the model's parameters, and
+BASE_TOKENS = 2048  # the tokens of a step, for which the optimizers' base rates are best
 MOST_SCALING = 4.0  # of the rate for larger or smaller steps, either way
 
 STEPS_OF_A_RUN = 600  # at least: more tokens make larger steps
@@ -24,14 +24,14 @@ LEAST_TOKENS, MOST_TOKENS = 2048, 2**19  # of a step
 LEAST_WARMUP, MOST_WARMUP = 10, 1000  # steps
 WARMUP_SHARE = 0.05  # of all steps
 
-# Seconds of training: compiling takes 30 to 60 of them. It wins a tenth on a CPU (benchmarks/RESULTS.md), and more on a
-# GPU, as others report; that was not measured here.
+# Seconds of training; compiling takes 30 to 60 of them. It gains a tenth on a CPU (benchmarks/RESULTS.md), and more on
+# a GPU, as others report.
 COMPILE_PAYS_AFTER = {"cpu": 900.0, "cuda": 180.0}
-USUAL_SHARE = 0.4  # of the peak that a step's matrix products reach, before anything was measured
+USUAL_SHARE = 0.4  # of the matrix products' peak that training reaches, until it is measured
 
 
 def automatic_learning_rate(optimizer_type: str, parameters: int, tokens_per_step: int) -> float:
-    """The highest learning rate: for each optimizer a rate that was best for a small model, scaled to this one.
+    """The highest learning rate: the rate that was best for a small model, by optimizer, scaled to this model.
 
     It grows with the square root of the tokens a step, as gradients get less noisy (Malladi et al., 2022), by a factor
     of 4 at most either way, and falls with the square root of the model's size. Only the small model was measured
@@ -51,11 +51,11 @@ def automatic_learning_rate(optimizer_type: str, parameters: int, tokens_per_ste
     if base_rate is None:
         raise InputError(f"learning_rate: auto found, but {optimizer_type} has no automatic rate; give a number")
     rate = base_rate * min(MOST_SCALING, max(1 / MOST_SCALING, by_batch)) * by_size
-    return float(f"{rate:.2g}")  # two digits: nobody can tell more of them apart
+    return float(f"{rate:.2g}")  # two digits: more of them make no difference
 
 
 def automatic_warmup(total_steps: int) -> int:
-    """Steps in which the learning rate rises: 5 % of all, 10 to 1,000 of them, at most a quarter of a short run."""
+    """Steps of the warm-up: 5 % of all, within 10 and 1,000, at most a quarter of a short run."""
     wanted = min(MOST_WARMUP, max(LEAST_WARMUP, round(WARMUP_SHARE * total_steps)))
     return min(wanted, total_steps // 4)
 
@@ -63,9 +63,9 @@ def automatic_warmup(total_steps: int) -> int:
 def automatic_tokens_per_step(epoch_tokens: int, epochs: int, max_steps: int | None) -> tuple[int, str]:
     """The tokens that one step should read: a power of two, so that the run has about 600 steps; and why.
 
-    Fewer and larger steps learn less from as many tokens, more and smaller ones use the hardware badly; where the
-    limit lies grows with the run (McCandlish et al., 2018). With `max_steps` the run's tokens follow from the batch
-    and can't decide on it: then those of one epoch do, and a long run spreads its steps over one epoch.
+    Fewer and larger steps learn less from as many tokens; more and smaller ones use the hardware badly. The best size
+    grows with the run (McCandlish et al., 2018). With `max_steps` the run's tokens follow from the batch and can't
+    decide its size: one epoch's tokens do, and a long run spreads its steps over one epoch.
 
     Args:
         epoch_tokens: the training data's.
@@ -81,20 +81,20 @@ def automatic_tokens_per_step(epoch_tokens: int, epochs: int, max_steps: int | N
 
 
 def automatic_batch_size(tokens_per_step: int, tokens_per_row: int, samples: int, fits: int | None) -> int:
-    """Samples that a process reads at once: what the step should have, as far as there are samples and memory.
+    """Samples that a process reads at once: the step's share, within the samples and the memory that there are.
 
     Args:
         tokens_per_step: wanted.
         tokens_per_row: of one sample, times accumulation_steps and processes: what batch_size is multiplied by.
-        samples: of the training data, for each row; no batch need be larger.
-        fits: samples that fit the memory; None: as many as wanted do.
+        samples: of the training data, divided by the same; a larger batch is no use.
+        fits: samples that fit the memory; None: any number does.
     """
     wanted = max(1, min(tokens_per_step // tokens_per_row, samples))
     return wanted if fits is None else max(1, min(wanted, fits))
 
 
 def run_seconds(flops: float, peak_flops: float) -> float:
-    """About how long a run takes, before any step of it was measured.
+    """Roughly how long a run takes, before any of its steps was measured; evaluations are not counted.
 
     Args:
         flops: of the whole run.
@@ -106,35 +106,36 @@ def run_seconds(flops: float, peak_flops: float) -> float:
 def compile_pays(
     device_type: str, seconds: float, compiler: str | None, platform: str = sys.platform
 ) -> tuple[bool, str]:
-    """Whether `torch.compile` wins more time than it takes, and why.
+    """Whether `torch.compile` saves more time than it takes, and why.
 
     Args:
         device_type: "cuda", "mps" or "cpu".
-        seconds: that the run is expected to take without it.
+        seconds: that the run is expected to take without it (`run_seconds`).
         compiler: what `cpp_compiler` found.
         platform: as `sys.platform` names it.
     """
     if device_type not in COMPILE_PAYS_AFTER:
         return False, f"not on {device_type}, where torch.compile is not yet complete"
     if device_type == "cpu" and platform != "linux":
-        return False, "on a CPU it was tried on Linux only"
+        return False, "on a CPU it was tested on Linux only"
     if compiler is None:
-        return False, "no C++ compiler is found, which torch.compile needs"
+        return False, "torch.compile needs a C++ compiler, and none was found"
+    expected = f"at this machine's present speed training takes {rough_duration_text(seconds)}"
     if seconds < COMPILE_PAYS_AFTER[device_type]:
-        return False, f"the run takes about {duration_text(seconds)}, too short to win back the time of compiling"
-    return True, f"the run takes about {duration_text(seconds)} without, compiling up to a minute"
+        return False, f"{expected}, too short to win back the time of compiling"
+    return True, f"{expected}, and compiling up to a minute"
 
 
 def cpp_compiler() -> str | None:
-    """The C++ compiler that `torch.compile` would call, looked for as it does; None where there is none."""
+    """The C++ compiler that `torch.compile` would call, or None; searched as torch does."""
     try:
         find = importlib.import_module("torch._inductor.cpp_builder").get_cpp_compiler
-    except (ImportError, AttributeError):  # no public name, and so it may move
+    except (ImportError, AttributeError):  # a private name, which may move
         name = os.environ.get("CXX", "cl" if sys.platform == "win32" else "g++")
         return next((found for word in (name, "clang++") if (found := shutil.which(word))), None)
     try:
         return find()
-    except Exception:  # torch's own kinds, which differ between its versions and systems
+    except Exception:  # torch's own exception types, which differ between versions and systems
         return None
 
 
@@ -149,7 +150,7 @@ def batch_text(rows: int, accumulated: int, processes: int) -> str:
 
 
 def count_text(number: float) -> str:
-    """A large number as people say it: "2.0M"."""
+    """A large number in short: "2.0M"."""
     for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if number >= size:
             return f"{number / size:.1f}{unit}"
@@ -157,7 +158,7 @@ def count_text(number: float) -> str:
 
 
 def duration_text(seconds: float) -> str:
-    """A time as people say it: "1 h 12 min"."""
+    """A measured time in short: "1 h 12 min"."""
     if seconds < 60:
         return f"{seconds:.3g} s"
     minutes = round(seconds / 60)
@@ -167,3 +168,16 @@ def duration_text(seconds: float) -> str:
     if hours < 48:
         return f"{hours} h {minutes} min"
     return f"{hours // 24} days {hours % 24} h"
+
+
+def rough_duration_text(seconds: float) -> str:
+    """An estimate, rounded to what can be known of it: "under 10 s", "about 40 s", "about 1.5 h", "about 100 days"."""
+    if seconds < 10:
+        return "under 10 s"
+    for unit, size, limit in (("s", 1, 90), ("min", 60, 90), ("h", 3600, 48), ("days", 86400, math.inf)):
+        if seconds < limit * size:
+            count = seconds / size
+            magnitude = 10 ** math.floor(math.log10(count))
+            digits = 1 if count / magnitude > 2 else 2  # 1.5 h, 14 min, but 40 s
+            return f"about {round(count / magnitude, digits - 1) * magnitude:.3g} {unit}"
+    raise AssertionError("not reached")

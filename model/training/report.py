@@ -1,24 +1,33 @@
-"""What a run says of itself when it starts."""
+"""What a run reports about itself: some lines at the start, and a page for `train.py --config … --dry_run`."""
 
-from typing import TYPE_CHECKING
+import time
+from collections.abc import Callable
+from pathlib import Path
 
-if TYPE_CHECKING:
-    from optimized_pretrain import Trainer
+import torch
+
+from model.storage.files import free_bytes, size_text
+from model.training.clock import EVALUATION_SHARE
+from model.training.memory import free_memory, step_memory
+from model.training.plan import RunPlan
+from model.training.recipe import batch_text, duration_text, rough_duration_text
+
+MEASURED_SECONDS, MOST_STEPS = 5.0, 50  # the dry run measures for this long or for this many steps, and at least one
 
 
-def describe_run(trainer: "Trainer") -> list[str]:
-    """The model, the data and the schedule, a line each."""
-    t, order, schedule = trainer.training, trainer.order, trainer.schedule
+def describe(plan: RunPlan) -> list[str]:
+    """The model, the data and the schedule, one line each."""
+    t, schedule = plan.training, plan.schedule
     model = (
-        f"model: {trainer.model.parameter_count():,} parameters; {trainer.flops_per_token / 1e6:,.0f} MFLOP a"
-        f" token; matrix products reach {trainer.peak_flops / 1e9:,.0f} GFLOP/s here, which mfu is measured by"
+        f"model: {plan.parameters:,} parameters; {plan.flops_per_token / 1e6:,.0f} MFLOP per token; mfu is the share of"
+        f" the {plan.hardware.peak_flops / 1e9:,.0f} GFLOP/s that matrix products reach here"
     )
-    rows = f"{t.batch_size} x {t.accumulation_steps} accumulated x {trainer.processes.world_size} processes"
-    decides = f"epochs {t.epochs}" if t.max_steps is None else f"max_steps, which beats epochs {t.epochs}"
+    rows = f"{t.batch_size} x {t.accumulation_steps} accumulated x {plan.world_size} processes"
+    decides = f"epochs {t.epochs}" if t.max_steps is None else f"max_steps, which overrides epochs {t.epochs}"
     data = (
-        f"data: {len(trainer.data.train_samples):,} samples of {trainer.config.max_seq_len} tokens; a step takes"
-        f" {order.rows_per_step} ({rows}); {order.steps_per_epoch:,} steps an epoch,"
-        f" {schedule.total_steps:,} in all ({decides})"
+        f"data: {plan.train_samples:,} samples of {plan.config.max_seq_len} tokens; a step reads"
+        f" {plan.order.rows_per_step} ({rows}); {plan.order.steps_per_epoch:,} steps per epoch,"
+        f" {plan.total_steps:,} in total ({decides})"
     )
     rise = f"{schedule.warmup_steps} steps up to" if schedule.warmup_steps else "from"
     rate = (
@@ -26,3 +35,108 @@ def describe_run(trainer: "Trainer") -> list[str]:
         f" {t.optimizer_type}{f', clipped at {t.grad_clip:g}' if t.grad_clip else ''}{', EMA' if t.use_ema else ''}"
     )
     return [model, data, rate]
+
+
+def dry_run(plan: RunPlan, measure: Callable[[float, int], float]) -> list[str]:
+    """Measure a few real steps and describe the run. Nothing is written; every process of the run must call it.
+
+    Args:
+        measure: trains for some seconds, but at least one step and at most so many; returns the tokens per second of
+            all processes.
+
+    Returns:
+        lines to print: name and value, the values aligned.
+
+    Raises:
+        TrainingDiverged, ProcessLost: as training itself.
+    """
+    device = plan.hardware.device
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    start = time.perf_counter()
+    measure(0, 1)  # allocates memory, compiles
+    first_seconds = time.perf_counter() - start
+    tokens_per_second = measure(MEASURED_SECONDS, MOST_STEPS)
+    rows = [
+        *_model_rows(plan),
+        *_memory_rows(plan),
+        *_data_rows(plan),
+        *_time_rows(plan, tokens_per_second, first_seconds),
+        *_disk_rows(plan),
+    ]
+    width = max(len(name) for name, _ in rows)
+    return [f"{name:<{width}}  {value}".rstrip() for name, value in rows]
+
+
+def _model_rows(plan: RunPlan) -> list[tuple[str, str]]:
+    config = plan.config
+    embedding = config.vocab_size * config.dim * (1 if config.tie_embeddings else 2)
+    shape = f"{config.n_layers} layers of {config.dim}, {config.vocab_size:,} tokens, context {config.max_seq_len}"
+    return [("parameters", f"{plan.parameters:,}, of which {embedding:,} in embedding and output ({shape})")]
+
+
+def _memory_rows(plan: RunPlan) -> list[tuple[str, str]]:
+    t, device = plan.training, plan.hardware.device
+    memory = step_memory(plan.config, t, t.batch_size, device, plan.hardware.autocast)
+    measured = ""
+    if device.type == "cuda":
+        measured = f"; measured peak {size_text(torch.cuda.max_memory_allocated(device))}"
+    free = size_text(free_memory(device, plan.local_world_size))
+    return [
+        ("memory:  weights", size_text(memory.weights) + (", with the moving average's" if t.use_ema else "")),
+        ("         gradients", size_text(memory.gradients)),
+        ("         optimizer", size_text(memory.optimizer)),
+        (
+            "         activations",
+            f"{size_text(memory.activations)} for a batch of {t.batch_size} x {plan.config.max_seq_len} tokens",
+        ),
+        ("         together", f"{size_text(memory.together)} per process; {free} are free on {device}{measured}"),
+    ]
+
+
+def _data_rows(plan: RunPlan) -> list[tuple[str, str]]:
+    t, length, steps = plan.training, plan.config.max_seq_len, plan.total_steps
+    epoch = plan.train_samples * length
+    if t.max_steps is None:
+        run, why = t.epochs * epoch, f"{t.epochs} epochs"
+    else:
+        run, why = steps * plan.tokens_per_step, f"{steps * plan.tokens_per_step / epoch:.2f} epochs"
+    batch = batch_text(t.batch_size, t.accumulation_steps, plan.world_size)
+    return [
+        ("tokens:  an epoch", f"{epoch:,}, and {plan.tokens_per_evaluation:,} to validate on"),
+        ("         the run", f"{run:,} ({why})"),
+        ("         a step", f"{plan.tokens_per_step:,} ({batch} samples of {length} tokens)"),
+        ("steps", f"{steps:,}" + (f", {plan.steps_done:,} of them done" if plan.steps_done else "")),
+        ("FLOPs of the run", f"{run * plan.flops_per_token:.2e} ({plan.flops_per_token / 1e6:,.0f} MFLOP per token)"),
+    ]
+
+
+def _time_rows(plan: RunPlan, tokens_per_second: float, first_seconds: float) -> list[tuple[str, str]]:
+    share = tokens_per_second * plan.flops_per_token / plan.peak_flops
+    training = plan.tokens_left(plan.steps_done, plan.samples_done) / tokens_per_second + first_seconds
+    evaluations = plan.evaluations_left(plan.steps_done)
+    evaluating = evaluations * plan.tokens_per_evaluation * EVALUATION_SHARE / tokens_per_second
+    first = duration_text(first_seconds) + (", with compiling" if plan.training.compile else "")
+    return [
+        ("speed", f"{tokens_per_second:,.0f} tokens/s, measured just now; other work on this machine slows a run"),
+        ("mfu", f"{share:.1%} of the {plan.peak_flops / 1e9:,.0f} GFLOP/s that matrix products reach here"),
+        (
+            "time",
+            f"{rough_duration_text(training + evaluating)}: {rough_duration_text(training)} of training (its"
+            f" first step took {first}), {rough_duration_text(evaluating)} for {evaluations} evaluations; not counted:"
+            " samples of text, curves and saving",
+        ),
+    ]
+
+
+def _disk_rows(plan: RunPlan) -> list[tuple[str, str]]:
+    space, out_dir = plan.space, Path(plan.training.out_dir)
+    free = size_text(free_bytes(out_dir))
+    checkpoint, weights = size_text(space.checkpoint_bytes), size_text(space.weights_bytes)
+    return [
+        ("disk:    a checkpoint", f"{checkpoint}, {space.checkpoints} of them kept; best and last weights {weights}"),
+        (
+            "         together",
+            f"{size_text(space.most)} at most; {free} are free in {out_dir}",
+        ),
+    ]

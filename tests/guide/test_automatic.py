@@ -4,7 +4,10 @@ import shutil
 
 import pytest
 import yaml
-from test_training import (  # noqa: F401 (fixtures)
+
+from model.storage.archive import load_torch
+from tests.conftest import ROOT, corpus_lines
+from tests.training.test_training import (  # noqa: F401 (fixtures)
     ONE_THREAD,
     assert_same_end,
     command,
@@ -15,9 +18,6 @@ from test_training import (  # noqa: F401 (fixtures)
     torchrun,
     train,
 )
-
-from model.storage.archive import load_torch
-from tests.conftest import ROOT, corpus_lines
 
 ALL_AUTO = {"batch_size": "auto", "learning_rate": "auto", "warmup_steps": "auto", "compile": "auto"}
 NAMES = ("batch_size", "learning_rate", "warmup_steps", "compile")

@@ -21,11 +21,6 @@ model.errors
 ROW = {room: number for number, row in enumerate(ROWS.split("\n")) for room in row.split()}
 NETWORK = {"model.LMConfig", "model.model", "model.attention", "model.loss", "model.kv_cache"}  # can be copied out
 DEFERS_TORCH = {("model.training.optimizer", "model.training.muon")}  # settings are checked without torch
-OWED = {  # imports that are still to go
-    ("model.training.choices", "utils"),
-    ("model.training.dry_run", "optimized_pretrain"),
-    ("model.training.report", "optimized_pretrain"),
-}
 
 
 def room_of(module: str) -> str:
@@ -67,14 +62,14 @@ def test_imports_only_go_down():
         if importer != "model" and room_of(importer) != room_of(imported)
         if ROW[room_of(importer)] >= ROW[room_of(imported)]
     }
-    assert upwards == OWED
+    assert upwards == set()
 
 
 def test_no_modules_import_each_other():
     """Raises CycleError where they do."""
     graph = {}
     for importer, imported, _ in IMPORTS:
-        if (importer, imported) not in OWED and importer != imported:
+        if importer != imported:
             graph.setdefault(importer, set()).add(imported)
     TopologicalSorter(graph).prepare()
 
@@ -84,7 +79,7 @@ def test_only_scripts_import_ours_within_functions():
     hidden = {
         (importer, imported) for importer, imported, within in IMPORTS if within and importer.startswith("model.")
     }
-    assert hidden - OWED == DEFERS_TORCH
+    assert hidden == DEFERS_TORCH
 
 
 def test_the_network_can_be_copied_out():

@@ -10,10 +10,10 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from test_training import ONE_THREAD, command, flags, run, token_file, train  # noqa: F401 (two of them are fixtures)
 
 from model.runs.metrics import WANDB_RUN, MetricsLog, read_metrics
 from tests.conftest import ROOT
+from tests.training.test_training import ONE_THREAD, command, flags, run, token_file, train  # noqa: F401 (two of them are fixtures)
 
 FAKE_WANDB = ROOT / "tests" / "fake_wandb"
 needs_file_size_limit = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limit on a file's size")

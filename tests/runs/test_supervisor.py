@@ -10,13 +10,13 @@ import sys
 import time
 
 import pytest
-import test_training
 import yaml
-from test_training import ONE_THREAD, assert_equal, command, run
 
 from model.runs.status import Status, read_status
 from model.storage.archive import load_torch
 from tests.conftest import ROOT
+from tests.training import test_training
+from tests.training.test_training import ONE_THREAD, assert_equal, command, run
 from train import read_settings
 
 flags, token_file = test_training.flags, test_training.token_file
@@ -300,7 +300,7 @@ def test_under_torchrun_the_flags_are_refused(flags):
 
 def trained_with(words):
     """What stands behind train.py in a command line, as settings."""
-    return read_settings(words[words.index("train.py") + 1 :], of_checkpoint=False)
+    return read_settings(words[words.index("train.py") + 1 :])
 
 
 def test_the_kubernetes_example_is_a_job_that_only_resumes():

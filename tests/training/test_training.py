@@ -166,7 +166,7 @@ def read_samples(monkeypatch):
 def test_epochs_read_every_training_sample_once_and_no_held_out_one(flags, read_samples):
     options = {"batch_size": 300, "eval_interval": 99, "save_interval": 99}
     trainer = train(flags(max_steps=None, epochs=2, **options))
-    samples, steps = sorted(trainer.data.train_samples), trainer.order.steps_per_epoch
+    samples, steps = sorted(trainer.data.train_samples), trainer.plan.order.steps_per_epoch
     assert len(samples) % 300 and trainer.progress.step == 2 * steps  # the last step of an epoch is a shorter one
     for epoch in (read_samples[:steps], read_samples[steps : 2 * steps]):
         assert sorted(sum(epoch, [])) == samples
@@ -259,28 +259,26 @@ def test_a_float16_overflow_skips_the_step_and_counts_no_step(flags, monkeypatch
     monkeypatch.setenv("MATECONV_EMULATE_DTYPE", "1")
     torch.set_num_threads(1)
     trainer = Trainer(build_settings({}, flags(dtype="float16", max_steps=3)), Processes())
-    trainer._begin_session()
     trainer.scaler._init_scale = 2.0**40  # the first scaled gradients overflow
     before = {key: value.clone() for key, value in trainer.model.state_dict().items()}
-    trainer._train_step()
+    trainer._advance()
     assert trainer.progress.step == 0 and trainer.progress.samples == 4
     assert_equal(dict(trainer.model.state_dict()), before)
     for _ in range(40):
-        trainer._train_step()
+        trainer._advance()
     assert trainer.progress.step > 0 and trainer.scaler.get_scale() < 2.0**40
 
 
 @pytest.mark.parametrize("max_skipped_steps", [0, 3])
 def test_gradients_that_are_not_finite_are_skipped_and_then_stop_training(flags, max_skipped_steps):
     trainer = Trainer(build_settings({}, flags(max_skipped_steps=max_skipped_steps)), Processes())
-    trainer._begin_session()
-    assert trainer._train_step()
+    assert trainer._advance().fault is None
     before = copy.deepcopy(trainer.model.state_dict()), copy.deepcopy(trainer.optimizer.state_dict())
     trainer.model.norm.weight.register_hook(lambda gradient: gradient * torch.nan)
     for _ in range(max_skipped_steps):
-        assert not trainer._train_step()
+        assert trainer._advance().fault is not None
     with pytest.raises(TrainingDiverged, match="step 2: the gradient is not finite"):
-        trainer._train_step()
+        trainer._advance()
     assert_equal(dict(trainer.model.state_dict()), dict(before[0]))
     assert_equal(trainer.optimizer.state_dict()["state"], before[1]["state"])
     assert trainer.progress.step == 1 and trainer.progress.samples == 4 * (max_skipped_steps + 2)
@@ -359,7 +357,7 @@ def test_a_stopped_run_saves_and_resume_alone_ends_with_the_same_bits(flags, tmp
         process.send_signal(number)
         messages = process.communicate(timeout=60)[1]
     assert process.returncode == 130 and "Traceback" not in messages
-    assert "go on with: python train.py --resume" in messages
+    assert "resume with: python train.py --resume" in messages
     stopped_at = load_torch(tmp_path / "out" / "checkpoint_interrupted.pth")["progress"]["step"]
     assert 5 <= stopped_at < 300
     result = run([sys.executable, ROOT / "train.py", "--resume", "--out_dir", tmp_path / "out"])
@@ -425,7 +423,7 @@ def test_changed_settings_take_effect_and_are_named(flags, tmp_path, capfd):
 def test_with_another_batch_size_the_rate_still_falls_until_the_end(flags, tmp_path, batch_size):
     options = {"max_steps": None, "epochs": 2, "eval_interval": 99}
     first = train(flags(**options, batch_size=100, save_interval=1, keep_last=99))
-    steps = first.order.steps_per_epoch
+    steps = first.plan.order.steps_per_epoch
     out = tmp_path / "out"
     resumed = train(flags(**options, batch_size=batch_size, resume_from=out / f"checkpoint_step_{steps}.pth"))
     assert resumed.progress.step == steps + -(-len(resumed.data.train_samples) // batch_size)
@@ -521,7 +519,7 @@ def test_two_processes_stop_after_the_same_step_and_go_on(flags, tmp_path, numbe
         messages = process.communicate(timeout=100)[1]
     checkpoint = load_torch(tmp_path / "out" / "checkpoint_interrupted.pth")
     assert len(checkpoint["random_states"]) == 2 and checkpoint["progress"]["step"] < 300
-    assert "go on with: torchrun --nproc_per_node=2 train.py --resume" in messages
+    assert "resume with: torchrun --nproc_per_node=2 train.py --resume" in messages
 
 
 # ---------------------------------------------------------------------------------------------------------- bad input

@@ -297,7 +297,7 @@ def test_training_begins_where_the_weights_are(shop, tmp_path, here, name):
     paths = {"init_from": source, "raw_data_path": shop / "raw.jsonl", "train_data_path": tokens}
     still = {"learning_rate": 1e-12, "weight_decay": 0, "max_steps": 2, "eval_interval": 1, "eval_steps": "null"}
     code, _, error = here(train, *flags(**paths, **still, out_dir=tmp_path / "out"))
-    assert code == 0 and error.count("the model's shape is that of these weights") == 1, error
+    assert code == 0 and error.count("the model takes its shape from these weights") == 1, error
     weights = load_weights(source)
     data = PretrainDataset(tokens, 32, 300, tokenizer_sha256(source))
     inputs, targets = data.batch(hold_out(len(data))[1], rows=len(hold_out(len(data))[1]))
@@ -368,8 +368,8 @@ def test_data_of_the_same_tokenizer_are_used(shop, tmp_path, here, tokenizer_fol
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--dim=64"], "--dim: the shape is that of the weights of init_from; leave it away"),
-        (["--n_layers=2", "--qk_norm"], "--n_layers, --qk_norm: the shape is that of the weights"),
+        (["--dim=64"], "--dim: init_from's weights determine the shape; omit it"),
+        (["--n_layers=2", "--qk_norm"], "--n_layers, --qk_norm: init_from's weights determine the shape"),
         (["--tokenizer_path=own/model"], "was trained with another tokenizer"),
         (["--init_from=nothing.gguf"], "nothing.gguf: no such file"),
         (["--init_from=raw.jsonl"], "raw.jsonl: truncated, damaged or not a PyTorch file"),

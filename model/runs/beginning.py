@@ -1,0 +1,101 @@
+"""What a run begins with: the checkpoint that it resumes from, weights of `init_from`, or weights drawn anew."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from model.errors import InputError
+from model.LMConfig import LMConfig
+from model.runs.resume import find_checkpoint
+from model.text.tokenization import EMBEDDED_TOKENIZER, tokenizer_folder
+from model.text.tokenizer_folder import same_tokenizer
+from model.training.settings import ModelSettings, Settings
+from model.weights import Weights, load_weights
+from model.weights.load import fitting_tokenizer, recorded_tokenizer
+from model.weights.shapes import read_shape
+
+# Settings of the model that its weights do not determine.
+FREE = ("max_seq_len", "dropout", "flash_attn")
+GIVEN_BY_WEIGHTS = tuple(f.name for f in dataclasses.fields(ModelSettings) if f.name not in FREE)
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """What a run begins with. Files are read once, and this is handed on."""
+
+    checkpoint: tuple[Path, dict] | None = None  # to resume from, with its path
+    weights: dict[str, Tensor] | None = None  # of init_from
+
+
+def find_beginning(settings: Settings, say: Callable[[str], None]) -> Beginning:
+    """Read the checkpoint to resume from or, without one, the weights of `init_from`.
+
+    Where `init_from` is set, `settings` get the weights' shape and, if they name no tokenizer, the weights' tokenizer;
+    when the run resumes, its checkpoint gives both, and `init_from` is not read again.
+
+    Raises:
+        InputError: a file cannot be read, or the tokenizer is not that of the weights.
+    """
+    checkpoint = find_checkpoint(settings.training, say)
+    if checkpoint is not None:
+        if settings.training.init_from is not None:
+            take_shape_of_checkpoint(settings, *checkpoint)
+        return Beginning(checkpoint)
+    return Beginning(weights=_load_initial(settings, say))
+
+
+def take_shape_of_checkpoint(settings: Settings, path: Path, checkpoint: Mapping) -> None:
+    """Give the settings a checkpoint's shape and, if they name no tokenizer, its tokenizer."""
+    _take_shape(settings.model, read_shape(checkpoint["config"], path))
+    settings.data.tokenizer_path = settings.data.tokenizer_path or checkpoint["tokenizer_path"]
+
+
+def _load_initial(settings: Settings, say: Callable[[str], None]) -> dict[str, Tensor] | None:
+    training, data, model = settings.training, settings.data, settings.model
+    if training.init_from is None:
+        return None
+    path = Path(training.init_from)
+    weights = load_weights(path)
+    if weights.inferred:
+        say(weights.inferred)
+    fitting_tokenizer(path, weights, data.tokenizer_path)
+    data.tokenizer_path = data.tokenizer_path or _folder_of(weights)
+    taken = "training begins with these weights"
+    if _take_shape(model, weights.config):
+        taken = "the model takes its shape from these weights, not from the settings' section model"
+    say(f"init_from {path}: {taken}")
+    if model.max_seq_len > weights.config.max_seq_len:
+        known = f"these weights know positions up to {weights.config.max_seq_len:,}"
+        say(f"init_from {path}: {known}, max_seq_len is {model.max_seq_len:,}: the others have to be learned")
+    return weights.state_dict
+
+
+def _folder_of(weights: Weights) -> str | None:
+    """The weights' tokenizer; None if it is the embedded one, which is the default."""
+    path = recorded_tokenizer(weights)
+    return None if path is None or same_tokenizer(tokenizer_folder(path), EMBEDDED_TOKENIZER) else path
+
+
+def _take_shape(model: ModelSettings, shape: LMConfig) -> bool:
+    """Set what the weights determine; returns whether that changed anything."""
+    theirs = {name: getattr(shape, name) for name in GIVEN_BY_WEIGHTS}
+    changed = theirs != {name: getattr(model, name) for name in GIVEN_BY_WEIGHTS}
+    for name, value in theirs.items():
+        setattr(model, name, value)
+    return changed
+
+
+def refuse_shape(names: list[str]) -> None:
+    """Refuse flags that the weights of `init_from` determine.
+
+    Args:
+        names: of the flags given.
+
+    Raises:
+        InputError: naming the refused ones.
+    """
+    if refused := [f"--{name}" for name in names if name in GIVEN_BY_WEIGHTS]:
+        raise InputError(f"{', '.join(refused)}: init_from's weights determine the shape; omit it")

@@ -1,0 +1,207 @@
+"""What a run will do, settled before its first step: one value, which the loop, the report and the dry run read."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from model.dataset import SampleOrder
+from model.LMConfig import LMConfig
+from model.model import Transformer
+from model.storage.archive import tensor_bytes
+from model.training.choices import Choices, Ranks
+from model.training.data import TrainingData
+from model.training.optimizer import optimizer_bytes
+from model.training.recipe import rough_duration_text, run_seconds
+from model.training.schedule import Schedule, plan_schedule
+from model.training.settings import Settings, TrainingSettings
+
+SHORT = 30.0  # seconds: a run that ends sooner needs no correction of its estimate
+FAR_OFF = 1.5  # times the estimate, or the estimate this many times
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """What this process computes on."""
+
+    device: torch.device
+    dtype: torch.dtype  # of the matrix products
+    autocast: AbstractContextManager  # in which the model runs
+    peak_flops: float  # FLOP/s that matrix products reach here
+
+
+@dataclass(frozen=True)
+class RunSpace:
+    """What a run will write: its checkpoints, one of them being written, and its weights."""
+
+    checkpoint_bytes: int  # of one file, like
+    weights_bytes: int
+    checkpoints: int  # that stay until the end
+
+    @property
+    def most(self) -> int:
+        """Bytes on the disk at any time; of weights, there are the best, the last, and one file being written."""
+        return (self.checkpoints + 1) * self.checkpoint_bytes + 3 * self.weights_bytes
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """What a run will do. A step is one optimizer step of all processes together."""
+
+    training: TrainingSettings  # as resolved: no `auto` is left
+    chosen: Mapping  # what `auto` came to, by setting; a checkpoint keeps it
+    config: LMConfig
+    hardware: Hardware
+    world_size: int
+    local_world_size: int  # processes on this machine
+    parameters: int
+    flops_per_token: int  # of training
+    train_samples: int
+    val_samples: np.ndarray  # numbers of the samples that an evaluation reads, int64
+    order: SampleOrder
+    pace: Mapping  # what total_steps was computed from; a checkpoint keeps it
+    schedule: Schedule
+    space: RunSpace
+    steps_done: int  # by the run that this one resumes
+    samples_done: int
+    expected_seconds: float  # of training, from FLOPs alone: a guess
+
+    @property
+    def batch_rows(self) -> int:
+        """Samples of one micro-batch of all processes."""
+        return self.training.batch_size * self.world_size
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.order.rows_per_step * self.config.max_seq_len
+
+    @property
+    def tokens_per_evaluation(self) -> int:
+        return len(self.val_samples) * self.config.max_seq_len
+
+    @property
+    def total_steps(self) -> int:
+        return self.schedule.total_steps
+
+    @property
+    def peak_flops(self) -> float:
+        """FLOP/s of all processes together."""
+        return self.hardware.peak_flops * self.world_size
+
+    def is_done(self, step: int, samples: int) -> bool:
+        """Whether the run ends after `step` steps and `samples` samples."""
+        t = self.training
+        return samples >= t.epochs * self.train_samples if t.max_steps is None else step >= t.max_steps
+
+    def tokens_left(self, step: int, samples: int) -> int:
+        """Tokens that are still to be read after `step` steps and `samples` samples."""
+        t = self.training
+        if t.max_steps is None:  # counted in samples: the last step of an epoch may be a shorter one
+            return max(0, t.epochs * self.train_samples - samples) * self.config.max_seq_len
+        return max(0, self.total_steps - step) * self.tokens_per_step
+
+    def evaluations_left(self, step: int) -> int:
+        """Evaluations that are still to come after `step` steps."""
+        if len(self.val_samples) == 0 or step >= self.total_steps:
+            return 0
+        interval = self.training.eval_interval
+        return self.total_steps // interval - step // interval + (self.total_steps % interval > 0)
+
+    def correction(self, seconds_left: float) -> str | None:
+        """What to say of the time, once measured, if it is far from what was expected; None if it is not, or is short.
+
+        Args:
+            seconds_left: as measured, evaluations included.
+        """
+        ratio = seconds_left / max(1.0, self.expected_seconds)
+        if seconds_left < SHORT or 1 / FAR_OFF < ratio < FAR_OFF:
+            return None
+        guess, text = rough_duration_text(self.expected_seconds), rough_duration_text(seconds_left)
+        return (
+            f"at the speed of the first steps, {text} are left, evaluations included (the estimate before was {guess})"
+        )
+
+    def resolved(self, settings: Settings) -> dict[str, dict]:
+        """All settings of the run with the values that it uses, by section, as in a config file."""
+        values = settings.as_dict()
+        values["model"] |= dataclasses.asdict(self.config)
+        values["training"] |= dataclasses.asdict(self.training)
+        values["training"] |= {"min_lr": self.schedule.min_lr, "warmup_steps": self.schedule.warmup_steps}
+        return values
+
+
+def plan_run(
+    settings: Settings,
+    data: TrainingData,
+    model: Transformer,
+    hardware: Hardware,
+    found: tuple[Path, Mapping] | None,
+    ranks: Ranks,
+    say: Callable[[str], None],
+) -> RunPlan:
+    """Settle what is `auto`, the steps and the schedule. Every process must call it; all come to the same plan.
+
+    Args:
+        model: on its device, in training mode.
+        found: the checkpoint that the run resumes from, with its path.
+        say: prints one line for the user.
+
+    Raises:
+        InputError: not even one sample fits the memory, or the learning rate or the warm-up that result are impossible.
+    """
+    config = data.config
+    checkpoint = None if found is None else found[1]
+    choices = Choices(settings, found, ranks, hardware.device, say)
+    t = choices.training
+    choices.batch_size(model, data, hardware.autocast)
+    order = SampleOrder(data.train_samples, t.seed, t.batch_size * ranks.world_size * t.accumulation_steps)
+    tokens_per_step = order.rows_per_step * config.max_seq_len
+    choices.learning_rate(model, tokens_per_step)
+    pace = {"rows_per_step": order.rows_per_step, "epochs": t.epochs, "max_steps": t.max_steps}
+    done = checkpoint["progress"] if checkpoint is not None else {"step": 0, "samples": 0}
+    steps = total_steps(t, order, checkpoint, pace)
+    choices.warmup_steps(steps)
+    flops_per_token = model.training_flops_per_token()
+    peak_flops = ranks.smallest(hardware.peak_flops) * ranks.world_size  # the same on all processes
+    expected_seconds = run_seconds((steps - done["step"]) * tokens_per_step * flops_per_token, peak_flops)
+    choices.compile(expected_seconds)
+    return RunPlan(
+        training=t,
+        chosen=choices.made,
+        config=config,
+        hardware=hardware,
+        world_size=ranks.world_size,
+        local_world_size=ranks.local_world_size,
+        parameters=model.parameter_count(),
+        flops_per_token=flops_per_token,
+        train_samples=len(data.train_samples),
+        val_samples=data.spread_validation(t.eval_steps and t.eval_steps * t.batch_size * ranks.world_size),
+        order=order,
+        pace=pace,
+        schedule=plan_schedule(t, steps),
+        space=_space(model, t, steps),
+        steps_done=done["step"],
+        samples_done=done["samples"],
+        expected_seconds=expected_seconds,
+    )
+
+
+def total_steps(training: TrainingSettings, order: SampleOrder, checkpoint: Mapping | None, pace: Mapping) -> int:
+    """Steps of the whole run: those of the checkpoint that it resumes from, unless the pace has changed."""
+    if checkpoint is not None and checkpoint["pace"] == pace:
+        return checkpoint["total_steps"]
+    if training.max_steps is not None:
+        return training.max_steps
+    done = checkpoint["progress"] if checkpoint is not None else {"step": 0, "samples": 0}
+    return done["step"] + order.steps_left(done["samples"], training.epochs)
+
+
+def _space(model: Transformer, training: TrainingSettings, steps: int) -> RunSpace:
+    weights = tensor_bytes(model.state_dict())
+    state = optimizer_bytes(model, training.optimizer_type)
+    kept = min(training.keep_last, -(-steps // training.save_interval))
+    return RunSpace(weights * (2 if training.use_ema else 1) + state, weights, kept)
