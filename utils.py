@@ -10,6 +10,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TypeVar
 
 from model.command import (  # noqa: F401 (the scripts' too)
@@ -97,9 +98,9 @@ def pick_dtype(asked: str, device):
     if dtype == torch.float32:
         return dtype, "as asked"
     if device.type == "cpu" and os.environ.get("MATECONV_EMULATE_DTYPE") != "1":
-        features = torch.cpu.get_capabilities()
         needed = {"bfloat16": ("avx512_bf16", "amx_bf16", "bf16"), "float16": ("avx512_fp16", "amx_fp16", "fp16_arith")}
-        found = [name for name in needed[asked] if features.get(name)]
+        features = cpu_features()
+        found = [name for name in needed[asked] if name in features]
         if not found:
             return torch.float32, f"{asked} would be over 100 times slower, since this CPU has no instructions for it"
         return dtype, f"this CPU has {found[0]}"
@@ -132,6 +133,20 @@ def choose_hardware(asked_device: str, asked_dtype: str, local_rank: int):
     autocast = contextlib.nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic kernels require it of cuBLAS
     return Hardware(device, dtype, autocast, measure_matmul_flops(device, dtype))
+
+
+def cpu_features() -> set[str]:
+    """The instruction sets of this CPU, as `torch.cpu.get_capabilities` names them. Before torch 2.13, which has it,
+    from Linux's /proc/cpuinfo, and none are known elsewhere."""
+    import torch
+
+    if hasattr(torch.cpu, "get_capabilities"):
+        return {name for name, there in torch.cpu.get_capabilities().items() if there}
+    try:
+        words = set(Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").split())
+    except OSError:
+        return set()
+    return words | ({"fp16_arith"} if "asimdhp" in words else set())  # ARM's name for it
 
 
 def keep_freed_memory() -> bool:

@@ -1,0 +1,19 @@
+"""What the machine can do, with every version of torch."""
+
+import sys
+
+import pytest
+import torch
+
+from utils import cpu_features, pick_dtype
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="where /proc/cpuinfo is")
+@pytest.mark.skipif(not hasattr(torch.cpu, "get_capabilities"), reason="this torch has nothing to compare with")
+def test_an_older_torch_finds_the_same_16_bit_instructions(monkeypatch):
+    names = {"avx512_bf16", "amx_bf16", "bf16", "avx512_fp16", "amx_fp16", "fp16_arith"}
+    known = cpu_features() & names
+    chosen = [pick_dtype(dtype, torch.device("cpu")) for dtype in ("float32", "bfloat16", "float16")]
+    monkeypatch.delattr(torch.cpu, "get_capabilities")
+    assert cpu_features() & names == known
+    assert [pick_dtype(dtype, torch.device("cpu")) for dtype in ("float32", "bfloat16", "float16")] == chosen
