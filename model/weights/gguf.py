@@ -59,8 +59,8 @@ def _joined(files: list[GGUFFile], path: Path) -> tuple[Mapping[str, Value], Map
     for number, file in enumerate(files):
         count, own = (single_value(file.fields, f"split.{key}", int) for key in ("count", "no"))
         if (count or 1, own or 0) != (len(files), number):
-            told = f"its header says that it is part {(own or 0) + 1} of {count or 1}, its name part {number + 1}"
-            raise InputError(f"{path}: {told} of {len(files)}; give the parts their own names, one folder for all")
+            claim = f"its header says that it is part {(own or 0) + 1} of {count or 1}, its name part {number + 1}"
+            raise InputError(f"{path}: {claim} of {len(files)}; give the parts their own names, one folder for all")
     tensors = {name: tensor for file in files for name, tensor in file.tensors.items()}
     if len(tensors) != sum(len(file.tensors) for file in files):
         raise InputError(f"{path}: a tensor is in two of its {len(files)} parts")
@@ -200,7 +200,7 @@ def save_gguf(path: str | Path, weights: Weights, kind: str = "F32") -> list[str
     architecture, folder = _architecture(config, path), tokenizer_folder(weights.tokenizer_path)
     check_links(folder)
     with replacing(path) as file:
-        writer = gguf.GGUFWriter(file.name, architecture)  # which opens the file once more
+        writer = gguf.GGUFWriter(file.name, architecture)  # opens the file again
         _write_shape(writer, config, kind, path.stem)
         remarks = write_tokenizer(writer, folder, config.vocab_size, weights.begins_with_bos)
         if config.rope_scaling == "llama3":

@@ -156,8 +156,8 @@ def _read_bin(file: BinaryIO, path: Path) -> tuple[dict[str, Tensor], LMConfig]:
     else:
         config = _config(LEGACY_HEADER.unpack_from(start), None, path)
     if version == 2 and (group < 1 or config.dim % group or config.hidden_dim % group):
-        told = f"dim {config.dim} and hidden_dim {config.hidden_dim}"
-        raise InputError(f"{path}: its header says {group} numbers share a scale, a divisor of {told} expected")
+        widths = f"dim {config.dim} and hidden_dim {config.hidden_dim}"
+        raise InputError(f"{path}: its header says {group} numbers share a scale, a divisor of {widths} expected")
     expected, found = _bin_bytes(config, version, group), path.stat().st_size
     if found != expected:
         raise InputError(

@@ -51,16 +51,16 @@ def load_meta_folder(path: str | Path) -> Weights:
     config.tie_embeddings = tied
     check_shapes(state_dict, config, path)
     assumed = "" if "max_seq_len" in params else f"max_seq_len {config.max_seq_len} is assumed, as in {release}; "
-    told = f"{path}: {assumed}its tokenizer is not read: the embedded one is used unless you give one"
-    return Weights(state_dict, config, inferred=told)
+    inferred = f"{path}: {assumed}its tokenizer is not read: the embedded one is used unless you give one"
+    return Weights(state_dict, config, inferred=inferred)
 
 
 def _params(path: Path) -> dict:
     params = read_json(path)
     unknown = sorted(set(params) - {*FIELDS, *MORE_FIELDS})
     if unknown:
-        told = ", ".join(shown(name)[1:-1] for name in unknown[:3])
-        raise InputError(f"{path}: {told} inside, so it is no plain Llama; other models are not supported")
+        names = ", ".join(shown(name)[1:-1] for name in unknown[:3])
+        raise InputError(f"{path}: {names} inside, so it is no plain Llama; other models are not supported")
     check_given(params, ("dim", "n_layers", "n_heads"), path)
     return params
 

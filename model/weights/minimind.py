@@ -167,8 +167,8 @@ def _heads(
     found = [p for p in fitting if all(p[name == "n_kv_heads"] == value for name, value in wanted.items())]
     if len(found) == 1:
         return found[0]
-    told = " with ".join(f"{name} {value}" for name, value in wanted.items())
-    what = f"{told}{whose} does not fit its shapes" if wanted else "its shapes do not show the number of heads"
+    asked = " with ".join(f"{name} {value}" for name, value in wanted.items())
+    what = f"{asked}{whose} does not fit its shapes" if wanted else "its shapes do not show the number of heads"
     accepted = ", ".join(f"{n_heads}/{n_kv_heads}" for n_heads, n_kv_heads in fitting[:20]) or "none"
     raise InputError(f"{path}: {what} (wq has {queries} rows, wk {keys}); give n_heads/n_kv_heads that fit: {accepted}")
 
@@ -176,7 +176,7 @@ def _heads(
 def _line(config: LMConfig, generation: Generation, path: Path, given: Mapping) -> str:
     """What was read, assumed and given, and what is unknown, on one line."""
 
-    def told(*names: str) -> str:
+    def values(*names: str) -> str:
         return ", ".join(f"{name} {getattr(config, name):g}" for name in names)
 
     sure = ("n_heads", "n_kv_heads") if config.qk_norm else ()
@@ -184,9 +184,9 @@ def _line(config: LMConfig, generation: Generation, path: Path, given: Mapping) 
     read = ["dim", "n_layers", *(name for name in sure if name not in given), "vocab_size", "hidden_dim"]
     parts = [
         f"no {path.with_suffix('.json').name} beside the weights: their names and shapes are those of "
-        f"{generation.title}, read off them {told(*read)}",
-        f"assumed {told(*assumed)}" if assumed else "",
-        f"given {told(*given)}" if given else "",
+        f"{generation.title}, read off them {values(*read)}",
+        f"assumed {values(*assumed)}" if assumed else "",
+        f"given {values(*given)}" if given else "",
         "the tokenizer is unknown: the embedded one is used unless you give one (MiniMind's own weights need "
         "MiniMind's tokenizer folder: --tokenizer_path)",
     ]

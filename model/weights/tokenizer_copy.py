@@ -75,7 +75,7 @@ def export_tokenizer(weights: Weights, target: Path) -> None:
 
 
 def adds_bos(source: str | Path) -> bool:
-    """Whether a tokenizer adds its bos to a text by itself, which says that its model was trained so.
+    """Whether a tokenizer adds its bos to a text, which shows that its model was trained so.
 
     The post-processor is read, not run: the library panics on a damaged one.
     """

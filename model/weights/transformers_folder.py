@@ -116,8 +116,10 @@ def _refuse_others(values: Mapping, path: Path) -> None:
     }  # fmt: skip
     for name, accepted in expected.items():
         if values.get(name) is not None and values[name] not in accepted:
-            told = " or ".join(map(str, accepted[:2])) or "no such key"
-            raise InputError(f"{path}: {name} is {shown(values[name])}, {told} expected: such models are not supported")
+            wanted = " or ".join(map(str, accepted[:2])) or "no such key"
+            raise InputError(
+                f"{path}: {name} is {shown(values[name])}, {wanted} expected: such models are not supported"
+            )
     layers = values.get("layer_types")
     if layers is not None and not (isinstance(layers, list) and all(layer == "full_attention" for layer in layers)):
         raise InputError(f"{path}: layer_types is {shown(layers)}, a list of full_attention only expected")
