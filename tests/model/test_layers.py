@@ -55,6 +55,11 @@ def is_module(name: str) -> bool:
 IMPORTS = read_imports()
 
 
+def test_every_file_stands_on_a_row():
+    files = {".".join(path.relative_to(ROOT).with_suffix("").parts) for path in ROOT.glob("model/**/*.py")}
+    assert {room_of(file) for file in files} - {"model.__init__"} <= ROW.keys()
+
+
 def test_imports_only_go_down():
     upwards = {
         (importer, imported)
