@@ -117,8 +117,11 @@ def prepare_data_if_missing(settings: Settings) -> None:
     Raises:
         InputError: there is nothing to make it from, or the path is no token file's.
     """
+    from model.training.data import refuse_text  # imports torch
+
     data = settings.data
     target = Path(data.train_data_path)
+    refuse_text("train_data_path", data.train_data_path)
     if target.is_dir():
         raise InputError(f"train_data_path: {target} is a folder, a token file (.bin) expected")
     if target.exists() and not job_path(target).exists():
