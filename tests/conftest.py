@@ -22,6 +22,7 @@ import torch  # noqa: E402
 from model.LMConfig import LMConfig  # noqa: E402
 from model.model import Transformer  # noqa: E402
 
+pytest.register_assert_rewrite("tests.tiny_runs", "tests.model_shapes", "tests.bad_files", "tests.raw_gguf")
 CORPUS = ROOT / "dataset" / "classics_zh.jsonl"
 CHAT_TEMPLATE = (  # MiniMind v1's form
     "{% for message in messages %}{{ '<s>' + message['role'] + '\\n' + message['content'] + '</s>\\n' }}{% endfor %}"
@@ -40,6 +41,13 @@ def process_data(*arguments, cwd=ROOT) -> subprocess.CompletedProcess:
     """optimized_data_processing.py with these arguments."""
     script = [sys.executable, str(ROOT / "optimized_data_processing.py")]
     return subprocess.run([*script, *map(str, arguments)], cwd=cwd, capture_output=True, encoding="utf-8")
+
+
+def pytest_collection_modifyitems(items):
+    """`fast` is what is neither `long` nor `slow`."""
+    for item in items:
+        if not any(item.get_closest_marker(name) for name in ("long", "slow")):
+            item.add_marker("fast")
 
 
 def read_rejects(output: Path) -> list[dict]:
@@ -95,6 +103,34 @@ def tokenizer(tokenizer_folder):
     from model.text.tokenization import load_tokenizer
 
     return load_tokenizer(tokenizer_folder)
+
+
+@pytest.fixture(scope="session")
+def token_file(tmp_path_factory, tokenizer_folder):
+    """The first 60 texts of the sample corpus as a token file: some 650 samples of 32 tokens."""
+    from model.text.tokenization import encode_texts, load_tokenizer, tokenizer_sha256
+    from model.token_file.manifest import Manifest, file_sha256, write_manifest
+
+    tokenizer, ids, lines = load_tokenizer(tokenizer_folder), [], corpus_lines(60)
+    for encoded in encode_texts(tokenizer, [json.loads(line)["text"] for line in lines]):
+        ids += [tokenizer.bos_token_id, *encoded, tokenizer.eos_token_id]
+    path = tmp_path_factory.mktemp("data") / "train.bin"
+    np.array(ids, dtype="<u2").tofile(path)
+    sha256 = tokenizer_sha256(tokenizer_folder)
+    write_manifest(path, Manifest("uint16", 300, 1, 2, len(ids), len(lines), sha256, "test", file_sha256(path)))
+    return path
+
+
+@pytest.fixture
+def flags(tmp_path, token_file, tokenizer_folder):
+    """Builds the flags of a tiny run (tests/tiny_runs.py) into `tmp_path/out`, with those given on top."""
+    from tests.tiny_runs import TINY
+
+    def build(**changes):
+        paths = {"train_data_path": token_file, "tokenizer_path": tokenizer_folder, "out_dir": tmp_path / "out"}
+        return {name: str(value) for name, value in (TINY | paths | changes).items() if value is not None}
+
+    return build
 
 
 @pytest.fixture

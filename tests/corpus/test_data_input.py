@@ -12,11 +12,11 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from test_data_resume import begin_and_stop, contents
 
 from model.errors import InputError
 from optimized_data_processing import OptimizedDataProcessor
 from tests.conftest import corpus_lines, read_documents, read_rejects
+from tests.corpus.half_made import begin_and_stop, contents
 
 TEXTS = ["春风又绿江南岸，明月何时照我还。", '他说："好\\坏"]}，[{', "床前明月光，疑是地上霜。\n举头望明月。"]
 ROWS = [{"id": [number, {"k": "]"}], "text": text} for number, text in enumerate(TEXTS)]

@@ -17,6 +17,8 @@ from model.corpus.job_folder import JobFolder, job_path
 from model.errors import InputError
 from optimized_data_processing import OptimizedDataProcessor
 from tests.conftest import ROOT, corpus_lines, process_data
+from tests.corpus.half_made import Killed, begin_and_stop, contents
+from tests.tiny_runs import HUNG, wait_for
 
 SCRIPT = str(ROOT / "optimized_data_processing.py")
 FILES = ("data.bin", "data.json", "data.ends", "data.rejects.jsonl", "data.changes.jsonl", "data_stats.json")
@@ -41,10 +43,6 @@ def raw(tmp_path) -> Path:
 @pytest.fixture
 def processor(tokenizer_folder) -> OptimizedDataProcessor:
     return OptimizedDataProcessor(tokenizer_folder, workers=0, **SMALL)
-
-
-def contents(output: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in output.parent.iterdir() if path.name.startswith(output.stem)}
 
 
 # --------------------------------------------------------------------------------------------------------- killed
@@ -107,10 +105,6 @@ def test_whichever_flush_fails_nothing_is_published(raw, processor, tmp_path, mo
         processor.process_dataset(raw, output)
         assert output.read_bytes() == (tmp_path / "whole" / "data.bin").read_bytes()
     assert failed.count(False) > 2 and failed.count(True) > 4
-
-
-class Killed(BaseException):
-    """Stands for the end of the process at one exact place."""
 
 
 PLACES = {
@@ -194,10 +188,8 @@ def test_workers_end_when_their_parent_is_killed(tmp_path):
         workers = [int(pid) for pid in listed.stdout.split()]
     parent.kill()
     parent.wait()
-    deadline = time.monotonic() + 30
-    while any(Path(f"/proc/{pid}").exists() for pid in workers) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert workers and not [pid for pid in workers if Path(f"/proc/{pid}").exists()]
+    assert workers
+    wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers))
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals a group of processes")
@@ -210,29 +202,12 @@ def test_ctrl_c_is_told_in_one_line(tmp_path):
     while not list(tmp_path.glob("data.bin.parts/*.npz")):
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the workers get it too
-    _, said = process.communicate(timeout=60)
+    _, said = process.communicate(timeout=HUNG)
     assert process.returncode == 130
     assert said.splitlines()[-1] == "interrupted" and "Traceback" not in said
 
 
 # -------------------------------------------------------------------------------------------------- changed, run again
-
-
-def begin_and_stop(processor, raw: Path, output: Path, monkeypatch, method: str = "process_dataset") -> None:
-    """Leave a half-made output with some of its parts."""
-    made = [0]
-
-    def stop(path, mode=None, original=os.replace):
-        made[0] += str(mode).endswith(".npz")
-        if made[0] == 4:
-            raise Killed
-        original(path, mode)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", stop)
-        with pytest.raises(Killed):
-            getattr(processor, method)(raw, output)
-    assert len(list(job_path(output).glob("*.npz"))) == 3
 
 
 def test_a_half_made_output_is_not_continued_with_other_input_tokenizer_or_options(
@@ -335,7 +310,7 @@ def test_the_number_of_workers_changes_no_byte(raw, processor, tokenizer_folder,
 
 def torchrun(*flags, cwd: Path) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", SCRIPT, *flags]
-    return subprocess.run(list(map(str, command)), cwd=cwd, capture_output=True, encoding="utf-8", timeout=300)
+    return subprocess.run(list(map(str, command)), cwd=cwd, capture_output=True, encoding="utf-8", timeout=HUNG)
 
 
 def test_two_processes_of_torchrun_give_the_bytes_of_one(raw, processor, tokenizer_folder, tmp_path):

@@ -17,7 +17,7 @@ from model.corpus.job_folder import JobFolder
 from model.errors import InputError
 from optimized_data_processing import OptimizedDataProcessor
 from tests.conftest import corpus_lines, read_documents, read_rejects
-from tests.corpus.test_data_resume import begin_and_stop, contents
+from tests.corpus.half_made import begin_and_stop, contents
 
 GOOD = corpus_lines(120)
 TEXTS = [json.loads(line)["text"].strip() for line in GOOD]

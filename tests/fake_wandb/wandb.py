@@ -1,8 +1,8 @@
 """A wandb for tests. It writes what it is sent into the file $FAKE_WANDB_LOG, and fails as $FAKE_WANDB_FAULT says.
 
 "init raises", "log stalls": what the place does; the places are import, init, log and finish. It "raises", "stalls" for
-a minute, "exits" as sys.exit does, or "dies" as from a segmentation fault. And it does what no good library does: seeds
-the global random generators, leaves a thread that is no daemon and a hook at the exit, each of which takes a minute.
+ten minutes, "exits" as sys.exit does, or "dies" as from a segmentation fault. And it does what no good library does:
+it seeds the global random generators, and leaves a thread that is no daemon and a hook at the exit, which take as long.
 """
 
 import atexit
@@ -16,6 +16,7 @@ from pathlib import Path
 
 LOG = Path(os.environ["FAKE_WANDB_LOG"])
 FAULT = os.environ.get("FAKE_WANDB_FAULT", "")
+STALL = 600  # seconds
 
 
 def _record(**event) -> None:
@@ -31,7 +32,8 @@ def _disturb(place: str) -> None:
     if FAULT == f"{place} raises":
         raise RuntimeError(f"{place} fails\nfor a reason of many lines")
     if FAULT == f"{place} stalls":
-        time.sleep(60)
+        time.sleep(STALL)
+        _record(id=None, stalled=place)
     if FAULT == f"{place} exits":
         sys.exit(1)
     if FAULT == f"{place} dies":
@@ -77,5 +79,5 @@ def init(id: str, **arguments) -> Run:
 
 _disturb("import")
 if FAULT:
-    atexit.register(time.sleep, 60)
-    threading.Thread(target=time.sleep, args=(60,), daemon=False).start()
+    atexit.register(time.sleep, STALL)
+    threading.Thread(target=time.sleep, args=(STALL,), daemon=False).start()

@@ -21,6 +21,7 @@ from model.LMConfig import LMConfig
 from model.model import TransformerBlock, apply_rope
 from optimized_inference import GenerationConfig, TextGenerator, decode
 from tests.conftest import ROOT, random_model
+from tests.tiny_runs import HUNG
 
 GREEDY = GenerationConfig(do_sample=False, max_new_tokens=40)
 VARIANTS = [{}, {"qk_norm": True}, {"tie_embeddings": False}, {"n_kv_heads": 4}, {"n_kv_heads": 1}]
@@ -235,7 +236,7 @@ def test_the_step_comes_in_the_background_and_not_for_a_seed(tiny_model, tokeniz
     for _ in range(WORTH_COMPILING // 100 + 3):
         generator.generate("中国", long)
     assert "being made in the background" in capsys.readouterr().err
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + HUNG
     while "a compiled step, kept in" not in (said := capsys.readouterr().err) and time.monotonic() < deadline:
         time.sleep(0.2)
         assert generator.generate("中国", GREEDY) == expected

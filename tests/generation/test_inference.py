@@ -448,7 +448,7 @@ def run(folder, *arguments, stdin=""):
         input=stdin.encode() if isinstance(stdin, str) else stdin,
         capture_output=True,
         env={**os.environ, "PYTHONIOENCODING": "utf-8"},
-        timeout=120,
+        timeout=600,
     )
 
 
@@ -463,7 +463,7 @@ def test_the_notebook_runs_from_its_first_cell_to_its_last(run_folder):
     (run_folder / "notebook.py").write_text(code.replace('os.chdir("..")', "pass"), encoding="utf-8")
     command = [sys.executable, "notebook.py"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUTF8": "1"}
-    result = subprocess.run(command, cwd=run_folder, capture_output=True, timeout=120, env=environment)
+    result = subprocess.run(command, cwd=run_folder, capture_output=True, timeout=600, env=environment)
     shown = output(result)
     assert result.returncode == 0, shown
     assert shown.count("bits per byte") == 2 and "却说曹操" in shown
@@ -537,7 +537,7 @@ def test_without_flags_a_terminal_gets_the_chat(run_folder):
     keyboard, terminal = pty.openpty()
     os.write(keyboard, b"q\n")  # typed ahead
     result = subprocess.run(
-        [sys.executable, str(ROOT / "inference.py")], cwd=run_folder, stdin=terminal, capture_output=True, timeout=120
+        [sys.executable, str(ROOT / "inference.py")], cwd=run_folder, stdin=terminal, capture_output=True, timeout=600
     )
     os.close(terminal)
     os.close(keyboard)

@@ -112,7 +112,7 @@ class Interpreter:
 
     def close(self) -> None:
         self._process.stdin.close()
-        self._process.wait(timeout=60)
+        self._process.wait(timeout=600)
 
 
 @pytest.fixture(scope="module")

@@ -38,7 +38,7 @@ def guide(home):
         if text.startswith("torchrun"):
             words.insert(1, "-m")
             words.insert(2, "torch.distributed.run")
-        options = {"capture_output": True, "text": True, "encoding": "utf-8", "timeout": 240} | options
+        options = {"capture_output": True, "text": True, "encoding": "utf-8", "timeout": 600} | options
         result = subprocess.run(words, cwd=home, env=ENVIRONMENT, **options)
         assert result.returncode == code, f"{text}\n{result.stdout}\n{result.stderr}"
         assert "Traceback" not in result.stderr

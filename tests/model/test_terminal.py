@@ -38,7 +38,7 @@ class Terminal:
         self.screen = b""
         self.wait_for(b"> ")
 
-    def wait_for(self, text: bytes, seconds: float = 20) -> None:
+    def wait_for(self, text: bytes, seconds: float = 600) -> None:
         deadline = time.monotonic() + seconds
         while text not in self.screen:
             assert select.select([self.keyboard], [], [], max(0, deadline - time.monotonic()))[0], self.screen
@@ -55,7 +55,7 @@ class Terminal:
 
     def end(self) -> None:
         os.write(self.keyboard, b"end\r")
-        assert self.process.wait(20) == 0
+        assert self.process.wait(600) == 0
         os.close(self.keyboard)
 
 

@@ -396,6 +396,6 @@ def can_mount() -> bool:
     with tempfile.TemporaryDirectory() as folder:
         command = ["unshare", *flags, "mount", "-t", "tmpfs", "none", folder]
         try:
-            return subprocess.run(command, capture_output=True, timeout=10).returncode == 0
+            return subprocess.run(command, capture_output=True, timeout=60).returncode == 0
         except (OSError, subprocess.TimeoutExpired):
             return False

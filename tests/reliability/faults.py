@@ -30,7 +30,7 @@ class Fault:
             (InjectedFault), "exit:CODE" (SystemExit), "term", "int" (that signal to itself), "sleep:SECONDS";
             "term@rank1", "int@launcher" send the signal to another process of the run, "term@rank1*2" twice, 0.2 s
             apart, and "term@launcher+1.5" stays at the point for 1.5 seconds, until it has gone round.
-        after_file: it happens once this file is there, waited for at the point for 20 seconds at most.
+        after_file: it happens once this file is there, waited for at the point for five minutes at most.
     """
 
     point: str
@@ -42,7 +42,7 @@ class Fault:
 
 def act(fault: Fault, folder: Path) -> None:
     """Let the fault happen, in the process and thread that has reached its point."""
-    end = time.monotonic() + 20
+    end = time.monotonic() + 300
     while fault.after_file is not None and not Path(fault.after_file).exists() and time.monotonic() < end:
         time.sleep(0.005)
     (folder / f"fault.rank{os.environ.get('RANK', '0')}").write_text(f"{fault.point} {fault.kind}\n")

@@ -246,7 +246,7 @@ class Job:
             self.launcher.wait(timeout)
         return self.launcher.poll()
 
-    def wait(self, timeout: float = 60) -> list[int | str]:
+    def wait(self, timeout: float = 600) -> list[int | str]:
         """Wait for all processes; each one's exit code, or HANG for those that were killed after `timeout` seconds.
 
         Those that hang are first asked where they are: it stands at the end of their stderr.
@@ -284,7 +284,7 @@ class Job:
             self.signal(signal.SIGKILL, rank)
         if self.launcher is not None:
             with contextlib.suppress(subprocess.TimeoutExpired):
-                self.launcher.wait(10)
+                self.launcher.wait(600)
             self.launcher.kill()
         for rank in range(len(self.pids)):
             self.code(rank, 10)
@@ -294,7 +294,7 @@ class Job:
         path = self.folder / ("stderr.launcher" if rank == "launcher" else f"stderr.rank{rank}")
         return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
 
-    def said(self, text: str, rank: int = 0, timeout: float = 30) -> bool:
+    def said(self, text: str, rank: int = 0, timeout: float = 600) -> bool:
         """Wait until a rank has said this; False where it has ended or the time is up before."""
         end = time.monotonic() + timeout
         while text not in self.stderr(rank):
@@ -426,7 +426,7 @@ def finish(flags: dict[str, str], ranks: int = 1, **options) -> Job:
         RuntimeError: a rank did not end with 0.
     """
     job = start(flags, ranks, **options)
-    codes = job.wait(options.get("timeout", 120))
+    codes = job.wait(options.get("timeout", 600))
     if any(codes):
         raise RuntimeError(f"ended with {codes}: {last_line(job)}")
     return job

@@ -1,5 +1,5 @@
 """A case is a run of two or three processes, one of which raises an exception, exits, is killed, hangs or is stopped at
-a named point. It passes if every process ends within ddp_timeout + 10 s of the fault (one that is stopped, or hangs
+a named point. It passes if every process ends within ddp_timeout + 60 s of the fault (one that is stopped, or hangs
 before it has met the others, is killed, as torchrun would do), if the others end with 3 and name the process, with its
 exception if it had one, if status.json says "failed" where rank 0 survives, and if `--resume` then ends with the
 SHA-256 of the full state of an uninterrupted run. Uneven data, early stopping, and a save or a first step that takes
@@ -20,9 +20,10 @@ from tests.reliability.harness import HANG, Counts, Data, Job, finish, last_line
 from tests.reliability.states import fingerprint, left_lying
 
 TITLE = "A process of several fails"
-TIMEOUT, GRACE = 4.0, 10.0  # ddp_timeout, and how much later all must have ended, seconds
+TIMEOUT = 4.0  # ddp_timeout, seconds
+GRACE = 60.0  # how much later all must have ended on a busy machine: 1 to 2 s on a quiet one
 LAUNCHER_TIMEOUT = 12.0  # under torchrun, whose processes import for seconds
-PATIENCE = 60.0  # a launcher's imports included
+PATIENCE = 300.0  # a launcher's imports included
 LAST = "checkpoint_step_12.pth"
 POINTS = {  # and when it happens: in the sixth step, at the second evaluation and save
     "reading a batch": 6,

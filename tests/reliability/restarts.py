@@ -68,7 +68,7 @@ def start(flags: dict, *more: str, before: tuple | list = (), launcher: tuple | 
         )  # fmt: skip
 
 
-def end_of(process: subprocess.Popen, seconds: float = 240) -> int:
+def end_of(process: subprocess.Popen, seconds: float = 600) -> int:
     """Wait for its end; its exit code.
 
     Raises:
@@ -107,7 +107,7 @@ def process_1(flags, folder: Path, processes: int) -> list[str]:
     wait_for_progress(out_dir, process, checkpoints=2)
     os.kill(children(process.pid)[0], signal.SIGTERM)
     asked = time.monotonic()
-    code, status = end_of(process, 60), read_status(out_dir)
+    code, status = end_of(process), read_status(out_dir)
     if code != 130 or status["state"] != "interrupted":
         problems.append(f"exit code {code}, state {status['state']} {time.monotonic() - asked:.0f} s after SIGTERM")
     code = end_of(start(flags(out_dir), "--resume", *several(processes), before=CONTAINER))
@@ -122,7 +122,7 @@ def compare(folder: Path, processes: int, out_dir: Path) -> list[str]:
     return [f"{part} differs" for part in differences(folder.parent / f"whole_{processes}" / name, out_dir / name)]
 
 
-def wait_for_progress(out_dir: Path, process: subprocess.Popen, checkpoints: int, seconds: float = 120) -> None:
+def wait_for_progress(out_dir: Path, process: subprocess.Popen, checkpoints: int, seconds: float = 600) -> None:
     """Wait until a running attempt has brought the folder to so many step checkpoints.
 
     Raises:

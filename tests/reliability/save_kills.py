@@ -37,7 +37,7 @@ class Chain:
         newest = newest_checkpoint(self.out) if self.out.exists() else None
         expected = newest[1]["progress"]["step"] if newest else None
         job = start(self.flags | ({"resume": "true"} if newest else {}), record=False)
-        job.said(f"saved {self.out}", timeout=60)
+        job.said(f"saved {self.out}")
         time.sleep(self.random.uniform(0, LONGEST_WAIT))
         ended = job.code(0)
         job.kill()

@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent.parent
 LONGEST_LINE = 450  # characters of an error line that a reader still takes in
 MOST_MEMORY = 2 << 30  # bytes that a case may hold at its peak
-LONGEST_WAIT = 20  # seconds until a case has ended by itself, start-up excluded; with it, `limit` of Scripts.run
+LONGEST_WAIT = 300  # seconds until a case has ended by itself, start-up excluded; with it, `limit` of Scripts.run
 ROOM = 6 << 30  # bytes of address space that a case may take beyond the server's: the machine outlives a failed case
 
 if str(ROOT) not in sys.path:
@@ -38,7 +38,7 @@ class Case:
     code: int = 2
     typed: str = ""  # what comes from stdin
     may_write: Sequence[str] = ()  # files that the script may make or change
-    seconds: float = 1.0  # of a processor that it may take, start-up excluded: other work beside it counts nothing
+    seconds: float = 3.0  # of a processor that it may take, start-up excluded: other work beside it counts nothing
 
 
 @dataclass
@@ -68,7 +68,7 @@ class Scripts:
 
     def __exit__(self, *error) -> None:
         self._server.stdin.close()
-        self._server.wait(timeout=60)
+        self._server.wait(timeout=600)
         self._server.stdout.close()
 
     def run(self, case: Case, own_interpreter: bool = False, limit: float = 60) -> tuple[Outcome, dict, dict]:

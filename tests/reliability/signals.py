@@ -39,7 +39,7 @@ def case(data: Data, folder: Path, whole: Path, number: str, target: str, moment
     # One signal to a rank goes under torchrun too: that torchrun must end with 0.
     launcher = target == "launcher" or (target, number) == ("rank1", "term")
     job = start(flags, 2, (point, occurrence, rank, f"{number}@{target}{twice}+1"), launcher=launcher)
-    codes = job.wait(90)
+    codes = job.wait()
     if not job.struck(rank):
         return [f"the point was not reached: {codes} {last_line(job)}"]
     problems = look(job, out, codes, target, launcher, stops_at)

@@ -47,7 +47,7 @@ def run(scale: str, folder: Path) -> Counts:
     def case() -> list[str]:
         job = start(flags, record=False)
         samples = watch(job, folder / "out", every=1.0 if scale == "full" else 0.05)
-        codes = job.wait(10)
+        codes = job.wait()
         if codes != [0]:
             return [f"ended with {codes}: {last_line(job)}"]
         settled = [sample for sample in samples if sample.step >= steps * SETTLED]

@@ -6,14 +6,13 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from model.runs.metrics import WANDB_RUN, MetricsLog, read_metrics
 from tests.conftest import ROOT
-from tests.training.test_training import ONE_THREAD, command, flags, run, token_file, train  # noqa: F401 (two of them are fixtures)
+from tests.tiny_runs import HUNG, ONE_THREAD, command, run, train, wait_for
 
 FAKE_WANDB = ROOT / "tests" / "fake_wandb"
 needs_file_size_limit = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limit on a file's size")
@@ -43,7 +42,7 @@ def steps(folder):
 
 def python(code, **options):
     """Run Python text in a process of its own, with the project to import from; returns what it printed, as JSON."""
-    options = {"capture_output": True, "text": True, "timeout": 60, "env": ONE_THREAD} | options
+    options = {"capture_output": True, "text": True, "timeout": HUNG, "env": ONE_THREAD} | options
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, **options)
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout)
@@ -200,13 +199,6 @@ def fake_wandb(tmp_path, monkeypatch):
     return use
 
 
-def wait_until(condition, seconds=30):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "nothing happened"
-        time.sleep(0.05)
-
-
 def test_wandb_gets_one_row_a_step_with_all_that_belongs_to_it(tmp_path, said, fake_wandb):
     received = fake_wandb()
     log = MetricsLog(tmp_path, 0, said.append)
@@ -301,9 +293,9 @@ for step in range(1, 6):
 time.sleep(60)
 """
     with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.DEVNULL) as process:
-        wait_until(lambda: sum("row" in event for event in received()) == 4)
+        wait_for(lambda: sum("row" in event for event in received()) == 4)
         process.send_signal(signal.SIGINT if sys.platform == "win32" else signal.SIGKILL)
-    wait_until(lambda: "finish" in received()[-1])
+    wait_for(lambda: "finish" in received()[-1])
     assert received()[-1]["finish"] == 1 and [e["step"] for e in received() if "row" in e] == [1, 2, 3, 4]
 
 
@@ -318,42 +310,39 @@ def complaints(text):
     return [line for line in text.splitlines() if line.startswith("use_wandb") and "https" not in line]
 
 
-def test_wandb_that_stalls_holds_no_run_and_no_exit(flags, tmp_path):  # noqa: F811
-    """Two real runs at the same time, one of them with a wandb that stalls for a minute."""
+def test_wandb_that_stalls_holds_no_run_and_no_exit(flags, tmp_path):
+    """Two real runs at the same time, one of them with a wandb that stalls."""
 
     def trained(fault):
         out = tmp_path / (fault or "without")
         options = {"max_steps": 6, "eval_interval": 6, "out_dir": out, "use_wandb": "true" if fault else "false"}
         environment = ONE_THREAD | {"PYTHONPATH": str(FAKE_WANDB), "FAKE_WANDB_FAULT": fault}
         environment["FAKE_WANDB_LOG"] = str(tmp_path / f"{fault}.jsonl")
-        clock = time.perf_counter()
         result = run(command(flags(**options)), env=environment)
-        seconds = time.perf_counter() - clock
         assert result.returncode == 0 and "Traceback" not in result.stderr, result.stderr
-        return (out / "pretrain_32.pth").read_bytes(), complaints(result.stderr), seconds
+        return (out / "pretrain_32.pth").read_bytes(), complaints(result.stderr)
 
     with ThreadPoolExecutor(2) as pool:
-        (weights, nothing, seconds), (its_weights, told, its_seconds) = pool.map(trained, ["", "log stalls"])
+        (weights, nothing), (its_weights, told) = pool.map(trained, ["", "log stalls"])
     assert its_weights == weights and nothing == []
     assert len(told) == 1 and "not finished after 3 s" in told[0]
-    assert its_seconds - seconds < 20
+    assert "stalled" not in (tmp_path / "log stalls.jsonl").read_text()  # the run was over before
 
 
-def test_no_fault_of_wandb_changes_the_weights(flags, tmp_path, fake_wandb, capfd):  # noqa: F811
+def test_no_fault_of_wandb_changes_the_weights(flags, tmp_path, fake_wandb, capfd):
     options = {"max_steps": 6, "eval_interval": 99, "dropout": 0.1}
     train(flags(out_dir=tmp_path / "without", **options))
     weights = (tmp_path / "without" / "pretrain_32.pth").read_bytes()
     for fault in ("init raises", "init stalls", "log raises", "finish stalls", "finish dies"):
-        fake_wandb(fault)
+        received = fake_wandb(fault)
         capfd.readouterr()
-        clock = time.perf_counter()
         trainer = train(flags(out_dir=tmp_path / fault, use_wandb="true", **options))
-        assert trainer.outcome == "finished" and time.perf_counter() - clock < 45, fault  # a stall takes 60
+        assert trainer.outcome == "finished" and not any("stalled" in event for event in received()), fault
         assert (tmp_path / fault / "pretrain_32.pth").read_bytes() == weights, fault
         assert len(complaints(capfd.readouterr().err)) == 1, fault
 
 
-def test_a_resumed_run_goes_on_in_wandb_where_it_was(flags, tmp_path, fake_wandb, capfd):  # noqa: F811
+def test_a_resumed_run_goes_on_in_wandb_where_it_was(flags, tmp_path, fake_wandb, capfd):
     received, out = fake_wandb(), tmp_path / "out"
     train(flags(use_wandb="true", max_steps=8))
     (out / "checkpoint_step_8.pth").unlink()  # as if it had been killed before
@@ -366,7 +355,7 @@ def test_a_resumed_run_goes_on_in_wandb_where_it_was(flags, tmp_path, fake_wandb
     assert (moved / WANDB_RUN).exists()
 
 
-def test_another_line_of_a_run_is_another_run_in_wandb_from_its_first_step(flags, tmp_path, fake_wandb):  # noqa: F811
+def test_another_line_of_a_run_is_another_run_in_wandb_from_its_first_step(flags, tmp_path, fake_wandb):
     received, out = fake_wandb(), tmp_path / "out"
     train(flags(use_wandb="true"))
     train(flags(use_wandb="true", resume_from=out / "checkpoint_step_4.pth", learning_rate=1e-5))
@@ -389,8 +378,7 @@ log = MetricsLog(folder, 0, said.append)
 log.start_wandb("project", "name", {{"training": {{"seed": 1}}}}, folder)
 for step in range(1, 30):
     log.write({{"step": step, "loss": 2.0}})
-end = time.monotonic() + 30
-while not any("use_wandb" in text for text in said) and time.monotonic() < end:
+while not any("use_wandb" in text for text in said):
     time.sleep(0.05)
 log.close()
 print(json.dumps([text for text in said if "use_wandb" in text]))

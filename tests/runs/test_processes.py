@@ -7,10 +7,7 @@ import sys
 import pytest
 
 from tests.conftest import ROOT
-from tests.training import test_training
-from tests.training.test_training import ONE_THREAD, torchrun
-
-flags, token_file = test_training.flags, test_training.token_file
+from tests.tiny_runs import HUNG, ONE_THREAD, torchrun
 
 HEAD = """
 import os, socket, sys, time
@@ -47,7 +44,7 @@ def ranks(body, environments=({}, {}), count=2):
         )
         for rank in range(len(environments))
     ]
-    ended = [process.communicate(timeout=120) for process in started]
+    ended = [process.communicate(timeout=HUNG) for process in started]
     return [(p.returncode, without_gloo(out), errors) for p, (out, errors) in zip(started, ended, strict=True)]
 
 

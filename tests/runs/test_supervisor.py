@@ -15,11 +15,9 @@ import yaml
 from model.runs.status import Status, read_status
 from model.storage.archive import load_torch
 from tests.conftest import ROOT
-from tests.training import test_training
-from tests.training.test_training import ONE_THREAD, assert_equal, command, run
+from tests.tiny_runs import HUNG, ONE_THREAD, assert_equal, command, run, train, wait_for
 from train import read_settings
 
-flags, token_file = test_training.flags, test_training.token_file
 posix_only = pytest.mark.skipif(os.name != "posix", reason="signals as POSIX has them")
 
 # Stands in for train.py: each attempt notes its arguments and does what the plan says of it.
@@ -84,7 +82,7 @@ def supervise(start):
 
     def finish(*plan, **options):
         process = start(*plan, **options)
-        lines = process.communicate(timeout=60)[0].splitlines()
+        lines = process.communicate(timeout=HUNG)[0].splitlines()
         return process.returncode, lines
 
     return finish
@@ -168,7 +166,7 @@ def test_a_signal_is_passed_on_and_ends_it(start, tmp_path, number):
     process = start({"until": number, "exit": 130})
     wait_for((tmp_path / "waiting").exists, process)
     process.send_signal(number)
-    assert process.communicate(timeout=20)[0] == "" and process.returncode == 130
+    assert process.communicate(timeout=HUNG)[0] == "" and process.returncode == 130
     assert read_status(tmp_path / "out")["state"] == "interrupted" and len(attempts(tmp_path)) == 1
 
 
@@ -179,7 +177,7 @@ def test_a_child_that_hears_no_signal_is_killed_after_the_third(start, tmp_path)
     for _ in range(3):
         process.send_signal(signal.SIGINT)
         time.sleep(0.1)
-    process.communicate(timeout=30)
+    process.communicate(timeout=HUNG)
     assert process.returncode == 137 and len(attempts(tmp_path)) == 1
 
 
@@ -188,7 +186,7 @@ def test_a_child_that_fails_while_it_stops_is_not_started_again(start, tmp_path)
     process = start({"until": signal.SIGTERM, "exit": 3}, DONE)
     wait_for((tmp_path / "waiting").exists, process)
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=20)
+    process.communicate(timeout=HUNG)
     assert process.returncode == 130 and len(attempts(tmp_path)) == 1  # as status.json says
 
 
@@ -197,7 +195,7 @@ def test_a_signal_ends_the_wait_between_two_attempts(start, tmp_path):
     process = start({"exit": 3}, DONE, wait=30)
     assert process.stdout.readline().startswith("restart 1 of 10")
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=20)
+    process.communicate(timeout=HUNG)
     assert process.returncode == 130 and len(attempts(tmp_path)) == 1
 
 
@@ -211,21 +209,13 @@ def test_the_child_of_a_killed_supervisor_ends_cleanly_by_itself(start, tmp_path
     wait_for(lambda: read_status(tmp_path / "out")["state"] == "interrupted")
 
 
-def wait_for(condition, process=None, seconds=60):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert process is None or process.poll() is None, "the process ended too early"
-        assert time.monotonic() < end, "nothing happened"
-        time.sleep(0.02)
-
-
 # -------------------------------------------------------------------------------------------------- the real train.py
 
 
 @posix_only
 def test_a_training_killed_twice_ends_with_the_same_weights(flags, tmp_path):
     options = flags(max_steps=120, eval_interval=60, save_interval=20, log_interval=30)
-    whole = test_training.train(options | {"out_dir": str(tmp_path / "whole")})
+    whole = train(options | {"out_dir": str(tmp_path / "whole")})
     assert whole.outcome == "finished"
     arguments = command(options, "--restarts=5")
     with subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, encoding="utf-8", env=ONE_THREAD) as process:
@@ -234,7 +224,7 @@ def test_a_training_killed_twice_ends_with_the_same_weights(flags, tmp_path):
             wait_for(lambda saved=saved: newer(tmp_path / "out", saved), process)
             os.kill(read_status(tmp_path / "out")["pid"], signal.SIGKILL)
             wait_for(lambda kill=kill: f"restart {kill} of 5: killed by SIGKILL" in process.stderr.readline(), process)
-        messages = process.communicate(timeout=100)[1]
+        messages = process.communicate(timeout=HUNG)[1]
     assert process.returncode == 0 and "finished after step 120" in messages
     assert_equal(*(load_torch(tmp_path / name / "pretrain_32.pth") for name in ("whole", "out")))
 
@@ -249,13 +239,13 @@ def newer(out_dir, saved):
 def test_a_run_from_a_named_checkpoint_goes_on_from_its_own_newest_one(flags, tmp_path):
     options = flags(max_steps=120, eval_interval=120, save_interval=20)
     first, second = tmp_path / "out", tmp_path / "second"
-    test_training.train(options | {"max_steps": "20"})
+    train(options | {"max_steps": "20"})
     options |= {"resume_from": str(first / "checkpoint_step_20.pth"), "out_dir": str(second)}
     arguments = command(options, "--restarts=5")
     with subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, encoding="utf-8", env=ONE_THREAD) as process:
         wait_for(lambda: newer(second, {"checkpoint_step_20.pth"}), process)
         os.kill(read_status(second)["pid"], signal.SIGKILL)
-        messages = process.communicate(timeout=100)[1]
+        messages = process.communicate(timeout=HUNG)[1]
     assert process.returncode == 0, messages
     assert f"resuming from {first}" in messages and f"resuming from {second}" in messages
     assert not (second / "previous").exists()
@@ -268,7 +258,7 @@ def test_several_processes_that_are_stopped_exit_with_130(flags, tmp_path):
     with subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, encoding="utf-8", env=ONE_THREAD) as process:
         wait_for(lambda: newer(tmp_path / "out", set()), process)
         process.send_signal(signal.SIGTERM)
-        messages = process.communicate(timeout=100)[1]
+        messages = process.communicate(timeout=HUNG)[1]
     assert process.returncode == 130 and "restart 1" not in messages, messages
     status = read_status(tmp_path / "out")
     assert status["state"] == "interrupted" and status["world_size"] == 2

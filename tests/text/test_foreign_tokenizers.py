@@ -113,7 +113,7 @@ def script(name: str, *arguments, code: int = 0, **options) -> subprocess.Comple
     """Run one of the scripts as a user does."""
     done = subprocess.run(
         [sys.executable, str(ROOT / name), *map(str, arguments)],
-        env=ENVIRONMENT, capture_output=True, encoding="utf-8", timeout=240, **options,
+        env=ENVIRONMENT, capture_output=True, encoding="utf-8", timeout=600, **options,
     )  # fmt: skip
     assert done.returncode == code and "Traceback" not in done.stderr, done.stderr
     return done

@@ -14,12 +14,11 @@ from model.training.optimizer import optimizer_bytes
 from model.training.recipe import rough_duration_text
 from model.training.settings import build_settings
 from optimized_pretrain import Trainer
+from tests import tiny_runs
 from tests.conftest import corpus_lines, random_model
-from tests.training import test_training
-from tests.training.test_training import command, run, torchrun
+from tests.tiny_runs import command, run, torchrun
 from utils import Processes
 
-flags, token_file = test_training.flags, test_training.token_file
 CPU = torch.device("cpu")
 
 
@@ -148,7 +147,7 @@ def test_a_checkpoint_is_read_once(flags, tmp_path, monkeypatch):
     import train
     from model.runs import resume
 
-    test_training.train(flags(max_steps=4))
+    tiny_runs.train(flags(max_steps=4))
     read, load = [], resume.load_checkpoint
     monkeypatch.setattr(resume, "load_checkpoint", lambda path: read.append(path) or load(path))
     settings, beginning = train.read_beginning(["--resume", "--out_dir", str(tmp_path / "out"), "--max_steps=5"])

@@ -167,19 +167,19 @@ def test_the_command_line_reports_what_is_wrong_and_writes_nothing(tmp_path):
         "--out_dir",
         tmp_path / "o",
     ]
-    result = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=60)
+    result = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=600)
     assert result.returncode == 2
     assert "--epoch: unknown; did you mean --epochs?" in result.stderr and "--learning_rate" in result.stderr
     assert "Traceback" not in result.stderr and not (tmp_path / "o").exists()
 
 
 def test_help_lists_every_flag():
-    result = subprocess.run([sys.executable, ROOT / "train.py", "--help"], capture_output=True, text=True, timeout=60)
+    result = subprocess.run([sys.executable, ROOT / "train.py", "--help"], capture_output=True, text=True, timeout=600)
     assert result.returncode == 0
     assert not [name for name in FIELDS if f"--{name} " not in result.stdout and f"--{name}\n" not in result.stdout]
 
 
 def test_settings_are_checked_before_torch_is_loaded():
     code = "import sys, train; train.read_settings(['--optimizer_type', 'muon']); print('torch' in sys.modules)"
-    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert result.stdout == "False\n", result.stderr

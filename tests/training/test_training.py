@@ -2,14 +2,12 @@
 
 import copy
 import itertools
-import json
 import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -20,102 +18,26 @@ from model.dataset import PretrainDataset
 from model.errors import InputError, TrainingDiverged
 from model.loss import IGNORE_INDEX
 from model.storage.archive import load_torch
-from model.text.tokenization import encode_texts, load_tokenizer, tokenizer_sha256
-from model.token_file.manifest import Manifest, file_sha256, write_manifest
+from model.text.tokenization import load_tokenizer
 from model.training.optimizer import OPTIMIZERS, OptimizerKind, decay_groups, momentum_at
 from model.training.schedule import SHAPES
 from model.training.settings import build_settings
 from optimized_pretrain import Trainer
 from tests.conftest import ROOT
+from tests.tiny_runs import (
+    HUNG,
+    ONE_THREAD,
+    assert_equal,
+    assert_same_end,
+    command,
+    events,
+    losses,
+    run,
+    torchrun,
+    train,
+    wait_for,
+)
 from utils import Processes
-
-TINY = {
-    "dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "max_seq_len": 32, "batch_size": 4, "learning_rate": 3e-3,
-    "max_steps": 12, "eval_interval": 4, "eval_steps": 3, "save_interval": 4, "log_interval": 1, "keep_last": 9,
-}  # fmt: skip
-ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUTF8": "1"}
-
-
-@pytest.fixture(scope="session")
-def token_file(tmp_path_factory, tokenizer_folder):
-    """The first 60 texts of the sample corpus as a token file: some 650 samples of 32 tokens."""
-    tokenizer, ids = load_tokenizer(tokenizer_folder), []
-    lines = (ROOT / "dataset" / "classics_zh.jsonl").read_text(encoding="utf-8").splitlines()[:60]
-    for encoded in encode_texts(tokenizer, [json.loads(line)["text"] for line in lines]):
-        ids += [tokenizer.bos_token_id, *encoded, tokenizer.eos_token_id]
-    path = tmp_path_factory.mktemp("data") / "train.bin"
-    np.array(ids, dtype="<u2").tofile(path)
-    sha256 = tokenizer_sha256(tokenizer_folder)
-    write_manifest(path, Manifest("uint16", 300, 1, 2, len(ids), len(lines), sha256, "test", file_sha256(path)))
-    return path
-
-
-@pytest.fixture
-def flags(tmp_path, token_file, tokenizer_folder):
-    """Flags of a tiny run into `tmp_path/out`, with those given on top."""
-
-    def build(**changes):
-        paths = {"train_data_path": token_file, "tokenizer_path": tokenizer_folder, "out_dir": tmp_path / "out"}
-        return {name: str(value) for name, value in (TINY | paths | changes).items() if value is not None}
-
-    return build
-
-
-def train(flags):
-    """Train in this process; returns the trainer, with what happened in `trainer.outcome`."""
-    torch.set_num_threads(1)  # sums in the same order as in the runs it is compared with
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        trainer = Trainer(build_settings({}, flags), Processes())
-        trainer.outcome = trainer.train()
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-    return trainer
-
-
-def command(flags, *more):
-    return [sys.executable, str(ROOT / "train.py"), *(f"--{name}={value}" for name, value in flags.items()), *more]
-
-
-def run(arguments, **options):
-    options = {"capture_output": True, "text": True, "encoding": "utf-8", "timeout": 120, "env": ONE_THREAD} | options
-    return subprocess.run(arguments, **options)
-
-
-def events(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def losses(folder):
-    return [(event["step"], event["loss"]) for event in events(folder) if "loss" in event]
-
-
-def assert_equal(a, b, where=""):
-    """Equal to the last bit, however deep."""
-    assert type(a) is type(b), where
-    if isinstance(a, torch.Tensor):
-        assert torch.equal(a, b), where
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys(), where
-        for key in a:
-            assert_equal(a[key], b[key], f"{where}.{key}")
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b), where
-        for index, pair in enumerate(zip(a, b, strict=True)):
-            assert_equal(*pair, f"{where}[{index}]")
-    else:
-        assert a == b, where
-
-
-def assert_same_end(first, second, step=12):
-    """Everything that training needs to go on is the same in both folders' last checkpoints."""
-    a, b = (load_torch(folder / f"checkpoint_step_{step}.pth") for folder in (first, second))
-    for content in (a, b):
-        content["progress"].pop("seconds")
-    for key in ("model", "ema", "ema_updates", "optimizer", "scaler", "progress", "random_states", "data", "config"):
-        assert_equal(a[key], b[key], key)
-
 
 # ------------------------------------------------------------------------------------------------- what a run leaves
 
@@ -355,7 +277,7 @@ def test_a_stopped_run_saves_and_resume_alone_ends_with_the_same_bits(flags, tmp
         metrics = tmp_path / "out" / "metrics.jsonl"
         wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") > 5, process)
         process.send_signal(number)
-        messages = process.communicate(timeout=60)[1]
+        messages = process.communicate(timeout=HUNG)[1]
     assert process.returncode == 130 and "Traceback" not in messages
     assert "resume with: python train.py --resume" in messages
     stopped_at = load_torch(tmp_path / "out" / "checkpoint_interrupted.pth")["progress"]["step"]
@@ -363,14 +285,6 @@ def test_a_stopped_run_saves_and_resume_alone_ends_with_the_same_bits(flags, tmp
     result = run([sys.executable, ROOT / "train.py", "--resume", "--out_dir", tmp_path / "out"])
     assert result.returncode == 0 and f"at step {stopped_at}" in result.stderr
     assert_same_end(tmp_path / "whole", tmp_path / "out", step=300)
-
-
-def wait_for(condition, process, seconds=60):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None, process.stderr.read()
-        assert time.monotonic() < end, "nothing happened"
-        time.sleep(0.05)
 
 
 def test_a_damaged_newest_checkpoint_is_passed_over(flags, tmp_path, capfd):
@@ -438,7 +352,7 @@ def test_a_log_that_nobody_reads_any_more_ends_no_training(flags, tmp_path):
         wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") > 5, process)
         process.stderr.close()  # as `tee` does, which gets the same Ctrl-C
         process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=60) == 130
+        assert process.wait(timeout=HUNG) == 130
     assert load_torch(tmp_path / "out" / "checkpoint_interrupted.pth")["progress"]["step"] > 5
 
 
@@ -472,12 +386,6 @@ def test_a_preview_that_fails_ends_no_training(tiny_model, tokenizer_folder):
 # ------------------------------------------------------------------------------------------------------ two processes
 
 
-def torchrun(flags, *launcher):
-    launcher = launcher or ("-m", "torch.distributed.run")
-    names = [f"--{name}={value}" for name, value in flags.items()]
-    return run([sys.executable, *launcher, "--nproc_per_node=2", str(ROOT / "train.py"), *names, "--ddp"])
-
-
 @pytest.mark.parametrize(
     ("launcher", "options"),
     [
@@ -489,7 +397,7 @@ def torchrun(flags, *launcher):
 def test_two_processes_compute_what_one_does(flags, tmp_path, launcher, options):
     options = options | {"dtype": "float32"}
     train(flags(batch_size=4, out_dir=tmp_path / "one", **options))
-    result = torchrun(flags(batch_size=2, out_dir=tmp_path / "two", **options), "-m", launcher)
+    result = torchrun(flags(batch_size=2, out_dir=tmp_path / "two", **options), launcher)
     assert result.returncode == 0, result.stderr
     for (_, one), (_, two) in zip(losses(tmp_path / "one"), losses(tmp_path / "two"), strict=True):
         assert two == pytest.approx(one, abs=1e-5)
@@ -516,7 +424,7 @@ def test_two_processes_stop_after_the_same_step_and_go_on(flags, tmp_path, numbe
         metrics = tmp_path / "out" / "metrics.jsonl"
         wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") > 5, process)
         process.send_signal(number)
-        messages = process.communicate(timeout=100)[1]
+        messages = process.communicate(timeout=HUNG)[1]
     checkpoint = load_torch(tmp_path / "out" / "checkpoint_interrupted.pth")
     assert len(checkpoint["random_states"]) == 2 and checkpoint["progress"]["step"] < 300
     assert "resume with: torchrun --nproc_per_node=2 train.py --resume" in messages

@@ -72,7 +72,7 @@ def here(monkeypatch, capsys):
 def command(*arguments, cwd=ROOT, **options) -> subprocess.CompletedProcess:
     """A Python command, in a process of its own."""
     environment = os.environ | {"PYTHONUTF8": "1", "PYTHONPATH": str(ROOT)}
-    options = {"capture_output": True, "encoding": "utf-8", "timeout": 120, "env": environment} | options
+    options = {"capture_output": True, "encoding": "utf-8", "timeout": 600, "env": environment} | options
     return subprocess.run([sys.executable, *map(str, arguments)], cwd=cwd, **options)
 
 

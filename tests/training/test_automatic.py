@@ -7,23 +7,13 @@ import yaml
 
 from model.storage.archive import load_torch
 from tests.conftest import ROOT, corpus_lines
-from tests.training.test_training import (  # noqa: F401 (fixtures)
-    ONE_THREAD,
-    assert_same_end,
-    command,
-    flags,
-    losses,
-    run,
-    token_file,
-    torchrun,
-    train,
-)
+from tests.tiny_runs import ONE_THREAD, assert_same_end, command, losses, run, torchrun, train
 
 ALL_AUTO = {"batch_size": "auto", "learning_rate": "auto", "warmup_steps": "auto", "compile": "auto"}
 NAMES = ("batch_size", "learning_rate", "warmup_steps", "compile")
 
 
-def test_what_auto_comes_to_is_told_and_written_down(flags, tmp_path, capfd):  # noqa: F811
+def test_what_auto_comes_to_is_told_and_written_down(flags, tmp_path, capfd):
     trainer = train(flags(**ALL_AUTO))
     messages = capfd.readouterr().err
     for name in NAMES:
@@ -36,14 +26,14 @@ def test_what_auto_comes_to_is_told_and_written_down(flags, tmp_path, capfd):  #
     assert trainer.settings.training.batch_size == "auto"  # as asked for
 
 
-def test_auto_ends_with_the_same_bits_as_its_numbers_given(flags, tmp_path):  # noqa: F811
+def test_auto_ends_with_the_same_bits_as_its_numbers_given(flags, tmp_path):
     train(flags(out_dir=tmp_path / "auto", dropout=0.1, **ALL_AUTO))
     resolved = yaml.safe_load((tmp_path / "auto" / "config.yaml").read_text())["training"]
     train(flags(out_dir=tmp_path / "given", dropout=0.1, **{name: resolved[name] for name in NAMES}))
     assert_same_end(tmp_path / "auto", tmp_path / "given")
 
 
-def test_a_killed_run_of_auto_goes_on_with_the_same_numbers_and_bits(flags, tmp_path, capfd):  # noqa: F811
+def test_a_killed_run_of_auto_goes_on_with_the_same_numbers_and_bits(flags, tmp_path, capfd):
     changes = {**ALL_AUTO, "max_steps": None, "epochs": 2}
     whole = train(flags(out_dir=tmp_path / "whole", **changes))
     last, killed = whole.progress.step, tmp_path / "killed"
@@ -58,7 +48,7 @@ def test_a_killed_run_of_auto_goes_on_with_the_same_numbers_and_bits(flags, tmp_
     assert losses(tmp_path / "whole") == losses(killed)
 
 
-def test_a_run_made_longer_keeps_its_numbers(flags, tmp_path):  # noqa: F811
+def test_a_run_made_longer_keeps_its_numbers(flags, tmp_path):
     first = train(flags(**ALL_AUTO))
     before = [getattr(first.training, name) for name in NAMES]
     result = run([*command({"resume": "true", "out_dir": tmp_path / "out", "max_steps": 2000}), "--dry_run"])
@@ -68,20 +58,20 @@ def test_a_run_made_longer_keeps_its_numbers(flags, tmp_path):  # noqa: F811
     assert load_torch(tmp_path / "out" / "checkpoint_step_16.pth")["chosen"] == dict(zip(NAMES, before, strict=True))
 
 
-def test_two_processes_choose_the_same_and_share_the_step(flags, tmp_path):  # noqa: F811
+def test_two_processes_choose_the_same_and_share_the_step(flags, tmp_path):
     result = torchrun(flags(**ALL_AUTO, max_steps=4))
     assert result.returncode == 0, result.stderr
     resolved = yaml.safe_load((tmp_path / "out" / "config.yaml").read_text())["training"]
     assert resolved["batch_size"] == 32 and "32 x 2 processes x 32 tokens" in result.stderr
 
 
-def test_a_least_rate_above_the_automatic_one_is_one_line(flags, tmp_path):  # noqa: F811
+def test_a_least_rate_above_the_automatic_one_is_one_line(flags, tmp_path):
     result = run(command(flags(learning_rate="auto", min_lr=50)))
     assert result.returncode == 2 and "error: min_lr: 50.0 is above learning_rate" in result.stderr
     assert not (tmp_path / "out").exists()
 
 
-def test_compiling_without_a_compiler_is_one_line(flags, tmp_path):  # noqa: F811
+def test_compiling_without_a_compiler_is_one_line(flags, tmp_path):
     environment = ONE_THREAD | {"CXX": "no-such-compiler"}
     result = run(command(flags(compile="true", device="cpu")), env=environment)
     assert result.returncode == 2 and "Traceback" not in result.stderr
@@ -97,7 +87,7 @@ TOLD = ("parameters", "memory:", "gradients", "optimizer", "activations", "token
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_a_dry_run_tells_what_the_run_takes_and_leaves_the_folder(flags, tmp_path, processes):  # noqa: F811
+def test_a_dry_run_tells_what_the_run_takes_and_leaves_the_folder(flags, tmp_path, processes):
     train(flags(max_steps=4))
     out = tmp_path / "out"
     before = {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in out.iterdir()}
@@ -110,13 +100,13 @@ def test_a_dry_run_tells_what_the_run_takes_and_leaves_the_folder(flags, tmp_pat
     assert {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in out.iterdir()} == before
 
 
-def test_a_dry_run_makes_no_folder(flags, tmp_path):  # noqa: F811
+def test_a_dry_run_makes_no_folder(flags, tmp_path):
     result = run(command(flags(use_ema="true"), "--dry_run", "--restarts=3"))
     assert result.returncode == 0 and "time" in result.stdout, result.stderr
     assert not (tmp_path / "out").exists()
 
 
-def test_a_dry_run_tells_the_sizes_that_the_run_then_writes(flags, tmp_path):  # noqa: F811
+def test_a_dry_run_tells_the_sizes_that_the_run_then_writes(flags, tmp_path):
     from model.storage.files import size_text
 
     told = run(command(flags(), "--dry_run")).stdout
@@ -128,7 +118,7 @@ def test_a_dry_run_tells_the_sizes_that_the_run_then_writes(flags, tmp_path):  #
     assert bytes_told == pytest.approx(weights, rel=0.2), (line, size_text(weights))
 
 
-def test_a_dry_run_prepares_missing_data_and_says_how_to_where_it_cannot(flags, tmp_path):  # noqa: F811
+def test_a_dry_run_prepares_missing_data_and_says_how_to_where_it_cannot(flags, tmp_path):
     raw, tokens = tmp_path / "raw.jsonl", tmp_path / "made.bin"
     raw.write_bytes(b"".join(corpus_lines(60)))
     result = run(command(flags(train_data_path=tokens, raw_data_path=raw), "--dry_run"), cwd=ROOT)

@@ -1,0 +1,104 @@
+"""A tiny training run, in this process or in others, and what it left; its flags are the fixture `flags`."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import torch
+
+from model.storage.archive import load_torch
+from model.training.settings import build_settings
+from optimized_pretrain import Trainer
+from tests.conftest import ROOT
+from utils import Processes
+
+TINY = {
+    "dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "max_seq_len": 32, "batch_size": 4, "learning_rate": 3e-3,
+    "max_steps": 12, "eval_interval": 4, "eval_steps": 3, "save_interval": 4, "log_interval": 1, "keep_last": 9,
+}  # fmt: skip
+ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUTF8": "1"}
+HUNG = 600  # seconds after which a process counts as hung, on a busy machine too
+
+
+# ---------------------------------------------------------------------------------------------------------- running it
+
+
+def train(flags: dict) -> Trainer:
+    """Train in this process; returns the trainer, with what happened in `trainer.outcome`."""
+    torch.set_num_threads(1)  # sums in the same order as in the runs it is compared with
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        trainer = Trainer(build_settings({}, flags), Processes())
+        trainer.outcome = trainer.train()
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    return trainer
+
+
+def command(flags: dict, *more: str) -> list[str]:
+    """The command that trains with these flags."""
+    return [sys.executable, str(ROOT / "train.py"), *(f"--{name}={value}" for name, value in flags.items()), *more]
+
+
+def run(arguments: list, **options) -> subprocess.CompletedProcess:
+    """Run a command to its end, with its output caught."""
+    options = {"capture_output": True, "text": True, "encoding": "utf-8", "timeout": HUNG, "env": ONE_THREAD} | options
+    return subprocess.run(arguments, **options)
+
+
+def torchrun(flags: dict, launcher: str = "torch.distributed.run") -> subprocess.CompletedProcess:
+    """Train with these flags in two processes."""
+    script, *words = command(flags)[1:]
+    return run([sys.executable, "-m", launcher, "--nproc_per_node=2", script, *words, "--ddp"])
+
+
+def wait_for(condition, process: subprocess.Popen | None = None) -> None:
+    """Wait until the condition holds; fail if the process ends before."""
+    end = time.monotonic() + HUNG
+    while not condition():
+        assert process is None or process.poll() is None, f"the process ended too early: {process.communicate()}"
+        assert time.monotonic() < end, "nothing happened"
+        time.sleep(0.02)
+
+
+# --------------------------------------------------------------------------------------------------------- what it left
+
+
+def events(folder) -> list[dict]:
+    """The lines of metrics.jsonl."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(folder) -> list[tuple[int, float]]:
+    """Step and training loss of each line that has one."""
+    return [(event["step"], event["loss"]) for event in events(folder) if "loss" in event]
+
+
+def assert_equal(a, b, where: str = "") -> None:
+    """Equal to the last bit, however deep."""
+    assert type(a) is type(b), where
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            assert_equal(a[key], b[key], f"{where}.{key}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), where
+        for index, pair in enumerate(zip(a, b, strict=True)):
+            assert_equal(*pair, f"{where}[{index}]")
+    else:
+        assert a == b, where
+
+
+def assert_same_end(first, second, step: int = 12) -> None:
+    """The checkpoints of this step in two folders resume to the same bits."""
+    a, b = (load_torch(folder / f"checkpoint_step_{step}.pth") for folder in (first, second))
+    for content in (a, b):
+        content["progress"].pop("seconds")
+    for key in ("model", "ema", "ema_updates", "optimizer", "scaler", "progress", "random_states", "data", "config"):
+        assert_equal(a[key], b[key], key)
