@@ -95,7 +95,7 @@ def test_a_suggested_command_quotes_paths_with_spaces(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     settings = build_settings({}, {"train_data_path": "my data/三 国.bin"})
     with pytest.raises(InputError) as raised:
-        train.prepare_data_if_missing(settings, train.Processes.alone())
+        train.prepare_data_if_missing(settings)
     command = str(raised.value).partition("make it with: ")[2]
     assert shlex.split(command)[-1] == "my data/三 国.bin"
 
