@@ -208,7 +208,7 @@ def _checked_output(output_path: str | Path) -> Path:
 
 
 def _checked_stats_path(stats_path: str | Path) -> Path:
-    """Where statistics may go: what is there already must be statistics."""
+    """Where statistics may go: they replace nothing but statistics."""
     path = Path(stats_path)
     if not path.name or path.is_dir():
         raise InputError(f"stats_path: {path} is a folder, the name of a JSON file expected")

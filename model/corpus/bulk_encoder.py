@@ -1,4 +1,4 @@
-"""Turning very many texts into ids: with fastokens where it gives the same ids, else with tokenizers."""
+"""Turning many texts into ids: with fastokens where it gives the same ids, else with tokenizers."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -63,13 +63,13 @@ class BulkEncoder:
 
 
 def choose_encoder(tokenizer: BulkTokenizer, texts: Sequence[str], say: Callable[[str], None]) -> EncoderChoice:
-    """fastokens (optional) is some thirty times faster than tokenizers on Chinese. It is chosen if it supports the
-    tokenizer and gives the same ids for `texts` and for some that are known to be hard.
+    """Choose fastokens, some thirty times faster than tokenizers on Chinese, if it is installed, supports the tokenizer
+    and gives the same ids for `texts` and for some that are known to be hard.
 
     Args:
         tokenizer: as `load_bulk_tokenizer` returned it.
         texts: the user's own first texts; CHECKED_CHARACTERS of them are compared.
-        say: prints one line for the user: which of the two is used, and why.
+        say: prints one line for the user: which one was chosen, and why.
     """
     slow = EncoderChoice("tokenizers", tokenizer.json)
     try:

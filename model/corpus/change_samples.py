@@ -1,4 +1,4 @@
-"""Samples of what cleaning changed, before and after, for the user to look at."""
+"""Samples of what cleaning changed, before and after, for the user to inspect."""
 
 import dataclasses
 import hashlib
@@ -21,7 +21,7 @@ SWITCHED_OFF = {
 class ChangeSamples:
     """Keeps, of each kind of change, the texts of the smallest hashes.
 
-    They are spread over the whole input, and the same however the work was divided.
+    They are spread over the whole input, and the same however the work is divided.
     """
 
     def __init__(self, options: CleaningOptions) -> None:
@@ -42,7 +42,7 @@ class ChangeSamples:
                 self._insert(name, {"key": key, "line": line, **_excerpts(before, alone)})
 
     def add_all(self, packed: str, lines_before: int, source: str) -> None:
-        """Add the samples of a part, whose lines come after so many others of its source."""
+        """Add the samples of a part, before which its source has `lines_before` lines."""
         for name, rows in json.loads(packed).items():
             for row in rows:
                 if self._has_room(name, row["key"]):

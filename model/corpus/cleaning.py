@@ -1,8 +1,8 @@
-"""What is put right in a text, and which texts are not worth training on.
+"""What is repaired in a text, and which texts are not worth training on.
 
-Cleaning is a fixed point, `clean(clean(text)) == clean(text)` for every string, so that a file that was cleaned first
-and is cleaned again on its way to tokens stays as it is. Most texts need nothing: a text is searched once for the
-characters that call for work, and a change is made only where they were found.
+Cleaning is a fixed point, `clean(clean(text)) == clean(text)` for every string: a file that was cleaned first and is
+cleaned again on its way to tokens stays as it is. Most texts need nothing. Each is searched once for the characters
+that call for work, and changed only where they were found.
 """
 
 import html.entities
@@ -156,7 +156,7 @@ class Cleaner:
         return cleaned, masks
 
     def _is_clean(self, text: str) -> bool:
-        """Whether nothing is there that any change looks for; so `clean` would give the text back."""
+        """Whether the text holds nothing that any change looks for, so that `clean` would return it as it is."""
         if self._search_suspects(text) is not None:
             return False
         if self._decode_html is not None and ("&" in text or "<" in text):

@@ -13,8 +13,8 @@ READ_AT_ONCE = 1 << 20  # keys
 def first_occurrences(keys_path: Path, first_path: Path) -> np.ndarray:
     """For each document the number of the first that has the same key: its own, or an earlier one's.
 
-    Keys are sorted SORTED_AT_ONCE at a time, the range of their first halves being cut into so many slices; the file is
-    read once for each slice. Two different texts are taken for one with a probability below n^2 / 2^129: 10^-21 for a
+    Keys are sorted SORTED_AT_ONCE at a time: the range of their first halves is cut into slices, and the file is read
+    once for each slice. Two different texts are taken for one with a probability below n^2 / 2^129: 10^-21 for a
     billion.
 
     Args:

@@ -1,4 +1,4 @@
-"""What a job leaves beside its output: the manifests, and whether a finished output is still what a job would make."""
+"""What a job leaves beside its output: the manifests; and whether a finished output is what a job would make now."""
 
 import hashlib
 import json
@@ -35,7 +35,7 @@ def _digest(parts: Sequence[str]) -> str:
 def finish_files(
     folder: JobFolder, main: DocumentFile, validation: DocumentFile, common: dict, processing: dict, summary: dict
 ) -> None:
-    """Write the manifests of the merged files, and the list of all files that are to get their names.
+    """Write the manifests of the merged files, and the list of all files to be renamed.
 
     Args:
         common: what both manifests hold besides counts: sources and, of tokens, dtype and the tokenizer.
@@ -84,7 +84,7 @@ def _beside(file: Path) -> tuple[Path, Path]:
 
 
 def check_names_are_free(output: Path, validates: bool, replace: bool) -> None:
-    """Check that a new job would overwrite nothing that is not its own.
+    """Check that a new job overwrites only its own files.
 
     Raises:
         InputError: there is another file's manifest, or a validation file.
@@ -97,7 +97,7 @@ def check_names_are_free(output: Path, validates: bool, replace: bool) -> None:
             owner = output.name if output.exists() else "something else"  # the first manifests named no output
         if owner != output.name:
             raise InputError(
-                f"output_path: {manifest}, which {output} needs for its manifest, is there and belongs to {owner}; "
+                f"output_path: {manifest}, the name of {output}'s manifest, is there already and belongs to {owner}; "
                 "give another name"
             )
     validation = validation_path(output)
@@ -109,7 +109,7 @@ def check_names_are_free(output: Path, validates: bool, replace: bool) -> None:
 
 
 def _made_with_another(validation: Path) -> bool:
-    """Whether a validation file was left by a job that split its documents, and not made for itself."""
+    """Whether a validation file came of a job that split its documents, rather than of a job of that name."""
     try:
         processing = _read_json(manifest_path(validation))["processing"]
         return "statistics" not in processing and processing["plan"]["val_share"] > 0
@@ -121,7 +121,7 @@ def check_finished(output: Path, sources: Sequence[Source], plan: dict) -> dict:
     """Check that a finished output is what a job of this plan would make; returns its manifest.
 
     Raises:
-        InputError: it is not, it is damaged, or it was not made by this program.
+        InputError: it is not, it is damaged, or another program made it.
     """
     remedy = "give another output_path, or replace it with resume=False (--resume false)"
     manifest = _read_json(manifest_path(output))
@@ -129,14 +129,14 @@ def check_finished(output: Path, sources: Sequence[Source], plan: dict) -> dict:
         before, part_bytes = manifest["processing"]["plan"], manifest["processing"]["part_bytes"]
         digests = [source["sha256_of_parts"] for source in manifest["sources"]]
     except (KeyError, TypeError):
-        raise InputError(f"{output} is there and was not made by this program from this input; {remedy}") from None
+        raise InputError(f"{output} exists already, not made by this program from this input; {remedy}") from None
     changed = describe_changes(before, plan)
     if not changed:
         for source, digest in zip(sources, digests, strict=True):
             if _digest(_part_digests(source, part_bytes, plan["text_field"])) != digest:
                 changed = f"the content of {source.location}"
     if changed:
-        raise InputError(f"{output} is there, and this changed since it was made: {changed}; {remedy}")
+        raise InputError(f"{output} exists already, and this changed since it was made: {changed}; {remedy}")
     files = [(output, manifest)]
     if manifest["processing"]["statistics"]["validation"]:
         validation = validation_path(output)

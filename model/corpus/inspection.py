@@ -1,4 +1,4 @@
-"""What a file of texts is, told from its first bytes, and what to say of one that no document can be read from."""
+"""What a file is, by its first bytes, and what to say of one that yields no document."""
 
 import json
 import re

@@ -36,12 +36,12 @@ from model.errors import InputError
 from model.text.tokenization import BulkTokenizer, load_bulk_tokenizer, tokenizer_sha256
 from model.token_file.manifest import ends_path
 
-BYTES_OF_A_TOKEN = 8  # more than a token of Chinese has, so that a part holds somewhat less than save_interval
+BYTES_OF_A_TOKEN = 8  # more than a Chinese token has, so that a part holds somewhat less than save_interval
 SMALLEST_PART, LARGEST_PART = 4 << 10, 64 << 20  # bytes
-FIRST_BYTES = 4 << 20  # of the input, looked at to choose the encoder
+FIRST_BYTES = 4 << 20  # of the input, by which the encoder is chosen
 WARNED_SHARE = 0.2  # of the lines: if more are rejected, but for EXPECTED_REASONS, a warning says so
 EXPECTED_REASONS = ("empty", "not_sampled")
-WAIT_FOR_OTHERS = 3600 * 24 * 7  # seconds: the merging of a large corpus takes its time
+WAIT_FOR_OTHERS = 3600 * 24 * 7  # seconds: merging a large corpus takes long
 
 
 class Job:
@@ -70,7 +70,7 @@ class Job:
 
     @cached_property
     def tokenizer(self) -> BulkTokenizer:
-        """The tokenizer, loaded when it is first needed: a finished output needs none."""
+        """The tokenizer, loaded when first needed: a finished output needs none."""
         return load_bulk_tokenizer(self.options.tokenizer_path)
 
     @property
@@ -79,7 +79,7 @@ class Job:
         return sum(source.size for source in self.sources)
 
     def run(self, resume: bool) -> dict:
-        """Plan, make the parts that are missing, merge them, give the files their names; returns the counts."""
+        """Plan, make the missing parts, merge them, give the files their names; returns the counts."""
         self.processes.start(timeout=WAIT_FOR_OTHERS)
         finished = resume and self.output.exists() and not job_path(self.output).exists()
         if self.processes.any(self.processes.is_main and finished):
@@ -99,7 +99,7 @@ class Job:
                 summary = self._merge(folder, dict(sorted(item for share in records for item in share.items())))
                 folder.publish()
                 self._report(summary, time.perf_counter() - since)
-            self.processes.barrier()  # the others wait: torchrun ends all when one has failed
+            self.processes.barrier()  # the others wait: torchrun ends all when one fails
         return summary
 
     def _plan(self) -> dict:
@@ -129,19 +129,19 @@ class Job:
         part_bytes = min(max(self.options.save_interval * BYTES_OF_A_TOKEN, SMALLEST_PART), LARGEST_PART)
         part_bytes = (folder.planned() or {}).get("part_bytes", part_bytes)
         if folder.begin(self.plan | {"part_bytes": part_bytes}):
-            self.say(f"going on with {self.output}, which is half made")
+            self.say(f"resuming {self.output}, which is half made")
 
     # ------------------------------------------------------------------------------------------------- its parts
 
     def _make_parts(self, folder: JobFolder) -> dict[tuple[int, int], dict]:
-        """Make this process's share of the parts that are not there yet; returns the records of all of its share."""
+        """Make the missing parts of this process's share; returns the records of its whole share."""
         part_bytes = folder.planned()["part_bytes"]
         made, kept, tokens, since = {}, 0, 0, time.perf_counter()
         with Crew(self._workers(part_bytes)) as crew, self.progress_bar(self.size // self.processes.world_size) as bar:
             for answer in crew.make_parts(self._part_options(), self._tasks(folder, part_bytes)):
                 if answer.changed:
                     raise InputError(
-                        f"{self.output} is half made, and since then {answer.location} changed (bytes "
+                        f"{self.output} is half made, and {answer.location} changed since (bytes "
                         f"{answer.index * part_bytes:,} to {(answer.index + 1) * part_bytes:,}); change it back, or "
                         "start over with resume=False (--resume false)"
                     )
@@ -152,11 +152,11 @@ class Job:
                 seconds = time.perf_counter() - since
                 bar.advance(answer.disk_bytes, f"{tokens / seconds:,.0f} tok/s" if self.tokenize else "")
         if kept:
-            self.say(f"{kept:,} of {len(made):,} parts were there already")
+            self.say(f"{kept:,} of {len(made):,} parts were made before")
         return made
 
     def _workers(self, part_bytes: int) -> int:
-        """Worker processes: as asked, or one a core; none where the input is too small to start them."""
+        """Number of worker processes: as asked, or one a core; none for an input too small to be worth them."""
         if self.options.workers is not None:
             return self.options.workers
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -185,7 +185,7 @@ class Job:
         )
 
     def _first_texts(self) -> list[str]:
-        """Texts to choose the encoder with: CHECKED_CHARACTERS of those among the input's first bytes."""
+        """Texts to choose the encoder by: CHECKED_CHARACTERS from the input's first bytes."""
         texts, characters = [], 0
         for _, block, _ in stream_parts(self.sources[0], FIRST_BYTES, self.options.text_field):
             for raw in lines_of(block):
@@ -216,7 +216,7 @@ class Job:
     # ------------------------------------------------------------------------------------- merging and publishing
 
     def _merge(self, folder: JobFolder, records: Records) -> dict:
-        """Merge the parts into the finished files, and write down which they are; returns the counts."""
+        """Merge the parts into the finished files and list them; returns the counts."""
         if len(records) > 100:
             self.say(f"merging {len(records):,} parts")
         statistics, vocab_size = Statistics([source.name for source in self.sources]), 0
@@ -243,7 +243,7 @@ class Job:
             merger.merge(main, validation)
         except Damaged as error:
             error.path.unlink(missing_ok=True)
-            raise InputError(f"{error}; it is removed: run it again, and it goes on from there") from error
+            raise InputError(f"{error}; the part was removed: run it again, and it resumes") from error
         if not main.documents:
             self._nothing_made(folder, statistics)
         common = {"sources": describe_sources(self.sources, records)}
@@ -265,7 +265,7 @@ class Job:
         return summary
 
     def _nothing_made(self, folder: JobFolder, statistics: Statistics) -> None:
-        """Leave the rejects, if there are any, and nothing else.
+        """Keep the rejects, if there are any, and nothing else.
 
         Raises:
             InputError: always: there is no document.
@@ -324,7 +324,7 @@ class Job:
         self.say(f"wrote {self.output} in {seconds:.1f} s ({self.size / 1e6 / max(seconds, 1e-9):.1f} MB/s)")
 
     def _warn_of_losses(self, summary: dict) -> None:
-        """Say what of the texts the tokenizer has no token for."""
+        """Warn of text that the tokenizer has no token for."""
         unknown, lost = (summary["vocabulary"][name] for name in ("unknown_tokens", "lost_bytes"))
         remedy = "a tokenizer with a token for every byte loses nothing (--train_tokenizer makes one)"
         if unknown:
@@ -335,7 +335,7 @@ class Job:
             self.say(f"warning: {lost:,} bytes of the texts ({share}) have no token and are lost; {remedy}")
 
     def _warn_of_rejects(self, summary: dict, rejects: Path) -> None:
-        """Say loudly that so much was rejected that something may be wrong."""
+        """Warn where so much was rejected that something may be wrong."""
         rejected = {
             name: count for name, count in summary["rejected_by_reason"].items() if name not in EXPECTED_REASONS
         }

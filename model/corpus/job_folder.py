@@ -1,14 +1,14 @@
-"""The folder of a long job that may be killed at any instant and, run again, ends with the same bytes.
+"""The folder of a long job, which may be killed at any instant and, run again, ends with the same bytes.
 
 For the output `X.bin` (or `X.jsonl`) it is `X.bin.parts/`, beside it:
 
     .lock               held while a process works on this output; the system frees it when the process dies
-    plan.json           all that the output depends on; a job goes on only where it is unchanged
+    plan.json           all that the output depends on; a job resumes only if it is unchanged
     00000-0000012.npz   part 12 of source 0, and beside it its .payload (`model.corpus.part_file`)
     merged/             the finished files, while they are written
-    publish.json        written when they are finished: which gets which name; from then on only renames are left
+    publish.json        written once they are finished: the names they get; from then on only renames are left
 
-The folder goes when the output has its name. Whatever is half written there is written again.
+The folder is removed once the output has its name. What is half written in it is written again.
 """
 
 import json
@@ -55,7 +55,7 @@ class JobFolder:
             return
         nothing_made = kind is not None and not self.is_finished and not self.has_parts
         self._release()
-        if nothing_made:  # a wrong flag is to leave nothing that the right one would have to go on with
+        if nothing_made:  # a wrong flag leaves nothing that the right one would have to resume
             shutil.rmtree(self.path, ignore_errors=True)
 
     def _release(self) -> None:
@@ -63,7 +63,7 @@ class JobFolder:
         self._lock = None
 
     def planned(self) -> dict | None:
-        """The plan that the job was begun with; None where there is none.
+        """The plan that the job began with; None where there is none.
 
         Raises:
             InputError: it cannot be read.
@@ -73,20 +73,20 @@ class JobFolder:
         try:
             return json.loads(self._plan.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise InputError(f"{self._plan} is not a plan that this program can read; {self._remedy}") from error
+            raise InputError(f"{self._plan} is no plan that this program can read; {self._remedy}") from error
 
     @property
     def _remedy(self) -> str:
         return f"start over with resume=False (--resume false), or delete {self.path}"
 
     def clear(self, *kept: Path) -> None:
-        """Forget all that was made, but for the lock and what is to be kept."""
+        """Remove everything but the lock and what is to be kept."""
         for path in self.path.iterdir():
             if path.name != ".lock" and path not in kept:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def begin(self, plan: dict) -> bool:
-        """Start with this plan, or go on with it; returns whether it goes on.
+        """Start with this plan, or resume it; returns whether it resumes.
 
         Raises:
             InputError: the folder was begun with another plan.
@@ -124,17 +124,17 @@ class JobFolder:
         self.merged.mkdir()
 
     def finish(self, made: list[str], gone: list[str]) -> None:
-        """All is written: from now on only `publish` is left.
+        """Mark the merged files as finished: only `publish` is left to do.
 
         Args:
-            made: names of the files in `merged/`, which they are to get beside the output, in this order; a manifest
-                comes after the file that it describes.
-            gone: names that this job has no file for; what an earlier job left under them is to go.
+            made: names of the files in `merged/`, in the order in which they move beside the output; a manifest comes
+                after the file that it describes.
+            gone: names that this job has no file for; what an earlier job left under them is removed.
         """
         write_json(self._publish, {"made": made, "gone": gone})
 
     def publish(self) -> None:
-        """Give the finished files their names and remove the folder; goes on with what was begun."""
+        """Give the finished files their names and remove the folder; resumes where an earlier call was killed."""
         names = json.loads(self._publish.read_text(encoding="utf-8"))
         waiting = [name for name in names["made"] if (self.merged / name).exists()]
         for name in [*names["gone"], *(name for name in waiting if name.endswith(".json"))]:
@@ -144,7 +144,7 @@ class JobFolder:
         self.remove()
 
     def remove(self) -> None:
-        """Remove the folder; publish.json goes last, so that a removal that is cut off goes on."""
+        """Remove the folder; publish.json goes last, so that a removal that is cut short can resume."""
         self.clear(self._publish)
         self._publish.unlink(missing_ok=True)
         self._release()

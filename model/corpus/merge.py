@@ -1,6 +1,6 @@
-"""Merging the parts: duplicates are left out, and the documents written one after another in the input's order.
+"""Merging the parts: duplicates are dropped, and the documents written one after another in the input's order.
 
-Memory does not grow with the input: a part at a time, the sorting of `model.corpus.duplicates`, and pages of files.
+Memory does not grow with the input: it holds one part, what `model.corpus.duplicates` sorts, and pages of files.
 """
 
 import contextlib
@@ -94,7 +94,7 @@ class Merger:
         self._line_numbers = None  # a mapped file could not be removed on Windows
 
     def _parts_read_ahead(self) -> Iterator[tuple[tuple[int, int], Part, np.ndarray]]:
-        """Every part and its payload; the next payload is read while one is handled."""
+        """Every part and its payload; the next payload is read while one is processed."""
         with ThreadPoolExecutor(1) as reader:
             waiting = deque()
             for key, path in self.paths.items():
@@ -107,7 +107,7 @@ class Merger:
                 yield ready, part, payload.result()
 
     def _index(self) -> None:
-        """Read every part's record and table: keys, signatures and line numbers go to files of their own."""
+        """Read every part's record and table; write keys, signatures and line numbers into one file each."""
         lines = documents = 0
         source = -1
         with (
@@ -140,7 +140,7 @@ class Merger:
     def _fates(self, source: Source, table: np.ndarray, position: int, first, similar) -> _Fates:
         own = np.arange(position, position + len(table))
         reason, repeats = np.full(len(table), -1), own.copy()
-        for name, firsts in (("near_duplicate", similar), ("duplicate", first)):  # the latter is said where both hold
+        for name, firsts in (("near_duplicate", similar), ("duplicate", first)):  # the latter wins
             if firsts is not None and len(table):
                 found = np.array(firsts[position : position + len(table)])
                 reason[found != own] = NAMES.index(name)
@@ -197,7 +197,7 @@ class Merger:
         for index in dropped.tolist():
             line, reason = int(table["line"][index]), NAMES[fates.reason[index]]
             where = {**named, "line": before + line + 1}
-            if reason == "not_sampled":  # the line is in the input, and is well: it isn't written again
+            if reason == "not_sampled":  # the input has the line, and it is good: not written again
                 found.append((line, reject_line(where, reason, None)))
             else:
                 where |= {"offset": offsets[line]} | self._where(int(fates.repeats[index]))
@@ -233,10 +233,10 @@ FLUSHED_AT_ONCE = 16 << 20  # items
 
 
 class DocumentFile:
-    """The tokens (or JSONL) of documents one after another, and beside it the end of each, uint64.
+    """The tokens (or JSONL) of documents one after another, and in a second file where each ends, uint64.
 
     Args:
-        path, ends_path: the two files; `ends_path` None: ends are not wanted.
+        path, ends_path: the two files; `ends_path` None: no ends.
     """
 
     def __init__(self, path: Path, ends_path: Path | None) -> None:
@@ -307,7 +307,7 @@ class _Background:
 
 
 class RawLines:
-    """Reads the input's lines again, for the rejects: of a plain file any part, of others those asked for in order."""
+    """Reads the input's lines again, for the rejects: any part of a plain file; of other sources, parts in order."""
 
     def __init__(self, sources: Sequence[Source], part_bytes: int, text_field: str) -> None:
         self._sources, self._part_bytes, self._text_field = sources, part_bytes, text_field
@@ -317,7 +317,7 @@ class RawLines:
         """The part's lines without their ends, and their offsets.
 
         Raises:
-            InputError: they are no longer those of this hash.
+            InputError: their hash is another.
         """
         if self._sources[source].is_plain:
             block = read_part(self._sources[source], index, self._part_bytes)

@@ -13,7 +13,7 @@ from model.corpus.duplicates import READ_AT_ONCE, first_occurrences, new_mapped
 from model.errors import InputError
 
 PERMUTATIONS = 128
-SHINGLE = 5  # characters, white space left out
+SHINGLE = 5  # characters, without white space
 SEED = 1
 
 
@@ -43,7 +43,7 @@ def signatures(texts: Sequence[str]) -> np.ndarray:
 
 
 def _shingle_hashes(text: str) -> np.ndarray:
-    """A hash of each run of SHINGLE characters, white space left out: uint64 [at least 1]."""
+    """A hash of each run of SHINGLE characters, without white space: uint64 [at least 1]."""
     characters = np.frombuffer("".join(text.split()).encode("utf-32-le"), "<u4").astype(np.uint64)
     count = max(1, len(characters) - SHINGLE + 1)
     hashes = np.zeros(count, dtype=np.uint64)
@@ -54,8 +54,8 @@ def _shingle_hashes(text: str) -> np.ndarray:
 
 
 def bands_for(threshold: float) -> tuple[int, int]:
-    """(bands, rows of each): of those that use all permutations, the fewest bands that still find documents of the
-    wanted similarity; (1 / bands) ** (1 / rows) is where one half of the pairs is found."""
+    """(bands, rows of each): the fewest bands, of those that use all permutations, that find documents of the wanted
+    similarity; at (1 / bands) ** (1 / rows) half of the pairs are found."""
     for rows in (32, 16, 8, 4, 2):
         bands = PERMUTATIONS // rows
         if (1 / bands) ** (1 / rows) <= threshold - 0.05:
@@ -71,7 +71,7 @@ def first_similar(signatures_path: Path, folder: Path, threshold: float) -> np.n
 
     Args:
         signatures_path: uint32 [N, PERMUTATIONS].
-        folder: for the files that are needed on the way.
+        folder: for temporary files.
 
     Returns:
         int64 [N], mapped from a file.
@@ -96,7 +96,7 @@ def first_similar(signatures_path: Path, folder: Path, threshold: float) -> np.n
             same = all_signatures[candidates] == all_signatures[firsts[candidates]]
             similar = candidates[same.mean(axis=1) >= threshold]
             found[similar] = firsts[similar]
-        del firsts  # the next band has the same file, and a mapped one could not be written anew on Windows
+        del firsts  # the next band uses the same file; Windows cannot rewrite one that is mapped
     return found
 
 

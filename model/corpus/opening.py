@@ -31,7 +31,7 @@ from model.corpus.inspection import (
 from model.errors import InputError, first_line
 
 READ_AT_ONCE = 1 << 20  # bytes, about, of what is unpacked or made from rows
-HEAD_BYTES = 16 << 10  # by which a file's form is told
+HEAD_BYTES = 16 << 10  # by which a file's form is recognised
 TXT_BYTES = 1 << 20  # a document made of a .txt holds no more
 TXT_DOCUMENTS = ("file", "paragraph", "line")
 DATASETS = "datasets:"  # datasets:NAME?split=train&name=CONFIG: the options are load_dataset's
@@ -148,7 +148,7 @@ def _zst(disk: BinaryIO) -> Iterator[bytes]:
 
 
 def _zst_frames(file: BinaryIO, decompressor) -> Generator:
-    """What a .zst file holds. Unlike zstandard's own reader it tells a file that was cut off from one that ends."""
+    """What a .zst file holds. Unlike zstandard's own reader, it fails where the file was cut off."""
     frame = None
     while packed := file.read(4 << 10):  # little at a time: 4 bytes may stand for 128 KiB of one character
         while packed:
@@ -238,7 +238,7 @@ def _array_elements(file: BinaryIO) -> Generator:
         while True:
             if in_string:
                 at = _IN_STRING.match(block, at).end()
-                if at == len(block) or block[at : at + 1] == b"\\":  # the string, or an escape, goes on in the next
+                if at == len(block) or block[at : at + 1] == b"\\":  # the string, or an escape, continues in the next
                     break
                 in_string, at = False, at + 1
             found = _STRUCTURE.search(block, at)
@@ -337,7 +337,7 @@ class _Generated(io.RawIOBase):
 
 
 def _as_file(contents: Iterator[bytes], file: BinaryIO | None = None) -> BinaryIO:
-    """A file of these bytes, which are made from `file`; its `disk` tells how far the reading is."""
+    """A file of these bytes, which are made from `file`; its `disk` is the file on disk, for the progress."""
     made = io.BufferedReader(_Generated(contents, file), READ_AT_ONCE)
     made.disk = getattr(file, "disk", file)
     return made

@@ -35,10 +35,10 @@ class ProcessingOptions:
         choices=TXT_DOCUMENTS,
     )
     long_documents: str = setting("keep", "documents of more than max_length tokens", choices=LONG_DOCUMENTS)
-    deduplicate: bool = setting(True, "leave out a text that came before, exactly")
+    deduplicate: bool = setting(True, "drop a text that is exactly an earlier one")
     near_duplicates: float = setting(
         0.0,
-        "leave out a text of at least this similarity to an earlier one, such as 0.8 (needs rensa); 0: none",
+        "drop a text of at least this similarity to an earlier one, such as 0.8 (needs rensa); 0: none",
         at_least=0,
         below=1,
     )

@@ -1,7 +1,7 @@
 """What a part is on the disk: its payload and, in an .npz file, its tables.
 
-Both are written under a temporary name and renamed, the tables last, so that a part is there whole or not at all;
-checksums tell later whether it still is what was written.
+Both are written under a temporary name and renamed, the tables last, so that a part exists whole or not at all.
+Checksums show later whether it is still what was written.
 """
 
 import json
@@ -94,7 +94,7 @@ def _join(arrays: list[np.ndarray], dtype: np.dtype) -> np.ndarray:
 
 
 class Damaged(Exception):
-    """A part is not what was written: the machine lost power, or the disk failed."""
+    """A part differs from what was written: the machine lost power, or the disk failed."""
 
     def __init__(self, path: Path, error: Exception) -> None:
         super().__init__(f"{path}: {error}")
@@ -102,7 +102,7 @@ class Damaged(Exception):
 
 
 class Part:
-    """A part's files, of which only what is asked for is read.
+    """A part's files; only what is asked for is read.
 
     Raises:
         Damaged: it is not whole.
@@ -117,7 +117,7 @@ class Part:
         try:
             self.record: dict = json.loads(self["record"].tobytes())
         except Damaged:
-            self._file.close()  # it is going to be replaced
+            self._file.close()  # so that it can be replaced
             raise
 
     def __getitem__(self, name: str) -> np.ndarray:
@@ -133,7 +133,7 @@ class Part:
         except OSError as error:
             raise Damaged(self.path, error) from error
         if len(payload) != self.record["items"] or zlib.crc32(payload) != self.record["crc32"]:
-            raise Damaged(self.path, ValueError("its payload is not what was written"))
+            raise Damaged(self.path, ValueError("its payload differs from what was written"))
         return payload
 
     def check(self) -> None:

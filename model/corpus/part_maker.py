@@ -22,20 +22,20 @@ from model.corpus.part_file import DOCUMENT, PartColumns, write_part
 from model.corpus.parts import Block, line_offsets, lines_of
 from model.text.tokenization import Delimiters
 
-CHUNK_BYTES = 1 << 20  # lines are handled in chunks of so many bytes at most: a few dozen MB of memory
-HEAD = 512  # characters of a document that its share of Han characters is taken of
+CHUNK_BYTES = 1 << 20  # most bytes of lines that are processed together: a few dozen MB of memory
+HEAD = 512  # characters of a document by which its share of Han characters is measured
 
 
 @dataclass(frozen=True)
 class PartOptions:
-    """What a part depends on besides its lines. Can be sent to another process.
+    """What a part depends on besides its lines; can be pickled.
 
     Args:
         encoder: what makes the ids; None: the payload is cleaned JSONL.
         delimiters: around the ids of each document.
         dtype: of the payload.
-        keys: whether the texts' hashes are wanted.
-        near_duplicates: whether MinHash signatures are.
+        keys: whether to hash the texts.
+        near_duplicates: whether to make MinHash signatures.
     """
 
     text_field: str
@@ -81,7 +81,7 @@ class PartMaker:
         return record
 
     def _add_chunk(self, lines: list[bytes], first: int, oversized: bool, escapes: bool, columns: PartColumns) -> None:
-        """Add the chunk that begins with the part's line `first`; `oversized`: its last line is too long to be read."""
+        """Add the chunk that begins with the part's line `first`; `oversized`: its last line is too long."""
         texts, numbers, masks = [], [], None
         for number, raw in enumerate(lines):
             text, reason = parse_line(raw, self.options.text_field, escapes)

@@ -13,6 +13,7 @@ PAGE, DPI = (16, 10), 110  # inches, dots per inch
 LEFT, RIGHT = 0.05, 0.975  # of the page
 INK, MUTED, LINE, GRID = "#1f2a37", "#6b7787", "#c9d0d8", "#e8ebef"
 BLUE, BLUE_TINT, RUST, RUST_TINT, GREY_TINT = "#3a6ea5", "#d3e1ef", "#b4552d", "#f2d9cd", "#e8ebef"
+MOST_BARS = 60  # of a histogram of lengths
 ROWS = 11  # of a ranking: the ten largest and the rest
 TEXT_FONT = "DejaVu Sans"  # comes with matplotlib
 HAN_FONTS = re.compile(  # families whose names say that they hold Chinese characters
@@ -61,7 +62,7 @@ def draw_summary(path: Path, summary: dict) -> None:
 
 
 class _Names:
-    """Shows names that are not ours: whatever characters `texts` hold, they can be read and fit their place."""
+    """Shows the user's names: whatever characters `texts` hold, they are legible and fit their place."""
 
     def __init__(self, texts: Iterable[str]) -> None:
         from matplotlib import font_manager
@@ -98,7 +99,7 @@ class _Names:
 
 
 def _short(value: float, _=None, digits: int = 3) -> str:
-    """950, 12.5k, 1.31M; the second argument is what matplotlib tells a formatter besides."""
+    """950, 12.5k, 1.31M; the second argument is matplotlib's, for formatters."""
     value = float(f"{value:.{digits}g}")
     for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if value >= size:
@@ -123,7 +124,7 @@ def _of(part: int, whole: int, what: str) -> str:
 
 
 def _quantile(bins: list[dict], share: float) -> float:
-    """About which value so many of the documents are below; those of one bin are taken to be spread evenly in it."""
+    """The value that about this share of the documents is below, if those of one bin are spread evenly in it."""
     left = share * sum(row["documents"] for row in bins)
     for row in bins:
         if left <= row["documents"]:
@@ -188,18 +189,40 @@ def _log_axis(axis, low: float, high: float, label: str) -> None:
 
 
 def _draw_lengths(axis, unit: str, bins: list[dict], limit: int | None = None) -> None:
-    """One bar to each doubling of the length."""
-    doublings = Counter()
+    """Bars of one width on the log axis: eight to each doubling, or fewer where few documents would look ragged."""
+    documents = sum(row["documents"] for row in bins)
+    low, high = max(1, bins[0]["from"]), max(_end(bins[-1]), limit or 1)
+    most = min(MOST_BARS, 2 * math.sqrt(documents)) / math.log2(max(2, _end(bins[-1]) / low))  # to each doubling
+    parts = max((parts for parts in (1, 2, 4, 8) if parts <= most), default=1)
+    bars = Counter()
     for row in bins:
-        doublings[1 << max(0, row["from"].bit_length() - 1)] += row["documents"]
-    rows = [{"from": start, "below": 2 * start, "documents": count} for start, count in doublings.items()]
+        bars[_bar_start(max(1, row["from"]), parts)] += row["documents"]
+    starts = sorted(bars)
+    rows = [{"from": start, "below": _bar_end(start, parts), "documents": bars[start]} for start in starts]
     _draw_bars(axis, rows, limit, RUST)
-    low, high = min(doublings), max(2 * max(doublings), limit or 1)
     margin = max(1.15, math.sqrt(100 * low / high))  # two decades at least: a single bar is not as wide as the panel
-    _log_axis(axis, low / margin, high * margin, f"{unit}, a bar to each doubling")
+    to_each = "a bar" if parts == 1 else f"{parts} bars"
+    _log_axis(axis, low / margin, high * margin, f"{unit}, {to_each} to each doubling")
     half, most = (_short(_quantile(bins, share), digits=2) for share in (0.5, 0.95))
-    note = f"half below about {half}, 95 % below about {most}" if doublings.total() >= 20 else ""
+    note = f"half below about {half}, 95 % below about {most}" if documents >= 20 else ""
     _title(axis, f"Length in {unit}", note)
+
+
+def _end(row: dict) -> int:
+    return row["below"] or 2 * row["from"]
+
+
+def _bar_start(length: int, parts: int) -> int:
+    """Where the bar that a length belongs to begins, if each doubling has `parts` (a power of two) of the same width.
+
+    Below `parts`, where a doubling has fewer whole numbers, each number has a bar.
+    """
+    width = max(1, (1 << (length.bit_length() - 1)) // parts)
+    return length // width * width
+
+
+def _bar_end(start: int, parts: int) -> int:
+    return start + max(1, (1 << (start.bit_length() - 1)) // parts)
 
 
 def _draw_characters(axis, summary: dict, _: _Names) -> None:

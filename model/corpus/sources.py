@@ -35,7 +35,7 @@ def find_sources(
     resolved paths), is skipped silently.
 
     Args:
-        text_field: the key by which a .json file is told from one that describes others.
+        text_field: the key that a .json file must have to be read, since others describe a corpus.
         txt_documents: what becomes a document of a .txt, one of TXT_DOCUMENTS.
 
     Raises:

@@ -8,10 +8,10 @@ import numpy as np
 from model.corpus.cleaning import CHANGES
 from model.corpus.reasons import REASONS
 
-# Lower ends of the lengths' bins, two to each doubling: 0, 1, 2, 3, 4, 6, 8, 12, 16 … 2^30.
-LENGTHS = np.array([0, 1, 2, *(size for power in range(1, 30) for size in (3 << (power - 1), 4 << (power - 1)))])
-RATIOS = np.arange(0, 100) / 10  # characters a token, in steps of a tenth
-SHARES = np.arange(0, 20) / 20  # of Han characters
+# Lower ends of the bins. Lengths: eight bins to each doubling from 8 on: 0, 1, 2 … 15, 16, 18, 20 … 2^30.
+LENGTHS = np.array([*range(8), *(eighth << power for power in range(27) for eighth in range(8, 16)), 1 << 30])
+RATIOS = np.arange(0, 500) / 50  # characters a token
+SHARES = np.arange(0, 50) / 50  # of Han characters
 
 
 class Statistics:
@@ -165,7 +165,7 @@ class Bins:
         self.counts += np.bincount(bins, minlength=len(self.starts))
 
     def rows(self) -> list[dict]:
-        """[{"from": 8, "below": 12, "documents": 3}, …], empty bins left out; the last bin has no end."""
+        """[{"from": 8, "below": 12, "documents": 3}, …], without empty bins; the last bin has no end."""
         ends = [*self.starts[1:].tolist(), None]
         return [
             {"from": start, "below": end, "documents": count}

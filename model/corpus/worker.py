@@ -1,8 +1,7 @@
 """Worker processes that make parts. `python -m model.corpus` is one: tasks come by stdin, answers by stdout.
 
-They are started as programs of their own rather than through multiprocessing, so that a user's script needs no
-`if __name__ == "__main__"`, nothing is forked while threads run, and a worker whose parent dies reads the end of its
-input and ends too.
+They are separate programs rather than multiprocessing's children: a user's script needs no `if __name__ ==
+"__main__"`, nothing forks while threads run, and a worker whose parent dies reads the end of its input and ends too.
 """
 
 import contextlib
@@ -26,13 +25,13 @@ from model.errors import InputError
 ROOT = Path(__file__).resolve().parents[2]
 ONE_THREAD = ("FASTOKENS_BPE_THREADS", "RAYON_NUM_THREADS", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
-# glibc: keep freed memory instead of giving it back to ask for it again: a part's arrays come and go all the time.
+# glibc: keep freed memory rather than return it and ask for it again: a part's arrays come and go all the time.
 KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 30)}
 
 
 @dataclass(frozen=True)
 class Task:
-    """Make one part, or see that it is there already."""
+    """Make one part, unless it exists."""
 
     source: Source
     number: int  # of the source
@@ -52,12 +51,12 @@ class Answer:
     location: str
     disk_bytes: int
     record: dict | None  # None: no line begins in this part
-    kept: bool = False  # it was there
-    changed: bool = False  # it was there, of other lines than the input now has
+    kept: bool = False  # it existed
+    changed: bool = False  # it existed, made of other lines than the input has now
 
 
 def carry_out(maker: PartMaker, task: Task) -> Answer:
-    """Make the part, unless it is there, whole, and of these very lines."""
+    """Make the part, unless it exists, whole and made of the same lines."""
     about = (task.number, task.index, task.source.location, task.disk_bytes)
     block = task.block or read_part(task.source, task.index, task.part_bytes)
     if task.path.exists():
@@ -72,9 +71,9 @@ def carry_out(maker: PartMaker, task: Task) -> Answer:
 
 
 class Crew:
-    """Worker processes; none where `count` is 0, and the work is done in this process.
+    """Worker processes; where `count` is 0, this process does the work.
 
-    They start with the crew, so that they load their libraries while their options are still being found out.
+    They start with the crew, so that they load their libraries while their options are still being worked out.
     """
 
     def __init__(self, count: int) -> None:
@@ -144,8 +143,8 @@ class _Worker:
         except (EOFError, OSError, pickle.UnpicklingError) as error:
             code = self._process.wait()
             raise InputError(
-                f"a worker process ended with exit code {code} (-9: killed, perhaps for want of memory: give fewer "
-                "--workers); run it again: it goes on from there"
+                f"a worker process ended with exit code {code} (-9: killed, perhaps because memory ran out: give fewer "
+                "--workers); run it again: it resumes"
             ) from error
         if isinstance(answer, Exception):
             raise answer
@@ -160,7 +159,7 @@ class _Worker:
 
 
 def main() -> None:
-    """Carry out the tasks that come in, until there are no more."""
+    """Carry out tasks from stdin until it ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # a stray print must not get among them

@@ -101,7 +101,7 @@ class MetricsLog:
 
 
 def draw_curves(events: list[dict], path: Path) -> None:
-    """Draw loss, bits per byte, learning rate and speed over the steps into a PNG."""
+    """Draw loss, bits per byte, learning rate and speed over the steps, which all panels count from 0, into a PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -111,7 +111,7 @@ def draw_curves(events: list[dict], path: Path) -> None:
 
     figure = Figure(figsize=(11, 7), layout="constrained")
     FigureCanvasAgg(figure)  # draws without a screen and without pyplot's global state
-    (loss, bits), (rate, speed) = figure.subplots(2, 2)
+    (loss, bits), (rate, speed) = figure.subplots(2, 2, sharex=True)
     loss.plot(*series("loss"), label="training", linewidth=1)
     loss.plot(*series("val_loss"), label="validation", marker="o", markersize=3)
     loss.set(title="Loss (nats a token)")
@@ -122,9 +122,11 @@ def draw_curves(events: list[dict], path: Path) -> None:
     rate.set(title="Learning rate")
     speed.plot(*series("tokens_per_second"), color="tab:red", linewidth=1)
     speed.set(title="Tokens per second")
-    speed.set_ylim(bottom=0)
+    speed.set_ylim(0, 1.1 * max([1e-9, *series("tokens_per_second")[1]]))
+    loss.set_xlim(0, 1.02 * max([1, *(event["step"] for event in events)]))
     for axes in (loss, bits, rate, speed):
         axes.grid(alpha=0.3)
+        axes.tick_params(labelbottom=True)
         axes.set_xlabel("step")
     with replacing(path) as file:
         figure.savefig(file, format="png", dpi=110)
