@@ -5,22 +5,22 @@ import math
 import numpy as np
 from torch import nn
 
-WINDOW = 128  # losses that a leap is told by
-MIN_WINDOW = 32  # fewer than these say too little
-WEIGHTS_TOLERANCE = 1e-4  # by how much the norm of the weights may differ between processes, relatively
+WINDOW = 128  # recent losses that a new one is compared with
+MIN_WINDOW = 32  # fewer say too little
+WEIGHTS_TOLERANCE = 1e-4  # largest relative difference between the processes' norms of the weights
 
 
 def fault_of_step(loss: float, grad_is_finite: bool, recent: list[float], spike_threshold: float) -> str | None:
-    """Why a step must not be taken; None where nothing speaks against it.
+    """Why a step must not be taken, or None.
 
-    As OLMo's SkipStepOptimizer (OLMo 2, 2024) a leap is told by its distance from the mean of the last losses in
-    standard deviations; only the loss is judged so, since gradients are clipped.
+    As in OLMo's SkipStepOptimizer (OLMo 2, 2024), a spike is a loss many standard deviations above the mean of the
+    last ones. Only the loss is judged so, since gradients are clipped.
 
     Args:
-        loss: of all processes' batches, nats a token.
-        grad_is_finite: whether the norm of the gradient is, on every process.
-        recent: losses of the last steps, `remember`ed.
-        spike_threshold: standard deviations; 0: leaps are not looked for.
+        loss: of all processes' batches, nats per token.
+        grad_is_finite: whether the gradient's norm is finite on every process.
+        recent: losses of the last steps, see `remember`.
+        spike_threshold: standard deviations; 0: spikes are not detected.
     """
     if not math.isfinite(loss):
         return f"the loss is {loss}"
@@ -45,9 +45,9 @@ def weights_norm(model: nn.Module) -> float:
 
 
 def difference_of_weights(norms: list[float]) -> str | None:
-    """What is wrong where processes do not have the same weights any more: they exchange gradients, never weights.
+    """What to say if the processes' weights have diverged, which exchange gradients and never weights; else None.
 
-    Processors of different kinds may round differently, hence the tolerance; a fault of memory is mostly larger.
+    Processors of different kinds may round differently, hence the tolerance; a memory fault is mostly larger.
 
     Args:
         norms: `weights_norm` of each rank.
@@ -55,7 +55,7 @@ def difference_of_weights(norms: list[float]) -> str | None:
     for rank, norm in enumerate(norms):
         if math.isfinite(norms[0]) and not abs(norm - norms[0]) <= WEIGHTS_TOLERANCE * norms[0]:
             return (
-                f"the weights of rank {rank} (norm {norm:g}) are not those of rank 0 ({norms[0]:g}): a fault of memory"
-                " or hardware there? --resume from the last checkpoint"
+                f"the weights of rank {rank} (norm {norm:g}) differ from those of rank 0 ({norms[0]:g}), perhaps by a"
+                " memory or hardware fault; --resume from the last checkpoint"
             )
     return None

@@ -21,7 +21,7 @@ POLYNOMIALS = tuple((a / SAFETY, b / SAFETY**3, c / SAFETY**5) for a, b, c in EX
 
 
 def orthogonalized(matrices: Tensor, dtype: torch.dtype) -> Tensor:
-    """The nearest matrices with orthonormal rows or columns, nearly: U V^T of the singular value decomposition U S V^T.
+    """Approximately the nearest matrices with orthonormal rows or columns: U V^T of the decomposition U S V^T.
 
     Args:
         matrices: float32 [N, rows, columns]
@@ -29,7 +29,7 @@ def orthogonalized(matrices: Tensor, dtype: torch.dtype) -> Tensor:
     """
     x = matrices.to(dtype)
     wide = x.shape[1] <= x.shape[2]
-    x = x if wide else x.mT  # the smaller side squared is less work
+    x = x if wide else x.mT  # the Gram matrix of the smaller side is cheaper
     x = x / (x.norm(dim=(1, 2), keepdim=True) * SAFETY + 1e-7)
     for a, b, c in POLYNOMIALS:
         gram = x @ x.mT
@@ -61,13 +61,13 @@ class Muon(torch.optim.Optimizer):
         dtype: torch.dtype = torch.float32,
     ) -> None:
         defaults = {"lr": lr, "lr_scale": 1.0, "momentum": momentum, "betas": betas, "eps": eps, "weight_decay": 0.0}
-        defaults["fused"] = True  # AdamW's; a state that is loaded then has its step where the parameters are
+        defaults["fused"] = True  # of AdamW; a loaded state then has its step on the device of the parameters
         super().__init__(groups, defaults)
         self.dtype = dtype
 
     @torch.no_grad()
     def step(self, closure=None) -> None:
-        """Take a step with the gradients that the parameters hold."""
+        """Take a step with the parameters' gradients."""
         for group in self.param_groups:
             with_gradient = [p for p in group["params"] if p.grad is not None]
             if with_gradient:
