@@ -4,7 +4,7 @@ import os
 import subprocess
 from collections.abc import MutableMapping
 
-# Extra arguments of subprocess.Popen for a child in a group of its own: Ctrl-C in the terminal reaches only us.
+# Extra arguments of subprocess.Popen for a child in a separate group: Ctrl-C in the terminal reaches only us.
 OWN_GROUP: dict = (
     {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP} if os.name == "nt" else {"start_new_session": True}
 )

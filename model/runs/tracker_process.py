@@ -1,4 +1,4 @@
-"""A tracker in a process of its own, which follows metrics.jsonl and sends what it finds there.
+"""A tracker in a separate process, which follows metrics.jsonl and sends what it finds there.
 
 Training shares nothing with this process but a file and two pipes. So whatever the tracker does, a stall, a crash, a
 draw from a global random generator, a hook at the exit, cannot reach the training. (In a thread it could.)
