@@ -141,7 +141,7 @@ class Job:
             for answer in crew.make_parts(self._part_options(), self._tasks(folder, part_bytes)):
                 if answer.changed:
                     raise InputError(
-                        f"{self.output} is half made, and {answer.location} changed since (bytes "
+                        f"{self.output} is half made, and since then {answer.location} changed (bytes "
                         f"{answer.index * part_bytes:,} to {(answer.index + 1) * part_bytes:,}); change it back, or "
                         "start over with resume=False (--resume false)"
                     )
