@@ -292,7 +292,7 @@ def test_a_finished_output_is_kept_and_never_replaced_unasked(raw, processor, tm
 
     theirs = tmp_path / "theirs.bin"  # MiniMind's, without a manifest
     theirs.write_bytes(b"\x01\x00\x02\x00")
-    with pytest.raises(InputError, match="was not made by this program"):
+    with pytest.raises(InputError, match="not made by this program"):
         make(raw, theirs)
     assert theirs.read_bytes() == b"\x01\x00\x02\x00"
 
