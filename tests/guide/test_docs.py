@@ -13,7 +13,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import yaml
@@ -25,7 +24,7 @@ from model.generation.generation_config import GenerationConfig
 from model.training.config_file import read_config
 from model.training.settings import SECTIONS, build_settings
 from tests.conftest import ROOT
-from tests.guide.conftest import copy_project
+from tests.guide.home import Interpreter, copy_project
 from tests.model.test_layers import ROWS
 
 PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
@@ -94,25 +93,6 @@ def rows(page: str) -> Iterator[list[str]]:
 
 
 # ------------------------------------------------------------------------------------------------------ the commands
-
-
-class Interpreter:
-    """Runs scripts in `home`; see interpreter.py."""
-
-    def __init__(self, home: Path) -> None:
-        script = Path(__file__).with_name("interpreter.py")
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "encoding": "utf-8"}
-        self.home, self._process = home, subprocess.Popen([sys.executable, str(script), str(home)], **pipes)
-
-    def run(self, words: list[str], text: str = "") -> dict:
-        """The exit code, stdout and stderr of a script."""
-        self._process.stdin.write(json.dumps({"arguments": words, "input": text}) + "\n")
-        self._process.stdin.flush()
-        return json.loads(self._process.stdout.readline())
-
-    def close(self) -> None:
-        self._process.stdin.close()
-        self._process.wait(timeout=600)
 
 
 @pytest.fixture(scope="module")

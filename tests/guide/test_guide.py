@@ -1,24 +1,26 @@
 """The user's guide, command by command and call by call, as it is written there: only scaled down.
 
-Each command is the guide's own text. What makes it small comes behind: flags that beat the guide's, and a folder with
-a piece of the sample corpus. They run in the guide's order, in a copy of the project, as a new user would run them.
+Each command is the guide's own text. What makes it small follows: flags that override the guide's, and a folder with
+a piece of the sample corpus. They run in the guide's order, in a copy of the project, as a new user would run them:
+the first of its kind in a process of its own, the others in one interpreter that has torch already.
 """
 
-import os
 import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from model.storage.archive import load_torch, save_torch
-from tests.guide.conftest import copy_project
+from tests.guide.home import Interpreter, copy_project
+from tests.tiny_runs import HUNG, ONE_THREAD
 
+pytestmark = pytest.mark.long
 FLAGS = "--max_steps 2 --n_layers 1 --max_seq_len 16 --eval_steps 1"  # what makes a run of the default config small
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUTF8": "1", "HF_HUB_OFFLINE": "1"}
-ENVIRONMENT.pop("WANDB_API_KEY", None)
+NARROW = FLAGS + " --dim 64"
 
 
 @pytest.fixture(scope="module")
@@ -28,31 +30,52 @@ def home(tmp_path_factory):
     return copy_project(home, "mobvoi_seq_monkey_general_open_corpus.jsonl")
 
 
+@pytest.fixture(scope="module")
+def interpreter(home):
+    interpreter = Interpreter(home)
+    yield interpreter
+    interpreter.close()
+
+
+@pytest.fixture
+def quick(interpreter):
+    """Runs a command of the guide in the interpreter, followed by `more`; what it printed."""
+
+    def run(text, more="", typed=""):
+        words = shlex.split(text.replace("\\\n", " ")) + shlex.split(more)
+        return checked(text, SimpleNamespace(**interpreter.run(words[1:], typed)))
+
+    return run
+
+
+def checked(text, result):
+    """The result of a command, which must have ended well."""
+    assert result.code == 0 and "Traceback" not in result.stderr, f"{text}\n{result.stdout}\n{result.stderr}"
+    return result
+
+
 @pytest.fixture
 def guide(home):
-    """Runs a command of the guide, given as its text, with `more` behind it."""
+    """Runs a command of the guide as it is, followed by `more`, in a process of its own; what it printed."""
 
-    def run(text, more="", code=0, **options):
+    def run(text, more="", **options):
         words = shlex.split(text.replace("\\\n", " ")) + shlex.split(more)
         words[0] = {"python": sys.executable, "torchrun": sys.executable}[words[0]]
         if text.startswith("torchrun"):
             words.insert(1, "-m")
             words.insert(2, "torch.distributed.run")
-        options = {"capture_output": True, "text": True, "encoding": "utf-8", "timeout": 600} | options
-        result = subprocess.run(words, cwd=home, env=ENVIRONMENT, **options)
-        assert result.returncode == code, f"{text}\n{result.stdout}\n{result.stderr}"
-        assert "Traceback" not in result.stderr
-        return result
+        options = {"capture_output": True, "text": True, "encoding": "utf-8", "timeout": HUNG} | options
+        result = subprocess.run(words, cwd=home, env=ONE_THREAD, **options)
+        result.code = result.returncode
+        return checked(text, result)
 
     return run
 
 
-def python(home, code):
-    """Run Python text as a user's script in the project's folder."""
-    arguments = [sys.executable, "-c", code]
-    result = subprocess.run(arguments, cwd=home, env=ENVIRONMENT, capture_output=True, text=True, encoding="utf-8")
-    assert result.returncode == 0, result.stderr
-    return result.stdout
+def run_script(interpreter, code):
+    """What a user's script in the project's folder prints."""
+    (interpreter.home / "script.py").write_text(code, encoding="utf-8")
+    return checked(code, SimpleNamespace(**interpreter.run(["script.py"]))).stdout
 
 
 # ------------------------------------------------------------------------------------------------------ 数据处理
@@ -64,7 +87,7 @@ def test_data_method_2_without_arguments(guide, home):
     assert (home / "dataset" / "pretrain_data.json").exists() and (home / "dataset" / "data_stats.json").exists()
 
 
-def test_data_method_1_in_python(home):
+def test_data_method_1_in_python(home, interpreter):
     shutil.copy(home / "dataset" / "mobvoi_seq_monkey_general_open_corpus.jsonl", home / "dataset" / "raw_data.jsonl")
     before = (home / "dataset" / "pretrain_data.bin").read_bytes()
     code = """
@@ -94,7 +117,9 @@ processor.process_dataset(
 # 保存统计信息
 processor.save_statistics('./dataset/data_stats.json')
 """
-    python(home, code.replace("/path/to/tokenizer", "model/tokenizer").replace("pretrain_data.bin", "val_data.bin"))
+    run_script(
+        interpreter, code.replace("/path/to/tokenizer", "model/tokenizer").replace("pretrain_data.bin", "val_data.bin")
+    )
     assert (home / "dataset" / "cleaned_data.jsonl").exists()
     assert (home / "dataset" / "val_data.bin").read_bytes() == before  # cleaning first or in one pass: the same tokens
 
@@ -140,18 +165,24 @@ TRAINING = {
 
 
 @pytest.mark.parametrize("name", TRAINING)
-def test_training(guide, home, name):
-    result = guide(TRAINING[name], FLAGS)
+def test_training(guide, quick, home, name):
+    shutil.rmtree(home / "out", ignore_errors=True)
+    if name == "config":
+        result, width = guide(TRAINING[name], FLAGS), 512
+    else:
+        run = quick if TRAINING[name].startswith("python train.py") else guide
+        result, width = run(TRAINING[name], NARROW), 64
     assert "finished after step 2" in result.stderr
-    assert {"pretrain_512.pth", "best_model.pth", "metrics.jsonl"} <= {path.name for path in (home / "out").iterdir()}
+    files = {path.name for path in (home / "out").iterdir()}
+    assert {f"pretrain_{width}.pth", "best_model.pth", "metrics.jsonl"} <= files
 
 
-def test_resuming_from_a_step_and_from_the_interrupted_checkpoint(guide, home):
-    guide("python train.py --config config.yaml", FLAGS + " --save_interval 1")
+def test_resuming_from_a_step_and_from_the_interrupted_checkpoint(quick, home):
+    quick("python train.py --config config.yaml", NARROW + " --save_interval 1")
     out = home / "out"
     shutil.copy(out / "checkpoint_step_1.pth", out / "checkpoint_interrupted.pth")
     command = "python train.py --resume --resume_from out/checkpoint_interrupted.pth"
-    assert "at step 1" in guide(command).stderr  # its settings come from the checkpoint
+    assert "at step 1" in quick(command).stderr  # its settings come from the checkpoint
     content = load_torch(out / "checkpoint_step_1.pth")  # as if 5,000 steps had been taken
     content["progress"]["step"] = 5000
     save_torch(out / "checkpoint_step_5000.pth", content)
@@ -159,26 +190,26 @@ def test_resuming_from_a_step_and_from_the_interrupted_checkpoint(guide, home):
     --config config.yaml \\
     --resume \\
     --resume_from out/checkpoint_step_5000.pth"""
-    result = guide(command, FLAGS.replace("--max_steps 2", "--max_steps 5002"))
+    result = quick(command, NARROW.replace("--max_steps 2", "--max_steps 5002"))
     assert "at step 5,000" in result.stderr and "finished after step 5,002" in result.stderr
 
 
-def test_validation_data_and_early_stopping_in_the_config_file(guide, home):
+def test_validation_data_and_early_stopping_in_the_config_file(quick, home):
     text = (home / "config.yaml").read_text(encoding="utf-8")
     text = text.replace("val_data_path: null", 'val_data_path: "./dataset/val_data.bin"')
     text = text.replace("early_stopping: false", "early_stopping: true")
     (home / "val_config.yaml").write_text(text, encoding="utf-8")
-    result = guide("python train.py --config val_config.yaml", FLAGS)
+    result = quick("python train.py --config val_config.yaml", NARROW)
     assert "held out" not in result.stderr and "validation loss" in result.stderr
 
 
-def test_wandb_that_cannot_be_reached_is_kept_offline(guide, home):
+def test_wandb_that_cannot_be_reached_is_kept_offline(quick, home):
     command = """python train.py \\
     --config config.yaml \\
     --use_wandb \\
     --wandb_project "MateConv-Pretrain" \\
     --wandb_run_name "exp1\""""
-    result = guide(command, FLAGS)
+    result = quick(command, NARROW)
     assert "offline" in result.stderr and list((home / "out" / "wandb").glob("offline-run-*"))
 
 
@@ -186,11 +217,10 @@ def test_wandb_that_cannot_be_reached_is_kept_offline(guide, home):
 
 
 @pytest.fixture(scope="module")
-def trained(home):
+def trained(home, interpreter):
     """Weights of the default shape, from two small steps, at out/pretrain_512.pth and out/best_model.pth."""
     flags = "--max_steps 2 --batch_size 2 --max_seq_len 64 --eval_steps 1".split()
-    arguments = [sys.executable, "train.py", "--config", "config.yaml", *flags]
-    subprocess.run(arguments, cwd=home, env=ENVIRONMENT, check=True, capture_output=True)
+    assert interpreter.run(["train.py", "--config", "config.yaml", *flags])["code"] == 0
 
 
 def test_single_generation(guide, trained):
@@ -204,12 +234,12 @@ def test_single_generation(guide, trained):
     assert guide(command, "--max_new_tokens 20").stdout.startswith("中国")
 
 
-def test_streaming(guide, trained):
+def test_streaming(quick, trained):
     command = """python inference.py \\
     --model_path out/pretrain_512.pth \\
     --prompt "长江、" \\
     --stream"""
-    assert guide(command, "--max_new_tokens 20").stdout.startswith("长江、")
+    assert quick(command, "--max_new_tokens 20").stdout.startswith("长江、")
 
 
 def test_interactive_chat(guide, trained):
@@ -229,30 +259,30 @@ def test_interactive_chat(guide, trained):
     assert "\n\n👤 用户: 介绍一下中国\n🤖 助手: " in text and text.endswith("👤 用户: exit\n👋 再见！\n")
 
 
-def test_batch_generation(guide, home, trained):
+def test_batch_generation(quick, home, trained):
     prompts = ["中国", "长江、黄河", "你好，好久不见"]
     (home / "prompts.txt").write_text("\n".join(prompts) + "\n", encoding="utf-8")
     command = """python inference.py \\
     --model_path out/pretrain_512.pth \\
     --batch_file prompts.txt"""
-    text = guide(command, "--max_new_tokens 8").stdout
+    text = quick(command, "--max_new_tokens 8").stdout
     assert [text.index(prompt) for prompt in prompts] == sorted(text.index(prompt) for prompt in prompts)
 
 
-def test_less_repetition_without_a_model_path_or_a_prompt(guide, trained):
+def test_less_repetition_without_a_model_path_or_a_prompt(quick, trained):
     command = """python inference.py \\
     --repetition_penalty 1.3 \\
     --no_repeat_ngram_size 3"""
-    result = guide(command, "--max_new_tokens 8", stdin=subprocess.DEVNULL)
+    result = quick(command, "--max_new_tokens 8")
     assert result.stdout.strip() and "out/pretrain_512.pth" in result.stderr
 
 
-def test_greedy_is_repeatable(guide, trained):
+def test_greedy_is_repeatable(quick, trained):
     command = 'python inference.py --model_path out/pretrain_512.pth --prompt "中国" --greedy --max_new_tokens 8'
-    assert guide(command).stdout == guide(command).stdout
+    assert quick(command).stdout == quick(command).stdout
 
 
-def test_python_api(home, trained):
+def test_python_api(interpreter, trained):
     code = """
 import torch
 from transformers import AutoTokenizer
@@ -310,25 +340,25 @@ response = generator.chat(history, gen_config)
 """
     code = code.replace("/path/to/tokenizer", "model/tokenizer").replace("max_new_tokens=100", "max_new_tokens=10")
     code += "assert len(results) == 3 and all(isinstance(t, str) for t in [result, response, *results])\n"
-    assert python(home, code).strip()
+    assert run_script(interpreter, code).strip()
 
 
 # --------------------------------------------------------------------------------------------------- 完整示例
 
 
-def test_the_complete_example(guide, home):
+def test_the_complete_example(quick, home):
     (home / "dataset" / "pretrain_data.bin").unlink()
-    guide("python optimized_data_processing.py")
+    quick("python optimized_data_processing.py")
     command = """python train.py \\
     --epochs 15 \\
     --batch_size 32 \\
     --learning_rate 3e-4 \\
     --use_ema \\
     --use_wandb"""
-    guide(command, FLAGS)
+    quick(command, NARROW)
     command = """python inference.py \\
     --model_path out/best_model.pth \\
     --prompt "中国" \\
     --stream"""
-    assert guide(command).stdout.startswith("中国")
+    assert quick(command).stdout.startswith("中国")
     assert Path(home / "out" / "previous").is_dir()  # the runs before it are all still there

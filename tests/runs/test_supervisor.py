@@ -282,7 +282,7 @@ def test_a_bad_number_of_restarts_is_one_line(flags, text):
 
 def test_under_torchrun_the_flags_are_refused(flags):
     result = run(command(flags(), "--restarts=2"), env=ONE_THREAD | {"WORLD_SIZE": "2", "RANK": "0"})
-    assert result.returncode == 2 and "leave torchrun out" in result.stderr
+    assert result.returncode == 2 and "omit torchrun" in result.stderr
 
 
 # ------------------------------------------------------------------------------------------------------- the examples
