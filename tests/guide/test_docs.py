@@ -198,7 +198,7 @@ def test_what_is_not_run_here_is_run_elsewhere(page):
             assert word in read(file), f"{command}: {file} no longer has {word!r}"
             words = shlex.split(command)
             if "train.py" in words:  # its flags are those that train.py knows, at least
-                train.read_settings(launcher_left_out(words[words.index("train.py") + 1 :]), of_checkpoint=False)
+                train.read_settings(launcher_left_out(words[words.index("train.py") + 1 :]))
             if words[0] == "torchrun":
                 from torch.distributed.run import get_args_parser
 
@@ -228,7 +228,7 @@ def test_the_kubernetes_example():
     container = job["spec"]["template"]["spec"]["containers"][0]
     assert (volume["kind"], job["kind"]) == ("PersistentVolumeClaim", "Job")
     assert container["command"][:2] == ["python", "train.py"]
-    train.read_settings(launcher_left_out(container["command"][2:]), of_checkpoint=False)
+    train.read_settings(launcher_left_out(container["command"][2:]))
 
 
 def test_the_workflow_covers_what_is_supported():
