@@ -127,6 +127,7 @@ def test_removing_a_mark_can_join_a_letter_and_its_accent():
     assert Cleaner(CleaningOptions()).clean("cafe\u200b\u0301")[0] == "café"
 
 
+@pytest.mark.long
 def test_every_control_character_is_removed_and_nothing_that_shows():
     every = {chr(code) for code in range(0x110000)}
     kept, _ = clean_with("中" + "中".join(every) + "中", remove_control_characters=True)
@@ -209,6 +210,7 @@ def assert_is_fixed_point(options: CleaningOptions, text: str) -> None:
         assert not {"Cc", "Cs", "Co"} & {unicodedata.category(c) for c in cleaned if c not in "\t\n\r\v\f\x85"}
 
 
+@pytest.mark.long
 @settings(max_examples=1000, deadline=None)
 @given(OPTIONS, TEXTS)
 @example(CleaningOptions(), "&amp;amp;nbsp;")
@@ -219,6 +221,7 @@ def test_cleaning_twice_is_cleaning_once(options, text):
     assert_is_fixed_point(options, text)
 
 
+@pytest.mark.long
 @settings(max_examples=500, deadline=None)
 @given(OPTIONS, TEXTS)
 def test_cleaning_twice_is_cleaning_once_when_the_passes_run_out(options, text):
@@ -259,6 +262,7 @@ HOSTILE = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)
 def test_hostile_texts_take_linear_time(text):
     """A quadratic step would take hours here; nothing is timed."""

@@ -26,6 +26,7 @@ def encode(folder=None):
     return [part.tolist() for part in np.split(ids, np.cumsum(lengths)[:-1])], encoder.name, said
 
 
+@pytest.mark.long
 def test_fastokens_gives_the_ids_that_tokenizers_gives():
     pytest.importorskip("fastokens")
     ids, name, (said,) = encode()

@@ -39,6 +39,7 @@ def processor(tokenizer_folder, **options) -> OptimizedDataProcessor:
 # ---------------------------------------------------------------------------------------------------------- val_share
 
 
+@pytest.mark.long
 def test_val_share_chooses_by_content_alone(tokenizer_folder, tmp_path):
     share = processor(tokenizer_folder, val_share=0.2, deduplicate=False, save_interval=500)
     sides = {}
@@ -94,6 +95,7 @@ def test_val_share_that_takes_every_document_is_told(tokenizer_folder, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["raw.jsonl"]
 
 
+@pytest.mark.long
 def test_an_old_validation_file_does_not_outlive_the_output_it_belongs_to(tokenizer_folder, tmp_path):
     raw, output = write(tmp_path / "raw.jsonl", TEXTS), tmp_path / "data.bin"
     share = processor(tokenizer_folder, val_share=0.1)
@@ -133,6 +135,7 @@ def expected_lengths(folder, texts: list[str]) -> list[int]:
     return [len(ids) + 2 for ids in encode_texts(load_tokenizer(folder), texts)]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("max_length", [8, 40])
 def test_split_cuts_at_sentence_ends_and_loses_nothing_but_white_space(folder, tmp_path, max_length):
     texts = list(LONG.values())
@@ -149,6 +152,7 @@ def test_split_cuts_at_sentence_ends_and_loses_nothing_but_white_space(folder, t
     assert counts["characters"] == sum(len(text.strip()) for text in texts)
 
 
+@pytest.mark.long
 def test_split_pieces_are_as_long_as_whole_sentences_allow(folder, tmp_path):
     sentences = [sentence + "。" for sentence in prose(1, 40).split("。")[:-1]]
     raw, output = write(tmp_path / "raw.jsonl", ["".join(sentences)]), tmp_path / "data.bin"
@@ -162,6 +166,7 @@ def test_split_pieces_are_as_long_as_whole_sentences_allow(folder, tmp_path):
         assert length > 200 - 8  # the next sentence had no room; a few tokens may join across its start
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("max_length", [8, 40])
 def test_truncate_keeps_the_longest_beginning_and_drop_rejects(folder, tmp_path, max_length):
     texts = [text.strip() for text in LONG.values()]
@@ -211,6 +216,7 @@ def changed(text: str, count: int, seed: int) -> str:
     return "".join(characters)
 
 
+@pytest.mark.long
 def test_near_duplicates_are_dropped_and_what_differs_stays(tokenizer_folder, tmp_path):
     pytest.importorskip("rensa")
     originals = [prose(seed, 40) for seed in range(30)]
@@ -247,6 +253,7 @@ def test_near_duplicates_without_a_document_or_without_rensa(tokenizer_folder, t
 # ------------------------------------------------------------------------------------- cleaning, exports, wrong options
 
 
+@pytest.mark.long
 def test_cleaning_flags_have_their_effect_and_are_counted(tokenizer_folder, tmp_path, process_data_here):
     texts = [
         "Ｈｅｌｌｏ，１２３ 世界" + prose(1, 2),
@@ -288,6 +295,7 @@ def test_cleaning_flags_have_their_effect_and_are_counted(tokenizer_folder, tmp_
     assert not (tmp_path / "b.changes.jsonl").exists()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("library", ["megatron", "nanotron"])
 def test_a_token_file_is_exported_from_the_command_line(tokenizer_folder, tmp_path, process_data_here, library):
     raw, output = write(tmp_path / "raw.jsonl", TEXTS[:50]), tmp_path / "my.bin"

@@ -57,6 +57,7 @@ ARRAYS = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("size", [1, 7, 1 << 20])
 @pytest.mark.parametrize("kind", ARRAYS)
 def test_an_array_is_read_object_by_object(documents, tmp_path, monkeypatch, kind, size):
@@ -293,6 +294,7 @@ def test_the_command_that_converts_a_file_does(tmp_path, process_data_here):
     assert (tmp_path / "utf8_my corpus.jsonl").read_bytes() == JSONL
 
 
+@pytest.mark.long
 def test_much_that_is_rejected_is_said_loudly(tmp_path, process_data_here):
     lines = ['{"text": "好"}', *['{"body": "文"}'] * 24]
     path = write(tmp_path / "a.jsonl", "\n".join(lines))

@@ -164,6 +164,7 @@ FILE = st.builds(
 )
 
 
+@pytest.mark.long
 @settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
 @given(content=FILE, pace=PACE, other=PACE)
 @example(content=b"", pace={}, other={})
@@ -174,6 +175,7 @@ def test_every_line_of_any_file_is_a_document_or_a_reject(content, pace, other, 
     check_file(content, tokenizer_folder, {"workers": 0, **pace}, {"workers": 0, **other})
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("newline", [b"\n", b"\r\n"])
 def test_all_kinds_of_lines_together_in_any_order_and_with_several_workers(tokenizer_folder, newline):
     lines = [line.rstrip(b"\n") for line in corpus_lines(150)] + odd_lines() * 2
@@ -194,6 +196,7 @@ sys.exit(code)
 """
 
 
+@pytest.mark.long
 def test_a_line_of_100_mb_is_rejected_in_bounded_memory(tokenizer_folder, tmp_path):
     good = corpus_lines(40)
     with open(tmp_path / "raw.jsonl", "wb") as file:

@@ -32,6 +32,7 @@ def processor(tokenizer_folder) -> OptimizedDataProcessor:
     return OptimizedDataProcessor(tokenizer_path=tokenizer_folder)
 
 
+@pytest.mark.long
 def test_the_token_file_holds_every_text_between_bos_and_eos(raw, tmp_path):
     OptimizedDataProcessor(clean=False).process_dataset(raw, tmp_path / "data.bin")
     texts = [json.loads(line)["text"] for line in corpus_lines(200)]
@@ -133,6 +134,7 @@ def test_compressed_input_gives_the_same_tokens(raw, processor, tmp_path):
     assert not (tmp_path / "cut.bin").exists()
 
 
+@pytest.mark.long
 def test_a_large_vocabulary_is_stored_in_32_bits(raw, tmp_path):
     from tokenizers import Tokenizer
 
@@ -153,6 +155,7 @@ def test_a_large_vocabulary_is_stored_in_32_bits(raw, tmp_path):
 # ------------------------------------------------------------------------------------------------------- the statistics
 
 
+@pytest.mark.long
 def test_statistics_count_what_is_in_the_file(raw, tmp_path):
     processor = OptimizedDataProcessor(max_length=100, clean=False)
     processor.process_dataset(raw, tmp_path / "data.bin")
@@ -178,6 +181,7 @@ def test_statistics_count_what_is_in_the_file(raw, tmp_path):
     assert sum(row["documents"] for row in stats["length_in_characters"]) == 200
 
 
+@pytest.mark.long
 def test_the_picture_is_optional_and_its_absence_is_named(raw, processor, tmp_path, monkeypatch, capsys):
     processor.process_dataset(raw, tmp_path / "data.bin")
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)  # as if it were not installed
@@ -193,6 +197,7 @@ def test_the_picture_is_optional_and_its_absence_is_named(raw, processor, tmp_pa
 # ----------------------------------------------------------------------------------------------------- the command line
 
 
+@pytest.mark.long
 def test_without_arguments_it_takes_what_is_there(tmp_path):
     dataset = tmp_path / "dataset"
     dataset.mkdir()
@@ -216,6 +221,7 @@ def test_without_arguments_it_takes_what_is_there(tmp_path):
     assert default_input_path(dataset) == corpus
 
 
+@pytest.mark.long
 def test_clean_only_from_the_command_line(raw, tmp_path):
     flags = ["--clean_only", "--input_path", raw, "--output_path"]
     done = process_data(*flags, tmp_path / "same.jsonl", "--clean", "false", cwd=tmp_path)
@@ -260,6 +266,7 @@ def test_bad_input_is_told_in_one_line(tmp_path, monkeypatch, capsys, content, f
     assert not os.path.exists("data.bin")
 
 
+@pytest.mark.long
 def test_statistics_replace_nothing_but_statistics(tmp_path, raw, process_data_here):
     def process(output: str, stats: str) -> tuple[int, list[str]]:
         flags = ["--input_path", raw, "--workers", 0, "--output_path", tmp_path / output]

@@ -48,6 +48,7 @@ def processor(tokenizer_folder) -> OptimizedDataProcessor:
 # --------------------------------------------------------------------------------------------------------- killed
 
 
+@pytest.mark.long
 def test_killed_at_any_instant_and_run_again_the_files_are_the_same(tmp_path, tokenizer_folder):
     """kill -9 of the real script and its workers' parent at random instants (more: tests/reliability/data_kills.py)."""
     (tmp_path / "raw.jsonl").write_bytes(b"".join(dirty_lines(4000)))
@@ -76,6 +77,7 @@ def test_killed_at_any_instant_and_run_again_the_files_are_the_same(tmp_path, to
         assert (killed / name).read_bytes() == (whole / name).read_bytes(), name
 
 
+@pytest.mark.long
 def test_whichever_flush_fails_nothing_is_published(raw, processor, tmp_path, monkeypatch):
     """The system reports a failed fsync once, so one in the background must not get lost."""
     monkeypatch.setattr("model.corpus.merge.FLUSHED_AT_ONCE", 3000)
@@ -117,6 +119,7 @@ PLACES = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("place", PLACES)
 def test_stopped_before_each_step_the_files_are_the_same(raw, processor, tmp_path, monkeypatch, place):
     """Stops before every call of one step in turn."""
@@ -146,6 +149,7 @@ def test_stopped_before_each_step_the_files_are_the_same(raw, processor, tmp_pat
     assert skipped >= 1
 
 
+@pytest.mark.long
 def test_a_worker_that_dies_is_told_and_made_good_by_running_again(
     raw, processor, tokenizer_folder, tmp_path, monkeypatch
 ):
@@ -177,6 +181,7 @@ def test_a_worker_that_dies_is_told_and_made_good_by_running_again(
     assert contents(output) == contents(tmp_path / "whole" / "data.bin")
 
 
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for the workers in /proc")
 def test_workers_end_when_their_parent_is_killed(tmp_path):
     (tmp_path / "raw.jsonl").write_bytes(b"".join(corpus_lines(2000)) * 20)
@@ -192,6 +197,7 @@ def test_workers_end_when_their_parent_is_killed(tmp_path):
     wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers))
 
 
+@pytest.mark.long
 @pytest.mark.skipif(os.name != "posix", reason="signals a group of processes")
 def test_ctrl_c_is_told_in_one_line(tmp_path):
     (tmp_path / "raw.jsonl").write_bytes(b"".join(corpus_lines(2000)) * 20)
@@ -210,6 +216,7 @@ def test_ctrl_c_is_told_in_one_line(tmp_path):
 # -------------------------------------------------------------------------------------------------- changed, run again
 
 
+@pytest.mark.long
 def test_a_half_made_output_is_not_continued_with_other_input_tokenizer_or_options(
     raw, processor, tmp_path, tokenizer_folder, monkeypatch
 ):
@@ -244,6 +251,7 @@ def test_a_half_made_output_is_not_continued_with_other_input_tokenizer_or_optio
     assert again["documents"] == counts["documents"] == len(cleaned.read_bytes().splitlines())
 
 
+@pytest.mark.long
 def test_a_damaged_part_is_made_again(raw, processor, tmp_path, monkeypatch):
     output = tmp_path / "data.bin"
     begin_and_stop(processor, raw, output, monkeypatch)
@@ -263,6 +271,7 @@ def test_a_second_process_on_the_same_output_is_refused(raw, processor, tmp_path
         processor.process_dataset(raw, tmp_path / "data.bin")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("method", ["process_dataset", "validate_and_clean_jsonl"])
 def test_a_finished_output_is_kept_and_never_replaced_unasked(raw, processor, tmp_path, capsys, method):
     output = tmp_path / "made" / "data.out"
@@ -300,6 +309,7 @@ def test_a_finished_output_is_kept_and_never_replaced_unasked(raw, processor, tm
 # --------------------------------------------------------------------------------------------------- several processes
 
 
+@pytest.mark.long
 def test_the_number_of_workers_changes_no_byte(raw, processor, tokenizer_folder, tmp_path):
     processor.process_dataset(raw, tmp_path / "one" / "data.bin")
     for workers in (2, 3):
@@ -313,6 +323,7 @@ def torchrun(*flags, cwd: Path) -> subprocess.CompletedProcess:
     return subprocess.run(list(map(str, command)), cwd=cwd, capture_output=True, encoding="utf-8", timeout=HUNG)
 
 
+@pytest.mark.long
 def test_two_processes_of_torchrun_give_the_bytes_of_one(raw, processor, tokenizer_folder, tmp_path):
     processor.process_dataset(raw, tmp_path / "one" / "data.bin")
     flags = ["--input_path", raw, "--tokenizer_path", tokenizer_folder, "--save_interval", 3000, "--chunk_size", 40]

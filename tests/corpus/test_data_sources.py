@@ -64,6 +64,7 @@ def write_parquet(path: Path, columns: dict, **options) -> Path:
 # ---------------------------------------------------------------------------------------------------- how it is packed
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("members", [1, 5])
 def test_gz_and_zst_of_one_frame_or_several_give_the_bytes_of_the_plain_file(processor, expected, tmp_path, members):
     cuts = [len(PLAIN) * number // members for number in range(members + 1)]  # anywhere, also within a line
@@ -81,6 +82,7 @@ def test_zst_with_the_largest_window_is_read(processor, expected, tmp_path):
     assert process(processor, zst, tmp_path) == expected
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["string", "large_string", "binary", "dictionary"])
 def test_parquet_gives_the_same_tokens(processor, expected, tmp_path, kind):
     pyarrow = pytest.importorskip("pyarrow")
@@ -90,6 +92,7 @@ def test_parquet_gives_the_same_tokens(processor, expected, tmp_path, kind):
     assert process(processor, path, tmp_path)["data.bin"] == expected["data.bin"]
 
 
+@pytest.mark.long
 def test_every_row_of_a_column_is_a_document_or_a_reject(tmp_path, tokenizer_folder):
     pyarrow = pytest.importorskip("pyarrow")
     binary = pyarrow.array(["甲".encode(), None, b"\xff\xfe", b"", "乙".encode()], pyarrow.binary())
@@ -140,12 +143,14 @@ def streamed(request, tmp_path) -> str:
     return f"datasets:{kind}?data_files={folder}/x.{kind}&split=train"
 
 
+@pytest.mark.long
 def test_a_streamed_dataset_gives_the_same_tokens(processor, expected, tmp_path, streamed, capsys):
     assert process(processor, streamed, tmp_path)["data.bin"] == expected["data.bin"]
     processor.process_dataset(streamed, tmp_path / "data.bin")
     assert "nothing to do" in capsys.readouterr().err
 
 
+@pytest.mark.long
 def test_folders_globs_and_lists_give_the_tokens_of_one_file(processor, expected, tmp_path):
     folder = tmp_path / "corpus"
     write(folder / "1" / "deep" / "a.jsonl", b"".join(GOOD[:30]))
@@ -283,6 +288,7 @@ def test_a_library_that_is_missing_is_named(processor, tmp_path, monkeypatch, li
     assert not list(tmp_path.glob("data.bin*"))
 
 
+@pytest.mark.long
 def test_a_compressed_file_that_was_half_made_goes_on(processor, tokenizer_folder, tmp_path, monkeypatch):
     raw = write(tmp_path / "raw.jsonl.gz", gzip.compress(PLAIN * 3))
     begin_and_stop(processor, raw, tmp_path / "data.bin", monkeypatch)
@@ -313,6 +319,7 @@ def test_rejects_and_statistics_tell_the_sources_apart(processor, tmp_path):
         assert sum(source[name] for source in counts["sources"]) == counts[name], name
 
 
+@pytest.mark.long
 def test_weights_say_how_often_a_document_is_taken(processor, tokenizer_folder, tmp_path):
     first, second = write(tmp_path / "a.jsonl", b"".join(GOOD[:60])), write(tmp_path / "b.jsonl", b"".join(GOOD[60:]))
     counts = processor.process_dataset([first, second], tmp_path / "data.bin", weights=[2, 0.5])

@@ -128,12 +128,14 @@ def draw(path, summary):
     return struct.unpack(">II", head[16:24])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", SUMMARIES)
 def test_the_page_is_drawn(tmp_path, name):
     assert draw(tmp_path / "stats.png", SUMMARIES[name]) == (1760, 1100)
     assert [file.name for file in tmp_path.iterdir()] == ["stats.png"]
 
 
+@pytest.mark.long
 def test_chinese_names_are_escaped_where_no_font_has_them(tmp_path, monkeypatch):
     monkeypatch.setattr(picture, "HAN_FONTS", re.compile("(?!)"))  # as on a server without fonts
     assert draw(tmp_path / "stats.png", SUMMARIES["3000_sources"]) == (1760, 1100)
@@ -142,6 +144,7 @@ def test_chinese_names_are_escaped_where_no_font_has_them(tmp_path, monkeypatch)
     assert "".join(map(names._piece, "古文 é\t\udcff.bin")) == r"\u53e4\u6587 é\t\udcff.bin" and names.escaped
 
 
+@pytest.mark.long
 def test_a_long_name_keeps_its_two_ends(monkeypatch):
     from matplotlib.figure import Figure
 

@@ -49,6 +49,7 @@ def some_texts(config):
     return [torch.randint(0, config.vocab_size, (length,), generator=generator) for length in (9, 30, 17)]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_packed_weights_give_the_transformers_logits(tiny_config, variant):
     config = LMConfig(**{**vars(tiny_config), **variant})
@@ -131,6 +132,7 @@ def test_weights_on_a_gpu_have_the_same_checksum(tiny_model):
     assert sum(block.numel() for block in _blocks(whole[1:])) == 2 * CHECKSUM_WIDTH  # 8 bytes each, and padding
 
 
+@pytest.mark.long
 def test_texts_come_from_the_weights_as_they_are(tiny_model, tokenizer):
     generator = TextGenerator(tiny_model, tokenizer, compile=False)
     generator.generate("中国", GREEDY)
@@ -185,6 +187,7 @@ def ids_of(reader, prompts, config=GREEDY, rows=None):
     return texts
 
 
+@pytest.mark.long
 @needs_compiler
 @pytest.mark.parametrize(("variant", "int8"), [({}, False), ({"qk_norm": True, "tie_embeddings": False}, True)])
 def test_the_compiled_step_writes_what_the_eager_one_writes(tiny_config, steps, variant, int8):
@@ -225,6 +228,7 @@ def test_a_chat_continues_where_the_compiled_step_stopped(tiny_model, steps):
         history = [*history, *answer, 44, 45]
 
 
+@pytest.mark.long
 @needs_compiler
 def test_the_step_comes_in_the_background_and_not_for_a_seed(tiny_model, tokenizer, steps, monkeypatch, capsys):
     monkeypatch.setenv("MATECONV_CACHE", str(steps / "background"))
@@ -311,6 +315,7 @@ def test_compiled_code_is_kept_for_all_the_sources_that_it_is_made_from():
         assert module.__module__ in sources
 
 
+@pytest.mark.long
 def test_a_change_of_any_of_them_is_another_file(tmp_path):
     shutil.copytree(ROOT / "model", tmp_path / "model", ignore=shutil.ignore_patterns("__pycache__"))
     code = """if True:
@@ -330,6 +335,7 @@ def test_a_change_of_any_of_them_is_another_file(tmp_path):
     assert subprocess.check_output([sys.executable, "-c", code], cwd=tmp_path).strip() == b"5"
 
 
+@pytest.mark.long
 def test_without_a_compiler_generation_works(tmp_path, tiny_model, tokenizer_folder):
     from model.weights import Weights, save_weights
 

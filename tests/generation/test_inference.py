@@ -39,6 +39,7 @@ def generator(tiny_model, tokenizer):
 # ------------------------------------------------------------------------------------------------ the Python calls
 
 
+@pytest.mark.long
 def test_the_new_text_is_returned_and_the_pieces_join_to_it(generator, capsys):
     pieces = []
     text = generator.generate("中国", GREEDY, stream=True, callback=pieces.append)
@@ -279,6 +280,7 @@ def test_the_oldest_turns_leave_a_full_context_but_not_the_system_message(genera
         generator.chat(turns("字" * 200))
 
 
+@pytest.mark.long
 def test_a_long_history_is_fitted_with_few_renderings(tokenizer):
     """400 turns: a binary search, not a rendering for each turn that is dropped; and the most turns that fit."""
     encoder, rendered = PromptEncoder(tokenizer, context=500), []
@@ -458,6 +460,7 @@ def output(result) -> str:
     return result.stdout.decode()
 
 
+@pytest.mark.long
 def test_the_notebook_runs_from_its_first_cell_to_its_last(run_folder):
     cells = json.loads((ROOT / "examples" / "generate.ipynb").read_text(encoding="utf-8"))["cells"]
     code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
@@ -470,6 +473,7 @@ def test_the_notebook_runs_from_its_first_cell_to_its_last(run_folder):
     assert shown.count("bits per byte") == 2 and "却说曹操" in shown
 
 
+@pytest.mark.long
 def test_one_prompt_printed_or_streamed_is_the_same_text(in_run_folder, tiny_model, tokenizer, monkeypatch, capsys):
     text = TextGenerator(tiny_model, tokenizer).generate("中国", GenerationConfig(do_sample=False, max_new_tokens=20))
     flags = ["--model_path", "out/pretrain_64.pth", "--prompt", "中国", "--max_new_tokens", "20", "--greedy"]
@@ -480,12 +484,14 @@ def test_one_prompt_printed_or_streamed_is_the_same_text(in_run_folder, tiny_mod
     assert capsys.readouterr().out == f"中国{text}\n"
 
 
+@pytest.mark.long
 def test_without_flags_the_default_prompt_is_continued(run_folder):
     result = run(run_folder)
     assert output(result).startswith("中国")
     assert "the newest final weights under out/" in result.stderr.decode()
 
 
+@pytest.mark.long
 def test_a_chat_through_a_pipe_reads_like_the_guide(run_folder, tiny_model, tokenizer):
     config = GenerationConfig(do_sample=False, max_new_tokens=15)
     generator = TextGenerator(tiny_model, tokenizer)
@@ -531,6 +537,7 @@ def test_ctrl_d_and_ctrl_c_at_the_prompt_leave(monkeypatch, capsys, leaving):
     assert inference.ask() is None
 
 
+@pytest.mark.long
 @pytest.mark.skipif(os.name == "nt", reason="needs a POSIX terminal")
 def test_without_flags_a_terminal_gets_the_chat(run_folder):
     import pty
@@ -604,6 +611,7 @@ def test_the_results_before_an_error_are_kept(in_run_folder, tiny_config, tokeni
     assert said.out.count("[16]") == 1 and "[17]" not in said.out
 
 
+@pytest.mark.long
 def test_a_chat_survives_what_a_template_refuses(in_run_folder, generator, tokenizer, monkeypatch, capsys):
     """And what is said of the engine and the history comes between two turns."""
     tokenizer.chat_template = (
@@ -664,6 +672,7 @@ def test_a_file_is_scored(in_run_folder, tiny_model, tokenizer, monkeypatch, cap
     )
 
 
+@pytest.mark.long
 def test_bad_input_ends_the_command_with_one_line_and_code_2(run_folder):
     result = run(run_folder, "--tempreture", "0.8")
 

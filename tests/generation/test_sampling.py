@@ -86,6 +86,7 @@ def test_composed_processors_equal_transformers():
         assert torch.equal(logits, expected)
 
 
+@pytest.mark.long
 def test_output_penalties_follow_openais_formula():
     for seed in range(20):
         tokens, logits = random_case(seed)
@@ -193,6 +194,7 @@ def ids_of(model, prompt, config, eos_id=2):
     return [event.token for event in decode(Engine(model), [prompt], config, [eos_id]) if event.token is not None]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("penalty", "ngram"), [(1.0, 0), (1.3, 0), (1.2, 3)])
 def test_greedy_equals_transformers_generate(penalty, ngram):
     model = random_model(LMConfig(dim=64, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=300, max_seq_len=128))

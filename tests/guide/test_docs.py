@@ -144,6 +144,7 @@ def scaled_down(command: str) -> tuple[list[str], str]:
     return words, typed
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)])
 def test_the_commands_and_examples_of_a_page_work(page, home, interpreter):
     for number, (language, text) in enumerate(blocks(page)):
@@ -170,6 +171,7 @@ def test_the_commands_and_examples_of_a_page_work(page, home, interpreter):
             assert language == "text", f"{page}: a block of {language!r} is run by nobody"
 
 
+@pytest.mark.long
 def test_what_the_readme_shows_is_what_the_demo_prints(home, interpreter):
     """But for the numbers, the model's texts, and the hardware."""
     answer = interpreter.run(["train.py", "--config", "config_demo.yaml", *SMALL.split()])
@@ -377,6 +379,7 @@ def test_the_sampling_table_matches_the_declaration(page):
     assert set(declared) <= set(order) and all(f"`{name}`" in read(page) for name in in_python)
 
 
+@pytest.mark.long
 def test_every_flag_is_documented_and_every_documented_flag_exists(interpreter):
     pages = {
         "train.py": ["docs/settings.md", "docs/reliability.md"],

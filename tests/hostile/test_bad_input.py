@@ -17,6 +17,7 @@ from tests.reliability import bad_input, malicious
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="the cases are forked")
 
 
+@pytest.mark.long
 @needs_fork
 @pytest.mark.parametrize("group", [bad_input, malicious], ids=["bad", "malicious"])
 def test_each_ends_in_one_clear_line_and_nothing_runs(group, tmp_path):

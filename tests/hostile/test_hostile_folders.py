@@ -120,6 +120,7 @@ ANYTHING = st.recursive(
 )
 
 
+@pytest.mark.long
 @MANY
 @given(st.dictionaries(st.sampled_from(KEYS), ANYTHING, min_size=1, max_size=3))
 def test_any_value_in_a_config(bad, good, changes):
@@ -329,6 +330,7 @@ TOKENIZERS = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name, content", [(name, each) for name, all_ in TOKENIZERS.items() for each in all_])
 def test_a_tokenizer_that_is_damaged(bad, name, content):
     write(bad / name, content)

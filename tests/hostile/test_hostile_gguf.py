@@ -113,6 +113,7 @@ ITEMS = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("make", ITEMS.values(), ids=ITEMS)
 def test_many_values_take_little_memory(tmp_path, good, raw, make):
     """The library's reader took half a gigabyte for a megabyte."""
@@ -134,6 +135,7 @@ LISTS = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("content, message", LISTS.values(), ids=LISTS)
 def test_a_list_that_lies(raw, refused, content, message):
     raw.values["x"] = ARRAY, content
@@ -320,6 +322,7 @@ VALUES = st.one_of(
 )
 
 
+@pytest.mark.long
 @MANY
 @given(st.data())
 def test_any_value_of_any_type(tmp_path, whole, data):

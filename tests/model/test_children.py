@@ -24,6 +24,7 @@ def test_spinning_is_bounded_for_each_library_unless_the_user_chose():
         assert theirs == {name: "1234"}
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="GNU's library, as torch's Linux wheels bring it")
 @pytest.mark.parametrize("module", ["train", "inference", "model.convert"])
 @pytest.mark.parametrize("user", [{}, {"GOMP_SPINCOUNT": "77"}])

@@ -46,6 +46,7 @@ def test_the_default_shape_is_minimind_v1():
     assert model.output.weight is model.tok_embeddings.weight
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("n_kv_heads", [1, 2, 4])
 @pytest.mark.parametrize("tie_embeddings", [True, False])
 def test_logits_equal_transformers_llama(n_kv_heads, tie_embeddings):
@@ -144,6 +145,7 @@ def test_half_precision_keeps_the_positions_exact(tiny_config):
     assert model.output.weight is model.tok_embeddings.weight
 
 
+@pytest.mark.long
 def test_the_training_step_is_one_graph(tiny_config):
     model = random_model(tiny_config).train()
     tokens, targets = some_tokens(tiny_config, 2, 16), some_tokens(tiny_config, 2, 16, seed=2)
@@ -244,6 +246,7 @@ def test_documents_in_one_sample_are_as_if_each_was_run_alone(tiny_config, varia
         assert not torch.allclose(model(tokens).flatten(0, 1), logits, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.long
 def test_the_training_step_with_documents_is_one_graph(tiny_config):
     model = random_model(tiny_config).train()
     tokens, targets = some_tokens(tiny_config, 2, 100), some_tokens(tiny_config, 2, 100, seed=2)

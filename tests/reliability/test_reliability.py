@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.long
+
 TESTS = ["exact_resume", "save_kills", "job_kills", "signals", "world_size", "wandb_faults"]
 FORKS = pytest.mark.skipif(sys.platform == "win32", reason="processes are forked and killed, which Windows cannot")
 

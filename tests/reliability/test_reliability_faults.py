@@ -9,6 +9,8 @@ if sys.platform == "win32":
 
 from tests.reliability import corruption, disks, lost_ranks, numerics, soak
 
+pytestmark = pytest.mark.long
+
 
 @pytest.mark.parametrize("module", [corruption, disks, numerics, lost_ranks, soak], ids=lambda module: module.TITLE)
 def test_the_fast_cases_pass(module, tmp_path):

@@ -60,15 +60,18 @@ def interrupt(folder, times, seconds_needed, seconds_allowed):
     return process.returncode, [rank for rank in (0, 1) if (folder / f"saved{rank}").exists()]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("times", [1, 2])
 def test_workers_may_save_after_ctrl_c(tmp_path, times):
     assert interrupt(tmp_path, times, seconds_needed=2, seconds_allowed=HUNG) == (130, [0, 1])
 
 
+@pytest.mark.long
 def test_the_third_ctrl_c_waits_for_nobody(tmp_path):
     assert interrupt(tmp_path, 3, seconds_needed=9 * HUNG, seconds_allowed=9 * HUNG) == (130, [])
 
 
+@pytest.mark.long
 def test_the_time_to_save_is_limited(tmp_path):
     assert interrupt(tmp_path, 1, seconds_needed=9 * HUNG, seconds_allowed=1) == (130, [])
 

@@ -145,6 +145,7 @@ def test_events_past_the_step_resumed_at_are_dropped(tmp_path, said):
     assert steps(tmp_path) == [1, 2, 2] and said == []
 
 
+@pytest.mark.long
 def test_curves_that_cannot_be_written_are_told_once(tmp_path, said):
     pytest.importorskip("matplotlib")
     (tmp_path / "curves.png" / "in the way").mkdir(parents=True)
@@ -161,6 +162,7 @@ def test_curves_that_cannot_be_written_are_told_once(tmp_path, said):
     assert len(said) == 2
 
 
+@pytest.mark.long
 @needs_file_size_limit
 def test_curves_on_a_full_disk_are_told_once_and_the_old_ones_stay(tmp_path):
     pytest.importorskip("matplotlib")
@@ -310,6 +312,7 @@ def complaints(text):
     return [line for line in text.splitlines() if line.startswith("use_wandb") and "https" not in line]
 
 
+@pytest.mark.long
 def test_wandb_that_stalls_holds_no_run_and_no_exit(flags, tmp_path):
     """Two real runs at the same time, one of them with a wandb that stalls."""
 
@@ -329,6 +332,7 @@ def test_wandb_that_stalls_holds_no_run_and_no_exit(flags, tmp_path):
     assert "stalled" not in (tmp_path / "log stalls.jsonl").read_text()  # the run was over before
 
 
+@pytest.mark.long
 def test_no_fault_of_wandb_changes_the_weights(flags, tmp_path, fake_wandb, capfd):
     options = {"max_steps": 6, "eval_interval": 99, "dropout": 0.1}
     train(flags(out_dir=tmp_path / "without", **options))
@@ -342,6 +346,7 @@ def test_no_fault_of_wandb_changes_the_weights(flags, tmp_path, fake_wandb, capf
         assert len(complaints(capfd.readouterr().err)) == 1, fault
 
 
+@pytest.mark.long
 def test_a_resumed_run_goes_on_in_wandb_where_it_was(flags, tmp_path, fake_wandb, capfd):
     received, out = fake_wandb(), tmp_path / "out"
     train(flags(use_wandb="true", max_steps=8))
@@ -355,6 +360,7 @@ def test_a_resumed_run_goes_on_in_wandb_where_it_was(flags, tmp_path, fake_wandb
     assert (moved / WANDB_RUN).exists()
 
 
+@pytest.mark.long
 def test_another_line_of_a_run_is_another_run_in_wandb_from_its_first_step(flags, tmp_path, fake_wandb):
     received, out = fake_wandb(), tmp_path / "out"
     train(flags(use_wandb="true"))
@@ -365,6 +371,7 @@ def test_another_line_of_a_run_is_another_run_in_wandb_from_its_first_step(flags
     assert [event["row"]["lr"] for event in of_second if "row" in event][4] < 1e-5 + 1e-9
 
 
+@pytest.mark.long
 def test_the_real_wandb_kept_offline_holds_no_exit(tmp_path):
     pytest.importorskip("wandb")
     environment = {name: value for name, value in ONE_THREAD.items() if not name.startswith("WANDB")}

@@ -9,6 +9,8 @@ import pytest
 from tests.conftest import ROOT
 from tests.tiny_runs import HUNG, ONE_THREAD, torchrun
 
+pytestmark = pytest.mark.long
+
 HEAD = """
 import os, socket, sys, time
 socket.gethostname = lambda: os.environ.get("TEST_HOST", "here")

@@ -32,6 +32,7 @@ def start(arguments, **environment):
     return subprocess.Popen(arguments, start_new_session=True, env=ONE_THREAD | environment, **pipes)
 
 
+@pytest.mark.long
 def test_ctrl_c_while_a_compiler_runs_saves_a_checkpoint(flags, tmp_path):
     compiler = tmp_path / "g++"
     compiler.write_text(SLOW_COMPILER.format(python=sys.executable, marker=str(tmp_path / "compiling")))
@@ -50,6 +51,7 @@ def test_ctrl_c_while_a_compiler_runs_saves_a_checkpoint(flags, tmp_path):
     assert "Traceback" not in errors and len(errors.splitlines()) < 20
 
 
+@pytest.mark.long
 def test_the_third_ctrl_c_leaves_a_status_that_says_interrupted(flags, tmp_path):
     process = start(command(flags(batch_size=64, accumulation_steps=500)))  # a step takes seconds
     wait_for((tmp_path / "out" / "status.json").exists, process)

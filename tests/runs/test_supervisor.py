@@ -141,6 +141,7 @@ def test_a_fault_that_repeats_ends_after_three_attempts(supervise, tmp_path):
     assert "the last one" not in lines[-1] and lines[-1].endswith("the last attempt: exit code 3")
 
 
+@pytest.mark.long
 def test_a_newer_checkpoint_counts_as_progress(supervise, tmp_path):
     fails = {"exit": 3}
     saves = [{"checkpoint": f"checkpoint_step_{step}.pth", "exit": 3} for step in (4, 8)]
@@ -212,6 +213,7 @@ def test_the_child_of_a_killed_supervisor_ends_cleanly_by_itself(start, tmp_path
 # -------------------------------------------------------------------------------------------------- the real train.py
 
 
+@pytest.mark.long
 @posix_only
 def test_a_training_killed_twice_ends_with_the_same_weights(flags, tmp_path):
     options = flags(max_steps=120, eval_interval=60, save_interval=20, log_interval=30)
@@ -235,6 +237,7 @@ def newer(out_dir, saved):
     return status is not None and status["checkpoint"] not in saved | {None}
 
 
+@pytest.mark.long
 @posix_only
 def test_a_run_from_a_named_checkpoint_goes_on_from_its_own_newest_one(flags, tmp_path):
     options = flags(max_steps=120, eval_interval=120, save_interval=20)
@@ -251,6 +254,7 @@ def test_a_run_from_a_named_checkpoint_goes_on_from_its_own_newest_one(flags, tm
     assert not (second / "previous").exists()
 
 
+@pytest.mark.long
 @posix_only
 def test_several_processes_that_are_stopped_exit_with_130(flags, tmp_path):
     options = flags(batch_size=2, max_steps=3000, eval_interval=3000, save_interval=20)
@@ -265,6 +269,7 @@ def test_several_processes_that_are_stopped_exit_with_130(flags, tmp_path):
     assert load_torch(tmp_path / "out" / "checkpoint_interrupted.pth")["progress"]["step"] == status["step"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("more", [["--restarts=2"], ["--restarts=2", "--nproc_per_node=2"], ["--nproc_per_node=2"]])
 def test_bad_input_is_one_line_and_no_restart(flags, more):
     for change in {"dim": 33}, {"train_data_path": "none.bin"}:

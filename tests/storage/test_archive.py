@@ -223,6 +223,7 @@ def test_another_file_is_named_with_what_to_do(tmp_path, make, expected):
     assert re.search(expected, line), line
 
 
+@pytest.mark.long
 def test_the_conversion_that_is_named_works(tmp_path):
     legacy(tmp_path / "OLD")
     line = refusal(tmp_path / "OLD")

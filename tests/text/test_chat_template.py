@@ -94,6 +94,7 @@ HISTORY = [
 ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("template", [CHAT_TEMPLATE, LLAMA_2, LLAMA_3, QWEN_3, EVERYTHING])
 @pytest.mark.parametrize("history", [HISTORY, HISTORY[1:], HISTORY[1:2]])
 def test_the_text_is_what_transformers_makes(tokenizer, template, history):
@@ -160,6 +161,7 @@ MUCH = {
 }  # fmt: skip
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("template", MUCH.values(), ids=MUCH)
 def test_a_template_that_asks_for_too_much_is_one_line(tokenizer, monkeypatch, template):
     monkeypatch.setattr(template_sandbox, "SECONDS", 1)

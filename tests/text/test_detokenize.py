@@ -27,6 +27,7 @@ def stream(tokenizer, ids) -> list[str]:
     return [*(detokenizer.push(index) for index in ids), detokenizer.flush()]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("text", TEXTS)
 @pytest.mark.parametrize("by_bytes", [False, True])
 def test_pieces_are_whole_characters_and_join_to_the_text(tokenizer, text, by_bytes):

@@ -28,6 +28,7 @@ def folder(request, tmp_path) -> Path:
     return write_tokenizer(tmp_path, KINDS[request.param]())
 
 
+@pytest.mark.long
 def test_a_control_token_in_a_text_stays_text(folder):
     tokenizer = load_tokenizer(folder)
     for text, ids in zip(SPELLED, encode_texts(tokenizer, SPELLED), strict=True):
@@ -145,6 +146,7 @@ def test_what_is_printed_meanwhile_is_not_lost(capfd):
     assert capfd.readouterr().err == "kept\n"
 
 
+@pytest.mark.long
 def test_a_script_says_one_line_of_a_panic(tmp_path, tokenizer_folder):
     folder = hostile(tmp_path / "tokenizer", tokenizer_folder, normalizer=SLOW)
     (tmp_path / "x.jsonl").write_text(json.dumps({"text": "a" * 60 + "!"}))
@@ -156,6 +158,7 @@ def test_a_script_says_one_line_of_a_panic(tmp_path, tokenizer_folder):
     assert not (tmp_path / "x.bin").exists()
 
 
+@pytest.mark.long
 def test_what_takes_too_long_is_one_line(tmp_path, tokenizer_folder, monkeypatch):
     monkeypatch.setattr(encoder, "SECONDS", 0.2)
     slow = [replace({"Regex": f"(a|aa){{1,{n}}}c"}, "") for n in range(20, 24)]

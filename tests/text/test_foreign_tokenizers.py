@@ -122,6 +122,7 @@ def script(name: str, *arguments, code: int = 0, **options) -> subprocess.Comple
 # ------------------------------------------------------------------------------------------------------- the folder
 
 
+@pytest.mark.long
 def test_the_ids_are_those_that_transformers_gives(qwen_like):
     from transformers import AutoTokenizer
 
@@ -282,6 +283,7 @@ def test_a_chat_is_what_transformers_makes_of_the_template(generator, qwen_like,
     assert generator.encode_chat([{"role": "user", "content": ""}]) == [697]
 
 
+@pytest.mark.long
 def test_a_user_trains_and_talks_without_a_bos(tmp_path, qwen_like, raw):
     tokens = tmp_path / "x.bin"
     flags = ["--tokenizer_path", qwen_like, "--input_path", raw, "--output_path", tokens]
@@ -350,6 +352,7 @@ def test_a_damaged_generation_config_is_one_clear_line(tmp_path, qwen_like, cont
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.long
 def test_training_says_so_before_it_begins(tmp_path, qwen_like, token_file):
     folder = with_generation_config(qwen_like, tmp_path / "tokenizer", "{")
     flags = ["--tokenizer_path", folder, "--train_data_path", token_file, "--out_dir", tmp_path / "out"]

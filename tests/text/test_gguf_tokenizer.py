@@ -81,6 +81,7 @@ def add_token(text: str, special: bool = True, **properties):
 # ------------------------------------------------------------------------------------------------ the embedded one
 
 
+@pytest.mark.long
 def test_the_embedded_tokenizer_comes_back_as_it_was(tmp_path, texts):
     back = through_gguf(EMBEDDED_TOKENIZER, tmp_path)
     before, after = (json.loads((folder / "tokenizer.json").read_bytes()) for folder in (EMBEDDED_TOKENIZER, back))
@@ -219,6 +220,7 @@ ORIGINALS = {  # as they stand in the tokenizer.json of Qwen 3, Llama 3, DeepSee
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ORIGINALS)
 def test_a_tokenizers_own_pre_tokenizer_gets_its_name_and_keeps_its_ids(tmp_path, pairs, texts, name):
     def original(tokenizer: dict) -> None:
@@ -306,6 +308,7 @@ def sentencepiece(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.long
 def test_bytes_as_tokens_are_written_with_scores_and_come_back(tmp_path, sentencepiece, texts):
     back = through_gguf(sentencepiece, tmp_path, 2600)
     fields = gguf.GGUFReader(tmp_path / "model.gguf").fields
@@ -394,6 +397,7 @@ def test_all_that_ends_a_text_is_kept(tmp_path):
     assert same_tokenizer(folder, back)
 
 
+@pytest.mark.long
 def test_added_tokens_are_control_tokens_or_words(tmp_path, texts):
     def tokens(tokenizer: dict) -> None:
         add_token("<tool>", special=False)(tokenizer)
@@ -409,6 +413,7 @@ def test_added_tokens_are_control_tokens_or_words(tmp_path, texts):
     assert same_tokenizer(folder, back)
 
 
+@pytest.mark.long
 def test_a_tokenizer_without_bos(tmp_path, texts):
     def no_bos(config: dict) -> None:
         config["bos_token"] = None
@@ -595,6 +600,7 @@ print(folder, sorted(path.name for path in folder.iterdir()), len((folder / "tok
 """
 
 
+@pytest.mark.long
 def test_processes_that_unpack_one_file_at_once_do_not_disturb_each_other(tmp_path):
     write_gguf(tmp_path / "model.gguf", EMBEDDED_TOKENIZER)
     environment = os.environ | {"MATECONV_CACHE": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}

@@ -25,6 +25,7 @@ def counted(tokenizer, text: str) -> int:
     return token_bytes(tokenizer).count(ids[:-1], ids[1:])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", LOSSLESS)
 def test_the_bytes_are_those_of_the_text(tmp_path, kind):
     tokenizer = load_tokenizer(write_tokenizer(tmp_path, KINDS[kind]()))
@@ -65,6 +66,7 @@ def test_ids_without_a_token_count_nothing(tokenizer):
     assert not found.is_text[1:3].any() and found.is_text[3:].all()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["byte-level BPE", *LOSSLESS[2:], "Unigram"])
 def test_validation_says_what_score_file_says(tmp_path, monkeypatch, capsys, kind):
     """Of the same texts, to the last digit."""

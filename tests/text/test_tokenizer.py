@@ -52,6 +52,7 @@ def random_strings(count: int) -> list[str]:
     return ["".join(generator.choice(kinds)() for _ in range(generator.randrange(1, 40))) for _ in range(count)]
 
 
+@pytest.mark.long
 def test_it_loads_as_the_guide_shows_and_has_6400_tokens(embedded):
     from transformers import AutoTokenizer
 
@@ -116,6 +117,7 @@ def command(*arguments) -> subprocess.CompletedProcess:
     return subprocess.run([*script, *map(str, arguments)], capture_output=True, encoding="utf-8")
 
 
+@pytest.mark.long
 def test_a_user_trains_one_on_their_own_text(tmp_path, corpus):
     lines = [json.dumps({"text": text}, ensure_ascii=False) for text in corpus[:3000]]
     (tmp_path / "a.jsonl").write_text("\n".join([*lines[:1500], "not json", '{"text": 1}']), encoding="utf-8")

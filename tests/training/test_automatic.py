@@ -9,6 +9,8 @@ from model.storage.archive import load_torch
 from tests.conftest import ROOT, corpus_lines
 from tests.tiny_runs import ONE_THREAD, assert_same_end, command, losses, run, torchrun, train
 
+pytestmark = pytest.mark.long
+
 ALL_AUTO = {"batch_size": "auto", "learning_rate": "auto", "warmup_steps": "auto", "compile": "auto"}
 NAMES = ("batch_size", "learning_rate", "warmup_steps", "compile")
 

@@ -42,6 +42,7 @@ def test_the_memory_of_a_step_is_known_to_the_byte_before_it_is_allocated(tiny_c
     assert expected.activations == saved_bytes(model, 3, autocast, document_mask)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("values", "named"),
     [({"batch_size": 1_000_000}, "lower batch_size"), ({"dim": 65536, "n_heads": 64}, "make the model smaller")],
@@ -128,6 +129,7 @@ def test_text_as_a_token_file_is_refused_with_the_setting_for_it(tmp_path, token
     refuse_text("train_data_path", str(token_file))
 
 
+@pytest.mark.long
 def test_ranks_that_wait_for_data_end_when_rank_0_fails(flags, tmp_path):
     broken = tmp_path / "raw.jsonl"
     broken.write_text("nonsense\n", encoding="utf-8")
@@ -136,6 +138,7 @@ def test_ranks_that_wait_for_data_end_when_rank_0_fails(flags, tmp_path):
     assert "[rank 1] error: rank 0 failed: " in result.stderr, result.stderr
 
 
+@pytest.mark.long
 def test_ranks_that_wait_for_data_train_on_it(flags, tmp_path):
     raw = tmp_path / "raw.jsonl"
     raw.write_bytes(b"".join(corpus_lines(60)))
@@ -143,6 +146,7 @@ def test_ranks_that_wait_for_data_train_on_it(flags, tmp_path):
     assert result.returncode == 0 and "FutureWarning" not in result.stderr, result.stderr
 
 
+@pytest.mark.long
 def test_a_checkpoint_is_read_once(flags, tmp_path, monkeypatch):
     import train
     from model.runs import resume

@@ -91,6 +91,7 @@ def test_what_a_forward_pass_keeps_grows_evenly_with_the_batch(tiny_config):
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+@pytest.mark.long
 def test_twice_the_memory_takes_about_twice_the_samples(tiny_config):
     model, free = random_model(tiny_config).train(), 400_000_000
     fits = [rows_that_fit(model, contextlib.nullcontext(), 1, 0, size) for size in (free, 2 * free)]

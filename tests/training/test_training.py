@@ -62,6 +62,7 @@ def test_a_run_leaves_weights_checkpoints_metrics_curves_and_its_settings(flags,
     assert_equal(load_torch(out / "pretrain_32.pth"), dict(trainer.ema.module.state_dict()))
 
 
+@pytest.mark.long
 def test_bits_per_byte_is_the_loss_over_the_bytes_of_the_text(flags):
     trainer = train(flags(max_steps=1, eval_steps=None))
     val_loss, bits_per_byte = trainer.evaluate()
@@ -85,6 +86,7 @@ def read_samples(monkeypatch):
     return batches
 
 
+@pytest.mark.long
 def test_epochs_read_every_training_sample_once_and_no_held_out_one(flags, read_samples):
     options = {"batch_size": 300, "eval_interval": 99, "save_interval": 99}
     trainer = train(flags(max_steps=None, epochs=2, **options))
@@ -96,6 +98,7 @@ def test_epochs_read_every_training_sample_once_and_no_held_out_one(flags, read_
     assert not set(trainer.data.val_samples) & set(samples)
 
 
+@pytest.mark.long
 def test_with_samples_from_documents_an_epoch_predicts_all_but_the_first_token_of_each(flags, tmp_path):
     options = {"sample_start": "document", "document_mask": "true", "max_seq_len": 96, "batch_size": 50}
     trainer = train(flags(max_steps=None, epochs=2, eval_interval=99, save_interval=99, **options))
@@ -118,6 +121,7 @@ def test_with_samples_from_documents_an_epoch_predicts_all_but_the_first_token_o
     assert loss == pytest.approx(total / data.count_targets(held_out), rel=1e-5)
 
 
+@pytest.mark.long
 def test_a_second_run_moves_the_first_one_aside(flags, tmp_path, capfd):
     train(flags(max_steps=4))
     before = (tmp_path / "out" / "pretrain_32.pth").read_bytes()
@@ -127,12 +131,14 @@ def test_a_second_run_moves_the_first_one_aside(flags, tmp_path, capfd):
     assert str(moved) in capfd.readouterr().err
 
 
+@pytest.mark.long
 def test_only_the_newest_checkpoints_are_kept(flags, tmp_path):
     train(flags(keep_last=2))
     steps = sorted(path.name for path in (tmp_path / "out").glob("checkpoint_*"))
     assert steps == ["checkpoint_step_12.pth", "checkpoint_step_8.pth"]
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="threads are counted in /proc")
 def test_saving_starts_no_second_team_of_threads():
     """More OpenMP threads than cores slow all of them down: see `BackgroundSaver._work`."""
@@ -160,6 +166,7 @@ def test_the_steps_set_muons_momentum(flags):
     assert [group["momentum"] for group in trainer.optimizer.param_groups] == [momentum_at(2)] * 3
 
 
+@pytest.mark.long
 def test_accumulation_equals_the_large_batch(flags, tmp_path):
     train(flags(dtype="float32", batch_size=8, out_dir=tmp_path / "large"))
     train(flags(dtype="float32", batch_size=2, accumulation_steps=4, out_dir=tmp_path / "small"))
@@ -167,6 +174,7 @@ def test_accumulation_equals_the_large_batch(flags, tmp_path):
         assert small == pytest.approx(large, abs=1e-5)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_16_bit_training_learns_about_the_same(flags, tmp_path, dtype, monkeypatch):
     train(flags(dtype="float32", out_dir=tmp_path / "float32"))
@@ -177,6 +185,7 @@ def test_16_bit_training_learns_about_the_same(flags, tmp_path, dtype, monkeypat
     assert last == pytest.approx(dict(losses(tmp_path / "float32"))[12], abs=0.05)
 
 
+@pytest.mark.long
 def test_a_float16_overflow_skips_the_step_and_counts_no_step(flags, monkeypatch):
     monkeypatch.setenv("MATECONV_EMULATE_DTYPE", "1")
     torch.set_num_threads(1)
@@ -206,6 +215,7 @@ def test_gradients_that_are_not_finite_are_skipped_and_then_stop_training(flags,
     assert trainer.progress.step == 1 and trainer.progress.samples == 4 * (max_skipped_steps + 2)
 
 
+@pytest.mark.long
 def test_early_stopping_after_patience_evaluations_without_gain(flags, tmp_path):
     trainer = train(flags(early_stopping="true", patience=2, learning_rate=1.0, grad_clip=0, max_steps=400, seed=3))
     evaluated = [event["val_loss"] for event in events(tmp_path / "out") if "val_loss" in event]
@@ -216,6 +226,7 @@ def test_early_stopping_after_patience_evaluations_without_gain(flags, tmp_path)
     assert trainer.evaluate()[0] == pytest.approx(min(evaluated), abs=1e-6)
 
 
+@pytest.mark.long
 def test_a_new_optimizer_and_schedule_are_settings_like_the_others(flags, tmp_path, new_entries):
     trainer = train(flags(optimizer_type="sgd", lr_scheduler="constant", learning_rate=0.1))
     assert type(trainer.optimizer) is torch.optim.SGD and trainer.optimizer.param_groups[0]["momentum"] == 0.9
@@ -251,6 +262,7 @@ def new_entries(monkeypatch):
     monkeypatch.setitem(SHAPES, "constant", lambda progress: 1.0)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("case", RESUMED)
 def test_a_killed_run_goes_on_and_ends_with_the_same_bits(flags, tmp_path, case, monkeypatch, new_entries):
     monkeypatch.setenv("MATECONV_EMULATE_DTYPE", "1")
@@ -269,6 +281,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bits(flags, tmp_path, case,
     assert_equal(*(load_torch(folder / "pretrain_32.pth") for folder in (tmp_path / "whole", killed)))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_stopped_run_saves_and_resume_alone_ends_with_the_same_bits(flags, tmp_path, number):
     train(flags(max_steps=300, eval_interval=100, save_interval=300, out_dir=tmp_path / "whole"))
@@ -287,6 +300,7 @@ def test_a_stopped_run_saves_and_resume_alone_ends_with_the_same_bits(flags, tmp
     assert_same_end(tmp_path / "whole", tmp_path / "out", step=300)
 
 
+@pytest.mark.long
 def test_a_damaged_newest_checkpoint_is_passed_over(flags, tmp_path, capfd):
     train(flags())
     newest = tmp_path / "out" / "checkpoint_step_12.pth"
@@ -298,6 +312,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over(flags, tmp_path, capfd):
     assert load_torch(newest)["progress"]["step"] == 12
 
 
+@pytest.mark.long
 def test_a_checkpoint_of_another_model_or_data_is_refused(flags, tmp_path):
     train(flags(max_steps=4))
     for change, named in ({"dim": 64}, "dim 32 there, 64 here"), ({"optimizer_type": "adam"}, "optimizer_type"):
@@ -311,6 +326,7 @@ def test_a_checkpoint_of_another_model_or_data_is_refused(flags, tmp_path):
         train(flags(resume="true", train_data_path=other))
 
 
+@pytest.mark.long
 def test_going_on_from_an_older_step_keeps_what_came_after(flags, tmp_path):
     train(flags())
     out = tmp_path / "out"
@@ -321,6 +337,7 @@ def test_going_on_from_an_older_step_keeps_what_came_after(flags, tmp_path):
     assert (left / "best_model.pth").read_bytes() == best and (left / "pretrain_32.pth").read_bytes() == final
 
 
+@pytest.mark.long
 def test_changed_settings_take_effect_and_are_named(flags, tmp_path, capfd):
     train(flags(max_steps=4))
     train(flags(resume="true", weight_decay=0.5, learning_rate=1e-3))
@@ -333,6 +350,7 @@ def test_changed_settings_take_effect_and_are_named(flags, tmp_path, capfd):
     assert "other settings" not in capfd.readouterr().err
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("batch_size", [50, 200])
 def test_with_another_batch_size_the_rate_still_falls_until_the_end(flags, tmp_path, batch_size):
     options = {"max_steps": None, "epochs": 2, "eval_interval": 99}
@@ -345,6 +363,7 @@ def test_with_another_batch_size_the_rate_still_falls_until_the_end(flags, tmp_p
     assert rates[-1] == pytest.approx(3e-4) and rates[-2] > rates[-1]
 
 
+@pytest.mark.long
 def test_a_log_that_nobody_reads_any_more_ends_no_training(flags, tmp_path):
     arguments = command(flags(max_steps=300, eval_interval=100, save_interval=300))
     with subprocess.Popen(arguments, stderr=subprocess.PIPE, env=ONE_THREAD) as process:
@@ -356,6 +375,7 @@ def test_a_log_that_nobody_reads_any_more_ends_no_training(flags, tmp_path):
     assert load_torch(tmp_path / "out" / "checkpoint_interrupted.pth")["progress"]["step"] > 5
 
 
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limit on a file's size")
 def test_a_full_disk_is_one_line_and_the_older_checkpoint_stays(flags, tmp_path):
     import resource
@@ -386,6 +406,7 @@ def test_a_preview_that_fails_ends_no_training(tiny_model, tokenizer_folder):
 # ------------------------------------------------------------------------------------------------------ two processes
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("launcher", "options"),
     [
@@ -405,6 +426,7 @@ def test_two_processes_compute_what_one_does(flags, tmp_path, launcher, options)
     assert evaluated[0] == pytest.approx(evaluated[1], abs=1e-5)
 
 
+@pytest.mark.long
 def test_two_processes_resume_with_the_same_bits(flags, tmp_path):
     options = {"batch_size": 2, "accumulation_steps": 2, "dropout": 0.1, "use_ema": "true"}
     assert torchrun(flags(out_dir=tmp_path / "whole", **options)).returncode == 0
@@ -415,6 +437,7 @@ def test_two_processes_resume_with_the_same_bits(flags, tmp_path):
     assert_same_end(tmp_path / "whole", tmp_path / "killed")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_two_processes_stop_after_the_same_step_and_go_on(flags, tmp_path, number):
     options = flags(batch_size=2, max_steps=300, eval_interval=100, save_interval=300)
@@ -433,6 +456,7 @@ def test_two_processes_stop_after_the_same_step_and_go_on(flags, tmp_path, numbe
 # ---------------------------------------------------------------------------------------------------------- bad input
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("change", "expected"),
     [

@@ -98,6 +98,7 @@ def whole(tmp_path):
     return path, path.read_bytes()
 
 
+@pytest.mark.long
 def test_every_truncation_and_every_flipped_bit_is_noticed(whole):
     path, content = whole
     for size in [*range(0, len(content), len(content) // 40), *range(len(content) - 90, len(content))]:

@@ -79,6 +79,7 @@ def command(*arguments, cwd=ROOT, **options) -> subprocess.CompletedProcess:
 # -------------------------------------------------------------------------------------------------------- the command
 
 
+@pytest.mark.long
 def test_the_command_tells_what_it_found_and_wrote(shop, tmp_path):
     done = command("-m", "model.convert", shop / "own.pth", "my_model.gguf", "--dtype", "Q8_0", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (0, "")
@@ -271,6 +272,7 @@ def test_inference_takes_other_formats(shop, tmp_path, here, name):
         assert found[0] == ours[0] == 0 and found[1] == ours[1] != ""
 
 
+@pytest.mark.long
 def test_a_chat_with_a_gguf_file(shop):
     chat = ["--interactive", "--greedy", "--max_new_tokens=8", "--compile=false", "--model_path"]
     done = command(ROOT / "inference.py", *chat, "own/model.gguf", input="你好\n再来\nexit\n", cwd=shop)
@@ -290,6 +292,7 @@ def events(out_dir) -> list[dict]:
     return [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", FOREIGN.values(), ids=FOREIGN)
 def test_training_begins_where_the_weights_are(shop, tmp_path, here, name):
     """The token file is made with the tokenizer that comes with the weights."""
@@ -313,6 +316,7 @@ def test_training_begins_where_the_weights_are(shop, tmp_path, here, name):
         assert torch.allclose(best.state_dict[key], tensor, atol=1e-10, rtol=0)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", FOREIGN.values(), ids=FOREIGN)
 def test_a_training_goes_on_when_the_weights_are_gone(shop, tmp_path, here, name):
     """Tokenizer and data are the embedded ones, as in the run that the weights are from."""
@@ -348,6 +352,7 @@ def bits(content) -> object:
     return [bits(value) for value in content] if isinstance(content, list | tuple) else content
 
 
+@pytest.mark.long
 def test_data_of_the_same_tokenizer_are_used(shop, tmp_path, here, tokenizer_folder):
     """Data were made with the folder that the model was trained with; its exports hold it in other bytes."""
     from optimized_data_processing import OptimizedDataProcessor

@@ -34,6 +34,7 @@ def types_in(path):
     return {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(path).tensors}
 
 
+@pytest.mark.long
 @ALL_SHAPES
 def test_f32_comes_back_bit_for_bit(tmp_path, tokenizer_folder, shape):
     weights = weights_of(shape, own_tokenizer(shape, tokenizer_folder))
@@ -90,6 +91,7 @@ def test_numbers_that_f16_has_not_are_refused(tmp_path, tokenizer_folder):
     assert load_gguf(tmp_path / "a.gguf").state_dict["layers.1.feed_forward.w2.weight"][3, 5] == -70144
 
 
+@pytest.mark.long
 def test_what_llama_cpp_has_no_architecture_for_is_refused(tmp_path, tokenizer_folder):
     llama3 = SHAPES["llama3 RoPE scaling"]
     for shape, expected in (
@@ -220,6 +222,7 @@ def test_the_file_says_whether_texts_begin_with_the_bos(tmp_path, tokenizer_fold
     assert (generator.encode_prompt("中国")[0] == 1) == begins_with_bos
 
 
+@pytest.mark.long
 def test_data_are_processed_with_the_tokenizer_inside(tmp_path, model_file, tokenizer_folder, process_data_here):
     (tmp_path / "raw.jsonl").write_bytes(b"".join(corpus_lines(20)))
     made = []

@@ -67,6 +67,7 @@ def as_run_c_reads(path):
     return (n_heads, n_kv_heads, seq_len), weights
 
 
+@pytest.mark.long
 @TIED
 @ALL_SHAPES
 def test_run_c_computes_what_the_model_does(tmp_path, shape, tie_embeddings):

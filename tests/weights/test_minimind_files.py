@@ -27,6 +27,7 @@ def assert_same_logits(ours, theirs):
     torch.testing.assert_close(ours.double(), theirs.double(), rtol=1e-4, atol=2e-4)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "dim, n_heads, n_kv_heads, rope_theta, max_seq_len, multiple_of, title",
     [
@@ -82,6 +83,7 @@ def transformers_state(kind, dim, n_heads, n_kv_heads, norm_eps, tied=True):
     return model, {name: weight.half() for name, weight in model.state_dict().items()}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "kind, dim, n_kv_heads, norm_eps, title",
     [

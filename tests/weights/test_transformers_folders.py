@@ -69,6 +69,7 @@ def theirs_of(model, ids):
 # -------------------------------------------------------------------------------------------------------- ours there
 
 
+@pytest.mark.long
 def test_transformers_computes_what_we_do(written):
     folder, weights = written
     model, tokenizer = in_transformers(folder), AutoTokenizer.from_pretrained(folder)
