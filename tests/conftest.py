@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for the network; set before transformers is imported
@@ -44,10 +45,13 @@ def process_data(*arguments, cwd=ROOT) -> subprocess.CompletedProcess:
 
 
 def pytest_collection_modifyitems(items):
-    """`fast` is what is neither `long` nor `slow`."""
+    """`fast` is what is neither `long` nor `slow`; the files with most long tests begin."""
+    long_tests = Counter()
     for item in items:
         if not any(item.get_closest_marker(name) for name in ("long", "slow")):
             item.add_marker("fast")
+        long_tests[item.path] += item.get_closest_marker("long") is not None
+    items.sort(key=lambda item: -long_tests[item.path])
 
 
 def read_rejects(output: Path) -> list[dict]:

@@ -13,7 +13,7 @@ from model.storage.archive import load_torch
 from model.training.settings import build_settings
 from optimized_pretrain import Trainer
 from tests.conftest import ROOT
-from utils import Processes
+from utils import Processes, run_command
 
 TINY = {
     "dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "max_seq_len": 32, "batch_size": 4, "learning_rate": 3e-3,
@@ -37,6 +37,22 @@ def train(flags: dict) -> Trainer:
         for number, handler in handlers.items():
             signal.signal(number, handler)
     return trainer
+
+
+def exit_code_here(flags: dict, *more: str) -> int:
+    """The exit code of train.py with these flags, run in this process."""
+    import train as script
+
+    before, handler = sys.argv, signal.getsignal(signal.SIGTERM)
+    sys.argv = command(flags, *more)[1:]
+    try:
+        run_command(script.main)
+    except SystemExit as exit_:
+        return exit_.code
+    finally:
+        sys.argv = before
+        signal.signal(signal.SIGTERM, handler)
+    return 0
 
 
 def command(flags: dict, *more: str) -> list[str]:

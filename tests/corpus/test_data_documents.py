@@ -88,7 +88,7 @@ def test_both_files_of_val_share_are_whole_and_read_by_training(tokenizer_folder
         assert inputs[0, 0] == 1 and (inputs[:, 1:] == targets[:, :-1]).all()
 
 
-def test_val_share_that_takes_every_document_is_told(tokenizer_folder, tmp_path):
+def test_val_share_that_takes_every_document_is_refused(tokenizer_folder, tmp_path):
     with pytest.raises(InputError, match="val_share: all of 1 document went to validation; give a smaller share"):
         raw = write(tmp_path / "raw.jsonl", TEXTS[:1])
         processor(tokenizer_folder, val_share=0.999).process_dataset(raw, tmp_path / "data.bin")
@@ -341,7 +341,7 @@ def test_options_that_cannot_be_are_named(option):
 
 
 @pytest.mark.parametrize("inputs", [[], None, 5, "", [""], [None], b"raw.jsonl", {"raw.jsonl": 1}])
-def test_inputs_that_are_none_are_told(tokenizer_folder, tmp_path, inputs):
+def test_inputs_that_are_none_are_named(tokenizer_folder, tmp_path, inputs):
     with pytest.raises(InputError, match="^input_path: "):
         processor(tokenizer_folder).process_dataset(inputs, tmp_path / "data.bin")
 

@@ -248,7 +248,7 @@ def test_clean_only_from_the_command_line(raw, tmp_path):
         (b'{"text": "x"}\n', ["--output_path", "raw.jsonl/data.bin"], "raw.jsonl"),
     ],
 )
-def test_bad_input_is_told_in_one_line(tmp_path, monkeypatch, capsys, content, flags, message):
+def test_bad_input_is_one_line(tmp_path, monkeypatch, capsys, content, flags, message):
     import optimized_data_processing
     from utils import run_command
 

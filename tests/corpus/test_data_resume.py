@@ -150,7 +150,7 @@ def test_stopped_before_each_step_the_files_are_the_same(raw, processor, tmp_pat
 
 
 @pytest.mark.long
-def test_a_worker_that_dies_is_told_and_made_good_by_running_again(
+def test_a_worker_that_dies_is_reported_and_the_next_run_completes_the_job(
     raw, processor, tokenizer_folder, tmp_path, monkeypatch
 ):
     import model.corpus.worker as worker
@@ -199,7 +199,7 @@ def test_workers_end_when_their_parent_is_killed(tmp_path):
 
 @pytest.mark.long
 @pytest.mark.skipif(os.name != "posix", reason="signals a group of processes")
-def test_ctrl_c_is_told_in_one_line(tmp_path):
+def test_ctrl_c_prints_one_line(tmp_path):
     (tmp_path / "raw.jsonl").write_bytes(b"".join(corpus_lines(2000)) * 20)
     flags = ["--input_path", "raw.jsonl", "--output_path", "data.bin", "--workers", "2", "--save_interval", "10000"]
     process = subprocess.Popen(

@@ -251,7 +251,7 @@ def damaged(name: str, folder: Path) -> Path | str:
         ("datasets:no/such?split=train", "datasets:no/such?split=train cannot be streamed"),
     ],
 )
-def test_damaged_input_is_told_in_one_line_and_leaves_nothing(tmp_path, process_data_here, name, message):
+def test_damaged_input_is_one_line_and_leaves_nothing(tmp_path, process_data_here, name, message):
     output = tmp_path / "out" / "data.bin"
     code, said = process_data_here("--input_path", damaged(name, tmp_path), "--output_path", output, "--workers", 0)
     said = [line for line in said.splitlines() if not line.startswith("encoder ")]
@@ -289,7 +289,7 @@ def test_a_library_that_is_missing_is_named(processor, tmp_path, monkeypatch, li
 
 
 @pytest.mark.long
-def test_a_compressed_file_that_was_half_made_goes_on(processor, tokenizer_folder, tmp_path, monkeypatch):
+def test_a_job_on_a_compressed_file_resumes(processor, tokenizer_folder, tmp_path, monkeypatch):
     raw = write(tmp_path / "raw.jsonl.gz", gzip.compress(PLAIN * 3))
     begin_and_stop(processor, raw, tmp_path / "data.bin", monkeypatch)
     several = OptimizedDataProcessor(tokenizer_folder, workers=2, save_interval=9, clean=False)

@@ -142,7 +142,7 @@ def test_a_token_file_that_is_a_link_is_exported_with_its_tokens(tmp_path):
     assert read_datatrove(here / "a.ds") == DOCUMENTS
 
 
-def test_exporting_again_gives_the_same_and_leaves_nothing_behind(tmp_path):
+def test_exporting_again_gives_the_same_and_leaves_no_temporary_file(tmp_path):
     path = write_token_file(tmp_path / "a.bin", DOCUMENTS)
     for _ in range(2):
         export_megatron(path, print)
@@ -170,7 +170,7 @@ def test_blocks_of_documents_fit_together(tmp_path, monkeypatch):
     assert read_megatron(tmp_path / "a") == read_datatrove(tmp_path / "a.ds") == documents
 
 
-def test_nanotron_is_told_where_the_tokenizer_is(tmp_path, tokenizer_folder):
+def test_nanotron_gets_the_path_of_the_tokenizer(tmp_path, tokenizer_folder):
     path = write_token_file(tmp_path / "a.bin", DOCUMENTS, tokenizer_sha256=tokenizer_sha256(tokenizer_folder))
     said = []
     export_nanotron(path, said.append, tokenizer_folder)

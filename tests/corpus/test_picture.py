@@ -180,7 +180,7 @@ def test_the_settings_of_matplotlib_stay_as_they_were(tmp_path):
     assert {name: matplotlib.rcParams[name] for name in before} == before
 
 
-def test_without_matplotlib_the_caller_is_told(tmp_path, monkeypatch):
+def test_without_matplotlib_the_reason_is_returned(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)  # as if it were not installed
     with pytest.raises(ImportError):
         draw_summary(tmp_path / "stats.png", SUMMARIES["normal"])

@@ -189,12 +189,40 @@ def ids_of(reader, prompts, config=GREEDY, rows=None):
 
 @pytest.mark.long
 @needs_compiler
+def test_the_step_comes_in_the_background_and_not_for_a_seed(tiny_model, tokenizer, steps, monkeypatch, capsys):
+    folder = steps / "background" if any(steps.iterdir()) else steps  # the other tests read what is compiled here
+    monkeypatch.setenv("MATECONV_CACHE", str(folder))
+    generator = TextGenerator(tiny_model, tokenizer)
+    expected = generator.generate("中国", GREEDY)
+    assert "decoding" not in capsys.readouterr().err  # a short text alone is not worth a compiler
+
+    long = GenerationConfig(do_sample=False, max_new_tokens=100)
+    for _ in range(WORTH_COMPILING // 100 + 3):
+        generator.generate("中国", long)
+    assert "being made in the background" in capsys.readouterr().err
+    deadline = time.monotonic() + HUNG
+    while "a compiled step, kept in" not in (said := capsys.readouterr().err) and time.monotonic() < deadline:
+        time.sleep(0.2)
+        assert generator.generate("中国", GREEDY) == expected
+    assert str(folder) in said
+
+    engine = generator.engine()
+    assert engine.compiled_for(repeatable=False) is not None and engine.compiled_for(repeatable=True) is None
+    seeded = GenerationConfig(seed=4, max_new_tokens=30)
+    plain = TextGenerator(tiny_model, tokenizer, compile=False)
+    assert generator.generate("中国", seeded) == plain.generate("中国", seeded)
+    assert not list(folder.glob("tmp*"))
+
+
+@pytest.mark.long
+@needs_compiler
 @pytest.mark.parametrize(("variant", "int8"), [({}, False), ({"qk_norm": True, "tie_embeddings": False}, True)])
 def test_the_compiled_step_writes_what_the_eager_one_writes(tiny_config, steps, variant, int8):
     config = LMConfig(**{**vars(tiny_config), **variant})
     model, said = random_model(config), []
     engine = Engine(model, int8, True, said.append)
-    assert len(said) == 1 and "compiling" in said[0]
+    if int8:  # the other is there already, as a rule
+        assert len(said) == 1 and "compiling" in said[0]
     prompts = [[1, 17, 200], [1, *range(30, 80)], [1, 5]]
     compiled = ids_of(engine, prompts)
     assert "a compiled step" in said[-1]
@@ -216,6 +244,7 @@ def test_the_compiled_step_writes_what_the_eager_one_writes(tiny_config, steps, 
     assert len(full[0]) == config.max_seq_len - 2
 
 
+@pytest.mark.long
 @needs_compiler
 def test_a_chat_continues_where_the_compiled_step_stopped(tiny_model, steps):
     engine, config = Engine(tiny_model, False, True), GenerationConfig(do_sample=False, max_new_tokens=8)
@@ -229,31 +258,6 @@ def test_a_chat_continues_where_the_compiled_step_stopped(tiny_model, steps):
 
 
 @pytest.mark.long
-@needs_compiler
-def test_the_step_comes_in_the_background_and_not_for_a_seed(tiny_model, tokenizer, steps, monkeypatch, capsys):
-    monkeypatch.setenv("MATECONV_CACHE", str(steps / "background"))
-    generator = TextGenerator(tiny_model, tokenizer)
-    expected = generator.generate("中国", GREEDY)
-    assert "decoding" not in capsys.readouterr().err  # a short text alone is not worth a compiler
-
-    long = GenerationConfig(do_sample=False, max_new_tokens=100)
-    for _ in range(WORTH_COMPILING // 100 + 3):
-        generator.generate("中国", long)
-    assert "being made in the background" in capsys.readouterr().err
-    deadline = time.monotonic() + HUNG
-    while "a compiled step, kept in" not in (said := capsys.readouterr().err) and time.monotonic() < deadline:
-        time.sleep(0.2)
-        assert generator.generate("中国", GREEDY) == expected
-    assert str(steps / "background") in said
-
-    engine = generator.engine()
-    assert engine.compiled_for(repeatable=False) is not None and engine.compiled_for(repeatable=True) is None
-    seeded = GenerationConfig(seed=4, max_new_tokens=30)
-    plain = TextGenerator(tiny_model, tokenizer, compile=False)
-    assert generator.generate("中国", seeded) == plain.generate("中国", seeded)
-    assert not list((steps / "background").glob("tmp*"))
-
-
 @needs_compiler
 def test_a_damaged_compiled_step_is_reported_and_not_used(tiny_model, tokenizer, steps, capsys):
     TextGenerator(tiny_model, tokenizer, compile=True).engine()  # there by now, or compiled here

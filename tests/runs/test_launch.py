@@ -76,7 +76,7 @@ def test_the_time_to_save_is_limited(tmp_path):
     assert interrupt(tmp_path, 1, seconds_needed=9 * HUNG, seconds_allowed=1) == (130, [])
 
 
-def test_slow_saves_are_told_under_plain_torchrun_only(monkeypatch):
+def test_advice_on_slow_saves_comes_under_plain_torchrun_only(monkeypatch):
     for name in ("PET_SHUTDOWN_TIMEOUT", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT", launch.OURS):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")

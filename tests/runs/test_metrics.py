@@ -146,7 +146,7 @@ def test_events_past_the_step_resumed_at_are_dropped(tmp_path, said):
 
 
 @pytest.mark.long
-def test_curves_that_cannot_be_written_are_told_once(tmp_path, said):
+def test_curves_that_cannot_be_written_are_reported_once(tmp_path, said):
     pytest.importorskip("matplotlib")
     (tmp_path / "curves.png" / "in the way").mkdir(parents=True)
     log = MetricsLog(tmp_path, 0, said.append)
@@ -164,7 +164,7 @@ def test_curves_that_cannot_be_written_are_told_once(tmp_path, said):
 
 @pytest.mark.long
 @needs_file_size_limit
-def test_curves_on_a_full_disk_are_told_once_and_the_old_ones_stay(tmp_path):
+def test_curves_on_a_full_disk_are_reported_once_and_the_old_ones_stay(tmp_path):
     pytest.importorskip("matplotlib")
     said, before, after = python(f"""
 import json, pathlib, resource
@@ -273,7 +273,7 @@ def test_a_run_keeps_its_id_in_wandb_and_a_bad_file_gives_a_new_one(tmp_path, sa
     assert ids[0] != ids[1] and len(ids[0]) == 8 and said == []
 
 
-def test_an_id_that_cannot_be_kept_is_told(tmp_path, said, fake_wandb):
+def test_an_id_that_cannot_be_kept_is_reported(tmp_path, said, fake_wandb):
     (tmp_path / WANDB_RUN).mkdir()
     received = fake_wandb()
     log = MetricsLog(tmp_path, 0, said.append)
@@ -347,7 +347,7 @@ def test_no_fault_of_wandb_changes_the_weights(flags, tmp_path, fake_wandb, capf
 
 
 @pytest.mark.long
-def test_a_resumed_run_goes_on_in_wandb_where_it_was(flags, tmp_path, fake_wandb, capfd):
+def test_a_resumed_run_continues_its_run_in_wandb(flags, tmp_path, fake_wandb, capfd):
     received, out = fake_wandb(), tmp_path / "out"
     train(flags(use_wandb="true", max_steps=8))
     (out / "checkpoint_step_8.pth").unlink()  # as if it had been killed before

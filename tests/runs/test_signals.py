@@ -16,13 +16,13 @@ from tests.tiny_runs import HUNG, ONE_THREAD, command, wait_for
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals as POSIX has them")
 
-# Stands in for a C++ compiler: says that it compiles a kernel, takes its time, and then is the compiler.
+# Stands in for a C++ compiler: says that it compiles a kernel, takes its time, and then compiles, unoptimised.
 SLOW_COMPILER = """#!{python} -S
 import os, sys, time
 if any("main.cpp" in word for word in sys.argv) and not os.path.exists({marker!r}):
     open({marker!r}, "w").close()
     time.sleep(2)
-os.execvp("g++", ["g++", *sys.argv[1:]])
+os.execvp("g++", ["g++", *sys.argv[1:], "-O0"])
 """
 
 

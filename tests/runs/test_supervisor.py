@@ -155,7 +155,7 @@ def test_no_more_restarts_than_asked_for(supervise, tmp_path):
     assert code == 3 and len(attempts(tmp_path)) == 5 and lines[-1].startswith("giving up after 4 restarts")
 
 
-def test_a_new_run_never_goes_on_from_an_earlier_runs_checkpoint(supervise, tmp_path):
+def test_a_new_run_never_resumes_from_an_earlier_runs_checkpoint(supervise, tmp_path):
     (tmp_path / "out" / "checkpoint_step_99.pth").write_bytes(b"of another run")
     code, lines = supervise({"exit": 3}, DONE)
     assert code == 0 and attempts(tmp_path) == ["", ""] and "starting the same command again" in lines[0]
@@ -239,7 +239,7 @@ def newer(out_dir, saved):
 
 @pytest.mark.long
 @posix_only
-def test_a_run_from_a_named_checkpoint_goes_on_from_its_own_newest_one(flags, tmp_path):
+def test_a_run_from_a_named_checkpoint_restarts_from_its_newest_one(flags, tmp_path):
     options = flags(max_steps=120, eval_interval=120, save_interval=20)
     first, second = tmp_path / "out", tmp_path / "second"
     train(options | {"max_steps": "20"})

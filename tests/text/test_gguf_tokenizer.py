@@ -123,7 +123,7 @@ def test_what_the_file_says_of_the_embedded_tokenizer(tmp_path):
     )
 
 
-def test_tokenizers_that_differ_are_told_apart(tmp_path):
+def test_tokenizers_that_differ_are_distinguished(tmp_path):
     def no_template(config: dict) -> None:
         del config["chat_template"]
 
@@ -453,7 +453,7 @@ def test_several_templates_and_one_in_a_file(tmp_path):
     assert read_folder(through_gguf(folder, tmp_path / "b")).chat_template == "文件 {{ 2 }}\n"
 
 
-def test_what_llama_cpp_will_do_otherwise_is_told(tmp_path):
+def test_what_llama_cpp_will_do_otherwise_is_reported(tmp_path):
     def nfc(tokenizer: dict) -> None:
         tokenizer["normalizer"] = {"type": "NFC"}
         for text in ("<|done|>", "<|stop|>"):

@@ -7,7 +7,7 @@ import yaml
 
 from model.storage.archive import load_torch
 from tests.conftest import ROOT, corpus_lines
-from tests.tiny_runs import ONE_THREAD, assert_same_end, command, losses, run, torchrun, train
+from tests.tiny_runs import ONE_THREAD, assert_same_end, command, exit_code_here, losses, run, torchrun, train
 
 pytestmark = pytest.mark.long
 
@@ -15,7 +15,7 @@ ALL_AUTO = {"batch_size": "auto", "learning_rate": "auto", "warmup_steps": "auto
 NAMES = ("batch_size", "learning_rate", "warmup_steps", "compile")
 
 
-def test_what_auto_comes_to_is_told_and_written_down(flags, tmp_path, capfd):
+def test_what_auto_comes_to_is_printed_and_written_down(flags, tmp_path, capfd):
     trainer = train(flags(**ALL_AUTO))
     messages = capfd.readouterr().err
     for name in NAMES:
@@ -35,7 +35,7 @@ def test_auto_ends_with_the_same_bits_as_its_numbers_given(flags, tmp_path):
     assert_same_end(tmp_path / "auto", tmp_path / "given")
 
 
-def test_a_killed_run_of_auto_goes_on_with_the_same_numbers_and_bits(flags, tmp_path, capfd):
+def test_a_killed_run_of_auto_resumes_with_the_same_numbers_and_bits(flags, tmp_path, capfd):
     changes = {**ALL_AUTO, "max_steps": None, "epochs": 2}
     whole = train(flags(out_dir=tmp_path / "whole", **changes))
     last, killed = whole.progress.step, tmp_path / "killed"
@@ -67,9 +67,9 @@ def test_two_processes_choose_the_same_and_share_the_step(flags, tmp_path):
     assert resolved["batch_size"] == 32 and "32 x 2 processes x 32 tokens" in result.stderr
 
 
-def test_a_least_rate_above_the_automatic_one_is_one_line(flags, tmp_path):
-    result = run(command(flags(learning_rate="auto", min_lr=50)))
-    assert result.returncode == 2 and "error: min_lr: 50.0 is above learning_rate" in result.stderr
+def test_a_least_rate_above_the_automatic_one_is_one_line(flags, tmp_path, capfd):
+    assert exit_code_here(flags(learning_rate="auto", min_lr=50)) == 2
+    assert "error: min_lr: 50.0 is above learning_rate" in capfd.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
@@ -89,7 +89,7 @@ TOLD = ("parameters", "memory:", "gradients", "optimizer", "activations", "token
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_a_dry_run_tells_what_the_run_takes_and_leaves_the_folder(flags, tmp_path, processes):
+def test_a_dry_run_prints_what_the_run_takes_and_leaves_the_folder(flags, tmp_path, processes):
     train(flags(max_steps=4))
     out = tmp_path / "out"
     before = {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in out.iterdir()}
@@ -102,16 +102,17 @@ def test_a_dry_run_tells_what_the_run_takes_and_leaves_the_folder(flags, tmp_pat
     assert {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in out.iterdir()} == before
 
 
-def test_a_dry_run_makes_no_folder(flags, tmp_path):
-    result = run(command(flags(use_ema="true"), "--dry_run", "--restarts=3"))
-    assert result.returncode == 0 and "time" in result.stdout, result.stderr
+def test_a_dry_run_makes_no_folder(flags, tmp_path, capfd):
+    assert exit_code_here(flags(use_ema="true"), "--dry_run", "--restarts=3") == 0
+    assert "time" in capfd.readouterr().out
     assert not (tmp_path / "out").exists()
 
 
-def test_a_dry_run_tells_the_sizes_that_the_run_then_writes(flags, tmp_path):
+def test_a_dry_run_predicts_the_sizes_that_the_run_writes(flags, tmp_path, capfd):
     from model.storage.files import size_text
 
-    told = run(command(flags(), "--dry_run")).stdout
+    assert exit_code_here(flags(), "--dry_run") == 0
+    told = capfd.readouterr().out
     train(flags())
     weights = (tmp_path / "out" / "pretrain_32.pth").stat().st_size
     line = next(line for line in told.splitlines() if line.startswith("disk:"))
@@ -120,11 +121,12 @@ def test_a_dry_run_tells_the_sizes_that_the_run_then_writes(flags, tmp_path):
     assert bytes_told == pytest.approx(weights, rel=0.2), (line, size_text(weights))
 
 
-def test_a_dry_run_prepares_missing_data_and_says_how_to_where_it_cannot(flags, tmp_path):
+def test_a_dry_run_prepares_missing_data_and_says_how_to_where_it_cannot(flags, tmp_path, capfd):
     raw, tokens = tmp_path / "raw.jsonl", tmp_path / "made.bin"
     raw.write_bytes(b"".join(corpus_lines(60)))
     result = run(command(flags(train_data_path=tokens, raw_data_path=raw), "--dry_run"), cwd=ROOT)
     assert result.returncode == 0 and "made.bin is missing: making it from" in result.stderr, result.stderr
     assert tokens.exists() and not (tmp_path / "out").exists()
-    result = run(command(flags(train_data_path=tmp_path / "none.bin"), "--dry_run"))
-    assert result.returncode == 2 and "none.bin; make it with: python optimized_data_processing.py" in result.stderr
+    capfd.readouterr()
+    assert exit_code_here(flags(train_data_path=tmp_path / "none.bin"), "--dry_run") == 2
+    assert "none.bin; make it with: python optimized_data_processing.py" in capfd.readouterr().err

@@ -188,7 +188,7 @@ def test_training_learns_what_the_cpu_learns(train, optimizer_type, documents):
 
 
 @pytest.mark.parametrize("optimizer_type", ["adamw", "muon"])
-def test_a_run_goes_on_on_another_device(train, optimizer_type, tmp_path):
+def test_a_run_resumes_on_another_device(train, optimizer_type, tmp_path):
     options = {"optimizer_type": optimizer_type, "use_ema": "true"}
     whole = train("cpu", device="cpu", **options)
     for first, second in ((DEVICE, "cpu"), ("cpu", DEVICE)):

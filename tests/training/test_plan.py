@@ -65,7 +65,7 @@ def test_a_step_that_may_not_fit_is_warned_of(tiny_config):
     assert check_memory(tiny_config, settings_of(batch_size="auto"), CPU, contextlib.nullcontext(), 1) is None
 
 
-def test_out_of_memory_is_told_by_type_but_for_the_cpus_allocator():
+def test_out_of_memory_is_recognised_by_type_but_for_the_cpus_allocator():
     with pytest.raises(RuntimeError) as error:
         torch.empty(2**60, dtype=torch.uint8)
     assert is_out_of_memory(error.value)

@@ -72,7 +72,7 @@ def test_compiling_pays_on_a_gpu_for_a_long_run():
         assert not pays and why
 
 
-def test_numbers_are_told_as_people_say_them():
+def test_numbers_are_printed_as_people_say_them():
     assert (count_text(2_012_345), count_text(950)) == ("2.0M", "950")
     assert [duration_text(s) for s in (5.25, 61, 4320, 200_000)] == ["5.25 s", "1 min", "1 h 12 min", "2 days 7 h"]
     assert (batch_text(16, 1, 1), batch_text(8, 2, 4)) == ("16", "8 x 2 accumulated x 4 processes")

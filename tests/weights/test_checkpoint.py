@@ -242,7 +242,7 @@ def test_old_checkpoints_are_pruned_by_step(tmp_path):
     assert len(list(tmp_path.glob("checkpoint_step_*"))) == 2
 
 
-def test_a_checkpoint_of_another_run_is_passed_over(tmp_path):
+def test_a_checkpoint_of_another_run_is_skipped(tmp_path):
     (tmp_path / "config.yaml").write_text("# started 20260101T120000\n")
     checkpoint(tmp_path / "checkpoint_step_5.pth", 5)
     save_torch(tmp_path / "checkpoint_step_9.pth", checkpoint_content(9, started="20250101T120000"))

@@ -80,7 +80,7 @@ def command(*arguments, cwd=ROOT, **options) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.long
-def test_the_command_tells_what_it_found_and_wrote(shop, tmp_path):
+def test_the_command_prints_what_it_found_and_wrote(shop, tmp_path):
     done = command("-m", "model.convert", shop / "own.pth", "my_model.gguf", "--dtype", "Q8_0", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (0, "")
     assert done.stderr.splitlines() == [
@@ -318,7 +318,7 @@ def test_training_begins_where_the_weights_are(shop, tmp_path, here, name):
 
 @pytest.mark.long
 @pytest.mark.parametrize("name", FOREIGN.values(), ids=FOREIGN)
-def test_a_training_goes_on_when_the_weights_are_gone(shop, tmp_path, here, name):
+def test_a_training_resumes_when_the_weights_are_gone(shop, tmp_path, here, name):
     """Tokenizer and data are the embedded ones, as in the run that the weights are from."""
     source = shutil.copytree(shop / "a", tmp_path / "a") / name
     config = {

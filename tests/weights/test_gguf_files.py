@@ -81,7 +81,7 @@ def test_q8_0_comes_back_within_half_a_step(tmp_path, tokenizer_folder, shape):
     )
 
 
-def test_numbers_that_f16_has_not_are_refused(tmp_path, tokenizer_folder):
+def test_numbers_that_f16_cannot_hold_are_refused(tmp_path, tokenizer_folder):
     weights = weights_of({}, tokenizer_folder)
     weights.state_dict["layers.1.feed_forward.w2.weight"][3, 5] = -70000.0
     with pytest.raises(InputError, match=r"layers.1.feed_forward.w2.weight holds numbers past 65,504"):

@@ -190,7 +190,7 @@ def test_what_llama2c_cannot_compute_is_named(tmp_path, changes, message):
     assert not list(tmp_path.iterdir())
 
 
-def test_each_format_has_limits_of_its_own(tmp_path):
+def test_each_format_has_its_limits(tmp_path):
     with pytest.raises(InputError, match=r"cannot express norm_eps 1e-06 \(only 1e-05\)"):
         save_llama2c(tmp_path / "model.bin", some_weights(**SHAPES["grouped heads"], norm_eps=1e-6))
     with pytest.raises(InputError, match=r"cannot express tie_embeddings False \(only True\)"):

@@ -108,7 +108,7 @@ def test_transformers_names(tmp_path, kind, dim, n_kv_heads, norm_eps, title, ti
         assert_same_logits(our_logits(weights), theirs(TOKENS).logits)
 
 
-def test_the_width_of_a_norm_tells_the_heads():
+def test_the_width_of_a_norm_gives_the_heads():
     """Of minimind-3, and of ours with qk_norm."""
     _, state = transformers_state("Qwen3", 192, 6, 3, 1e-6)
     weights = recognise(state, "pretrain_192.pth", {})
