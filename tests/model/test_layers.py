@@ -5,6 +5,8 @@ import importlib
 from graphlib import TopologicalSorter
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 ROWS = """
 train inference
@@ -110,3 +112,17 @@ def test_every_name_of_ours_that_is_imported_exists():
                 names = [a.name for a in node.names if not is_module(f"{node.module}.{a.name}")]
                 missing += [f"{path.relative_to(ROOT)}: {node.module}.{n}" for n in names if not hasattr(module, n)]
     assert not missing
+
+
+@pytest.mark.parametrize(("room", "other"), [("tests", "benchmarks"), ("benchmarks", "tests")])
+def test_tests_and_benchmarks_do_not_import_one_another(room, other):
+    """Neither as a package nor by a file's name alone, which a folder on the path would allow."""
+    stems = {name: {path.stem for path in ROOT.glob(f"{name}/**/*.py")} for name in (room, other)}
+    foreign = {other} | stems[other] - stems[room] - {path.stem for path in ROOT.glob("*.py")}
+    found = []
+    for path in ROOT.glob(f"{room}/**/*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
+            found += [f"{path.relative_to(ROOT)}: {name}" for name in names if name.split(".")[0] in foreign]
+    assert not found

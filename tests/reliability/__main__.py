@@ -112,7 +112,7 @@ def report(rows: list[Row], seconds: float) -> str:
 
 def main() -> int:
     """Run the tests asked for; 1 if a case failed."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser("python -m tests.reliability", description=__doc__.split("\n")[0])
     parser.add_argument("--only", nargs="+", choices=list(TITLES), metavar="TEST", help=", ".join(TITLES))
     parser.add_argument("--fast", action="store_true", help="a few cases of each, as the tests run them")
     parser.add_argument("--seed", type=int, default=0, help="seed of the random choices")
