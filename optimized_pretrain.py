@@ -4,7 +4,7 @@ One loop trains on one CPU, one GPU or many nodes. It can stop after any step an
 bit, as if it had never stopped (on the same machine, versions, threads and number of processes).
 
 `_train_step` is the arithmetic of one step. Around it, `__init__` sets up, `_loop` decides when to evaluate, save and
-end, `_count` and `_log` record, and `_beat` tells the watchdog where this process is.
+end, `_count` and `_log` record, and `_beat` reports progress to the watchdog.
 """
 
 import contextlib
@@ -28,10 +28,10 @@ from model.errors import ProcessLost, TrainingDiverged
 from model.loss import bits_per_byte
 from model.model import Transformer
 from model.runs.beginning import Beginning, find_beginning
+from model.runs.checkpoint import Progress, checkpoint_content, restore_state
 from model.runs.folder import step_checkpoint
 from model.runs.resume import check_checkpoint, environment
 from model.runs.run_files import RunFiles
-from model.runs.state import Progress, restore_state, run_description, saved_state
 from model.runs.status import outcome_of
 from model.training.clock import Clock
 from model.training.data import TrainingData
@@ -53,17 +53,17 @@ FIRST_STEP_TIMEOUTS = 3  # the first step may compile kernels: it may take this 
 
 
 @dataclass(frozen=True)
-class Step:
-    """What one step did, the same on all processes but for `overflow`."""
+class StepResult:
+    """What one call of `_train_step` did; the same on all ranks, except a `grad_norm` that is not finite."""
 
-    samples: int  # read by all processes
+    samples: int  # read by all ranks
     tokens: int  # predicted
     loss: float  # nats per token
     grad_norm: float  # before clipping
     lr: float
     fault: str | None  # why the weights were not updated; None: they were
-    overflow: bool  # the fault is float16's, which a smaller loss scale cures
-    stop_asked: bool  # on any process, by a signal
+    overflow: bool  # the fault is a float16 overflow, which a smaller loss scale cures
+    stop_asked: bool  # on any rank, by a signal
 
 
 class Trainer:
@@ -73,7 +73,7 @@ class Trainer:
         settings: all settings of the run.
         processes: the processes that train together.
         preview: called on rank 0 after each evaluation with the evaluated model; returns lines to print.
-        beginning: the checkpoint or the weights to begin with, where they have been read; None: read as set.
+        beginning: the checkpoint or the weights to begin with, already read; None: read as the settings say.
 
     Raises:
         InputError: data, tokenizer or checkpoint are missing or do not fit together, or the memory is too small.
@@ -87,42 +87,29 @@ class Trainer:
         preview: Callable[[Transformer], list[str]] | None = None,
         beginning: Beginning | None = None,
     ) -> None:
-        self.settings = copy.deepcopy(settings)  # as asked for; `self.training` is resolved
+        # As the user gave them, with the shape of `init_from`'s weights; `self.training` has no `auto` left.
+        self.settings = copy.deepcopy(settings)
         self.processes, self.preview = processes, preview
         self.stop_signal = utils.StopSignal()
         self.files: RunFiles | None = None  # on rank 0, once it trains
         self.progress = Progress()
-        self.hardware = utils.choose_hardware(settings.training.device, settings.training.dtype, processes.local_rank)
+        asked = self.settings.training
+        self.hardware = utils.choose_hardware(asked.device, asked.dtype, processes.local_rank)
         self.device, self.dtype, self.autocast = self.hardware.device, self.hardware.dtype, self.hardware.autocast
-        processes.start(self.device, settings.training.ddp_timeout, self._give_up)
+        processes.start(self.device, asked.ddp_timeout, self._give_up)
+        dtype = str(self.dtype).removeprefix("torch.")
+        processes.check_same("dtype", dtype, "set dtype float32, which every machine computes")
 
         beginning = beginning or find_beginning(self.settings, say)
-        self.data = TrainingData(self.settings, verify=processes.local_rank == 0, say=say)
-        self.data.agree(processes.decided)
-        self.config = self.data.config
-        self.environment = environment(processes.world_size, self.dtype, self.device)
-        self.resumed = beginning.checkpoint  # with its path
-        if self.resumed is not None:
-            check_checkpoint(self.resumed, self.settings.training, self.data, self.environment, say)
-        processes.check_same("the step to resume from", self.resumed and self.resumed[1]["progress"]["step"])
-        asked, neighbours = self.settings.training, processes.local_world_size
-        if (warning := check_memory(self.config, asked, self.device, self.autocast, neighbours)) is not None:
-            say(warning)
-
-        utils.seed_everything(asked.seed)
-        self.model = Transformer(self.config)
-        if beginning.weights is not None:
-            self.model.load_state_dict(beginning.weights)
-        self.model.to(self.device)
-        self.ema = MovingAverage(self.model, asked.ema_decay) if asked.use_ema else None
-        with deterministic_kernels(self.device):  # others need other amounts of memory
+        self.resumed = beginning.checkpoint
+        self._open_data()
+        self._build_model(beginning)
+        with deterministic_kernels(self.device):  # measure memory with the kernels that training uses
             self.plan = plan_run(self.settings, self.data, self.model, self.hardware, self.resumed, processes, say)
-        t = self.training = self.plan.training
-        self.optimizer = build_optimizer(self.model, t.optimizer_type, t.learning_rate, t.weight_decay, self.dtype)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
-        utils.seed_everything(t.seed + 1 + processes.rank)  # dropout differs between ranks
+        self.training = self.plan.training
+        self._build_optimizer()
         if self.resumed is not None:
-            self._restore(self.resumed[1])
+            self._restore(self.resumed.content)
         self.train_model = self._wrapped_model()  # what the loop calls; self.model stays the plain one
         self.clock, self.is_estimate_checked = Clock(), False
         for line in describe(self.plan):
@@ -130,18 +117,49 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------------------- setting up
 
+    def _open_data(self) -> None:
+        """Open tokenizer and token files, and check that they and the checkpoint belong together, on every rank."""
+        self.data = TrainingData(self.settings, verify=self.processes.local_rank == 0, say=say)
+        self.data.agree(self.processes.decided)
+        self.config = self.data.config
+        self.environment = environment(self.processes.world_size, self.dtype, self.device)
+        if self.resumed is not None:
+            check_checkpoint(self.resumed, self.settings.training, self.data, self.environment, say)
+        step = None if self.resumed is None else self.resumed.content["progress"]["step"]
+        self.processes.check_same("the step to resume from", step)
+
+    def _build_model(self, beginning: Beginning) -> None:
+        """The model, on its device, with random weights or those of `init_from`, and its moving average."""
+        asked = self.settings.training
+        warning = check_memory(self.config, asked, self.device, self.autocast, self.processes.local_world_size)
+        if warning is not None:
+            say(warning)
+        utils.seed_everything(asked.seed)
+        self.model = Transformer(self.config)
+        if beginning.weights is not None:
+            self.model.load_state_dict(beginning.weights)
+        self.model.to(self.device)
+        self.ema = MovingAverage(self.model, asked.ema_decay) if asked.use_ema else None
+
+    def _build_optimizer(self) -> None:
+        t = self.training
+        self.optimizer = build_optimizer(self.model, t.optimizer_type, t.learning_rate, t.weight_decay, self.dtype)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+        utils.seed_everything(t.seed + 1 + self.processes.rank)  # dropout differs between ranks
+
     def _restore(self, checkpoint: dict) -> None:
         self.progress = restore_state(checkpoint, self.model, self.ema, self.optimizer, self.scaler)
         if checkpoint["validation"] != self.data.validation:
-            say("the validation data has changed: the best loss and the patience start anew")
+            say("the validation data has changed: best loss and patience are reset")
             self.progress.best_val_loss, self.progress.evaluations_without_gain = math.inf, 0
+            self.progress.last_evaluation = -1
         states = checkpoint["random_states"]
         if len(states) == self.processes.world_size:
             utils.restore_random_state(states[self.processes.rank])
         else:
             say(
                 f"the checkpoint was written by {len(states)} processes, now there are {self.processes.world_size}:"
-                " the order of samples stays the same, dropout is drawn anew"
+                " the order of samples stays the same, dropout is reseeded"
             )
             utils.seed_everything(self.training.seed + 1 + self.processes.rank + 1000 * self.progress.step)
 
@@ -175,6 +193,25 @@ class Trainer:
             ProcessLost: another process failed or no longer answers.
             InputError: the folder cannot be used or has no room; too many saves in a row failed, or the last one did.
         """
+        self.files = None
+        self.stop_signal.install()
+        try:
+            self._open_files()
+            outcome = self._loop()
+            self.processes.barrier()  # rank 0 has written everything
+            self._tell_status(outcome, self.exit_code(outcome))
+            return outcome
+        except RuntimeError as error:  # a gradient's exchange that broke, or a fault
+            if (lost := self.processes.lost(error)) is not None:
+                raise lost from error
+            raise
+        finally:
+            if self.files is not None:
+                self.files.close()
+            self.stop_signal.restore()
+
+    def _open_files(self) -> None:
+        """On rank 0: claim the run's folder, and start the tracker."""
         with self.processes.main_first():
             if self.processes.is_main:
                 beat = functools.partial(self.processes.beat, "writing to the disk")
@@ -182,18 +219,6 @@ class Trainer:
         if self.files is not None and self.settings.logging.use_wandb:
             log, out_dir = self.settings.logging, self.files.out_dir
             self.files.metrics.start_wandb(log.wandb_project, log.wandb_run_name, self.settings.as_dict(), out_dir)
-        self.stop_signal.install()
-        try:
-            outcome = self._loop()
-            self.processes.barrier()  # rank 0 has written everything
-            self._tell_status(outcome, self.exit_code(outcome))
-            return outcome
-        except RuntimeError as error:  # a gradient's exchange that broke, or a fault
-            raise self.processes.lost(error) or error from error
-        finally:
-            if self.files is not None:
-                self.files.close()
-            self.stop_signal.restore()
 
     def _loop(self) -> str:
         t, progress = self.training, self.progress
@@ -203,8 +228,10 @@ class Trainer:
         done, stop_asked = self.plan.is_done(progress.step, progress.samples), False
         with utils.progress_bar(self.plan.total_steps, progress.step, self.processes.is_main) as bar:
             while True:
-                evaluated = not self._is_due(t.eval_interval, done) or self._evaluate_and_keep_best()
-                if not evaluated or (stop_asked and not done):
+                # First evaluate, save or end at the step that was reached, then take the next one: so a resumed run
+                # first finishes what it was stopped in.
+                interrupted = self._is_due(t.eval_interval, done) and not self._evaluate_and_keep_best()
+                if interrupted or (stop_asked and not done):
                     self._save_checkpoint(interrupted=True)
                     return "interrupted"
                 stops_early = t.early_stopping and progress.evaluations_without_gain >= t.patience
@@ -215,17 +242,17 @@ class Trainer:
                     self._save_final()
                     return "finished" if done else "early_stopping"
 
-                step = self._advance()
+                result = self._advance()
                 bar.update(progress.step - bar.n)
-                done, stop_asked = self.plan.is_done(progress.step, progress.samples), step.stop_asked
-                if step.fault is None and self._is_due(t.log_interval, done):
-                    self._log(step, bar)
+                done, stop_asked = self.plan.is_done(progress.step, progress.samples), result.stop_asked
+                if result.fault is None and self._is_due(t.log_interval, done):
+                    self._log(result, bar)
 
-    def _advance(self) -> Step:
+    def _advance(self) -> StepResult:
         """Take a step and count it."""
-        step = self._train_step()
-        self._count(step)
-        return step
+        result = self._train_step()
+        self._count(result)
+        return result
 
     def _is_due(self, interval: int, at_the_end: bool) -> bool:
         return self.progress.step > 0 and (self.progress.step % interval == 0 or at_the_end)
@@ -241,37 +268,40 @@ class Trainer:
             self._advance()
             if self.processes.any(self.clock.run_seconds > seconds):  # all processes stop together
                 break
-        return self.clock.tokens_per_second()
+        return self.clock.take_rate()
 
     def exit_code(self, outcome: str) -> int:
-        """Of a process that ended so. To torchrun any code but 0 is a failure: it would restart the processes."""
+        """Exit code for this outcome. torchrun takes any code but 0 for a failure, and would restart the processes."""
         return 0 if self.processes.by_torchrun else EXIT_CODES[outcome]
 
     # ------------------------------------------------------------------------------------------------------ a step
 
-    def _train_step(self) -> Step:
-        """One optimizer step. The micro-batches of all processes count as one batch, however many there are."""
+    def _train_step(self) -> StepResult:
+        """One optimizer step. The micro-batches of all ranks count as one batch, however many there are."""
+        t = self.training
         samples = self.plan.order.next_step(self.progress.samples)
-        tokens = self.data.train.count_targets(samples)  # of all processes: the divisor of the summed loss
+        tokens = self.data.train.count_targets(samples)  # of all ranks: the divisor of the summed loss
         lr = self.plan.schedule.at(self.progress.step)
-        set_rates(self.optimizer, lr, self.progress.step)
+        set_rates(self.optimizer, t.optimizer_type, lr, self.progress.step)
 
         loss_sum = torch.zeros((), device=self.device)
-        for (inputs, targets, documents), exchange in self._micro_batches(samples):  # int64 [batch_size, max_seq_len]
-            with exchange, deterministic_kernels(self.device):
+        for (inputs, targets, documents), sync in self._micro_batches(samples):  # int64 [batch_size, max_seq_len]
+            grad_sync = contextlib.nullcontext() if sync else self.train_model.no_sync()
+            with grad_sync, deterministic_kernels(self.device):
                 with self.autocast:
                     loss = self.train_model(inputs, targets, documents=documents)
-                # The loss is a sum; DistributedDataParallel averages its gradients over the processes.
+                # The loss is a sum; DistributedDataParallel averages its gradients over the ranks.
                 self.scaler.scale(loss * (self.processes.world_size / tokens)).backward()
             loss_sum += loss.detach()
+        self._beat("the end")
         self.scaler.unscale_(self.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.training.grad_clip or math.inf)
+        grad_norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), t.grad_clip or math.inf))
 
-        grad_norm, threshold = float(norm), self.training.spike_threshold
-        mine = [float(loss_sum), not math.isfinite(grad_norm), self.stop_signal.count]
-        loss, bad_gradients, stop_requests = self.processes.all_sum(mine)
+        # Summed over ranks: loss, ranks with bad gradients, stop signals.
+        mine = [float(loss_sum), float(not math.isfinite(grad_norm)), float(self.stop_signal.count)]
+        loss, bad_gradients, stop_signals = self.processes.all_sum(mine)
         loss /= tokens
-        fault = fault_of_step(loss, bad_gradients == 0, self.progress.recent_losses, threshold)
+        fault = fault_of_step(loss, bad_gradients == 0, self.progress.recent_losses, t.spike_threshold)
         if fault is None:
             self.scaler.step(self.optimizer)
         self.scaler.update()
@@ -279,35 +309,34 @@ class Trainer:
         if fault is None and self.ema is not None:
             self.ema.update_parameters(self.model)
         overflow = self.scaler.is_enabled() and math.isfinite(loss) and bad_gradients > 0
-        return Step(len(samples), tokens, loss, grad_norm, lr, fault, overflow, stop_requests > 0)
+        return StepResult(len(samples), tokens, loss, grad_norm, lr, fault, overflow, stop_signals > 0)
 
-    def _micro_batches(self, samples: np.ndarray) -> Iterator[tuple[tuple, contextlib.AbstractContextManager]]:
-        """This process's share of a step, batch by batch. Gradients are exchanged once a step, with the last batch."""
-        for micro in range(self.training.accumulation_steps):
+    def _micro_batches(self, samples: np.ndarray) -> Iterator[tuple[tuple, bool]]:
+        """This rank's share of a step: each micro-batch, and whether its backward pass may exchange the gradients,
+        which happens once a step, with the last one."""
+        last, alone = self.training.accumulation_steps - 1, self.processes.world_size == 1
+        for micro in range(last + 1):
             self._beat("reading the batch")
             batch = self._local_batch(self.data.train, samples, micro)
-            is_last = micro == self.training.accumulation_steps - 1
-            alone = self.processes.world_size == 1
             self._beat("the gradients")
-            yield batch, contextlib.nullcontext() if is_last or alone else self.train_model.no_sync()
-        self._beat("the end")
+            yield batch, alone or micro == last
 
     def _beat(self, doing: str) -> None:
-        """Tell the watchdog what this process does next."""
+        """Report to the watchdog what this rank does next."""
         timeouts = 1.0 if self.clock.steps else FIRST_STEP_TIMEOUTS
         self.processes.beat(f"{doing} of step {self.progress.step + 1}", timeouts)
 
     def _local_batch(
         self, data: PretrainDataset, samples: np.ndarray, micro: int
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """This process's rows of micro-batch `micro`: inputs, targets and, with document_mask, the numbers of their
-        documents; int64 [batch_size, max_seq_len] each."""
+        """This rank's rows of micro-batch `micro`: inputs, targets and, with document_mask, their document numbers;
+        int64 [batch_size, max_seq_len] each."""
         rows = self.training.batch_size
         start = micro * self.plan.batch_rows + self.processes.rank * rows
         inputs, targets = data.batch(samples[start : start + rows], rows)
         if self.device.type == "cuda":
             inputs, targets = inputs.pin_memory(), targets.pin_memory()
-        inputs, targets = (t.to(self.device, non_blocking=True) for t in (inputs, targets))
+        inputs, targets = (tensor.to(self.device, non_blocking=True) for tensor in (inputs, targets))
         if not self.training.document_mask:
             return inputs, targets, None
         delimiters = self.data.delimiters
@@ -367,8 +396,9 @@ class Trainer:
         )
         files.metrics.write(self._position() | {"val_loss": val_loss, "bits_per_byte": bits})
         files.metrics.draw_curves()
-        for line in self.preview(self.evaluated_model.eval()) if self.preview else []:
-            say(f"    {line}")
+        if self.preview is not None:
+            for line in self.preview(self.evaluated_model.eval()):
+                say(f"    {line}")
         self.model.train()
 
     # ------------------------------------------------------------------------------------------------------ saving
@@ -382,12 +412,19 @@ class Trainer:
             return
         if (difference := difference_of_weights([norm for _, norm in states])) is not None:
             raise ProcessLost(f"step {self.progress.step}: {difference}")
-        content = {
-            "started": self.files.started,
-            **run_description(self.settings, self.plan, self.data, self.environment),
-            **saved_state(self.progress, self.model, self.ema, self.optimizer, self.scaler),
-            "random_states": [state for state, _ in states],
-        }
+        content = checkpoint_content(
+            started=self.files.started,
+            settings=self.settings,
+            plan=self.plan,
+            data=self.data,
+            environment=self.environment,
+            progress=self.progress,
+            model=self.model,
+            ema=self.ema,
+            optimizer=self.optimizer,
+            scaler=self.scaler,
+            random_states=[state for state, _ in states],
+        )
         self.files.save_checkpoint(content, interrupted)
         if interrupted:
             self.files.wait()
@@ -403,35 +440,50 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------------------- recording
 
-    def _count(self, step: Step) -> None:
-        """Record a step in the progress: its samples are spent even where the weights stay, but that is no step.
+    def _count(self, result: StepResult) -> None:
+        """Count a step. A skipped one uses up its samples but does not advance `progress.step`.
 
         Raises:
-            TrainingDiverged: too many steps in a row had a fault.
+            TrainingDiverged: too many steps in a row were skipped.
             InputError: too many saves failed.
         """
-        t, progress = self.training, self.progress
-        self.clock.count_step(step.tokens)
-        progress.samples += step.samples
-        if step.fault is None:
+        progress = self.progress
+        self.clock.count_step(result.tokens)
+        progress.samples += result.samples
+        if result.fault is None:
             progress.step += 1
-            progress.skipped_in_a_row = 0
-            remember(progress.recent_losses, step.loss)
-            progress.window_loss += step.loss * step.tokens
-            progress.window_tokens += step.tokens
+            progress.skipped_in_a_row = progress.overflows_in_a_row = 0
+            remember(progress.recent_losses, result.loss)
+            progress.window_loss += result.loss * result.tokens
+            progress.window_tokens += result.tokens
         else:
             progress.skipped_steps += 1
-            progress.skipped_in_a_row += 1
-            if progress.skipped_in_a_row > (MAX_OVERFLOWS if step.overflow else t.max_skipped_steps):
-                raise TrainingDiverged(
-                    f"step {progress.step + 1}: {step.fault}, with learning rate {step.lr:g}, and"
-                    f" {progress.skipped_in_a_row - 1} steps before it were skipped (max_skipped_steps); lower"
-                    " learning_rate or look at the data, then --resume from the last checkpoint"
-                )
-            if not step.overflow:  # an overflow is part of loss scaling, and not worth a line
-                say(f"step {progress.step + 1}: {step.fault}; its samples are skipped, and the weights stay")
+            self._check_skipped(result)
         if self.files is not None:
             self.files.check(progress.step)
+
+    def _check_skipped(self, result: StepResult) -> None:
+        """Count a skipped step in its row, and end the run if the row is too long. Overflows are part of loss scaling:
+        they have a limit apart, and no line each."""
+        progress, step = self.progress, self.progress.step + 1
+        if result.overflow:
+            progress.overflows_in_a_row += 1
+            if progress.overflows_in_a_row > MAX_OVERFLOWS:
+                raise TrainingDiverged(
+                    f"step {step}: the gradient overflowed float16 in {progress.overflows_in_a_row} steps in a row,"
+                    f" however small the loss scale, with learning rate {result.lr:g}; lower learning_rate or set"
+                    " another dtype, then --resume from the last checkpoint"
+                )
+            return
+        progress.skipped_in_a_row += 1
+        before = progress.skipped_in_a_row - 1
+        if before >= self.training.max_skipped_steps:
+            skipped = f"{before} step before it was" if before == 1 else f"{before} steps before it were"
+            raise TrainingDiverged(
+                f"step {step}: {result.fault}, with learning rate {result.lr:g}, and {skipped} skipped"
+                " (max_skipped_steps); lower learning_rate or look at the data, then --resume from the last checkpoint"
+            )
+        say(f"step {step}: {result.fault}; its samples are skipped, weights unchanged")
 
     def _position(self) -> dict:
         """Where the run is, as metrics.jsonl has it."""
@@ -443,23 +495,28 @@ class Trainer:
             "elapsed": round(self.clock.run_seconds, 2),
         }
 
-    def _log(self, step: Step, bar) -> None:
+    def _log(self, result: StepResult, bar) -> None:
         """Write a line of metrics, over the steps since the last one, and show it beside the bar."""
         progress, plan = self.progress, self.plan
         loss = progress.window_loss / progress.window_tokens
-        tokens_per_second = self.clock.tokens_per_second()
-        progress.window_loss, progress.window_tokens = 0.0, 0
+        tokens_per_second = self.clock.take_rate()
+        progress.window_loss, progress.window_tokens = 0.0, 0  # on every rank: checkpoints hold the window
         if self.files is None:
             return
         event = self._position() | {
             "loss": loss,
-            "lr": step.lr,
-            "grad_norm": step.grad_norm,
+            "lr": result.lr,
+            "grad_norm": result.grad_norm,
             "tokens_per_second": round(tokens_per_second, 1),
             "mfu": round(tokens_per_second * plan.flops_per_token / plan.peak_flops, 4),
             "skipped_steps": progress.skipped_steps,
         }
         self.files.metrics.write(event)
+        self._show_progress(bar, loss, tokens_per_second)
+
+    def _show_progress(self, bar, loss: float, tokens_per_second: float) -> None:
+        """Show loss, speed and time left beside the bar; correct the estimate of the run's time once, if it was off."""
+        progress, plan = self.progress, self.plan
         tokens, evaluations = plan.tokens_left(progress.step, progress.samples), plan.evaluations_left(progress.step)
         left = self.clock.seconds_left(tokens, evaluations, plan.tokens_per_evaluation)
         time_left = f"{rough_duration_text(left)} left, " if left else ""

@@ -194,7 +194,7 @@ def deterministic_kernels(device) -> Iterator[None]:
     """On a CUDA GPU, use kernels that give the same bits each time. By default, gradients of attention and, when
     compiled, of the embedding are summed in whatever order threads arrive, and cuBLAS may choose another algorithm.
 
-    CUBLAS_WORKSPACE_CONFIG must be set before this process's first matrix product there, see `Trainer`.
+    CUBLAS_WORKSPACE_CONFIG must be set before this process's first matrix product there, see `choose_hardware`.
     """
     import torch
 

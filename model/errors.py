@@ -32,7 +32,7 @@ class InputError(OneLineError):
 
 
 class TrainingDiverged(OneLineError):
-    """Loss or gradient are not finite, or the loss leapt, too often; the weights are those of the last good step."""
+    """Loss or gradient were not finite, or the loss spiked, too often; the weights are those of the last good step."""
 
     exit_code = 1
 

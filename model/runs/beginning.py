@@ -1,4 +1,4 @@
-"""What a run begins with: the checkpoint that it resumes from, weights of `init_from`, or weights drawn anew."""
+"""What a run begins with: the checkpoint that it resumes from, weights of `init_from`, or random weights."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -12,6 +12,7 @@ from model.LMConfig import LMConfig
 from model.runs.resume import find_checkpoint
 from model.text.tokenization import EMBEDDED_TOKENIZER, tokenizer_folder
 from model.text.tokenizer_folder import same_tokenizer
+from model.training.choices import FoundCheckpoint
 from model.training.settings import ModelSettings, Settings
 from model.weights import Weights, load_weights
 from model.weights.load import fitting_tokenizer, recorded_tokenizer
@@ -26,7 +27,7 @@ GIVEN_BY_WEIGHTS = tuple(f.name for f in dataclasses.fields(ModelSettings) if f.
 class Beginning:
     """What a run begins with. Files are read once, and this is handed on."""
 
-    checkpoint: tuple[Path, dict] | None = None  # to resume from, with its path
+    checkpoint: FoundCheckpoint | None = None  # to resume from
     weights: dict[str, Tensor] | None = None  # of init_from
 
 

@@ -25,32 +25,26 @@ RESULTS = (
 )  # fmt: skip
 
 
-def begin_run(
-    out_dir: Path, resumed_from: Path | None, step: int, say: Callable[[str], None]
-) -> tuple[FileLock, str | None]:
-    """Claim the folder for a run, and set aside what another run, or another line of this one, left in it.
+def begin_run(out_dir: Path, resumed_from: Path | None, step: int, say: Callable[[str], None]) -> str | None:
+    """Set aside what another run, or another line of this one, left in a claimed folder.
 
     Args:
-        resumed_from: the checkpoint that the run goes on from; None where it starts from the beginning.
-        step: the step that it goes on from.
+        resumed_from: the checkpoint that the run resumes from; None where it starts from the beginning.
+        step: the step that it resumes at.
 
     Returns:
-        the lock, to be kept until the end, and when the run started: None where the folder's own run goes on.
-
-    Raises:
-        InputError: as `claim`.
+        when the run started: None where it resumes the run in this folder.
     """
-    lock = claim(out_dir)
     if resumed_from is not None and resumed_from.resolve().parent == out_dir.resolve():
         if (moved := leave_line(out_dir, step)) is not None:
             say(f"out_dir: the checkpoints past step {step:,}, and a copy of the results, are now in {moved}")
-        return lock, None
+        return None
     if (moved := move_earlier_run(out_dir)) is not None:
         say(f"out_dir: {out_dir} held another run; its files are now in {moved}")
     if resumed_from is not None and (resumed_from.parent / "best_model.pth").exists():
         for name in ("best_model.pth", "best_model.json"):  # the best weights so far come along into the new folder
             shutil.copy2(resumed_from.parent / name, out_dir / name)
-    return lock, now()
+    return now()
 
 
 def write_config(out_dir: Path, started: str, settings: dict) -> None:

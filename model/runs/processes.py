@@ -234,8 +234,12 @@ class Processes:
             raise error
         return value
 
-    def check_same(self, what: str, value) -> None:
-        """See that a value is the same on every rank.
+    def check_same(self, what: str, value, remedy: str = "") -> None:
+        """Check that a value is the same on every rank.
+
+        Args:
+            what: names the value in the error.
+            remedy: what to do, appended to the error.
 
         Raises:
             InputError: it differs, on every rank; naming `what`, the first rank that differs and both values.
@@ -248,7 +252,7 @@ class Processes:
         def refuse() -> None:
             rank = next(rank for rank, other in enumerate(values) if other != theirs)
             found = f"rank {rank} has {shown(values[rank])}, rank 0 {shown(theirs)}"
-            raise InputError(f"{what}: {found}; they must agree")
+            raise InputError(f"{what}: {found}; they must agree" + (f": {remedy}" if remedy else ""))
 
         self.decided(refuse)
 

@@ -8,9 +8,10 @@ from pathlib import Path
 import torch
 
 from model.errors import InputError, command_line
+from model.runs.checkpoint import CHECKPOINT_VERSION, READABLE_VERSIONS, add_defaults, state_problem
 from model.runs.folder import INTERRUPTED, all_checkpoints, started_at
-from model.runs.state import CHECKPOINT_VERSION, state_problem
 from model.storage.archive import load_torch
+from model.training.choices import FoundCheckpoint
 from model.training.data import TrainingData
 from model.training.settings import TrainingSettings
 from model.weights.shapes import read_shape
@@ -23,23 +24,24 @@ def load_checkpoint(path: Path) -> dict:
     """Read a training checkpoint.
 
     Raises:
-        InputError: the file is missing, damaged, of another version, no training checkpoint, or not all of one.
+        InputError: the file is missing, damaged, of another version, incomplete, or no training checkpoint.
     """
     content = load_torch(path, own=path.name.startswith("checkpoint_"))
     if "progress" not in content:
         raise InputError(f"{path}: holds weights only; --resume needs a checkpoint_step_*.pth or {INTERRUPTED}")
-    if (version := content.get("format_version")) != CHECKPOINT_VERSION:
-        raise InputError(f"{path}: a checkpoint of version {version!r}; this program reads {CHECKPOINT_VERSION}")
+    if (version := content.get("format_version")) not in READABLE_VERSIONS:
+        readable = " and ".join(map(str, READABLE_VERSIONS))
+        raise InputError(f"{path}: a checkpoint of version {version!r}; this program reads {readable}")
+    if version < CHECKPOINT_VERSION:
+        add_defaults(content)
     if (problem := state_problem(path, content)) is not None:
         raise InputError(f"{path}: not a whole checkpoint ({problem}); use an older file")
     content["config"] = dataclasses.asdict(read_shape(content["config"], path))  # earlier versions knew fewer fields
-    for data in (content["data"], content["validation"]):
-        data.setdefault("sample_start", "packed")  # earlier versions knew no other
     return content
 
 
 def newest_checkpoint(out_dir: Path) -> tuple[Path, dict, list[str]] | None:
-    """The checkpoint with the most steps that is whole: (path, content, what was wrong with those passed over).
+    """The whole checkpoint with the most steps: (path, content, what was wrong with those passed over).
 
     Raises:
         InputError: there are checkpoints, and none of them can be read.
@@ -58,34 +60,31 @@ def newest_checkpoint(out_dir: Path) -> tuple[Path, dict, list[str]] | None:
     return None
 
 
-def find_checkpoint(training: TrainingSettings, say: Callable[[str], None]) -> tuple[Path, dict] | None:
-    """The checkpoint that the settings ask to resume from, with its path; None: start from the beginning."""
+def find_checkpoint(training: TrainingSettings, say: Callable[[str], None]) -> FoundCheckpoint | None:
+    """The checkpoint that the settings ask to resume from; None: start from the beginning."""
     if training.resume_from is not None:
         path = Path(training.resume_from)
-        return path, load_checkpoint(path)
+        return FoundCheckpoint(path, load_checkpoint(path))
     if not training.resume:
         return None
     found = newest_checkpoint(Path(training.out_dir))
     if found is None:
         say(f"resume: no checkpoint in {training.out_dir}, so training starts from the beginning")
         return None
-    path, checkpoint, passed_over = found
+    path, content, passed_over = found
     for problem in passed_over:
         say(f"resume: passed over {problem}")
-    return path, checkpoint
+    return FoundCheckpoint(path, content)
 
 
 def check_checkpoint(
-    found: tuple[Path, Mapping],
+    found: FoundCheckpoint,
     training: TrainingSettings,
     data: TrainingData,
     environment: Mapping,
     say: Callable[[str], None],
 ) -> None:
     """Check that a checkpoint belongs to this model, tokenizer and data; report what has changed otherwise.
-
-    Args:
-        found: the checkpoint with its path.
 
     Raises:
         InputError: it belongs to others.

@@ -3,15 +3,24 @@
 import contextlib
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 from model.errors import OneLineError
-from model.runs.folder import INTERRUPTED, begin_run, check_space, prune_checkpoints, step_checkpoint, write_config
+from model.runs.folder import (
+    INTERRUPTED,
+    begin_run,
+    check_space,
+    claim,
+    prune_checkpoints,
+    step_checkpoint,
+    write_config,
+)
 from model.runs.metrics import MetricsLog
 from model.runs.saving import BackgroundSaver
 from model.runs.status import Status
 from model.storage.archive import save_torch
+from model.training.choices import FoundCheckpoint
 from model.training.plan import RunPlan
 from model.training.settings import Settings
 from model.weights import Weights, save_weights
@@ -23,9 +32,9 @@ class RunFiles:
     """Claims the run's folder, checks its space, sets aside what another run left in it, and writes this run's files.
 
     Args:
-        settings: as asked for.
+        settings: as the user gave them.
         plan: of this run.
-        resumed: the checkpoint that the run resumes from, with its path; None where it starts from the beginning.
+        resumed: the checkpoint that the run resumes from; None: it starts from the beginning.
         say: prints one line for the user.
         waiting: called every second while training waits for saves.
 
@@ -37,23 +46,31 @@ class RunFiles:
         self,
         settings: Settings,
         plan: RunPlan,
-        resumed: tuple[Path, Mapping] | None,
+        resumed: FoundCheckpoint | None,
         say: Callable[[str], None],
         waiting: Callable[[], None],
     ) -> None:
-        path, checkpoint = resumed or (None, None)
-        out_dir = self.out_dir = Path(settings.training.out_dir)
+        self.out_dir = Path(settings.training.out_dir)
         self._keep_last, self._say, self._waiting = plan.training.keep_last, say, waiting
-        same_folder = path is not None and path.resolve().parent == out_dir.resolve()
-        check_space(out_dir, plan.space, goes_on=same_folder)
-        self._status, self._told = Status(out_dir, plan.world_size, plan.total_steps), 0.0
-        self._lock, begun = begin_run(out_dir, path, plan.steps_done, say)  # begun: None where the folder's run resumes
-        self.started = begun or checkpoint["started"]  # when the run started
-        self.metrics = MetricsLog(out_dir, plan.steps_done, say)
-        self._saver = BackgroundSaver(say)
+        same_folder = resumed is not None and resumed.path.resolve().parent == self.out_dir.resolve()
+        check_space(self.out_dir, plan.space, goes_on=same_folder)
+        self._lock = claim(self.out_dir)
+        try:
+            self._begin(settings, plan, resumed)
+        except BaseException:
+            self._lock.release()
+            raise
+
+    def _begin(self, settings: Settings, plan: RunPlan, resumed: FoundCheckpoint | None) -> None:
+        path = resumed.path if resumed is not None else None
+        new_run = begin_run(self.out_dir, path, plan.steps_done, self._say)
+        self.started = new_run or resumed.content["started"]  # when the run started
+        self._status, self._told = Status(self.out_dir, plan.world_size, plan.total_steps), 0.0
+        self.metrics = MetricsLog(self.out_dir, plan.steps_done, self._say)
+        self._saver = BackgroundSaver(self._say)
         self._saved = path.name if path is not None else None  # the newest checkpoint on the disk
         self.tell("running", plan.steps_done)
-        write_config(out_dir, self.started, plan.resolved(settings))
+        write_config(self.out_dir, self.started, plan.resolved(settings))
 
     def save_checkpoint(self, content: dict, interrupted: bool = False) -> None:
         """Copy a checkpoint's content, for a thread to write it, read it back and then remove older ones.

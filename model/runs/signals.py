@@ -40,6 +40,8 @@ class StopSignal:
         self._installed += 1
         if self._installed > 1:
             return
+        self.count, self._leaves_at_once = 0, False  # a notebook may train again after a stop
+        self._raised.clear()
         numbers = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
         for number in numbers:
             if not (number == getattr(signal, "SIGHUP", None) and signal.getsignal(number) is signal.SIG_IGN):

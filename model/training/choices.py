@@ -1,9 +1,9 @@
-"""What `auto` comes to in a run's settings: chosen once by the recipe, printed with the reason, kept on resuming."""
+"""What `auto` resolves to in a run's settings: chosen once by the recipe, printed with the reason, kept on resuming."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 
@@ -24,12 +24,24 @@ from model.training.recipe import (
 )
 from model.training.settings import AUTO, FIELDS, Settings, TrainingSettings
 
+T = TypeVar("T")
+
+
+class FoundCheckpoint(NamedTuple):
+    """The checkpoint that a run resumes from."""
+
+    path: Path
+    content: dict  # see model/runs/checkpoint.py
+
 
 class Ranks(Protocol):
     """The processes that train together, as far as choosing needs them (`utils.Processes`)."""
 
     world_size: int
     local_world_size: int
+
+    def decided(self, decide: Callable[[], T]) -> T:
+        """What rank 0 decides, on every rank."""
 
     def smallest(self, value: float) -> float:
         """The smallest of all processes' values."""
@@ -44,12 +56,12 @@ class Choices:
     A resumed run takes its checkpoint's values: a new measurement could give others, and so another run.
 
     Attributes:
-        training: a copy of the settings' section; what is still `auto` is replaced by the methods below.
+        training: a copy of the settings' section, in which the `settle_…` methods replace `auto`.
         made: the values chosen, by name, as a checkpoint keeps them.
 
     Args:
-        settings: as asked for.
-        found: the checkpoint that the run resumes from, with its path.
+        settings: as the user gave them.
+        found: the checkpoint that the run resumes from.
         processes: those that train together; all of them choose the same values.
         device: that this process computes on.
         say: prints one line for the user.
@@ -61,7 +73,7 @@ class Choices:
     def __init__(
         self,
         settings: Settings,
-        found: tuple[Path, Mapping] | None,
+        found: FoundCheckpoint | None,
         processes: Ranks,
         device: torch.device,
         say: Callable[[str], None],
@@ -97,7 +109,7 @@ class Choices:
         shown = str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else value
         self._say(f"{name} {shown} (auto): {why}")
 
-    def batch_size(self, model: Transformer, data: TrainingData, autocast) -> None:
+    def settle_batch_size(self, model: Transformer, data: TrainingData, autocast) -> None:
         """Settle batch_size: what the number of tokens calls for, as far as memory allows, measured on the model.
 
         Raises:
@@ -116,8 +128,9 @@ class Choices:
         if self._device.type != "cuda":  # the copy that is being saved takes the same memory
             beside += state + sum(parameter.nbytes for parameter in model.parameters())
         free = free_memory(self._device, processes.local_world_size)
+        measuring = "measuring how large a batch fits the memory"
         fits = rows_that_fit(
-            model, autocast, wanted, beside, free, lambda: processes.beat("measuring how large a batch fits", 3)
+            model, autocast, wanted, beside, free, t.document_mask, lambda: processes.beat(measuring, 3)
         )
         fits = int(processes.smallest(fits))
         if fits == 0:
@@ -136,29 +149,29 @@ class Choices:
             f"{batch_text(rows, t.accumulation_steps, processes.world_size)} x {length} tokens, {why}; {memory}",
         )
 
-    def learning_rate(self, model: Transformer, tokens_per_step: int) -> None:
+    def settle_learning_rate(self, model: Transformer, tokens_per_step: int) -> None:
         """Settle learning_rate.
 
         Raises:
             InputError: min_lr is above it.
         """
         t, parameters = self.training, model.parameter_count()
-        why = f"{t.optimizer_type}, {parameters:,} parameters, {tokens_per_step:,} tokens a step"
+        why = f"{t.optimizer_type}, {parameters:,} parameters, {tokens_per_step:,} tokens per step"
         self._settle(
             "learning_rate", lambda: (automatic_learning_rate(t.optimizer_type, parameters, tokens_per_step), why)
         )
         if t.min_lr is not None and t.min_lr > t.learning_rate:
             raise InputError(f"min_lr: {t.min_lr} is above learning_rate {t.learning_rate:g} (auto)")
 
-    def warmup_steps(self, total_steps: int) -> None:
+    def settle_warmup_steps(self, total_steps: int) -> None:
         """Settle warmup_steps."""
         self._settle("warmup_steps", lambda: (automatic_warmup(total_steps), f"of {total_steps:,} steps"))
 
-    def compile(self, seconds: float) -> None:
+    def settle_compile(self, seconds: float) -> None:
         """Settle compile.
 
         Args:
-            seconds: that what is left of the run is expected to take, the same on all processes.
+            seconds: the expected time of the rest of the run, the same on all processes.
         """
 
         def choose() -> tuple[bool, str]:

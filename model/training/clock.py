@@ -25,7 +25,11 @@ class Clock:
         self._evaluations, self._evaluating, self._evaluating_since_log = 0, 0.0, 0.0  # count and seconds
 
     def count_step(self, tokens: int) -> None:
-        """A step has ended that read so many tokens."""
+        """Count a step that has just ended.
+
+        Args:
+            tokens: read by all processes.
+        """
         self.steps += 1
         self._tokens_since_log += tokens
         if self.steps == 1:
@@ -35,7 +39,7 @@ class Clock:
 
     @contextlib.contextmanager
     def evaluation(self) -> Iterator[None]:
-        """Around an evaluation: its seconds are no training time."""
+        """Time an evaluation, which the rate leaves out."""
         begin = time.perf_counter()
         yield
         seconds = time.perf_counter() - begin
@@ -48,15 +52,15 @@ class Clock:
         """Seconds since the run began, over all its sessions."""
         return self._seconds_before + time.perf_counter() - self._started
 
-    def tokens_per_second(self) -> float:
-        """Training speed since the last call."""
+    def take_rate(self) -> float:
+        """Tokens per second of training since the last call; the next call starts here."""
         now = time.perf_counter()
         speed = self._tokens_since_log / (now - self._last_log - self._evaluating_since_log)
         self._last_log, self._tokens_since_log, self._evaluating_since_log = now, 0, 0.0
         return speed
 
     def seconds_left(self, tokens: int, evaluations: int, tokens_per_evaluation: int) -> float | None:
-        """Expected seconds for what is left of the run, evaluations included; None after less than two steps."""
+        """Expected seconds to the end of the run, evaluations included; None before the second step."""
         if self._tokens == 0:
             return None
         per_token = (time.perf_counter() - self._evaluating - self._first_step_end) / self._tokens

@@ -29,7 +29,7 @@ def fault_of_step(loss: float, grad_is_finite: bool, recent: list[float], spike_
     if spike_threshold and len(recent) >= MIN_WINDOW:
         mean, deviation = np.mean(recent), np.std(recent)
         if deviation and loss > mean + spike_threshold * deviation:
-            return f"the loss leapt to {loss:.3f}, {(loss - mean) / deviation:.0f} deviations above {mean:.3f}"
+            return f"the loss spiked to {loss:.3f}, {(loss - mean) / deviation:.0f} deviations above {mean:.3f}"
     return None
 
 

@@ -99,7 +99,7 @@ def check_memory(
     return f"memory is short: {found}; if the run fails, {remedy}"
 
 
-def saved_bytes(model: nn.Module, rows: int, autocast: AbstractContextManager, with_documents: bool = False) -> int:
+def saved_bytes(model: nn.Module, rows: int, autocast: AbstractContextManager, with_documents: bool) -> int:
     """Bytes that a forward pass over `rows` full samples keeps for the backward pass, without the weights.
 
     Args:
@@ -122,20 +122,20 @@ def saved_bytes(model: nn.Module, rows: int, autocast: AbstractContextManager, w
     return sum(storage.nbytes() for storage in kept.values())
 
 
-def _loss(model: nn.Module, rows: int, autocast: AbstractContextManager, with_documents: bool = False) -> Tensor:
+def _loss(model: nn.Module, rows: int, autocast: AbstractContextManager, with_documents: bool) -> Tensor:
     device = next(model.parameters()).device
     tokens = torch.zeros(rows, model.config.max_seq_len, dtype=torch.int64, device=device)
     with autocast:
         return model(tokens, tokens, documents=tokens if with_documents else None)
 
 
-def _peak_bytes(model: nn.Module, rows: int, autocast: AbstractContextManager) -> int | None:
+def _peak_bytes(model: nn.Module, rows: int, autocast: AbstractContextManager, with_documents: bool) -> int | None:
     """CUDA: the peak of a forward and backward pass in bytes, above what was in use before; None: out of memory."""
     device = next(model.parameters()).device
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
     try:
-        _loss(model, rows, autocast).backward()
+        _loss(model, rows, autocast, with_documents).backward()
     except torch.OutOfMemoryError:
         return None
     finally:
@@ -151,6 +151,7 @@ def rows_that_fit(
     wanted: int,
     beside: int,
     free: int,
+    with_documents: bool,
     every_step: Callable[[], None] = lambda: None,
 ) -> int:
     """How many samples a batch may have, so that a step takes at most 60 % of the free memory.
@@ -162,8 +163,9 @@ def rows_that_fit(
     Args:
         model: a Transformer on its device, in training mode; its gradients are cleared.
         wanted: on a GPU, the most that is tried.
-        beside: bytes that a step needs and these passes don't show: the optimizer's state.
+        beside: bytes of a step that these passes don't show: the optimizer's state.
         free: bytes, see `free_memory`.
+        with_documents: run the model as document_mask does, whose mask takes memory too.
         every_step: called after each pass.
 
     Returns:
@@ -174,15 +176,15 @@ def rows_that_fit(
     if device.type == "cuda":
         rows, fits = 1, 0
         while rows <= min(2 * wanted, MOST_ROWS):
-            peak = _peak_bytes(model, min(rows, wanted), autocast)
+            peak = _peak_bytes(model, min(rows, wanted), autocast, with_documents)
             every_step()
             if peak is None or peak > room:
                 return fits
             fits, rows = min(rows, wanted), 2 * rows
         return fits
-    one = saved_bytes(model, 1, autocast)
+    one = saved_bytes(model, 1, autocast, with_documents)
     every_step()
-    two = saved_bytes(model, 2, autocast)
+    two = saved_bytes(model, 2, autocast, with_documents)
     every_step()
     per_row, fixed = max(1, two - one), max(0, 2 * one - two)
     gradients = sum(parameter.nbytes for parameter in model.parameters())

@@ -1,8 +1,10 @@
 """The optimizers, by name, in `OPTIMIZERS`.
 
-A new one is a function that builds it and an entry there: settings, `auto`, the memory estimate and the check of a
-checkpoint take what they need from the entry. torch is imported where an optimizer is built, so that settings are
-checked without it.
+A new one is a function that builds it and an entry there: settings, `auto`, the memory estimate, each step's values and
+the check of a checkpoint take what they need from the entry. Supported are optimizers whose state is, per parameter, a
+number of tensors of the parameter's shape and dtype, and a step count. Not supported: factored state (Adafactor), 8-bit
+state, and optimizers whose step needs a closure (LBFGS). torch is imported where an optimizer is built, so that
+settings are checked without it.
 """
 
 from collections.abc import Callable, Mapping
@@ -72,27 +74,42 @@ def _muons_state(name: str, parameter: "Tensor") -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class OptimizerKind:
-    """What there is to know of an optimizer.
+    """What the program needs to know of an optimizer.
 
     Attributes:
-        build: of (parameters by name, learning rate, weight decay, dtype of the run's products), the optimizer, whose
+        build: (parameters by name, learning rate, weight decay, dtype of the run's products) -> the optimizer, whose
             groups hold the parameters with their names.
-        state: of a parameter and its name, the tensors that the optimizer keeps for it: each of its shape and dtype,
-            but for "step", which is a float32 scalar.
-        numbers: what every group holds besides, each a float or a tuple of floats.
+        state: (name, parameter) -> names of the tensors that the optimizer keeps for it, each of the parameter's shape
+            and dtype, except "step", a float32 scalar.
+        numbers: what every group of a saved state must hold, each a float or a tuple of floats; a checkpoint without
+            them is damaged. Their values come from the settings when it is loaded.
         base_rate: the learning rate behind `auto` (see recipe.py); None: there is none, so the user has to give one.
+        per_step: (step, counted from 0) -> the values, beside the learning rate, that all groups get for that step;
+            None: only the learning rate changes.
     """
 
     build: Callable[..., "torch.optim.Optimizer"]
     state: Callable[[str, "Tensor"], tuple[str, ...]]
     numbers: tuple[str, ...] = ("lr",)
     base_rate: float | None = None
+    per_step: Callable[[int], dict[str, float]] | None = None
+
+
+def momentum_at(step: int) -> float:
+    """Muon's momentum in a step, counted from 0: it rises, as in modded-nanogpt, while gradients change fast."""
+    return FIRST_MOMENTUM + (MOMENTUM - FIRST_MOMENTUM) * min(1.0, step / MOMENTUM_STEPS)
 
 
 OPTIMIZERS = {
     "adamw": OptimizerKind(adamw, _adams_state, ("lr", "eps", "betas"), base_rate=2e-3),
     "adam": OptimizerKind(adam, _adams_state, ("lr", "eps", "betas"), base_rate=2e-3),
-    "muon": OptimizerKind(muon, _muons_state, ("lr", "eps", "betas"), base_rate=5e-3),
+    "muon": OptimizerKind(
+        muon,
+        _muons_state,
+        ("lr", "eps", "betas"),
+        base_rate=5e-3,
+        per_step=lambda step: {"momentum": momentum_at(step)},
+    ),
 }
 
 
@@ -127,17 +144,12 @@ def optimizer_bytes(model: "nn.Module", optimizer_type: str) -> int:
     return sum(p.nbytes * len({*state(name, p)} - {"step"}) for name, p in model.named_parameters())
 
 
-def momentum_at(step: int) -> float:
-    """Muon's momentum in a step, counted from 0: it rises, as in modded-nanogpt, while gradients change fast."""
-    return FIRST_MOMENTUM + (MOMENTUM - FIRST_MOMENTUM) * min(1.0, step / MOMENTUM_STEPS)
-
-
-def set_rates(optimizer: "torch.optim.Optimizer", learning_rate: float, step: int) -> None:
-    """Set what depends on the step, counted from 0: the learning rate of every group, and Muon's momentum."""
+def set_rates(optimizer: "torch.optim.Optimizer", optimizer_type: str, learning_rate: float, step: int) -> None:
+    """Set what depends on the step, counted from 0: every group's learning rate, and what the optimizer adds."""
+    per_step = OPTIMIZERS[optimizer_type].per_step
+    values = {"lr": learning_rate} | (per_step(step) if per_step is not None else {})
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate
-        if "muon" in group:
-            group["momentum"] = momentum_at(step)
+        group.update(values)
 
 
 def load_optimizer_state(optimizer: "torch.optim.Optimizer", state: dict) -> None:
@@ -155,9 +167,9 @@ def state_problem(
     """Why a saved state can't be loaded; None where it can.
 
     Args:
-        optimizer: what its `state_dict()` was.
-        model: the parameters that it is of, by name.
-        has_stepped: whether there must be a state for each.
+        optimizer: its `state_dict()`.
+        model: the model's parameters, by name.
+        has_stepped: whether every parameter must have a state.
     """
     import torch
 

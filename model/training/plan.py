@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -13,7 +12,7 @@ from model.dataset import SampleOrder
 from model.LMConfig import LMConfig
 from model.model import Transformer
 from model.storage.archive import tensor_bytes
-from model.training.choices import Choices, Ranks
+from model.training.choices import Choices, FoundCheckpoint, Ranks
 from model.training.data import TrainingData
 from model.training.optimizer import optimizer_bytes
 from model.training.recipe import rough_duration_text, run_seconds
@@ -38,8 +37,8 @@ class Hardware:
 class RunSpace:
     """What a run will write: its checkpoints, one of them being written, and its weights."""
 
-    checkpoint_bytes: int  # of one file, like
-    weights_bytes: int
+    checkpoint_bytes: int  # of one checkpoint file
+    weights_bytes: int  # of one file of weights
     checkpoints: int  # that stay until the end
 
     @property
@@ -53,9 +52,9 @@ class RunPlan:
     """What a run will do. A step is one optimizer step of all processes together."""
 
     training: TrainingSettings  # as resolved: no `auto` is left
-    chosen: Mapping  # what `auto` came to, by setting; a checkpoint keeps it
+    chosen: Mapping  # what `auto` resolved to, by setting; a checkpoint keeps it
     config: LMConfig
-    hardware: Hardware
+    hardware: Hardware  # of this process
     world_size: int
     local_world_size: int  # processes on this machine
     parameters: int
@@ -65,6 +64,7 @@ class RunPlan:
     order: SampleOrder
     pace: Mapping  # what total_steps was computed from; a checkpoint keeps it
     schedule: Schedule
+    peak_flops: float  # FLOP/s of matrix products on all processes together: the slowest one's times world_size
     space: RunSpace
     steps_done: int  # by the run that this one resumes
     samples_done: int
@@ -87,32 +87,29 @@ class RunPlan:
     def total_steps(self) -> int:
         return self.schedule.total_steps
 
-    @property
-    def peak_flops(self) -> float:
-        """FLOP/s of all processes together."""
-        return self.hardware.peak_flops * self.world_size
-
     def is_done(self, step: int, samples: int) -> bool:
         """Whether the run ends after `step` steps and `samples` samples."""
         t = self.training
-        return samples >= t.epochs * self.train_samples if t.max_steps is None else step >= t.max_steps
+        if t.max_steps is not None:
+            return step >= t.max_steps
+        return samples >= t.epochs * self.train_samples
 
     def tokens_left(self, step: int, samples: int) -> int:
-        """Tokens that are still to be read after `step` steps and `samples` samples."""
+        """Tokens left to read after `step` steps and `samples` samples."""
         t = self.training
         if t.max_steps is None:  # counted in samples: the last step of an epoch may be a shorter one
             return max(0, t.epochs * self.train_samples - samples) * self.config.max_seq_len
         return max(0, self.total_steps - step) * self.tokens_per_step
 
     def evaluations_left(self, step: int) -> int:
-        """Evaluations that are still to come after `step` steps."""
+        """Evaluations left after `step` steps."""
         if len(self.val_samples) == 0 or step >= self.total_steps:
             return 0
         interval = self.training.eval_interval
         return self.total_steps // interval - step // interval + (self.total_steps % interval > 0)
 
     def correction(self, seconds_left: float) -> str | None:
-        """What to say of the time, once measured, if it is far from what was expected; None if it is not, or is short.
+        """A line on the time left, once measured, if the estimate was far off and the run is not short; else None.
 
         Args:
             seconds_left: as measured, evaluations included.
@@ -121,9 +118,7 @@ class RunPlan:
         if seconds_left < SHORT or 1 / FAR_OFF < ratio < FAR_OFF:
             return None
         guess, text = rough_duration_text(self.expected_seconds), rough_duration_text(seconds_left)
-        return (
-            f"at the speed of the first steps, {text} are left, evaluations included (the estimate before was {guess})"
-        )
+        return f"at the speed of the first steps, {text} left, evaluations included (the estimate before was {guess})"
 
     def resolved(self, settings: Settings) -> dict[str, dict]:
         """All settings of the run with the values that it uses, by section, as in a config file."""
@@ -139,7 +134,7 @@ def plan_run(
     data: TrainingData,
     model: Transformer,
     hardware: Hardware,
-    found: tuple[Path, Mapping] | None,
+    found: FoundCheckpoint | None,
     ranks: Ranks,
     say: Callable[[str], None],
 ) -> RunPlan:
@@ -147,28 +142,33 @@ def plan_run(
 
     Args:
         model: on its device, in training mode.
-        found: the checkpoint that the run resumes from, with its path.
+        found: the checkpoint that the run resumes from.
         say: prints one line for the user.
 
     Raises:
-        InputError: not even one sample fits the memory, or the learning rate or the warm-up that result are impossible.
+        InputError: not even one sample fits the memory, or the resulting learning rate or warm-up is impossible.
     """
     config = data.config
-    checkpoint = None if found is None else found[1]
+    checkpoint = None if found is None else found.content
+    done = {"step": 0, "samples": 0} if checkpoint is None else checkpoint["progress"]
     choices = Choices(settings, found, ranks, hardware.device, say)
-    t = choices.training
-    choices.batch_size(model, data, hardware.autocast)
+    t = choices.training  # the calls below replace its `auto`, each with the help of those before it
+    choices.settle_batch_size(model, data, hardware.autocast)
     order = SampleOrder(data.train_samples, t.seed, t.batch_size * ranks.world_size * t.accumulation_steps)
     tokens_per_step = order.rows_per_step * config.max_seq_len
-    choices.learning_rate(model, tokens_per_step)
+    choices.settle_learning_rate(model, tokens_per_step)
     pace = {"rows_per_step": order.rows_per_step, "epochs": t.epochs, "max_steps": t.max_steps}
-    done = checkpoint["progress"] if checkpoint is not None else {"step": 0, "samples": 0}
-    steps = total_steps(t, order, checkpoint, pace)
-    choices.warmup_steps(steps)
+    if checkpoint is not None and checkpoint["pace"] == pace:
+        total_steps = checkpoint["total_steps"]
+    elif t.max_steps is not None:
+        total_steps = t.max_steps
+    else:
+        total_steps = done["step"] + order.steps_left(done["samples"], t.epochs)
+    choices.settle_warmup_steps(total_steps)
     flops_per_token = model.training_flops_per_token()
     peak_flops = ranks.smallest(hardware.peak_flops) * ranks.world_size  # the same on all processes
-    expected_seconds = run_seconds((steps - done["step"]) * tokens_per_step * flops_per_token, peak_flops)
-    choices.compile(expected_seconds)
+    expected_seconds = run_seconds((total_steps - done["step"]) * tokens_per_step * flops_per_token, peak_flops)
+    choices.settle_compile(expected_seconds)
     return RunPlan(
         training=t,
         chosen=choices.made,
@@ -182,26 +182,17 @@ def plan_run(
         val_samples=data.spread_validation(t.eval_steps and t.eval_steps * t.batch_size * ranks.world_size),
         order=order,
         pace=pace,
-        schedule=plan_schedule(t, steps),
-        space=_space(model, t, steps),
+        schedule=plan_schedule(t, total_steps),
+        peak_flops=peak_flops,
+        space=_space(model, t, total_steps),
         steps_done=done["step"],
         samples_done=done["samples"],
         expected_seconds=expected_seconds,
     )
 
 
-def total_steps(training: TrainingSettings, order: SampleOrder, checkpoint: Mapping | None, pace: Mapping) -> int:
-    """Steps of the whole run: those of the checkpoint that it resumes from, unless the pace has changed."""
-    if checkpoint is not None and checkpoint["pace"] == pace:
-        return checkpoint["total_steps"]
-    if training.max_steps is not None:
-        return training.max_steps
-    done = checkpoint["progress"] if checkpoint is not None else {"step": 0, "samples": 0}
-    return done["step"] + order.steps_left(done["samples"], training.epochs)
-
-
-def _space(model: Transformer, training: TrainingSettings, steps: int) -> RunSpace:
+def _space(model: Transformer, training: TrainingSettings, total_steps: int) -> RunSpace:
     weights = tensor_bytes(model.state_dict())
     state = optimizer_bytes(model, training.optimizer_type)
-    kept = min(training.keep_last, -(-steps // training.save_interval))
+    kept = min(training.keep_last, -(-total_steps // training.save_interval))
     return RunSpace(weights * (2 if training.use_ema else 1) + state, weights, kept)

@@ -16,7 +16,7 @@ MEASURED_SECONDS, MOST_STEPS = 5.0, 50  # the dry run measures for this long or 
 
 
 def describe(plan: RunPlan) -> list[str]:
-    """The model, the data and the schedule, one line each."""
+    """The model, the data and the schedule, one line each; and one if a step has more rows than there are samples."""
     t, schedule = plan.training, plan.schedule
     model = (
         f"model: {plan.parameters:,} parameters; {plan.flops_per_token / 1e6:,.0f} MFLOP per token; mfu is the share of"
@@ -34,7 +34,15 @@ def describe(plan: RunPlan) -> list[str]:
         f"schedule: {rise} {t.learning_rate:g}, then down to {schedule.min_lr:g} ({t.lr_scheduler});"
         f" {t.optimizer_type}{f', clipped at {t.grad_clip:g}' if t.grad_clip else ''}{', EMA' if t.use_ema else ''}"
     )
-    return [model, data, rate]
+    lines = [model, data, rate]
+    padding = plan.order.rows_per_step - plan.train_samples
+    if padding > 0:
+        most = max(1, plan.train_samples // (t.accumulation_steps * plan.world_size))
+        lines.append(
+            f"batch_size: {padding:,} of the {plan.order.rows_per_step:,} rows of each step are padding, since an epoch"
+            f" has only {plan.train_samples:,} samples; lower batch_size to {most:,}"
+        )
+    return lines
 
 
 def dry_run(plan: RunPlan, measure: Callable[[float, int], float]) -> list[str]:

@@ -89,11 +89,11 @@ class TrainingSettings:
     grad_clip: float = setting(1.0, "largest norm of the gradient; 0: not clipped", at_least=0)
     max_skipped_steps: int = setting(
         10,
-        "steps skipped in a row, since loss or gradient were not finite or leapt, before training stops as diverged",
+        "steps skipped in a row, non-finite or with a loss spike, before training stops as diverged",
         at_least=0,
     )
     spike_threshold: float = setting(
-        10.0, "standard deviations above the mean of the last 128 losses that make a leap; 0: none does", at_least=0
+        10.0, "standard deviations above the mean of the last 128 losses that make a spike; 0: none does", at_least=0
     )
     document_mask: bool = setting(False, "a token sees only its own document, not those before it in the sample")
     dtype: str = setting(

@@ -14,13 +14,13 @@ from pathlib import Path
 from tests.reliability.harness import Counts, Data, Job, last_line, make_data, run_cases, start
 from tests.reliability.states import events
 
-TITLE = "Numbers that are not finite, and leaps"
+TITLE = "Numbers that are not finite, and spikes"
 MODULE = "tests.reliability.numerics"
 FOR_EVER = 10**9
 VALUES = {"NaN": "nan", "+inf": "inf", "-inf": "-inf"}
 SAID = {"loss": "the loss is ", "gradient": "the gradient is not finite", "weight": "the loss is "}
 FIRST = 7  # the step that goes wrong first, counted from 1
-LEAP = 40  # a leap is told by the 32 losses before it
+SPIKE = 40  # a spike is detected by the 32 losses before it
 WARMUP = 3
 
 
@@ -61,21 +61,21 @@ def all_cases() -> dict[str, Case]:
         cases[f"NaN in the gradient for ever, {on}"] = diverging("gradient", "nan", ranks)
         for name, value in (("NaN", "nan"), ("+inf", "inf")):
             cases[f"{name} in a weight, {on}"] = diverging("weight", value, ranks)
-        leap = {"first": LEAP, "flags": {"max_steps": 44, "save_interval": 8}}
-        cases[f"a leap of the loss once, {on}"] = Case("loss", "1e3", 1, ranks, says="the loss leapt to", **leap)
-    leaping = leap | {
+        spike = {"first": SPIKE, "flags": {"max_steps": 44, "save_interval": 8}}
+        cases[f"a spike of the loss once, {on}"] = Case("loss", "1e3", 1, ranks, says="the loss spiked to", **spike)
+    spiking = spike | {
         "ranks": 1,
         "times": FOR_EVER,
         "code": 1,
         "skipped": 11,
-        "says": f"step {LEAP}: the loss leapt",
+        "says": f"step {SPIKE}: the loss spiked",
     }
-    cases["a leap of the loss for ever"] = Case("loss", "1e3", **leaping)
-    cases["a leap of the weights"] = Case("weight", "all * 1e3", **leaping)
-    cases["a leap of the loss, not looked for"] = Case(
-        "loss", "1e3", skipped=0, first=LEAP, flags=leap["flags"] | {"spike_threshold": 0}
+    cases["a spike of the loss for ever"] = Case("loss", "1e3", **spiking)
+    cases["a spike of the weights"] = Case("weight", "all * 1e3", **spiking)
+    cases["a spike of the loss, not looked for"] = Case(
+        "loss", "1e3", skipped=0, first=SPIKE, flags=spike["flags"] | {"spike_threshold": 0}
     )
-    cases["a leap of the gradient, which is clipped"] = Case("gradient", "1e3", skipped=0, **leap)
+    cases["a spike of the gradient, which is clipped"] = Case("gradient", "1e3", skipped=0, **spike)
     cases["NaN in the loss once, with max_skipped_steps 0"] = Case(
         "loss", "nan", code=1, says=f"step {FIRST}: the loss is nan", flags={"max_skipped_steps": 0}
     )

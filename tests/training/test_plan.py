@@ -12,6 +12,7 @@ from model.training.data import refuse_text
 from model.training.memory import check_memory, free_memory, is_out_of_memory, saved_bytes, step_memory
 from model.training.optimizer import optimizer_bytes
 from model.training.recipe import rough_duration_text
+from model.training.report import describe
 from model.training.settings import build_settings
 from optimized_pretrain import Trainer
 from tests import tiny_runs
@@ -104,15 +105,29 @@ def test_the_time_left_leaves_out_the_first_step_and_counts_evaluations(monkeypa
     with clock.evaluation():
         now[0] = 72
     assert clock.seconds_left(1000, 2, 300) == pytest.approx(20 + 2 * 10)  # and then timed
-    assert clock.tokens_per_second() == pytest.approx(200 / 62) and clock.run_seconds == 1072
+    assert clock.take_rate() == pytest.approx(200 / 62) and clock.run_seconds == 1072
 
 
 def test_an_estimate_that_is_far_off_is_corrected(flags):
     plan = Trainer(build_settings({}, flags(max_steps=10, eval_interval=4)), Processes()).plan
     assert plan.expected_seconds < 10 and plan.correction(20) is None
-    assert "about 5 min are left, evaluations included" in plan.correction(300)
+    assert "about 5 min left, evaluations included" in plan.correction(300)
     assert [plan.evaluations_left(step) for step in (0, 3, 4, 8, 9, 10)] == [3, 3, 2, 1, 1, 0]
     assert plan.tokens_left(4, 16) == 6 * 4 * 32
+
+
+def test_a_batch_larger_than_the_data_is_said_to_be_padding(flags):
+    def lines(batch_size):
+        options = flags(batch_size=batch_size, accumulation_steps=2, max_steps=3)
+        plan = Trainer(build_settings({}, options), Processes()).plan
+        return plan.train_samples, [line for line in describe(plan) if "padding" in line]
+
+    samples, (line,) = lines(2000)
+    assert line == (
+        f"batch_size: {4000 - samples:,} of the 4,000 rows of each step are padding, since an epoch has only"
+        f" {samples:,} samples; lower batch_size to {samples // 2:,}"
+    )
+    assert lines(samples // 2) == (samples, [])
 
 
 # ----------------------------------------------------------------------------------------------------------- its data

@@ -1,12 +1,16 @@
 """The rules behind `auto`: what they say for models and runs whose right settings are known."""
 
 import contextlib
+import dataclasses
+import types
 
 import pytest
 import torch
 
+from model.training.choices import Ranks
 from model.training.memory import free_memory, rows_that_fit, saved_bytes
 from model.training.optimizer import OPTIMIZERS
+from model.training.plan import plan_run
 from model.training.recipe import (
     automatic_batch_size,
     automatic_learning_rate,
@@ -17,7 +21,10 @@ from model.training.recipe import (
     count_text,
     duration_text,
 )
+from model.training.settings import build_settings
+from optimized_pretrain import Trainer
 from tests.conftest import random_model
+from utils import Processes
 
 
 @pytest.mark.parametrize("optimizer_type", OPTIMIZERS)
@@ -83,7 +90,7 @@ def test_numbers_are_printed_as_people_say_them():
 
 def test_what_a_forward_pass_keeps_grows_evenly_with_the_batch(tiny_config):
     model = random_model(tiny_config).train()
-    one, two, four = (saved_bytes(model, rows, contextlib.nullcontext()) for rows in (1, 2, 4))
+    one, two, four = (saved_bytes(model, rows, contextlib.nullcontext(), False) for rows in (1, 2, 4))
     assert four - two == 2 * (two - one) > 0
     # every layer keeps at least its feed-forward's three products and its attention's weights, in float32
     c = tiny_config
@@ -94,9 +101,27 @@ def test_what_a_forward_pass_keeps_grows_evenly_with_the_batch(tiny_config):
 @pytest.mark.long
 def test_twice_the_memory_takes_about_twice_the_samples(tiny_config):
     model, free = random_model(tiny_config).train(), 400_000_000
-    fits = [rows_that_fit(model, contextlib.nullcontext(), 1, 0, size) for size in (free, 2 * free)]
+    fits = [rows_that_fit(model, contextlib.nullcontext(), 1, 0, size, False) for size in (free, 2 * free)]
     assert fits[1] == pytest.approx(2 * fits[0], rel=0.1) and fits[0] > 1
-    assert rows_that_fit(model, contextlib.nullcontext(), 1, beside=free, free=free) == 0
+    assert rows_that_fit(model, contextlib.nullcontext(), 1, beside=free, free=free, with_documents=False) == 0
+
+
+@pytest.mark.parametrize("with_documents", [False, True])
+def test_the_samples_that_fit_are_those_that_a_step_with_such_masks_holds(tiny_config, with_documents):
+    config = dataclasses.replace(tiny_config, n_layers=1, dim=8, n_heads=1, n_kv_heads=1, vocab_size=8, hidden_dim=8)
+    model, free = random_model(config).train(), 20_000_000
+    fits = rows_that_fit(model, contextlib.nullcontext(), 1, 0, free, with_documents)
+    gradients = sum(parameter.nbytes for parameter in model.parameters())
+    steps = [saved_bytes(model, rows, contextlib.nullcontext(), with_documents) for rows in (fits, fits + 1)]
+    assert gradients + steps[0] <= 0.6 * free < gradients + steps[1]
+
+
+def test_choosing_needs_no_more_of_the_processes_than_it_declares(flags):
+    trainer = Trainer(build_settings({}, flags(batch_size="auto", compile="auto")), Processes())
+    declared = {*Ranks.__annotations__, *(name for name in vars(Ranks) if not name.startswith("_"))}
+    ranks = types.SimpleNamespace(**{name: getattr(trainer.processes, name) for name in declared})
+    plan = plan_run(trainer.settings, trainer.data, trainer.model, trainer.hardware, None, ranks, print)
+    assert plan.chosen["batch_size"] == trainer.training.batch_size
 
 
 def test_the_memory_that_is_free_is_shared_by_the_machines_processes():
@@ -109,6 +134,6 @@ def test_the_memory_that_is_free_is_shared_by_the_machines_processes():
 def test_on_a_gpu_the_largest_batch_whose_step_fits_is_found(tiny_config):
     model = random_model(tiny_config).to("cuda").train()
     free = 400_000_000
-    fits = rows_that_fit(model, contextlib.nullcontext(), wanted=2**20, beside=0, free=free)
+    fits = rows_that_fit(model, contextlib.nullcontext(), wanted=2**20, beside=0, free=free, with_documents=False)
     assert 1 < fits < 2**20 and fits & (fits - 1) == 0
-    assert rows_that_fit(model, contextlib.nullcontext(), wanted=3, beside=0, free=free) == 3
+    assert rows_that_fit(model, contextlib.nullcontext(), wanted=3, beside=0, free=free, with_documents=False) == 3

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 
@@ -201,6 +202,29 @@ def test_a_float16_overflow_skips_the_step_and_counts_no_step(flags, monkeypatch
     assert trainer.progress.step > 0 and trainer.scaler.get_scale() < 2.0**40
 
 
+def test_float16_overflows_and_faults_have_limits_that_do_not_share_a_count(flags, monkeypatch):
+    monkeypatch.setenv("MATECONV_EMULATE_DTYPE", "1")
+    options = flags(dtype="float16", max_skipped_steps=0, max_steps=99)
+    trainer = Trainer(build_settings({}, options), Processes())
+    trainer.model.norm.weight.register_hook(lambda gradient: gradient * torch.inf)  # overflows at every loss scale
+    for _ in range(50):
+        assert trainer._advance().overflow
+    with pytest.raises(TrainingDiverged, match="step 1: the gradient overflowed float16 in 51 steps in a row") as error:
+        trainer._advance()
+    assert "max_skipped_steps" not in str(error.value)
+
+    trainer = Trainer(build_settings({}, options | {"max_skipped_steps": "1"}), Processes())
+    hook = trainer.model.norm.weight.register_hook(lambda gradient: gradient * torch.inf)
+    for _ in range(11):
+        trainer._advance()
+    hook.remove()
+    broken = trainer.model.register_forward_hook(lambda model, arguments, loss: loss * torch.nan)
+    assert not trainer._advance().overflow  # the first real fault, which max_skipped_steps allows
+    with pytest.raises(TrainingDiverged, match=r"loss is nan.* 1 step before it was skipped \(max_skipped_steps\)"):
+        trainer._advance()
+    broken.remove()
+
+
 @pytest.mark.parametrize("max_skipped_steps", [0, 3])
 def test_gradients_that_are_not_finite_are_skipped_and_then_stop_training(flags, max_skipped_steps):
     trainer = Trainer(build_settings({}, flags(max_skipped_steps=max_skipped_steps)), Processes())
@@ -230,7 +254,8 @@ def test_early_stopping_after_patience_evaluations_without_gain(flags, tmp_path)
 @pytest.mark.long
 def test_a_new_optimizer_and_schedule_are_settings_like_the_others(flags, tmp_path, new_entries):
     trainer = train(flags(optimizer_type="sgd", lr_scheduler="constant", learning_rate=0.1))
-    assert type(trainer.optimizer) is torch.optim.SGD and trainer.optimizer.param_groups[0]["momentum"] == 0.9
+    assert type(trainer.optimizer) is torch.optim.SGD
+    assert [group["momentum"] for group in trainer.optimizer.param_groups] == [0.8 + 11 / 100] * 2
     assert [event["lr"] for event in events(tmp_path / "out") if "lr" in event][1:] == [0.1] * 11
     with pytest.raises(InputError, match="sgd has no automatic rate; give a number"):
         train(flags(optimizer_type="sgd", learning_rate="auto", out_dir=tmp_path / "auto"))
@@ -258,7 +283,12 @@ def sgd(parameters, learning_rate, weight_decay, dtype):
 @pytest.fixture
 def new_entries(monkeypatch):
     """An optimizer and a schedule that the program lacks: each is a function and an entry."""
-    kind = OptimizerKind(sgd, state=lambda name, parameter: ("momentum_buffer",), numbers=("lr", "momentum"))
+    kind = OptimizerKind(
+        sgd,
+        state=lambda name, parameter: ("momentum_buffer",),
+        numbers=("lr", "momentum"),
+        per_step=lambda step: {"momentum": min(0.9, 0.8 + step / 100)},
+    )
     monkeypatch.setitem(OPTIMIZERS, "sgd", kind)
     monkeypatch.setitem(SHAPES, "constant", lambda progress: 1.0)
 
@@ -349,6 +379,52 @@ def test_changed_settings_take_effect_and_are_named(flags, tmp_path, capfd):
     capfd.readouterr()
     train(flags(resume="true", weight_decay=0.5, learning_rate=1e-3))
     assert "other settings" not in capfd.readouterr().err
+
+
+@pytest.mark.long
+def test_other_validation_data_is_evaluated_at_the_step_that_was_evaluated_already(flags, tmp_path, token_file):
+    train(flags(max_steps=4))
+    val_loss, step = (events(tmp_path / "out")[-1][key] for key in ("val_loss", "step"))
+    assert step == 4
+    resumed = train(flags(max_steps=4, resume="true", val_data_path=token_file))
+    last = events(tmp_path / "out")[-1]
+    assert last["step"] == 4 and last["val_loss"] != val_loss
+    assert resumed.progress.best_val_loss == last["val_loss"]
+
+
+@pytest.mark.long
+def test_train_again_after_a_stop_trains_to_the_end(flags, tmp_path):
+    torch.set_num_threads(1)
+    trainer = Trainer(build_settings({}, flags()), Processes())
+    step = trainer._train_step
+
+    def stopped():
+        signal.raise_signal(signal.SIGINT)
+        wait_for(lambda: trainer.stop_signal.count)  # another thread counts it
+        trainer._train_step = step
+        return step()
+
+    trainer._train_step = stopped
+    assert trainer.train() == "interrupted" and trainer.progress.step == 1
+    assert trainer.train() == "finished" and trainer.progress.step == 12
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("broken", ["config.yaml", "wandb"])
+def test_a_start_that_fails_leaves_the_folder_to_the_next_one(flags, tmp_path, broken, monkeypatch):
+    options = flags(max_steps=1, use_wandb="true")
+    trainer = Trainer(build_settings({}, options), Processes())
+    if broken == "wandb":
+        monkeypatch.setattr("model.runs.metrics.MetricsLog.start_wandb", lambda *_: 1 / 0)
+    else:
+        (tmp_path / "out" / "config.yaml").mkdir(parents=True)
+    with pytest.raises((OSError, ZeroDivisionError)) as failed:  # which keeps the frames, and so their objects, alive
+        trainer.train()
+    assert failed and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    monkeypatch.undo()
+    if broken == "config.yaml":
+        (tmp_path / "out" / "config.yaml").rmdir()
+    assert train(flags(max_steps=1)).outcome == "finished"
 
 
 @pytest.mark.long
@@ -452,6 +528,27 @@ def test_two_processes_stop_after_the_same_step(flags, tmp_path, number):
     checkpoint = load_torch(tmp_path / "out" / "checkpoint_interrupted.pth")
     assert len(checkpoint["random_states"]) == 2 and checkpoint["progress"]["step"] < 300
     assert "resume with: torchrun --nproc_per_node=2 train.py --resume" in messages
+
+
+@pytest.mark.long
+def test_ranks_whose_dtypes_differ_are_refused(flags):
+    """As on two machines of which one has no instructions for bfloat16."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    group = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    processes = [
+        subprocess.Popen(
+            command(flags(dtype=dtype, device="cpu", ddp="true", ddp_timeout=20)),
+            env=ONE_THREAD | group | {"RANK": str(rank), "LOCAL_RANK": str(rank), "MATECONV_EMULATE_DTYPE": "1"},
+            stderr=subprocess.PIPE,
+            text=True,
+            encoding="utf-8",
+        )
+        for rank, dtype in enumerate(("float32", "float16"))
+    ]
+    messages = [process.communicate(timeout=HUNG)[1] for process in processes]
+    assert [process.returncode for process in processes] == [2, 2], messages
+    assert "dtype: rank 1 has 'float16', rank 0 'float32'; they must agree: set dtype float32" in messages[0]
 
 
 # ---------------------------------------------------------------------------------------------------------- bad input

@@ -11,9 +11,9 @@ import torch
 from model.errors import InputError
 from model.LMConfig import LMConfig
 from model.model import Transformer
+from model.runs.checkpoint import CHECKPOINT_VERSION, Progress
 from model.runs.folder import claim, leave_line, move_earlier_run, prune_checkpoints
 from model.runs.resume import load_checkpoint, newest_checkpoint
-from model.runs.state import CHECKPOINT_VERSION, Progress
 from model.storage.archive import load_torch, save_torch
 from model.training.optimizer import build_optimizer
 from model.training.settings import Settings
@@ -37,7 +37,8 @@ def checkpoint_content(step=5, started="20260101T120000", optimizer_type="adamw"
     return {
         "format_version": CHECKPOINT_VERSION, "started": started, "settings": settings.as_dict(),
         "config": dataclasses.asdict(CONFIG), "tokenizer_path": None, "tokenizer_sha256": "abc", "data": {},
-        "validation": {}, "pace": {}, "total_steps": 10, "progress": dataclasses.asdict(Progress(step=step)),
+        "validation": {}, "pace": {}, "total_steps": 10, "chosen": {},
+        "progress": dataclasses.asdict(Progress(step=step)),
         "model": model.state_dict(), "ema": None, "ema_updates": 0, "optimizer": optimizer.state_dict(), "scaler": {},
         "random_states": [random_state()], "environment": {},
     }  # fmt: skip
@@ -172,6 +173,16 @@ WRONG = {
     "a random state that is none": (lambda c: c["random_states"][0].update(torch=torch.ones(3)), "random_states"),
     "another version": (lambda c: c.update(format_version=1), "version 1"),
 }
+
+
+def test_a_checkpoint_of_version_2_gets_what_came_later(tmp_path):
+    content = checkpoint_content() | {"format_version": 2, "data": {"tokens": 9}}
+    content.pop("chosen")
+    content["progress"].pop("overflows_in_a_row")
+    save_torch(tmp_path / "checkpoint_step_5.pth", content)
+    loaded = load_checkpoint(tmp_path / "checkpoint_step_5.pth")
+    assert loaded["chosen"] == {} and loaded["data"] == {"tokens": 9, "sample_start": "packed"}
+    assert loaded["progress"]["overflows_in_a_row"] == 0
 
 
 @pytest.mark.parametrize("case", WRONG)

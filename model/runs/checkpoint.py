@@ -1,4 +1,4 @@
-"""What a checkpoint holds: all that training needs to resume exactly; and whether a file that was read holds it."""
+"""What a checkpoint holds: all that training needs to resume exactly. Built, checked and restored here."""
 
 import dataclasses
 import math
@@ -23,27 +23,29 @@ from model.training.plan import RunPlan
 from model.training.settings import SECTIONS, Settings
 from model.weights.shapes import check_shapes, read_shape
 
-CHECKPOINT_VERSION = 2
+CHECKPOINT_VERSION = 3
+READABLE_VERSIONS = (2, 3)
 NONE = type(None)
 KINDS = {  # the keys of a checkpoint and what lies under them
     "format_version": int,
     "started": str,  # when the run started
-    "settings": dict,  # all of them, as asked for
+    "settings": dict,  # all of them, as the user gave them
     "config": dict,  # LMConfig
     "tokenizer_path": (str, NONE),
     "tokenizer_sha256": str,
-    "data": dict,  # fingerprints of the token files
-    "validation": dict,
-    "pace": dict,  # what total_steps was computed from
+    "data": dict,  # the training data: tokens, dtype, sha256, seq_len, sample_start, training_samples
+    "validation": dict,  # the same of the validation data, with validation_samples
+    "pace": dict,  # what total_steps was computed from: rows_per_step, epochs, max_steps
     "total_steps": int,
+    "chosen": dict,  # the values that replaced `auto`, by setting
     "progress": dict,  # Progress
     "model": dict,  # state dicts
     "ema": (dict, NONE),
     "ema_updates": int,
     "optimizer": dict,
     "scaler": dict,
-    "random_states": list,  # of each process
-    "environment": dict,  # versions, threads and processes, on which equal bits depend
+    "random_states": list,  # of each rank
+    "environment": dict,  # versions, threads and ranks, on which equal bits depend
 }
 SCALER_STATE = {"scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"}
 
@@ -57,23 +59,40 @@ class Progress:
     best_val_loss: float = math.inf
     evaluations_without_gain: int = 0
     last_evaluation: int = -1  # step of the last finished evaluation
-    skipped_steps: int = 0  # steps whose loss or gradient could not be used, and those of them in a row
-    skipped_in_a_row: int = 0
-    recent_losses: list[float] = field(default_factory=list)  # nats a token, to tell a leap of the loss by
+    skipped_steps: int = 0  # steps whose loss or gradient could not be used
+    skipped_in_a_row: int = 0  # those since the last step taken, without float16's overflows
+    overflows_in_a_row: int = 0  # float16's overflows since the last step taken
+    recent_losses: list[float] = field(default_factory=list)  # nats per token, to detect a spike
     window_loss: float = 0.0  # summed over the tokens since the last log line
     window_tokens: int = 0
     seconds: float = 0.0  # spent training, over all sessions
 
 
-def run_description(settings: Settings, plan: RunPlan, data: TrainingData, environment: Mapping) -> dict:
-    """The parts of a checkpoint that stay the same for the whole run.
+def checkpoint_content(
+    *,
+    started: str,
+    settings: Settings,
+    plan: RunPlan,
+    data: TrainingData,
+    environment: Mapping,
+    progress: Progress,
+    model: nn.Module,
+    ema: AveragedModel | None,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    random_states: list[dict],
+) -> dict:
+    """Everything in a checkpoint; the tensors are those in use, not copies.
 
     Args:
-        settings: as asked for.
-        environment: what equal bits depend on.
+        started: when the run started.
+        settings: as the user gave them.
+        environment: what equal bits depend on, see `resume.environment`.
+        random_states: `utils.random_state()` of each rank.
     """
     return {
         "format_version": CHECKPOINT_VERSION,
+        "started": started,
         "settings": settings.as_dict(),
         "config": dataclasses.asdict(plan.config),
         "tokenizer_path": settings.data.tokenizer_path,
@@ -83,26 +102,28 @@ def run_description(settings: Settings, plan: RunPlan, data: TrainingData, envir
         "pace": plan.pace,
         "total_steps": plan.total_steps,
         "chosen": plan.chosen,
-        "environment": environment,
-    }
-
-
-def saved_state(
-    progress: Progress,
-    model: nn.Module,
-    ema: AveragedModel | None,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-) -> dict:
-    """The parts of a checkpoint that training changes; the tensors are those in use, not copies."""
-    return {
         "progress": dataclasses.asdict(progress),
         "model": model.state_dict(),
         "ema": ema.module.state_dict() if ema is not None else None,
         "ema_updates": int(ema.n_averaged) if ema is not None else 0,
         "optimizer": optimizer.state_dict(),
         "scaler": scaler.state_dict(),
+        "random_states": random_states,
+        "environment": environment,
     }
+
+
+def add_defaults(content: dict) -> None:
+    """Give a checkpoint of version 2, in place, what later versions added."""
+    content.setdefault("chosen", {})
+    later = (
+        ("progress", "overflows_in_a_row", 0),
+        ("data", "sample_start", "packed"),
+        ("validation", "sample_start", "packed"),
+    )
+    for key, name, value in later:
+        if isinstance(content.get(key), dict):
+            content[key].setdefault(name, value)
 
 
 def restore_state(
@@ -112,20 +133,20 @@ def restore_state(
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
 ) -> Progress:
-    """Put everything back to where `saved_state` found it; returns the progress."""
+    """Put everything back to where `checkpoint_content` found it; returns the progress."""
     model.load_state_dict(checkpoint["model"])
     load_optimizer_state(optimizer, checkpoint["optimizer"])
     if checkpoint["scaler"] and scaler.is_enabled():
         scaler.load_state_dict(checkpoint["scaler"])
     if ema is not None:
-        # A run that did not keep an average so far begins it with its present weights.
+        # A run without an average so far starts it from its present weights.
         ema.module.load_state_dict(checkpoint["ema"] or checkpoint["model"])
         ema.n_averaged.fill_(checkpoint["ema_updates"])
     return Progress(**checkpoint["progress"])
 
 
 def state_problem(path: Path, content: Mapping) -> str | None:
-    """What is wrong with a checkpoint, or None: a missing part, a wrong shape, a number that is not finite.
+    """What is wrong with a checkpoint, or None: a missing key, a wrong shape, a number that is not finite.
 
     Args:
         path: where it was read from; a name that gives a step must give the right one.
