@@ -350,7 +350,7 @@ class Trainer:
         return self.model if self.ema is None else self.ema.module
 
     def evaluate(self) -> tuple[float, float] | None:
-        """Validation loss (nats per token) and bits per byte of text; None if a stop was asked for meanwhile."""
+        """Validation loss (nats per token) and bits per byte of text; None if a signal to stop came meanwhile."""
         samples = self.plan.val_samples
         batches = range(-(-len(samples) // self.plan.batch_rows))
         read = (self._local_batch(self.data.val, samples, number) for number in batches)
@@ -369,7 +369,7 @@ class Trainer:
         return self.processes.any(self.stop_signal.count)
 
     def _evaluate_and_keep_best(self) -> bool:
-        """Evaluate, unless this step was evaluated already; False if a stop was asked for meanwhile."""
+        """Evaluate, unless this step was evaluated already; False if a signal to stop came meanwhile."""
         progress = self.progress
         if len(self.plan.val_samples) == 0 or progress.last_evaluation == progress.step:
             return True

@@ -51,7 +51,7 @@ def read_settings(arguments: list[str]) -> Settings:
 
 
 def read_beginning(arguments: list[str]) -> tuple[Settings, "Beginning | None"]:
-    """The settings, and the checkpoint or weights that the run begins with, read once; None: drawn anew.
+    """The settings, and the checkpoint or weights that the run begins with, read once; None: random weights.
 
     With --resume and no --config the checkpoint's own settings count, and flags beat them.
 
@@ -165,8 +165,8 @@ def make_preview(settings: Settings):
 
 
 def add_launcher_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags for how processes are started, and whether to train at all. They are no settings: they don't change a
-    run."""
+    """The flags for how processes are started, and whether to train at all. They don't change a run, so they are not
+    settings."""
 
     def whole_number(text: str) -> int:
         if not text.isdecimal():
@@ -299,7 +299,7 @@ def prepare_data_for_all(settings: Settings, processes: Processes) -> None:
             prepare_data_if_missing(settings)
         elif not target.exists():
             raise InputError(
-                f"train_data_path: rank 0 has {target}, rank {processes.rank} on another machine has not; use a folder"
+                f"train_data_path: rank 0 has {target}, rank {processes.rank} on another machine does not; use a folder"
                 " that all machines share, or copy the file and its .json"
             )
 

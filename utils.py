@@ -101,7 +101,7 @@ def pick_dtype(asked: str, device):
             return torch.float32, f"{asked} would be over 100 times slower, since this CPU has no instructions for it"
         return dtype, f"this CPU has {found[0]}"
     if asked == "bfloat16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        return torch.float16, "bfloat16 was asked for, but this GPU (before Ampere) has no instructions for it"
+        return torch.float16, "this GPU (before Ampere) has no instructions for bfloat16"
     return dtype, "as asked"
 
 

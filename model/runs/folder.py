@@ -133,18 +133,18 @@ def prune_checkpoints(out_dir: Path, keep_last: int, verified: int) -> None:
     (out_dir / INTERRUPTED).unlink(missing_ok=True)
 
 
-def check_space(out_dir: Path, space: RunSpace, goes_on: bool) -> None:
-    """See that what a run will write has room, before it starts.
+def check_space(out_dir: Path, space: RunSpace, resumes: bool) -> None:
+    """Check, before a run starts, that everything it will write has room.
 
     Args:
-        goes_on: the run has files there already, which new ones take the place of.
+        resumes: the run has files there already, which new ones replace.
 
     Raises:
         InputError: with how much is free, and how much is needed; or there can be no such folder.
     """
     try:
         free = free_bytes(out_dir)
-        there = _files(out_dir, *CHECKPOINTS, "best_model.pth") if goes_on else []
+        there = _files(out_dir, *CHECKPOINTS, "best_model.pth") if resumes else []
         taken = sum(path.stat().st_size for path in there)
     except OSError as error:  # a name that no file system takes
         raise InputError(f"out_dir: cannot write to {shown(str(out_dir))} ({error.strerror})") from error

@@ -68,7 +68,7 @@ class MetricsLog:
             if not self._refused:
                 reason = error.strerror or str(error)
                 self._say(
-                    f"{self.path}: cannot be written ({reason}); training goes on, and its lines are kept for later"
+                    f"{self.path}: cannot be written ({reason}); training continues, and its lines are kept for later"
                 )
             self._refused = True
             return
@@ -86,11 +86,11 @@ class MetricsLog:
             self._not_drawn = False
         except Exception as error:  # the disk's, and whatever matplotlib makes of it
             if not self._not_drawn:
-                self._say(f"curves.png is not drawn: {error}; training goes on")
+                self._say(f"curves.png is not drawn: {error}; training continues")
             self._not_drawn = True
 
     def close(self) -> None:
-        """Write what is pending, and end the tracker's run; waits for it at most `tracker_process.CLOSE_SECONDS`."""
+        """Write the pending lines, and end the tracker's run; waits for it at most `tracker_process.CLOSE_SECONDS`."""
         if self._pending:
             self._append_pending()
         if self._pending:
@@ -114,7 +114,7 @@ def draw_curves(events: list[dict], path: Path) -> None:
     (loss, bits), (rate, speed) = figure.subplots(2, 2, sharex=True)
     loss.plot(*series("loss"), label="training", linewidth=1)
     loss.plot(*series("val_loss"), label="validation", marker="o", markersize=3)
-    loss.set(title="Loss (nats a token)")
+    loss.set(title="Loss (nats per token)")
     loss.legend()
     bits.plot(*series("bits_per_byte"), marker="o", markersize=3, color="tab:orange")
     bits.set(title="Validation, bits per byte")

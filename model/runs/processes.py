@@ -1,4 +1,4 @@
-"""The processes that train together: how they meet, agree, and name the one that is lost."""
+"""The processes that train together: how they meet, agree, and name a lost one."""
 
 import contextlib
 import datetime
@@ -161,8 +161,8 @@ class Processes:
     def lost(self, error: RuntimeError, exchanging: bool = False) -> ProcessLost | None:
         """Which process is gone, where that is why `error` was raised; None: this process failed by itself.
 
-        gloo raises a plain RuntimeError for a broken connection, in the middle of a backward pass too. No word in its
-        text decides here: the watchdog knows whether another process has ended.
+        gloo raises a plain RuntimeError for a broken connection, in the middle of a backward pass too. Its text
+        decides nothing here: the watchdog knows whether another process has ended.
 
         Args:
             exchanging: the error came out of a collective of ours, which nothing else can fail.

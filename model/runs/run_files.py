@@ -53,7 +53,7 @@ class RunFiles:
         self.out_dir = Path(settings.training.out_dir)
         self._keep_last, self._say, self._waiting = plan.training.keep_last, say, waiting
         same_folder = resumed is not None and resumed.path.resolve().parent == self.out_dir.resolve()
-        check_space(self.out_dir, plan.space, goes_on=same_folder)
+        check_space(self.out_dir, plan.space, resumes=same_folder)
         self._lock = claim(self.out_dir)
         try:
             self._begin(settings, plan, resumed)
@@ -145,7 +145,7 @@ class RunFiles:
         self._status.write(state, step, self._saved, exit_code, message)
 
     def close(self) -> None:
-        """Finish what is being written, and release the folder."""
+        """Finish the writes under way, and release the folder."""
         self.metrics.close()
         with contextlib.suppress(OneLineError):  # it was reported
             self._saver.wait()

@@ -1,4 +1,4 @@
-"""Saving while training goes on: the state is copied at once, and a thread writes the copy."""
+"""Saving while training continues: the state is copied at once, and a thread writes the copy."""
 
 import queue
 import threading
@@ -46,7 +46,7 @@ class BackgroundSaver:
         """Copy `content`, for the thread to call `write(copy)`; waits only while MAX_WAITING copies wait already.
 
         Args:
-            kind: what is saved; a save that succeeds clears the earlier failures of its kind.
+            kind: names the file in messages; a save that succeeds clears the earlier failures of its kind.
             every_second: called while waiting.
 
         Raises:

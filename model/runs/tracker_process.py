@@ -137,7 +137,7 @@ def send(order: dict, ended: threading.Event, killed: Callable[[], bool], tell: 
 
 
 def main() -> None:
-    """Read the order, send, and end: 0 if what went wrong, if anything, has been told."""
+    """Read the order, send, and end: 0 if nothing went wrong or the fault was reported."""
     for number in (signal.SIGINT, signal.SIGTERM):  # those are for the training, which then tells us
         signal.signal(number, lambda *_: None)
     shown = os.fdopen(os.dup(1), "w", encoding="utf-8")

@@ -63,7 +63,7 @@ class Wandb:
     def unsent(folder: Path) -> str:
         """How to send what could not be sent in time."""
         runs = sorted((folder / "wandb").glob("*run-*"), key=lambda path: path.name.removeprefix("offline-"))
-        return f"send what it leaves with: wandb sync {runs[-1]}" if runs else "so far it has not begun a run"
+        return f"send what it leaves with: wandb sync {runs[-1]}" if runs else "it has not started a run yet"
 
 
 TRACKERS = {Wandb.library: Wandb}

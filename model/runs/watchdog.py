@@ -2,7 +2,7 @@
 
 Every process counts its progress (`beat`), and a thread writes the count into the store that all processes share
 (torch.distributed's TCPStore). A collective that waits does not say for whom; the counts do: a dead rank no longer
-reports, a rank that hangs has the lowest count. The first rank that finds out tells the others, before its own end
+reports, a rank that hangs has the lowest count. The first rank to find out reports it to the others, before its end
 makes it look like the culprit.
 """
 
@@ -25,7 +25,7 @@ class Watchdog:
         rank: of this process.
         hosts: the name of each rank's machine.
         timeout: seconds without progress of any process, after which this one gives up.
-        give_up: called in the watchdog's thread with what is wrong; it must end the process.
+        give_up: called in the watchdog's thread with a sentence on the fault; it must end the process.
         kept_by: the rank that hosts the store; None: the launcher does.
     """
 
@@ -174,7 +174,7 @@ class Watchdog:
         self._ask(lambda: self._store.set(f"report/{self._rank}", report))
 
     def _report(self, rank: int) -> tuple[str, str, str] | None:
-        """That rank's rounds, its progress and what it does; None: it has not reported."""
+        """A rank's rounds, its progress and what it does; None: no report from it yet."""
         key = f"report/{rank}"
         found = self._ask(lambda: self._store.get(key).decode() if self._store.check([key]) else None)
         return tuple(found.split("|", 2)) if found else None

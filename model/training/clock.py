@@ -13,7 +13,7 @@ class Clock:
     The first step is left out of the rate: it allocates memory and may compile for a minute.
 
     Args:
-        seconds_before: that earlier sessions of the run have trained.
+        seconds_before: spent in earlier sessions of the run.
     """
 
     def __init__(self, seconds_before: float = 0.0) -> None:

@@ -138,7 +138,7 @@ def plan_run(
     ranks: Ranks,
     say: Callable[[str], None],
 ) -> RunPlan:
-    """Settle what is `auto`, the steps and the schedule. Every process must call it; all come to the same plan.
+    """Settle every `auto`, the steps and the schedule. Every process must call it; all arrive at the same plan.
 
     Args:
         model: on its device, in training mode.

@@ -33,8 +33,8 @@ USUAL_SHARE = 0.4  # of the matrix products' peak that training reaches, until i
 def automatic_learning_rate(optimizer_type: str, parameters: int, tokens_per_step: int) -> float:
     """The highest learning rate: the rate that was best for a small model, by optimizer, scaled to this model.
 
-    It grows with the square root of the tokens a step, as gradients get less noisy (Malladi et al., 2022), by a factor
-    of 4 at most either way, and falls with the square root of the model's size. Only the small model was measured
+    It grows with the square root of the tokens per step, as gradients get less noisy (Malladi et al., 2022), by a
+    factor of 4 at most either way, and falls with the square root of the model's size. Only the small model was measured
     (benchmarks/RESULTS.md); at the size of GPT-2 it comes near to what nanoGPT and modded-nanogpt use.
 
     Args:
@@ -86,7 +86,7 @@ def automatic_batch_size(tokens_per_step: int, tokens_per_row: int, samples: int
     Args:
         tokens_per_step: wanted.
         tokens_per_row: of one sample, times accumulation_steps and processes: what batch_size is multiplied by.
-        samples: of the training data, divided by the same; a larger batch is no use.
+        samples: of the training data, divided by the same; a larger batch would be padding.
         fits: samples that fit the memory; None: any number does.
     """
     wanted = max(1, min(tokens_per_step // tokens_per_row, samples))

@@ -49,8 +49,7 @@ def dry_run(plan: RunPlan, measure: Callable[[float, int], float]) -> list[str]:
     """Measure a few real steps and describe the run. Nothing is written; every process of the run must call it.
 
     Args:
-        measure: trains for some seconds, but at least one step and at most so many; returns the tokens per second of
-            all processes.
+        measure: (seconds, most steps) -> tokens per second of all processes; trains for that long, at least one step.
 
     Returns:
         lines to print: name and value, the values aligned.
@@ -80,7 +79,7 @@ def _model_rows(plan: RunPlan) -> list[tuple[str, str]]:
     config = plan.config
     embedding = config.vocab_size * config.dim * (1 if config.tie_embeddings else 2)
     shape = f"{config.n_layers} layers of {config.dim}, {config.vocab_size:,} tokens, context {config.max_seq_len}"
-    return [("parameters", f"{plan.parameters:,}, of which {embedding:,} in embedding and output ({shape})")]
+    return [("parameters", f"{plan.parameters:,}, {embedding:,} of them in embedding and output ({shape})")]
 
 
 def _memory_rows(plan: RunPlan) -> list[tuple[str, str]]:

@@ -79,7 +79,7 @@ def test_a_full_disk_costs_no_line_and_leaves_no_half_one(tmp_path):
         assert full.endswith("}\n") and 3 <= len(full.splitlines()) <= 5
         assert [json.loads(text)["step"] for text in final.splitlines()] == list(range(1, 12))
         refused, again = said
-        assert "metrics.jsonl: cannot be written (File too large); training goes on" in refused
+        assert "metrics.jsonl: cannot be written (File too large); training continues" in refused
         assert "can be written again" in again
 
 
@@ -153,7 +153,7 @@ def test_curves_that_cannot_be_written_are_reported_once(tmp_path, said):
     log.write({"step": 1, "loss": 2.0})
     log.draw_curves()
     log.draw_curves()
-    assert len(said) == 1 and said[0].startswith("curves.png is not drawn: ") and "training goes on" in said[0]
+    assert len(said) == 1 and said[0].startswith("curves.png is not drawn: ") and "training continues" in said[0]
     shutil.rmtree(tmp_path / "curves.png")
     log.draw_curves()
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG") and len(said) == 1
