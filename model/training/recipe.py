@@ -34,8 +34,8 @@ def automatic_learning_rate(optimizer_type: str, parameters: int, tokens_per_ste
     """The highest learning rate: the rate that was best for a small model, by optimizer, scaled to this model.
 
     It grows with the square root of the tokens per step, as gradients get less noisy (Malladi et al., 2022), by a
-    factor of 4 at most either way, and falls with the square root of the model's size. Only the small model was measured
-    (benchmarks/RESULTS.md); at the size of GPT-2 it comes near to what nanoGPT and modded-nanogpt use.
+    factor of 4 at most either way, and falls with the square root of the model's size. Only the small model was
+    measured (benchmarks/RESULTS.md); at the size of GPT-2 it comes near to what nanoGPT and modded-nanogpt use.
 
     Args:
         optimizer_type: as in the settings.
