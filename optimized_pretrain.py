@@ -35,7 +35,7 @@ from model.runs.run_files import RunFiles
 from model.runs.status import outcome_of
 from model.training.clock import Clock
 from model.training.data import TrainingData
-from model.training.divergence import difference_of_weights, fault_of_step, remember, weights_norm
+from model.training.divergence import difference_of_weights, fault_of_step, limit_reached, remember, weights_norm
 from model.training.evaluation import validation_sums
 from model.training.memory import check_memory
 from model.training.moving_average import MovingAverage
@@ -48,7 +48,6 @@ from model.weights import Weights
 from utils import Processes, deterministic_kernels, say
 
 EXIT_CODES = {"finished": 0, "early_stopping": 0, "interrupted": 130}
-MAX_OVERFLOWS = 50  # float16 steps in a row that may overflow: each halves the loss scale
 FIRST_STEP_TIMEOUTS = 3  # the first step may compile kernels: it may take this many times ddp_timeout
 
 
@@ -108,6 +107,7 @@ class Trainer:
             self.plan = plan_run(self.settings, self.data, self.model, self.hardware, self.resumed, processes, say)
         self.training = self.plan.training
         self._build_optimizer()
+        utils.seed_everything(self.training.seed + 1 + processes.rank)  # dropout differs between ranks
         if self.resumed is not None:
             self._restore(self.resumed.content)
         self.train_model = self._wrapped_model()  # what the loop calls; self.model stays the plain one
@@ -142,10 +142,10 @@ class Trainer:
         self.ema = MovingAverage(self.model, asked.ema_decay) if asked.use_ema else None
 
     def _build_optimizer(self) -> None:
+        """The optimizer, and the loss scale of float16."""
         t = self.training
         self.optimizer = build_optimizer(self.model, t.optimizer_type, t.learning_rate, t.weight_decay, self.dtype)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
-        utils.seed_everything(t.seed + 1 + self.processes.rank)  # dropout differs between ranks
 
     def _restore(self, checkpoint: dict) -> None:
         self.progress = restore_state(checkpoint, self.model, self.ema, self.optimizer, self.scaler)
@@ -447,7 +447,7 @@ class Trainer:
             TrainingDiverged: too many steps in a row were skipped.
             InputError: too many saves failed.
         """
-        progress = self.progress
+        t, progress = self.training, self.progress
         self.clock.count_step(result.tokens)
         progress.samples += result.samples
         if result.fault is None:
@@ -458,32 +458,17 @@ class Trainer:
             progress.window_tokens += result.tokens
         else:
             progress.skipped_steps += 1
-            self._check_skipped(result)
+            progress.overflows_in_a_row += int(result.overflow)
+            progress.skipped_in_a_row += int(not result.overflow)
+            found = f"step {progress.step + 1}: {result.fault}"
+            limit = limit_reached(progress.overflows_in_a_row, progress.skipped_in_a_row, t.max_skipped_steps)
+            if limit is not None:
+                advice = "then --resume from the last checkpoint"
+                raise TrainingDiverged(f"{found}, with learning rate {result.lr:g}, and {limit}, {advice}")
+            if not result.overflow:  # an overflow is part of loss scaling, and not worth a line
+                say(f"{found}; its samples are skipped, weights unchanged")
         if self.files is not None:
             self.files.check(progress.step)
-
-    def _check_skipped(self, result: StepResult) -> None:
-        """Count a skipped step in its row, and end the run if the row is too long. Overflows are part of loss scaling:
-        they have a limit apart, and no line each."""
-        progress, step = self.progress, self.progress.step + 1
-        if result.overflow:
-            progress.overflows_in_a_row += 1
-            if progress.overflows_in_a_row > MAX_OVERFLOWS:
-                raise TrainingDiverged(
-                    f"step {step}: the gradient overflowed float16 in {progress.overflows_in_a_row} steps in a row,"
-                    f" however small the loss scale, with learning rate {result.lr:g}; lower learning_rate or set"
-                    " another dtype, then --resume from the last checkpoint"
-                )
-            return
-        progress.skipped_in_a_row += 1
-        before = progress.skipped_in_a_row - 1
-        if before >= self.training.max_skipped_steps:
-            skipped = f"{before} step before it was" if before == 1 else f"{before} steps before it were"
-            raise TrainingDiverged(
-                f"step {step}: {result.fault}, with learning rate {result.lr:g}, and {skipped} skipped"
-                " (max_skipped_steps); lower learning_rate or look at the data, then --resume from the last checkpoint"
-            )
-        say(f"step {step}: {result.fault}; its samples are skipped, weights unchanged")
 
     def _position(self) -> dict:
         """Where the run is, as metrics.jsonl has it."""

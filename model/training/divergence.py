@@ -7,6 +7,7 @@ from torch import nn
 
 WINDOW = 128  # recent losses that a new one is compared with
 MIN_WINDOW = 32  # fewer say too little
+MAX_OVERFLOWS = 50  # float16 overflows in a row before a run ends: each halves the loss scale
 WEIGHTS_TOLERANCE = 1e-4  # largest relative difference between the processes' norms of the weights
 
 
@@ -30,6 +31,21 @@ def fault_of_step(loss: float, grad_is_finite: bool, recent: list[float], spike_
         mean, deviation = np.mean(recent), np.std(recent)
         if deviation and loss > mean + spike_threshold * deviation:
             return f"the loss spiked to {loss:.3f}, {(loss - mean) / deviation:.0f} deviations above {mean:.3f}"
+    return None
+
+
+def limit_reached(overflows: int, skipped: int, max_skipped_steps: int) -> str | None:
+    """Why a run ends after this skipped step, or None. float16's overflows have a separate limit: a smaller loss scale
+    cures most of them.
+
+    Args:
+        overflows, skipped: float16 overflows and other skipped steps since the last step taken, this one included.
+    """
+    if overflows > MAX_OVERFLOWS:
+        return f"{MAX_OVERFLOWS} steps before it overflowed float16 too; lower learning_rate or set another dtype"
+    if skipped > max_skipped_steps:
+        before = f"{skipped - 1} step{' before it was' if skipped == 2 else 's before it were'}"
+        return f"{before} skipped (max_skipped_steps); lower learning_rate or look at the data"
     return None
 
 

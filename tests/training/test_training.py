@@ -209,7 +209,7 @@ def test_float16_overflows_and_faults_have_limits_that_do_not_share_a_count(flag
     trainer.model.norm.weight.register_hook(lambda gradient: gradient * torch.inf)  # overflows at every loss scale
     for _ in range(50):
         assert trainer._advance().overflow
-    with pytest.raises(TrainingDiverged, match="step 1: the gradient overflowed float16 in 51 steps in a row") as error:
+    with pytest.raises(TrainingDiverged, match="the gradient is not finite.* 50 steps before it overflowed") as error:
         trainer._advance()
     assert "max_skipped_steps" not in str(error.value)
 
