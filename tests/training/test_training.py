@@ -383,10 +383,11 @@ def test_changed_settings_take_effect_and_are_named(flags, tmp_path, capfd):
 
 @pytest.mark.long
 def test_other_validation_data_is_evaluated_at_the_step_that_was_evaluated_already(flags, tmp_path, token_file):
-    train(flags(max_steps=4))
-    val_loss, step = (events(tmp_path / "out")[-1][key] for key in ("val_loss", "step"))
-    assert step == 4
-    resumed = train(flags(max_steps=4, resume="true", val_data_path=token_file))
+    other = tmp_path / "other.bin"
+    other.write_bytes(b"\1\0" * 5000)
+    train(flags(max_steps=4, val_data_path=token_file))
+    val_loss = events(tmp_path / "out")[-1]["val_loss"]
+    resumed = train(flags(max_steps=4, resume="true", val_data_path=other))
     last = events(tmp_path / "out")[-1]
     assert last["step"] == 4 and last["val_loss"] != val_loss
     assert resumed.progress.best_val_loss == last["val_loss"]
@@ -399,7 +400,7 @@ def test_train_again_after_a_stop_trains_to_the_end(flags, tmp_path):
     step = trainer._train_step
 
     def stopped():
-        signal.raise_signal(signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
         wait_for(lambda: trainer.stop_signal.count)  # another thread counts it
         trainer._train_step = step
         return step()
