@@ -287,7 +287,7 @@ def new_entries(monkeypatch):
         sgd,
         state=lambda name, parameter: ("momentum_buffer",),
         numbers=("lr", "momentum"),
-        per_step=lambda step: {"momentum": min(0.9, 0.8 + step / 100)},
+        per_step=lambda step: {"momentum": 0.8 + step / 100},
     )
     monkeypatch.setitem(OPTIMIZERS, "sgd", kind)
     monkeypatch.setitem(SHAPES, "constant", lambda progress: 1.0)
