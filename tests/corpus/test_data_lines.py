@@ -225,6 +225,7 @@ def test_a_line_of_100_mb_is_rejected_in_bounded_memory(tokenizer_folder, tmp_pa
     assert (tmp_path / "b" / "data.rejects.jsonl").read_bytes() == (tmp_path / "data.rejects.jsonl").read_bytes()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("long_documents", ["keep", "split", "truncate", "drop"])
 def test_a_million_characters_without_punctuation(tmp_path, long_documents):
     long = "".join(random.Random(1).choices(HAN, k=1_000_000))
