@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from model.corpus.job_folder import job_path
 from model.errors import InputError, ProcessLost, command_line
+from model.token_file.manifest import read_manifest
 from model.training.config_file import read_config
 from model.training.settings import (
     FIELDS,
@@ -69,7 +70,7 @@ def read_beginning(arguments: list[str]) -> tuple[Settings, "Beginning | None"]:
     if has_config or not resumes:
         return settings, find_beginning(settings, say)
     if (checkpoint := find_checkpoint(training, say)) is None:
-        raise InputError("--resume: nothing to resume; start a run with --config first")
+        raise InputError(f"--resume: no checkpoint in {training.out_dir}; start the run again without --resume")
     path, content = checkpoint
     saved = content["settings"]
     place = {"out_dir": str(path.parent), "resume_from": None, "resume": True}
@@ -125,8 +126,7 @@ def prepare_data_if_missing(settings: Settings) -> None:
     if target.is_dir():
         raise InputError(f"train_data_path: {target} is a folder, a token file (.bin) expected")
     if target.exists() and not job_path(target).exists():
-        if data.raw_data_path is not None:
-            say(f"raw_data_path: {data.raw_data_path} is not read, since {target} exists")
+        _say_what_it_holds(target, data.raw_data_path)
         return
     from optimized_data_processing import OptimizedDataProcessor, default_input_path
 
@@ -140,6 +140,23 @@ def prepare_data_if_missing(settings: Settings) -> None:
         raise InputError(f"train_data_path: no file {target}; make it with: {command}")
     say(f"{target} is missing: making it from {source}")
     OptimizedDataProcessor(tokenizer_path=data.tokenizer_path).process_dataset(str(source), str(target))
+
+
+def _say_what_it_holds(target: Path, raw_data_path: str | None) -> None:
+    """Print what an existing token file was made from, and warn where raw_data_path is another file."""
+    manifest = read_manifest(target)
+    if manifest is None:
+        say(f"train_data_path: {target}, which has no manifest to say what it was made from")
+        return
+    names = [source["name"] for source in manifest.sources]
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    say(f"train_data_path: {target}, {manifest.tokens:,} tokens of {', '.join(names[:3])}{more}")
+    of_many = raw_data_path is None or raw_data_path.startswith("datasets:") or any(c in raw_data_path for c in "*?[")
+    if not of_many and not Path(raw_data_path).is_dir() and Path(raw_data_path).name not in names:
+        say(
+            f"warning: raw_data_path {raw_data_path} is not read, since {target} exists and was made from other data;"
+            " give another train_data_path to make a new one"
+        )
 
 
 def make_preview(settings: Settings):

@@ -45,6 +45,8 @@ def find_beginning(settings: Settings, say: Callable[[str], None]) -> Beginning:
         if settings.training.init_from is not None:
             take_shape_of_checkpoint(settings, *checkpoint)
         return Beginning(checkpoint)
+    if settings.training.resume:
+        say(f"resume: no checkpoint in {settings.training.out_dir}, so training starts from the beginning")
     return Beginning(weights=_load_initial(settings, say))
 
 

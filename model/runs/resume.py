@@ -69,7 +69,6 @@ def find_checkpoint(training: TrainingSettings, say: Callable[[str], None]) -> F
         return None
     found = newest_checkpoint(Path(training.out_dir))
     if found is None:
-        say(f"resume: no checkpoint in {training.out_dir}, so training starts from the beginning")
         return None
     path, content, passed_over = found
     for problem in passed_over:
