@@ -16,7 +16,7 @@ from model.generation.scoring import Score
 from model.options import options_of
 from model.storage.files import refuse_overwriting, refuse_overwriting_inputs
 from model.terminal import prepare_input, read_message
-from optimized_inference import DTYPES, GenerationConfig, TextGenerator, load_generator
+from optimized_inference import DTYPE_NAMES, GenerationConfig, TextGenerator, load_generator
 from utils import CommandParser, add_option, path_flag, print_text, run_command, say, true_or_false
 
 DEFAULT_PROMPT = "中国"
@@ -109,9 +109,9 @@ def build_parser() -> argparse.ArgumentParser:
     files.add_argument(
         "--output_file", type=path_flag, metavar="FILE", help="write the results of --batch_file here too, as JSONL"
     )
-    files.add_argument("--resume", action="store_true", help="keep what --output_file holds and continue behind it")
+    files.add_argument("--resume", action="store_true", help="keep the results in --output_file and append to them")
     files.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: the fastest there is)")
-    files.add_argument("--dtype", choices=DTYPES, help="of the weights in memory (default: float32)")
+    files.add_argument("--dtype", choices=DTYPE_NAMES, help="of the weights in memory (default: float32)")
     files.add_argument(
         "--max_seq_len", type=int, metavar="N", help="context in tokens (default: the model's, within reason)"
     )
@@ -194,7 +194,7 @@ def run_score(generator: TextGenerator, texts: list[str]) -> None:
     """Print the loss of all texts together."""
     score = sum((generator.score(text) for text in texts), Score())
     print(
-        f"{len(texts):,} texts, {score.tokens:,} tokens, {score.bytes:,} bytes: loss {score.loss:.4f} nats a token,"
+        f"{len(texts):,} texts, {score.tokens:,} tokens, {score.bytes:,} bytes: loss {score.loss:.4f} nats per token,"
         f" perplexity {score.perplexity:,.2f}, {score.bits_per_byte:.4f} bits per byte"
     )
 
@@ -244,12 +244,12 @@ def run_batch(
 
 
 def print_result(number: int, prompt: str, text: str) -> None:
-    """A prompt and its continuation, as --batch_file shows them."""
+    """Print a prompt and its continuation."""
     print_text(f"[{number + 1}] {prompt}\n{prompt}{text}\n")
 
 
 def open_results(path: Path, prompts: list[tuple[int, str]], resume: bool) -> tuple[int, BinaryIO]:
-    """How many results the output file holds already, and the file, open behind the last of them.
+    """The number of results in the output file, and the file, open for appending after the last.
 
     Raises:
         InputError: the file cannot be written, or holds something else.
@@ -298,9 +298,9 @@ def say_speed(generator: TextGenerator) -> None:
 
 
 def run_interactive(generator: TextGenerator, config: GenerationConfig, show_speed: bool = False) -> None:
-    """Chat until the user leaves. Ctrl-C stops an answer; what it said so far stays in the history.
+    """Chat until the user leaves. Ctrl-C stops an answer; its part so far stays in the history.
 
-    Lines on the engine and the history appear before the transcript or between two turns, on stderr.
+    Status lines appear on stderr, before the transcript or between two turns.
     """
     generator.prepare_chat(config)
     lines: list[str] = []
@@ -325,7 +325,7 @@ def run_interactive(generator: TextGenerator, config: GenerationConfig, show_spe
 
 
 def ask() -> str | None:
-    """The user's next message; None for Ctrl-C or Ctrl-D."""
+    """The user's next message; None on Ctrl-C or Ctrl-D."""
     try:
         message = read_message("👤 用户: ").strip()
     except (EOFError, KeyboardInterrupt):
@@ -341,7 +341,7 @@ def answer(generator: TextGenerator, config: GenerationConfig, history: list[dic
     said: list[str] = []
     begun = False
 
-    def hear(piece: str) -> None:
+    def keep_and_show(piece: str) -> None:
         said.append(piece)
         show(piece)
 
@@ -349,7 +349,7 @@ def answer(generator: TextGenerator, config: GenerationConfig, history: list[dic
         history = generator.fit_history(history, config)
         show("🤖 助手: ")
         begun = True
-        generator.chat(history, config, stream=True, callback=hear)
+        generator.chat(history, config, stream=True, callback=keep_and_show)
     except InputError as error:
         if begun:
             print()
@@ -357,7 +357,7 @@ def answer(generator: TextGenerator, config: GenerationConfig, history: list[dic
         print()
         return history[:-1]
     except KeyboardInterrupt:
-        pass  # what was said so far stays
+        pass  # the part so far stays in the history
     print("\n")
     return [*history, {"role": "assistant", "content": "".join(said)}]
 

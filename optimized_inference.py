@@ -1,7 +1,7 @@
 """Generation: one decode loop for a single prompt, a stream, a batch and a chat.
 
 From top to bottom: the loop (`decode`: token ids in, ids and text out), what a user calls (`TextGenerator`), and a
-model with its tokenizer from files (`load_generator`). What can be set is in `GenerationConfig`.
+model with its tokenizer from files (`load_generator`). `GenerationConfig` holds the options.
 """
 
 import dataclasses
@@ -18,6 +18,7 @@ from torch import Tensor
 from model.errors import InputError
 from model.generation.engine import Engine
 from model.generation.generation_config import GenerationConfig
+from model.generation.inference_model import compute_dtype
 from model.generation.rows import Rows
 from model.generation.sampling import Processor, sample
 from model.generation.scoring import Score, token_losses
@@ -36,22 +37,22 @@ from model.weights.load import fitting_tokenizer
 from utils import pick_device, pick_dtype, print_text, say
 
 BATCH_BYTES = 4 << 30  # for the keys and values of all texts in a batch
-CONTEXT_BYTES = 1 << 30  # for those of one text; a longer context must be asked for
+CONTEXT_BYTES = 1 << 30  # for those of one text; a longer context needs --max_seq_len
 BATCH_SIZE = 16  # prompts that `batch_generate` continues at once
-DTYPES = ("float32", "bfloat16", "float16", "int8")
+DTYPE_NAMES = ("float32", "bfloat16", "float16", "int8")
 
 
 # ---------------------------------------------------------------------------------------------------------- the loop
 
 
 class Event(NamedTuple):
-    """What a step did to one text: it got a token, or ended, or both."""
+    """A step of one text: a new token, the text's end, or both."""
 
     number: int  # of its prompt
     token: int | None  # None: the eos, which is no part of the text
     text: str  # the characters that this token completes; may be "", since a token often ends within a character
-    end: str | None  # why the text ends: "eos", "length", "context", "stop_string" or "repeats"; None: it does not
-    logprob: float | None  # of the token that was chosen, the eos included, where it was asked for
+    end: str | None  # why the text ends: "eos", "length", "context", "stop_string" or "repeats"; None: it continues
+    logprob: float | None  # of the chosen token, even an eos; None: not requested
 
 
 class Sample(NamedTuple):
@@ -60,16 +61,15 @@ class Sample(NamedTuple):
     text: str
     end: str  # as in Event
     ids: list[int]
-    logprobs: list[float]  # of the ids, where they were asked for
+    logprobs: list[float]  # of the ids; empty: not requested
 
 
 @torch.inference_mode()
 def decode(
-    engine: Engine,
+    rows: Rows,
     prompts: Iterable[Sequence[int]],
     config: GenerationConfig,
     eos_ids: Sequence[int],
-    rows: Rows | None = None,
     new_text: Callable[[Sequence[int]], Text] | None = None,
     own_seeds: bool = False,
 ) -> Iterator[Event]:
@@ -79,8 +79,8 @@ def decode(
     gets the text that it would get alone, up to float rounding. The events of a text come in order, mixed with others'.
 
     Args:
+        rows: where the texts are generated, with its engine; cleared first.
         prompts: the next one is taken whenever a row is free.
-        rows: where the texts are written; None: one at a time.
         new_text: from a prompt's ids, the `Text` that turns the new tokens into characters and may end the text; None:
             tokens only.
         own_seeds: text n draws from seed + n, so that equal prompts get different texts.
@@ -88,14 +88,14 @@ def decode(
     Raises:
         InputError: the logits are not finite, or the settings leave no token to choose.
     """
-    config.check_ids(engine.config.vocab_size)
-    rows = rows or Rows(engine, 1)
+    config.check_ids(rows.engine.config.vocab_size)
     rows.clear()
     processors, warpers = config.processors(eos_ids), config.warpers()
     waiting = iter(enumerate(prompts))
     while True:
         for number, prompt in itertools.islice(waiting, rows.free):
-            rows.compiled = engine.compiled_for(repeatable=config.seed is not None)
+            # Compiled code may be ready by now; it then continues the other rows too.
+            rows.compiled = rows.engine.choose_decoder(repeatable=config.seed is not None)
             generator = None if config.greedy else new_generator(config.seed, number if own_seeds else 0)
             text = None if new_text is None else new_text(prompt)
             rows.admit(number, prompt, config.max_new_tokens, generator, text)
@@ -108,10 +108,10 @@ def decode(
         chosen = sample(scores, generators, warpers)
         logprobs = chosen_logprobs(logits, chosen) if config.logprobs else [None] * len(chosen)
 
-        rows.add(chosen, eos_ids)
+        rows.append(chosen, eos_ids)
         for row, token, logprob in zip(rows.live, chosen, logprobs, strict=True):
             kept = None if row.end == "eos" else token
-            text = row.hear(kept)
+            text = row.push(kept)  # may set row.end too: a stop string, repeats
             yield Event(row.number, kept, text, row.end, logprob)
         rows.drop_ended()
 
@@ -157,14 +157,14 @@ class TextGenerator:
         model: moved to `device`; None leaves it where it is. It may be in training mode, and stays in its mode.
         tokenizer: a `transformers` fast tokenizer with an eos token.
         int8: hold the matrices as int8 (weight-only, a scale for each row); on a CPU.
-        compile: on a CPU, whether compiled code writes the texts. True waits until it is compiled; None uses it as soon
-            as it exists, except with a seed, whose text must not depend on that.
+        compile: on a CPU, whether compiled code decodes. True waits until it is compiled; None uses it as soon as it
+            exists, except with a seed, whose text must not depend on that.
         begins_with_bos: prompts begin with the tokenizer's bos, like the documents that the model was trained on.
 
     Attributes:
-        speed: of the last text of generate or chat; None: it has no token.
-        end: why that text ended, as in Event; None: it was stopped from outside.
-        say: takes the lines on what is chosen; by default they go to stderr.
+        speed: of the last text of generate or chat; None: nothing was generated.
+        end: why that text ended, as in Event; None: it was interrupted.
+        say: called with each status line; by default they go to stderr.
 
     Raises:
         InputError: the tokenizer has ids without a row in the model's embedding, or a damaged generation_config.json.
@@ -185,7 +185,7 @@ class TextGenerator:
         self.model = model if device is None else model.to(device)
         self.tokenizer, self.eos_ids = tokenizer, end_ids(tokenizer)
         self.int8, self.compile = int8, compile
-        self.say: Callable[[str], None] = say
+        self.say: Callable[[str], None] = say  # may be replaced at any time: pass on `_say`, not its present value
         self.prompts = PromptEncoder(tokenizer, model.config.max_seq_len, begins_with_bos, self._say)
         self.speed: Speed | None = None
         self.end: str | None = None
@@ -273,15 +273,15 @@ class TextGenerator:
             InputError: as `generate`.
         """
         prompts = [self.encode_prompt(prompt)] * n
-        found = [Sample("", "", [], []) for _ in prompts]
+        samples = [Sample("", "", [], []) for _ in prompts]
         for event in self.events(prompts, config, self._rows(min(BATCH_SIZE, n)), own_seeds=True):
-            sample = found[event.number]
+            before = samples[event.number]
             if event.token is not None:
-                sample.ids.append(event.token)
+                before.ids.append(event.token)
                 if event.logprob is not None:
-                    sample.logprobs.append(event.logprob)
-            found[event.number] = sample._replace(text=sample.text + event.text, end=event.end or "")
-        return found
+                    before.logprobs.append(event.logprob)
+            samples[event.number] = before._replace(text=before.text + event.text, end=event.end or "")
+        return samples
 
     def score(self, text: str) -> Score:
         """How well the model predicts a text of any length, read as one document."""
@@ -298,7 +298,7 @@ class TextGenerator:
         def new_text(prompt: Sequence[int]) -> Text:
             return Text(new_detokenizer(self.tokenizer, prompt), config.stop_strings, config.max_repeats)
 
-        return decode(rows.engine, prompts, config, self.eos_ids, rows, new_text, own_seeds)
+        return decode(rows, prompts, config, self.eos_ids, new_text, own_seeds)
 
     def encode_prompt(self, prompt: str) -> list[int]:
         """See PromptEncoder."""
@@ -309,17 +309,18 @@ class TextGenerator:
         return self.prompts.encode_chat(history)
 
     def fit_history(self, history: Sequence[Message], config: GenerationConfig | None = None) -> list[Message]:
-        """The history without the oldest turns that would leave no room for an answer: see PromptEncoder.
+        """Drop the oldest turns of a history that leaves no room for an answer: see PromptEncoder.
 
         The room is `max_new_tokens`, or half the context where that is less.
         """
-        most = (config or GenerationConfig()).max_new_tokens
-        return self.prompts.fit_history(history, min(most, self.model.config.max_seq_len // 2))
+        room = (config or GenerationConfig()).max_new_tokens
+        return self.prompts.fit_history(history, min(room, self.model.config.max_seq_len // 2))
 
     def prepare_chat(self, config: GenerationConfig | None = None) -> None:
-        """Get ready to answer: use compiled code, or start compiling it in the background. `chat` does this itself."""
+        """Load compiled code for the answers, or start compiling it in the background. `chat` does this itself."""
         engine = self.engine()
-        engine.compiled_for(repeatable=config is not None and config.seed is not None, more_to_come=True)
+        # For what it starts: `decode` asks again for each text.
+        engine.choose_decoder(repeatable=config is not None and config.seed is not None, more_to_come=True)
         if self._chat is None:
             self._chat = Rows(engine, 1, remembers=True)
 
@@ -330,9 +331,10 @@ class TextGenerator:
         return self._engine
 
     def _rows(self, most: int) -> Rows:
-        """Room for `most` texts, or as many as the memory for keys and values allows."""
-        fitting = BATCH_BYTES // (cache_bytes(self.model.config, self.model.dtype) * self.model.config.max_seq_len)
-        return Rows(self.engine(), max(1, min(most, fitting)))
+        """Rows for `most` texts, or for as many as BATCH_BYTES of keys and values allow."""
+        engine = self.engine()
+        fitting = BATCH_BYTES // (cache_bytes(engine.config, engine.dtype) * engine.config.max_seq_len)
+        return Rows(engine, max(1, min(most, fitting)))
 
     def _whole_text(
         self, ids: list[int], config: GenerationConfig | None, emit: Callable[[str], None] | None, rows: Rows
@@ -340,7 +342,8 @@ class TextGenerator:
         pieces, stopwatch, self.end = [], Stopwatch(), None
         try:
             for event in self.events([ids], config, rows):
-                stopwatch.token()
+                if event.token is not None:
+                    stopwatch.token()
                 self.end = event.end
                 if event.text:
                     pieces.append(event.text)
@@ -371,7 +374,7 @@ def load_generator(
     compile: bool | None = None,
     max_seq_len: int | None = None,
 ) -> TextGenerator:
-    """A generator from files; one line on stderr for each choice that was made.
+    """A generator from files; one line on stderr for each automatic choice.
 
     Args:
         model_path: weights or a checkpoint, ours, a run's folder, a folder of transformers, GGUF … (`model/weights`);
@@ -381,24 +384,24 @@ def load_generator(
         dtype: of the weights in memory, a torch.dtype or its name; None is float32, in which a batch gives what
             single prompts give. int8 is for CPUs: a quarter of the bytes to read for each token.
         compile: as in TextGenerator.
-        max_seq_len: of the context, at most the model's own; None takes that, or less where the keys and values of one
-            text would take more than CONTEXT_BYTES.
+        max_seq_len: context in tokens, at most the model's; None takes the model's, or less where the keys and values
+            of one text would exceed CONTEXT_BYTES.
 
     Raises:
         InputError: a file is missing, damaged, or does not fit the others; the device or dtype cannot be used.
     """
     chosen_device, device_reason = pick_device(str(device or "auto"))
-    asked = str(dtype or "float32").removeprefix("torch.")
-    if asked not in DTYPES:
-        raise InputError(f"dtype: {asked!r} found, one of {', '.join(DTYPES)} expected")
-    int8 = asked == "int8"
+    dtype_name = str(dtype or "float32").removeprefix("torch.")
+    if dtype_name not in DTYPE_NAMES:
+        raise InputError(f"dtype: {dtype_name!r} found, one of {', '.join(DTYPE_NAMES)} expected")
+    int8 = dtype_name == "int8"
     if int8 and chosen_device.type != "cpu":
         raise InputError(
             f"dtype: int8 is for generating on a CPU, the device is {chosen_device}; give --device cpu too"
         )
     if compile and chosen_device.type != "cpu":
         raise InputError(f"compile: the compiled step is for CPUs, the device is {chosen_device}; omit --compile")
-    chosen_dtype, dtype_reason = pick_dtype("float32" if int8 else asked, chosen_device)
+    chosen_dtype, dtype_reason = pick_dtype("float32" if int8 else dtype_name, chosen_device)
     path, choice = find_weights(model_path)
     if choice is not None:
         say(choice)
@@ -406,20 +409,20 @@ def load_generator(
     if weights.inferred:
         say(weights.inferred)
     tokenizer = fitting_tokenizer(path, weights, tokenizer_path)
-    model = Transformer(_with_context(weights.config, max_seq_len, chosen_dtype))
+    model = Transformer(_with_context(weights.config, max_seq_len, compute_dtype(chosen_dtype, int8)))
     model.load_state_dict(weights.state_dict)
     say(f"device {chosen_device}: {device_reason}")
-    shown = "int8" if int8 else str(chosen_dtype).removeprefix("torch.")
-    say(f"dtype {shown}: {dtype_reason if dtype else 'the default'}")
+    used = "int8" if int8 else str(chosen_dtype).removeprefix("torch.")
+    say(f"dtype {used}: {dtype_reason if dtype else 'the default'}")
     model.to(chosen_device, chosen_dtype)
     return TextGenerator(model, tokenizer, int8=int8, compile=compile, begins_with_bos=weights.begins_with_bos)
 
 
-def _with_context(config: LMConfig, max_seq_len: int | None, dtype: torch.dtype) -> LMConfig:
-    """The shape with the context that was asked for, or one whose keys and values take at most CONTEXT_BYTES."""
+def _with_context(config: LMConfig, max_seq_len: int | None, cache_dtype: torch.dtype) -> LMConfig:
+    """The shape with the requested context, or with one whose keys and values take at most CONTEXT_BYTES."""
     if max_seq_len is not None and not 1 <= max_seq_len <= config.max_seq_len:
         raise InputError(f"max_seq_len: {max_seq_len} found, 1 to {config.max_seq_len} expected, the model's own")
-    fitting = CONTEXT_BYTES // cache_bytes(config, dtype)
+    fitting = CONTEXT_BYTES // cache_bytes(config, cache_dtype)
     if max_seq_len is None and config.max_seq_len > fitting:
         max_seq_len = fitting
         say(

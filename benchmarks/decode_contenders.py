@@ -54,7 +54,7 @@ def ours(order: argparse.Namespace) -> Callable[[int], Written]:
     def write(tokens: int) -> Written:
         config = GenerationConfig(max_new_tokens=tokens, **settings)
         start, first, ids = time.perf_counter(), None, []
-        for event in decode(engine, texts, config, [-1], rows):
+        for event in decode(rows, texts, config, [-1]):
             first = first or time.perf_counter() - start
             if event.number == 0:
                 ids.append(event.token)

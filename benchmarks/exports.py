@@ -101,6 +101,7 @@ def in_mateconv(weights):
     import torch
 
     from model.generation.engine import Engine
+    from model.generation.rows import Rows
     from model.model import Transformer
     from model.weights.load import fitting_tokenizer
     from optimized_inference import GenerationConfig, TextGenerator, decode
@@ -112,7 +113,7 @@ def in_mateconv(weights):
     with torch.inference_mode():
         logits = model(torch.tensor([ids]))[0].numpy()
         config = GenerationConfig(do_sample=False, repetition_penalty=1.0, max_new_tokens=NEW_TOKENS)
-        new = [event.token for event in decode(Engine(model, compile=False), [ids], config, [-1])]
+        new = [event.token for event in decode(Rows(Engine(model, compile=False), 1), [ids], config, [-1])]
     return ids, logits, new, tokenizer.decode(new, skip_special_tokens=True)
 
 

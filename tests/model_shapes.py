@@ -5,6 +5,7 @@ import dataclasses
 import torch
 
 from model.generation.engine import Engine
+from model.generation.rows import Rows
 from model.LMConfig import LMConfig
 from model.model import Transformer
 from model.text.tokenization import load_tokenizer, tokenizer_sha256
@@ -66,9 +67,9 @@ def assert_logits(theirs: torch.Tensor, ours: torch.Tensor) -> None:
 def greedy(weights: Weights, ids: list[int], count: int) -> list[int]:
     """The ids that follow, the likeliest each time."""
     config = GenerationConfig(do_sample=False, repetition_penalty=1.0, max_new_tokens=count)
-    engine = Engine(model_of(weights), compile=False)
+    rows = Rows(Engine(model_of(weights), compile=False), 1)
     with torch.inference_mode():
-        return [event.token for event in decode(engine, [ids], config, [-1])]
+        return [event.token for event in decode(rows, [ids], config, [-1])]
 
 
 def assert_same(found: Weights, weights: Weights) -> None:

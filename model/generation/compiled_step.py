@@ -39,13 +39,13 @@ class CompiledStep:
     """A compiled DecodeStep with a model's weights, and the keys and values of one text.
 
     Attributes:
-        reader: the Rows whose text it holds, which set this when they take the step over.
+        owner: the Rows whose text it holds; set by them.
     """
 
     def __init__(self, path: Path, model: Transformer, int8: bool = False) -> None:
         step = DecodeStep(model, int8)
         config, slots = model.config, model.config.max_seq_len + SPARE
-        self.reader: object = None
+        self.owner: object = None
         self.keys = torch.zeros(config.n_layers, config.n_kv_heads, config.head_dim, slots)
         self.values = torch.zeros(config.n_layers, config.n_kv_heads, slots, config.head_dim)
         for layer, keys, values in zip(step.layers, self.keys, self.values, strict=True):
@@ -56,8 +56,8 @@ class CompiledStep:
         self._tensors = {name: tensors[name] for name in self._function.get_constant_fqns()}  # it keeps only pointers
         self._function.load_constants(self._tensors, use_inactive=False, check_full_update=True, user_managed=True)
 
-    def read(self, cache: KVCache, begin: int, end: int) -> None:
-        """Copy the keys and values that row 0 of a cache holds in these slots."""
+    def copy_from(self, cache: KVCache, begin: int, end: int) -> None:
+        """Copy slots begin:end of row 0 of a cache."""
         if begin < end:
             self.keys[..., begin:end] = cache.keys[:, 0, :, begin:end].transpose(-1, -2)
             self.values[:, :, begin:end] = cache.values[:, 0, :, begin:end]
@@ -165,7 +165,7 @@ def sources_of(module: str) -> dict[str, str]:
 
 
 def _processor() -> str:
-    """What compiled code depends on: the instructions that this machine's processor has."""
+    """The instructions of this machine's processor, on which compiled code depends."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line for line in lines if line.startswith(("flags", "Features")))

@@ -1,4 +1,4 @@
-"""What is compiled for generating on a CPU: the whole decode step for one text, the attention for several.
+"""The code that is compiled for generating on a CPU: the whole decode step for one text, the attention for several.
 
 The decode step becomes one C++ function, so that a token costs little beyond reading the weights. Each product is
 written as a multiplication and a sum over a row of the weight: torch.compile's C++ backend turns each into a loop that
@@ -133,7 +133,7 @@ class DecodeStep(nn.Module):
 
         Args:
             token, position: int64 [1].
-            places: anything of as many numbers as the text has tokens, this one included: a length as a Python
+            places: any tensor with one number per token of the text, this one included: a length as a Python
                 number would be compiled in.
         """
         x = self.embedding[token][0].float()

@@ -1,6 +1,6 @@
-"""What reads tokens: on a GPU the model itself; on a CPU a packed copy of its weights, or compiled code once it exists.
+"""Runs the forward pass: on a GPU the model itself; on a CPU a packed copy of its weights, or compiled code.
 
-The choice is made here: packed or int8 in `Engine.__init__`, eager or compiled for each text in `compiled_for`.
+`Engine.__init__` chooses packed or int8 weights, `Engine.choose_decoder` eager or compiled code.
 """
 
 from collections.abc import Callable, Iterator
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from model.errors import InputError, first_line
+from model.generation.checksum import checksum
 from model.generation.compiled_step import NO_COMPILER, Compiled, CompiledAttention, CompiledFiles, Compiler
 from model.generation.inference_model import InferenceModel
 from model.kv_cache import KVCache
@@ -18,22 +19,19 @@ from model.model import Transformer
 
 WORTH_COMPILING = 500  # eager steps, after which more are likely to follow
 ATTEMPTS = 2  # at compiling in the background; the first may have been killed
-CHECKSUM_WIDTH = 8191  # 64-bit words that are summed side by side; a prime, so that no row of a matrix repeats in it
-CHECKSUM_BLOCK = 64  # times that width; 4 MiB
-CHECKSUM_FACTOR = 6364136223846793005  # odd, of Knuth's MMIX generator
 
 
 class Engine:
-    """A Transformer as `Rows` reads with it.
+    """The forward pass that `Rows` calls.
 
     Args:
-        model: on a CPU its weights are copied: make a new engine when they change (see `fits`). It may be in training
-            mode: dropout is off here, and the mode stays.
+        model: on a CPU its weights are copied: make a new engine when they change (see `fits`). A model in training
+            mode stays in it, but no dropout is applied.
         int8: hold the matrices as int8 with a scale for each row; on a CPU.
-        compile: on a CPU, whether compiled code reads single tokens (see `decode_step.py`). True: wait for it; False:
-            never; None: use it as soon as it exists (it is compiled in the background for a chat and after long
-            texts), except for texts that must be repeatable.
-        say: takes a line on each choice.
+        compile: on a CPU, whether compiled code decodes (see `decode_step.py`). True: wait for it; False: never; None:
+            use it as soon as it exists (it is compiled in the background for a chat and after long texts), except for
+            texts that must be repeatable.
+        say: called with a line on each choice.
 
     Raises:
         InputError: int8 or compiled code on a GPU, or `compile` is True and compiling fails.
@@ -49,9 +47,9 @@ class Engine:
         on_cpu = model.device.type == "cpu"
         if (int8 or compile) and not on_cpu:
             raise InputError(f"int8 and compiled code are for CPUs; the model is on {model.device}")
-        self._made_of = _identity(model)
+        self._weights = _identity(model)
         self._model, self._int8, self._compile, self._say = model, int8, compile, say
-        self._reader = InferenceModel(model, int8) if on_cpu else model
+        self._module = InferenceModel(model, int8) if on_cpu else model
         self._compiled: Compiled | None = None
         self._files: CompiledFiles | None = None  # None: there will be no compiled code
         self._compiler: Compiler | None = None  # while one runs
@@ -69,9 +67,9 @@ class Engine:
                     raise InputError(f"compile: the decode step cannot be compiled ({problem}); omit --compile")
 
     def fits(self, model: Transformer, int8: bool, compile: bool | None) -> bool:
-        """Whether this is an engine of that model with its present weights; reads them once, as a token does."""
-        same = (self._model is model, self._int8, self._compile) == (True, int8, compile)
-        return same and self._made_of == _identity(model)
+        """Whether this engine has that model's present weights and these settings; reads all weights once."""
+        same = self._model is model and self._int8 == int8 and self._compile == compile
+        return same and self._weights == _identity(model)
 
     @property
     def config(self) -> LMConfig:
@@ -84,7 +82,7 @@ class Engine:
     @property
     def dtype(self) -> torch.dtype:
         """Of keys and values."""
-        return self._reader.dtype
+        return self._module.dtype
 
     def hidden_states(
         self, tokens: Tensor, cache: KVCache, compiled_attention: CompiledAttention | None = None
@@ -92,20 +90,20 @@ class Engine:
         """As Transformer.hidden_states.
 
         Args:
-            compiled_attention: for one token each of several texts.
+            compiled_attention: for a batch of several rows with one token each; None: eager attention.
         """
         if compiled_attention is not None:
-            return self._reader.hidden_states(tokens, cache, compiled_attention)
+            return self._module.hidden_states(tokens, cache, compiled_attention)
         self._eager_steps += tokens.shape[1] == 1
-        with evaluating(self._reader):
-            return self._reader.hidden_states(tokens, cache)
+        with evaluating(self._module):
+            return self._module.hidden_states(tokens, cache)
 
     def output(self, hidden: Tensor) -> Tensor:
         """hidden [..., dim] -> logits [..., V]."""
-        return self._reader.output(hidden)
+        return self._module.output(hidden)
 
-    def compiled_for(self, repeatable: bool, more_to_come: bool = False) -> Compiled | None:
-        """Choose what reads the text that begins now: compiled code, or None for eager code.
+    def choose_decoder(self, repeatable: bool, more_to_come: bool = False) -> Compiled | None:
+        """The compiled code, or None for eager code. Loads compiled code that exists, and starts compiling if it pays.
 
         Args:
             repeatable: the text must not depend on whether compiled code exists yet.
@@ -114,7 +112,7 @@ class Engine:
         if self._files is None or (repeatable and not self._compile):
             return None
         if self._compiled is None:
-            self._await_compiler()
+            self._poll_compiler()
             if self._files is not None and self._compiler is None:
                 if self._files.exist():
                     self._load()
@@ -122,8 +120,8 @@ class Engine:
                     self._compile_in_background()
         return self._compiled
 
-    def _await_compiler(self) -> None:
-        """Look whether the background compiler has ended; if it failed for good, give up compiled code."""
+    def _poll_compiler(self) -> None:
+        """Take note of a background compiler that has ended; after its last failure, give up compiled code."""
         if self._compiler is None or self._compiler.running:
             return
         problem, self._compiler = self._compiler.problem(), None
@@ -152,16 +150,16 @@ class Engine:
         try:
             self._compiled = self._files.load(self._model, self._int8)
             self._say(f"decoding: a compiled step, kept in {self._files.step.parent}")
-        except (RuntimeError, OSError) as error:  # a damaged file: eager code does the same
+        except (RuntimeError, OSError) as error:  # damaged; eager code does the same
             self._say(f"decoding: eager; the compiled step cannot be used and is deleted ({first_line(error)})")
             self._files.delete()
             self._files = None
 
 
 @contextmanager
-def evaluating(reader: Transformer | InferenceModel) -> Iterator[None]:
-    """No dropout within the block; afterwards each module is in its mode again."""
-    training = [module for module in reader.modules() if module.training] if isinstance(reader, Transformer) else []
+def evaluating(model: Transformer | InferenceModel) -> Iterator[None]:
+    """Switch dropout off within the block; afterwards each module is back in its mode."""
+    training = [module for module in model.modules() if module.training] if isinstance(model, Transformer) else []
     for module in training:
         module.training = False
     try:
@@ -171,36 +169,6 @@ def evaluating(reader: Transformer | InferenceModel) -> Iterator[None]:
             module.training = True
 
 
-# ------------------------------------------------------------------------------------------- whether weights change
-
-
 def _identity(model: Transformer) -> tuple[torch.device, bytes]:
     """Changes when any weight does. PyTorch's version counter would miss changes through `weight.data`."""
     return model.device, checksum(model)
-
-
-@torch.no_grad()
-def checksum(model: torch.nn.Module) -> bytes:
-    """A hash of all weights that depends on their order. It takes about as long as reading them once."""
-    total = torch.zeros(CHECKSUM_WIDTH, dtype=torch.int64, device=next(model.parameters()).device)
-    for parameter in model.parameters():
-        for block in _blocks(parameter):
-            # On a CPU NumPy's sum is twice as fast as PyTorch's.
-            sums = torch.from_numpy(block.numpy().sum(0)) if block.device.type == "cpu" else block.sum(0)
-            total = total * CHECKSUM_FACTOR + sums  # modulo 2**64
-    return total.cpu().numpy().tobytes()
-
-
-def _blocks(tensor: Tensor) -> Iterator[Tensor]:
-    """A tensor's bytes as int64 [CHECKSUM_BLOCK or less, CHECKSUM_WIDTH] each, the last one padded with zeros."""
-    data = tensor.detach().contiguous().view(-1).view(torch.uint8)
-    if data.storage_offset() % 8:
-        data = data.clone()
-    width = 8 * CHECKSUM_WIDTH
-    whole = len(data) // width * width
-    if whole:
-        yield from data[:whole].view(torch.int64).view(-1, CHECKSUM_WIDTH).split(CHECKSUM_BLOCK)
-    if whole < len(data):
-        rest = data.new_zeros(width)
-        rest[: len(data) - whole] = data[whole:]
-        yield rest.view(torch.int64)[None]

@@ -1,4 +1,4 @@
-"""How to choose the tokens of a text, and when it ends."""
+"""The options of sampling, and of when a text ends."""
 
 import math
 from collections.abc import Sequence
@@ -114,7 +114,7 @@ class GenerationConfig:
         return processors
 
     def warpers(self) -> list[Processor]:
-        """What shapes the distribution to draw from, after the processors, in transformers' order."""
+        """The warpers of the distribution to draw from, applied after the processors, in transformers' order."""
         warpers: list[Processor] = []
         if self.greedy:
             return warpers

@@ -76,21 +76,26 @@ class Int8Matrix(Matrix):
         return F.silu(self(x))
 
 
+def compute_dtype(dtype: torch.dtype, int8: bool) -> torch.dtype:
+    """Of activations, keys and values, given the dtype of the weights: int8 computes in bfloat16 where that is fast."""
+    if not int8:
+        return dtype
+    return torch.bfloat16 if packs(torch.bfloat16) else torch.float32
+
+
 class InferenceModel:
-    """What `Rows` asks of a Transformer, but faster. It copies the weights: make a new one when they change.
+    """A Transformer's forward pass, faster on a CPU. It copies the weights: make a new one when they change.
 
     Args:
         model: on the CPU.
-        int8: hold the matrices as `Int8Matrix`, all else in bfloat16, or in float32 where bfloat16 is slow.
+        int8: hold the matrices as `Int8Matrix`, all else in `compute_dtype`.
     """
 
     def __init__(self, model: Transformer, int8: bool = False) -> None:
         self.config: LMConfig = model.config
         refuse_unknown(self.config, NETWORK_FIELDS, "the inference model")
         matrix = Int8Matrix if int8 else Matrix
-        self.dtype = model.dtype
-        if int8:
-            self.dtype = torch.bfloat16 if packs(torch.bfloat16) else torch.float32
+        self.dtype = compute_dtype(model.dtype, int8)
         self.embedding = model.tok_embeddings.weight.detach().to(self.dtype)
         self.layers = [_Layer(layer, model.config, matrix, self.dtype) for layer in model.layers]
         self.norm = model.norm.weight.detach().to(self.dtype)
@@ -115,7 +120,7 @@ class InferenceModel:
         return F.rms_norm(x, x.shape[-1:], self.norm, self.config.norm_eps)
 
     def _attention(self, count: int, cache: KVCache) -> Attend:
-        """From a layer's queries, keys and values for `count` tokens to its heads' outputs."""
+        """Attention for `count` tokens of each row."""
         from_the_start = max(cache.lengths) == 0
         mask = None if from_the_start else cache.attention_mask(count)
         turns = self.turns[cache.positions(count)].unsqueeze(-2)  # [T, 1, D / 2] or [B, T, 1, D / 2]
@@ -129,7 +134,7 @@ class InferenceModel:
         return attend
 
     def _compiled(self, compiled: CompiledAttention, cache: KVCache) -> Attend:
-        """The same for one token of each row."""
+        """Compiled attention for one token of each row."""
         positions = torch.tensor(cache.lengths)  # [B]
         turns = self.turns[positions][:, None, None]  # [B, 1, 1, D / 2]
         cos, sin, longest = turns.real.contiguous(), turns.imag.contiguous(), max(cache.lengths)
@@ -144,7 +149,7 @@ class InferenceModel:
 
 
 class _Layer:
-    """A TransformerBlock's weights and what is computed with them."""
+    """A TransformerBlock with its weights laid out for the CPU."""
 
     def __init__(self, block: TransformerBlock, config: LMConfig, matrix: type[Matrix], dtype: torch.dtype) -> None:
         attention, feed_forward = block.attention, block.feed_forward

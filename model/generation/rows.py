@@ -1,4 +1,4 @@
-"""The texts that are being written, a row each: their ids, and the keys and values of what the model has read."""
+"""The texts that are being generated, one per row: their ids, and the KV cache."""
 
 import random
 from collections.abc import Sequence
@@ -19,35 +19,33 @@ class Row:
     """One text."""
 
     number: int  # of its prompt
-    text: Text | None  # turns its tokens into text, and may end it; None: ids only
-    length: int  # in tokens
-    start: int  # tokens of its prompt
-    limit: int  # tokens after which it ends, and
-    at_limit: str  # why: "length" or "context"
+    text: Text | None  # turns its tokens into characters, and may end it; None: ids only
+    length: int  # in tokens, the prompt included
+    prompt_length: int
+    max_length: int  # in tokens, the prompt included
+    limit_reason: str  # why it ends at max_length: "length" or "context"
     generator: random.Random | None  # None: greedy
-    end: str | None = None  # why it ended: "eos", `at_limit` or a reason of `text`; None: it has not
+    end: str | None = None  # why it ended: "eos", `limit_reason` or a reason of `text`; None: still running
 
-    def hear(self, token: int | None) -> str:
-        """The characters that the newest token completes (None: the eos), after which `text` may end the row."""
+    def push(self, token: int | None) -> str:
+        """Pass the newest token (None: the eos) to `text`, which may end the row; returns the completed characters."""
         if self.text is None:
             return ""
-        piece, self.end = self.text.add(token, self.end)
+        piece, self.end = self.text.push(token, self.end)
         return piece
 
 
 class Rows:
-    """Up to `capacity` texts, which one step of the model continues together; a text that ends makes room for another.
-
-    The first rows have been read except for their newest token, those after them not at all: `next_logits` reads both.
+    """Up to `capacity` texts, which one forward pass continues together; a text that ends makes room for another.
 
     Args:
-        engine: reads them; its model's context limits each text.
-        remembers: keep the keys and values of a text that ended, for a text that begins with the same tokens. For a
-            single row: a chat, in which each turn begins with all the turns before it.
+        engine: its model's context limits each text.
+        remembers: keep the KV cache of a text that ended, for a text that begins with the same tokens. For a single
+            row: a chat, in which each turn begins with all the turns before it.
 
     Attributes:
         live: the texts that have not ended.
-        compiled: compiled code that reads single tokens; None: eager code does.
+        compiled: compiled code for single tokens; None: eager code decodes.
     """
 
     def __init__(self, engine: Engine, capacity: int, remembers: bool = False) -> None:
@@ -55,8 +53,9 @@ class Rows:
         self.engine, self.capacity, self.remembers = engine, capacity, remembers
         self.live: list[Row] = []
         self.compiled: Compiled | None = None
-        self._read = 0  # rows that the cache holds
-        self._stepped = 0  # slots of the first row that the compiled step holds too
+        # live[:_n_prefilled] lack only their newest token in the cache; the rest are new.
+        self._n_prefilled = 0
+        self._compiled_len = 0  # slots of row 0 that the compiled step's own cache holds too
         self._cache = KVCache(engine.config, capacity, context + SPARE, device=engine.device, dtype=engine.dtype)
         self._ids = torch.full((capacity, context), PADDING, device=engine.device)
 
@@ -66,12 +65,12 @@ class Rows:
 
     @property
     def free(self) -> int:
-        """How many more texts there is room for."""
+        """Rows that are free for another text."""
         return self.capacity - len(self.live)
 
     def clear(self) -> None:
-        """Drop all texts; what is remembered of the last one stays."""
-        self.live, self._read = [], 0
+        """Drop all texts; a remembered text stays in the cache."""
+        self.live, self._n_prefilled = [], 0
 
     def admit(
         self,
@@ -81,104 +80,104 @@ class Rows:
         generator: random.Random | None,
         text: Text | None = None,
     ) -> None:
-        """Begin a text with a prompt; it ends after `max_new_tokens`, or where the context is full."""
+        """Add a text that begins with a prompt; it ends after `max_new_tokens`, or when the context is full."""
         place = len(self.live)
         ids = torch.tensor(prompt, device=self.device)
-        known = self._begin_known(place, ids) if self.remembers else 0
+        known = self._cached_prefix(place, ids) if self.remembers else 0
         self._cache.lengths[place] = known
         self._ids[place] = PADDING
         self._ids[place, : len(ids)] = ids
         context, wanted = self.engine.config.max_seq_len, len(ids) + max_new_tokens
-        limit, at_limit = (wanted, "length") if wanted <= context else (context, "context")
-        self.live.append(Row(number, text, len(ids), len(ids), limit, at_limit, generator))
+        max_length, reason = (wanted, "length") if wanted <= context else (context, "context")
+        self.live.append(Row(number, text, len(ids), len(ids), max_length, reason, generator))
 
-    def _begin_known(self, place: int, ids: Tensor) -> int:
-        """How many of these tokens the row's cache holds already; the last must be read again for its logits."""
+    def _cached_prefix(self, place: int, ids: Tensor) -> int:
+        """How many of these tokens the row's cache holds already; never the last, whose logits are needed."""
         most = min(self._cache.lengths[place], len(ids) - 1)
         same = self._ids[place, :most] == ids[:most]
         return int(same.cumprod(0).sum())
 
     def next_logits(self, use_cache: bool = True) -> Tensor:
-        """Read what is unread -> logits of each row's next token, float32 [rows, V].
+        """Run all tokens that the cache lacks -> logits of each row's next token, float32 [rows, V].
 
         Args:
-            use_cache: False: read all of every text again, which is slow, to compare with.
+            use_cache: False: run every text from its start, which is slow, to compare with.
         """
         if not use_cache:
-            self._read = 0
+            self._n_prefilled = 0
             self._cache.lengths = [0] * self.capacity
-        elif len(self.live) == self._read == 1 and self.compiled is not None:
-            return self._step(self.compiled.step)
+        elif len(self.live) == self._n_prefilled == 1 and self.compiled is not None:
+            return self._forward_compiled(self.compiled.step)
         logits = []
-        if self._read:
-            logits.append(self._read_texts(0, self._read))
-        if self._read < len(self.live):
-            logits.append(self._read_texts(self._read, len(self.live)))
-        self._read = len(self.live)
+        if self._n_prefilled:
+            logits.append(self._forward_eager(0, self._n_prefilled))
+        if self._n_prefilled < len(self.live):
+            logits.append(self._forward_eager(self._n_prefilled, len(self.live)))
+        self._n_prefilled = len(self.live)
         return torch.cat(logits)
 
-    def _step(self, step: CompiledStep) -> Tensor:
-        """Read the newest token of the only row with the compiled step."""
-        known = self._cache.lengths[0]
-        if step.reader is not self:
-            step.reader, self._stepped = self, 0
-        step.read(self._cache, self._stepped, known)
-        self._stepped = known + 1
-        return step(self._ids[0, known : known + 1], self._cache)[None]
+    def _forward_compiled(self, step: CompiledStep) -> Tensor:
+        """Run the newest token of the only row -> logits float32 [1, V]."""
+        cached = self._cache.lengths[0]
+        if step.owner is not self:
+            step.owner, self._compiled_len = self, 0
+        step.copy_from(self._cache, self._compiled_len, cached)
+        self._compiled_len = cached + 1
+        return step(self._ids[0, cached : cached + 1], self._cache)[None]
 
-    def _read_texts(self, begin: int, end: int) -> Tensor:
-        """Read these rows to their ends. Each has one unread token, or nothing of any was read before.
+    def _forward_eager(self, begin: int, end: int) -> Tensor:
+        """Run what the cache lacks of live[begin:end] -> logits of their next tokens, float32 [rows, V].
 
-        Shorter ones are padded on the right, where causal attention hides the padding.
+        Rows with fewer such tokens are padded on the right, where causal attention hides the padding.
         """
         lengths = [row.length for row in self.live[begin:end]]
         part = self._cache.part(begin, end)
         if begin == 0:
-            self._stepped = min(self._stepped, part.lengths[0])
-        unread = [length - known for length, known in zip(lengths, part.lengths, strict=True)]
-        steps = torch.arange(max(unread), device=self.device)
-        positions = torch.tensor(part.lengths, device=self.device)[:, None] + steps  # [rows, T]
+            self._compiled_len = min(self._compiled_len, part.lengths[0])
+        new = [length - cached for length, cached in zip(lengths, part.lengths, strict=True)]
+        offsets = torch.arange(max(new), device=self.device)
+        positions = torch.tensor(part.lengths, device=self.device)[:, None] + offsets  # [rows, T]
+        # Padding: any valid position, and any valid id.
         ids = self._ids[begin:end].gather(1, positions.clamp(max=self._ids.shape[1] - 1)).clamp(min=0)
-        one_each = len(ids) > 1 == ids.shape[1]
-        attention = self.compiled.attention if self.compiled is not None and one_each else None
+        one_token_each = len(ids) > 1 and ids.shape[1] == 1
+        attention = self.compiled.attention if self.compiled is not None and one_token_each else None
         hidden = self.engine.hidden_states(ids, part, attention)  # [rows, T, dim]
         self._cache.lengths[begin:end] = lengths
-        last = hidden[:, -1]  # of single tokens, or of rows of equal length
-        if min(unread) < len(steps):
-            last = hidden[list(range(len(lengths))), [count - 1 for count in unread]]
-        return self.engine.output(last).float()  # the output layer is the widest: only where it is needed
+        last = hidden[:, -1]  # without padding
+        if min(new) < len(offsets):
+            last = hidden[list(range(len(lengths))), [count - 1 for count in new]]
+        return self.engine.output(last).float()  # the output layer is the widest: last tokens only
 
     def written(self) -> tuple[Tensor, Tensor]:
-        """The texts, int64 [rows, T], and their output alone, [rows, T or less]: the newest token last, PADDING before
-        the first."""
+        """The texts, int64 [rows, T], and their new tokens alone, [rows, T or less], both padded on the left."""
         if len(self.live) == 1:
             row = self.live[0]
-            return self._ids[:1, : row.length], self._ids[:1, row.start : row.length]
+            return self._ids[:1, : row.length], self._ids[:1, row.prompt_length : row.length]
         lengths = torch.tensor([row.length for row in self.live], device=self.device)[:, None]
-        starts = torch.tensor([row.start for row in self.live], device=self.device)[:, None]
+        starts = torch.tensor([row.prompt_length for row in self.live], device=self.device)[:, None]
         longest = max(row.length for row in self.live)
         positions = torch.arange(longest, device=self.device) + (lengths - longest)  # [rows, T], below 0: no token
         ids = self._ids[: len(self.live)].gather(1, positions.clamp(min=0)).where(positions >= 0, PADDING)
         return ids, ids.where(positions >= starts, PADDING)
 
-    def add(self, chosen: Sequence[int], eos_ids: Sequence[int]) -> None:
-        """Write the next token of each row, and note which rows end with it."""
+    def append(self, chosen: Sequence[int], eos_ids: Sequence[int]) -> None:
+        """Append a token to each row, and set `end` of the rows that end with it."""
         for place, (row, token) in enumerate(zip(self.live, chosen, strict=True)):
             self._ids[place, row.length] = token
             row.length += 1
             if token in eos_ids:
                 row.end = "eos"
-            elif row.length == row.limit:
-                row.end = row.at_limit
+            elif row.length == row.max_length:
+                row.end = row.limit_reason
 
     def drop_ended(self) -> None:
-        """Remove the rows that ended; the last ones move into their places."""
+        """Remove the rows that ended; the last rows move into their places."""
         for place in reversed(range(len(self.live))):
             if self.live[place].end is not None:
                 last = self.live.pop()
                 if place < len(self.live):
                     self.live[place] = last
                     self._cache.move(len(self.live), place)
-                    self._stepped = 0
+                    self._compiled_len = 0
                     self._ids[place] = self._ids[len(self.live)]
-        self._read = len(self.live)
+        self._n_prefilled = len(self.live)

@@ -27,7 +27,7 @@ class Score:
 
     @property
     def loss(self) -> float:
-        """Nats a token."""
+        """Nats per token."""
         return self.nats / max(1, self.tokens)
 
     @property

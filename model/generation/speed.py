@@ -1,15 +1,15 @@
-"""How fast a text is generated."""
+"""Generation speed."""
 
 import time
 from typing import NamedTuple
 
 
 class Speed(NamedTuple):
-    """How fast a text was generated."""
+    """How fast a text was generated; an eos does not count."""
 
-    first: float  # seconds to the first token, in which the prompt is read
+    first: float  # seconds to the first token, prefill included
     tokens: int
-    seconds: float  # in all
+    seconds: float  # to the last token
 
     def __str__(self) -> str:
         later = f", {(self.tokens - 1) / (self.seconds - self.first):.1f} tokens/s after it" if self.tokens > 1 else ""
@@ -31,7 +31,7 @@ class Stopwatch:
             self._first = self._newest
 
     def speed(self) -> Speed | None:
-        """None without a token."""
+        """None: no token was counted."""
         if not self._tokens:
             return None
         return Speed(self._first - self._start, self._tokens, self._newest - self._start)

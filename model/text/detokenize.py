@@ -127,7 +127,7 @@ class Text:
         self._ids: list[int] = []
         self._held = ""
 
-    def add(self, token: int | None, end: str | None = None) -> tuple[str, str | None]:
+    def push(self, token: int | None, end: str | None = None) -> tuple[str, str | None]:
         """The next piece of text to show, and why the text ends (None: it does not).
 
         Args:

@@ -1,4 +1,4 @@
-"""What reads tokens on a CPU, packed and compiled, compared with the Transformer itself."""
+"""The forward pass on a CPU, packed and compiled, compared with the Transformer itself."""
 
 import os
 import shutil
@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from model.errors import InputError
+from model.generation.checksum import WIDTH, _blocks
 from model.generation.compiled_step import sources_of
 from model.generation.decode_step import BatchAttention, DecodeStep, quantized
-from model.generation.engine import CHECKSUM_WIDTH, WORTH_COMPILING, Engine, _blocks
+from model.generation.engine import WORTH_COMPILING, Engine
 from model.generation.inference_model import InferenceModel, packs
 from model.generation.rows import Rows
 from model.kv_cache import KVCache
@@ -128,8 +129,8 @@ def test_weights_on_a_gpu_have_the_same_checksum(tiny_model):
     for parameter in tiny_model.parameters():
         for block in _blocks(parameter):
             assert torch.equal(block.sum(0), torch.from_numpy(block.numpy().sum(0)))  # as on a GPU, and as on a CPU
-    whole = torch.randn(3 * CHECKSUM_WIDTH)
-    assert sum(block.numel() for block in _blocks(whole[1:])) == 2 * CHECKSUM_WIDTH  # 8 bytes each, and padding
+    whole = torch.randn(3 * WIDTH)
+    assert sum(block.numel() for block in _blocks(whole[1:])) == 2 * WIDTH  # 8 bytes each, and padding
 
 
 @pytest.mark.long
@@ -146,13 +147,13 @@ def test_an_abandoned_stream_leaves_each_module_in_its_mode(tiny_model, tokenize
     """Also where the Transformer itself reads, as on a GPU: no dropout, and no mode changed between two pieces."""
     tiny_model.config.dropout = tiny_model.layers[0].attention.dropout = 0.9
     engine, texts = Engine(tiny_model, compile=False), []
-    for reader in (engine._reader, tiny_model):
-        engine._reader = reader
+    for module in (engine._module, tiny_model):
+        engine._module = module
         for training in (True, False):
             tiny_model.train(training)
             tiny_model.layers[1].train(not training)
             modes = [module.training for module in tiny_model.modules()]
-            events = decode(engine, [[1, 17, 200]], GREEDY, [])
+            events = decode(Rows(engine, 1), [[1, 17, 200]], GREEDY, [])
             texts.append([next(events).token for _ in range(9)])
             tiny_model.train(not training)  # what the user does meanwhile stays
             next(events)
@@ -179,10 +180,11 @@ def steps(kept, monkeypatch):
     return kept
 
 
-def ids_of(reader, prompts, config=GREEDY, rows=None):
-    reader = reader if isinstance(reader, Engine) else Engine(reader, compile=False)
+def ids_of(model, prompts, config=GREEDY, rows=None):
+    """The ids that a Transformer, an engine, or the engine of `rows` adds to each prompt."""
+    engine = model if isinstance(model, Engine) else Engine(model, compile=False)
     texts = [[] for _ in prompts]
-    for event in decode(reader, prompts, config, [], rows):
+    for event in decode(rows or Rows(engine, 1), prompts, config, []):
         texts[event.number].append(event.token)
     return texts
 
@@ -207,7 +209,7 @@ def test_the_step_comes_in_the_background_and_not_for_a_seed(tiny_model, tokeniz
     assert str(folder) in said
 
     engine = generator.engine()
-    assert engine.compiled_for(repeatable=False) is not None and engine.compiled_for(repeatable=True) is None
+    assert engine.choose_decoder(repeatable=False) is not None and engine.choose_decoder(repeatable=True) is None
     seeded = GenerationConfig(seed=4, max_new_tokens=30)
     plain = TextGenerator(tiny_model, tokenizer, compile=False)
     assert generator.generate("中国", seeded) == plain.generate("中国", seeded)
@@ -278,13 +280,13 @@ def test_a_killed_compiler_is_started_once_more_and_ctrl_c_does_not_reach_it(tin
     said = []
     engine = Engine(tiny_model, say=said.append)
     for expected in ("signal 9), trying once more", "signal 9)"):
-        assert engine.compiled_for(repeatable=False, more_to_come=True) is None
+        assert engine.choose_decoder(repeatable=False, more_to_come=True) is None
         process = engine._compiler._process
         assert os.getsid(process.pid) == process.pid != os.getsid(0)
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-        assert engine.compiled_for(repeatable=False) is None and said[-1].endswith(expected)
-    assert engine.compiled_for(repeatable=False, more_to_come=True) is None and engine._compiler is None
+        assert engine.choose_decoder(repeatable=False) is None and said[-1].endswith(expected)
+    assert engine.choose_decoder(repeatable=False, more_to_come=True) is None and engine._compiler is None
 
 
 def test_a_compiler_that_fails_twice_is_left_alone(tiny_model, tmp_path, monkeypatch):
@@ -293,7 +295,7 @@ def test_a_compiler_that_fails_twice_is_left_alone(tiny_model, tmp_path, monkeyp
     said = []
     engine = Engine(tiny_model, say=said.append)
     for _ in range(5):
-        assert engine.compiled_for(repeatable=False, more_to_come=True) is None
+        assert engine.choose_decoder(repeatable=False, more_to_come=True) is None
         if engine._compiler is not None:
             engine._compiler._process.wait()
     assert [line.count("failed (exit code 1)") for line in said] == [0, 1, 1] and "once more" not in said[-1]
@@ -305,7 +307,7 @@ def test_a_cache_that_cannot_be_written_is_one_line(tiny_model, tmp_path, monkey
     said = []
     engine = Engine(tiny_model, say=said.append)
     for _ in range(2):
-        assert engine.compiled_for(repeatable=False, more_to_come=True) is None
+        assert engine.choose_decoder(repeatable=False, more_to_come=True) is None
     assert len(said) == 1 and "compiling the step failed" in said[0]
     with pytest.raises(InputError, match="compile: the decode step cannot be compiled .*; omit --compile"):
         Engine(tiny_model, compile=True)

@@ -15,7 +15,9 @@ import torch
 import inference
 from model.errors import InputError
 from model.generation.engine import Engine
+from model.generation.inference_model import packs
 from model.generation.scoring import Score, token_losses
+from model.kv_cache import cache_bytes
 from model.LMConfig import LMConfig
 from model.text.detokenize import repeats
 from model.text.prompts import PromptEncoder
@@ -94,6 +96,34 @@ def test_a_text_that_repeats_itself_can_end(generator, tokenizer):
 )  # fmt: skip
 def test_repeats_are_whole_passages_at_the_end(ids, times, expected):
     assert repeats(ids, times) == expected
+
+
+def test_the_speed_counts_the_tokens_of_the_text_and_not_the_eos(generator):
+    """An eos is no part of the text: it is decoded, but neither counted nor returned."""
+    eos = generator.eos_ids[0]
+    ends_at_once = GenerationConfig(do_sample=False, logit_bias={eos: 1e4}, max_new_tokens=30)
+    for min_new_tokens in (0, 1, 7):
+        config = dataclasses.replace(ends_at_once, min_new_tokens=min_new_tokens)
+        generator.generate("中国", config)
+        (sample,) = generator.samples("中国", 1, config)
+        assert generator.end == sample.end == "eos" and len(sample.ids) == min_new_tokens
+        assert (generator.speed.tokens if generator.speed else 0) == min_new_tokens
+
+
+@pytest.mark.skipif(not packs(torch.bfloat16), reason="int8 computes in float32 on this CPU")
+def test_int8_reserves_memory_for_keys_and_values_in_bfloat16(in_run_folder, monkeypatch, capsys):
+    """int8 weights are loaded as float32, but the cache that they fill is bfloat16: half the bytes."""
+    model = load_generator(dtype="bfloat16").model
+    assert model.config.max_seq_len == 128
+    monkeypatch.setattr("optimized_inference.CONTEXT_BYTES", 100 * cache_bytes(model.config, torch.bfloat16))
+    monkeypatch.setattr("optimized_inference.BATCH_BYTES", 4 * 100 * cache_bytes(model.config, torch.bfloat16))
+    for dtype, context, rows in (("bfloat16", 100, 4), ("int8", 100, 4), ("float32", 50, 4)):
+        capsys.readouterr()
+        generator = load_generator(dtype=dtype, compile=False)
+        assert f"context {context} tokens of the model's 128" in capsys.readouterr().err
+        assert generator.model.config.max_seq_len == context
+        assert generator._rows(99).capacity == rows
+        assert generator.engine().dtype == generator._rows(1)._cache.keys.dtype
 
 
 def test_rows_that_fill_the_context_end_and_the_others_continue(generator):
@@ -667,7 +697,7 @@ def test_a_file_is_scored(in_run_folder, tiny_model, tokenizer, monkeypatch, cap
     inference.main()
     score = sum((TextGenerator(tiny_model, tokenizer).score(text) for text in texts), Score())
     assert capsys.readouterr().out == (
-        f"2 texts, {score.tokens} tokens, 27 bytes: loss {score.loss:.4f} nats a token, perplexity"
+        f"2 texts, {score.tokens} tokens, 27 bytes: loss {score.loss:.4f} nats per token, perplexity"
         f" {score.perplexity:,.2f}, {score.bits_per_byte:.4f} bits per byte\n"
     )
 

@@ -8,6 +8,7 @@ from transformers.generation import logits_process as theirs
 
 from model.errors import InputError
 from model.generation.engine import Engine
+from model.generation.rows import Rows
 from model.generation.sampling import (
     PADDING,
     LogitBias,
@@ -191,7 +192,8 @@ def test_settings_that_leave_no_token_are_one_line(tiny_model, settings, problem
 
 
 def ids_of(model, prompt, config, eos_id=2):
-    return [event.token for event in decode(Engine(model), [prompt], config, [eos_id]) if event.token is not None]
+    events = decode(Rows(Engine(model), 1), [prompt], config, [eos_id])
+    return [event.token for event in events if event.token is not None]
 
 
 @pytest.mark.long

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 
 from model.attention import cached_attention, pytorch_attention
-from model.generation.engine import Engine, checksum
+from model.generation.checksum import checksum
+from model.generation.engine import Engine
 from model.generation.rows import Rows
 from model.LMConfig import LMConfig
 from model.training.settings import build_settings
@@ -120,7 +121,7 @@ def test_a_training_step_has_the_same_bits_each_time(compiled, documents, dtype)
 def texts_of(model, prompts, config, rows):
     """The ids that follow each prompt."""
     engine, texts = Engine(model, compile=False), [[] for _ in prompts]
-    for event in decode(engine, prompts, config, [2], Rows(engine, rows)):
+    for event in decode(Rows(engine, rows), prompts, config, [2]):
         if event.token is not None:
             texts[event.number].append(event.token)
     return texts
