@@ -5,16 +5,13 @@ python -m model.convert out/pretrain_512.pth my_model.gguf --dtype Q8_0 # for ll
 python -m model.convert SmolLM2.gguf out/smollm2.pth                    # from others, to train it further
 python -m model.convert pretrain_512.pth out/minimind2.pth --tokenizer_path minimind_tokenizer --n_heads 8
 
-The content of the source shows its format; the name of the target, or --to, decides what is written.
+The source's format is recognised by its content; the target's name, or --to, decides what is written.
 """
 
 import dataclasses
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
-
-import torch
 
 from model.command import CommandParser, path_flag, run_command, say
 from model.errors import InputError
@@ -22,20 +19,15 @@ from model.generation.generation_config import GenerationConfig
 from model.LMConfig import LMConfig
 from model.options import accepted_types, options_of
 from model.storage.files import check_is_new
-from model.text.tokenization import EMBEDDED_TOKENIZER, tokenizer_folder, tokenizer_sha256
-from model.text.tokenizer_folder import same_tokenizer
-from model.weights import Weights, load_weights, save_weights
+from model.text.tokenization import tokenizer_sha256
+from model.weights import Weights, load_weights
 from model.weights.find import find_weights
-from model.weights.gguf import save_gguf
-from model.weights.llama2c import save_llama2c, save_llama2c_checkpoint
+from model.weights.formats import FORMATS
 from model.weights.load import fitting_tokenizer, recorded_tokenizer
-from model.weights.meta_folder import save_meta_folder
-from model.weights.minimind import GIVABLE
-from model.weights.tokenizer_copy import copy_tokenizer
-from model.weights.transformers_folder import save_transformers
+from model.weights.minimind import OVERRIDABLE
 
+# Options of GenerationConfig that a format's file of sampling defaults holds too.
 SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty", "max_new_tokens")
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def convert(
@@ -44,25 +36,26 @@ def convert(
     to: str | None = None,
     dtype: str = "F32",
     tokenizer_path: str | Path | None = None,
-    given: Mapping[str, float] | None = None,
+    overrides: Mapping[str, float] | None = None,
     say: Callable[[str], None] = say,
 ) -> Weights:
     """Read weights in any format and write them in another.
 
     Args:
         source: a file or a folder; a run's folder means its newest weights.
-        target: must not exist, or be an empty folder.
+        target: a new path, or an empty folder.
         to: a name in FORMATS; None: by the target's suffix.
         dtype: of the matrices, one of the format's dtypes.
-        tokenizer_path: None: the one that comes with the weights, or the embedded one.
-        given: values that a file without a description leaves open, such as {"n_heads": 8}.
-        say: called with a line for each thing that was found or written.
+        tokenizer_path: None: the weights' tokenizer, or the embedded one.
+        overrides: values that a file without a description leaves open, such as {"n_heads": 8}.
+        say: called with each status line.
 
     Returns:
-        what was read.
+        the weights that were read.
 
     Raises:
-        InputError: the source cannot be read, the target cannot express it or exists, or the tokenizer is not its own.
+        InputError: the source cannot be read, the target exists or cannot express the model, or the tokenizer does not
+            fit the weights.
     """
     target = Path(target)
     if to is None and target.suffix == ".safetensors":
@@ -73,12 +66,12 @@ def convert(
         raise InputError(f"--to: {to!r} found, one of {', '.join(FORMATS)} expected")
     if dtype not in FORMATS[to].dtypes:
         raise InputError(f"--dtype: {dtype!r} found, {', '.join(FORMATS[to].dtypes)} expected for {to}")
-    for path in (target, *(_beside(target) if to == "mateconv" else ())):
+    for path in (target, *FORMATS[to].companions(target)):
         check_is_new(path)
     source, choice = find_weights(source)
     if choice is not None:
         say(choice)
-    weights = load_weights(source, given)
+    weights = load_weights(source, overrides)
     if weights.inferred:
         say(weights.inferred)
     say(f"{source}: {describe(weights)}")
@@ -96,11 +89,12 @@ def convert(
 
 def write(to: str, target: Path, weights: Weights, dtype: str = "F32") -> list[str]:
     """Write weights in a format, as `convert` does; returns remarks for the user."""
-    return FORMATS[to].write(target, weights, dtype) or []
+    defaults = vars(GenerationConfig())  # so that transformers samples as inference.py does without flags
+    return FORMATS[to].save(target, weights, dtype, {name: defaults[name] for name in SAMPLING}) or []
 
 
 def describe(weights: Weights) -> str:
-    """A model on one line."""
+    """One line on a model."""
     config = weights.config
     numbers = sum(t.numel() for name, t in weights.state_dict.items() if name != "output.weight")
     if not config.tie_embeddings:
@@ -112,73 +106,6 @@ def describe(weights: Weights) -> str:
         f" ({config.n_kv_heads} for keys and values), {config.vocab_size:,} tokens, context {config.max_seq_len:,}; "
         + ", ".join(more)
     )
-
-
-def _beside(target: Path) -> tuple[Path, Path]:
-    """What our format writes beside `target`: its description, and its tokenizer unless that is the embedded one."""
-    return target.with_suffix(".json"), target.with_name(f"{target.stem}_tokenizer")
-
-
-def _write_mateconv(target: Path, weights: Weights, dtype: str) -> None:
-    """X.pth with X.json, and the tokenizer as X_tokenizer unless it is the embedded one."""
-    if weights.tokenizer_path is not None:
-        folder, path = tokenizer_folder(weights.tokenizer_path), None
-        if not same_tokenizer(folder, EMBEDDED_TOKENIZER):
-            _, path = _beside(target)
-            copy_tokenizer(folder, path)
-        sha256 = tokenizer_sha256(path)
-        weights = dataclasses.replace(weights, tokenizer_path=path and str(path), tokenizer_sha256=sha256)
-    save_weights(target, weights)
-
-
-def _write_transformers(target: Path, weights: Weights, dtype: str) -> None:
-    defaults = vars(GenerationConfig())  # so that transformers samples as inference.py does without flags
-    save_transformers(target, weights, DTYPES[dtype], {name: defaults[name] for name in SAMPLING})
-
-
-class Format(NamedTuple):
-    """A format that is written.
-
-    Attributes:
-        suffix: of a target's name that means this format; None: only --to does.
-        readers: what reads it, for the user.
-        dtypes: that its matrices can have, the usual one first.
-        write: called with target, weights and dtype; returns remarks for the user, or None.
-    """
-
-    suffix: str | None
-    readers: str
-    dtypes: tuple[str, ...]
-    write: Callable[[Path, Weights, str], list[str] | None]
-
-
-FORMATS = {
-    "mateconv": Format(
-        ".pth", "MateConv: python inference.py --model_path, python train.py --init_from", ("F32",), _write_mateconv
-    ),
-    "transformers": Format(
-        "", "transformers: AutoModelForCausalLM.from_pretrained", tuple(DTYPES), _write_transformers
-    ),
-    "gguf": Format(".gguf", "llama.cpp and what builds on it", (*DTYPES, "Q8_0"), save_gguf),
-    "llama2c": Format(
-        ".bin",
-        "llama2.c's run; it needs a tokenizer.bin, which cannot express byte-level BPE and is not written",
-        ("F32",),
-        lambda target, weights, dtype: save_llama2c(target, weights),
-    ),
-    "llama2c_checkpoint": Format(
-        ".pt",
-        "llama2.c's Python scripts",
-        ("F32",),
-        lambda target, weights, dtype: save_llama2c_checkpoint(target, weights),
-    ),
-    "meta": Format(
-        None,
-        "what reads Meta's params.json and consolidated.00.pth; without a tokenizer",
-        ("F32",),
-        lambda target, weights, dtype: save_meta_folder(target, weights),
-    ),
-}
 
 
 def main() -> None:
@@ -197,12 +124,12 @@ def main() -> None:
     parser.add_argument(
         "--tokenizer_path", type=path_flag, help="folder of the tokenizer; default: what comes with the weights"
     )
-    for name in GIVABLE:
+    for name in OVERRIDABLE:
         kind = accepted_types(options_of(LMConfig)[name])[0]
         parser.add_argument(f"--{name}", type=kind, help="for files without a description, whose shapes do not show it")
     arguments = parser.parse_args(sys.argv[1:])
-    given = {name: value for name in GIVABLE if (value := getattr(arguments, name)) is not None}
-    convert(arguments.source, arguments.target, arguments.to, arguments.dtype, arguments.tokenizer_path, given)
+    overrides = {name: value for name in OVERRIDABLE if (value := getattr(arguments, name)) is not None}
+    convert(arguments.source, arguments.target, arguments.to, arguments.dtype, arguments.tokenizer_path, overrides)
 
 
 if __name__ == "__main__":

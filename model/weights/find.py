@@ -1,32 +1,32 @@
-"""Which weights a path means: a file, another program's folder, or the newest results in a run's folder."""
+"""Resolves a path to weights: a file, another program's folder, or the newest results in a run's folder."""
 
 from pathlib import Path
 
 from model.errors import InputError
+from model.weights.formats import FORMATS
 
 OUT_DIR = Path("out")  # where training writes by default
 FINAL, BEST, CHECKPOINTS = "pretrain_*.pth", "best_model.pth", "checkpoint_*.pth"
-FOREIGN = ("config.json", "params.json")  # which mark a folder of transformers, and of Meta
 PREVIOUS = "previous"  # the folder within a run's folder that keeps what earlier runs left
 NAMED = 5  # files that a message lists at most
 
 
 def find_weights(path: str | Path | None) -> tuple[Path, str | None]:
-    """The file or folder to load, and a line on what was chosen.
+    """The file or folder to load, and a line on the choice; None where there was none.
 
     Args:
-        path: a file, which is taken as it is; a folder, in which a run's newest results are taken, else the folder
-            itself, another program's; None: `out`.
+        path: a file; a run's folder, whose newest results are taken; another program's folder; None: `out`.
 
     Raises:
-        InputError: there is no such file, or nothing in `out`; the message names the weights that are near.
+        InputError: there is no such file, or nothing in `out`; the message names the weights in the same folder.
     """
     if path is None:
         if (found := newest_weights(OUT_DIR)) is not None:
             return found
         raise InputError(f"no weights under {OUT_DIR}/: train first (python train.py), or give --model_path")
     path = Path(path).expanduser()
-    if path.is_dir() and not any((path / name).is_file() for name in FOREIGN):
+    markers = [known.marker for known in FORMATS.values() if known.marker is not None]
+    if path.is_dir() and not any((path / marker).is_file() for marker in markers):
         if (found := newest_weights(path)) is not None:
             return found
     if not path.exists():
@@ -35,7 +35,7 @@ def find_weights(path: str | Path | None) -> tuple[Path, str | None]:
 
 
 def newest_weights(folder: Path) -> tuple[Path, str] | None:
-    """The weights to use in a run's folder, with a line that says why; None: it holds none.
+    """The weights to use in a run's folder, with a line that says why; None: there are none.
 
     Final weights come first, then the best of an unfinished run, then a checkpoint, then earlier runs' results.
     """
@@ -58,7 +58,7 @@ def _newest_first(folder: Path, pattern: str) -> list[Path]:
 
 
 def _weights_near(path: Path) -> str:
-    """The end of a message on a file that is missing: which weights lie in its folder."""
+    """The end of a message on a missing file: the weights in its folder."""
     patterns = (FINAL, BEST, CHECKPOINTS, f"{PREVIOUS}/*/{FINAL}", f"{PREVIOUS}/*/{BEST}")
     found = [weights for pattern in patterns for weights in _newest_first(path.parent, pattern)]
     if not found:

@@ -19,8 +19,8 @@ from model.storage.files import files_of_set, replacing
 from model.storage.gguf_header import GGUFFile, Refused, StoredTensor, Value, single_value
 from model.text.gguf_tokenizer import write_tokenizer
 from model.text.tokenization import tokenizer_folder, tokenizer_sha256
-from model.weights.names import gather, gguf_name, in_halves, in_pairs, reordered
-from model.weights.shapes import COMMON, LLAMA3_FIELDS, check_expressible, check_given, read_shape
+from model.weights.names import Names, in_halves, in_pairs, read_state_dict, reordered
+from model.weights.shapes import COMMON, LLAMA3_FIELDS, check_expressible, read_shape, require_fields
 from model.weights.tokenizer_copy import check_links
 from model.weights.weights import Weights
 
@@ -28,10 +28,30 @@ if TYPE_CHECKING:
     import gguf
 
 F16_LARGEST = 65504
-FORMATS = ("F32", "F16", "BF16", "Q8_0")  # written; others are only read
+MATRIX_TYPES = ("F32", "F16", "BF16", "Q8_0")  # written; others are only read
 IN_HALVES = {"llama": False, "qwen2": True, "qwen3": True}  # the supported architectures
 MOST_LAYERS = 512  # llama.cpp's limit
 ROPE_TENSOR = "rope_freqs.weight"
+# layers.0.attention.wq.weight -> blk.0.attn_q.weight
+gguf_name = Names(
+    "blk",
+    {
+        "tok_embeddings": "token_embd",
+        "attention_norm": "attn_norm",
+        "attention.wq": "attn_q",
+        "attention.wk": "attn_k",
+        "attention.wv": "attn_v",
+        "attention.wo": "attn_output",
+        "attention.q_norm": "attn_q_norm",
+        "attention.k_norm": "attn_k_norm",
+        "ffn_norm": "ffn_norm",
+        "feed_forward.w1": "ffn_gate",
+        "feed_forward.w2": "ffn_down",
+        "feed_forward.w3": "ffn_up",
+        "norm": "output_norm",
+        "output": "output",
+    },
+)
 EXPRESSED = (*COMMON, "head_dim", "norm_eps", "rope_theta", *LLAMA3_FIELDS, "tie_embeddings", "qk_norm", "qkv_bias")
 
 
@@ -71,7 +91,11 @@ def _weights(fields: Mapping[str, Value], tensors: Mapping[str, StoredTensor], p
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     factors = shapes.pop(ROPE_TENSOR, None) and _dequantised(tensors[ROPE_TENSOR], path)
     architecture, config = _config(fields, shapes, factors, path)
-    state_dict = gather(config, gguf_name, shapes, lambda name: _dequantised(tensors[name], path), path)
+
+    def read(name: str) -> Tensor:
+        return _dequantised(tensors[name], path)
+
+    state_dict, config = read_state_dict(config, gguf_name, shapes, read, path)
     if IN_HALVES[architecture]:
         state_dict = reordered(state_dict, config, in_pairs)
     has_tokenizer = "tokenizer.ggml.tokens" in fields
@@ -124,7 +148,7 @@ def _config(fields: Mapping, shapes: Mapping[str, tuple], factors: Tensor | None
         "qk_norm": "blk.0.attn_q_norm.weight" in shapes,
         "qkv_bias": "blk.0.attn_q.bias" in shapes,
     }
-    check_given(found, [name for name in found if name != "head_dim"], path)
+    require_fields(found, [name for name in found if name != "head_dim"], path)
     scaling = value("rope.scaling.type", str, "none")
     if scaling == "linear":
         found |= {"rope_scaling": "linear", "rope_factor": _shortest(value("rope.scaling.factor", float, 1.0))}
@@ -184,8 +208,8 @@ def save_gguf(path: str | Path, weights: Weights, kind: str = "F32") -> list[str
     """Write a GGUF file that llama.cpp reads, with the tokenizer.
 
     Args:
-        kind: type of the matrices, one of FORMATS; norms and biases are always F32. Q8_0 needs rows of a multiple of 32
-            numbers; a matrix of other rows is written as F16.
+        kind: type of the matrices, one of MATRIX_TYPES; norms and biases are always F32. Q8_0 needs rows of a multiple
+            of 32 numbers; a matrix with other rows is written as F16.
 
     Returns:
         a line for each difference in how llama.cpp tokenizes; usually none.

@@ -26,7 +26,7 @@ from model.model import rope_table
 from model.storage.archive import load_torch, save_torch
 from model.storage.files import replacing
 from model.weights.names import on_cpu, plain_state_dict, whole_pair
-from model.weights.shapes import COMMON, check_expressible, check_given, check_shapes, read_shape, weight_shapes
+from model.weights.shapes import COMMON, check_expressible, check_shapes, read_shape, require_fields, weight_shapes
 from model.weights.weights import Weights
 
 MAGIC, ZIP = b"24ka", b"PK\3\4"
@@ -93,7 +93,7 @@ def read_llama2c_checkpoint(content: Mapping, path: Path) -> Weights:
     values, model = content.get("model_args"), content.get("model")
     if not isinstance(values, Mapping) or not isinstance(model, Mapping):
         raise InputError(f"{path}: no model with its model_args inside; a checkpoint of llama2.c's train.py expected")
-    check_given(values, ("dim", "n_layers", "n_heads", "vocab_size"), f"{path}: model_args")
+    require_fields(values, ("dim", "n_layers", "n_heads", "vocab_size"), f"{path}: model_args")
     usual = {"multiple_of": 256, "max_seq_len": 2048}  # of its ModelArgs, where other than an LMConfig's
     n_kv_heads = values["n_heads"] if values.get("n_kv_heads") is None else values["n_kv_heads"]
     config = read_shape({**usual, **values, "n_kv_heads": n_kv_heads}, path)
@@ -209,7 +209,7 @@ def save_llama2c(path: str | Path, weights: Weights, version: int = 0) -> None:
     """
     config, state_dict = weights.config, weights.state_dict
     if version not in (0, 1, 2):
-        raise InputError(f"version {version} of llama2.c's format asked for, 0, 1 or 2 expected")
+        raise InputError(f"version {version} of llama2.c's format requested, 0, 1 or 2 expected")
     check_expressible(config, path, "llama2.c's .bin", (*COMMON, "tie_embeddings"), _only(config))
     group = math.gcd(config.dim, config.hidden_dim, GROUP) if version == 2 else 1
     numbers = [getattr(config, name) for name in SHAPE]

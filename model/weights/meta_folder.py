@@ -10,7 +10,7 @@ from model.LMConfig import LMConfig
 from model.storage.archive import load_torch, save_torch
 from model.storage.files import new_folder, read_json, write_json
 from model.weights.names import on_cpu, plain_state_dict, whole_pair
-from model.weights.shapes import COMMON, check_expressible, check_given, check_shapes, read_shape
+from model.weights.shapes import COMMON, check_expressible, check_shapes, read_shape, require_fields
 from model.weights.weights import Weights
 
 PARAMS, PART, PARTS = "params.json", "consolidated.00.pth", "consolidated.*.pth"
@@ -61,7 +61,7 @@ def _params(path: Path) -> dict:
     if unknown:
         names = ", ".join(shown(name)[1:-1] for name in unknown[:3])
         raise InputError(f"{path}: {names} inside, so it is no plain Llama; other models are not supported")
-    check_given(params, ("dim", "n_layers", "n_heads"), path)
+    require_fields(params, ("dim", "n_layers", "n_heads"), path)
     return params
 
 

@@ -1,4 +1,4 @@
-"""State dicts without a description: names and shapes tell whose they are.
+"""State dicts without a description: names and shapes show which program they are from.
 
 MiniMind saved four generations of models as `pretrain_512.pth`, with no description of their shape:
 
@@ -22,10 +22,10 @@ from torch import Tensor
 from model.errors import InputError, shown
 from model.LMConfig import LMConfig
 from model.options import options_of, parse_value
-from model.weights.names import gather, in_pairs, reordered, transformers_name, whole_pair
+from model.weights.names import in_pairs, read_state_dict, reordered, transformers_name, whole_pair
 from model.weights.weights import Weights
 
-GIVABLE = ("n_heads", "n_kv_heads", "rope_theta", "max_seq_len", "norm_eps")  # what shapes do not show for certain
+OVERRIDABLE = ("n_heads", "n_kv_heads", "rope_theta", "max_seq_len", "norm_eps")  # values that shapes do not determine
 WIDEST_HEAD = 1024
 EXPERTS = (".experts.", ".shared_experts.", ".gate.")  # parts of names in a mixture of experts
 LAYER_NAME = re.compile(r"(?:model\.)?layers\.(\d+)\.")
@@ -55,13 +55,13 @@ WITHOUT_GROUPS = {  # by dim: baby-llama2-chinese's two models, and llama2.c's s
 }
 
 
-def recognise(state_dict: Mapping[str, Tensor], path: str | Path, given: Mapping[str, float]) -> Weights:
+def recognise(state_dict: Mapping[str, Tensor], path: str | Path, overrides: Mapping[str, float]) -> Weights:
     """Weights from a state dict without a description, with Meta's names or transformers'.
 
     Args:
         state_dict: as `plain_state_dict` returns it.
         path: its file, for messages.
-        given: values by names of `GIVABLE`, which replace those that would be inferred.
+        overrides: values by names of `OVERRIDABLE`, which replace those that would be inferred.
 
     Returns:
         Weights whose `inferred` says in one line what was read, what was assumed, and which tokenizer is used.
@@ -75,20 +75,20 @@ def recognise(state_dict: Mapping[str, Tensor], path: str | Path, given: Mapping
     halves = any(name.startswith("model.") for name in state_dict)
     rename = transformers_name if halves else str
     state_dict, tied = whole_pair(state_dict, rename)
-    config, generation = _shape(state_dict, rename, path, _checked(given, path))
+    config, generation = _shape(state_dict, rename, path, _checked(overrides, path))
     config.tie_embeddings = tied
     shapes = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
-    state_dict = gather(config, rename, shapes, state_dict.__getitem__, path)
+    state_dict, config = read_state_dict(config, rename, shapes, state_dict.__getitem__, path)
     if halves:
         state_dict = reordered(state_dict, config, in_pairs)
-    return Weights(state_dict, config, inferred=_line(config, generation, Path(path), given))
+    return Weights(state_dict, config, inferred=_line(config, generation, Path(path), overrides))
 
 
-def _checked(given: Mapping[str, float], path: str | Path) -> dict:
+def _checked(overrides: Mapping[str, float], path: str | Path) -> dict:
     checked = {}
-    for name, value in given.items():
-        if name not in GIVABLE:
-            raise InputError(f"{path}: {name} follows from the weights' shapes; {', '.join(GIVABLE)} can be given")
+    for name, value in overrides.items():
+        if name not in OVERRIDABLE:
+            raise InputError(f"{path}: {name} follows from the weights' shapes; {', '.join(OVERRIDABLE)} can be given")
         try:
             checked[name] = parse_value(options_of(LMConfig)[name], value)
         except ValueError as error:
@@ -97,9 +97,9 @@ def _checked(given: Mapping[str, float], path: str | Path) -> dict:
 
 
 def _shape(
-    state_dict: Mapping[str, Tensor], rename: Callable[[str], str], path: str | Path, given: Mapping
+    state_dict: Mapping[str, Tensor], rename: Callable[[str], str], path: str | Path, overrides: Mapping
 ) -> tuple[LMConfig, Generation]:
-    """The config, from shapes, given values and those that are usual, and the generation."""
+    """The config, from shapes, overrides and the generation's values, and the generation."""
 
     def size(name: str, dimensions: int) -> tuple[int, ...]:
         name = rename(name)
@@ -119,7 +119,7 @@ def _shape(
     qk_norm = rename("layers.0.attention.q_norm.weight") in state_dict
     head_dim = size("layers.0.attention.q_norm.weight", 1)[0] if qk_norm else None
     generation = _generation(dim, queries, keys, qk_norm, halves=rename is transformers_name)
-    n_heads, n_kv_heads = _heads(queries, keys, head_dim, generation, given, path)
+    n_heads, n_kv_heads = _heads(queries, keys, head_dim, generation, overrides, path)
     usual = {name: getattr(generation, name) for name in ("max_seq_len", "rope_theta", "norm_eps")}
     layers = {match[1] for match in map(LAYER_NAME.match, state_dict) if match}
     shape = dict(
@@ -134,7 +134,7 @@ def _shape(
         qkv_bias=rename("layers.0.attention.wq.bias") in state_dict,
     )
     try:
-        return LMConfig(**usual | given | shape), generation
+        return LMConfig(**usual | overrides | shape), generation
     except InputError as error:
         raise InputError(f"{path}: no model has such shapes ({error})") from error
 
@@ -151,9 +151,9 @@ def _generation(dim: int, queries: int, keys: int, qk_norm: bool, halves: bool) 
 
 
 def _heads(
-    queries: int, keys: int, head_dim: int | None, generation: Generation, given: Mapping, path: str | Path
+    queries: int, keys: int, head_dim: int | None, generation: Generation, overrides: Mapping, path: str | Path
 ) -> tuple[int, int]:
-    """(n_heads, n_kv_heads), as given or else the generation's.
+    """(n_heads, n_kv_heads): the overrides, or else the generation's.
 
     Raises:
         InputError: they do not fit the rows of wq and wk, or are unknown; the message lists those that fit.
@@ -161,7 +161,7 @@ def _heads(
     widths = range(2, min(queries, keys, WIDEST_HEAD) + 1, 2) if head_dim is None else (head_dim,)
     pairs = {(queries // width, keys // width) for width in widths if not (queries % width or keys % width)}
     fitting = sorted((n_heads, n_kv_heads) for n_heads, n_kv_heads in pairs if n_heads % n_kv_heads == 0)
-    wanted, whose = {name: given[name] for name in ("n_heads", "n_kv_heads") if name in given}, ""
+    wanted, whose = {name: overrides[name] for name in ("n_heads", "n_kv_heads") if name in overrides}, ""
     if not wanted and generation.n_heads and head_dim is None:
         wanted, whose = {"n_heads": generation.n_heads}, f", as in {generation.title},"
     found = [p for p in fitting if all(p[name == "n_kv_heads"] == value for name, value in wanted.items())]
@@ -173,20 +173,20 @@ def _heads(
     raise InputError(f"{path}: {what} (wq has {queries} rows, wk {keys}); give n_heads/n_kv_heads that fit: {accepted}")
 
 
-def _line(config: LMConfig, generation: Generation, path: Path, given: Mapping) -> str:
-    """What was read, assumed and given, and what is unknown, on one line."""
+def _line(config: LMConfig, generation: Generation, path: Path, overrides: Mapping) -> str:
+    """One line on the values that were read, assumed, given, and are unknown."""
 
     def values(*names: str) -> str:
         return ", ".join(f"{name} {getattr(config, name):g}" for name in names)
 
     sure = ("n_heads", "n_kv_heads") if config.qk_norm else ()
-    assumed = [name for name in GIVABLE if name not in (*given, *sure)]
-    read = ["dim", "n_layers", *(name for name in sure if name not in given), "vocab_size", "hidden_dim"]
+    assumed = [name for name in OVERRIDABLE if name not in (*overrides, *sure)]
+    read = ["dim", "n_layers", *(name for name in sure if name not in overrides), "vocab_size", "hidden_dim"]
     parts = [
         f"no {path.with_suffix('.json').name} beside the weights: their names and shapes are those of "
         f"{generation.title}, read off them {values(*read)}",
         f"assumed {values(*assumed)}" if assumed else "",
-        f"given {values(*given)}" if given else "",
+        f"given {values(*overrides)}" if overrides else "",
         "the tokenizer is unknown: the embedded one is used unless you give one (MiniMind's own weights need "
         "MiniMind's tokenizer folder: --tokenizer_path)",
     ]

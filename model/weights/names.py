@@ -1,4 +1,4 @@
-"""What programs call each weight, and how they order the numbers of a head.
+"""The names that programs give to weights, and how they order the numbers of a head.
 
 RoPE rotates pairs of numbers. In Meta's files and ours a pair is two neighbours, 2j and 2j + 1; transformers pairs j
 with j + D / 2. To convert, the rows of queries and keys, their biases and the gains of qk_norm are reordered; every
@@ -7,7 +7,9 @@ product and sum stays the same.
 
 import re
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,47 +18,54 @@ from model.errors import InputError, shown
 from model.LMConfig import LMConfig
 from model.weights.shapes import check_shapes, weight_shapes
 
-# Weights of a layer: our name, transformers' and GGUF's.
-LAYER = {
-    "attention_norm": ("input_layernorm", "attn_norm"),
-    "attention.wq": ("self_attn.q_proj", "attn_q"),
-    "attention.wk": ("self_attn.k_proj", "attn_k"),
-    "attention.wv": ("self_attn.v_proj", "attn_v"),
-    "attention.wo": ("self_attn.o_proj", "attn_output"),
-    "attention.q_norm": ("self_attn.q_norm", "attn_q_norm"),
-    "attention.k_norm": ("self_attn.k_norm", "attn_k_norm"),
-    "ffn_norm": ("post_attention_layernorm", "ffn_norm"),
-    "feed_forward.w1": ("mlp.gate_proj", "ffn_gate"),
-    "feed_forward.w2": ("mlp.down_proj", "ffn_down"),
-    "feed_forward.w3": ("mlp.up_proj", "ffn_up"),
-}
-TRANSFORMERS = {"tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head"}
-GGUF = {"tok_embeddings": "token_embd", "norm": "output_norm", "output": "output"}
-# What DistributedDataParallel, torch.compile, FSDP and activation checkpointing put before a module's name.
+# Prefixes that DistributedDataParallel, torch.compile, FSDP and activation checkpointing add to a module's name.
 WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 # Tables that some versions of programs saved; all of them follow from the shape.
 TABLES = re.compile(r"(?:^|\.)(?:mask|inv_freq|rope\.freqs|freqs_cis|freqs_cos|freqs_sin|pos_cis)$")
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # of weights that are read
+FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # of weights that are read
 TIED_PAIR = ("tok_embeddings.weight", "output.weight")
 ROTATED = ("attention.wq", "attention.wk", "attention.q_norm", "attention.k_norm")  # by RoPE
 
 
-def transformers_name(name: str) -> str:
-    """layers.0.attention.wq.weight -> model.layers.0.self_attn.q_proj.weight."""
-    return _renamed(name, TRANSFORMERS, "model.layers", 0)
+class Names(NamedTuple):
+    """A program's names for weights: called with one of ours, returns theirs.
+
+    Attributes:
+        layers: what precedes a layer's number.
+        modules: our names of modules to theirs; those of a layer without "layers.N.".
+    """
+
+    layers: str
+    modules: Mapping[str, str]
+
+    def __call__(self, name: str) -> str:
+        module, _, kind = name.rpartition(".")
+        if module in self.modules:
+            return f"{self.modules[module]}.{kind}"
+        _, number, part = module.split(".", 2)
+        return f"{self.layers}.{number}.{self.modules[part]}.{kind}"
 
 
-def gguf_name(name: str) -> str:
-    """layers.0.attention.wq.weight -> blk.0.attn_q.weight."""
-    return _renamed(name, GGUF, "blk", 1)
-
-
-def _renamed(name: str, others: Mapping[str, str], layers: str, column: int) -> str:
-    stem, _, kind = name.rpartition(".")
-    if stem in others:
-        return f"{others[stem]}.{kind}"
-    _, number, part = stem.split(".", 2)
-    return f"{layers}.{number}.{LAYER[part][column]}.{kind}"
+# layers.0.attention.wq.weight -> model.layers.0.self_attn.q_proj.weight
+transformers_name = Names(
+    "model.layers",
+    {
+        "tok_embeddings": "model.embed_tokens",
+        "attention_norm": "input_layernorm",
+        "attention.wq": "self_attn.q_proj",
+        "attention.wk": "self_attn.k_proj",
+        "attention.wv": "self_attn.v_proj",
+        "attention.wo": "self_attn.o_proj",
+        "attention.q_norm": "self_attn.q_norm",
+        "attention.k_norm": "self_attn.k_norm",
+        "ffn_norm": "post_attention_layernorm",
+        "feed_forward.w1": "mlp.gate_proj",
+        "feed_forward.w2": "mlp.down_proj",
+        "feed_forward.w3": "mlp.up_proj",
+        "norm": "model.norm",
+        "output": "lm_head",
+    },
+)
 
 
 def reordered(state_dict: Mapping[str, Tensor], config: LMConfig, order: Callable[[Tensor, int], Tensor]) -> dict:
@@ -79,22 +88,24 @@ def in_pairs(tensor: Tensor, head_dim: int) -> Tensor:
     return tensor.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).reshape(tensor.shape)
 
 
-def gather(
+def read_state_dict(
     config: LMConfig,
     rename: Callable[[str], str],
     shapes: Mapping[str, tuple[int, ...]],
     read: Callable[[str], Tensor],
     path: str | Path,
-) -> dict[str, Tensor]:
-    """A state dict under our names, heads in the file's order. All shapes are checked before anything is read.
-
-    If the config says that the embeddings are tied and the file holds two different matrices, `config` is corrected.
+) -> tuple[dict[str, Tensor], LMConfig]:
+    """A state dict under our names, with heads in the file's order. All shapes are checked before anything is read.
 
     Args:
+        config: as the file describes the model.
         rename: our names to the file's.
         shapes: of everything in the file, by its names.
-        read: a tensor, by its name in the file.
+        read: returns a tensor, given its name in the file.
         path: for messages.
+
+    Returns:
+        the state dict, and the config: with tie_embeddings off if the file holds two different matrices.
 
     Raises:
         InputError: a weight is missing, unknown, or of another shape than the config says.
@@ -113,11 +124,12 @@ def gather(
     check_shapes(found, config, path)
     state_dict = {name: read(theirs) for name, theirs in wanted.items() if theirs in shapes}
     if config.tie_embeddings:
-        state_dict, config.tie_embeddings = whole_pair(state_dict)
+        state_dict, tied = whole_pair(state_dict)
+        config = replace(config, tie_embeddings=tied)
     for name, tensor in state_dict.items():
-        if tensor.dtype not in DTYPES:
+        if tensor.dtype not in FLOAT_DTYPES:
             raise InputError(f"{path}: {wanted[name]} holds {tensor.dtype}, float32, float16 or bfloat16 expected")
-    return state_dict
+    return state_dict, config
 
 
 def plain_state_dict(content: Mapping, path: str | Path) -> dict[str, Tensor]:

@@ -9,17 +9,17 @@ from model.errors import InputError, shown
 from model.LMConfig import LMConfig
 from model.options import checked_value, options_of
 
-# Fields of an LMConfig that do not change what given weights compute: a format may leave them out.
+# Fields of an LMConfig that do not change what a model computes: a format may omit them.
 UNNEEDED = ("multiple_of", "dropout", "flash_attn")
 # Fields that every format expresses.
 COMMON = ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "hidden_dim", "max_seq_len")
-# Fields that a rope_scaling uses, of those that it alone may use.
+# Fields that each rope_scaling uses.
 LLAMA3_FIELDS = ("rope_factor", "rope_low_freq_factor", "rope_high_freq_factor", "rope_original_max_seq_len")
 SCALING_FIELDS = {None: (), "linear": ("rope_factor",), "llama3": LLAMA3_FIELDS}
 
 
-def check_given(values: Mapping, names: Iterable[str], path: str | Path) -> None:
-    """See that a description has the fields without which no shape can be made.
+def require_fields(values: Mapping, names: Iterable[str], path: str | Path) -> None:
+    """Check that a description has the fields that a shape needs.
 
     Raises:
         InputError: naming those that are missing or null.
@@ -74,7 +74,7 @@ def weight_shapes(config: LMConfig) -> dict[str, tuple[int, ...]]:
 
 
 def check_shapes(state_dict: Mapping[str, Tensor], config: LMConfig, path: str | Path) -> None:
-    """See that weights fit a model of this shape, before memory is allocated for it.
+    """Check that weights fit a model of this shape, before memory is allocated for it.
 
     Raises:
         InputError: naming a weight that is missing, unknown, or of another shape.
@@ -104,17 +104,17 @@ def check_shapes(state_dict: Mapping[str, Tensor], config: LMConfig, path: str |
 def check_expressible(
     config: LMConfig, path: str | Path, place: str, expressed: Iterable[str], only: Mapping[str, tuple]
 ) -> None:
-    """See that a format can express a shape, before anything is written.
+    """Check that a format can express a shape, before anything is written.
 
-    A field that a format does not know must have its default, so that no new field is dropped silently.
+    A field unknown to a format must have its default, so that no new field is dropped silently.
 
     Args:
         place: where the format holds the shape, for the message.
-        expressed: fields of which it can express every value.
-        only: by field, the values that it can express of others.
+        expressed: fields of which the format can express every value.
+        only: for other fields, the values that it can express.
 
     Raises:
-        InputError: naming every field that it cannot express.
+        InputError: naming every field that the format cannot express.
     """
     used = SCALING_FIELDS.get(config.rope_scaling, LLAMA3_FIELDS)
     if "rope_scaling" not in expressed and config.rope_scaling not in only.get("rope_scaling", (None,)):

@@ -30,7 +30,7 @@ def copy_tokenizer(source: str | Path | None, target: Path) -> None:
 
 
 def check_links(folder: Path) -> None:
-    """See that no file of a tokenizer is a link out of its folder: an export would give away what lies there.
+    """Check that no file of a tokenizer is a link out of its folder: an export would leak what lies there.
 
     In the Hugging Face cache the files of `snapshots/*/` are links into `blobs/`, which are followed.
 

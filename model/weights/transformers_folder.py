@@ -15,8 +15,8 @@ from model.LMConfig import LMConfig
 from model.storage.archive import load_torch
 from model.storage.files import files_of_set, new_folder, read_json, write_json
 from model.text.tokenization import end_ids, load_tokenizer, tokenizer_sha256
-from model.weights.names import gather, in_halves, in_pairs, plain_names, reordered, transformers_name
-from model.weights.shapes import COMMON, LLAMA3_FIELDS, check_expressible, check_given, read_shape
+from model.weights.names import in_halves, in_pairs, plain_names, read_state_dict, reordered, transformers_name
+from model.weights.shapes import COMMON, LLAMA3_FIELDS, check_expressible, read_shape, require_fields
 from model.weights.tokenizer_copy import adds_bos, export_tokenizer
 from model.weights.weights import Weights
 
@@ -33,11 +33,35 @@ LLAMA3 = {
     "high_freq_factor": "rope_high_freq_factor",
     "original_max_position_embeddings": "rope_original_max_seq_len",
 }
+CONFIG = "config.json"
+MATRIX_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # written
 EXPRESSED = (*COMMON, "head_dim", "norm_eps", "rope_theta", *LLAMA3_FIELDS, "tie_embeddings", "qk_norm", "qkv_bias")
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 
 
 # --------------------------------------------------------------------------------------------------------- reading
+
+
+def is_transformers(path: Path) -> bool:
+    """Whether a path is a folder of transformers, even one without weights, or a file of its weights."""
+    if path.is_dir():
+        return (path / CONFIG).is_file() or (path / "adapter_config.json").is_file()
+    if path.name.startswith("pytorch_model") and (path.parent / CONFIG).is_file():
+        return path.is_file()
+    return path.is_file() and (path.name.endswith(".index.json") or path.suffix == ".safetensors")
+
+
+def load_transformers_path(path: Path) -> Weights:
+    """Read a folder, or one given by a file of its weights or their index; raises as `load_transformers`."""
+    if path.is_dir():
+        if (path / "adapter_config.json").is_file():
+            raise InputError(
+                f"{path}: a LoRA adapter; merge it into its base model first, with peft's merge_and_unload"
+            )
+        return load_transformers(path)
+    if not (path.parent / CONFIG).is_file():
+        raise InputError(f"{path}: no config.json beside it, which would describe the model")
+    return load_transformers(path.parent, None if path.name.endswith(".index.json") else path.name)
 
 
 def load_transformers(folder: str | Path, chosen: str | None = None) -> Weights:
@@ -51,10 +75,10 @@ def load_transformers(folder: str | Path, chosen: str | None = None) -> Weights:
         InputError: a file is missing or damaged, or the model's architecture is not supported.
     """
     folder = Path(folder)
-    values = read_json(folder / "config.json")
+    values = read_json(folder / CONFIG)
     tensors = _Tensors(folder, chosen)
-    config = read_config(values, tensors.shapes, folder / "config.json")
-    state_dict = gather(config, transformers_name, tensors.shapes, tensors.read, folder)
+    config = read_config(values, tensors.shapes, folder / CONFIG)
+    state_dict, config = read_state_dict(config, transformers_name, tensors.shapes, tensors.read, folder)
     has_tokenizer = (folder / "tokenizer.json").is_file()
     return Weights(
         reordered(state_dict, config, in_pairs),
@@ -104,12 +128,12 @@ def read_config(values: Mapping, shapes: Mapping[str, tuple], path: Path) -> LMC
     gate = shapes.get("model.layers.0.mlp.gate_proj.weight")
     if found["hidden_dim"] is None and gate:
         found["hidden_dim"] = gate[0]  # MiniMind computes it
-    check_given(found, ("dim", "n_layers", "n_heads", "vocab_size", "hidden_dim"), path)
+    require_fields(found, ("dim", "n_layers", "n_heads", "vocab_size", "hidden_dim"), path)
     return read_shape(found | rope, path)
 
 
 def _refuse_others(values: Mapping, path: Path) -> None:
-    """Refuse what changes the computation and no LMConfig can express."""
+    """Refuse settings that change the computation and that LMConfig cannot express."""
     expected = {
         "hidden_act": ("silu", "swish"), "mlp_bias": (False,), "use_moe": (False,), "num_local_experts": (0, 1),
         "partial_rotary_factor": (1, 1.0), "pretraining_tp": tuple(range(65)), "quantization_config": (),
@@ -127,22 +151,22 @@ def _refuse_others(values: Mapping, path: Path) -> None:
 
 def _rope(values: Mapping, path: Path) -> dict:
     """An LMConfig's fields for RoPE, from version 5's rope_parameters or the older rope_theta and rope_scaling."""
-    given = values.get("rope_parameters") or values.get("rope_scaling") or {}
-    if not isinstance(given, Mapping):
-        raise InputError(f"{path}: rope_parameters is {shown(given)}, an object expected")
-    kind = given.get("rope_type", given.get("type", "default"))
+    described = values.get("rope_parameters") or values.get("rope_scaling") or {}
+    if not isinstance(described, Mapping):
+        raise InputError(f"{path}: rope_parameters is {shown(described)}, an object expected")
+    kind = described.get("rope_type", described.get("type", "default"))
     if kind not in ("default", "linear", "llama3"):
         raise InputError(f"{path}: RoPE of type {shown(kind)}, default, linear or llama3 expected")
-    if given.get("partial_rotary_factor", 1) != 1:
+    if described.get("partial_rotary_factor", 1) != 1:
         raise InputError(f"{path}: RoPE rotates only part of a head (partial_rotary_factor), which is not supported")
     rope = {}
-    for source in (values, given):
+    for source in (values, described):
         if source.get("rope_theta") is not None:
             rope["rope_theta"] = source["rope_theta"]
     if kind != "default":
-        rope |= {"rope_scaling": kind, "rope_factor": given.get("factor")}
+        rope |= {"rope_scaling": kind, "rope_factor": described.get("factor")}
     if kind == "llama3":
-        rope |= {ours: given.get(theirs) for theirs, ours in LLAMA3.items()}
+        rope |= {ours: described.get(theirs) for theirs, ours in LLAMA3.items()}
     return rope
 
 
@@ -187,7 +211,7 @@ class _Tensors:
 
 
 def _files(folder: Path, chosen: str | None) -> list[Path]:
-    """The files that hold a folder's weights: the usual ones, else the chosen one with those that it is numbered with.
+    """The files that hold a folder's weights: the usual ones, else all files of the chosen one's numbered set.
 
     Raises:
         InputError: there are none, one is missing, or `chosen` is none of them.
@@ -258,7 +282,7 @@ def save_transformers(
     with new_folder(folder) as temporary:
         export_tokenizer(weights, temporary)
         ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": ends if len(ends) > 1 else ends[0]}
-        write_json(temporary / "config.json", config_json(config, kind, dtype) | ids)
+        write_json(temporary / CONFIG, config_json(config, kind, dtype) | ids)
         write_json(temporary / "generation_config.json", ids | {"pad_token_id": ends[0], **(generation or {})})
         (temporary / "model.safetensors").write_bytes(save(tensors, metadata={"format": "pt"}))
 

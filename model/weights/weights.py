@@ -25,7 +25,7 @@ class Weights:
     tokenizer_path: str | None = None  # None: the embedded tokenizer
     tokenizer_sha256: str | None = None  # None: unknown
     begins_with_bos: bool = True  # a text begins with the tokenizer's bos, as documents in our token files do
-    inferred: str | None = None  # one line about what no file says and was inferred; None: nothing was
+    inferred: str | None = None  # one line on what was inferred because no file says it; None: nothing
 
     def with_state(self, state_dict: dict[str, Tensor]) -> "Weights":
         """The same description with other weights."""
@@ -50,7 +50,7 @@ def read_sidecar(path: str | Path) -> tuple[LMConfig, str | None, str | None, bo
     """The description beside weights: shape, tokenizer's folder and SHA-256, and whether texts begin with its bos.
 
     Raises:
-        InputError: the file is damaged, or holds something else.
+        InputError: the file is damaged or describes no weights.
     """
     described = read_json(Path(path), MAX_SIDECAR_BYTES)
     try:

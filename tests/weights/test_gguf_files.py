@@ -146,7 +146,7 @@ def test_a_part_that_is_missing_or_of_another_file_is_named(parts):
     content = paths[1].read_bytes()
     paths[1].unlink()
     for path in (paths[0], paths[2]):
-        with pytest.raises(InputError, match=f"one of 3 files, of which {paths[1].name} is missing beside it"):
+        with pytest.raises(InputError, match=f"one of a set of 3 files; {paths[1].name} is missing beside it"):
             load_weights(path)
     with pytest.raises(InputError, match="is missing beside it"):
         load_tokenizer(paths[2])

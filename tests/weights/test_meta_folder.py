@@ -155,7 +155,7 @@ def test_parts_that_are_missing_too_many_or_damaged(tmp_path):
     assert not is_meta_folder(tmp_path)
     with pytest.raises(InputError, match="none of it found"):
         load_meta_folder(tmp_path)
-    with pytest.raises(InputError, match="is there already"):
+    with pytest.raises(InputError, match="exists already"):
         save_meta_folder(tmp_path, weights)
 
 

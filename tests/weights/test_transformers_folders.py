@@ -175,7 +175,7 @@ def test_a_folder_that_is_there_is_left_alone(tmp_path, tokenizer_folder):
     (tmp_path / "model").mkdir()
     save_transformers(tmp_path / "model", weights_of({}, tokenizer_folder))  # an empty one is taken
     before = (tmp_path / "model" / "model.safetensors").read_bytes()
-    with pytest.raises(InputError, match="model is there already"):
+    with pytest.raises(InputError, match="model exists already"):
         save_transformers(tmp_path / "model", weights_of({}, tokenizer_folder, seed=1))
     assert (tmp_path / "model" / "model.safetensors").read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
@@ -432,7 +432,7 @@ def test_shards_are_found_without_their_index(shards):
         assert_same(load_weights(path), weights)
     parts[1].unlink()
     for path in (parts[0].parent, parts[0]):
-        with pytest.raises(InputError, match=f"one of {len(parts)} files, of which {parts[1].name} is missing"):
+        with pytest.raises(InputError, match=f"one of a set of {len(parts)} files; {parts[1].name} is missing"):
             load_weights(path)
 
 
