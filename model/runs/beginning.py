@@ -15,6 +15,7 @@ from model.text.tokenizer_folder import same_tokenizer
 from model.training.choices import FoundCheckpoint
 from model.training.settings import ModelSettings, Settings
 from model.weights import Weights, load_weights
+from model.weights.find import find_weights
 from model.weights.load import fitting_tokenizer, recorded_tokenizer
 from model.weights.shapes import read_shape
 
@@ -60,7 +61,9 @@ def _load_initial(settings: Settings, say: Callable[[str], None]) -> dict[str, T
     training, data, model = settings.training, settings.data, settings.model
     if training.init_from is None:
         return None
-    path = Path(training.init_from)
+    path, choice = find_weights(training.init_from)
+    if choice is not None:
+        say(choice)
     weights = load_weights(path)
     if weights.inferred:
         say(weights.inferred)

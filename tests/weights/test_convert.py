@@ -127,10 +127,10 @@ def test_there_and_back(shop, tmp_path, here, name, target, flags):
 
 REFUSED = {
     "one file of safetensors": (["a.pth", "b.safetensors"], "b.safetensors: a folder's name expected"),
-    "the target is there": (["own.pth", "own/model"], "own/model is there already; give another name"),
-    "a file is there": (["own.pth", "a.pth"], "a.pth is there already; give another name"),
-    "the description is there": (["own.pth", "taken.pth"], "taken.json is there already; give another name"),
-    "the tokenizer is there": (["own.pth", "taken2.pth"], "taken2_tokenizer is there already; give another name"),
+    "the target is there": (["own.pth", "own/model"], "own/model exists already; give another name"),
+    "a file is there": (["own.pth", "a.pth"], "a.pth exists already; give another name"),
+    "the description is there": (["own.pth", "taken.pth"], "taken.json exists already; give another name"),
+    "the tokenizer is there": (["own.pth", "taken2.pth"], "taken2_tokenizer exists already; give another name"),
     "an unknown format": (["own.pth", "x", "--to", "onnx"], "argument --to: invalid choice: 'onnx'"),
     "an unknown dtype": (["own.pth", "x", "--dtype", "Q4_K"], "argument --dtype: invalid choice: 'Q4_K'"),
     "Q8_0 for transformers": (["own.pth", "x", "--dtype", "Q8_0"], "--dtype: 'Q8_0' found, F32, F16, BF16 expected"),
@@ -314,6 +314,24 @@ def test_training_begins_where_the_weights_are(shop, tmp_path, here, name):
     assert best.config.max_seq_len == 32
     for key, tensor in weights.state_dict.items():
         assert torch.allclose(best.state_dict[key], tensor, atol=1e-10, rtol=0)
+
+
+@pytest.mark.long
+def test_training_begins_with_the_newest_weights_of_a_runs_folder(shop, tmp_path, here):
+    """As --model_path and convert do; the line says which file was taken."""
+    own = load_weights(shop / "a.pth")
+    (run := tmp_path / "run").mkdir()
+    zeros = {name: torch.zeros_like(tensor) for name, tensor in own.state_dict.items()}
+    save_weights(run / "best_model.pth", own.with_state(zeros))
+    save_weights(run / "pretrain_64.pth", own)
+    paths = {"init_from": run, "raw_data_path": shop / "raw.jsonl", "train_data_path": tmp_path / "t.bin"}
+    code, _, error = here(train, *flags(**paths, learning_rate=1e-12, max_steps=1, out_dir=tmp_path / "out"))
+    assert code == 0, error
+    assert f"weights {(run / 'pretrain_64.pth').as_posix()}: the newest final weights under" in error
+    assert f"init_from {run / 'pretrain_64.pth'}: " in error
+    trained = load_weights(tmp_path / "out" / "best_model.pth")
+    for key, tensor in own.state_dict.items():
+        assert torch.allclose(trained.state_dict[key], tensor, atol=1e-10, rtol=0)
 
 
 @pytest.mark.long
