@@ -1,4 +1,4 @@
-"""A person's messages from a terminal: line editing for Chinese in any locale, and a paste as one message."""
+"""Reads a user's messages from a terminal: line editing for Chinese in any locale, and a paste as one message."""
 
 import contextlib
 import locale
@@ -8,7 +8,7 @@ import sys
 import time
 
 PASTE_SECONDS = 0.03  # within which the next line of a paste arrives
-UTF8_LOCALES = ("C.UTF-8", "en_US.UTF-8", "UTF-8")  # of which a system has one at least
+UTF8_LOCALES = ("C.UTF-8", "en_US.UTF-8", "UTF-8")  # every system has at least one
 READLINE_SETTINGS = (
     "set enable-bracketed-paste on",  # the lines of a paste stay in the line that is edited
     "set input-meta on",  # bytes above 127 are characters, not keys with Meta held: as such they listed files
@@ -34,7 +34,7 @@ def prepare_input() -> None:
 
 
 def _leave_ascii_locale() -> None:
-    """Where the locale is C, or one that is not installed, take a UTF-8 one: readline would edit bytes."""
+    """Replace the C locale, also in place of one that is not installed, by a UTF-8 one: readline would edit bytes."""
     if not hasattr(locale, "nl_langinfo") or locale.nl_langinfo(locale.CODESET).upper().startswith("UTF"):
         return
     if locale.setlocale(locale.LC_CTYPE) not in ("C", "POSIX"):
@@ -42,7 +42,7 @@ def _leave_ascii_locale() -> None:
     for name in UTF8_LOCALES:
         with contextlib.suppress(locale.Error):
             locale.setlocale(locale.LC_CTYPE, name)
-            os.environ["LC_ALL"] = name  # which readline asks
+            os.environ["LC_ALL"] = name  # readline reads it
             return
 
 
@@ -50,7 +50,7 @@ def read_message(prompt: str) -> str:
     """The next line of stdin; at a terminal, with the lines that arrive at once with it: a paste is one message.
 
     Raises:
-        EOFError: there is no more.
+        EOFError: stdin has ended.
     """
     if not sys.stdin.isatty():
         return input(prompt)

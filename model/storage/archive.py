@@ -98,7 +98,7 @@ def load_torch(path: str | Path, own: bool = False) -> dict:
     Files of other programs, which have none, are checked against the checksums of their zip records.
 
     Args:
-        own: the file must have a SHA-256, as all files that this program writes.
+        own: the file must have a SHA-256, as all files written by this program do.
 
     Raises:
         InputError: the file is missing, truncated, damaged, not a dict, or holds more than tensors and plain values.
@@ -125,7 +125,7 @@ def load_torch(path: str | Path, own: bool = False) -> dict:
 
 
 def _check_bytes(path: Path, own: bool) -> None:
-    """See that a file is an archive as torch writes them, and that every byte is as it was written."""
+    """Check that a file is an archive as torch writes it, and that no byte has changed since."""
     if kind := other_kind(path):
         raise InputError(f"{path}: it is {kind}")
     right = digest_is_right(path)

@@ -1,4 +1,4 @@
-"""What must hold of a `.pth` file before torch reads it, and of the tensors that come out of it.
+"""Checks of a `.pth` file before torch reads it, and of the tensors that come out of it.
 
 `torch.load(weights_only=True)` runs no code from a file. But it unpacks a record to a thousand times its size, and may
 return ten billion numbers over a storage of four. So the archive's directory is checked first, the tensors afterwards.
@@ -43,7 +43,7 @@ KINDS = {  # other files that pass for weights, by their first bytes
 
 
 def other_kind(path: Path) -> str | None:
-    """What a file is instead of a zip archive, and what to do; None if that is unknown."""
+    """The kind of a file that is no zip archive, and what to do with it; None if unknown."""
     with open(path, "rb") as file:
         start = file.read(262)
     if start[8:10] == b'{"' and int.from_bytes(start[:8], "little") < path.stat().st_size:
@@ -146,7 +146,7 @@ def named_tensors(content) -> Iterator[tuple[str, Tensor]]:
 
 
 def check_tensors(content, path: str | Path) -> None:
-    """See that every loaded tensor is a plain one that lies within its storage.
+    """Check that every loaded tensor is a plain one that lies within its storage.
 
     Args:
         content: nested dicts, lists and tuples, as `torch.load` returned them.

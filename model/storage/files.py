@@ -65,7 +65,7 @@ def replacing(
 
 
 def flush_to_disk(file: IO) -> None:
-    """Return once all that was written to a file is on the disk.
+    """Return once everything written to a file is on the disk.
 
     Raises:
         OSError: the system could not write it.
@@ -76,10 +76,10 @@ def flush_to_disk(file: IO) -> None:
 
 @contextlib.contextmanager
 def new_folder(folder: str | Path) -> Iterator[Path]:
-    """A temporary folder to fill, which gets its name at the end; if the block raises, nothing is left.
+    """A temporary folder to fill, renamed to `folder` at the end; if the block raises, it is removed.
 
     Raises:
-        InputError: a file or a folder that is not empty has that name, or the folder cannot be written.
+        InputError: a file or a folder with content has that name, or the folder cannot be written.
     """
     folder = Path(folder)
     temporary = folder.with_name(folder.name + TEMPORARY_SUFFIX)
@@ -98,16 +98,16 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
 
 
 def cached_folder(folder: Path, whole: str, fill: Callable[[Path], None]) -> Path:
-    """A folder of the cache; one that is not there is filled first.
+    """A folder of the cache; a missing one is filled first.
 
-    Several processes may fill it at once: each fills a folder of its own, and the first to finish gives it the name.
+    Several processes may fill it at once: each fills a temporary folder, and the first to finish renames its own.
 
     Args:
-        whole: a file that a filled folder has.
-        fill: called with an empty folder.
+        whole: a file whose presence shows that the folder is filled.
+        fill: called with an empty folder; its exceptions are passed on.
 
     Raises:
-        InputError: the folder cannot be written; and what `fill` raises.
+        InputError: the folder cannot be written.
     """
     if (folder / whole).is_file():
         return folder
@@ -119,7 +119,7 @@ def cached_folder(folder: Path, whole: str, fill: Callable[[Path], None]) -> Pat
             filled = Path(own) / folder.name
             filled.mkdir()
             fill(filled)
-            if folder.exists() and not (folder / whole).is_file():  # somebody removed files from it
+            if folder.exists() and not (folder / whole).is_file():  # files were removed from it
                 shutil.rmtree(folder, ignore_errors=True)
             with contextlib.suppress(OSError):  # another process was first
                 os.replace(filled, folder)
@@ -131,21 +131,21 @@ def cached_folder(folder: Path, whole: str, fill: Callable[[Path], None]) -> Pat
 
 
 def check_is_new(path: Path) -> None:
-    """See that nothing is lost if a file or folder is written there.
+    """Check that writing a file or folder there would replace nothing.
 
     Raises:
-        InputError: there is one that is not an empty folder.
+        InputError: a file or a folder with content exists.
     """
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise InputError(f"{path} is there already; give another name, or remove it first")
+        raise InputError(f"{path} exists already; give another name, or remove it first")
 
 
 def refuse_overwriting_inputs(outputs: Mapping[str, str | Path], inputs: Iterable[str | Path]) -> None:
-    """Check before anything is written that no output is an input, under whatever name: a link, another spelling.
+    """Check before anything is written that no output is an input, also by way of links or another spelling.
 
     Args:
-        outputs: files or folders to write, by the flag that names each.
-        inputs: files or folders that are read.
+        outputs: files or folders to write, by flag.
+        inputs: files or folders to read.
 
     Raises:
         InputError: one of them is.
@@ -159,13 +159,13 @@ def refuse_overwriting_inputs(outputs: Mapping[str, str | Path], inputs: Iterabl
 
 
 def refuse_overwriting(flag: str, output: str | Path, instead: str = "give another path, or remove it first") -> None:
-    """Check before anything is written that an output would replace nothing: an empty file or a device may be there.
+    """Check before anything is written that an output would replace nothing; an empty file or a device may exist.
 
     Args:
-        instead: what the user can do.
+        instead: the advice that ends the message.
 
     Raises:
-        InputError: there is a file with something in it, or a folder.
+        InputError: a file with content or a folder exists.
     """
     output = Path(output)
     if output.is_dir():
@@ -175,10 +175,10 @@ def refuse_overwriting(flag: str, output: str | Path, instead: str = "give anoth
 
 
 def is_same_file(first: Path, second: Path) -> bool:
-    """Whether two paths lead to one file or folder, there already or not."""
+    """Whether two paths lead to the same file or folder, which need not exist."""
     with contextlib.suppress(OSError):
         return os.path.samefile(first, second)
-    # One of them is not there.
+    # One of them does not exist.
     return os.path.normcase(os.path.realpath(first)) == os.path.normcase(os.path.realpath(second))
 
 
@@ -189,7 +189,7 @@ def write_json(path: str | Path, value) -> None:
 
 
 def cache_folder() -> Path:
-    """The folder of what can be made again: $MATECONV_CACHE, or mateconv under the user's cache folder."""
+    """The folder for files that can be rebuilt: $MATECONV_CACHE, or mateconv under the user's cache folder."""
     if os.environ.get("MATECONV_CACHE"):
         return Path(os.environ["MATECONV_CACHE"])
     if sys.platform == "win32":
@@ -234,12 +234,12 @@ def files_of_set(path: Path) -> list[Path]:
     present = {other.name for other in path.parent.iterdir()}
     names = [f"{stem}-{n:05}-of-{count}{suffix}" for n in range(1, int(count) + 1)]
     if missing := [name for name in names if name not in present]:
-        raise InputError(f"{path}: one of {int(count):,} files, of which {missing[0]} is missing beside it")
+        raise InputError(f"{path}: one of a set of {int(count):,} files; {missing[0]} is missing beside it")
     return [path.with_name(name) for name in names]
 
 
 def free_bytes(folder: Path) -> int:
-    """Bytes that can still be written where this folder lies, or will lie."""
+    """Free bytes on the disk of a folder, which need not exist yet."""
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
     return shutil.disk_usage(folder).free

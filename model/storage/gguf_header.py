@@ -1,8 +1,7 @@
 """The header of a GGUF file (ggml's docs/gguf.md): values by name, and each tensor's shape, type and place.
 
 The library `gguf` reads it too, but believes a length of 2^60 and makes a NumPy array of every number in a list, so a
-file of 1 MB takes 500 MB. Here every length is compared with the bytes that are left, and nothing is decoded before it
-is asked for.
+file of 1 MB takes 500 MB. Here every length is compared with the bytes that are left, and values are decoded on demand.
 """
 
 import math
@@ -34,7 +33,7 @@ TYPES = {  # of GGUF that each of Python's stands for
 
 
 class Refused(Exception):
-    """The message says what is wrong with a file's content."""
+    """A file's content is refused; the message says why."""
 
 
 @dataclass(frozen=True)

@@ -195,7 +195,7 @@ def test_each_format_has_its_limits(tmp_path):
         save_llama2c(tmp_path / "model.bin", some_weights(**SHAPES["grouped heads"], norm_eps=1e-6))
     with pytest.raises(InputError, match=r"cannot express tie_embeddings False \(only True\)"):
         save_llama2c_checkpoint(tmp_path / "ckpt.pt", some_weights(**SHAPES["grouped heads"], tie_embeddings=False))
-    with pytest.raises(InputError, match="version 3 of llama2.c's format asked for"):
+    with pytest.raises(InputError, match="version 3 of llama2.c's format requested"):
         save_llama2c(tmp_path / "model.bin", some_weights(**SHAPES["grouped heads"]), 3)
     assert not list(tmp_path.iterdir())
 
