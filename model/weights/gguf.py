@@ -129,9 +129,7 @@ def _config(fields: Mapping, shapes: Mapping[str, tuple], factors: Tensor | None
     for key in ("attention.value_length", "rope.dimension_count"):
         own = head_dim or (embedding[-1] // heads if embedding[-1] and heads else None)
         if value(key, int, own) != own:
-            raise InputError(
-                f"{path}: {architecture}.{key} is {value(key, int)}, {own} expected, as many as a head has"
-            )
+            raise InputError(f"{path}: {architecture}.{key} is {value(key, int)}, {own} expected, a head's width")
     window, max_seq_len = value("attention.sliding_window", int), value("context_length", int)
     found = {
         "dim": value("embedding_length", int),
@@ -196,7 +194,7 @@ def _dequantised(tensor: StoredTensor, path: Path) -> Tensor:
     try:
         numbers = gguf.quants.dequantize(tensor.rows, tensor.kind)
     except (NotImplementedError, ValueError, KeyError) as error:
-        found = f"{shown(tensor.name)} is kept as {tensor.kind.name}"
+        found = f"{shown(tensor.name)} is stored as {tensor.kind.name}"
         raise InputError(f"{path}: {found}, which cannot be read ({first_line(error)})") from error
     return torch.from_numpy(np.array(numbers, dtype=np.float32)).view(tensor.shape)
 

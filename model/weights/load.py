@@ -35,7 +35,7 @@ def load_weights(path: str | Path, overrides: Mapping[str, float] | None = None)
             weights = known.load(source)
             if overrides:
                 names = ", ".join(overrides)
-                raise InputError(f"{path}: its shape is described with it, {names} cannot be given")
+                raise InputError(f"{path}: the model's shape comes with the file; {names} cannot be given")
             return weights
     return recognise(plain_state_dict(source.content, path), path, overrides or {})
 

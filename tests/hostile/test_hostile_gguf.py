@@ -224,7 +224,7 @@ def test_numbers_of_every_kind(tmp_path, raw, kind):
     found = load_or_refusal(tmp_path / "bad.gguf")
     if isinstance(found, str):
         assert kind not in (F32, F16, Q8_0)
-        assert any(part in found for part in ("is kept as", "not a valid GGML", "stored in blocks of"))
+        assert any(part in found for part in ("is stored as", "not a valid GGML", "stored in blocks of"))
     else:
         assert not found.state_dict["layers.0.attention.wq.weight"].any()
 

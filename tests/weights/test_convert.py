@@ -142,7 +142,7 @@ REFUSED = {
     "an empty folder": (["empty", "x"], "empty: neither config.json (transformers) nor params.json (Meta)"),
     "another tokenizer": (["a.pth", "x", "--tokenizer_path", "own/model"], "a.pth was trained with another tokenizer"),
     "no tokenizer": (["a.pth", "x", "--tokenizer_path", "empty"], "empty holds no tokenizer.json"),
-    "what is described": (["own.pth", "x", "--n_heads", "4"], "own.pth: its shape is described with it, n_heads"),
+    "a shape": (["own.pth", "x", "--n_heads", "4"], "own.pth: the model's shape comes with the file; n_heads"),
     "no number": (["own.pth", "x", "--n_heads", "four"], "argument --n_heads: invalid int value: 'four'"),
     "a misspelt flag": (["own.pth", "x", "--dtyp", "F16"], "--dtyp: unknown; did you mean --dtype?"),
     "no target": (["own.pth"], "the following arguments are required: target"),

@@ -169,7 +169,7 @@ def test_shapes_of_no_generation_need_their_heads():
 
 def test_described_weights_take_nothing(tmp_path, tiny_model, tiny_config):
     save_weights(tmp_path / "w.pth", Weights(tiny_model.state_dict(), tiny_config))
-    with pytest.raises(InputError, match="its shape is described with it, n_heads cannot be given"):
+    with pytest.raises(InputError, match="the model's shape comes with the file; n_heads cannot be given"):
         load_weights(tmp_path / "w.pth", {"n_heads": 2})
 
 
