@@ -285,6 +285,8 @@ class Processes:
         self._turns += 1
         turn = f"turn/{self._turns}"
         self.beat(doing, timeouts)
+        if self.is_main:
+            self.arrive()  # as the others do below: ranks in the same place must have the same count
         if self._control is not None and not self.is_main:
             with self._others_alive():
                 while not self._keys.check([turn]):  # a barrier would end with the group's timeout

@@ -82,7 +82,7 @@ def all_cases() -> dict[str, Case]:
     cases["NaN in the loss twice, with max_skipped_steps 2"] = Case(
         "loss", "nan", 2, skipped=2, says=f"step {FIRST}: the loss is nan", flags={"max_skipped_steps": 2}
     )
-    saved = {"first": 2, "code": 1, "skipped": 0, "says": "not finite, and were not saved"}
+    saved = {"first": 2, "code": 1, "skipped": 0, "says": "not finite and were not saved"}
     cases["a weight that is NaN right before a save"] = Case("weight before a save", "nan", **saved)
     cases["a weight that is NaN right before the last save"] = Case(
         "weight before a save", "nan", **saved | {"first": 3}
@@ -241,13 +241,16 @@ def _now(count: list, first: int, times: int) -> bool:
 
 
 def _poison_loss(where: str, value: str, first: int, times: int) -> None:
+    from torch import Tensor
+
     from model.model import Transformer
 
     forward, count = Transformer.forward, []
 
-    def poisoned(self, *args, **kwargs):
-        result = forward(self, *args, **kwargs)
-        return result * float(value) if self.training and _now(count, first, times) else result
+    def poisoned(self, tokens, *args, **kwargs):
+        result = forward(self, tokens, *args, **kwargs)
+        is_step = self.training and type(tokens) is Tensor  # passes over fake tensors measure memory
+        return result * float(value) if is_step and _now(count, first, times) else result
 
     Transformer.forward = poisoned
 
