@@ -9,7 +9,7 @@ import numpy as np
 from model.text.encoder import can_panic, encode_batch, load_backend
 from model.text.tokenization import BulkTokenizer, Delimiters
 
-CHECKED_CHARACTERS = 100_000  # of the user's own first texts: encoded both ways before fastokens is trusted
+CHECKED_CHARACTERS = 100_000  # of the user's first texts, encoded by both packages before fastokens is trusted
 TRAPS = ("a</s>b<s>c<unk>", " </s>", "<s>", "", "\ufffd🤔\x00 \u3000", "2019年  12\t月\r\n\n3日", "  ", "don't 'S")
 
 
@@ -53,7 +53,7 @@ class BulkEncoder:
     def _encode_fast(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
         try:
             ids, offsets = self._fast.encode_batch_flat(texts, split_special_tokens=True)
-        except ValueError:  # it refuses a symbol without a token, which tokenizers skips and LossCounter counts
+        except ValueError:  # it refuses symbols without a token; tokenizers skips them, and LossCounter counts them
             if len(texts) == 1:
                 return self._encode_slowly(texts)
             half = len(texts) // 2
@@ -64,12 +64,12 @@ class BulkEncoder:
 
 def choose_encoder(tokenizer: BulkTokenizer, texts: Sequence[str], say: Callable[[str], None]) -> EncoderChoice:
     """Choose fastokens, some thirty times faster than tokenizers on Chinese, if it is installed, supports the tokenizer
-    and gives the same ids for `texts` and for some that are known to be hard.
+    and gives the same ids for `texts` and for some hard cases.
 
     Args:
         tokenizer: as `load_bulk_tokenizer` returned it.
-        texts: the user's own first texts; CHECKED_CHARACTERS of them are compared.
-        say: prints one line for the user: which one was chosen, and why.
+        texts: the user's first texts; CHECKED_CHARACTERS of them are compared.
+        say: prints a line for the user: the choice and its reason.
     """
     slow = EncoderChoice("tokenizers", tokenizer.json)
     try:
@@ -80,7 +80,7 @@ def choose_encoder(tokenizer: BulkTokenizer, texts: Sequence[str], say: Callable
     fast = EncoderChoice("fastokens", tokenizer.json)
     try:
         fast_encoder = BulkEncoder(fast)
-    except ValueError as error:  # its word for a part that it does not support
+    except ValueError as error:  # an unsupported part
         say(f"encoder tokenizers: fastokens does not support this tokenizer ({error})")
         return slow
     sample, characters = list(TRAPS), 0

@@ -1,4 +1,4 @@
-"""Samples of what cleaning changed, before and after, for the user to inspect."""
+"""Samples of the changes that cleaning made, before and after, for the user to inspect."""
 
 import dataclasses
 import hashlib
@@ -19,30 +19,30 @@ SWITCHED_OFF = {
 
 
 class ChangeSamples:
-    """Keeps, of each kind of change, the texts of the smallest hashes.
+    """Keeps, for each kind of change, the texts with the smallest hashes.
 
-    They are spread over the whole input, and the same however the work is divided.
+    So they are spread over the whole input, and do not depend on how the work is divided.
     """
 
     def __init__(self, options: CleaningOptions) -> None:
         self._rows: dict[str, list[dict]] = {name: [] for name in CHANGES}
-        self._cleaners = {}  # of one kind of change only
+        self._cleaners = {}  # each makes one kind of change only
         for name in CHANGES:
             others = {key: value for other, off in SWITCHED_OFF.items() if other != name for key, value in off.items()}
             self._cleaners[name] = Cleaner(dataclasses.replace(options, **others))
 
     def add(self, mask: int, line: int, before: str, after: str) -> None:
-        """Add the text of a line that cleaning changed, in the ways that `mask` has bits for."""
+        """Add a line's text and what cleaning made of it; `mask`: bit k for CHANGES[k]."""
         key = hashlib.sha256(before.encode("utf-8", "surrogatepass")).hexdigest()[:16]
         for number, name in enumerate(CHANGES):
             if mask >> number & 1 and self._has_room(name, key):
                 alone, _ = self._cleaners[name].clean(before)
-                if alone == before.strip():  # it became possible by another change only
+                if alone == before.strip():  # another change made this one possible
                     alone = after
                 self._insert(name, {"key": key, "line": line, **_excerpts(before, alone)})
 
     def add_all(self, packed: str, lines_before: int, source: str) -> None:
-        """Add the samples of a part, before which its source has `lines_before` lines."""
+        """Add the samples of a part; `lines_before`: lines of its source before it."""
         for name, rows in json.loads(packed).items():
             for row in rows:
                 if self._has_room(name, row["key"]):
@@ -58,7 +58,7 @@ class ChangeSamples:
         del self._rows[name][SAMPLES:]
 
     def packed(self) -> str:
-        """All of them, for `add_all`."""
+        """All samples as JSON, for `add_all`."""
         return json.dumps(self._rows)
 
     def lines(self) -> Iterator[str]:

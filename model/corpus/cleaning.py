@@ -1,8 +1,7 @@
-"""What is repaired in a text, and which texts are not worth training on.
+"""Cleans texts, and rejects those not worth training on.
 
-Cleaning is a fixed point, `clean(clean(text)) == clean(text)` for every string: a file that was cleaned first and is
-cleaned again on its way to tokens stays as it is. Most texts need nothing. Each is searched once for the characters
-that call for work, and changed only where they were found.
+Cleaning is idempotent, `clean(clean(text)) == clean(text)` for every string: cleaning a cleaned file again on its way
+to tokens changes nothing. Most texts need no change, so each is searched once for the characters that call for one.
 """
 
 import html.entities
@@ -32,7 +31,7 @@ FILTER_REASONS = {
 class CleaningOptions:
     """What a `Cleaner` changes and rejects; each field is a flag of the same name."""
 
-    clean: bool = setting(True, "clean and filter the texts; false: they stay as they are, white space around them cut")
+    clean: bool = setting(True, "clean and filter the texts; false: only strip white space around them")
     normalization: str = setting(
         "nfc",
         "Unicode form; nfkc also turns full-width punctuation, ligatures, circled digits … into plain ones",
@@ -65,12 +64,12 @@ class CleaningOptions:
     )
 
 
-GROUP_CHARACTERS = 4096  # of texts that are looked at together at first
+GROUP_CHARACTERS = 4096  # of short texts that are searched together first
 
 # A text with more levels of HTML inside HTML (`&amp;amp;lt;` has three) than this was not written by anyone.
 MAX_PASSES = 10
 
-# The characters of CONTROL, but for \v \f \x85, which are newlines if white space is tidied. The zero-width joiners
+# The characters of CONTROL except \v \f \x85, which are newlines if white space is tidied. The zero-width joiners
 # U+200C/D and the variation selectors stay: emoji and several scripts need them. So does U+FFFD: something was there.
 # Past U+FFFF one range stands for all, and `_without_control` looks closer: every further range there would slow the
 # search for all characters.
@@ -129,7 +128,7 @@ class Cleaner:
         for number in itertools.count(1):
             text, changes = self._pass(text)
             mask |= changes
-            if not changes & ~WHITESPACE:  # what tidying leaves gives the other changes nothing to do
+            if not changes & ~WHITESPACE:  # tidying never makes other changes necessary
                 return text, mask
             if number == MAX_PASSES:
                 text = text.replace("&", "").replace("<", "").strip()
@@ -180,7 +179,7 @@ class Cleaner:
         return text, mask
 
     def reason_to_reject(self, text: str) -> str | None:
-        """Why a cleaned text is not wanted, a key of FILTER_REASONS, or None."""
+        """Why to reject a cleaned text, a key of FILTER_REASONS, or None."""
         options = self.options
         if not options.clean:
             return None
@@ -221,7 +220,7 @@ def _is_noncharacter(code: int) -> bool:
 
 # HTML
 
-# The names of HTML 4, without those that a C program may well take the address of (`pointer = &sum;`). HTML 5 has 2,000
+# The names of HTML 4, except common C identifiers (`pointer = &sum;`). HTML 5 has 2,000
 # more, which are rare in text, while &num; or &map; are common in C.
 _IDENTIFIERS = frozenset("cap cup empty exist image lang part prod rang real sub sum sup".split())
 _NAMES = {name: chr(code) for name, code in html.entities.name2codepoint.items() if name not in _IDENTIFIERS}
@@ -258,7 +257,7 @@ def _decode_entities(text: str) -> str:
 
 
 def _decode_entity(match: re.Match) -> str:
-    """The character that an entity stands for; the entity itself if that is none that a text can hold."""
+    """The character that an entity stands for; the entity itself if text cannot hold that character."""
     name, decimal, hexadecimal = match.groups()
     if name:
         return _NAMES.get(name, match[0])
@@ -341,7 +340,7 @@ def _tidy_whitespace(text: str, suspects: str) -> str:
     if "\u3000" in suspects:
         lines = (line.rstrip(_BLANKS) for line in text.split("\n"))
         text = "\n".join([line[indented.end() :] if (indented := _INDENTATION.match(line)) else line for line in lines])
-    elif " \n" in text or ("\t" in text and "\t\n" in text):  # one character is found in no time, and is rare
+    elif " \n" in text or ("\t" in text and "\t\n" in text):  # searching for one character is cheap
         text = "\n".join([line.rstrip(_BLANKS) for line in text.split("\n")])
     return _THREE_NEWLINES.sub("\n\n", text) if "\n\n\n" in text else text
 
@@ -390,7 +389,7 @@ _BLOCK = 1 << 16  # bytes at a time, so that the intermediate arrays stay in the
 def count_han(contents: Sequence[bytes]) -> np.ndarray:
     """How many Han characters each text, given as UTF-8, has: int64 [len(contents)].
 
-    Counted are U+3400 to U+9FFF, which but for 64 hexagrams are ideographs, and the planes from 2 on, by their first
+    Counted are U+3400 to U+9FFF, all ideographs except 64 hexagrams, and the planes from 2 on, by their first
     bytes: E3 (with a second one from 90 on), E4 to E9, F0 (from A0 on). Ten times as fast as going by characters.
     """
     content = b"".join(contents) + b"\0"  # the zero: where empty texts at the end begin

@@ -1,4 +1,4 @@
-"""Which documents repeat an earlier one, found by sorting, with bounded memory."""
+"""Finds documents that repeat an earlier one, by sorting, with bounded memory."""
 
 import os
 from collections.abc import Iterator
@@ -11,15 +11,14 @@ READ_AT_ONCE = 1 << 20  # keys
 
 
 def first_occurrences(keys_path: Path, first_path: Path) -> np.ndarray:
-    """For each document the number of the first that has the same key: its own, or an earlier one's.
+    """For each document, the number of the first with the same key: its own or an earlier one's.
 
     Keys are sorted SORTED_AT_ONCE at a time: the range of their first halves is cut into slices, and the file is read
-    once for each slice. Two different texts are taken for one with a probability below n^2 / 2^129: 10^-21 for a
-    billion.
+    once for each slice. Two different texts collide with a probability below n^2 / 2^129: 10^-21 for a billion.
 
     Args:
         keys_path: little-endian uint64 [N, 2].
-        first_path: the file that the result is kept in.
+        first_path: a new file for the result.
 
     Returns:
         int64 [N], mapped from the file.
@@ -45,7 +44,7 @@ def first_occurrences(keys_path: Path, first_path: Path) -> np.ndarray:
 def new_mapped(path: Path, count: int) -> np.ndarray:
     """A new file of int64 [count], mapped.
 
-    Its space is taken at once where the system can: on a full disk, writing to a mapped file would end the process.
+    Its space is allocated first if the system can: on a full disk, writing to a mapped file would kill the process.
 
     Raises:
         OSError: the disk is full.
@@ -58,8 +57,10 @@ def new_mapped(path: Path, count: int) -> np.ndarray:
 
 
 def _slice_of_keys(path: Path, number: int, slices: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """The keys whose first half lies in the number-th of `slices` equal ranges, and whose they are, in the documents'
-    order and SORTED_AT_ONCE or a few more at a time: a slice is larger only where very many texts are the same."""
+    """The keys whose first half lies in the number-th of `slices` equal ranges, with the documents' numbers, in order.
+
+    Yields SORTED_AT_ONCE keys or a few more at a time; a slice holds more only if very many texts are equal.
+    """
     keys, indexes, position, held = [], [], 0, 0
     with open(path, "rb") as file:
         while len(block := np.fromfile(file, dtype="<u8", count=2 * READ_AT_ONCE)):

@@ -1,7 +1,7 @@
 """Token files for other trainers: what Megatron and nanotron need beside one to read the same tokens.
 
 Beside every token file `X.bin` lies `X.ends`: little-endian uint64, the exclusive end of each document in tokens. Both
-formats are made from it and the token file's own bytes; nothing is encoded again.
+formats are made from it and the token file itself; nothing is encoded again.
 """
 
 import contextlib
@@ -104,7 +104,7 @@ def export_nanotron(
 
 
 def _checked_manifest(token_path: Path) -> Manifest:
-    """The manifest of a token file, once the file is known to be whole and its document ends to belong to it.
+    """Check that a token file is whole and that its document ends belong to it; returns its manifest.
 
     Raises:
         InputError: they do not.

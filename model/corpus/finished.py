@@ -1,4 +1,4 @@
-"""What a job leaves beside its output: the manifests; and whether a finished output is what a job would make now."""
+"""The files beside an output, and whether a finished output is what a job would make now."""
 
 import hashlib
 import json
@@ -109,7 +109,7 @@ def check_names_are_free(output: Path, validates: bool, replace: bool) -> None:
 
 
 def _made_with_another(validation: Path) -> bool:
-    """Whether a validation file came of a job that split its documents, rather than of a job of that name."""
+    """Whether a validation file was split off by a job, rather than being the output of one."""
     try:
         processing = _read_json(manifest_path(validation))["processing"]
         return "statistics" not in processing and processing["plan"]["val_share"] > 0

@@ -1,4 +1,4 @@
-"""What a file is, by its first bytes, and what to say of one that yields no document."""
+"""Recognises a file by its first bytes, and explains why one yields no document."""
 
 import json
 import re
@@ -10,7 +10,7 @@ from model.errors import command_line, shown
 BOM = b"\xef\xbb\xbf"
 PACKINGS = {"gz": b"\x1f\x8b", "zst": b"\x28\xb5\x2f\xfd", "xz": b"\xfd7zXZ\x00", "bz2": b"BZh"}
 PARQUET = b"PAR1"
-UNREADABLE = {  # by their first bytes; what to do with each
+UNREADABLE = {  # first bytes: what the file is and what to do
     b"PK\x03\x04": "a zip archive (or an office document); unpack it first: python -m zipfile -e {} FOLDER",
     b"PK\x05\x06": "an empty zip archive",
     b"7z\xbc\xaf\x27\x1c": "a 7z archive; unpack it first",
@@ -22,14 +22,14 @@ TAR = "a tar archive; unpack it first: python -m tarfile -e {} FOLDER"
 TAR_ENDINGS = (".tar", ".tgz", ".tbz2", ".txz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")
 TABLES = (".csv", ".tsv")
 CHAT_KEYS = ("messages", "conversations", "conversation", "dialogue", "chat")
-ENCODINGS = {"gb18030": (0xB0, 0xD7), "big5": (0xA4, 0xC6)}  # lead bytes of the characters that most text consists of
-LIKELY_SHARE, FEWEST_CHARACTERS = 0.5, 4  # of common characters, by which an encoding is told
-EXAMPLES = 20  # lines that are looked at to say what a file holds
-MOST_KEYS = 8  # that a message lists
+ENCODINGS = {"gb18030": (0xB0, 0xD7), "big5": (0xA4, 0xC6)}  # lead bytes of common characters
+LIKELY_SHARE, FEWEST_CHARACTERS = 0.5, 4  # common characters needed to recognise an encoding
+EXAMPLES = 20  # rejected lines inspected to explain why
+MOST_KEYS = 8  # in a message
 
 
 def unreadable(name: str, head: bytes) -> str | None:
-    """What a file is that holds no lines of text, and what to do; None where it may hold some.
+    """Describe a file that cannot hold lines of text, and what to do with it; None if it may hold some.
 
     Args:
         name: its path.
@@ -44,7 +44,7 @@ def unreadable(name: str, head: bytes) -> str | None:
 
 
 def packing_of(name: str, head: bytes) -> str:
-    """What a file is compressed with, by its ending or else its first bytes; "" where it isn't."""
+    """A file's compression, by its ending or else its first bytes; "" if it has none."""
     ending = name.lower().rpartition(".")[2]
     return ending if ending in PACKINGS else next((p for p, magic in PACKINGS.items() if head.startswith(magic)), "")
 
@@ -56,8 +56,8 @@ def is_array(head: bytes) -> bool:
         return False
     first, newline, rest = head.partition(b"\n")
     first, rest = first.rstrip(), rest.lstrip()
-    goes_on = (b",", b"]", b"", b"[") if first.endswith(b"]") else (b",", b"]", b"")  # or another array follows
-    return not newline or first.endswith((b"[", b"{", b",")) or rest[:1] in goes_on
+    following = (b",", b"]", b"", b"[") if first.endswith(b"]") else (b",", b"]", b"")  # or another array follows
+    return not newline or first.endswith((b"[", b"{", b",")) or rest[:1] in following
 
 
 def holds_documents(head: bytes, text_field: str) -> bool:
@@ -68,13 +68,13 @@ def holds_documents(head: bytes, text_field: str) -> bool:
 
 
 def has_only_carriage_returns(head: bytes) -> bool:
-    """Whether JSONL has the line ends of a Mac of the last century."""
+    """Whether JSONL has bare CR line ends, as on classic Mac OS."""
     first, _, rest = head.removeprefix(BOM).strip().partition(b"\r")
     return bool(rest) and b"\n" not in head and _parsed(first) is not None
 
 
 def encoding_of(text: bytes) -> str | None:
-    """The encoding of a text that is not UTF-8: "utf-16", "gb18030" or "big5"; None for UTF-8, or if nobody can say."""
+    """The encoding of a text that is not UTF-8: "utf-16", "gb18030" or "big5"; None for UTF-8 or unknown."""
     if text.startswith((b"\xff\xfe", b"\xfe\xff")):
         return "utf-16"
     if text.count(0) > len(text) // 4:
@@ -127,7 +127,7 @@ def counts_text(counts: Mapping[str, int]) -> str:
 
 
 def nothing_read(sources: str, rejected: Mapping[str, int], seen: str, text_field: str) -> str:
-    """What to say where every line was rejected: the reasons, what was expected, and what the lines hold.
+    """Explain that every line was rejected: the reasons, what was expected, and what the lines hold.
 
     Args:
         seen: as `describe_lines` returned it.
@@ -140,11 +140,11 @@ def nothing_read(sources: str, rejected: Mapping[str, int], seen: str, text_fiel
 
 
 def describe_lines(lines: Sequence[bytes], reason: str, text_field: str, path: str | Path) -> str:
-    """What lines hold that are no documents, and what the user can do about it: '; ' and a clause, or ''.
+    """Describe what rejected lines hold and what to do about it: '; ' and a clause, or ''.
 
     Args:
-        lines: some that were rejected for `reason`.
-        path: of the file that they are from.
+        lines: examples that were rejected for `reason`.
+        path: the file they come from.
     """
     encoding = encoding_of(b"\n".join(lines)) if reason in ("bad_utf8", "bad_json") else None
     clause = f"the text {describe_encoding(path, encoding)}" if encoding else ""
@@ -182,7 +182,7 @@ def _describe_objects(objects: Sequence[dict], text_field: str) -> str:
         return f"these are chats (keys {listed}), and data processing reads texts: write each as one string"
     strings = {key: len(value) for item in reversed(objects) for key, value in item.items() if isinstance(value, str)}
     advice = f"; perhaps --text_field {command_line(max(strings, key=strings.get))}" if strings else ""
-    return f"the keys that are there: {listed}{advice}"
+    return f"the keys found: {listed}{advice}"
 
 
 def _parsed(line: bytes):

@@ -1,4 +1,4 @@
-"""The whole of a data processing job, from its plan to the files that it leaves."""
+"""A data processing job, from its plan to the files it leaves."""
 
 import dataclasses
 import os
@@ -38,20 +38,20 @@ from model.token_file.manifest import ends_path
 
 BYTES_OF_A_TOKEN = 8  # more than a Chinese token has, so that a part holds somewhat less than save_interval
 SMALLEST_PART, LARGEST_PART = 4 << 10, 64 << 20  # bytes
-FIRST_BYTES = 4 << 20  # of the input, by which the encoder is chosen
-WARNED_SHARE = 0.2  # of the lines: if more are rejected, but for EXPECTED_REASONS, a warning says so
+FIRST_BYTES = 4 << 20  # of the input, used to choose the encoder
+WARNED_SHARE = 0.2  # of the lines; a warning if more are rejected, EXPECTED_REASONS not counted
 EXPECTED_REASONS = ("empty", "not_sampled")
 WAIT_FOR_OTHERS = 3600 * 24 * 7  # seconds: merging a large corpus takes long
 
 
 class Job:
-    """One output being made: `run` is the whole of it, step by step.
+    """Makes one output: `run` shows the steps.
 
     Args:
         output: the token file or, where `tokenize` is false, the cleaned JSONL.
-        processes: who shares the work (utils.Processes).
+        processes: the group that shares the work (utils.Processes).
         say: prints one line for the user.
-        progress_bar: given the input's size in bytes, a context with a bar to `advance(bytes, postfix)`.
+        progress_bar: takes the input's size in bytes; a context manager whose bar has `advance(bytes, postfix)`.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class Job:
 
     @property
     def size(self) -> int:
-        """Bytes of the input, as far as they are known."""
+        """Bytes of the input; streamed datasets count 0."""
         return sum(source.size for source in self.sources)
 
     def run(self, resume: bool) -> dict:
@@ -87,10 +87,10 @@ class Job:
         with JobFolder(self.output, self.processes.is_main) as folder:
             if self.processes.is_main and not (resume and folder.is_finished):
                 self._begin(folder, resume)
-            if self.processes.any(self.processes.is_main and folder.is_finished):  # killed while it published
+            if self.processes.any(self.processes.is_main and folder.is_finished):  # killed while publishing
                 if self.processes.is_main:
                     folder.publish()
-                    return self._keep_finished()  # if that was this job
+                    return self._keep_finished()  # checks that it was this job
                 return {}
             since = time.perf_counter()
             records = self.processes.gather(self._make_parts(folder))
@@ -103,9 +103,9 @@ class Job:
         return summary
 
     def _plan(self) -> dict:
-        """All that the output depends on."""
+        """Everything that the output depends on."""
         depends = dataclasses.asdict(self.options)
-        for name in ("tokenizer_path", "chunk_size", "save_interval", "workers"):  # these change nothing
+        for name in ("tokenizer_path", "chunk_size", "save_interval", "workers"):  # the output does not depend on these
             del depends[name]
         depends |= depends.pop("cleaning")
         if not any(source.form in TXT_DOCUMENTS for source in self.sources):
@@ -131,7 +131,7 @@ class Job:
         if folder.begin(self.plan | {"part_bytes": part_bytes}):
             self.say(f"resuming {self.output}, which is half made")
 
-    # ------------------------------------------------------------------------------------------------- its parts
+    # ------------------------------------------------------------------------------------------------ making parts
 
     def _make_parts(self, folder: JobFolder) -> dict[tuple[int, int], dict]:
         """Make the missing parts of this process's share; returns the records of its whole share."""
@@ -185,7 +185,7 @@ class Job:
         )
 
     def _first_texts(self) -> list[str]:
-        """Texts to choose the encoder by: CHECKED_CHARACTERS from the input's first bytes."""
+        """CHECKED_CHARACTERS of text from the input's first bytes, used to choose the encoder."""
         texts, characters = [], 0
         for _, block, _ in stream_parts(self.sources[0], FIRST_BYTES, self.options.text_field):
             for raw in lines_of(block):
@@ -300,7 +300,7 @@ class Job:
         return manifest["processing"]["statistics"]
 
     def _report(self, summary: dict, seconds: float) -> None:
-        """Say what came out."""
+        """Report the counts to the user."""
         rejects = self.output.with_name(f"{self.output.stem}.rejects.jsonl")
         self.say(f"{summary['lines']:,} lines: {summary['documents']:,} documents, {summary['rejected']:,} rejected")
         if summary["rejected"]:
@@ -329,13 +329,13 @@ class Job:
         remedy = "a tokenizer with a token for every byte loses nothing (--train_tokenizer makes one)"
         if unknown:
             share = _share_text(unknown / summary["tokens"])
-            self.say(f"warning: {unknown:,} tokens ({share}) are the unknown token, for text that has none; {remedy}")
+            self.say(f"warning: {unknown:,} tokens ({share}) are the unknown token, for text without a token; {remedy}")
         if lost:
             share = _share_text(lost / max(1, summary["utf8_bytes"]))
             self.say(f"warning: {lost:,} bytes of the texts ({share}) have no token and are lost; {remedy}")
 
     def _warn_of_rejects(self, summary: dict, rejects: Path) -> None:
-        """Warn where so much was rejected that something may be wrong."""
+        """Warn if the share of rejected lines suggests a mistake."""
         rejected = {
             name: count for name, count in summary["rejected_by_reason"].items() if name not in EXPECTED_REASONS
         }

@@ -3,12 +3,12 @@
 For the output `X.bin` (or `X.jsonl`) it is `X.bin.parts/`, beside it:
 
     .lock               held while a process works on this output; the system frees it when the process dies
-    plan.json           all that the output depends on; a job resumes only if it is unchanged
+    plan.json           everything that the output depends on; a job resumes only if it is unchanged
     00000-0000012.npz   part 12 of source 0, and beside it its .payload (`model.corpus.part_file`)
     merged/             the finished files, while they are written
     publish.json        written once they are finished: the names they get; from then on only renames are left
 
-The folder is removed once the output has its name. What is half written in it is written again.
+The folder is removed once the output has its name. Half-written files in it are written again.
 """
 
 import json
@@ -55,7 +55,7 @@ class JobFolder:
             return
         nothing_made = kind is not None and not self.is_finished and not self.has_parts
         self._release()
-        if nothing_made:  # a wrong flag leaves nothing that the right one would have to resume
+        if nothing_made:  # a wrong flag leaves nothing to resume
             shutil.rmtree(self.path, ignore_errors=True)
 
     def _release(self) -> None:
@@ -73,14 +73,14 @@ class JobFolder:
         try:
             return json.loads(self._plan.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise InputError(f"{self._plan} is no plan that this program can read; {self._remedy}") from error
+            raise InputError(f"{self._plan} is not a plan that this program can read; {self._remedy}") from error
 
     @property
     def _remedy(self) -> str:
         return f"start over with resume=False (--resume false), or delete {self.path}"
 
     def clear(self, *kept: Path) -> None:
-        """Remove everything but the lock and what is to be kept."""
+        """Remove everything except the lock and `kept`."""
         for path in self.path.iterdir():
             if path.name != ".lock" and path not in kept:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()

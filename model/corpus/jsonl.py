@@ -1,4 +1,4 @@
-"""One line of JSONL: a text, or the reason why it is none."""
+"""Parses a line of JSONL into a text, or the reason to reject it."""
 
 import base64
 import json

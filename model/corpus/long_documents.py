@@ -16,8 +16,8 @@ CountTokens = Callable[[Sequence[str]], np.ndarray]  # tokens of each text, int6
 def split_document(text: str, limit: int, count_tokens: CountTokens) -> list[str]:
     """Pieces of at most `limit` tokens, each as long as whole sentences allow; white space around them is cut off.
 
-    A sentence that alone is too long is cut where it must be, between two characters. A character of more tokens than
-    `limit` is a piece of its own.
+    A sentence longer than the limit is cut between two characters. A single character of more tokens than `limit` still
+    makes a piece.
     """
     sentences = SENTENCE.findall(text)
     groups, start, held = [], 0, 0

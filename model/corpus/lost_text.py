@@ -1,4 +1,4 @@
-"""What a tokenizer has no token for: it becomes the unknown token, or vanishes without a word."""
+"""Text that a tokenizer has no token for: it becomes the unknown token, or is lost silently."""
 
 import json
 import re
@@ -10,7 +10,7 @@ from model.text.encoder import load_backend
 
 
 def unknown_id(tokenizer_json: str) -> int | None:
-    """The id that stands for whatever is in no token; None where there is none."""
+    """The id of the unknown token; None if the tokenizer has none."""
     tokenizer = json.loads(tokenizer_json)
     model = tokenizer["model"]
     if model["type"] == "Unigram":
@@ -21,8 +21,8 @@ def unknown_id(tokenizer_json: str) -> int | None:
 class LossCounter:
     """Counts the bytes of texts that vanish when they are encoded.
 
-    Only BPE loses anything: without an unknown token it skips a symbol that is not in its vocabulary, be that a
-    character or, in byte-level BPE, a byte. Other models fail, or have an unknown token.
+    Only BPE loses anything: without an unknown token it skips symbols that are missing from its vocabulary, which are
+    characters or, in byte-level BPE, bytes. Other models fail, or have an unknown token.
 
     Args:
         tokenizer_json: of the `tokenizers` library.
@@ -33,27 +33,27 @@ class LossCounter:
         model = tokenizer["model"]
         self._vocabulary = model["vocab"]
         self._is_byte_level = "ByteLevel" in json.dumps([tokenizer["pre_tokenizer"], tokenizer["normalizer"]])
-        symbols = ByteLevel.alphabet() if self._is_byte_level else ()
         bytes_kept = model.get("byte_fallback") and all(f"<0x{byte:02X}>" in self._vocabulary for byte in range(256))
         self.can_lose = (
             model["type"] == "BPE"
             and model.get("unk_token") is None
             and not bytes_kept
-            and not (self._is_byte_level and all(symbol in self._vocabulary for symbol in symbols))
+            and not (self._is_byte_level and all(symbol in self._vocabulary for symbol in ByteLevel.alphabet()))
         )
         if not self.can_lose:
             return
         self._keeps_words = model.get("ignore_merges")  # a word that is one token needs no symbols
         around = (model.get("continuing_subword_prefix") or "", model.get("end_of_word_suffix") or "")
         known = {token.removeprefix(around[0]).removesuffix(around[1]) for token in self._vocabulary}
-        self._unknown = re.compile(f"[^{''.join(re.escape(token) for token in known if len(token) == 1)}]")
+        symbols = "".join(re.escape(token) for token in known if len(token) == 1)
+        self._unknown = re.compile(f"[^{symbols}]" if symbols else r"[\s\S]")
         self._added = [token["content"] for token in tokenizer["added_tokens"] if not token["special"]]
         backend = load_backend(tokenizer_json)
         self._normalize = backend.normalizer.normalize_str if backend.normalizer else str
         self._words = backend.pre_tokenizer.pre_tokenize_str if backend.pre_tokenizer else lambda text: [(text, None)]
 
     def count(self, texts: Sequence[str]) -> int:
-        """Bytes of UTF-8, after the tokenizer's normalizer, that are in none of the ids of these texts."""
+        """UTF-8 bytes of the normalized texts that no id stands for."""
         return sum(map(self._count, texts)) if self.can_lose else 0
 
     def _count(self, text: str) -> int:

@@ -1,6 +1,7 @@
-"""Merging the parts: duplicates are dropped, and the documents written one after another in the input's order.
+"""Merges the parts: drops duplicates and writes the documents in the input's order.
 
-Memory does not grow with the input: it holds one part, what `model.corpus.duplicates` sorts, and pages of files.
+Memory does not grow with the input: it holds two parts, the keys that `model.corpus.duplicates` sorts, and pages of
+mapped files.
 """
 
 import contextlib
@@ -31,7 +32,7 @@ from model.storage.files import flush_to_disk
 
 @dataclass(frozen=True)
 class _Fates:
-    """What becomes of a part's documents, one item each."""
+    """The fate of each of a part's documents."""
 
     reason: np.ndarray  # int64: index into NAMES; -1: it is kept
     repeats: np.ndarray  # int64: the number of the earlier document
@@ -51,7 +52,7 @@ class Merger:
         folder: where the files go.
 
     Raises (`merge`):
-        Damaged: a part is not what was written.
+        Damaged: a part is damaged.
     """
 
     def __init__(
@@ -125,7 +126,7 @@ class Merger:
                     table = part["documents"]
                     own_keys = np.ascontiguousarray(table["key"])
                     left_out = np.flatnonzero(_copies(self.sources[key[0]], table) == 0)
-                    own_keys[left_out, 1] = documents + left_out  # as if no other text was the same
+                    own_keys[left_out, 1] = documents + left_out  # unique: it is no one's duplicate
                     keys.write(own_keys)
                     numbers.write(table["line"].astype("<i8") + lines + 1)
                     if self.options.near_duplicates and len(table):
@@ -197,7 +198,7 @@ class Merger:
         for index in dropped.tolist():
             line, reason = int(table["line"][index]), NAMES[fates.reason[index]]
             where = {**named, "line": before + line + 1}
-            if reason == "not_sampled":  # the input has the line, and it is good: not written again
+            if reason == "not_sampled":  # a good line, which the input still holds
                 found.append((line, reject_line(where, reason, None)))
             else:
                 where |= {"offset": offsets[line]} | self._where(int(fates.repeats[index]))
@@ -216,14 +217,14 @@ class Merger:
 
 
 def _copies(source: Source, table: np.ndarray) -> np.ndarray:
-    """How often each document is taken, by the source's weight and the text's hash: int64 [len(table)]."""
+    """How many copies of each document are taken, by the source's weight and the text's hash: int64 [len(table)]."""
     whole, share = divmod(source.weight, 1)
     return int(whole) + (table["key"][:, 1] < share * 2.0**64).astype(np.int64)
 
 
 @contextlib.contextmanager
 def _text_file(path: Path) -> Iterator[TextIO]:
-    """A new file of UTF-8 text, on the disk once the block ends."""
+    """A new UTF-8 text file, flushed to the disk when the block ends."""
     with open(path, "w", encoding="utf-8", newline="\n") as file:
         yield file
         flush_to_disk(file)
@@ -246,7 +247,7 @@ class DocumentFile:
 
     def __enter__(self) -> "DocumentFile":
         self._digest, self._flushed = hashlib.sha256(), 0  # items that are on their way to the disk
-        # One thread each: a hash that is late, or a disk that is slow, holds up the writing only when the next is due.
+        # A thread each: a slow hash or disk delays the writing only when the next call is due.
         self._hasher, self._flusher = _Background(), _Background()
         self._file = open(self.path, "wb")
         self._ends = open(self.ends_path, "wb") if self.ends_path else None
@@ -256,12 +257,12 @@ class DocumentFile:
         """Append documents of these sizes (items of the payload).
 
         Raises:
-            OSError: the system refuses the writing, or refused to flush what was written before.
+            OSError: this write failed, or flushing an earlier one did.
         """
         content = memoryview(payload).cast("B")
         self._hasher.submit(self._digest.update, content)
         self._file.write(content)
-        if self.items - self._flushed > FLUSHED_AT_ONCE:  # so that there is little to wait for at the end
+        if self.items - self._flushed > FLUSHED_AT_ONCE:  # early, so that the end waits for little
             self._flusher.submit(os.fsync, self._file.fileno())
             self._flushed = self.items
         if self._ends:
@@ -282,8 +283,8 @@ class DocumentFile:
 
 
 class _Background:
-    """A thread that does one thing at a time. What failed there is raised by the next `submit`, or by `close`: the
-    system reports a failed fsync once, so the caller must not miss it."""
+    """A thread that runs one call at a time. The next `submit`, or `close`, raises what the call raised: the system
+    reports a failed fsync only once."""
 
     def __init__(self) -> None:
         self._thread, self._last = ThreadPoolExecutor(1), None
@@ -307,7 +308,7 @@ class _Background:
 
 
 class RawLines:
-    """Reads the input's lines again, for the rejects: any part of a plain file; of other sources, parts in order."""
+    """Rereads the input's lines for the rejects file: any part of a plain file; of others, in order."""
 
     def __init__(self, sources: Sequence[Source], part_bytes: int, text_field: str) -> None:
         self._sources, self._part_bytes, self._text_field = sources, part_bytes, text_field
@@ -317,7 +318,7 @@ class RawLines:
         """The part's lines without their ends, and their offsets.
 
         Raises:
-            InputError: their hash is another.
+            InputError: the input changed.
         """
         if self._sources[source].is_plain:
             block = read_part(self._sources[source], index, self._part_bytes)

@@ -1,7 +1,8 @@
-"""One source of texts: what it is, and how it is read as JSONL, whatever its form.
+"""One source of texts: recognises its form and reads it as JSONL.
 
 A row of Parquet or of a dataset, an object of a JSON array, a document of plain text: each becomes the line
-`{"text": ...}` that it would have been. Memory does not grow with the file.
+`{"text": ...}` that it would have been. Memory does not grow with the file, but a .zst needs the window that it was
+compressed with: 2 GiB after `zstd --long=31`.
 """
 
 import codecs
@@ -30,9 +31,9 @@ from model.corpus.inspection import (
 )
 from model.errors import InputError, first_line
 
-READ_AT_ONCE = 1 << 20  # bytes, about, of what is unpacked or made from rows
-HEAD_BYTES = 16 << 10  # by which a file's form is recognised
-TXT_BYTES = 1 << 20  # a document made of a .txt holds no more
+READ_AT_ONCE = 1 << 20  # bytes, about, that are unpacked or made from rows at a time
+HEAD_BYTES = 16 << 10  # read to recognise a file's form
+TXT_BYTES = 1 << 20  # a longer document of a .txt is cut at the next line's end
 TXT_DOCUMENTS = ("file", "paragraph", "line")
 DATASETS = "datasets:"  # datasets:NAME?split=train&name=CONFIG: the options are load_dataset's
 EXPECTED = 'expected JSONL, one {"text": ...} object a line'
@@ -43,7 +44,7 @@ class Source:
     """One file, or one dataset that `datasets` streams."""
 
     location: str  # a path, or datasets:NAME?…
-    name: str  # unique: without the folder that all sources happen to lie in
+    name: str  # unique and short: the folders that all sources share are omitted
     size: int  # bytes on disk; 0 for a streamed dataset, whose size is unknown
     weight: float = 1.0
     form: str = "jsonl"  # or cr (JSONL with CR line ends), array, parquet, dataset; or one of TXT_DOCUMENTS
@@ -122,7 +123,7 @@ def _blocks(file: BinaryIO) -> Iterator[bytes]:
 
 
 def _unpacked_blocks(file: BinaryIO) -> Iterator[bytes]:
-    return iter(lambda: file.read1(READ_AT_ONCE), b"")  # no further than it must: what is damaged may lie far behind
+    return iter(lambda: file.read1(READ_AT_ONCE), b"")  # as little as possible: damage may lie further on
 
 
 def _gz(disk: BinaryIO) -> Iterator[bytes]:
@@ -195,7 +196,7 @@ def _parquet_rows(path: Path, text_field: str) -> Generator:
             for batch in file.iter_batches(batch_size=128, columns=[text_field]):
                 column = batch.column(0)
                 if pyarrow.types.is_string(column.type) or pyarrow.types.is_large_string(column.type):
-                    column = column.cast(pyarrow.large_binary())  # it may hold what is not UTF-8, and to_pylist raise
+                    column = column.cast(pyarrow.large_binary())  # to_pylist would raise for text that is not UTF-8
                 yield from column.to_pylist()
     except (pyarrow.ArrowException, OSError, MemoryError) as error:
         raise InputError(
@@ -221,18 +222,18 @@ def _dataset_rows(location: str) -> Generator:
         raise InputError(f"input_path: {location} cannot be streamed ({first_line(error)})") from error
 
 
-# What matters to where an element of an array ends: a string's start, brackets, and commas between elements.
+# The bytes that decide where an array's element ends: a string's start, brackets, commas between elements.
 _STRUCTURE = re.compile(rb'["{}\[\],]')
 _IN_STRING = re.compile(rb'[^"\\]*(?:\\.[^"\\]*)*', re.DOTALL)
 
 
 def _array_elements(file: BinaryIO) -> Generator:
-    """The elements of JSON arrays, one a line, byte for byte but for line ends within them.
+    """The elements of JSON arrays, one per line, unchanged except that line ends within them become spaces.
 
-    Nothing is parsed: what is damaged inside an element becomes that line's reject. What follows an array is another
-    array, or lines as they are.
+    Nothing is parsed: a damaged element becomes a line that is rejected. An array may be followed by more arrays, or by
+    JSONL, which passes unchanged.
     """
-    depth, in_array, in_string, begun, rest = 0, False, False, False, b""  # begun: the line holds something
+    depth, in_array, in_string, begun, rest = 0, False, False, False, b""  # begun: the current line has content
     for block in _blocks(file):
         block, rest, pieces, start, at = rest + block, b"", [], 0, 0
         while True:
@@ -262,7 +263,7 @@ def _array_elements(file: BinaryIO) -> Generator:
 
 
 def _piece_of_line(piece: bytes, in_array: bool, begun: bool) -> bytes:
-    """A piece of an element without line ends, or of what stands outside of arrays; `begun`: it is not the first."""
+    """A piece of an element without line ends, or of text outside arrays; `begun`: the line already has content."""
     piece = piece.replace(b"\n", b" ").replace(b"\r", b" ") if in_array else piece.replace(BOM, b"")
     return piece if begun else piece.lstrip()
 
@@ -270,8 +271,8 @@ def _piece_of_line(piece: bytes, in_array: bool, begun: bool) -> bytes:
 def _txt_documents(file: BinaryIO, unit: str) -> Generator:
     """The documents of plain text: the whole of it, its paragraphs (between empty lines) or its lines.
 
-    One of more than TXT_BYTES is cut at the next line's end. A line that is not UTF-8 stands alone, with a lone
-    surrogate for each bad byte, so that it alone is rejected.
+    A document of more than TXT_BYTES is cut at the next line's end. A line that is not UTF-8 is yielded alone, with a
+    lone surrogate for each bad byte, so that nothing else is rejected with it.
     """
     held, size = [], 0
     for line in _txt_lines(file):
@@ -306,7 +307,7 @@ def _is_encodable(text: str) -> bool:
     return True
 
 
-# --------------------------------------------------------------------------------------------------- files of our own
+# ------------------------------------------------------------------------------------------------- file-like objects
 
 
 class _Generated(io.RawIOBase):
@@ -337,7 +338,7 @@ class _Generated(io.RawIOBase):
 
 
 def _as_file(contents: Iterator[bytes], file: BinaryIO | None = None) -> BinaryIO:
-    """A file of these bytes, which are made from `file`; its `disk` is the file on disk, for the progress."""
+    """These bytes, made from `file`, as a file whose `disk` attribute is the file on disk, for the progress bar."""
     made = io.BufferedReader(_Generated(contents, file), READ_AT_ONCE)
     made.disk = getattr(file, "disk", file)
     return made
@@ -363,5 +364,5 @@ def _line(value, text_field: str) -> str:
 
 
 def _not_json(value) -> dict:
-    """What stands for a date, a picture or the like, which is no text."""
+    """Stands for a value that JSON cannot hold, such as a date or a picture; the line is rejected."""
     return {type(value).__name__: str(value)}

@@ -1,7 +1,7 @@
 """What a part is on the disk: its payload and, in an .npz file, its tables.
 
 Both are written under a temporary name and renamed, the tables last, so that a part exists whole or not at all.
-Checksums show later whether it is still what was written.
+Checksums reveal later damage.
 """
 
 import json
@@ -94,7 +94,7 @@ def _join(arrays: list[np.ndarray], dtype: np.dtype) -> np.ndarray:
 
 
 class Damaged(Exception):
-    """A part differs from what was written: the machine lost power, or the disk failed."""
+    """A part is damaged: the machine lost power, or the disk failed."""
 
     def __init__(self, path: Path, error: Exception) -> None:
         super().__init__(f"{path}: {error}")
@@ -102,10 +102,10 @@ class Damaged(Exception):
 
 
 class Part:
-    """A part's files; only what is asked for is read.
+    """A part's files, read lazily.
 
     Raises:
-        Damaged: it is not whole.
+        Damaged: it is not whole. Its files are closed then, so that Windows can replace or remove them.
     """
 
     def __init__(self, path: Path) -> None:
@@ -117,7 +117,7 @@ class Part:
         try:
             self.record: dict = json.loads(self["record"].tobytes())
         except Damaged:
-            self._file.close()  # so that it can be replaced
+            self._file.close()
             raise
 
     def __getitem__(self, name: str) -> np.ndarray:
@@ -130,10 +130,11 @@ class Part:
         """The tokens, or the bytes of JSONL."""
         try:
             payload = np.fromfile(payload_path(self.path), dtype=self.record["dtype"])
-        except OSError as error:
+            if len(payload) != self.record["items"] or zlib.crc32(payload) != self.record["crc32"]:
+                raise ValueError("its payload is damaged")
+        except (OSError, ValueError) as error:
+            self._file.close()
             raise Damaged(self.path, error) from error
-        if len(payload) != self.record["items"] or zlib.crc32(payload) != self.record["crc32"]:
-            raise Damaged(self.path, ValueError("its payload differs from what was written"))
         return payload
 
     def check(self) -> None:

@@ -1,7 +1,7 @@
-"""The parts of a source: its lines, cut at places that depend on nothing but the source and `part_bytes`.
+"""The parts of a source: groups of lines that depend only on the source and `part_bytes`.
 
 Part k is the lines whose first byte lies in [k * part_bytes, (k + 1) * part_bytes) of the source's text as JSONL. So
-each part can be made again alone, and of a plain file any process can read any part at once. Lines end with the byte
+each part can be remade alone, and any process can read any part of a plain file directly. Lines end with the byte
 `\\n` and nothing else.
 """
 
@@ -16,7 +16,7 @@ from model.corpus.inspection import BOM
 from model.corpus.opening import Source, naming_damage, open_source
 
 MAX_LINE_BYTES = 64 << 20
-KEPT_OF_OVERSIZED = 4096  # bytes of an oversized line that its reject keeps; its offset says where the rest is
+KEPT_OF_OVERSIZED = 4096  # bytes of an oversized line that the rejects file keeps, beside its offset
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,8 @@ class Block:
 
     offset: int  # of the first line in the source's text, bytes
     raw: bytes  # the lines with their ends; of an oversized line, which can only be the last, the first bytes
-    size: int  # bytes that they have in the source
-    sha256: str  # of those bytes
+    size: int  # bytes in the source
+    sha256: str  # of the bytes in the source
     oversized: bool = False
 
 
@@ -64,7 +64,7 @@ def stream_parts(source: Source, part_bytes: int, text_field: str) -> Iterator[t
 
 
 def _read_block(file: BinaryIO, position: int, end: int) -> Block | None:
-    """The lines that begin before `end`; the file stands at `position`, a line's start. Memory: a block, a line."""
+    """The lines that begin before `end`; the file stands at `position`, a line's start. Holds a block and a line."""
     raw = file.read(end - position) if position < end else b""
     if not raw:
         return None
@@ -92,8 +92,8 @@ def _read_block(file: BinaryIO, position: int, end: int) -> Block | None:
 
 
 def lines_of(block: Block) -> list[memoryview]:
-    """The block's lines without their ends, not copied, and without byte-order marks, which files that were joined may
-    have before any line."""
+    """The block's lines, not copied, without their ends and without byte-order marks, which concatenated files may have
+    before any line."""
     raw, content, lines = block.raw, memoryview(block.raw), []
     start, has_marks = 0, BOM in block.raw
     while start < len(raw):

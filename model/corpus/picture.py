@@ -33,7 +33,7 @@ def draw_summary(path: Path, summary: dict) -> None:
     """Draw a job's counts, as its JSON file holds them, on one page: a PNG of 1760 × 1100 pixels.
 
     Names may hold any characters: those that no installed font has are escaped, as `\\u53e4`, and the page says so.
-    Where nothing was tokenised, there are no panels of tokens.
+    If nothing was tokenised, the panels of tokens are omitted.
 
     Raises:
         ImportError: matplotlib is not installed.

@@ -1,4 +1,4 @@
-"""Which files and datasets are meant by paths, folders, globs and `datasets:NAME`, and which of them hold texts."""
+"""Finds the files and datasets that paths, folders, globs and `datasets:NAME` stand for."""
 
 import glob
 import os
@@ -12,7 +12,7 @@ from model.corpus.opening import DATASETS, EXPECTED, TXT_DOCUMENTS, Source, reco
 from model.errors import InputError
 
 _PACKED = ("", *(f".{packing}" for packing in PACKINGS))
-# What a folder's files must end in, in small letters, to be read.
+# Endings, in lower case, of the files that are read in a folder.
 ENDINGS = (*(f".{form}{packed}" for form in ("jsonl", "ndjson") for packed in _PACKED), ".parquet")
 TXT_ENDINGS, JSON_ENDINGS = (tuple(f".{form}{packed}" for packed in _PACKED) for form in ("txt", "json"))
 COMPANIONS = re.compile(r"(readme|licen[cs]e|copying|notice|changelog|authors|citation|requirements)\b", re.IGNORECASE)
@@ -27,15 +27,15 @@ def find_sources(
     text_field: str = "text",
     txt_documents: str = "file",
 ) -> list[Source]:
-    """The files and datasets that are meant by paths, folders, globs and `datasets:…`, in the order given.
+    """The files and datasets that paths, folders, globs and `datasets:…` stand for, in the order given.
 
     The files of a folder or a glob come in the order of their names. In a folder JSONL and Parquet are read, .json that
     holds documents, and .txt where there is nothing else. Hidden and empty files, and those that accompany a corpus,
-    are skipped, and one line names them. What data processing itself left there, or is about to leave (`leave_out`,
-    resolved paths), is skipped silently.
+    are skipped, and one line names them. Files that data processing wrote, or is about to write (`leave_out`, resolved
+    paths), are skipped silently.
 
     Args:
-        text_field: the key that a .json file must have to be read, since others describe a corpus.
+        text_field: the key that a .json file must have to be read: others only describe a corpus.
         txt_documents: what becomes a document of a .txt, one of TXT_DOCUMENTS.
 
     Raises:
@@ -118,7 +118,7 @@ def _files(path: Path, leave_out: Collection[Path], text_field: str, txt_documen
 
 
 def _listed(folder: Path) -> Iterator[Path]:
-    """The files of a folder and of those in it; of a hidden folder its name only."""
+    """The files of a folder and its subfolders; hidden folders are listed but not entered."""
     for parent, folders, files in os.walk(folder):
         hidden = [name for name in folders if _hides(name)]
         yield from (Path(parent, name) for name in [*files, *hidden])
@@ -126,7 +126,7 @@ def _listed(folder: Path) -> Iterator[Path]:
 
 
 def _is_job(folder: Path) -> bool:
-    """Whether this is the folder of an output that is half made."""
+    """Whether this is the folder of a half-made output."""
     return folder.name.endswith(".parts") and (folder / "plan.json").exists()
 
 
@@ -141,7 +141,7 @@ def _is_hidden(file: Path, given: Path) -> bool:
 
 
 def _why_skipped(file: Path, given: Path, is_folder: bool) -> str | None:
-    """Why a file of a folder or glob is not read, as far as its name and size say."""
+    """Why a file of a folder or glob is skipped, judged by its name and size."""
     name = file.name.lower()
     if _is_hidden(file, given):
         return "hidden"
@@ -153,19 +153,19 @@ def _why_skipped(file: Path, given: Path, is_folder: bool) -> str | None:
 
 
 def _describe_skipped(skipped: dict[Path, str], folder: Path) -> str:
-    """'b.jsonl (empty), README.md (another ending) and 3 more', first those that may be missed."""
+    """'b.jsonl (empty), README.md (another ending) and 3 more', the surprising ones first."""
     ranked = sorted(skipped.items(), key=lambda item: item[1] == "another ending")
     names = [f"{os.path.relpath(file, folder)} ({why})" for file, why in ranked[:NAMED]]
     return ", ".join(names) + (f" and {len(ranked) - NAMED:,} more" if len(ranked) > NAMED else "")
 
 
 def _is_ours(file: Path) -> bool:
-    """Whether data processing left it: beside an output, or in the folder of one that is half made."""
+    """Whether data processing wrote it: beside an output, or in the folder of a half-made one."""
     return any(map(_is_job, file.parents)) or file.name.endswith(OUR_ENDINGS)
 
 
 def _short_names(locations: Sequence[str]) -> list[str]:
-    """The files' names, with as many of their folders as it takes to tell them apart; datasets as they are."""
+    """The files' names with as many of their folders as make them unique; datasets unchanged."""
     paths = {location: Path(os.path.abspath(location)).parts for location in locations}
     names, depth = {}, 0
     while len(set(names.values())) < len(set(paths.values())):

@@ -23,7 +23,7 @@ from model.storage.files import replacing
 SPECIAL_TOKENS = ("<unk>", "<s>", "</s>")  # ids 0, 1, 2
 SMALLEST_VOCABULARY = len(SPECIAL_TOKENS) + 256  # the bytes alone
 TOKEN_BYTES_BELOW = 12  # three Chinese characters or a long English word: longer tokens are formulas, not words
-MAX_FILE_BYTES = 64 << 20  # text sampled evenly from each file; the trainer holds all pieces in memory
+MAX_FILE_BYTES = 64 << 20  # of each source: the trainer holds all pieces in memory
 BLOCK_BYTES = 8 << 20  # of input read at once
 MAX_EXAMPLE_BYTES = 4096  # of a rejected line
 MAX_KNOWN_LINES = 2_000_000  # lines remembered, to skip repeats
@@ -58,6 +58,8 @@ class TrainingText:
         for source in self.sources:
             share = min(1.0, MAX_FILE_BYTES / max(source.size, 1))
             for _, block, _ in stream_parts(source, BLOCK_BYTES, self.text_field):
+                if not source.size and block.offset >= MAX_FILE_BYTES:  # a stream of unknown length
+                    break
                 lines = lines_of(block)
                 for raw, offset in zip(lines, line_offsets(block), strict=True):
                     if zlib.crc32(offset.to_bytes(8, "little")) >= share * 2**32:
@@ -101,8 +103,9 @@ def train_tokenizer(
 ) -> TrainingText:
     """Train a tokenizer of exactly `vocab_size` tokens on files (`model.corpus.sources`); save it into `output_dir`.
 
-    The same files give the same tokenizer, byte for byte. To bound memory, at most 64 MiB of each file is used (64 MiB
-    on disk for a .gz), sampled evenly. A file given twice does not count twice, since its lines are known.
+    The same files give the same tokenizer, byte for byte. To bound memory, it reads at most 64 MiB of each file (as
+    stored, for a compressed one), sampled evenly, and the first 64 MiB of a streamed dataset. A file given twice counts
+    once, since its lines are known.
 
     Returns:
         the text read, with its counts of documents, characters, and bad lines by reason.
@@ -115,7 +118,7 @@ def train_tokenizer(
     folder = Path(output_dir)
     if (folder / "tokenizer.json").exists() and not overwrite:
         raise InputError(
-            f"tokenizer_output: {folder} holds a tokenizer already, and what was made with it would no longer fit; "
+            f"tokenizer_output: {folder} already holds a tokenizer, which token files and models may depend on; "
             "give another folder, or --overwrite_tokenizer to replace it"
         )
     if vocab_size < SMALLEST_VOCABULARY:

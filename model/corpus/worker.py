@@ -39,12 +39,12 @@ class Task:
     part_bytes: int
     path: Path
     block: Block | None = None  # the lines; None: the worker reads them from the plain file
-    disk_bytes: int = 0  # of the input that are done with it, for the progress bar
+    disk_bytes: int = 0  # of the input that it covers, for the progress bar
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What came of a task."""
+    """The result of a task."""
 
     source: int  # its number
     index: int
@@ -87,7 +87,7 @@ class Crew:
             worker.end()
 
     def make_parts(self, options: PartOptions, tasks: Iterable[Task]) -> Iterator[Answer]:
-        """Carry out tasks; answers come as they are ready.
+        """Carry out tasks; yields answers as they become ready.
 
         Raises:
             InputError: a worker died.
@@ -154,7 +154,7 @@ class _Worker:
         self._process.kill()
         self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout):
-            with contextlib.suppress(OSError):  # what was still to be sent
+            with contextlib.suppress(OSError):  # unsent data
                 pipe.close()
 
 
@@ -162,8 +162,8 @@ def main() -> None:
     """Carry out tasks from stdin until it ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # a stray print must not get among them
-    with contextlib.suppress(ImportError):  # takes its time, and the options are still to come
+    os.dup2(2, 1)  # a stray print must not end up among them
+    with contextlib.suppress(ImportError):  # slow to import; the options arrive later
         import fastokens  # noqa: F401
     maker = PartMaker(pickle.load(sys.stdin.buffer))
     while True:

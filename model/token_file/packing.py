@@ -41,7 +41,7 @@ def pack_documents(begins: np.ndarray, tokens: int, seq_len: int) -> Packing:
     """Pack documents into samples of at most `seq_len + 1` tokens, so that each token but a document's first is
     predicted once.
 
-    A document longer than a sample fills whole samples, each of which starts with the last token of the one before. Its
+    A document longer than a sample fills whole samples; each starts with the last token of the one before. Its
     tail is packed with the other documents, by best fit, the longest first (Ding et al., 2024, "Fewer truncations
     improve language modeling"). Space that no document fits stays empty. The samples are in the order of the file.
 

@@ -9,6 +9,7 @@ import pytest
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 
 from model.corpus.bulk_encoder import TRAPS, BulkEncoder, EncoderChoice, choose_encoder, with_bos_and_eos
+from model.corpus.lost_text import LossCounter
 from model.errors import InputError
 from model.text.tokenization import encode_texts, load_bulk_tokenizer, load_tokenizer, vocabulary_size
 from optimized_data_processing import OptimizedDataProcessor
@@ -155,6 +156,12 @@ def test_what_has_no_token_is_counted_and_said(tmp_path, capsys, kind):
         elif kind == "characters":
             marked = ["▁" + text.strip().replace(" ", "▁") for text in texts]
             assert lost == len("".join(marked).encode()) - sum(len("".join(n).encode()) for n in names)
+
+
+def test_a_vocabulary_without_single_characters_loses_every_byte():
+    tokenizer = Tokenizer(models.BPE({"<s>": 0, "</s>": 1, "ab": 2}, []))
+    assert not tokenizer.encode("a眠").ids
+    assert LossCounter(tokenizer.to_str()).count(["a眠", "b"]) == 5
 
 
 def test_a_model_without_a_token_for_unknown_words_is_one_line(tmp_path):

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from model.corpus import train_tokenizer
+from model.corpus.opening import Source
 from model.errors import InputError
 from optimized_data_processing import OptimizedDataProcessor
 from tests.conftest import corpus_lines, read_documents, read_rejects
@@ -231,12 +233,12 @@ REFUSED = {
     "keys": (
         "a.jsonl",
         '{"completion": "好", "n": 1}\n' * 3,
-        "none of 3 .*the keys that are there: completion, n; perh",
+        "none of 3 .*the keys found: completion, n; perh",
     ),
     "keys of an array": (
         "a.json",
         '[{"content": "好"}]',
-        "the keys that are there: content; perhaps --text_field content",
+        "the keys found: content; perhaps --text_field content",
     ),
     "a list": ("a.jsonl", '{"text": ["好"]}', r"the value of text is \['好'\], a string expected"),
     "chats": ("a.jsonl", CHAT * 2, r"these are chats \(keys conversations\)"),
@@ -301,8 +303,18 @@ def test_much_that_is_rejected_is_said_loudly(tmp_path, process_data_here):
     code, said = process_data_here("--input_path", path, "--output_path", tmp_path / "x.bin", "--workers", 0)
     [warning] = [line for line in said.splitlines() if line.startswith("warning: ")]
     assert code == 0 and warning.startswith("warning: 96% of the lines were rejected, 24 of them as no_text (")
-    assert warning.endswith("such as line 2; the keys that are there: body; perhaps --text_field body")
+    assert warning.endswith("such as line 2; the keys found: body; perhaps --text_field body")
     few_bad = ['{"text": "好"}', '{"text": "好"}', *[""] * 9, *[f'{{"text": "{number}"}}' for number in range(9)]]
     write(path, "\n".join(few_bad))
     code, said = process_data_here("--input_path", path, "--output_path", tmp_path / "y.bin", "--workers", 0)
     assert code == 0 and "warning" not in said
+
+
+def test_a_stream_of_unknown_length_trains_a_tokenizer_on_its_beginning_only(tmp_path, monkeypatch):
+    lines = corpus_lines(300)
+    (tmp_path / "a.jsonl").write_bytes(b"".join(lines))
+    monkeypatch.setattr(train_tokenizer, "MAX_FILE_BYTES", 20_000)
+    monkeypatch.setattr(train_tokenizer, "BLOCK_BYTES", 5_000)
+    text = train_tokenizer.TrainingText([Source(str(tmp_path / "a.jsonl"), "a.jsonl", size=0)])
+    read = len(list(text))
+    assert len(b"".join(lines[: read - 20])) < 20_000 <= len(b"".join(lines[:read])) and read < 300

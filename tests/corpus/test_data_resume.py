@@ -11,9 +11,13 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from model.corpus.change_samples import ChangeSamples
+from model.corpus.cleaning import CleaningOptions
 from model.corpus.job_folder import JobFolder, job_path
+from model.corpus.part_file import Damaged, Part, PartColumns, payload_path, write_part
 from model.errors import InputError
 from optimized_data_processing import OptimizedDataProcessor
 from tests.conftest import ROOT, corpus_lines, process_data
@@ -336,3 +340,17 @@ def test_two_processes_of_torchrun_give_the_bytes_of_one(raw, processor, tokeniz
     assert again.returncode == 0 and again.stderr.count("nothing to do") == 1
     bad = torchrun(*flags, "--val_share", "0.5", cwd=tmp_path)
     assert bad.returncode != 0 and bad.stderr.count("error: ") >= 1 and "val_share" in bad.stderr
+
+
+def test_a_part_with_a_damaged_payload_is_closed(tmp_path):
+    """Windows removes no open file, and the part must go before it can be remade."""
+    path = tmp_path / "part.npz"
+    columns = PartColumns(ChangeSamples(CleaningOptions()), payload=[np.arange(3, dtype=np.uint8)])
+    write_part(path, {"items": 3, "dtype": "uint8"}, columns)
+    part = Part(path)
+    assert part.payload().tolist() == [0, 1, 2] and part._file.zip is not None
+    payload_path(path).write_bytes(b"\0\1\3")
+    with pytest.raises(Damaged, match="part.npz: its payload is damaged"):
+        part.payload()
+    assert part._file.zip is None  # closed
+    path.unlink()
