@@ -159,16 +159,39 @@ def _describe(lines: Sequence[bytes], text_field: str) -> str:
     if objects:
         return _describe_objects(objects, text_field)
     if values:
-        kinds = sorted({{list: "arrays", str: "strings"}.get(type(value), "numbers") for value in values})
-        return f"the lines are JSON {' and '.join(kinds)}, not objects"
-    start = b"\n".join(lines).removeprefix(BOM).strip()
-    if re.match(rb"\{\s*'", start):
+        return _describe_values(values, text_field)
+    lines = [line.removeprefix(BOM).strip() for line in lines]
+    lines = [line for line in lines if line] or [b""]
+    start, following = lines[0], lines[1] if len(lines) > 1 else b""
+    if re.match(rb"\{\s*'", start + following):
         return "the lines are Python's notation, not JSON: strings need double quotes, as json.dumps writes them"
+    if start.endswith(b",") and isinstance(_parsed(start[:-1]), dict):
+        return "each line ends in a comma, as in an array without its brackets; remove the commas, or add [ and ]"
+    if start == b"[" and following.startswith(b'"'):
+        return _describe_values([[""]], text_field)
     if start[:1] in (b"{", b"["):
-        return "each object must stand on one line, as `jq -c .` writes it"
+        error, at = _json_error(start)
+        if at == len(start) and following and not following.startswith(start[:1]):
+            return "each object must stand on one line, as `jq -c .` writes it"
+        return f"the JSON of such a line is damaged at byte {at + 1:,}: {error}"
     if start.startswith(b"<"):
         return "it looks like HTML or XML"
     return "it looks like plain text; a file named .txt is read as text" if start else ""
+
+
+def _describe_values(values: Sequence, text_field: str) -> str:
+    """What lines hold that are JSON, but not objects."""
+    kinds = sorted({{list: "arrays", str: "strings"}.get(type(value), "numbers") for value in values})
+    items = [item for value in values for item in (value if isinstance(value, list) else [value])]
+    said = f"the lines are JSON {' and '.join(kinds)}, not objects"
+    if len(kinds) > 1 or not items or not all(isinstance(item, str) for item in items):
+        return said
+    each = ".[] | " if kinds == ["arrays"] else ""
+    return f"{said}; make each string a document: {_jq(f'{each}{{{json.dumps(text_field)}: .}}')}"
+
+
+def _jq(program: str) -> str:
+    return f"{command_line('jq', '-c', program)} FILE"
 
 
 def _describe_objects(objects: Sequence[dict], text_field: str) -> str:
@@ -180,9 +203,27 @@ def _describe_objects(objects: Sequence[dict], text_field: str) -> str:
     listed = ", ".join([shown(key)[1:-1] for key in keys[:MOST_KEYS]] + ["…"] * (len(keys) > MOST_KEYS)) or "no keys"
     if chat:
         return f"these are chats (keys {listed}), and data processing reads texts: write each as one string"
+    for key, found in ((key, found) for value in objects for key, found in value.items()):
+        if isinstance(found, list) and any(isinstance(item, dict) and text_field in item for item in found):
+            return f"the documents are in the list {shown(key)[1:-1]}; take them out: {_jq(_jq_key(key) + '[]')}"
     strings = {key: len(value) for item in reversed(objects) for key, value in item.items() if isinstance(value, str)}
     advice = f"; perhaps --text_field {command_line(max(strings, key=strings.get))}" if strings else ""
     return f"the keys found: {listed}{advice}"
+
+
+def _jq_key(key: str) -> str:
+    return f".{key}" if re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", key) else f".[{json.dumps(key)}]"
+
+
+def _json_error(line: bytes) -> tuple[str, int]:
+    """Why a line is not JSON, and at which of its bytes, from 0."""
+    try:
+        json.loads(text := line.decode("utf-8", "replace"))
+    except json.JSONDecodeError as error:
+        return error.msg, len(text[: error.pos].encode())
+    except RecursionError:
+        return "nested too deep", 0
+    return "not UTF-8", 0
 
 
 def _parsed(line: bytes):

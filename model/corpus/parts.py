@@ -2,7 +2,7 @@
 
 Part k is the lines whose first byte lies in [k * part_bytes, (k + 1) * part_bytes) of the source's text as JSONL. So
 each part can be remade alone, and any process can read any part of a plain file directly. Lines end with the byte
-`\\n` and nothing else.
+`\\n`; a carriage return between two objects also separates them, since no valid line of JSON holds one there.
 """
 
 import hashlib
@@ -88,6 +88,8 @@ def _read_block(file: BinaryIO, position: int, end: int) -> Block | None:
             raw += tail
     else:
         size = len(raw)
+    if b"\r" in raw:  # files with different line ends were joined
+        raw = raw.replace(b"}\r{", b"}\n{")
     return Block(position, raw, size, digest.hexdigest(), oversized)
 
 

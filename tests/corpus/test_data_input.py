@@ -116,6 +116,17 @@ def test_however_it_is_packed_the_documents_are_the_same(documents, tmp_path, na
     assert documents.counts["rejected"] == 0
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
+def test_line_ends_may_differ_within_a_file(documents, tmp_path, name):
+    lines = [json.dumps({"text": f"第{number}行"}, ensure_ascii=False) for number in range(20)]
+    for ends in (["\r"] * 5 + ["\n"] * 15, ["\n"] * 9 + ["\r"] * 5 + ["\r\n"] * 6):
+        content = "".join(map(str.__add__, [*lines[:12], "{bad}", *lines[12:]], [*ends, "\n"])).encode()
+        path = write(tmp_path / name, gzip.compress(content) if name.endswith(".gz") else content)
+        assert documents(path) == [f"第{number}行" for number in range(20)]
+        [reject] = read_rejects(tmp_path / "out" / "data.bin")
+        assert (reject["line"], reject["reason"], reject["raw"].strip()) == (13, "bad_json", "{bad}")
+
+
 def test_parquet_in_capitals(documents, tmp_path):
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
@@ -243,7 +254,38 @@ REFUSED = {
     "a list": ("a.jsonl", '{"text": ["好"]}', r"the value of text is \['好'\], a string expected"),
     "chats": ("a.jsonl", CHAT * 2, r"these are chats \(keys conversations\)"),
     "messages": ("a.jsonl", CHAT.replace("conversations", "messages"), r"these are chats \(keys messages\)"),
-    "strings": ("a.jsonl", '"好"\n"好的"\n', "the lines are JSON strings, not objects"),
+    "strings": (
+        "a.jsonl",
+        '"好"\n"好的"\n',
+        r"the lines are JSON strings, not objects; make each .*: jq -c .*\{.*text.*: \.\}.* FILE",
+    ),
+    "array of strings": (
+        "a.json",
+        '["春眠", "不觉晓"]',
+        r"the lines are JSON arrays, not objects; .*: jq -c .*\.\[\] \| ",
+    ),
+    "pretty array of strings": (
+        "a.json",
+        '[\n "春眠",\n "不觉晓"\n]\n',
+        r"the lines are JSON arrays, not objects; .*jq -c",
+    ),
+    "array of numbers": ("a.json", "[1, 2]", r"JSON arrays, not objects; see "),
+    "commas": (
+        "a.jsonl",
+        '{"text": "好"},\n{"text": "文"},\n',
+        r"each line ends in a comma, .*; remove the commas, or add",
+    ),
+    "documents in a list": (
+        "a.json",
+        '{"data": [{"text": "好"}, {"text": "文"}]}',
+        r"the documents are in the list data; take them out: jq -c '?\.data\[\]'? FILE",
+    ),
+    "damaged": (
+        "a.jsonl",
+        "{bad\n" * 30,
+        "the JSON of such a line is damaged at byte 2: Expecting property name enclosed in double quotes",
+    ),
+    "cut": ("a.jsonl", '{"text": "好"\n' * 3, "the JSON of such a line is damaged at byte 15: Expecting ',' delimiter"),
     "plain text": (
         "a.jsonl",
         "春眠不觉晓，\n处处闻啼鸟。\n",
