@@ -8,7 +8,7 @@ from pathlib import Path
 from model.corpus.job_folder import JobFolder, describe_changes
 from model.corpus.merge import DocumentFile
 from model.corpus.opening import Source
-from model.corpus.parts import read_part, stream_parts
+from model.corpus.parts import MAX_LINE_BYTES, read_part, stream_parts
 from model.corpus.sources import OUR_ENDINGS
 from model.errors import InputError
 from model.storage.files import write_json
@@ -83,11 +83,16 @@ def _beside(file: Path) -> tuple[Path, Path]:
     return manifest_path(file), ends_path(file)
 
 
-def check_names_are_free(output: Path, validates: bool, replace: bool) -> None:
-    """Check that a new job overwrites only its own files.
+def check_names_are_free(output: Path, tokenize: bool, validates: bool, replace: bool) -> None:
+    """Check that a new job overwrites and removes only files of earlier jobs of this output.
+
+    Args:
+        tokenize: whether the job writes tokens, and so where its documents end.
+        validates: whether it writes a validation file.
+        replace: whether the user asked to replace the output.
 
     Raises:
-        InputError: there is another file's manifest, or a validation file.
+        InputError: a file of another origin has a name that the job needs.
     """
     manifest = manifest_path(output)
     if manifest.exists():
@@ -106,6 +111,25 @@ def check_names_are_free(output: Path, validates: bool, replace: bool) -> None:
             f"output_path: {validation} is there already; give another name, or replace it with resume=False "
             "(--resume false)"
         )
+    foreign = [output.with_name(output.stem + ending) for ending in OUR_ENDINGS]
+    foreign = [path for path in foreign if not _holds_our_records(path)]
+    if tokenize and not manifest.exists():
+        foreign.append(ends_path(output))
+    if validates and "processing" not in _read_json(manifest_path(validation)):
+        foreign += [manifest_path(validation), *[ends_path(validation)] * tokenize]
+    if taken := next((path for path in foreign if path.exists()), None):
+        raise InputError(f"output_path: {taken} is there already, and no earlier job wrote it; give another name")
+
+
+def _holds_our_records(path: Path) -> bool:
+    """Whether a file of rejects or changes is one that data processing wrote, or empty."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            line = file.readline(MAX_LINE_BYTES)
+        record = json.loads(line) if line else {"line": 0, "reason": ""}
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(record, dict) and "line" in record and bool({"reason", "change"} & record.keys())
 
 
 def _made_with_another(validation: Path) -> bool:

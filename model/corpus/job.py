@@ -122,10 +122,11 @@ class Job:
         }
 
     def _begin(self, folder: JobFolder, resume: bool) -> None:
+        half_published = folder.is_finished  # its files may lack their manifest
         if not resume:
             folder.clear()
-        if folder.planned() is None:
-            check_names_are_free(self.output, self.options.val_share > 0, replace=not resume)
+        if folder.planned() is None and not half_published:
+            check_names_are_free(self.output, self.tokenize, self.options.val_share > 0, replace=not resume)
         part_bytes = min(max(self.options.save_interval * BYTES_OF_A_TOKEN, SMALLEST_PART), LARGEST_PART)
         part_bytes = (folder.planned() or {}).get("part_bytes", part_bytes)
         if folder.begin(self.plan | {"part_bytes": part_bytes}):

@@ -190,13 +190,31 @@ def test_an_input_is_never_overwritten(processor, tmp_path, name):
     assert path.read_bytes() == PLAIN and list(tmp_path.iterdir()) == [path]
 
 
-@pytest.mark.parametrize("name", ["data.json", "data.val.bin"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("data.json", "data.val.bin", "data.ends", "data.val.json", "data.val.ends"),
+        *("data.rejects.jsonl", "data.changes.jsonl"),
+    ],
+)
 def test_a_file_that_the_job_did_not_make_is_never_overwritten(tokenizer_folder, tmp_path, name):
     raw, theirs = write(tmp_path / "raw.jsonl", PLAIN), write(tmp_path / name, b"{}")
     processor = OptimizedDataProcessor(tokenizer_folder, workers=0, val_share=0.2)
     with pytest.raises(InputError, match=f"output_path: .*{name}.* is there .*give another name"):
         processor.process_dataset(raw, tmp_path / "data.bin")
     assert theirs.read_bytes() == b"{}" and sorted(tmp_path.iterdir()) == sorted([raw, theirs])
+
+
+def test_what_an_earlier_job_of_this_output_left_is_replaced(tokenizer_folder, tmp_path):
+    raw, output = write(tmp_path / "raw.jsonl", b'{"body": "x  y"}\n'), tmp_path / "data.bin"
+    with pytest.raises(InputError, match="none of 1 lines"):  # it leaves the rejects alone
+        OptimizedDataProcessor(tokenizer_folder, workers=0, val_share=0.2).process_dataset(raw, output)
+    write(raw, PLAIN + b'{"text": "x\\u0000y"}\n')
+    for val_share in (0.2, 0.3, 0.0):
+        processor = OptimizedDataProcessor(tokenizer_folder, workers=0, val_share=val_share)
+        processor.process_dataset(raw, output, resume=False)
+        assert (tmp_path / "data.rejects.jsonl").exists() and (tmp_path / "data.changes.jsonl").exists()
+    assert not (tmp_path / "data.val.bin").exists()
 
 
 # ------------------------------------------------------------------------------------------------------------- damaged
