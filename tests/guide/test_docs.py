@@ -54,7 +54,7 @@ ELSEWHERE = {
     "python train.py --config config.yaml --nproc_per_node": ("tests/runs/test_supervisor.py", "--nproc_per_node"),
 }
 FOREIGN_FLAGS = {  # of pip, pytest, torchrun, lm_eval, git …
-    *("--index-url", "--nnodes", "--node_rank", "--rdzv_backend", "--rdzv_endpoint", "--rdzv_id", "--standalone"),
+    *("--nnodes", "--node_rank", "--rdzv_backend", "--rdzv_endpoint", "--rdzv_id", "--standalone"),
     *("--max-restarts", "--model", "--model_args", "--tasks", "--include_path", "--weights", "--fast", "--only"),
     *("--llama_python", "--check", "--help"),
 }
@@ -101,6 +101,8 @@ def interpreter(tmp_path_factory):
     home = copy_project(tmp_path_factory.mktemp("docs") / "MateConv", "classics_zh.jsonl")
     (home / "prompts.txt").write_text("中国\n长江、黄河\n", encoding="utf-8")
     (home / "my_text.txt").write_text("春风又绿江南岸", encoding="utf-8")
+    texts = (home / "dataset" / "classics_zh.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    (home / "mine.jsonl").write_text("".join(texts[:200]), encoding="utf-8")
     interpreter = Interpreter(home)
     words = ["train.py", "--config", "config.yaml", *SMALL.split(), "--save_interval", "2"]
     answer = interpreter.run(words)
