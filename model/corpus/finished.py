@@ -154,7 +154,8 @@ def check_finished(output: Path, sources: Sequence[Source], plan: dict) -> dict:
         digests = [source["sha256_of_parts"] for source in manifest["sources"]]
     except (KeyError, TypeError):
         raise InputError(f"{output} exists already, not made by this program from this input; {remedy}") from None
-    changed = describe_changes(before, plan)
+    recorded = {name: manifest[name] for name in ("bos_id", "eos_id") if name in manifest}  # earlier plans lack them
+    changed = describe_changes(recorded | before, plan)
     if not changed:
         for source, digest in zip(sources, digests, strict=True):
             if _digest(_part_digests(source, part_bytes, plan["text_field"])) != digest:

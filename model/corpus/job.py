@@ -70,7 +70,7 @@ class Job:
 
     @cached_property
     def tokenizer(self) -> BulkTokenizer:
-        """The tokenizer, loaded when first needed: a finished output needs none."""
+        """The tokenizer, loaded when first needed."""
         return load_bulk_tokenizer(self.options.tokenizer_path)
 
     @property
@@ -112,6 +112,8 @@ class Job:
             del depends["txt_documents"]
         if self.tokenize:
             depends["the tokenizer"] = tokenizer_sha256(self.options.tokenizer_path)
+            depends["bos_id"], depends["eos_id"] = self.tokenizer.bos_id, self.tokenizer.eos_id
+            depends["end_ids"] = sorted(self.tokenizer.end_ids)
         else:
             del depends["max_length"], depends["long_documents"]
         return {

@@ -21,6 +21,8 @@ from filelock import FileLock, Timeout
 from model.errors import InputError
 from model.storage.files import write_json
 
+ADDED_LATER = ("bos_id", "eos_id", "end_ids")  # to the plan, when the tokenizer.json alone no longer sufficed
+
 
 class JobFolder:
     """Opens, locks, publishes and removes the folder.
@@ -157,7 +159,11 @@ def job_path(output: Path) -> Path:
 
 
 def describe_changes(before: dict, now: dict) -> str:
-    """'the tokenizer (was 1a2b…, is 3c4d…), text_field (was text, is content)'; '' where nothing changed."""
+    """'the tokenizer (was 1a2b…, is 3c4d…), text_field (was text, is content)'; '' where nothing changed.
+
+    Plans of earlier versions lack ADDED_LATER; what they don't say is taken as unchanged.
+    """
+    before = {name: now[name] for name in ADDED_LATER if name in now} | before
     return ", ".join(
         f"{name} (was {_short(before.get(name))}, is {_short(now.get(name))})"
         for name in sorted(before.keys() | now.keys())

@@ -150,6 +150,7 @@ class BulkTokenizer:
     bos_id: int | None
     eos_id: int
     vocab_size: int  # the largest id plus one
+    end_ids: tuple[int, ...]  # that end a text, the eos first; a text that spells out their tokens yields none
 
     @property
     def delimiters(self) -> Delimiters:
@@ -177,13 +178,12 @@ def load_bulk_tokenizer(path: str | Path | None = None) -> BulkTokenizer:
         bos_id, eos_id = map(backend.token_to_id, names)
         if bos_id is not None and eos_id is not None:
             size = max(backend.get_vocab().values()) + 1
-            ends = map(backend.id_to_token, read_ends(file.parent, eos_id, size))
-            encoder = TextEncoder(backend.to_str(), {*names, *filter(None, ends)})
-            return BulkTokenizer(encoder.json, bos_id, eos_id, size)
+            ends = read_ends(file.parent, eos_id, size)
+            encoder = TextEncoder(backend.to_str(), {*names, *filter(None, map(backend.id_to_token, ends))})
+            return BulkTokenizer(encoder.json, bos_id, eos_id, size, tuple(ends))
     tokenizer = load_tokenizer(path)
-    return BulkTokenizer(
-        text_encoder(tokenizer).json, tokenizer.bos_token_id, tokenizer.eos_token_id, vocabulary_size(tokenizer)
-    )
+    ids = tokenizer.bos_token_id, tokenizer.eos_token_id
+    return BulkTokenizer(text_encoder(tokenizer).json, *ids, vocabulary_size(tokenizer), tuple(end_ids(tokenizer)))
 
 
 def tokenizer_sha256(path: str | Path | None = None) -> str:

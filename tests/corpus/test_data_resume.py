@@ -1,6 +1,7 @@
 """A data processing job that is killed, changed or run again, and one that several processes share."""
 
 import errno
+import json
 import os
 import random
 import shutil
@@ -253,6 +254,45 @@ def test_a_half_made_output_is_not_continued_with_other_input_tokenizer_or_optio
         processor.validate_and_clean_jsonl(raw, cleaned)
     again = processor.validate_and_clean_jsonl(raw, cleaned, resume=False)
     assert again["documents"] == counts["documents"] == len(cleaned.read_bytes().splitlines())
+
+
+def test_other_control_tokens_are_another_tokenizer_and_plans_without_them_resume(
+    raw, tokenizer_folder, tmp_path, monkeypatch
+):
+    folder, output, finished = tmp_path / "tokenizer", tmp_path / "data.bin", tmp_path / "whole" / "data.bin"
+    shutil.copytree(tokenizer_folder, folder)
+    config, generation = folder / "tokenizer_config.json", folder / "generation_config.json"
+    before = config.read_text(encoding="utf-8")
+    changed = json.loads(before)
+    changed["eos_token"] = changed["bos_token"]
+
+    def make(path: Path) -> None:
+        OptimizedDataProcessor(folder, workers=0, **SMALL).process_dataset(raw, path)
+
+    make(finished)
+    begin_and_stop(OptimizedDataProcessor(folder, workers=0, **SMALL), raw, output, monkeypatch)
+    config.write_text(json.dumps(changed), encoding="utf-8")
+    for path in (output, finished):
+        with pytest.raises(InputError, match=r"changed since.*: end_ids .*, eos_id \(was \d+, is \d+\).*resume=False"):
+            make(path)
+    config.write_text(before, encoding="utf-8")
+    generation.write_text('{"eos_token_id": [5]}', encoding="utf-8")
+    for path in (output, finished):
+        with pytest.raises(InputError, match=r"changed since.*: end_ids \("):
+            make(path)
+    generation.unlink()
+    for path in (job_path(output) / "plan.json", finished.with_suffix(".json")):  # as earlier versions wrote them
+        content = json.loads(path.read_text(encoding="utf-8"))
+        plan = content if path.name == "plan.json" else content["processing"]["plan"]
+        for name in ("bos_id", "eos_id", "end_ids"):
+            del plan[name]
+        path.write_text(json.dumps(content), encoding="utf-8")
+    make(output)
+    make(finished)
+    assert output.read_bytes() == finished.read_bytes()
+    config.write_text(json.dumps(changed), encoding="utf-8")
+    with pytest.raises(InputError, match=r"changed since.*: eos_id \("):  # which a finished output's manifest names
+        make(finished)
 
 
 @pytest.mark.long
