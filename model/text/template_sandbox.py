@@ -2,12 +2,15 @@
 
 A sandboxed template reaches neither files nor Python's functions, but it can ask for 100 GB of text in one operation or
 loop for days. Here each operation estimates the size of its result before it runs, and each iteration, call and filter
-checks the clock.
+checks the clock. A list that holds another list twice doubles when written out, so whatever walks nested values (text,
+comparison, hash) is charged for all that it meets, however often.
 """
 
 import datetime
 import functools
+import inspect
 import json
+import operator
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -19,6 +22,7 @@ from jinja2.compiler import CodeGenerator
 from jinja2.environment import Environment, Template
 from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
+from jinja2.filters import make_attrgetter
 from jinja2.nodes import EvalContext
 from jinja2.runtime import Context, LoopContext, str_join
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -42,6 +46,19 @@ WITHOUT = (
     "wordwrap",
     "xmlattr",
 )
+
+BY_ATTRIBUTE = ("groupby", "join", "max", "min", "sort", "sum", "unique")  # filters that look into all items
+COMPARISONS = {
+    "eq": operator.eq,
+    "ne": operator.ne,
+    "gt": operator.gt,
+    "gteq": operator.ge,
+    "lt": operator.lt,
+    "lteq": operator.le,
+    "in": lambda left, right: left in right,
+    "notin": lambda left, right: left not in right,
+}
+SEQUENCES = list | tuple | set | frozenset | type({}.keys()) | type({}.values()) | type({}.items())
 
 
 class TooMuch(Exception):
@@ -113,7 +130,7 @@ def _compiled(source: str) -> Template:
 
 
 class _Generator(CodeGenerator):
-    """Compiles `a ~ b` to a call of the sandbox's `concatenate`."""
+    """Compiles what Jinja leaves to Python's operators to calls of the sandbox's methods."""
 
     def visit_Concat(self, node: nodes.Concat, frame) -> None:
         self.write("environment.concatenate((")
@@ -122,10 +139,39 @@ class _Generator(CodeGenerator):
             self.write(", ")
         self.write("))")
 
+    def visit_Compare(self, node: nodes.Compare, frame) -> None:
+        self.write("environment.compare(")
+        self.visit(node.expr, frame)
+        for part in node.ops:
+            self.write(f", ({part.op!r}, lambda: ")
+            self.visit(part.expr, frame)
+            self.write(")")
+        self.write(")")
+
+    def visit_Getitem(self, node: nodes.Getitem, frame) -> None:
+        if not isinstance(node.arg, nodes.Slice):
+            super().visit_Getitem(node, frame)
+            return
+        self.write("environment.cut(")
+        for part in (node.node, node.arg.start, node.arg.stop, node.arg.step):
+            self.visit(part or nodes.Const(None), frame)
+            self.write(", ")
+        self.write(")")
+
+    def visit_Dict(self, node: nodes.Dict, frame) -> None:
+        self.write("{")
+        for pair in node.items:
+            self.write("environment.key(")
+            self.visit(pair.key, frame)
+            self.write("): ")
+            self.visit(pair.value, frame)
+            self.write(", ")
+        self.write("}")
+
 
 class _Sandbox(ImmutableSandboxedEnvironment):
     code_generator_class = _Generator
-    intercepted_binops = frozenset(["+", "*", "**", "%"])
+    intercepted_binops = frozenset(["+", "-", "*", "**", "%"])
 
     def __init__(self) -> None:
         super().__init__(
@@ -134,7 +180,8 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         for name in WITHOUT:
             del self.filters[name]
         self.filters["tojson"] = _to_json
-        self.filters = {name: _bounded(name, function) for name, function in self.filters.items()}
+        self.filters = {name: _bounded(self, name, function) for name, function in self.filters.items()}
+        self.tests = {name: _bounded_test(name, function) for name, function in self.tests.items()}
         self.filters["_counted"] = _counted
         del self.globals["lipsum"]
         self.globals |= {"raise_exception": _raise, "strftime_now": _now, "dict": _dict, "namespace": _Namespace}
@@ -149,6 +196,33 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         spend(weigh(parts))
         return str_join(parts)
 
+    @staticmethod
+    def compare(left: Any, *rest: tuple[str, Callable]) -> Any:
+        """Python's `left < b < c`; each of the rest is an operator's name and a function that gives the operand."""
+        result = True
+        for name, operand in rest:
+            right = operand()
+            result = COMPARISONS[name](left, _compared(name, left, right))
+            if not result:
+                break
+            left = right
+        return result
+
+    @staticmethod
+    def cut(value: Any, *bounds: Any) -> Any:
+        """The slice `value[start:stop:step]`."""
+        result = value[slice(*bounds)]
+        spend(_size(result))
+        return result
+
+    @staticmethod
+    def key(value: Any) -> Any:
+        spend(weigh(value))  # a hash looks into tuples
+        return value
+
+    def getitem(self, obj: Any, argument: Any) -> Any:
+        return super().getitem(obj, self.key(argument))
+
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         spend(_size_of_operation(operator, left, right))
         return super().call_binop(context, operator, left, right)
@@ -156,10 +230,10 @@ class _Sandbox(ImmutableSandboxedEnvironment):
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805 (as in jinja)
         if isinstance(__obj, LoopContext):
             args = (_counted(args[0], 0), *args[1:])
+        elif __obj is _dict or __obj is _Namespace or isinstance(_owner(__obj), str | bytes | dict | SEQUENCES):
+            args = tuple(_listed(value) for value in args)
         spend(_size_of_call(__obj, args, kwargs))
-        result = super().call(__context, __obj, *args, **kwargs)
-        spend(_size(result))
-        return result
+        return _charged(super().call(__context, __obj, *args, **kwargs))
 
 
 def weigh(value: Any) -> int:
@@ -174,7 +248,7 @@ def weigh(value: Any) -> int:
         total += _size(value) + depth
         if isinstance(value, dict):
             waiting += [(part, depth + 1) for pair in value.items() for part in pair]
-        elif isinstance(value, list | tuple | set | frozenset):
+        elif isinstance(value, SEQUENCES):
             waiting += [(part, depth + 1) for part in value]
         if total > MAX_CHARACTERS:
             spend(total)
@@ -185,7 +259,31 @@ def _size(value: Any) -> int:
     """Characters or items of a value, without nested ones."""
     if isinstance(value, int):
         return value.bit_length() // 3 + 1  # decimal digits, about
-    return len(value) if isinstance(value, str | bytes | list | tuple | dict | set | frozenset) else 1
+    return len(value) if isinstance(value, str | bytes | dict | range | SEQUENCES) else 1
+
+
+def _compared(name: str, left: Any, right: Any) -> Any:
+    """The right operand of a comparison, charged; the items of an iterator are charged as they come."""
+    if name not in ("in", "notin"):
+        both = all(isinstance(value, dict | SEQUENCES) and value for value in (left, right))
+        spend(weigh((left, right)) if both else min(_size(left), _size(right)))
+    elif isinstance(right, Iterator):
+        return _counted(right, weigh(left))
+    else:
+        spend(weigh((left, right)) if isinstance(right, SEQUENCES) else weigh(left))
+    return right
+
+
+def _charged(result: Any) -> Any:
+    if isinstance(result, int):
+        _check_bits(result.bit_length())
+    spend(_size(result))
+    return result
+
+
+def _listed(value: Any) -> Any:
+    """A list in place of an iterator, whose size is unknown."""
+    return list(_counted(value, 0)) if isinstance(value, Iterator) else value
 
 
 def _size_of_operation(operator: str, left: Any, right: Any) -> int:
@@ -200,6 +298,8 @@ def _size_of_operation(operator: str, left: Any, right: Any) -> int:
         return _size_of_format(left, right if isinstance(right, tuple) else (right,))
     elif operator == "+":
         return _size(left) + _size(right)
+    elif operator == "-" and not isinstance(left, int | float):  # of sets
+        return weigh((left, _listed(right)))
     return 1
 
 
@@ -221,12 +321,27 @@ def _size_of_call(function: Any, arguments: tuple, named: dict) -> int:
     """Upper estimate of a call's result, for those methods whose result can outgrow their arguments."""
     given = (*arguments, *named.values())
     _check_numbers(given)
-    function = getattr(function, "__wrapped__", function)  # jinja wraps str.format
-    text, name = getattr(function, "__self__", None), getattr(function, "__name__", "")
+    text, name = _owner(function), getattr(function, "__name__", "")
+    if function is _dict or function is _Namespace:
+        return weigh(arguments)
+    if isinstance(text, LoopContext) and name == "changed":
+        return weigh(given)
+    if isinstance(text, dict):
+        return weigh(given[:1])  # hashes a key
+    if isinstance(text, SEQUENCES):
+        return weigh((text, *given)) if given else 1
+    if isinstance(text, str) and name == "striptags":
+        return len(text) * (1 + text.count("<"))
     if not isinstance(text, str | bytes) or not given:
         return 1
     if name in ("format", "format_map"):
+        if isinstance(text, str) and (field := re.search(r"\{[^{}:!]*[.\[]", text.replace("{{", ""))):
+            raise SecurityError(f"format takes no part of a value, as in {field.group()[:40]!r}")
         return _size_of_format(text, given)
+    if name in ("strip", "lstrip", "rstrip", "rfind", "rindex", "rpartition", "rsplit"):
+        return _size_of_search(text, given[0])
+    if name in ("startswith", "endswith"):
+        return weigh(given[0])
     if name == "join":
         return weigh(given) + len(text) * _size(given[0])
     if name == "replace":
@@ -234,6 +349,17 @@ def _size_of_call(function: Any, arguments: tuple, named: dict) -> int:
     if name == "translate":
         return len(text) * (1 + weigh(given))
     return len(text) * (1 + max(abs(value) for value in given if isinstance(value, int))) if name == "expandtabs" else 1
+
+
+def _owner(function: Any) -> Any:
+    """The value whose method this is, or None."""
+    function = inspect.unwrap(function) if callable(function) else function  # jinja wraps str.format
+    return getattr(function, "__self__", None)
+
+
+def _size_of_search(text: str | bytes, wanted: Any) -> int:
+    """Python's `strip` and `rfind` may look through all that is wanted at each character."""
+    return len(text) * (1 + _size(wanted) // 64)
 
 
 def _size_of_replacing(text: Any, old: Any = "", new: Any = "", *_) -> int:
@@ -247,11 +373,14 @@ def _check_numbers(values: Iterable[Any]) -> None:
             raise TooMuch(f"gives a function a number above {MAX_NUMBER:,}")
 
 
-def _bounded(name: str, function: Callable) -> Callable:
+def _bounded(environment: Environment, name: str, function: Callable) -> Callable:
     """The filter, charging its result before it runs."""
+    signature = inspect.signature(function) if name in BY_ATTRIBUTE else None
 
     @functools.wraps(function)
     def bounded(*args, **kwargs):
+        if name in BY_ATTRIBUTE or name == "list":
+            args = tuple(_listed(value) for value in args)
         given = [value for value in args if not isinstance(value, Environment | Context | EvalContext)]
         value, given = given[0] if given else None, (*given[1:], *kwargs.values())
         _check_numbers(given)
@@ -260,10 +389,29 @@ def _bounded(name: str, function: Callable) -> Callable:
             size = _size_of_format(str(value), given)
         elif name == "replace":
             size = _size_of_replacing(value, *given[:2])
+        elif name == "trim" and given:
+            size = _size_of_search(str(value), given[0])
         elif name in ("join", "indent", "tojson", "sum"):  # something is added per item
             size *= 1 + sum(value if isinstance(value, int) else _size(value) for value in given if value is not None)
+        if (
+            name in BY_ATTRIBUTE
+            and (attribute := signature.bind(*args, **kwargs).arguments.get("attribute")) is not None
+        ):
+            for part in str(attribute).split(","):
+                size += weigh([*map(make_attrgetter(environment, part), value)])
         spend(size)
-        return function(*args, **kwargs)
+        return _charged(function(*args, **kwargs))
+
+    return bounded
+
+
+def _bounded_test(name: str, function: Callable) -> Callable:
+    """The test (`x is eq y`), charged as a comparison."""
+    name = "in" if name == "in" else "eq"
+
+    @functools.wraps(function)
+    def bounded(*args):
+        return function(args[0], _compared(name, *args)) if len(args) == 2 else function(*args)
 
     return bounded
 
@@ -301,6 +449,11 @@ class _Namespace(Namespace):
     def __setitem__(self, name: str, value: Any) -> None:
         _check_name(name)
         Namespace.__setitem__(self, name, value)
+
+    def __repr__(self) -> str:
+        values = object.__getattribute__(self, "_Namespace__attrs")
+        spend(weigh(values))
+        return f"<Namespace {values!r}>"
 
 
 def _check_name(name: Any) -> None:

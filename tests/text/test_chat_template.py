@@ -160,6 +160,41 @@ MUCH = {
     "much output": "{% for a in range(99999) %}" + "x" * 1000 + "{% endfor %}",
 }  # fmt: skip
 
+TWINS = (
+    "{% set ns = namespace(a=[1], b=[1], t=(1,)) %}{% for i in range(40) %}{% set ns.a = [ns.a, ns.a] %}"
+    "{% set ns.b = [ns.b, ns.b] %}{% set ns.t = (ns.t, ns.t) %}{% endfor %}"
+)
+MUCH |= {
+    what: TWINS + use
+    for what, use in {
+        "equal": "{{ ns.a == ns.b }}",
+        "less": "{{ 0 < 1 and ns.a < ns.b }}",
+        "a member": "{{ ns.a in [ns.b] }}",
+        "a member of an iterator": "{{ ns.a in ([ns.b] | map('default')) }}",
+        "equal, by test": "{{ ns.a is eq ns.b }}",
+        "equal, by select": "{{ [ns.a] | select('equalto', ns.b) | list | length }}",
+        "a key": "{{ {ns.t: 1} | length }}",
+        "a look-up": "{{ {}[ns.t] }}",
+        "a look-up by get": "{{ {}.get(ns.t) }}",
+        "an index": "{{ [ns.a].index(ns.b) }}",
+        "views": "{{ {'x': ns.a}.items() == {'x': ns.b}.items() }}",
+        "sets": "{{ {ns.t: 1}.keys() - {}.keys() }}",
+        "a view's text": "{{ {'x': ns.a}.items() }}",
+        "a namespace's text": "{{ ns }}",
+        "text by ~": "{{ (ns.a ~ '') | length }}",
+        "a field's text": "{{ '{0.a}'.format(ns) }}",
+        "sorted by attribute": "{{ [namespace(x=ns.a), namespace(x=ns.b)] | sort(attribute='x') | length }}",
+        "sorted iterator": "{{ [ns.a, ns.b] | map('list') | sort | length }}",
+        "changed": "{% for i in [1] %}{{ loop.changed(ns.a) }}{% endfor %}",
+    }.items()
+}
+MUCH["slices"] = (
+    "{% set ns = namespace(s='x' * 16000000, all=[]) %}"
+    "{% for i in range(99999) %}{% set ns.all = ns.all + [ns.s[1:]] %}{% endfor %}"
+)
+MUCH["joined iterator"] = "{{ 'x'.join(([('x' * 10000000)] * 10000) | map('string')) | length }}"
+MUCH["stripped"] = "{{ ('a' * 16000000).strip('b' * 8000000 + 'a') | length }}"
+
 
 @pytest.mark.long
 @pytest.mark.parametrize("template", MUCH.values(), ids=MUCH)
@@ -169,7 +204,29 @@ def test_a_template_that_asks_for_too_much_is_one_line(tokenizer, monkeypatch, t
     with pytest.raises(InputError, match="the tokenizer's chat template") as raised:
         render_template(tokenizer, HISTORY)
     assert "\n" not in str(raised.value) and len(str(raised.value)) < 300
+    assert "TypeError" not in str(raised.value)  # a limit, not a slip in the template
     assert time.process_time() - clock < 20  # seconds of this process alone: a minute and more without limits
+
+
+@pytest.mark.parametrize(
+    "template",
+    ["{{ cycler() }}", "{% for a in [1] %}" * 25 + "{% endfor %}" * 25, "{{ 10.0 ** 999 }}", "{{ [1](" * 999],
+)
+def test_whatever_a_template_raises_is_one_line(tokenizer, template):
+    tokenizer.chat_template = template
+    with pytest.raises(InputError, match="^the tokenizer's chat template ") as raised:
+        render_template(tokenizer, HISTORY)
+    assert "\n" not in str(raised.value)
+
+
+def test_comparisons_and_slices_give_what_python_gives(tokenizer):
+    tokenizer.chat_template = (
+        "{{ 1 < 2 < 3 }} {{ 1 < 3 < 2 }} {{ 3 < 2 < nothing }} {{ [1, 2] == [1, 2] }} {{ (1, 2) in [(1, 2)] }} "
+        "{{ 'b' not in {'a': 1} }} {{ 2 in ([1, 2] | map('int')) }} {{ 'abcd'[1:3] }}{{ [1, 2, 3][::-1] }} "
+        "{{ {(1, 2): 'x'}[(1, 2)] }} {{ 2 is gt 1 }} {{ {'a': 1}.keys() - {'b': 1}.keys() }}"
+    )
+    expected = "True False False True True True True bc[3, 2, 1] x True {'a'}"
+    assert render_template(tokenizer, HISTORY) == expected
 
 
 def test_a_template_reaches_nothing_of_python(tokenizer):
