@@ -31,8 +31,8 @@ def find_sources(
 
     The files of a folder or a glob come in the order of their names. In a folder JSONL and Parquet are read, .json that
     holds documents, and .txt where there is nothing else. Hidden and empty files, and those that accompany a corpus,
-    are skipped, and one line names them. Files that data processing wrote, or is about to write (`leave_out`, resolved
-    paths), are skipped silently.
+    are skipped, as are links to folders, broken links and files named as data processing names its own; one line says
+    so. Files that this job is about to write (`leave_out`, resolved paths) and half-made outputs are skipped silently.
 
     Args:
         text_field: the key that a .json file must have to be read: others only describe a corpus.
@@ -89,8 +89,11 @@ def _files(path: Path, leave_out: Collection[Path], text_field: str, txt_documen
     else:
         raise InputError(f"input_path: no file {path}; {EXPECTED}")
     is_folder, found, skipped, texts = path.is_dir(), [], {}, {}  # skipped: why, by file; texts: of .txt, last resort
+    entered = {folder for file in listed for folder in file.parents}
     for file in sorted(listed, key=lambda file: file.as_posix()):
-        if _is_ours(file) or not _is_hidden(file, path) and (not file.is_file() or file.resolve() in leave_out):
+        if file in entered or any(map(_is_job, [file, *file.parents])):
+            continue
+        if not _is_hidden(file, path) and file.is_file() and file.resolve() in leave_out:
             continue
         if why := _why_skipped(file, path, is_folder):
             skipped[file] = why
@@ -118,10 +121,10 @@ def _files(path: Path, leave_out: Collection[Path], text_field: str, txt_documen
 
 
 def _listed(folder: Path) -> Iterator[Path]:
-    """The files of a folder and its subfolders; hidden folders are listed but not entered."""
+    """The files of a folder and its subfolders; hidden folders and links to folders are listed but not entered."""
     for parent, folders, files in os.walk(folder):
-        hidden = [name for name in folders if _hides(name)]
-        yield from (Path(parent, name) for name in [*files, *hidden])
+        closed = [name for name in folders if _hides(name) or os.path.islink(os.path.join(parent, name))]
+        yield from (Path(parent, name) for name in [*files, *closed])
         folders[:] = [name for name in folders if not _hides(name) and not _is_job(Path(parent, name))]
 
 
@@ -145,6 +148,12 @@ def _why_skipped(file: Path, given: Path, is_folder: bool) -> str | None:
     name = file.name.lower()
     if _is_hidden(file, given):
         return "hidden"
+    if file.is_dir():
+        return "a link to a folder" if file.is_symlink() else "a folder"
+    if not file.is_file():
+        return "a broken link" if file.is_symlink() else "not a file"
+    if file.name.endswith(OUR_ENDINGS):
+        return "named as data processing names its own"
     if is_folder and COMPANIONS.match(name):
         return "about the corpus"
     if is_folder and not name.endswith((*ENDINGS, *TXT_ENDINGS, *JSON_ENDINGS)):
@@ -157,11 +166,6 @@ def _describe_skipped(skipped: dict[Path, str], folder: Path) -> str:
     ranked = sorted(skipped.items(), key=lambda item: item[1] == "another ending")
     names = [f"{os.path.relpath(file, folder)} ({why})" for file, why in ranked[:NAMED]]
     return ", ".join(names) + (f" and {len(ranked) - NAMED:,} more" if len(ranked) > NAMED else "")
-
-
-def _is_ours(file: Path) -> bool:
-    """Whether data processing wrote it: beside an output, or in the folder of a half-made one."""
-    return any(map(_is_job, file.parents)) or file.name.endswith(OUR_ENDINGS)
 
 
 def _short_names(locations: Sequence[str]) -> list[str]:

@@ -5,6 +5,7 @@ import gzip
 import io
 import json
 import lzma
+import os
 import subprocess
 import sys
 import tarfile
@@ -193,6 +194,25 @@ def test_a_folder_is_read_for_what_it_holds(documents, tmp_path, capsys):
     assert "LICENSE.txt (about the corpus)" in said and said.endswith("and 5 more")
     assert documents(f"{folder}/*.jsonl") == TEXTS[:1]
     assert "skipped in" in capsys.readouterr().err  # the empty one
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows needs a privilege to make links")
+def test_links_folders_and_files_named_like_ours_are_not_skipped_silently(documents, tmp_path, capsys):
+    folder = tmp_path / "in"
+    for name in ("a.jsonl", "b.changes.jsonl", "c.rejects.jsonl", "sub/d.jsonl", "../elsewhere/e.jsonl"):
+        write(folder / name, JSONL)
+    (folder / "linked").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    (folder / "gone.jsonl").symlink_to(tmp_path / "nowhere.jsonl")
+    ours = "named as data processing names its own"
+    both = f"b.changes.jsonl ({ours}), {{0}}c.rejects.jsonl ({ours}), {{0}}gone.jsonl (a broken link), {{0}}linked "
+    for given, root, more in ((folder, "", ""), (f"{folder}/*", f"{folder}/", f", {folder}/sub (a folder)")):
+        documents(given)
+        [said] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("skipped")]
+        names = said.removeprefix(f"skipped in {given}: ").replace(os.path.relpath(folder), str(folder))
+        assert names == root + both.format(root) + "(a link to a folder)" + more
+        assert documents.counts["lines"] == (3 if more else 6)
+    documents(f"{folder}/**/*.jsonl")
+    assert "(a folder)" not in capsys.readouterr().err
 
 
 def test_a_folder_of_plain_text(documents, tmp_path):
