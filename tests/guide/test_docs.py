@@ -190,6 +190,14 @@ def test_what_the_readme_shows_is_what_the_demo_prints(home, interpreter):
     assert [line for line in shown if without_numbers(line) not in printed] == [], answer["stderr"]
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("page", ["docs/evaluation.md", "docs/zh/evaluation.md"])
+def test_what_the_evaluation_page_shows_is_what_scoring_prints(page, home, interpreter):
+    answer = interpreter.run(["inference.py", "--model_path", "out/best_model.pth", "--score_file", "my_text.txt"])
+    shown = next(text for language, text in blocks(page) if language == "text").strip()
+    assert without_numbers(shown) in map(without_numbers, answer["stdout"].splitlines()), answer["stderr"]
+
+
 def without_numbers(line: str) -> str:
     return re.sub(r"\d[\d,.]*(?: [KMGTP]?(?:B|FLOP))?", "N", line)
 
