@@ -235,12 +235,25 @@ def run_batch(
             for text in generator.completions(encoded[done:], config):
                 prompt = prompts[done][1]
                 print_result(done, prompt, text)
-                file.write(json.dumps({"prompt": prompt, "text": text}, ensure_ascii=False).encode() + b"\n")
-                file.flush()
+                write_result(file, {"prompt": prompt, "text": text})
                 done += 1
         except (InputError, KeyboardInterrupt):
             say(f"{done} of {len(prompts)} results are in {arguments.output_file}; --resume continues there")
             raise
+
+
+def write_result(file: BinaryIO, result: dict) -> None:
+    """Append a result as one line; all of it is with the system when this returns.
+
+    Raises:
+        InputError: the system could not take it.
+    """
+    line = json.dumps(result, ensure_ascii=False).encode() + b"\n"
+    try:
+        while line:
+            line = line[file.write(line) :]  # a disk that is nearly full takes a part
+    except OSError as error:
+        raise InputError(f"output_file: {file.name} cannot be written ({error.strerror})") from error
 
 
 def print_result(number: int, prompt: str, text: str) -> None:
@@ -256,7 +269,7 @@ def open_results(path: Path, prompts: list[tuple[int, str]], resume: bool) -> tu
     """
     try:
         done, end = finished_results(path, prompts) if resume and path.exists() else (0, 0)
-        file = open(path, "ab")
+        file = open(path, "ab", buffering=0)  # a full disk is met at the write, and not again at the close
         if resume:
             file.truncate(end)
     except OSError as error:

@@ -641,6 +641,15 @@ def test_the_results_before_an_error_are_kept(in_run_folder, tiny_config, tokeni
     assert said.out.count("[16]") == 1 and "[17]" not in said.out
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+def test_a_full_disk_names_the_file_and_how_to_resume(in_run_folder, generator, capsys):
+    config = GenerationConfig(do_sample=False, max_new_tokens=3)
+    arguments = argparse.Namespace(batch_file="p", output_file="/dev/full", resume=False)
+    with pytest.raises(InputError, match="output_file: /dev/full cannot be written"):
+        inference.run_batch(generator, config, [(1, "中国"), (2, "长江")], arguments)
+    assert "0 of 2 results are in /dev/full; --resume continues there" in capsys.readouterr().err
+
+
 @pytest.mark.long
 def test_a_chat_survives_what_a_template_refuses(in_run_folder, generator, tokenizer, monkeypatch, capsys):
     """And what is said of the engine and the history comes between two turns."""
