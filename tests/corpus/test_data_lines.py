@@ -124,7 +124,7 @@ def process(content: bytes, folder: Path, tokenizer_folder, **pace) -> dict | No
 def check_file(content: bytes, tokenizer_folder, *paces: dict) -> None:
     if is_array(content[:HEAD_BYTES]) or has_only_carriage_returns(content[:HEAD_BYTES]):
         return  # not JSONL
-    lines = expected_lines(content)
+    lines = expected_lines(content.replace(b"}\r{", b"}\n{"))  # a CR between two objects separates lines too
     texts = [line.text for line in lines if line.text]
     with tempfile.TemporaryDirectory() as name:
         outputs = []
