@@ -45,7 +45,7 @@ class Watchdog:
         self._keeper = launcher if kept_by is None else f"rank {self._names[kept_by]}"
         self._timeout, self._give_up = timeout, give_up
         self._interval = min(1.0, timeout / 10)  # seconds between two looks
-        self._kept_by, self._line = kept_by, _Line(min(REQUEST_SECONDS, timeout / 2))
+        self._line = _Line(min(REQUEST_SECONDS, timeout / 2))
         self._count, self._doing, self._patience, self._moved = 0, "starting", START_PATIENCE, time.monotonic()
         self._heard: str | None = None  # what went wrong, according to another process
         self._spoke: float | None = None  # when this process reported what went wrong
@@ -91,8 +91,9 @@ class Watchdog:
             self._spoke = time.monotonic()
 
     def _linger(self) -> None:
-        """If this process hosts the store: give the others time to read the last report."""
-        if self._spoke is not None and self._kept_by == self._rank:
+        """Give the others time to read this process's report: torchrun stops them once this one has ended, and the
+        store may end with it."""
+        if self._spoke is not None:
             time.sleep(max(0.0, self._spoke + 3 * self._interval - time.monotonic()))
 
     def _listen(self) -> str | None:
