@@ -107,6 +107,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, dict[str, fl
 
 
 def main() -> None:
+    """Measure each setting, quiet and beside busy processes, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=GNU, help="default: GNU's library, all")
     parser.add_argument("--steps", type=int, default=80, help="of the demo's training")
