@@ -31,11 +31,11 @@ from model.errors import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
 TOKENS = ROOT / "dataset" / "classics_zh.bin"
-SHOWN = 45  # last lines of a part that the summary shows
+SHOWN = 75  # last lines of a part that the summary shows
 SIDE_BY_SIDE = {"tests", "resume", "training_tests"}  # nothing in them is timed
 ORDER = (  # the most important first
-    "machine", "smoke", "tests", "resume", "training_tests", "train_speed", "decode", "demo", "training",
-    "train_speed_110M", "decode_135M", "profile", "dry_run", "saving", "decode_135M_fp32",
+    "machine", "smoke", "tests", "resume", "training_tests", "train_speed", "profile", "train_speed_110M", "decode",
+    "demo", "training", "decode_135M", "dry_run", "saving", "decode_135M_fp32",
 )  # fmt: skip
 TINY = ("--dim", 64, "--n_layers", 2, "--n_heads", 4, "--n_kv_heads", 2, "--max_seq_len", 64, "--batch_size", 2)
 

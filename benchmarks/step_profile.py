@@ -44,23 +44,53 @@ def group_of(event: FunctionEvent, vocab_size: int) -> str:
     return COPIES if event.name in MOVES else ELEMENTWISE
 
 
-def step_groups(steps: step_contenders.Steps, vocab_size: int, count: int) -> tuple[dict[str, float], float]:
-    """Seconds of each group in the fastest of `count` steps, and of that whole step; on a GPU the seconds in which it
-    computes, in a step that is slower than without the profiler."""
+def step_groups(
+    steps: step_contenders.Steps, vocab_size: int, count: int
+) -> tuple[dict[str, float], float, list[FunctionEvent]]:
+    """Seconds of each group in the fastest of `count` steps, of that whole step, and its events; on a GPU the seconds
+    in which it computes, in a step that is slower than without the profiler."""
     on_gpu = steps.device.type == "cuda"
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if on_gpu else [])
-    best: tuple[dict[str, float], float] = ({}, float("inf"))
+    best: tuple[dict[str, float], float, list[FunctionEvent]] = ({}, float("inf"), [])
     for _ in range(count):
         with torch.profiler.profile(activities=activities, record_shapes=True) as profiler:
             whole = steps.seconds()
         groups: dict[str, float] = defaultdict(float)
-        for event in profiler.events():
+        events = list(profiler.events())
+        for event in events:
             if event.device_type == torch.autograd.DeviceType.CPU:  # a GPU's kernels count for their launcher
                 microseconds = event.self_device_time_total if on_gpu else event.self_cpu_time_total
                 groups[group_of(event, vocab_size)] += microseconds / 1e6
         if whole < best[1]:
-            best = groups, whole
+            best = groups, whole, events
     return best
+
+
+def kernel_lines(events: list[FunctionEvent], shown: int = 24) -> list[str]:
+    """What a GPU executed: how many kernels, for how long, the gaps between them, and those that took most."""
+    kernels = sorted(
+        (e for e in events if e.device_type == torch.autograd.DeviceType.CUDA and e.name != "update of the weights"),
+        key=lambda kernel: kernel.time_range.start,
+    )
+    busy, end, waits = 0.0, 0.0, []  # microseconds
+    for kernel in kernels:
+        start = max(kernel.time_range.start, end)
+        if end and start > end:
+            waits.append(start - end)
+        busy, end = busy + max(0.0, kernel.time_range.end - start), max(end, kernel.time_range.end)
+    span = end - kernels[0].time_range.start
+    by_name: dict[str, list[float]] = defaultdict(list)
+    for kernel in kernels:
+        by_name[kernel.name].append(kernel.time_range.end - kernel.time_range.start)
+    ranked = sorted(by_name.items(), key=lambda item: -sum(item[1]))
+    lines = [
+        f"{len(kernels)} kernels and copies of {len(by_name)} kinds in {span / 1000:.2f} ms: the GPU works for"
+        f" {busy / 1000:.2f} ms and waits {len(waits)} times for {sum(waits) / 1000:.2f} ms (longest"
+        f" {max(waits, default=0.0):.0f} us)"
+    ]
+    lines += [f"{sum(times) / 1000:8.3f} ms {len(times):4}x  {name[:100]}" for name, times in ranked[:shown]]
+    rest = ranked[shown:]
+    return [*lines, f"{sum(sum(t) for _, t in rest) / 1000:8.3f} ms {sum(len(t) for _, t in rest):4}x  others"]
 
 
 def print_profile(options: argparse.Namespace) -> None:
@@ -73,7 +103,7 @@ def print_profile(options: argparse.Namespace) -> None:
     steps.first_seconds()
     plain = min(steps.seconds() for _ in range(options.rounds))
     steps.count = 1
-    groups, profiled = step_groups(steps, options.vocab_size, options.rounds)
+    groups, profiled, events = step_groups(steps, options.vocab_size, options.rounds)
     whole = plain if steps.device.type == "cuda" else profiled  # profiling does not slow down the GPU itself
     rate = utils.measure_matmul_flops(steps.device, getattr(torch, options.dtype))
     groups[REST] = max(0.0, whole - sum(groups.values()))
@@ -91,3 +121,5 @@ def print_profile(options: argparse.Namespace) -> None:
         speed = f"{flops[group] / seconds / 1e9:>9,.0f} GFLOP/s" if group in flops and seconds else ""
         print(f"{group:30} {seconds:8.4f} s {seconds / whole:>5.0%} {speed}")
     print(f"(a large matrix product: {rate / 1e9:,.0f} GFLOP/s)")
+    if steps.device.type == "cuda":
+        print("\n".join(["", *kernel_lines(events)]))
