@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -42,6 +43,32 @@ def process_data(*arguments, cwd=ROOT) -> subprocess.CompletedProcess:
     """optimized_data_processing.py with these arguments."""
     script = [sys.executable, str(ROOT / "optimized_data_processing.py")]
     return subprocess.run([*script, *map(str, arguments)], cwd=cwd, capture_output=True, encoding="utf-8")
+
+
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+
+def signal_state() -> tuple:
+    """This process's handlers and blocked signals, which every program that it starts inherits."""
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, []) & set(SIGNALS) if os.name == "posix" else set()
+    return {number: signal.getsignal(number) for number in SIGNALS}, blocked
+
+
+def pytest_configure():
+    """Tests that send signals need them heard, even where a shell's `&` or a job runner started pytest deaf to them."""
+    if os.name == "posix":
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    for number in SIGNALS:
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+
+
+@pytest.fixture(autouse=True)
+def signals_stay_as_they_were():
+    """No test leaves this process deaf to a signal: the next one would fail."""
+    before = signal_state()
+    yield
+    assert signal_state() == before
 
 
 def pytest_collection_modifyitems(items):

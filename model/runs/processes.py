@@ -3,7 +3,9 @@
 import contextlib
 import datetime
 import os
+import signal
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import TypeVar
@@ -154,8 +156,13 @@ class Processes:
             self._watchdog.arrive()
 
     def announce(self, error: BaseException) -> None:
-        """Tell the other processes why this one ends, so that they can name the cause."""
+        """Tell the other processes why this one ends, so that they can name the cause.
+
+        They end too, and torchrun then sends this one SIGTERM, which must not change the exit code that says why.
+        """
         if self._watchdog is not None and not isinstance(error, ProcessLost):
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)
             self._watchdog.announce(str(error) or type(error).__name__)
 
     def lost(self, error: RuntimeError, exchanging: bool = False) -> ProcessLost | None:
