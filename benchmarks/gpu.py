@@ -55,8 +55,8 @@ class Part:
 
 
 def python(script: str, *arguments) -> list[str]:
-    """The command line of a script in this repository."""
-    return [sys.executable, str(ROOT / script), *map(str, arguments)]
+    """The command line of a script in this repository, or of a module: `-m`, its name."""
+    return [sys.executable, script if script == "-m" else str(ROOT / script), *map(str, arguments)]
 
 
 def all_parts(options: argparse.Namespace, work: Path) -> list[Part]:

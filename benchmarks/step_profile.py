@@ -68,10 +68,8 @@ def step_groups(
 
 def kernel_lines(events: list[FunctionEvent], shown: int = 24) -> list[str]:
     """What a GPU executed: how many kernels, for how long, the gaps between them, and those that took most."""
-    kernels = sorted(
-        (e for e in events if e.device_type == torch.autograd.DeviceType.CUDA and e.name != "update of the weights"),
-        key=lambda kernel: kernel.time_range.start,
-    )
+    on_gpu = (e for e in events if e.device_type == torch.autograd.DeviceType.CUDA and not e.is_user_annotation)
+    kernels = sorted(on_gpu, key=lambda kernel: kernel.time_range.start)
     busy, end, waits = 0.0, 0.0, []  # microseconds
     for kernel in kernels:
         start = max(kernel.time_range.start, end)

@@ -95,10 +95,10 @@ def losses(folder) -> list[tuple[int, float]]:
 
 
 def assert_equal(a, b, where: str = "") -> None:
-    """Equal to the last bit, however deep."""
+    """Equal to the last bit, however deep; tensors on whatever devices."""
     assert type(a) is type(b), where
     if isinstance(a, torch.Tensor):
-        assert torch.equal(a, b), where
+        assert torch.equal(a.cpu(), b.cpu()), where
     elif isinstance(a, dict):
         assert a.keys() == b.keys(), where
         for key in a:

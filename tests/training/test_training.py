@@ -73,7 +73,8 @@ def test_bits_per_byte_is_the_loss_over_the_bytes_of_the_text(flags):
     characters = tokenizer.convert_ids_to_tokens(targets[targets > 2].tolist())  # one character a byte
     text = targets.where(targets > 2, -100)  # without bos and eos, as --score_file counts
     with torch.no_grad():
-        loss, text_loss = (float(trainer.model.eval()(inputs, wanted)) for wanted in (targets, text))
+        model = trainer.model.cpu().eval()
+        loss, text_loss = (float(model(inputs, wanted)) for wanted in (targets, text))
     assert val_loss == pytest.approx(loss / targets.numel(), rel=1e-4)
     assert bits_per_byte == pytest.approx(text_loss / 0.6931472 / len("".join(characters)), rel=1e-4)
 
@@ -119,7 +120,8 @@ def test_with_samples_from_documents_an_epoch_predicts_all_but_the_first_token_o
         begins = [t for t in range(96) if t == 0 or inputs[t] == 1 or targets[t - 1] == IGNORE_INDEX] + [96]
         for begin, end in itertools.pairwise(begins):
             with torch.no_grad(), trainer.autocast:
-                total += float(trainer.model(inputs[None, begin:end], targets[None, begin:end]))
+                pair = (part[None, begin:end].to(trainer.device) for part in (inputs, targets))
+                total += float(trainer.model(*pair))
     assert loss == pytest.approx(total / data.count_targets(held_out), rel=1e-5)
 
 
