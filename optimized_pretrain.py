@@ -1,6 +1,6 @@
 """Training, from top to bottom: `Trainer(settings, processes).train()`.
 
-One loop trains on one CPU, one GPU or many nodes. It can stop after any step and resume with the same weights, bit for
+One loop trains on one CPU, one GPU or many nodes. It can stop at any time and resume with the same weights, bit for
 bit, as if it had never stopped (on the same machine, versions, threads and number of processes).
 
 `_train_step` is the arithmetic of one step. Around it, `__init__` sets up, `_loop` decides when to evaluate, save and
@@ -13,7 +13,7 @@ import functools
 import inspect
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +32,7 @@ from model.runs.checkpoint import Progress, checkpoint_content, restore_state
 from model.runs.folder import step_checkpoint
 from model.runs.resume import check_checkpoint, environment
 from model.runs.run_files import RunFiles
+from model.runs.signals import StopVote
 from model.runs.status import outcome_of
 from model.training.clock import Clock
 from model.training.data import TrainingData
@@ -90,6 +91,7 @@ class Trainer:
         self.settings = copy.deepcopy(settings)
         self.processes, self.preview = processes, preview
         self.stop_signal = utils.StopSignal()
+        self.stop_vote = StopVote(processes.all_sum, alone=processes.world_size == 1)
         self.files: RunFiles | None = None  # on rank 0, once it trains
         self.progress = Progress()
         asked = self.settings.training
@@ -242,16 +244,19 @@ class Trainer:
                     self._save_final()
                     return "finished" if done else "early_stopping"
 
-                result = self._advance()
+                if (result := self._advance()) is None:
+                    stop_asked = True
+                    continue
                 bar.update(progress.step - bar.n)
                 done, stop_asked = self.plan.is_done(progress.step, progress.samples), result.stop_asked
                 if result.fault is None and self._is_due(t.log_interval, done):
                     self._log(result, bar)
 
-    def _advance(self) -> StepResult:
-        """Take a step and count it."""
+    def _advance(self) -> StepResult | None:
+        """Take a step and count it; None: a signal to stop came within it, see `_train_step`."""
         result = self._train_step()
-        self._count(result)
+        if result is not None:
+            self._count(result)
         return result
 
     def _is_due(self, interval: int, at_the_end: bool) -> bool:
@@ -276,16 +281,27 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------------------------ a step
 
-    def _train_step(self) -> StepResult:
-        """One optimizer step. The micro-batches of all ranks count as one batch, however many there are."""
+    def _train_step(self) -> StepResult | None:
+        """One optimizer step. The micro-batches of all ranks count as one batch, however many there are.
+
+        None: a signal to stop came between two micro-batches, and everything is as it was before the step.
+        """
         t = self.training
         samples = self.plan.order.next_step(self.progress.samples)
         tokens = self.data.train.count_targets(samples)  # of all ranks: the divisor of the summed loss
-        lr = self.plan.schedule.at(self.progress.step)
-        set_rates(self.optimizer, t.optimizer_type, lr, self.progress.step)
+        random_state = utils.random_state() if t.accumulation_steps > 1 else None  # dropout's
 
         loss_sum = torch.zeros((), device=self.device)
-        for (inputs, targets, documents), sync in self._micro_batches(samples):  # int64 [batch_size, max_seq_len]
+        for micro in range(t.accumulation_steps):
+            if self.stop_vote.drops_step(micro, self.stop_signal.count > 0):
+                self.optimizer.zero_grad(set_to_none=True)
+                utils.restore_random_state(random_state)
+                return None
+            self._beat("reading the batch")
+            inputs, targets, documents = self._local_batch(self.data.train, samples, micro)
+            self._beat("the gradients")
+            # The backward pass of the last micro-batch exchanges the gradients, once per step.
+            sync = self.processes.world_size == 1 or micro == t.accumulation_steps - 1
             grad_sync = contextlib.nullcontext() if sync else self.train_model.no_sync()
             with grad_sync, deterministic_kernels(self.device):
                 with self.autocast:
@@ -302,6 +318,8 @@ class Trainer:
         loss, bad_gradients, stop_signals = self.processes.all_sum(mine)
         loss /= tokens
         fault = fault_of_step(loss, bad_gradients == 0, self.progress.recent_losses, t.spike_threshold)
+        lr = self.plan.schedule.at(self.progress.step)
+        set_rates(self.optimizer, t.optimizer_type, lr, self.progress.step)
         if fault is None:
             self.scaler.step(self.optimizer)
         self.scaler.update()
@@ -310,16 +328,6 @@ class Trainer:
             self.ema.update_parameters(self.model)
         overflow = self.scaler.is_enabled() and math.isfinite(loss) and bad_gradients > 0
         return StepResult(len(samples), tokens, loss, grad_norm, lr, fault, overflow, stop_signals > 0)
-
-    def _micro_batches(self, samples: np.ndarray) -> Iterator[tuple[tuple, bool]]:
-        """This rank's share of a step: each micro-batch, and whether its backward pass may exchange the gradients,
-        which happens once a step, with the last one."""
-        last, alone = self.training.accumulation_steps - 1, self.processes.world_size == 1
-        for micro in range(last + 1):
-            self._beat("reading the batch")
-            batch = self._local_batch(self.data.train, samples, micro)
-            self._beat("the gradients")
-            yield batch, alone or micro == last
 
     def _beat(self, doing: str) -> None:
         """Report to the watchdog what this rank does next."""

@@ -1,18 +1,21 @@
-"""Ctrl-C, SIGTERM and a lost terminal: training stops between two steps and saves."""
+"""Ctrl-C, SIGTERM and a lost terminal: training stops between two micro-batches and saves its last finished step."""
 
 import _thread
 import contextlib
 import os
 import signal
 import threading
+import time
+from collections.abc import Callable
 
 MASKS = hasattr(signal, "pthread_sigmask")  # not on Windows
 NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")
 SECONDS_TO_LEAVE = 5.0  # after the third Ctrl-C; compiled code that runs longer is cut off
+SECONDS_BETWEEN_VOTES = 2.0  # roughly, of several ranks within a long step
 
 
 class StopSignal:
-    """Counts the signals that ask to stop, so that training stops between two steps and not within one.
+    """Counts the signals that ask to stop, so that training stops where it loses nothing.
 
     A second signal changes nothing: torchrun sends each worker two of them. The third Ctrl-C ends a single process
     without a checkpoint of its last steps: KeyboardInterrupt in the main thread.
@@ -87,10 +90,47 @@ class StopSignal:
         self.count += 1
         if self.count == 1 and os.environ.get("RANK", "0") == "0":
             with contextlib.suppress(OSError):  # `tee` gets the same Ctrl-C, and then nobody reads this
-                os.write(2, b"\nstopping after this step and saving (Ctrl-C two more times: stop without saving)\n")
+                os.write(2, b"\nstopping and saving (Ctrl-C two more times: stop without saving)\n")
         if number == signal.SIGINT and self.count >= 3 and "WORLD_SIZE" not in os.environ:
             self._leaves_at_once = True
             if MASKS:
                 _thread.interrupt_main()
                 if not self._raised.wait(SECONDS_TO_LEAVE):
                     os._exit(130)
+
+
+class StopVote:
+    """Decides between two micro-batches whether all ranks drop the step, since no rank may drop one that others finish.
+
+    Several ranks vote every few micro-batches, about SECONDS_BETWEEN_VOTES apart: the number between two votes doubles
+    while that takes less time on every rank, and halves otherwise. The ranks know the sums of the votes only, so all
+    of them vote at the same micro-batches. Steps that take less time soon have no vote at all.
+
+    Args:
+        all_sum: adds numbers up over all ranks, see `Processes`.
+        alone: there is a single rank, which decides by itself at every micro-batch.
+    """
+
+    def __init__(self, all_sum: Callable[[list[float]], list[float]], alone: bool) -> None:
+        self._all_sum, self._alone = all_sum, alone
+        self._distance, self._last_micro, self._last_time = 1, 0, 0.0  # micro-batches between two votes; the last vote
+
+    def drops_step(self, micro: int, stop_asked: bool) -> bool:
+        """Whether to drop the step before micro-batch `micro`, the same on all ranks.
+
+        Args:
+            micro: its number in the step; every rank calls this for 0, 1, 2 and so on.
+            stop_asked: whether this rank got a signal.
+        """
+        if micro == 0:
+            self._last_micro, self._last_time = 0, time.monotonic()
+            return False
+        if self._alone:
+            return stop_asked
+        if micro - self._last_micro < self._distance:
+            return False
+        slow = time.monotonic() - self._last_time > SECONDS_BETWEEN_VOTES
+        stop_votes, slow_votes = self._all_sum([float(stop_asked), float(slow)])
+        self._distance = max(1, self._distance // 2) if slow_votes else 2 * self._distance
+        self._last_micro, self._last_time = micro, time.monotonic()
+        return stop_votes > 0

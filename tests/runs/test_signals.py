@@ -42,7 +42,7 @@ def test_ctrl_c_while_a_compiler_runs_saves_a_checkpoint(flags, tmp_path):
     process = start(command(flags(compile="true", n_layers=1, dtype="float32")), **places)
     wait_for((tmp_path / "compiling").exists, process)
     os.killpg(process.pid, signal.SIGINT)
-    assert any("stopping after this step" in line for line in process.stderr)
+    assert any("stopping and saving" in line for line in process.stderr)
     errors = process.communicate(timeout=HUNG)[1]
     assert process.returncode == 130, errors
     assert (tmp_path / "out" / "checkpoint_interrupted.pth").exists()
@@ -92,7 +92,7 @@ def test_what_training_starts_survives_ctrl_c_and_the_message_comes_at_once():
     body = f"import subprocess; print(subprocess.run({child}).returncode, stop.count)"
     code, output, errors = run_with_signals(body, signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     assert (code, output) == (0, "whole\n0 3\n"), errors
-    assert errors.count("stopping after this step") == 1
+    assert errors.count("stopping and saving") == 1
 
 
 def test_the_third_ctrl_c_ends_even_a_call_that_never_returns():

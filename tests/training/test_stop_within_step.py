@@ -1,0 +1,122 @@
+"""A signal to stop that comes within a long step: the step is dropped, and the resumed run ends with the same bits."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from model.runs.signals import SECONDS_BETWEEN_VOTES, StopVote
+from model.storage.archive import load_torch
+from model.training.settings import build_settings
+from optimized_pretrain import Trainer
+from tests.conftest import ROOT
+from tests.tiny_runs import HUNG, ONE_THREAD, assert_equal, assert_same_end, command, run, train, wait_for
+from utils import Processes
+
+LONG = {"max_steps": 6, "eval_interval": 2, "save_interval": 1, "accumulation_steps": 5}
+CASES = {
+    "AdamW": {"optimizer_type": "adamw", "dropout": 0.1},
+    "Muon, averaged": {"optimizer_type": "muon", "dropout": 0.1, "use_ema": "true", "lr_scheduler": "wsd"},
+    "float16": {"dtype": "float16", "dropout": 0.1, "use_ema": "true"},
+}
+STATE = ("model", "ema", "ema_updates", "optimizer", "scaler", "random_states", "progress", "data", "chosen")
+
+
+def assert_same_checkpoint(first, second):
+    a, b = load_torch(first), load_torch(second)
+    for content in (a, b):
+        content["progress"].pop("seconds")
+    for key in STATE:
+        assert_equal(a[key], b[key], key)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("step", [0, 3])
+@pytest.mark.parametrize("case", CASES)
+def test_a_dropped_step_leaves_nothing_behind(flags, tmp_path, monkeypatch, case, step):
+    monkeypatch.setenv("MATECONV_EMULATE_DTYPE", "1")
+    options = LONG | CASES[case]
+    train(flags(out_dir=tmp_path / "whole", **options))
+    torch.set_num_threads(1)
+    trainer = Trainer(build_settings({}, flags(**options)), Processes())
+    read = trainer._local_batch
+
+    def read_with_signal(data, samples, micro):
+        if data is trainer.data.train and (trainer.progress.step, micro) == (step, 2):
+            os.kill(os.getpid(), signal.SIGTERM)
+            wait_for(lambda: trainer.stop_signal.count)  # another thread counts it
+        return read(data, samples, micro)
+
+    monkeypatch.setattr(trainer, "_local_batch", read_with_signal)
+    assert trainer.train() == "interrupted" and trainer.progress.step == step
+    interrupted = tmp_path / "out" / "checkpoint_interrupted.pth"
+    if step:
+        assert_same_checkpoint(tmp_path / "whole" / f"checkpoint_step_{step}.pth", interrupted)
+    assert load_torch(interrupted)["progress"]["step"] == step
+    assert train(flags(resume="true", **options)).outcome == "finished"
+    assert_same_end(tmp_path / "whole", tmp_path / "out", step=6)
+
+
+VOTING_OFTEN = """
+import os, sys
+sys.path.insert(0, {root!r})
+open(f"{folder}/pid_{{os.environ['RANK']}}", "w").write(str(os.getpid()))
+import model.runs.signals
+model.runs.signals.SECONDS_BETWEEN_VOTES = 0.05
+import train
+train.run_command(train.main)
+"""
+
+
+@pytest.mark.long
+@pytest.mark.skipif(sys.platform == "win32", reason="signals as POSIX has them")
+def test_a_signal_to_one_rank_within_a_step_stops_both(flags, tmp_path):
+    script = tmp_path / "train_voting_often.py"
+    script.write_text(VOTING_OFTEN.format(root=str(ROOT), folder=tmp_path))
+    options = LONG | {"max_steps": 3, "accumulation_steps": 400, "dropout": 0.1, "optimizer_type": "muon"}
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", str(script)]
+    whole = run([*launcher, *command(flags(out_dir=tmp_path / "whole", **options))[2:], "--ddp"])
+    assert whole.returncode == 0, whole.stderr
+    arguments = [*launcher, *command(flags(**options))[2:], "--ddp"]
+    with subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, encoding="utf-8", env=ONE_THREAD) as process:
+        wait_for((tmp_path / "out" / "checkpoint_step_1.pth").exists, process)
+        os.kill(int((tmp_path / "pid_1").read_text()), signal.SIGTERM)
+        messages = process.communicate(timeout=HUNG)[1]
+    assert process.returncode == 0 and "stopped after step 1" in messages, messages
+    checkpoints = (tmp_path / "whole" / "checkpoint_step_1.pth", tmp_path / "out" / "checkpoint_interrupted.pth")
+    assert_same_checkpoint(*checkpoints)
+    resumed = run([*launcher, "--resume", "--out_dir", tmp_path / "out", "--ddp"])
+    assert resumed.returncode == 0, resumed.stderr
+    assert_same_end(tmp_path / "whole", tmp_path / "out", step=3)
+
+
+def votes(seconds_per_micro_batch, monkeypatch, micro_batches=1000, slow_elsewhere=0.0):
+    """The micro-batches of a step before which this rank votes, in a simulated time."""
+    now, cast = [0.0], []
+    monkeypatch.setattr("model.runs.signals.time.monotonic", lambda: now[0])
+
+    def all_sum(mine):
+        cast.append(now[0])
+        return [mine[0], mine[1] + slow_elsewhere]
+
+    vote = StopVote(all_sum, alone=False)
+    for micro in range(micro_batches):
+        assert not vote.drops_step(micro, stop_asked=False)
+        now[0] += seconds_per_micro_batch
+    return cast
+
+
+@pytest.mark.parametrize("seconds, most", [(1e-6, 10), (1e-3, 10), (0.01, 15), (1.0, 800), (30.0, 999)])
+def test_ranks_vote_every_few_seconds_and_not_in_a_short_step(seconds, most, monkeypatch):
+    cast = votes(seconds, monkeypatch)
+    assert 0 < len(cast) <= most
+    if 1000 * seconds > 10 * SECONDS_BETWEEN_VOTES:
+        gaps = [after - before for before, after in zip(cast, cast[1:], strict=False)]
+        assert max(gaps) <= max(2 * SECONDS_BETWEEN_VOTES, seconds) * 1.01
+
+
+def test_a_rank_that_is_slow_brings_all_votes_nearer(monkeypatch):
+    assert len(votes(1e-3, monkeypatch, slow_elsewhere=1.0)) == 999
