@@ -53,7 +53,8 @@ def test_ctrl_c_while_a_compiler_runs_saves_a_checkpoint(flags, tmp_path):
 
 @pytest.mark.long
 def test_the_third_ctrl_c_leaves_a_status_that_says_interrupted(flags, tmp_path):
-    process = start(command(flags(batch_size=64, accumulation_steps=500)))  # a step takes seconds
+    large = flags(batch_size=512, dim=256, hidden_dim=2048)  # a micro-batch takes seconds
+    process = start(command(large))
     wait_for((tmp_path / "out" / "status.json").exists, process)
     for _ in range(3):
         os.killpg(process.pid, signal.SIGINT)
