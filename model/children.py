@@ -1,8 +1,11 @@
-"""What processes that we start inherit: how long OpenMP threads spin, and whether the user's signals reach them."""
+"""What processes that we start inherit: how long OpenMP threads spin, whether the user's signals reach them, and
+whether they outlive us."""
 
 import os
 import subprocess
-from collections.abc import MutableMapping
+import threading
+import time
+from collections.abc import Callable, MutableMapping
 
 # Extra arguments of subprocess.Popen for a child in a separate group: Ctrl-C in the terminal reaches only us.
 OWN_GROUP: dict = (
@@ -23,3 +26,28 @@ def bound_spinning(environment: MutableMapping[str, str] = os.environ) -> None:
     """
     if not any(name in environment for name in CHOSEN_BY_USER):
         environment.update(SPIN)
+
+
+def when_parent_ends(parent: int, act: Callable[[], None], seconds: float = 0.5) -> None:
+    """Call `act` in a thread soon after the process that started this one has ended, however it ended.
+
+    Args:
+        parent: the id of that process.
+        seconds: between two looks.
+    """
+    threading.Thread(target=_watch, args=(parent, act, seconds), name="end_with_parent", daemon=True).start()
+
+
+def _watch(parent: int, act: Callable[[], None], seconds: float) -> None:
+    if os.name == "nt":  # a parent's id stays when it ends
+        import _winapi
+
+        try:
+            handle = _winapi.OpenProcess(_winapi.SYNCHRONIZE, False, parent)
+            _winapi.WaitForSingleObject(handle, _winapi.INFINITE)
+        except OSError:  # it is gone already
+            pass
+    else:
+        while os.getppid() == parent:
+            time.sleep(seconds)
+    act()

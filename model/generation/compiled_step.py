@@ -23,7 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from model.children import OWN_GROUP
+from model.children import OWN_GROUP, when_parent_ends
 from model.generation import decode_step
 from model.generation.decode_step import DecodeStep, compile_attention, compile_step
 from model.kv_cache import SPARE, KVCache
@@ -177,7 +177,8 @@ def _processor() -> str:
 
 
 class Compiler:
-    """A process of low priority that compiles a model's code into its files; it ends with this process.
+    """A process of low priority that compiles a model's code into its files; it ends with this process, even if that
+    is killed.
 
     Ctrl-C in the terminal does not reach it: the user stops an answer with it, and did not start this.
 
@@ -195,6 +196,7 @@ class Compiler:
             "step": str(files.step),
             "attention": str(files.attention),
             "threads": torch.get_num_threads(),
+            "parent": os.getpid(),
         }
         self._errors = tempfile.TemporaryFile()
         self._process = subprocess.Popen(
@@ -240,8 +242,16 @@ def _kill(process: subprocess.Popen) -> None:
             process.kill()
 
 
+def _end_with_compilers() -> None:
+    """End this process and the C++ compilers that it started."""
+    if os.name == "posix":
+        os.killpg(0, signal.SIGKILL)  # a group that began with this process
+    os._exit(1)
+
+
 def _main() -> None:
     job = json.loads(sys.argv[1])
+    when_parent_ends(job["parent"], _end_with_compilers)
     if hasattr(os, "nice"):
         os.nice(10)
     torch.set_num_threads(job["threads"])

@@ -8,10 +8,9 @@ import functools
 import os
 import signal
 import sys
-import threading
-import time
 from pathlib import Path
 
+from model.children import when_parent_ends
 from model.command import print_message
 from model.errors import ProcessLost
 from model.runs.status import STATUS_FILE, read_status
@@ -108,14 +107,11 @@ def advice_on_slow_saves(seconds: float) -> str | None:
     return f"saving took {seconds:.0f} s, and torchrun kills its workers {limit:.0f} s after Ctrl-C: {ways}"
 
 
-def end_with_parent(seconds: float = 0.5) -> None:
+def end_with_parent() -> None:
     """End this process (exit code 3) soon after its parent: no worker trains on without torchrun."""
-    parent = os.getppid()
 
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(seconds)
+    def end() -> None:
         print_message("the process that started this one is gone")
         os._exit(PROCESS_LOST)
 
-    threading.Thread(target=watch, name="end_with_parent", daemon=True).start()
+    when_parent_ends(os.getppid(), end)

@@ -22,7 +22,7 @@ from model.LMConfig import LMConfig
 from model.model import TransformerBlock, apply_rope
 from optimized_inference import GenerationConfig, TextGenerator, decode
 from tests.conftest import ROOT, random_model
-from tests.tiny_runs import HUNG
+from tests.tiny_runs import HUNG, wait_for
 
 GREEDY = GenerationConfig(do_sample=False, max_new_tokens=40)
 VARIANTS = [{}, {"qk_norm": True}, {"tie_embeddings": False}, {"n_kv_heads": 4}, {"n_kv_heads": 1}]
@@ -287,6 +287,45 @@ def test_a_killed_compiler_is_started_once_more_and_ctrl_c_does_not_reach_it(tin
         process.wait()
         assert engine.choose_decoder(repeatable=False) is None and said[-1].endswith(expected)
     assert engine.choose_decoder(repeatable=False, more_to_come=True) is None and engine._compiler is None
+
+
+# Stands in for a C++ compiler that never ends, and shows that it runs.
+ENDLESS_COMPILER = """#!{python} -S
+import time
+while True:
+    with open({beats!r}, "a") as file:
+        file.write(".")
+    time.sleep(0.05)
+"""
+STARTS_A_COMPILER = """
+from model.generation.engine import Engine
+from model.LMConfig import LMConfig
+from model.model import Transformer
+import time
+engine = Engine(Transformer(LMConfig(dim=64, n_layers=1, n_heads=4, n_kv_heads=2, vocab_size=300, max_seq_len=128)))
+engine.choose_decoder(repeatable=False, more_to_come=True)
+time.sleep(600)
+"""
+
+
+@pytest.mark.long
+@pytest.mark.skipif(os.name == "nt", reason="Windows compiles with cl, which no script can stand in for")
+def test_the_compiler_and_what_it_started_end_with_a_killed_chat(tmp_path):
+    compiler, beats = tmp_path / "g++", tmp_path / "beats"
+    compiler.write_text(ENDLESS_COMPILER.format(python=sys.executable, beats=str(beats)))
+    compiler.chmod(0o755)
+    places = {"MATECONV_CACHE": tmp_path, "TORCHINDUCTOR_CACHE_DIR": tmp_path / "inductor", "CXX": compiler}
+    environment = os.environ | {name: str(path) for name, path in places.items()}
+    with subprocess.Popen([sys.executable, "-c", STARTS_A_COMPILER], cwd=ROOT, env=environment) as chat:
+        wait_for(beats.exists, chat)
+        chat.kill()
+
+    def is_over():
+        before = beats.read_text()
+        time.sleep(0.5)
+        return beats.read_text() == before
+
+    wait_for(is_over)
 
 
 def test_a_compiler_that_fails_twice_is_left_alone(tiny_model, tmp_path, monkeypatch):
