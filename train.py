@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from model.corpus.job_folder import job_path
 from model.errors import InputError, ProcessLost, command_line
+from model.interrupts import interrupt
 from model.token_file.manifest import read_manifest
 from model.training.config_file import read_config
 from model.training.settings import (
@@ -238,7 +239,7 @@ def start_processes(restarts: int, nproc_per_node: int | None, arguments: list[s
 
 def main() -> int:
     """Run one training; returns the exit code."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # until training itself listens; also as process 1
+    signal.signal(signal.SIGTERM, interrupt)  # until training itself listens; also as process 1
     parser = CommandParser(prog="train.py", add_help=False)
     add_launcher_flags(parser)
     launcher, arguments = parser.parse_known_args(sys.argv[1:])

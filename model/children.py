@@ -1,11 +1,13 @@
 """What processes that we start inherit: how long OpenMP threads spin, whether the user's signals reach them, and
 whether they outlive us."""
 
+import contextlib
 import os
+import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping
 
 # Extra arguments of subprocess.Popen for a child in a separate group: Ctrl-C in the terminal reaches only us.
 OWN_GROUP: dict = (
@@ -26,6 +28,19 @@ def bound_spinning(environment: MutableMapping[str, str] = os.environ) -> None:
     """
     if not any(name in environment for name in CHOSEN_BY_USER):
         environment.update(SPIN)
+
+
+@contextlib.contextmanager
+def ctrl_c_blocked() -> Iterator[None]:
+    """What is started within it never gets Ctrl-C, from its first instant on; nothing on Windows."""
+    if os.name == "nt":
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def when_parent_ends(parent: int, act: Callable[[], None], seconds: float = 0.5) -> None:

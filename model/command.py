@@ -5,9 +5,11 @@ generated text through `print_text`. None of it can carry what a terminal obeys.
 """
 
 import argparse
+import atexit
 import contextlib
 import dataclasses
 import difflib
+import gc
 import io
 import os
 import sys
@@ -23,6 +25,7 @@ from model.requirements import missing_library
 def run_command(main: Callable[[], int | None]) -> None:
     """Run a script's `main` and exit: 0 or what it returns; with one line, what a OneLineError says, 2 for files that
     cannot be read or written, 130 for Ctrl-C."""
+    atexit.register(gc.freeze)  # at its end Python would search torch's and transformers' objects for garbage: 0.3 s
     # Consoles on Windows may not be UTF-8: Chinese and the chat's emoji must not raise.
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):

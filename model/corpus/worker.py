@@ -16,6 +16,7 @@ from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
+from model.children import ctrl_c_blocked
 from model.corpus.opening import Source
 from model.corpus.part_file import Damaged, Part
 from model.corpus.part_maker import PartMaker, PartOptions
@@ -129,7 +130,8 @@ class _Worker:
         path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         environment = KEEP_MEMORY | os.environ | dict.fromkeys(ONE_THREAD, "1") | {"PYTHONPATH": path}
         command = [sys.executable, "-m", "model.corpus"]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
+        with ctrl_c_blocked():
+            self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
 
     def send(self, value) -> None:
         """Send options or a task."""
@@ -160,20 +162,20 @@ class _Worker:
 
 def main() -> None:
     """Carry out tasks from stdin until it ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle; for Windows
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # a stray print must not end up among them
     with contextlib.suppress(ImportError):  # slow to import; the options arrive later
         import fastokens  # noqa: F401
-    maker = PartMaker(pickle.load(sys.stdin.buffer))
-    while True:
-        try:
+    try:
+        maker = PartMaker(pickle.load(sys.stdin.buffer))
+        while True:
             task = pickle.load(sys.stdin.buffer)
-        except EOFError:
-            return
-        try:
-            answer = carry_out(maker, task)
-        except (InputError, OSError, MemoryError) as error:
-            answer = error
-        pickle.dump(answer, answers, protocol=pickle.HIGHEST_PROTOCOL)
-        answers.flush()
+            try:
+                answer = carry_out(maker, task)
+            except (InputError, OSError, MemoryError, EOFError) as error:
+                answer = error
+            pickle.dump(answer, answers, protocol=pickle.HIGHEST_PROTOCOL)
+            answers.flush()
+    except (EOFError, pickle.UnpicklingError, BrokenPipeError):  # the parent is gone, perhaps within a message
+        os._exit(0)  # nobody reads what is left in `answers`
