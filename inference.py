@@ -13,7 +13,7 @@ from typing import BinaryIO
 
 from model.errors import InputError
 from model.generation.scoring import Score
-from model.options import options_of
+from model.options import options_of, text_flag
 from model.storage.files import refuse_overwriting, refuse_overwriting_inputs
 from model.terminal import prepare_input, read_message
 from optimized_inference import DTYPE_NAMES, GenerationConfig, TextGenerator, load_generator
@@ -85,7 +85,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = CommandParser(description="Generate text with trained weights. Without a mode: a chat in a terminal.")
 
     mode = parser.add_argument_group("what to do (one of)")
-    mode.add_argument("--prompt", metavar="TEXT", help="continue this text once")
+    mode.add_argument("--prompt", type=text_flag, metavar="TEXT", help="continue this text once")
     mode.add_argument("--interactive", action="store_true", help="chat; exit, quit or q ends it, clear forgets it")
     mode.add_argument("--batch_file", type=path_flag, metavar="FILE", help="continue each line of a UTF-8 file")
 

@@ -26,6 +26,7 @@ def run_command(main: Callable[[], int | None]) -> None:
     """Run a script's `main` and exit: 0 or what it returns; with one line, what a OneLineError says, 2 for files that
     cannot be read or written, 130 for Ctrl-C."""
     atexit.register(gc.freeze)  # at its end Python would search torch's and transformers' objects for garbage: 0.3 s
+    open_missing_streams()
     # Consoles on Windows may not be UTF-8: Chinese and the chat's emoji must not raise.
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
@@ -54,6 +55,19 @@ def run_command(main: Callable[[], int | None]) -> None:
             print_fault(error)
             code = 1
     sys.exit(code)
+
+
+def open_missing_streams() -> None:
+    """Open whichever of stdin, stdout and stderr the caller closed: the next file would get its number, and with it
+    what a library or a child writes there."""
+    for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            if os.open(os.devnull, os.O_RDWR) == descriptor:  # the lowest one that is free
+                os.set_inheritable(descriptor, True)
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w" if descriptor else "r", encoding="utf-8"))
 
 
 def print_error(error) -> None:

@@ -4,6 +4,7 @@ An option is a dataclass field that `setting` makes. Its name, type, default, he
 keys of the config file, checks and error messages are made from it.
 """
 
+import contextlib
 import dataclasses
 import math
 import os
@@ -92,11 +93,19 @@ def from_text(field: dataclasses.Field, text: str):
     if word in words:
         return word
     if kind is str:
-        return file_path(text) if field.metadata["path"] else text
+        return file_path(text) if field.metadata["path"] else text_flag(text)
     try:
         return _FROM_TEXT[kind](word)
     except (ValueError, KeyError):
         raise ValueError(expected(field)) from None
+
+
+def text_flag(text: str) -> str:
+    """A flag's text, decoded as UTF-8 where Python took the locale for ASCII and kept the bytes as lone surrogates."""
+    with contextlib.suppress(UnicodeDecodeError):
+        if any("\udc80" <= character <= "\udcff" for character in text):
+            return os.fsencode(text).decode("utf-8")
+    return text
 
 
 def checked_value(field: dataclasses.Field, value):

@@ -9,6 +9,7 @@ import pytest
 
 from model.command import print_fault, print_message, run_command, screen
 from model.errors import MOST_OF_MESSAGE, one_line, printable
+from model.options import text_flag
 from tests.conftest import ROOT
 
 HOSTILE = "a\x1b[31mb\x9b2Jc\u202ed\u2066e\x07f\x00g\udcffh"
@@ -95,3 +96,31 @@ def test_generated_text_is_harmless_on_a_terminal_and_exact_in_a_pipe():
     os.close(terminal)
     assert os.read(controller, 10_000).decode() == HARMLESS.replace(r"\udcffh", "")
     os.close(controller)
+
+
+STREAMS_CLOSED = """
+import subprocess, sys
+from utils import run_command
+def main():
+    with open(sys.argv[1], "w") as file:
+        print("text")
+        print("message", file=sys.stderr)
+        subprocess.run([sys.executable, "-c", "print('stray')"], check=True)
+        file.write(f"{file.fileno() > 2} {sys.stdin.read()!r}")
+run_command(main)
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a shell closes the streams")
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_a_closed_stream_is_an_empty_one(tmp_path, closed):
+    program = [sys.executable, "-c", STREAMS_CLOSED, str(tmp_path / "file")]
+    ended = subprocess.run(["sh", "-c", f'exec "$@" {closed}', "sh", *program], cwd=ROOT, stdin=subprocess.DEVNULL)
+    assert ended.returncode == 0
+    assert (tmp_path / "file").read_text() == "True ''"
+
+
+def test_text_of_an_ascii_locale_is_utf8():
+    assert text_flag("中国".encode().decode("ascii", "surrogateescape")) == "中国"
+    for text in ("中国", "plain", "\udcff"):  # the last is no UTF-8, and refused later
+        assert text_flag(text) == text
