@@ -315,6 +315,8 @@ def run_interactive(generator: TextGenerator, config: GenerationConfig, show_spe
 
     Status lines appear on stderr, before the transcript or between two turns.
     """
+    if generator.chat_format == {}:
+        say("these weights were trained on texts: they continue what you write and do not answer (docs/chat.md)")
     generator.prepare_chat(config)
     lines: list[str] = []
     generator.say = lines.append

@@ -8,7 +8,7 @@ import dataclasses
 import itertools
 import random
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -160,14 +160,17 @@ class TextGenerator:
         compile: on a CPU, whether compiled code decodes. True waits until it is compiled; None uses it as soon as it
             exists, except with a seed, whose text must not depend on that.
         begins_with_bos: prompts begin with the tokenizer's bos, like the documents that the model was trained on.
+        chat: as `Weights.chat` records it: the template of chats, and ids that end a text besides the tokenizer's.
 
     Attributes:
         speed: of the last text of generate or chat; None: nothing was generated.
         end: why that text ended, as in Event; None: it was interrupted.
         say: called with each status line; by default they go to stderr.
+        chat_format: what was given as `chat`.
 
     Raises:
-        InputError: the tokenizer has ids without a row in the model's embedding, or a damaged generation_config.json.
+        InputError: the tokenizer has ids without a row in the model's embedding, or a damaged generation_config.json;
+            or an id that ends a text has no such row.
     """
 
     def __init__(
@@ -178,12 +181,21 @@ class TextGenerator:
         int8: bool = False,
         compile: bool | None = None,
         begins_with_bos: bool = True,
+        chat: Mapping | None = None,
     ) -> None:
         needed, rows = vocabulary_size(tokenizer), model.config.vocab_size
         if needed > rows:
             raise InputError(f"the tokenizer has {needed} tokens, the model's embedding {rows} rows: they do not fit")
         self.model = model if device is None else model.to(device)
-        self.tokenizer, self.eos_ids = tokenizer, end_ids(tokenizer)
+        self.tokenizer, self.eos_ids, self.chat_format = tokenizer, end_ids(tokenizer), chat
+        if chat:
+            self.eos_ids = list(dict.fromkeys([*self.eos_ids, *chat["end_ids"]]))
+            tokenizer.chat_template = chat["template"]
+            if max(chat["end_ids"]) >= rows:
+                raise InputError(
+                    f"the weights' description: id {max(chat['end_ids'])} ends an answer, but the embedding has only"
+                    f" {rows} rows"
+                )
         self.int8, self.compile = int8, compile
         self.say: Callable[[str], None] = say  # may be replaced at any time: pass on `_say`, not its present value
         self.prompts = PromptEncoder(tokenizer, model.config.max_seq_len, begins_with_bos, self._say)
@@ -415,7 +427,9 @@ def load_generator(
     used = "int8" if int8 else str(chosen_dtype).removeprefix("torch.")
     say(f"dtype {used}: {dtype_reason if dtype else 'the default'}")
     model.to(chosen_device, chosen_dtype)
-    return TextGenerator(model, tokenizer, int8=int8, compile=compile, begins_with_bos=weights.begins_with_bos)
+    return TextGenerator(
+        model, tokenizer, int8=int8, compile=compile, begins_with_bos=weights.begins_with_bos, chat=weights.chat
+    )
 
 
 def _with_context(config: LMConfig, max_seq_len: int | None, cache_dtype: torch.dtype) -> LMConfig:

@@ -57,6 +57,7 @@ class StepResult:
     """What one call of `_train_step` did; the same on all ranks, except a `grad_norm` that is not finite."""
 
     samples: int  # read by all ranks
+    read: int  # tokens of them
     tokens: int  # predicted
     loss: float  # nats per token
     grad_norm: float  # before clipping
@@ -67,7 +68,7 @@ class StepResult:
 
 
 class Trainer:
-    """Trains a Transformer as the settings say.
+    """Trains a Transformer as the settings say: on texts or, where the token file holds chats, on their answers.
 
     Args:
         settings: all settings of the run.
@@ -123,6 +124,8 @@ class Trainer:
         """Open tokenizer and token files, and check that they and the checkpoint belong together, on every rank."""
         self.data = TrainingData(self.settings, verify=self.processes.local_rank == 0, say=say)
         self.data.agree(self.processes.decided)
+        if self.data.is_chat:
+            self.settings.training.document_mask = True  # chats are hidden from each other, whatever it says
         self.config = self.data.config
         self.environment = environment(self.processes.world_size, self.dtype, self.device)
         if self.resumed is not None:
@@ -288,7 +291,8 @@ class Trainer:
         """
         t = self.training
         samples = self.plan.order.next_step(self.progress.samples)
-        tokens = self.data.train.count_targets(samples)  # of all ranks: the divisor of the summed loss
+        # Of all ranks: the divisor of the summed loss.
+        tokens = max(1, self.data.train.count_targets(samples))
         random_state = utils.random_state() if t.accumulation_steps > 1 else None  # dropout's
 
         loss_sum = torch.zeros((), device=self.device)
@@ -327,7 +331,8 @@ class Trainer:
         if fault is None and self.ema is not None:
             self.ema.update_parameters(self.model)
         overflow = self.scaler.is_enabled() and math.isfinite(loss) and bad_gradients > 0
-        return StepResult(len(samples), tokens, loss, grad_norm, lr, fault, overflow, stop_signals > 0)
+        read = self.data.train.count_tokens(samples)
+        return StepResult(len(samples), read, tokens, loss, grad_norm, lr, fault, overflow, stop_signals > 0)
 
     def _beat(self, doing: str) -> None:
         """Report to the watchdog what this rank does next."""
@@ -348,6 +353,9 @@ class Trainer:
         if not self.training.document_mask:
             return inputs, targets, None
         delimiters = self.data.delimiters
+        if data.chats is not None:
+            numbers = data.number_runs(samples[start : start + rows], rows)
+            return inputs, targets, numbers.to(self.device, non_blocking=True)
         return inputs, targets, number_documents(inputs, targets, delimiters.bos_id, delimiters.eos_id)
 
     # -------------------------------------------------------------------------------------------------- evaluation
@@ -437,14 +445,19 @@ class Trainer:
         if interrupted:
             self.files.wait()
 
+    @property
+    def final_name(self) -> str:
+        """The file of the final weights."""
+        return f"{'sft' if self.data.is_chat else 'pretrain'}_{self.config.dim}.pth"
+
     def _weights(self) -> Weights:
         """The evaluated weights with their description; not copied."""
         tokenizer = self.settings.data.tokenizer_path, self.data.tokenizer_sha256
-        return Weights(self.evaluated_model.state_dict(), self.config, *tokenizer)
+        return Weights(self.evaluated_model.state_dict(), self.config, *tokenizer, chat=self.data.chat)
 
     def _save_final(self) -> None:
         if self.files is not None:
-            self.files.save_final(f"pretrain_{self.config.dim}.pth", self._weights(), self.progress.best_val_loss)
+            self.files.save_final(self.final_name, self._weights(), self.progress.best_val_loss)
 
     # ------------------------------------------------------------------------------------------------- recording
 
@@ -456,7 +469,7 @@ class Trainer:
             InputError: too many saves failed.
         """
         t, progress = self.training, self.progress
-        self.clock.count_step(result.tokens)
+        self.clock.count_step(result.read)
         progress.samples += result.samples
         if result.fault is None:
             progress.step += 1

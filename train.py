@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 
 DATA_SECONDS = 24 * 3600.0  # that making the token file may take before the other processes give up
 PREVIEW_PROMPTS = ("春风", "中国", "天下大势")
+PREVIEW_QUESTIONS = ("你好", "你是谁？", "一加一等于几？")
 
 
 def read_settings(arguments: list[str]) -> Settings:
@@ -161,19 +162,28 @@ def _say_what_it_holds(target: Path, raw_data_path: str | None) -> None:
 
 
 def make_preview(settings: Settings):
-    """A function that continues a few prompts with the model in training, to show what it has learned."""
+    """A function that continues a few prompts with the model in training, or answers a few questions if it learns
+    chats, to show what it has learned."""
     from model.text.tokenization import end_ids, load_tokenizer
     from optimized_inference import GenerationConfig, TextGenerator
 
     tokenizer = load_tokenizer(settings.data.tokenizer_path)
     end_ids(tokenizer)  # a bad generation_config.json is reported now, not at the first evaluation
+    manifest = read_manifest(settings.data.train_data_path)
+    is_chat = manifest is not None and bool(manifest.chat)
+    chat = {"template": tokenizer.chat_template, "end_ids": manifest.chat["end_ids"]} if is_chat else None
 
     def preview(model) -> list[str]:
-        generator, lines = TextGenerator(model, tokenizer), []
-        for number, prompt in enumerate(PREVIEW_PROMPTS):  # one seed each: equal seeds give similar texts
+        generator, lines = TextGenerator(model, tokenizer, chat=chat), []
+        for number, prompt in enumerate(PREVIEW_QUESTIONS if is_chat else PREVIEW_PROMPTS):
+            # One seed each: equal seeds give similar texts.
             config = GenerationConfig(max_new_tokens=40, seed=settings.training.seed + number)
             try:
-                text = generator.generate(prompt, config)
+                if is_chat:
+                    config = GenerationConfig(max_new_tokens=40, do_sample=False, repetition_penalty=1)
+                    text = generator.chat([{"role": "user", "content": prompt}], config)
+                else:
+                    text = generator.generate(prompt, config)
             except InputError as error:  # a context too short for the prompt: no reason to end the training
                 text = f" ({error})"
             lines.append(f"{prompt}▸{text}".replace("\n", " "))
@@ -293,7 +303,7 @@ def train(settings: Settings, beginning: "Beginning | None", processes: Processe
         return trainer.exit_code(outcome)
     best = out_dir / "best_model.pth"
     say(f"{outcome.replace('_', ' ')} after step {step:,}; metrics and curves are in {out_dir}")
-    say(f"final weights: {out_dir / f'pretrain_{trainer.config.dim}.pth'}; weights of the lowest loss: {best}")
+    say(f"final weights: {out_dir / trainer.final_name}; weights of the lowest loss: {best}")
     say(f"chat with it: {command_line('python', 'inference.py', '--model_path', best, '--interactive')}")
     return trainer.exit_code(outcome)
 

@@ -2,7 +2,8 @@
 
 A token file `X.bin` is headerless little-endian uint16 (uint32 when the largest id needs it), documents one after
 another as `<bos> ids <eos>` (`ids <eos>` where the tokenizer has no bos). Its manifest `X.json` describes it
-(`model.token_file.manifest`). Other programs' token files are read too (`model.token_file.token_layout`).
+(`model.token_file.manifest`). A document may be a chat, of which only the answers are learned
+(`model.token_file.chats`). Other programs' token files are read too (`model.token_file.token_layout`).
 """
 
 import hashlib
@@ -13,6 +14,7 @@ import torch
 
 from model.errors import InputError, command_line
 from model.loss import IGNORE_INDEX
+from model.token_file.chats import Chats, read_chats
 from model.token_file.manifest import read_manifest
 from model.token_file.packing import find_documents, pack_documents
 from model.token_file.token_layout import find_layout
@@ -27,6 +29,8 @@ class PretrainDataset:
     Or packed into samples that begin where documents do (`model.token_file.packing`): then every token but a document's
     first is predicted.
 
+    Chats are always packed, each whole, and only their learned tokens are predicted.
+
     Reads the file through a memory map: nothing is loaded ahead, and all processes share the pages.
 
     Args:
@@ -35,11 +39,15 @@ class PretrainDataset:
         vocab_size: rows of the model's embedding; a larger id is an error.
         tokenizer_sha256: of the tokenizer in use, to compare with the manifest's.
         bos_id, eos_id: begin and end each document. If one is given, samples begin where documents do: at each bos, or
-            after each eos if there is no bos.
+            after each eos if there is no bos. Chats need neither.
+
+    Attributes:
+        chats: Chats, where the file holds chats; else None.
+        held_out_chats: how many of them `hold_out` has set aside.
 
     Raises:
         InputError: the file is missing, differs from its manifest in size, dtype or tokenizer, is too short, or holds
-            no document.
+            no document; or it holds chats that cannot be trained on.
     """
 
     def __init__(
@@ -59,13 +67,19 @@ class PretrainDataset:
         self.manifest = read_manifest(path)
         layout = self.layout = find_layout(self.path, self.manifest)
         self._check_tokenizer(tokenizer_sha256)
-        if layout.count < seq_len + 1:
+        is_chat = self.manifest is not None and bool(self.manifest.chat)
+        if layout.count < seq_len + 1 and not is_chat:
             held = f"{layout.count:,} tokens"
             raise InputError(f"{path}: {held}, fewer than one sample of max_seq_len + 1 = {seq_len + 1}")
         self.tokens = np.memmap(self.path, dtype=layout.dtype, mode="r", offset=layout.offset)  # [tokens]
         self.verified_sha256: str | None = None  # of the bytes, once they are verified
         self.packing = None  # None: sample s starts at token s * seq_len
-        if bos_id is not None or eos_id is not None:
+        self.chats: Chats | None = None
+        self.held_out_chats = 0
+        if is_chat:
+            self.chats = read_chats(self.path, self.manifest, self.tokens, seq_len)
+            self.packing = self.chats.pack(seq_len)
+        elif bos_id is not None or eos_id is not None:
             begins = find_documents(self.tokens, bos_id, eos_id)
             if not len(begins):
                 found = f"begins in it (bos id {bos_id})" if bos_id is not None else f"ends in it (eos id {eos_id})"
@@ -87,6 +101,24 @@ class PretrainDataset:
         """Tokens that these samples predict."""
         return len(samples) * self.seq_len if self.packing is None else int(self.packing.targets[samples].sum())
 
+    def count_tokens(self, samples: np.ndarray) -> int:
+        """Tokens that the model reads of these samples, whether it predicts them or not; without padding."""
+        return len(samples) * self.seq_len if self.packing is None else int(self.packing.tokens[samples].sum())
+
+    def hold_out(self) -> tuple[np.ndarray, np.ndarray]:
+        """Set samples aside for validation: (for training, held out), int64 indices; see `hold_out`.
+
+        Of chats whole ones, which are packed apart from the others; of fewer than 100 chats none, since a chat that is
+        held out is one that the model never learns.
+        """
+        if self.chats is None:
+            return hold_out(len(self))
+        training, held_out = hold_out(len(self.chats), fewest=100)
+        self.held_out_chats = len(held_out)
+        packed = self.chats.pack(self.seq_len, training)
+        self.packing = packed.followed_by(self.chats.pack(self.seq_len, held_out)) if len(held_out) else packed
+        return np.arange(len(packed.targets)), np.arange(len(packed.targets), len(self))
+
     def _runs(self, sample: int) -> list[tuple[int, int]]:
         """Where the tokens of a sample lie: (start, length) of each run."""
         if self.packing is None:
@@ -102,14 +134,14 @@ class PretrainDataset:
             "dtype": self.tokens.dtype.name,
             "sha256": sha256,
             "seq_len": self.seq_len,
-            "sample_start": "packed" if self.packing is None else "document",
-        }
+            "sample_start": "chat" if self.chats else "packed" if self.packing is None else "document",
+        } | ({"learn_sha256": self.manifest.chat["learn_sha256"]} if self.chats else {})
 
     def batch(self, samples: np.ndarray, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Read samples into inputs and targets, int64 [rows, seq_len] each.
 
         Missing rows, and what a sample leaves empty, are padded with targets that no loss counts, so that every batch
-        has the same shape. The last token of a run has no target.
+        has the same shape. The last token of a run has no target, nor has one of a chat that precedes an unlearned one.
 
         Raises:
             InputError: an id that the model has no embedding for.
@@ -120,7 +152,11 @@ class PretrainDataset:
             place = 0
             for start, length in self._runs(int(sample)):
                 run = torch.from_numpy(self.tokens[start : start + length].astype(np.int64))
-                targets[row, place : place + length - 1] = run[1:]
+                target = run[1:]
+                if self.chats is not None:
+                    learned = torch.from_numpy(self.chats.learned[start + 1 : start + length] != 0)
+                    target = target.where(learned, IGNORE_INDEX)
+                targets[row, place : place + length - 1] = target
                 read = min(length, self.seq_len - place)  # a sample's very last token is a target only
                 inputs[row, place : place + read] = run[:read]
                 place += length
@@ -128,6 +164,20 @@ class PretrainDataset:
         if largest >= self.vocab_size:
             raise InputError(f"{self.path}: holds id {largest}, but the model has {self.vocab_size} (vocab_size)")
         return inputs, targets
+
+    def number_runs(self, samples: np.ndarray, rows: int) -> torch.Tensor:
+        """The number of each token's run within its sample, as `batch` reads them; padding has the last number.
+
+        Returns:
+            int64 [rows, seq_len], for `documents` of the model: chats never attend to each other.
+        """
+        numbers = torch.zeros(rows, self.seq_len, dtype=torch.int64)
+        for row, sample in enumerate(samples):
+            place = 0
+            for _, length in self._runs(int(sample)):
+                place += length
+                numbers[row, place:] += 1
+        return numbers
 
 
 def number_documents(
@@ -180,13 +230,13 @@ def verify_tokens(dataset: PretrainDataset) -> str:
     return sha256
 
 
-def hold_out(samples: int) -> tuple[np.ndarray, np.ndarray]:
+def hold_out(samples: int, fewest: int = 2) -> tuple[np.ndarray, np.ndarray]:
     """Set a fixed share of the samples aside for validation: (for training, held out), int64 indices.
 
     One in a hundred, at most 1,000, spread evenly over the file and the same whatever the seed, so that runs compare.
-    A file of a single sample gives none.
+    Fewer than `fewest` samples give none.
     """
-    if samples < 2:
+    if samples < fewest:
         return np.arange(samples), np.arange(0)
     stride = max(100, -(-samples // 1000)) if samples >= 100 else samples
     held_out = np.arange(stride - 1, samples, stride)

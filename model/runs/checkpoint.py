@@ -33,6 +33,7 @@ KINDS = {  # the keys of a checkpoint and what lies under them
     "config": dict,  # LMConfig
     "tokenizer_path": (str, NONE),
     "tokenizer_sha256": str,
+    "chat": dict,  # of a tuning run: see `Weights.chat`; else empty
     "data": dict,  # the training data: tokens, dtype, sha256, seq_len, sample_start, training_samples
     "validation": dict,  # the same of the validation data, with validation_samples
     "pace": dict,  # what total_steps was computed from: rows_per_step, epochs, max_steps
@@ -97,6 +98,7 @@ def checkpoint_content(
         "config": dataclasses.asdict(plan.config),
         "tokenizer_path": settings.data.tokenizer_path,
         "tokenizer_sha256": data.tokenizer_sha256,
+        "chat": data.chat,
         "data": data.fingerprint,
         "validation": data.validation,
         "pace": plan.pace,
@@ -114,8 +116,9 @@ def checkpoint_content(
 
 
 def add_defaults(content: dict) -> None:
-    """Give a checkpoint of version 2, in place, what later versions added."""
+    """Give a checkpoint of an earlier version, in place, what later ones added."""
     content.setdefault("chosen", {})
+    content.setdefault("chat", {})
     later = (
         ("progress", "overflows_in_a_row", 0),
         ("data", "sample_start", "packed"),

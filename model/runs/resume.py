@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from model.errors import InputError, command_line
-from model.runs.checkpoint import CHECKPOINT_VERSION, READABLE_VERSIONS, add_defaults, state_problem
+from model.runs.checkpoint import READABLE_VERSIONS, add_defaults, state_problem
 from model.runs.folder import INTERRUPTED, all_checkpoints, started_at
 from model.storage.archive import load_torch
 from model.training.choices import FoundCheckpoint
@@ -32,8 +32,7 @@ def load_checkpoint(path: Path) -> dict:
     if (version := content.get("format_version")) not in READABLE_VERSIONS:
         readable = " and ".join(map(str, READABLE_VERSIONS))
         raise InputError(f"{path}: a checkpoint of version {version!r}; this program reads {readable}")
-    if version < CHECKPOINT_VERSION:
-        add_defaults(content)
+    add_defaults(content)
     if (problem := state_problem(path, content)) is not None:
         raise InputError(f"{path}: not a whole checkpoint ({problem}); use an older file")
     content["config"] = dataclasses.asdict(read_shape(content["config"], path))  # earlier versions knew fewer fields

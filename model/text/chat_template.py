@@ -1,5 +1,6 @@
 """Chats in the tokenizer's template, which is a small program by whoever made the tokenizer."""
 
+import hashlib
 from collections.abc import Sequence
 
 import jinja2
@@ -41,6 +42,11 @@ def render_template(tokenizer, history: Sequence[dict[str, str]]) -> str:
     except Exception as error:  # a program by others: it, and Python as it compiles it, may raise anything
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise InputError(f"the tokenizer's chat template fails ({reason})") from error
+
+
+def template_sha256(template: str) -> str:
+    """SHA-256 (hex) of a template's text."""
+    return hashlib.sha256(template.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def check_history(history: Sequence[dict[str, str]]) -> list[dict[str, str]]:

@@ -32,6 +32,9 @@ class Manifest:
     sources: list[dict] = field(default_factory=list)  # [{"name": "corpus.jsonl", "size": bytes}, …]
     processing: dict = field(default_factory=dict)  # options and statistics of optimized_data_processing.py
     format_version: int = FORMAT_VERSION
+    # Of chats: learn_sha256 (hex, of X.learn), learned (tokens), turns (answers), template_sha256 (hex), and end_ids
+    # (that end an answer, ascending). Empty: texts.
+    chat: dict = field(default_factory=dict)
 
 
 def manifest_path(token_path: str | Path) -> Path:
@@ -42,6 +45,11 @@ def manifest_path(token_path: str | Path) -> Path:
 def ends_path(token_path: str | Path) -> Path:
     """`X.bin` -> `X.ends`: where each document ends, in tokens."""
     return Path(token_path).with_suffix(".ends")
+
+
+def learn_path(token_path: str | Path) -> Path:
+    """`X.bin` -> `X.learn`: which tokens of chats are learned, one byte a token, 1 or 0."""
+    return Path(token_path).with_suffix(".learn")
 
 
 def write_manifest(token_path: str | Path, manifest: Manifest) -> None:
@@ -70,7 +78,8 @@ def read_manifest(token_path: str | Path) -> Manifest | None:
         version = values.get("format_version")
         if version != FORMAT_VERSION or version is True:
             raise InputError(f"{path}: format_version is {shown(version)}, this program reads {FORMAT_VERSION}")
-        values.setdefault("processing", {})  # not in the first manifests
+        for added_later in ("processing", "chat"):
+            values.setdefault(added_later, {})
         problems = manifest_problems(values)
     except (ValueError, AttributeError, RecursionError) as error:
         raise InputError(f"{path}: not the manifest of a token file ({shown(str(error))}); {again}") from error
@@ -99,6 +108,22 @@ def manifest_problems(values: dict) -> list[str]:
     for name in ("bos_id", "eos_id"):
         if not problems and values[name] is not None and values[name] >= values["vocab_size"]:
             problems.append(f"{name} is {values[name]}, expected an id below vocab_size {values['vocab_size']}")
+    if not problems and values["chat"]:
+        problems += _chat_problems(values["chat"], values["vocab_size"])
+    return problems
+
+
+def _chat_problems(chat: dict, vocab_size: int) -> list[str]:
+    """Every field of a manifest's `chat` that is missing or has an impossible value."""
+    kinds = {"learn_sha256": str, "learned": int, "turns": int, "template_sha256": str, "end_ids": list}
+    problems = [
+        f"chat.{name} is {shown(chat.get(name))}, expected {kind.__name__}"
+        for name, kind in kinds.items()
+        if type(chat.get(name)) is not kind or (kind is int and not 0 <= chat[name] <= MOST_TOKENS)
+    ]
+    ends = chat.get("end_ids")
+    if not problems and not all(type(index) is int and 0 <= index < vocab_size for index in ends):
+        problems.append(f"chat.end_ids is {shown(ends)}, expected ids below vocab_size {vocab_size}")
     return problems
 
 

@@ -1,5 +1,6 @@
 """Samples that begin where documents do, made of stretches of a token file."""
 
+import functools
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +16,20 @@ class Packing:
     lengths: np.ndarray  # int64 [runs], tokens
     first: np.ndarray  # int64 [samples + 1]: sample s is made of runs first[s] to first[s + 1] - 1
     targets: np.ndarray  # int64 [samples], tokens that each predicts
+
+    @functools.cached_property
+    def tokens(self) -> np.ndarray:
+        """Tokens that the model reads of each sample, predicted or not, without the padding: int64 [samples]."""
+        return np.add.reduceat(self.lengths - 1, self.first[:-1]) if len(self.lengths) else np.zeros(0, dtype=np.int64)
+
+    def followed_by(self, other: "Packing") -> "Packing":
+        """The samples of both."""
+        return Packing(
+            np.concatenate((self.starts, other.starts)),
+            np.concatenate((self.lengths, other.lengths)),
+            np.concatenate((self.first, self.first[-1] + other.first[1:])),
+            np.concatenate((self.targets, other.targets)),
+        )
 
 
 def find_documents(tokens: np.ndarray, bos_id: int | None, eos_id: int | None) -> np.ndarray:
@@ -62,7 +77,25 @@ def pack_documents(begins: np.ndarray, tokens: int, seq_len: int) -> Packing:
 
     starts = np.concatenate((full_starts, starts))
     lengths = np.concatenate((np.full(len(full_starts), seq_len + 1), lengths))
-    sample = np.concatenate((np.arange(len(full_starts)), sample))
+    return _in_file_order(starts, lengths, np.concatenate((np.arange(len(full_starts)), sample)))
+
+
+def pack_whole(starts: np.ndarray, lengths: np.ndarray, seq_len: int) -> Packing:
+    """Pack documents whole into samples of at most `seq_len + 1` tokens, by best fit as `pack_documents` does.
+
+    Args:
+        starts, lengths: int64 [documents], places ascending, lengths at most `seq_len + 1`.
+    """
+    return _in_file_order(starts, lengths, _best_fit(lengths, seq_len + 1))
+
+
+def _in_file_order(starts: np.ndarray, lengths: np.ndarray, sample: np.ndarray) -> Packing:
+    """The packing of these runs, with the samples numbered by where their first runs lie.
+
+    Args:
+        starts: ascending within each sample.
+        sample: of each run, int64 [runs], numbered from 0 without gaps.
+    """
     order = np.argsort(sample, kind="stable")
     first = np.flatnonzero(np.diff(sample[order], prepend=-1))  # of the sorted runs, each sample's first
     by_place = np.empty(len(first), dtype=np.int64)

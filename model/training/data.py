@@ -6,11 +6,13 @@ from pathlib import Path
 
 import numpy as np
 
-from model.dataset import VERIFY_BYTES, PretrainDataset, hold_out, verify_tokens
+from model.dataset import VERIFY_BYTES, PretrainDataset, verify_tokens
 from model.errors import InputError
 from model.storage.files import size_text
+from model.text.chat_template import template_sha256
 from model.text.token_bytes import token_bytes
 from model.text.tokenization import delimiters, load_tokenizer, tokenizer_sha256, vocabulary_size
+from model.token_file.chats import verify_learned
 from model.training.settings import Settings
 
 TEXT_HEAD = 4096  # bytes that show whether a file is text
@@ -49,6 +51,23 @@ def _is_text(path: Path) -> bool:
     return bool(text) and all(character.isprintable() or character.isspace() for character in text)
 
 
+def chats_text(dataset: PretrainDataset) -> str:
+    """One line on the chats of a token file: how many there are, what of them is learned, and what is left out."""
+    chats, packing = dataset.chats, dataset.packing
+    tokens, learned = int(chats.lengths.sum()), int(chats.targets.sum())
+    left_out = {
+        f"longer than max_seq_len + 1 = {dataset.seq_len + 1} tokens": chats.too_long,
+        "without a learned token": chats.unlearned,
+    }
+    named = [f"{count:,} {why}" for why, count in left_out.items() if count]
+    empty = 1 - packing.tokens.mean() / dataset.seq_len
+    return (
+        f"{len(chats):,} chats with {int(chats.answers.sum()):,} answers; {learned:,} of {tokens:,} tokens are learned"
+        f" ({learned / tokens:.1%}); packed whole into {len(dataset):,} samples, {empty:.1%} of them padding, and"
+        f" hidden from each other; left out: {' and '.join(named) or 'none'}"
+    )
+
+
 class TrainingData:
     """Opens the tokenizer and the token files, and holds samples out for validation if no file is given for it.
 
@@ -58,6 +77,7 @@ class TrainingData:
         token_bytes: TokenBytes, the bytes of text that ids stand for.
         delimiters: the tokens that begin and end a document.
         train, val: PretrainDataset.
+        chat: of chats, what weights that learn them record: `template`, `template_sha256` and `end_ids`; else empty.
         train_samples, val_samples: which of their samples to use, int64.
         fingerprint, validation: identify the training and the validation data.
 
@@ -73,6 +93,7 @@ class TrainingData:
         tokenizer = load_tokenizer(data.tokenizer_path)
         self.tokenizer_sha256, self.delimiters = tokenizer_sha256(data.tokenizer_path), delimiters(tokenizer)
         self._sample_start = data.sample_start
+        self._template = tokenizer.chat_template and tokenizer.get_chat_template()
         tokens = vocabulary_size(tokenizer)
         self.config = settings.lm_config(tokens)
         self.token_bytes = token_bytes(tokenizer, self.config.vocab_size)
@@ -80,20 +101,61 @@ class TrainingData:
         for name in ("train_data_path", "val_data_path"):
             refuse_text(name, getattr(data, name))
         self.train = self._open(data.train_data_path, say)
+        self.chat = {} if self.train.chats is None else self._chat(data.train_data_path, self.train)
         if data.val_data_path is not None:
             self.val = self._open(data.val_data_path, say)
+            self._check_same_kind(data.train_data_path, data.val_data_path)
             self.train_samples, self.val_samples = np.arange(len(self.train)), np.arange(len(self.val))
         else:
             self.val = self.train
-            self.train_samples, self.val_samples = hold_out(len(self.train))
-            say(
-                f"val_data_path is null: {len(self.val_samples):,} of {len(self.train):,} samples are held out for"
-                " validation and not trained on"
-            )
+            self.train_samples, self.val_samples = self.train.hold_out()
+            say(self._held_out_line())
         if settings.training.early_stopping and len(self.val_samples) == 0:
             say("early_stopping: there are no validation samples, so training will not stop early")
         self.fingerprint = self.train.fingerprint() | {"training_samples": len(self.train_samples)}
         self.validation = self.val.fingerprint() | {"validation_samples": len(self.val_samples)}
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether the training data are chats."""
+        return bool(self.chat)
+
+    def _chat(self, path: str, dataset: PretrainDataset) -> dict:
+        """What weights record of the chats that they learn.
+
+        Raises:
+            InputError: they were made with another template than the tokenizer's.
+        """
+        found, recorded = template_sha256(self._template or ""), dataset.manifest.chat["template_sha256"]
+        if found != recorded:
+            raise InputError(
+                f"{path}: made with another chat template (sha256 {recorded[:12]}…, the tokenizer's is {found[:12]}…);"
+                " set tokenizer_path to that one, or make the file again with optimized_data_processing.py"
+            )
+        end_ids = dataset.manifest.chat["end_ids"]
+        return {"template": self._template, "template_sha256": found, "end_ids": end_ids}
+
+    def _check_same_kind(self, train_path: str, val_path: str) -> None:
+        kinds = ["chats" if data.chats is not None else "texts" for data in (self.train, self.val)]
+        if kinds[0] != kinds[1]:
+            raise InputError(
+                f"val_data_path: {val_path} holds {kinds[1]}, train_data_path {train_path} holds {kinds[0]}; give a"
+                f" token file of {kinds[0]}, or null"
+            )
+        if self.is_chat:
+            self._chat(val_path, self.val)
+
+    def _held_out_line(self) -> str:
+        if not self.is_chat:
+            held_out, of_all = len(self.val_samples), f"{len(self.train):,} samples"
+        elif len(self.val_samples) == 0:
+            return (
+                f"val_data_path is null, and fewer than 100 chats are too few to hold some of them out: all"
+                f" {len(self.train.chats):,} are trained on, and nothing is validated"
+            )
+        else:
+            held_out, of_all = self.train.held_out_chats, f"{len(self.train.chats):,} chats"
+        return f"val_data_path is null: {held_out:,} of {of_all} are held out for validation and not trained on"
 
     def agree(self, decided: Callable[[Callable[[], tuple[dict, dict]]], tuple[dict, dict]]) -> None:
         """Take rank 0's `fingerprint` and `validation`: without a manifest only the process that reads a file through
@@ -116,7 +178,9 @@ class TrainingData:
         config = self.config
         marks = dataclasses.asdict(self.delimiters) if self._sample_start == "document" else {}
         dataset = PretrainDataset(path, config.max_seq_len, config.vocab_size, self.tokenizer_sha256, **marks)
-        if dataset.packing is not None:
+        if dataset.chats is not None:
+            say(f"{path}: {chats_text(dataset)}")
+        elif dataset.packing is not None:
             empty = 1 - dataset.packing.targets.mean() / config.max_seq_len
             say(f"{path}: documents packed into {len(dataset):,} samples, {empty:.1%} of them padding")
         if dataset.manifest is None:
@@ -124,6 +188,8 @@ class TrainingData:
             say(f"{path}: no manifest beside it; read as {dataset.layout.origin}; {only}")
         if self._verify and dataset.tokens.nbytes <= VERIFY_BYTES:
             dataset.verified_sha256 = verify_tokens(dataset)
+            if dataset.chats is not None:
+                verify_learned(dataset.path, dataset.manifest)
         elif self._verify:
             say(f"{path}: {size_text(dataset.tokens.nbytes)} are too large to be verified before training")
         return dataset

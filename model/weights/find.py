@@ -6,7 +6,8 @@ from model.errors import InputError
 from model.weights.formats import FORMATS
 
 OUT_DIR = Path("out")  # where training writes by default
-FINAL, BEST, CHECKPOINTS = "pretrain_*.pth", "best_model.pth", "checkpoint_*.pth"
+FINAL = ("pretrain_*.pth", "sft_*.pth")  # of pre-training, of tuning on chats
+BEST, CHECKPOINTS = ("best_model.pth",), ("checkpoint_*.pth",)
 PREVIOUS = "previous"  # the folder within a run's folder that keeps what earlier runs left
 NAMED = 5  # files that a message lists at most
 
@@ -42,25 +43,30 @@ def newest_weights(folder: Path) -> tuple[Path, str] | None:
     under = f"under {folder.as_posix()}/"
     choices = (
         (FINAL, f"the newest final weights {under}"),
-        (BEST, f"no final weights ({FINAL}) {under} yet"),
+        (BEST, f"no final weights ({' or '.join(FINAL)}) {under} yet"),
         (CHECKPOINTS, f"the newest checkpoint; no final or best weights {under} yet"),
-        (f"{PREVIOUS}/*/{FINAL}", f"the newest of the earlier runs; no weights of a later one {under}"),
-        (f"{PREVIOUS}/*/{BEST}", f"the newest of the earlier runs; no weights of a later one {under}"),
+        (_of_earlier_runs(FINAL), f"the newest of the earlier runs; no weights of a later one {under}"),
+        (_of_earlier_runs(BEST), f"the newest of the earlier runs; no weights of a later one {under}"),
     )
-    for pattern, reason in choices:
-        if found := _newest_first(folder, pattern):
+    for patterns, reason in choices:
+        if found := _newest_first(folder, patterns):
             return found[0], f"weights {found[0].as_posix()}: {reason}"
     return None
 
 
-def _newest_first(folder: Path, pattern: str) -> list[Path]:
-    return sorted(folder.glob(pattern), key=lambda path: path.stat().st_mtime, reverse=True)
+def _of_earlier_runs(patterns: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(f"{PREVIOUS}/*/{pattern}" for pattern in patterns)
+
+
+def _newest_first(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
+    found = [path for pattern in patterns for path in folder.glob(pattern)]
+    return sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)
 
 
 def _weights_near(path: Path) -> str:
     """The end of a message on a missing file: the weights in its folder."""
-    patterns = (FINAL, BEST, CHECKPOINTS, f"{PREVIOUS}/*/{FINAL}", f"{PREVIOUS}/*/{BEST}")
-    found = [weights for pattern in patterns for weights in _newest_first(path.parent, pattern)]
+    choices = (FINAL, BEST, CHECKPOINTS, _of_earlier_runs(FINAL), _of_earlier_runs(BEST))
+    found = [weights for patterns in choices for weights in _newest_first(path.parent, patterns)]
     if not found:
         return ""
     more = f" and {len(found) - NAMED} more" if len(found) > NAMED else ""

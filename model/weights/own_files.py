@@ -4,14 +4,14 @@ import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 
-from model.errors import InputError
+from model.errors import InputError, shown
 from model.storage.archive import is_finite
 from model.text.tokenization import EMBEDDED_TOKENIZER, tokenizer_folder, tokenizer_sha256
 from model.text.tokenizer_folder import same_tokenizer
 from model.weights.names import plain_state_dict
 from model.weights.shapes import check_shapes, read_shape
 from model.weights.tokenizer_copy import copy_tokenizer
-from model.weights.weights import Weights, read_sidecar, save_weights
+from model.weights.weights import Weights, checked_chat, read_sidecar, save_weights
 
 
 def load_own(content: Mapping, path: Path) -> Weights:
@@ -39,7 +39,11 @@ def _of_checkpoint(content: Mapping, path: Path) -> Weights:
     check_shapes(state_dict, config, path)
     if not is_finite(state_dict):
         raise InputError(f"{path}: it holds weights that are not finite; use an older file")
-    return Weights(dict(state_dict), config, *tokenizer)
+    try:
+        chat = checked_chat(content.get("chat"))
+    except TypeError as error:
+        raise InputError(f"{path}: not a whole checkpoint ({shown(str(error))}); use an older file") from error
+    return Weights(dict(state_dict), config, *tokenizer, chat=chat)
 
 
 def companions(target: Path) -> tuple[Path, Path]:

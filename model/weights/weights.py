@@ -6,13 +6,13 @@ from pathlib import Path
 from torch import Tensor
 
 from model.errors import InputError, shown
-from model.LMConfig import LMConfig
+from model.LMConfig import MOST_TOKENS, LMConfig
 from model.storage.archive import save_torch
 from model.storage.files import read_json, write_json
 from model.weights.names import on_cpu
 from model.weights.shapes import read_shape
 
-MAX_SIDECAR_BYTES = 1 << 16
+MAX_SIDECAR_BYTES = 8 << 20  # chat templates have a megabyte at most
 FORMAT_VERSION = 1  # of the JSON beside weights
 
 
@@ -25,6 +25,9 @@ class Weights:
     tokenizer_path: str | None = None  # None: the embedded tokenizer
     tokenizer_sha256: str | None = None  # None: unknown
     begins_with_bos: bool = True  # a text begins with the tokenizer's bos, as documents in our token files do
+    # Of a chat model: `template`, `template_sha256` (hex), and `end_ids`, which end an answer. Empty: it was trained on
+    # texts, and continues them. None: unknown.
+    chat: dict | None = None
     inferred: str | None = None  # one line on what was inferred because no file says it; None: nothing
 
     def with_state(self, state_dict: dict[str, Tensor]) -> "Weights":
@@ -41,13 +44,15 @@ def save_weights(path: str | Path, weights: Weights) -> None:
         "tokenizer_path": weights.tokenizer_path,
         "tokenizer_sha256": weights.tokenizer_sha256,
         "begins_with_bos": weights.begins_with_bos,
+        "chat": weights.chat,
     }
     write_json(path.with_suffix(".json"), sidecar)
     save_torch(path, on_cpu(weights.state_dict))
 
 
-def read_sidecar(path: str | Path) -> tuple[LMConfig, str | None, str | None, bool]:
-    """The description beside weights: shape, tokenizer's folder and SHA-256, and whether texts begin with its bos.
+def read_sidecar(path: str | Path) -> tuple[LMConfig, str | None, str | None, bool, dict | None]:
+    """The description beside weights: shape, tokenizer's folder and SHA-256, whether texts begin with its bos, and what
+    `Weights.chat` holds.
 
     Raises:
         InputError: the file is damaged or describes no weights.
@@ -60,9 +65,26 @@ def read_sidecar(path: str | Path) -> tuple[LMConfig, str | None, str | None, bo
         begins_with_bos = described.get("begins_with_bos", True)  # earlier versions had no other
         if not isinstance(begins_with_bos, bool):
             raise TypeError(f"begins_with_bos {begins_with_bos!r}")
+        chat = checked_chat(described.get("chat"))
     except (LookupError, TypeError) as error:
         reason = shown(f"{type(error).__name__}: {error}")[1:-1]
         raise InputError(
             f"{path}: does not describe weights ({reason}); remove it to have the shape read off"
         ) from error
-    return read_shape(config, path), *tokenizer, begins_with_bos
+    return read_shape(config, path), *tokenizer, begins_with_bos, chat
+
+
+def checked_chat(chat: object) -> dict | None:
+    """What was read as `Weights.chat`.
+
+    Raises:
+        TypeError: it is something else.
+    """
+    if chat is None or chat == {}:
+        return chat
+    kinds = {"template": str, "template_sha256": str, "end_ids": list}
+    if not isinstance(chat, dict) or {name: type(value) for name, value in chat.items()} != kinds:
+        raise TypeError(f"chat {chat!r}")
+    if not chat["end_ids"] or not all(type(index) is int and 0 <= index < MOST_TOKENS for index in chat["end_ids"]):
+        raise TypeError(f"end_ids of chat {chat['end_ids']!r}")
+    return chat

@@ -1,0 +1,149 @@
+"""Chats in a token file: where each lies (`X.ends`), and which of its tokens are learned (`X.learn`).
+
+Learned are the answers with the token that ends each. Whole chats are packed into samples; one that is longer than a
+sample, or in which nothing is learned, is left out.
+"""
+
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from model.errors import InputError
+from model.token_file.manifest import Manifest, ends_path, learn_path
+from model.token_file.packing import Packing, pack_whole
+
+BLOCK_TOKENS = 16 << 20  # read at a time
+AGAIN = "make the file again with optimized_data_processing.py"
+
+
+@dataclass
+class Chats:
+    """The chats of a token file that training can use.
+
+    Attributes:
+        learned: uint8 [tokens of the file], 1 where a token is learned; a memory map.
+        begins, lengths: int64 [chats], in tokens, ascending.
+        targets: int64 [chats], learned tokens.
+        answers: int64 [chats], learned tokens that end an answer.
+        too_long, unlearned: chats that are left out: longer than a sample, or without a learned token.
+    """
+
+    learned: np.ndarray
+    begins: np.ndarray
+    lengths: np.ndarray
+    targets: np.ndarray
+    answers: np.ndarray
+    too_long: int
+    unlearned: int
+
+    def __len__(self) -> int:
+        return len(self.begins)
+
+    def pack(self, seq_len: int, chats: np.ndarray | None = None) -> Packing:
+        """Pack chats into samples of at most `seq_len + 1` tokens, in the order of the file.
+
+        Args:
+            chats: which of them, int64, ascending; None: all.
+        """
+        chats = np.arange(len(self)) if chats is None else chats
+        packing = pack_whole(self.begins[chats], self.lengths[chats], seq_len)
+        targets = self.targets[np.searchsorted(self.begins, packing.starts)]
+        packing.targets = np.add.reduceat(targets, packing.first[:-1]) if len(chats) else packing.targets
+        return packing
+
+
+def read_chats(path: Path, manifest: Manifest, tokens: np.ndarray, seq_len: int) -> Chats:
+    """The chats of a token file.
+
+    Args:
+        manifest: of the file, with `chat`.
+        tokens: of the file, [N].
+        seq_len: tokens that the model reads of a sample; a chat of up to one token more fits.
+
+    Raises:
+        InputError: `.ends` or `.learn` is missing or does not fit the token file; no chat fits a sample; or none has a
+            learned token that ends an answer, so that the model would never learn to stop.
+    """
+    ends = _read_beside(ends_path(path), "<u8", manifest.documents, "documents").astype(np.int64)
+    if not len(ends) or ends[-1] != len(tokens) or (np.diff(ends, prepend=0) <= 0).any():
+        raise InputError(f"{ends_path(path)}: not where the chats of {path} end; {AGAIN}")
+    learned = _read_beside(learn_path(path), "u1", len(tokens), "tokens")
+    begins = np.append(0, ends[:-1])
+    targets, answers = _count_learned(learned, tokens, begins, ends, manifest.chat["end_ids"])
+    lengths = ends - begins
+    fits, learns = lengths <= seq_len + 1, targets > 0
+    if not fits.any():
+        raise InputError(
+            f"{path}: none of its {len(ends):,} chats fits a sample of max_seq_len + 1 = {seq_len + 1} tokens (the"
+            f" shortest has {lengths.min():,}); raise max_seq_len"
+        )
+    kept = fits & learns
+    if not answers[kept].any():
+        names = ", ".join(map(str, manifest.chat["end_ids"]))
+        raise InputError(
+            f"{path}: no chat has a learned token that ends an answer (ids {names}), so that the model would never"
+            f" learn to stop; {AGAIN}"
+        )
+    parts = (begins[kept], lengths[kept], targets[kept], answers[kept])
+    return Chats(learned, *parts, too_long=int((~fits).sum()), unlearned=int((fits & ~learns).sum()))
+
+
+def _read_beside(path: Path, dtype: str, count: int, what: str) -> np.ndarray:
+    """A headerless file beside a token file, as a memory map."""
+    if not path.is_file():
+        raise InputError(f"{path}: no such file, which a token file of chats needs beside it; {AGAIN}")
+    size, expected = os.path.getsize(path), count * np.dtype(dtype).itemsize
+    if size != expected or not count:
+        raise InputError(f"{path}: {size:,} bytes, {expected:,} expected for {count:,} {what}; {AGAIN}")
+    return np.memmap(path, dtype=dtype, mode="r")
+
+
+def _count_learned(
+    learned: np.ndarray, tokens: np.ndarray, begins: np.ndarray, ends: np.ndarray, end_ids: list[int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Learned tokens of each chat, and how many of them end an answer: int64 [chats] each.
+
+    A chat's first token counts in neither: nothing precedes it, so that it cannot be predicted.
+    """
+    targets, answers = np.zeros((2, len(begins)), dtype=np.int64)
+    chat = 0
+    while chat < len(begins):
+        after = max(chat + 1, int(np.searchsorted(ends, begins[chat] + BLOCK_TOKENS, "right")))
+        place = slice(begins[chat], ends[after - 1])
+        first = begins[chat:after] - begins[chat]
+        counts = learned[place] != 0
+        counts[first] = False
+        targets[chat:after] = np.add.reduceat(counts, first, dtype=np.int64)
+        answers[chat:after] = np.add.reduceat(counts & np.isin(tokens[place], end_ids), first, dtype=np.int64)
+        chat = after
+    return targets, answers
+
+
+def verify_learned(path: Path, manifest: Manifest) -> None:
+    """Read `X.learn` whole, before hours are spent on it.
+
+    Raises:
+        InputError: it is not the file that the manifest describes, holds other bytes than 0 and 1, or cannot be read
+            to its end.
+    """
+    file_path, digest, read = learn_path(path), hashlib.sha256(), 0
+    try:
+        with open(file_path, "rb") as file:
+            while block := file.read(BLOCK_TOKENS):
+                digest.update(block)
+                flags = np.frombuffer(block, np.uint8)
+                if flags.max() > 1:
+                    place = int(np.argmax(flags > 1))
+                    raise InputError(f"{file_path}: {flags[place]} at token {read + place:,}, 0 or 1 expected; {AGAIN}")
+                read += len(block)
+    except OSError as error:
+        raise InputError(f"{file_path}: cannot be read past byte {read:,} ({error.strerror})") from error
+    recorded, found = manifest.chat["learn_sha256"], digest.hexdigest()
+    if recorded != found:
+        raise InputError(
+            f"{file_path}: changed since its manifest was made (sha256 {recorded[:12]}… then, {found[:12]}… now);"
+            f" {AGAIN}"
+        )
