@@ -1,8 +1,9 @@
-"""Data processing: JSONL in, the token file that training reads out.
+"""Data processing: JSONL of texts or chats in, the token file that training reads out.
 
     python optimized_data_processing.py                                    # works on what lies in dataset/
     python optimized_data_processing.py --input_path my.jsonl --output_path dataset/my.bin
     python optimized_data_processing.py --clean_only --input_path my.jsonl --output_path dataset/cleaned_data.jsonl
+    python optimized_data_processing.py --input_path chats.jsonl --output_path dataset/chats.bin --show 3
     python optimized_data_processing.py --export megatron --input_path dataset/my.bin
     python optimized_data_processing.py --train_tokenizer --input_path a.jsonl b.jsonl --tokenizer_output my_tokenizer
     torchrun --nproc_per_node=2 optimized_data_processing.py --input_path big.jsonl --output_path dataset/big.bin
@@ -15,6 +16,8 @@ Every input line becomes a document or a line of the rejects file.
 
 import argparse
 import dataclasses
+import os
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +27,7 @@ from model.corpus.finished import written_paths
 from model.corpus.inspection import PACKINGS, counts_text
 from model.corpus.job import WARNED_SHARE, Job
 from model.corpus.options import ProcessingOptions
+from model.corpus.recognition import recognise_format
 from model.corpus.sources import ENDINGS, OUR_ENDINGS, find_sources
 from model.errors import InputError, command_line
 from model.options import options_of
@@ -163,7 +167,8 @@ class OptimizedDataProcessor:
         self._inputs = [source.location for source in sources if source.form != "dataset"]
         for path in written_paths(output):
             refuse_overwriting_inputs({"output_path": path}, self._inputs)
-        job = Job(sources, output, self.options, tokenize, self.processes, say, _ByteBar)
+        sources, options = recognise_format(sources, self.options, say)
+        job = Job(sources, output, options, tokenize, self.processes, say, _ByteBar)
         try:
             self._summary = job.run(resume)
         except OSError as error:  # a full disk, a forbidden folder
@@ -273,8 +278,8 @@ def _parser() -> argparse.ArgumentParser:
         "--input_path",
         nargs="+",
         type=path_flag,
-        help='JSONL, one {"text": ...} a line; a JSON array of such objects; plain .txt; each also as .gz, .zst, '
-        ".xz, .bz2; Parquet; folders, globs; datasets:NAME?split=train; default: what lies in dataset/",
+        help='JSONL, one {"text": ...} or one chat a line; a JSON array of such objects; plain .txt; each also as .gz, '
+        ".zst, .xz, .bz2; Parquet; folders, globs; datasets:NAME?split=train; default: what lies in dataset/",
     )
     add(
         "--weights",
@@ -288,6 +293,13 @@ def _parser() -> argparse.ArgumentParser:
         help=f"the token file; default: {DEFAULT_OUTPUT}; with --clean_only {DEFAULT_CLEANED}",
     )
     add("--resume", help="resume a half-made output and keep a finished one; false: make it anew (true)", **SWITCH)
+    add(
+        "--show",
+        type=int,
+        metavar="N",
+        help="print the first N documents of the output, or of a .bin given as --input_path, as training reads them; "
+        "what is learned of chats is set apart",
+    )
     add("--stats_path", type=path_flag, help="where the statistics go; default: data_stats.json beside the output")
     for title, cls in (("processing", ProcessingOptions), ("cleaning", CleaningOptions)):
         group = parser.add_argument_group(title)
@@ -314,7 +326,15 @@ def main() -> int:
         return _train_tokenizer(arguments)
     if arguments.export:
         return _export(arguments)
+    if arguments.show is not None and arguments.show < 1:
+        raise InputError(f"show: {arguments.show} found, expected at least 1 document")
+    if arguments.show and arguments.clean_only:
+        raise InputError("show: it prints tokens, and --clean_only writes none; omit one of them")
     source = arguments.input_path or [default_input_path()]
+    if arguments.show and all(str(path).lower().endswith(".bin") for path in source):
+        for path in source:
+            _show(path, arguments)
+        return 0
     names = [field.name for cls in (ProcessingOptions, CleaningOptions) for field in dataclasses.fields(cls)]
     options = {name: getattr(arguments, name) for name in names if hasattr(arguments, name)}
     processor = OptimizedDataProcessor(**options, processes=Processes())
@@ -328,9 +348,20 @@ def main() -> int:
     try:
         make(source, output, arguments.resume, arguments.weights)
         processor.save_statistics(stats_path)
+        if arguments.show and processor.processes.is_main:
+            _show(output, arguments)
     finally:
         processor.processes.close()
     return 0
+
+
+def _show(token_path: str | Path, arguments: argparse.Namespace) -> None:
+    """Print the first documents of a token file."""
+    from model.corpus.show import shown_documents
+
+    coloured = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    for text in shown_documents(token_path, arguments.show, arguments.tokenizer_path, coloured):
+        print(text, flush=True)
 
 
 def _export(arguments: argparse.Namespace) -> int:
@@ -353,7 +384,12 @@ def _train_tokenizer(arguments: argparse.Namespace) -> int:
     sources = arguments.input_path or [default_input_path()]
     say(f"training a tokenizer of {arguments.vocab_size:,} tokens on {len(sources)} file(s); it can take minutes")
     read = train_tokenizer(
-        sources, arguments.tokenizer_output, arguments.vocab_size, arguments.text_field, arguments.overwrite_tokenizer
+        sources,
+        arguments.tokenizer_output,
+        arguments.vocab_size,
+        text_field=getattr(arguments, "text_field", "text"),
+        overwrite=arguments.overwrite_tokenizer,
+        format=getattr(arguments, "format", "auto"),
     )
     bad = counts_text(dict(sorted(read.rejected.items())))
     say(f"read {read.documents:,} documents, {read.characters:,} characters; rejected: {bad or 'none'}")

@@ -42,7 +42,7 @@ def export_megatron(token_path: str | Path, say: Callable[[str], None]) -> list[
         InputError: a file is missing, the files do not belong together, or ids may exceed Megatron's int32.
     """
     token_path = Path(token_path)
-    manifest = _checked_manifest(token_path)
+    manifest = checked_manifest(token_path)
     if manifest.dtype == "uint32" and manifest.vocab_size > 1 << 31:
         raise InputError(
             f"{token_path}: ids may go up to {manifest.vocab_size - 1:,} (vocab_size), but Megatron reads int32, which"
@@ -87,7 +87,7 @@ def export_nanotron(
         InputError: a file is missing, the files do not belong together, or another tokenizer made them.
     """
     token_path = Path(token_path)
-    manifest = _checked_manifest(token_path)
+    manifest = checked_manifest(token_path)
     name = _tokenizer_name(token_path, manifest, tokenizer_path)
     tokens, index, metadata = (token_path.with_suffix(suffix) for suffix in (".ds", ".ds.index", ".ds.metadata"))
     with replacing(index) as file, open(ends_path(token_path), "rb") as ends:
@@ -103,7 +103,7 @@ def export_nanotron(
     return [tokens, index, metadata]
 
 
-def _checked_manifest(token_path: Path) -> Manifest:
+def checked_manifest(token_path: Path) -> Manifest:
     """Check that a token file is whole and that its document ends belong to it; returns its manifest.
 
     Raises:

@@ -12,7 +12,15 @@ from model.corpus.parts import MAX_LINE_BYTES, read_part, stream_parts
 from model.corpus.sources import OUR_ENDINGS
 from model.errors import InputError
 from model.storage.files import write_json
-from model.token_file.manifest import FORMAT_VERSION, Manifest, ends_path, file_sha256, manifest_path, write_manifest
+from model.token_file.manifest import (
+    FORMAT_VERSION,
+    Manifest,
+    ends_path,
+    file_sha256,
+    learn_path,
+    manifest_path,
+    write_manifest,
+)
 
 Records = dict[tuple[int, int], dict]  # of the parts, by (source, index), in order
 
@@ -52,6 +60,12 @@ def finish_files(
         if file is main:
             content["processing"]["statistics"] = summary
         if file.ends_path:
+            if file.learn_path:
+                counts = {"learn_sha256": file.learn_sha256, "learned": file.learned, "turns": file.turns}
+                content["chat"] = counts | content["chat"]
+                made.append(file.learn_path.name)
+            elif earlier := _learn_of_earlier_job(folder.output.with_name(file.path.name)):
+                gone.append(earlier.name)
             write_manifest(file.path, Manifest(tokens=file.items, **content))
             made.append(file.ends_path.name)
         else:
@@ -68,6 +82,12 @@ def finish_files(
     folder.finish([*made, *reversed(manifests)], gone)
 
 
+def _learn_of_earlier_job(file: Path) -> Path | None:
+    """The `.learn` beside a token file that a job before this one wrote; None where there is none."""
+    path = learn_path(file)
+    return path if path.is_file() and _read_json(manifest_path(file)).get("chat") else None
+
+
 def validation_path(output: Path) -> Path:
     """`X.bin` -> `X.val.bin`."""
     return output.with_name(f"{output.stem}.val{output.suffix}")
@@ -79,15 +99,16 @@ def written_paths(output: Path) -> list[Path]:
     return [*files, *(output.with_name(output.stem + ending) for ending in OUR_ENDINGS)]
 
 
-def _beside(file: Path) -> tuple[Path, Path]:
-    return manifest_path(file), ends_path(file)
+def _beside(file: Path) -> tuple[Path, Path, Path]:
+    return manifest_path(file), ends_path(file), learn_path(file)
 
 
-def check_names_are_free(output: Path, tokenize: bool, validates: bool, replace: bool) -> None:
+def check_names_are_free(output: Path, tokenize: bool, chats: bool, validates: bool, replace: bool) -> None:
     """Check that a new job overwrites and removes only files of earlier jobs of this output.
 
     Args:
         tokenize: whether the job writes tokens, and so where its documents end.
+        chats: whether the tokens are those of chats.
         validates: whether it writes a validation file.
         replace: whether the user asked to replace the output.
 
@@ -115,6 +136,9 @@ def check_names_are_free(output: Path, tokenize: bool, validates: bool, replace:
     foreign = [path for path in foreign if not _holds_our_records(path)]
     if tokenize and not manifest.exists():
         foreign.append(ends_path(output))
+    if chats:
+        files = [output, validation] if validates else [output]
+        foreign += [learn_path(file) for file in files if not _learn_of_earlier_job(file)]
     if validates and "processing" not in _read_json(manifest_path(validation)):
         foreign += [manifest_path(validation), *[ends_path(validation)] * tokenize]
     if taken := next((path for path in foreign if path.exists()), None):
@@ -172,6 +196,10 @@ def check_finished(output: Path, sources: Sequence[Source], plan: dict) -> dict:
         ends = ends_path(path)
         if "tokens" in described and (not ends.is_file() or ends.stat().st_size != 8 * described["documents"]):
             raise InputError(f"{ends} is damaged: not the {described['documents']:,} documents of {path}; {remedy}")
+        if described.get("chat"):
+            learn = learn_path(path)
+            if not learn.is_file() or file_sha256(learn) != described["chat"].get("learn_sha256"):
+                raise InputError(f"{learn} is damaged: not the bytes that {path}'s manifest describes; {remedy}")
     return manifest
 
 

@@ -5,6 +5,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from model.corpus.chats import form_of
 from model.errors import command_line, shown
 
 BOM = b"\xef\xbb\xbf"
@@ -21,7 +22,6 @@ UNREADABLE = {  # first bytes: what the file is and what to do
 TAR = "a tar archive; unpack it first: python -m tarfile -e {} FOLDER"
 TAR_ENDINGS = (".tar", ".tgz", ".tbz2", ".txz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")
 TABLES = (".csv", ".tsv")
-CHAT_KEYS = ("messages", "conversations", "conversation", "dialogue", "chat")
 ENCODINGS = {"gb18030": (0xB0, 0xD7), "big5": (0xA4, 0xC6)}  # lead bytes of common characters
 LIKELY_SHARE, FEWEST_CHARACTERS = 0.5, 4  # common characters needed to recognise an encoding
 EXAMPLES = 20  # rejected lines inspected to explain why
@@ -126,17 +126,18 @@ def counts_text(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{name} {count:,}" for name, count in counts.items() if count)
 
 
-def nothing_read(sources: str, rejected: Mapping[str, int], seen: str, text_field: str) -> str:
+def nothing_read(sources: str, rejected: Mapping[str, int], seen: str, text_field: str | None) -> str:
     """Explain that every line was rejected: the reasons, what was expected, and what the lines hold.
 
     Args:
         seen: as `describe_lines` returned it.
+        text_field: None: chats were expected.
     """
     reasons = counts_text(dict(sorted(rejected.items())))
-    return (
-        f"{sources}: none of {sum(rejected.values()):,} lines is a document ({reasons}); expected one "
-        f'{{"{text_field}": "..."}} a line (--text_field names the key){seen}'
-    )
+    what, expected = "a usable chat", 'one chat a line, such as {"messages": [{"role": "user", "content": "..."}, ...]}'
+    if text_field is not None:
+        what, expected = "a document", f'one {{"{text_field}": "..."}} a line (--text_field names the key)'
+    return f"{sources}: none of {sum(rejected.values()):,} lines is {what} ({reasons}); expected {expected}{seen}"
 
 
 def describe_lines(lines: Sequence[bytes], reason: str, text_field: str, path: str | Path) -> str:
@@ -148,7 +149,7 @@ def describe_lines(lines: Sequence[bytes], reason: str, text_field: str, path: s
     """
     encoding = encoding_of(b"\n".join(lines)) if reason in ("bad_utf8", "bad_json") else None
     clause = f"the text {describe_encoding(path, encoding)}" if encoding else ""
-    if reason in ("bad_json", "not_an_object", "no_text") and not encoding:
+    if reason in ("bad_json", "not_an_object", "no_text", "no_chat") and not encoding:
         clause = _describe(lines, text_field)
     return f"; {clause}" if clause else ""
 
@@ -196,13 +197,16 @@ def _jq(program: str) -> str:
 
 def _describe_objects(objects: Sequence[dict], text_field: str) -> str:
     keys = list(dict.fromkeys(key for value in objects for key in value))
-    chat = [key for key in CHAT_KEYS if key in keys] or (["role", "content"] if {"role", "content"} <= {*keys} else [])
     if text_field in keys:
         found = next(value[text_field] for value in objects if text_field in value)
         return f"the value of {text_field} is {shown(found)}, a string expected"
     listed = ", ".join([shown(key)[1:-1] for key in keys[:MOST_KEYS]] + ["…"] * (len(keys) > MOST_KEYS)) or "no keys"
-    if chat:
-        return f"these are chats (keys {listed}), and data processing reads texts: write each as one string"
+    if any(map(form_of, objects)):
+        return f"these are chats (keys {listed}): --format chat reads them"
+    if {"role", "content"} <= {*keys} or {"from", "value"} <= {*keys}:
+        return 'each line is one message; write the messages of a chat on one line: {"messages": [...]}'
+    if {"chosen", "rejected"} <= {*keys}:
+        return f"these are preferences (keys {listed}), pairs of a chosen and a rejected answer, not chats"
     for key, found in ((key, found) for value in objects for key, found in value.items()):
         if isinstance(found, list) and any(isinstance(item, dict) and text_field in item for item in found):
             return f"the documents are in the list {shown(key)[1:-1]}; take them out: {_jq(_jq_key(key) + '[]')}"

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from model.corpus.bulk_encoder import CHECKED_CHARACTERS, choose_encoder
+from model.corpus.chats import contents_of, parse_chat
 from model.corpus.finished import (
     Records,
     check_finished,
@@ -24,7 +25,7 @@ from model.corpus.job_folder import JobFolder, job_path
 from model.corpus.jsonl import parse_line, read_rejects
 from model.corpus.lost_text import unknown_id
 from model.corpus.merge import DocumentFile, Merger, RawLines
-from model.corpus.opening import TXT_DOCUMENTS, Source
+from model.corpus.opening import EXPECTED, TXT_DOCUMENTS, Source
 from model.corpus.options import ProcessingOptions
 from model.corpus.part_file import Damaged
 from model.corpus.part_maker import PartOptions
@@ -33,8 +34,9 @@ from model.corpus.reasons import REASONS
 from model.corpus.statistics import Statistics
 from model.corpus.worker import Crew, Task
 from model.errors import InputError
+from model.text.chat_ids import ChatFormat, load_chat_format
 from model.text.tokenization import BulkTokenizer, load_bulk_tokenizer, tokenizer_sha256
-from model.token_file.manifest import ends_path
+from model.token_file.manifest import ends_path, learn_path
 
 BYTES_OF_A_TOKEN = 8  # more than a Chinese token has, so that a part holds somewhat less than save_interval
 SMALLEST_PART, LARGEST_PART = 4 << 10, 64 << 20  # bytes
@@ -73,6 +75,13 @@ class Job:
         """The tokenizer, loaded when first needed."""
         return load_bulk_tokenizer(self.options.tokenizer_path)
 
+    @cached_property
+    def chat_format(self) -> ChatFormat | None:
+        """How the tokenizer writes chats; None where nothing is tokenised, or the documents are texts."""
+        if not (self.tokenize and self.options.is_chat):
+            return None
+        return load_chat_format(self.options.tokenizer_path, self.tokenizer)
+
     @property
     def size(self) -> int:
         """Bytes of the input; streamed datasets count 0."""
@@ -110,10 +119,14 @@ class Job:
         depends |= depends.pop("cleaning")
         if not any(source.form in TXT_DOCUMENTS for source in self.sources):
             del depends["txt_documents"]
+        if not self.options.is_chat:
+            del depends["format"]  # plans of texts name none
         if self.tokenize:
             depends["the tokenizer"] = tokenizer_sha256(self.options.tokenizer_path)
             depends["bos_id"], depends["eos_id"] = self.tokenizer.bos_id, self.tokenizer.eos_id
             depends["end_ids"] = sorted(self.tokenizer.end_ids)
+            if self.chat_format:
+                depends["the chat template"] = self.chat_format.sha256
         else:
             del depends["max_length"], depends["long_documents"]
         return {
@@ -128,7 +141,10 @@ class Job:
         if not resume:
             folder.clear()
         if folder.planned() is None and not half_published:
-            check_names_are_free(self.output, self.tokenize, self.options.val_share > 0, replace=not resume)
+            validates = self.options.val_share > 0
+            check_names_are_free(
+                self.output, self.tokenize, self.chat_format is not None, validates, replace=not resume
+            )
         part_bytes = min(max(self.options.save_interval * BYTES_OF_A_TOKEN, SMALLEST_PART), LARGEST_PART)
         part_bytes = (folder.planned() or {}).get("part_bytes", part_bytes)
         if folder.begin(self.plan | {"part_bytes": part_bytes}):
@@ -175,15 +191,17 @@ class Job:
             "chunk_size": options.chunk_size,
             "keys": options.deduplicate or options.val_share > 0 or any(s.weight % 1 for s in self.sources),
             "near_duplicates": options.near_duplicates > 0,
+            "chats": options.is_chat,
         }
         if not self.tokenize:
             return PartOptions(encoder=None, **common)
         return PartOptions(
             encoder=choose_encoder(self.tokenizer, self._first_texts(), self.say),
             delimiters=self.tokenizer.delimiters,
-            dtype=_token_dtype(self.tokenizer.vocab_size).str,
+            dtype="<u4" if self.chat_format else _token_dtype(self.tokenizer.vocab_size).str,
             max_length=options.max_length,
             long_documents=options.long_documents,
+            chat_format=self.chat_format,
             **common,
         )
 
@@ -192,9 +210,12 @@ class Job:
         texts, characters = [], 0
         for _, block, _ in stream_parts(self.sources[0], FIRST_BYTES, self.options.text_field):
             for raw in lines_of(block):
-                text, _ = parse_line(raw, self.options.text_field)
-                texts += [text] if text else []
-                characters += len(text or "")
+                if self.options.is_chat:
+                    found = contents_of([parse_chat(raw)[0] or ()])
+                else:
+                    found = [parse_line(raw, self.options.text_field)[0] or ""]
+                texts += filter(None, found)
+                characters += sum(map(len, found))
                 if characters > CHECKED_CHARACTERS:
                     return texts
             break
@@ -224,15 +245,24 @@ class Job:
             self.say(f"merging {len(records):,} parts")
         statistics, vocab_size = Statistics([source.name for source in self.sources]), 0
         if self.tokenize:
-            vocab_size, delimiters = self.tokenizer.vocab_size, self.tokenizer.delimiters.count
+            vocab_size = self.tokenizer.vocab_size
+            delimiters = 0 if self.chat_format else self.tokenizer.delimiters.count
             unknown = unknown_id(self.tokenizer.json)
             statistics = Statistics([source.name for source in self.sources], vocab_size, delimiters, unknown)
             statistics.lost_bytes = sum(record.get("lost_bytes", 0) for record in records.values())
+        for record in records.values():
+            statistics.forms.update(record.get("forms", {}))
         part_bytes = folder.planned()["part_bytes"]
         folder.start_merging()
+        merged = folder.merged / self.output.name
         main, validation = (
-            DocumentFile(path, ends_path(path) if self.tokenize else None)
-            for path in (folder.merged / self.output.name, validation_path(folder.merged / self.output.name))
+            DocumentFile(
+                path,
+                ends_path(path) if self.tokenize else None,
+                learn_path(path) if self.chat_format else None,
+                _token_dtype(vocab_size),
+            )
+            for path in (merged, validation_path(merged))
         )
         merger = Merger(
             {key: folder.part(*key) for key in records},
@@ -259,6 +289,9 @@ class Job:
                 "tokenizer_sha256": self.plan["the tokenizer"],
                 "encoder": " and ".join(sorted({record["encoder"] for record in records.values()} - {""})),
             }
+        if self.chat_format:
+            ends = list(self.chat_format.end_ids)
+            common["chat"] = {"template_sha256": self.chat_format.sha256, "end_ids": ends}
         processing = {"plan": self.plan, "part_bytes": part_bytes}
         summary = {
             "output": self.output.name,
@@ -279,12 +312,13 @@ class Job:
         folder.remove()
         sources = ", ".join([source.location for source in self.sources[:3]] + ["…"] * (len(self.sources) > 3))
         if not statistics.lines:
-            raise InputError(f'input_path: {sources}: no line found; expected JSONL, one {{"text": ...}} object a line')
+            raise InputError(f"input_path: {sources}: no line found; {EXPECTED}")
         if statistics.documents:
             count = f"{statistics.documents:,} document" + "s" * (statistics.documents > 1)
             raise InputError(f"val_share: all of {count} went to validation; give a smaller share")
         _, _, seen = self._most_rejected(statistics.rejected, rejects)
-        raise InputError(nothing_read(sources, statistics.rejected, seen, self.options.text_field) + f"; see {rejects}")
+        expected = None if self.options.is_chat else self.options.text_field
+        raise InputError(nothing_read(sources, statistics.rejected, seen, expected) + f"; see {rejects}")
 
     def _most_rejected(self, rejected: Mapping[str, int], rejects: Path) -> tuple[str, str, str]:
         """The reason that most lines were rejected for, where the first of them is, and what such lines hold."""
@@ -319,12 +353,22 @@ class Job:
                 f"{summary['tokens']:,} tokens, {summary['characters_per_token']:.3f} characters a token; documents "
                 f"of more than {summary['max_length']} tokens, {said}: {long:,}"
             )
+        if chats := summary.get("chats"):
+            self._report_chats(chats, summary["documents"])
         if validation := summary["validation"]:
             tokens = f", {validation['tokens']:,} tokens" if self.tokenize else ""
             self.say(f"for validation: {validation['documents']:,} documents{tokens}")
         self._warn_of_losses(summary)
         self._warn_of_rejects(summary, rejects)
         self.say(f"wrote {self.output} in {seconds:.1f} s ({self.size / 1e6 / max(seconds, 1e-9):.1f} MB/s)")
+
+    def _report_chats(self, chats: dict, documents: int) -> None:
+        learned = (
+            f"; learned: {chats['learned_tokens']:,} tokens ({chats['learned_share']:.1%})" if self.tokenize else ""
+        )
+        self.say(f"{documents:,} chats, {chats['turns']:,} answers{learned}")
+        if len(chats["forms"]) > 1:
+            self.say(f"forms of the chats: {counts_text(chats['forms'])}")
 
     def _warn_of_losses(self, summary: dict) -> None:
         """Warn of text that the tokenizer has no token for."""

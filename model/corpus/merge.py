@@ -17,6 +17,7 @@ from typing import TextIO
 import numpy as np
 
 from model.corpus.change_samples import ChangeSamples
+from model.corpus.documents import LEARNED
 from model.corpus.duplicates import first_occurrences
 from model.corpus.jsonl import reject_line
 from model.corpus.near_duplicates import first_similar
@@ -167,12 +168,18 @@ class Merger:
         piece_sizes = part["piece_sizes"].astype(np.int64)
         kept_pieces = np.repeat(fates.kept, table["pieces"])
         self.statistics.add_documents(source, table[fates.kept], piece_sizes[kept_pieces])
+        chats = part["chats"] if self.options.is_chat else None
+        if chats is not None:
+            kept_turns = np.repeat(fates.kept, chats["turns"])
+            self.statistics.add_chats(chats[fates.kept], table["size"][fates.kept], part["turn_characters"][kept_turns])
         plain = fates.kept.all() and (fates.copies == 1).all() and not fates.validation.any()
         for file, chosen in ((main, fates.kept & ~fates.validation), (validation, fates.validation)):
             for copy in range(int(fates.copies[chosen].max(initial=0))):
                 wanted = chosen & (fates.copies > copy)
                 items = payload if plain else payload[np.repeat(wanted, table["size"])]
                 sizes = piece_sizes[np.repeat(wanted, table["pieces"])]
+                if file.learn_path:
+                    items = file.write_learned(items, int(chats["turns"][wanted].sum()))
                 file.write(items, sizes)
                 tokens = len(items) if self.statistics.vocab_size else 0
                 self.statistics.add_written(source, len(sizes), tokens, validation=file is validation)
@@ -238,20 +245,40 @@ class DocumentFile:
 
     Args:
         path, ends_path: the two files; `ends_path` None: no ends.
+        learn_path: of chats, a third file: which tokens are learned, one byte each; None: no chats.
+        dtype: of the tokens; used for chats.
     """
 
-    def __init__(self, path: Path, ends_path: Path | None) -> None:
-        self.path, self.ends_path = path, ends_path
-        self.items = self.documents = 0
-        self.sha256 = ""
+    def __init__(
+        self, path: Path, ends_path: Path | None, learn_path: Path | None = None, dtype: np.dtype | None = None
+    ) -> None:
+        self.path, self.ends_path, self.learn_path, self.dtype = path, ends_path, learn_path, dtype
+        self.items = self.documents = self.learned = self.turns = 0
+        self.sha256 = self.learn_sha256 = ""
 
     def __enter__(self) -> "DocumentFile":
         self._digest, self._flushed = hashlib.sha256(), 0  # items that are on their way to the disk
+        self._learn_digest = hashlib.sha256()
         # A thread each: a slow hash or disk delays the writing only when the next call is due.
         self._hasher, self._flusher = _Background(), _Background()
         self._file = open(self.path, "wb")
         self._ends = open(self.ends_path, "wb") if self.ends_path else None
+        self._learn = open(self.learn_path, "wb") if self.learn_path else None
         return self
+
+    def write_learned(self, payload: np.ndarray, turns: int) -> np.ndarray:
+        """Append which tokens of chats are learned; returns the tokens, for `write`.
+
+        Args:
+            payload: uint32, with LEARNED in those that are.
+            turns: answers in it.
+        """
+        learned = (payload >> 31).astype(np.uint8)
+        self._learn_digest.update(learned)
+        self._learn.write(memoryview(learned))
+        self.learned += int(learned.sum())
+        self.turns += turns
+        return (payload & (LEARNED - 1)).astype(self.dtype)
 
     def write(self, payload: np.ndarray, sizes: np.ndarray) -> None:
         """Append documents of these sizes (items of the payload).
@@ -272,14 +299,14 @@ class DocumentFile:
 
     def __exit__(self, kind=None, *error) -> None:
         with contextlib.ExitStack() as closing:  # closes everything, whatever fails, and raises what failed
-            for file in filter(None, (self._file, self._ends)):
+            for file in filter(None, (self._file, self._ends, self._learn)):
                 closing.callback(file.close)
             closing.callback(self._hasher.close)
             closing.callback(self._flusher.close)
             if kind is None:
-                for file in filter(None, (self._file, self._ends)):
+                for file in filter(None, (self._file, self._ends, self._learn)):
                     flush_to_disk(file)
-        self.sha256 = self._digest.hexdigest()
+        self.sha256, self.learn_sha256 = self._digest.hexdigest(), self._learn_digest.hexdigest()
 
 
 class _Background:

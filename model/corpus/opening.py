@@ -7,17 +7,19 @@ compressed with: 2 GiB after `zstd --long=31`.
 
 import codecs
 import contextlib
+import csv
 import gzip
 import io
 import json
 import re
 import zlib
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 from urllib.parse import parse_qs
 
+from model.corpus.chats import KEYS_OF_FORM
 from model.corpus.inspection import (
     BOM,
     PACKINGS,
@@ -34,6 +36,7 @@ from model.errors import InputError, first_line
 READ_AT_ONCE = 1 << 20  # bytes, about, that are unpacked or made from rows at a time
 HEAD_BYTES = 16 << 10  # read to recognise a file's form
 TXT_BYTES = 1 << 20  # a longer document of a .txt is cut at the next line's end
+MAX_CSV_FIELD = 64 << 20  # characters
 TXT_DOCUMENTS = ("file", "paragraph", "line")
 DATASETS = "datasets:"  # datasets:NAME?split=train&name=CONFIG: the options are load_dataset's
 EXPECTED = 'expected JSONL, one {"text": ...} object a line'
@@ -47,8 +50,9 @@ class Source:
     name: str  # unique and short: the folders that all sources share are omitted
     size: int  # bytes on disk; 0 for a streamed dataset, whose size is unknown
     weight: float = 1.0
-    form: str = "jsonl"  # or cr (JSONL with CR line ends), array, parquet, dataset; or one of TXT_DOCUMENTS
+    form: str = "jsonl"  # or cr (JSONL with CR line ends), array, parquet, csv, dataset; or one of TXT_DOCUMENTS
     packing: str = ""  # one of PACKINGS; "": not compressed
+    keys: tuple[str, ...] = ()  # the columns to take of a table that has them; (): the text field alone
 
     @property
     def is_plain(self) -> bool:
@@ -66,25 +70,49 @@ def recognise(path: Path, txt_documents: str = "file") -> tuple[str, str, bytes]
     Raises:
         InputError: it is an archive, in another encoding, damaged from the start, or its reader is not installed.
     """
-    with open(path, "rb") as file:
-        head = file.read(HEAD_BYTES)
-    name = str(path)
-    packing, stem = packing_of(name, head), name.lower()
-    if packing:
-        stem = stem.removesuffix(f".{packing}")
-        with _unpacked(path, packing) as file, naming_damage(name):
-            head = file.read(HEAD_BYTES)
-    if problem := unreadable(name, head):
+    name, (packing, head) = str(path), _head(path)
+    stem = name.lower().removesuffix(f".{packing}")
+    is_txt, is_csv = stem.endswith(".txt"), stem.endswith(".csv") and _names_chats(head)
+    if not is_csv and (problem := unreadable(name, head)):
         raise InputError(f"input_path: {path} is {problem}")
     if packing and (head.startswith(PARQUET) or packing_of("", head)):
         raise InputError(f"input_path: {path} holds a compressed file within a compressed one; unpack it first")
     if stem.endswith(".parquet") or head.startswith(PARQUET):
         return "parquet", packing, head
-    is_txt = stem.endswith(".txt")
-    if (encoding := encoding_of(head)) and (is_txt or encoding == "utf-16"):
+    if (encoding := encoding_of(head)) and (is_txt or is_csv or encoding == "utf-16"):
         raise InputError(f"input_path: {path} {describe_encoding(path, encoding)}")
+    if is_csv:
+        return "csv", packing, head
     form = "cr" if has_only_carriage_returns(head) else "jsonl"
     return txt_documents if is_txt else "array" if is_array(head) else form, packing, head
+
+
+def is_chat_table(path: Path) -> bool:
+    """Whether the first line of a CSV file names the columns of a chat, such as history,q,a.
+
+    Raises:
+        InputError: it is damaged from the start, or its reader is not installed.
+    """
+    return _names_chats(_head(path)[1])
+
+
+def _names_chats(head: bytes) -> bool:
+    first = head.removeprefix(BOM).splitlines()[:1]
+    try:
+        names = set(next(csv.reader([line.decode("utf-8", "replace") for line in first]), []))
+    except csv.Error:
+        return False
+    return any(keys <= names for keys in KEYS_OF_FORM.values())
+
+
+def _head(path: Path) -> tuple[str, bytes]:
+    """A file's packing, and its first bytes unpacked."""
+    with open(path, "rb") as file:
+        head = file.read(HEAD_BYTES)
+    if packing := packing_of(str(path), head):
+        with _unpacked(path, packing) as file, naming_damage(str(path)):
+            head = file.read(HEAD_BYTES)
+    return packing, head
 
 
 def open_source(source: Source, text_field: str = "text") -> BinaryIO:
@@ -93,18 +121,21 @@ def open_source(source: Source, text_field: str = "text") -> BinaryIO:
     Raises:
         InputError: its reader is not installed, or it cannot be read.
     """
+    keys = source.keys or (text_field,)
     if source.form == "dataset":
-        return _as_file(_as_jsonl(_dataset_rows(source.location), text_field))
+        return _as_file(_as_jsonl(_dataset_rows(source.location), keys))
     path = Path(source.location)
     if source.form == "parquet":
-        return _as_file(_as_jsonl(_parquet_rows(path, text_field), text_field))
+        return _as_file(_as_jsonl(_parquet_rows(path, keys), keys))
     file = _unpacked(path, source.packing)
+    if source.form == "csv":
+        return _as_file(_csv_lines(file), file)
     if source.form == "array":
         return _as_file(_array_elements(file), file)
     if source.form == "cr":
         return _as_file((block.replace(b"\r", b"\n") for block in _blocks(file)), file)
     if source.form in TXT_DOCUMENTS:
-        return _as_file(_as_jsonl(_txt_documents(file, source.form), text_field), file)
+        return _as_file(_as_jsonl(_txt_documents(file, source.form), (text_field,)), file)
     return file
 
 
@@ -182,7 +213,8 @@ def naming_damage(location: str) -> Iterator[None]:
 # ------------------------------------------------------------------------------------------ rows, elements, documents
 
 
-def _parquet_rows(path: Path, text_field: str) -> Generator:
+def _parquet_rows(path: Path, keys: Sequence[str]) -> Generator:
+    """The rows of the columns that are there of `keys`, as dictionaries."""
     try:
         import pyarrow
         from pyarrow.parquet import ParquetFile
@@ -190,18 +222,33 @@ def _parquet_rows(path: Path, text_field: str) -> Generator:
         raise InputError(f"input_path: reading {path} needs pyarrow: pip install pyarrow") from None
     try:
         with ParquetFile(path, buffer_size=1 << 20) as file:  # pages are read one by one, not whole row groups
-            columns = file.schema_arrow.names
-            if text_field not in columns:
-                raise InputError(f"text_field: {path} has no column {text_field}; its columns are {', '.join(columns)}")
-            for batch in file.iter_batches(batch_size=128, columns=[text_field]):
-                column = batch.column(0)
-                if pyarrow.types.is_string(column.type) or pyarrow.types.is_large_string(column.type):
-                    column = column.cast(pyarrow.large_binary())  # to_pylist would raise for text that is not UTF-8
-                yield from column.to_pylist()
+            names = file.schema_arrow.names
+            if not (columns := [key for key in keys if key in names]):
+                what = keys[0] if len(keys) == 1 else "of a chat"
+                raise InputError(f"text_field: {path} has no column {what}; its columns are {', '.join(names)}")
+            for batch in file.iter_batches(batch_size=128, columns=columns):
+                # to_pylist would raise for text that is not UTF-8
+                values = [column.cast(_with_bytes(column.type)).to_pylist() for column in batch.columns]
+                for row in zip(*values, strict=True):
+                    yield dict(zip(batch.schema.names, row, strict=True))
     except (pyarrow.ArrowException, OSError, MemoryError) as error:
         raise InputError(
             f"input_path: {path} cannot be read as Parquet ({first_line(error)}); fetch it again"
         ) from error
+
+
+def _with_bytes(kind):
+    """An Arrow type with bytes wherever it has text."""
+    import pyarrow as pa
+
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+        return pa.large_binary()
+    if pa.types.is_struct(kind):
+        return pa.struct([field.with_type(_with_bytes(field.type)) for field in kind])
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        made = pa.large_list if pa.types.is_large_list(kind) else pa.list_
+        return made(kind.value_field.with_type(_with_bytes(kind.value_type)))
+    return kind
 
 
 def _dataset_rows(location: str) -> Generator:
@@ -220,6 +267,39 @@ def _dataset_rows(location: str) -> Generator:
         yield from rows
     except Exception as error:  # it raises whatever its readers raise: OSError, ValueError, KeyError, its own errors
         raise InputError(f"input_path: {location} cannot be streamed ({first_line(error)})") from error
+
+
+def _csv_lines(file: BinaryIO) -> Generator:
+    """The rows of a CSV file with a header as lines of JSONL, {column: text}.
+
+    What is no row of the header's columns, or has misplaced quotes, becomes {"csv": its text}.
+    """
+    taken: list[str] = []  # lines of the row that is being read
+    decoder = io.TextIOWrapper(file, "utf-8-sig", errors="surrogateescape", newline="")
+    lines = (taken.append(line) or line for line in iter(lambda: decoder.readline(MAX_CSV_FIELD), ""))
+    csv.field_size_limit(MAX_CSV_FIELD)
+    rows, header, made, characters = csv.reader(lines, strict=True), None, [], 0
+    while True:
+        taken.clear()
+        try:
+            row = next(rows)
+        except StopIteration:
+            break
+        except csv.Error:
+            row = None
+        if header is None and row:
+            header = row
+            continue
+        if row == []:  # an empty line
+            continue
+        good = row is not None and header is not None and len(row) == len(header)
+        value = dict(zip(header, row, strict=True)) if good else {"csv": "".join(taken)}
+        made.append(json.dumps(value, ensure_ascii=False) + "\n")
+        characters += len(made[-1])
+        if characters > READ_AT_ONCE:
+            yield "".join(made).encode("utf-8", "surrogatepass")
+            made, characters = [], 0
+    yield "".join(made).encode("utf-8", "surrogatepass")
 
 
 # The bytes that decide where an array's element ends: a string's start, brackets, commas between elements.
@@ -344,12 +424,12 @@ def _as_file(contents: Iterator[bytes], file: BinaryIO | None = None) -> BinaryI
     return made
 
 
-def _as_jsonl(rows: Generator, text_field: str) -> Generator:
+def _as_jsonl(rows: Generator, keys: Sequence[str]) -> Generator:
     """The rows as lines of JSONL, some READ_AT_ONCE characters at a time."""
     with contextlib.closing(rows):
         lines, characters = [], 0
         for row in rows:
-            lines.append(_line(row.get(text_field) if isinstance(row, dict) else row, text_field))
+            lines.append(_line(row, keys))
             characters += len(lines[-1])
             if characters > READ_AT_ONCE:
                 yield "".join(lines).encode("utf-8", "surrogatepass")
@@ -357,12 +437,19 @@ def _as_jsonl(rows: Generator, text_field: str) -> Generator:
         yield "".join(lines).encode("utf-8", "surrogatepass")
 
 
-def _line(value, text_field: str) -> str:
-    if isinstance(value, bytes):  # bytes that are not UTF-8 become lone surrogates, and the line a bad_utf8
-        value = value.decode("utf-8", "surrogateescape")
-    return json.dumps({text_field: value}, ensure_ascii=False, default=_not_json) + "\n"
+def _line(row, keys: Sequence[str]) -> str:
+    """The line of a row, `{key: value}` of the keys that it has, or of a text, `{keys[0]: text}`."""
+    if not isinstance(row, dict):
+        row = {keys[0]: row}
+    elif len(keys) > 1:
+        row = {key: row[key] for key in keys if row.get(key) is not None}
+    else:
+        row = {keys[0]: row.get(keys[0])}
+    return json.dumps(row, ensure_ascii=False, default=_not_json) + "\n"
 
 
-def _not_json(value) -> dict:
+def _not_json(value) -> dict | str:
     """Stands for a value that JSON cannot hold, such as a date or a picture; the line is rejected."""
+    if isinstance(value, bytes):  # those that are not UTF-8 become lone surrogates, and the line a bad_utf8
+        return value.decode("utf-8", "surrogateescape")
     return {type(value).__name__: str(value)}

@@ -10,6 +10,7 @@ from model.corpus.opening import TXT_DOCUMENTS
 from model.errors import InputError, shown
 from model.options import check_options, setting
 
+FORMATS = ("auto", "text", "chat")
 LONG_DOCUMENTS = ("keep", "split", "truncate", "drop")
 
 
@@ -27,6 +28,11 @@ class ProcessingOptions:
     )
     chunk_size: int = setting(50000, "most lines to process at a time", at_least=1)
     save_interval: int = setting(1000000, "tokens, about, after which a worker's progress is made final", at_least=1)
+    format: str = setting(
+        "auto",
+        "what the lines are: texts, or chats in any of the common forms; auto: what the first objects are",
+        choices=FORMATS,
+    )
     text_field: str = setting("text", "key of the text in each JSON object, or the column")
     txt_documents: str = setting(
         "file",
@@ -50,10 +56,17 @@ class ProcessingOptions:
     )
     cleaning: CleaningOptions = dataclasses.field(default_factory=CleaningOptions)
 
+    @property
+    def is_chat(self) -> bool:
+        """Whether the documents are chats; a job decides what auto is before it asks."""
+        return self.format == "chat"
+
     def __post_init__(self) -> None:
         problems = check_options(self)
         if not problems and self.long_documents != "keep" and self.max_length < 8:
             problems.append(f"max_length: {self.max_length} is too short to shorten documents to; at least 8 expected")
+        if not problems and self.is_chat and self.long_documents in ("split", "truncate"):
+            problems.append(f"long_documents: chats are kept whole or dropped; {self.long_documents} is for texts")
         try:
             if not isinstance(self.cleaning, CleaningOptions):
                 raise InputError(f"cleaning: {shown(self.cleaning)} found, CleaningOptions expected")

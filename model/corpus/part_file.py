@@ -29,6 +29,7 @@ DOCUMENT = np.dtype(
         ("is_long", "u1"),  # whether it had more than max_length tokens, with bos and eos
     ]
 )
+CHAT = np.dtype([("turns", "<u4"), ("learned", "<u4")])  # answers, and tokens of them and their ends
 REJECT = np.dtype([("offset", "<u8"), ("line", "<u4"), ("size", "<u4"), ("reason", "u1")])
 
 
@@ -41,6 +42,8 @@ class PartColumns:
     piece_sizes: list[np.ndarray] = field(default_factory=list)
     documents: list[np.ndarray] = field(default_factory=list)
     signatures: list[np.ndarray] = field(default_factory=list)
+    chats: list[np.ndarray] = field(default_factory=list)  # CHAT, where documents are chats
+    turn_characters: list[np.ndarray] = field(default_factory=list)  # uint32 [turns, 2]: of a question, of its answer
     rejects: list[tuple] = field(default_factory=list)  # line, reason, raw line
     lost_bytes: int = 0  # of the texts, for which the tokenizer has no token
     id_counts: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))  # how often each id stands there
@@ -83,6 +86,8 @@ def write_part(path: Path, record: dict, columns: PartColumns) -> None:
         "ids": ids.astype("<u4"),
         "id_counts": columns.id_counts[ids],
         "signatures": _join(columns.signatures, np.dtype("<u4")),
+        "chats": _join(columns.chats, CHAT),
+        "turn_characters": _join(columns.turn_characters, np.dtype("<u4")),
     }
     with open(temporary, "wb") as file:
         np.savez(file, **arrays)

@@ -1,8 +1,9 @@
 """Why a line is not a document: every reason that the rejects file names."""
 
+from model.corpus.chats import CHAT_REASONS
 from model.corpus.cleaning import FILTER_REASONS
 
-REASONS = {  # in the order in which the checks are made
+REASONS = {  # parts name them by their place: new ones go to the end
     "bad_utf8": "not UTF-8, or a text with a lone surrogate, which UTF-8 cannot hold",
     "bad_json": "not JSON",
     "not_an_object": "JSON, but not an object",
@@ -11,9 +12,10 @@ REASONS = {  # in the order in which the checks are made
     "oversized": "a line longer than 64 MiB, which would not fit the bounded memory",
     **FILTER_REASONS,
     "over_max_length": "more than max_length tokens, and long_documents is drop",
-    "duplicate": "exactly the text of an earlier line, after cleaning",
-    "near_duplicate": "nearly the text of an earlier line (near_duplicates)",
+    "duplicate": "exactly the text, or the chat, of an earlier line, after cleaning",
+    "near_duplicate": "nearly the text, or the chat, of an earlier line (near_duplicates)",
     "not_sampled": "a source of a weight below 1: the line was not among those taken",
+    **CHAT_REASONS,
 }
 NAMES = list(REASONS)
 NUMBERS = {name: number for number, name in enumerate(NAMES)}

@@ -8,13 +8,15 @@ from pathlib import Path
 
 from model.command import say
 from model.corpus.inspection import PACKINGS, holds_documents
-from model.corpus.opening import DATASETS, EXPECTED, TXT_DOCUMENTS, Source, recognise
+from model.corpus.opening import DATASETS, EXPECTED, TXT_DOCUMENTS, Source, is_chat_table, recognise
 from model.errors import InputError
 
 _PACKED = ("", *(f".{packing}" for packing in PACKINGS))
 # Endings, in lower case, of the files that are read in a folder.
 ENDINGS = (*(f".{form}{packed}" for form in ("jsonl", "ndjson") for packed in _PACKED), ".parquet")
-TXT_ENDINGS, JSON_ENDINGS = (tuple(f".{form}{packed}" for packed in _PACKED) for form in ("txt", "json"))
+TXT_ENDINGS, JSON_ENDINGS, CSV_ENDINGS = (
+    tuple(f".{form}{packed}" for packed in _PACKED) for form in ("txt", "json", "csv")
+)
 COMPANIONS = re.compile(r"(readme|licen[cs]e|copying|notice|changelog|authors|citation|requirements)\b", re.IGNORECASE)
 OUR_ENDINGS = (".rejects.jsonl", ".changes.jsonl")  # what data processing itself left there
 NAMED = 5  # skipped files that a message names
@@ -30,9 +32,10 @@ def find_sources(
     """The files and datasets that paths, folders, globs and `datasets:…` stand for, in the order given.
 
     The files of a folder or a glob come in the order of their names. In a folder JSONL and Parquet are read, .json that
-    holds documents, and .txt where there is nothing else. Hidden and empty files, and those that accompany a corpus,
-    are skipped, as are links to folders, broken links and files named as data processing names its own; one line says
-    so. Files that this job is about to write (`leave_out`, resolved paths) and half-made outputs are skipped silently.
+    holds documents, and where there is nothing else CSV of chats or else .txt. Hidden and empty files, and those that
+    accompany a corpus, are skipped, as are links to folders, broken links and files named as data processing names its
+    own; one line says so. Files that this job is about to write (`leave_out`, resolved paths) and half-made outputs are
+    skipped silently.
 
     Args:
         text_field: the key that a .json file must have to be read: others only describe a corpus.
@@ -88,7 +91,8 @@ def _files(path: Path, leave_out: Collection[Path], text_field: str, txt_documen
         nothing = f"no file matches {path}"
     else:
         raise InputError(f"input_path: no file {path}; {EXPECTED}")
-    is_folder, found, skipped, texts = path.is_dir(), [], {}, {}  # skipped: why, by file; texts: of .txt, last resort
+    is_folder, found, skipped = path.is_dir(), [], {}  # skipped: why, by file
+    texts, tables = {}, {}  # .txt, and CSV files of chats: read only where nothing else is
     entered = {folder for file in listed for folder in file.parents}
     for file in sorted(listed, key=lambda file: file.as_posix()):
         if file in entered or any(map(_is_job, [file, *file.parents])):
@@ -98,20 +102,26 @@ def _files(path: Path, leave_out: Collection[Path], text_field: str, txt_documen
         if why := _why_skipped(file, path, is_folder):
             skipped[file] = why
             continue
-        form, packing, head = recognise(file, txt_documents)
         name = file.name.lower()
+        if is_folder and name.endswith(CSV_ENDINGS) and not is_chat_table(file):
+            skipped[file] = "another ending"
+            continue
+        form, packing, head = recognise(file, txt_documents)
         if not head.strip():
             skipped[file] = "empty"
         elif is_folder and name.endswith(TXT_ENDINGS):
             texts[file] = (form, packing)
+        elif is_folder and form == "csv":
+            tables[file] = (form, packing)
         elif is_folder and name.endswith(JSON_ENDINGS) and not holds_documents(head, text_field):
             skipped[file] = f"no {text_field} in its first object"
         else:
             found.append((file, form, packing))
-    if found:
-        skipped |= dict.fromkeys(texts, "beside other texts")
-    else:
-        found = [(file, *about) for file, about in texts.items()]
+    for last_resort in (tables, texts):
+        if found:
+            skipped |= dict.fromkeys(last_resort, "beside other texts")
+        else:
+            found = [(file, *about) for file, about in last_resort.items()]
     said = _describe_skipped(skipped, path if is_folder else Path())
     if not found:
         raise InputError(f"input_path: {nothing}" + (f"; skipped: {said}" if said else ""))
@@ -156,7 +166,7 @@ def _why_skipped(file: Path, given: Path, is_folder: bool) -> str | None:
         return "named as data processing names its own"
     if is_folder and COMPANIONS.match(name):
         return "about the corpus"
-    if is_folder and not name.endswith((*ENDINGS, *TXT_ENDINGS, *JSON_ENDINGS)):
+    if is_folder and not name.endswith((*ENDINGS, *TXT_ENDINGS, *JSON_ENDINGS, *CSV_ENDINGS)):
         return "another ending"
     return "empty" if not file.stat().st_size else None
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from model.corpus.chats import FORMS
 from model.corpus.cleaning import CHANGES
 from model.corpus.reasons import REASONS
 
@@ -44,6 +45,11 @@ class Statistics:
         self._lengths_in_characters, self._lengths_in_tokens = Bins(LENGTHS), Bins(LENGTHS)
         self._ratios, self._shares = Bins(RATIOS), Bins(SHARES)
         self._id_counts = np.zeros(vocab_size, dtype=np.int64)
+        self.turns = self.learned = 0  # answers of the chats, and tokens of them and their ends, each chat once
+        self.forms: Counter = Counter()  # chats by form, repeated ones too
+        self._chat_tokens = 0
+        self._turns, self._questions, self._answers = Bins(LENGTHS), Bins(LENGTHS), Bins(LENGTHS)
+        self._learned_shares = Bins(SHARES)
         self.sources = [
             {"name": name, "lines": 0, "documents": 0, "rejected": 0, "tokens": 0, "characters": 0}
             for name in source_names
@@ -74,6 +80,18 @@ class Statistics:
         row = self.sources[source]
         for name, count in (("lines", len(table)), ("documents", len(table)), ("characters", characters)):
             row[name] += count
+
+    def add_chats(self, chats: np.ndarray, sizes: np.ndarray, turn_characters: np.ndarray) -> None:
+        """Count a part's chats that were kept: CHAT rows, their sizes in tokens, and the characters of each question
+        and its answer, [turns, 2]."""
+        self.turns += int(chats["turns"].sum())
+        self.learned += int(chats["learned"].sum())
+        self._chat_tokens += int(sizes.sum())
+        self._turns.add(chats["turns"])
+        self._questions.add(turn_characters[:, 0])
+        self._answers.add(turn_characters[:, 1])
+        if self.vocab_size:
+            self._learned_shares.add(chats["learned"] / np.maximum(sizes, 1))
 
     def add_rejected(self, source: int, reasons: Sequence[str]) -> None:
         """Count rejected lines."""
@@ -139,6 +157,20 @@ class Statistics:
             "characters_per_token_of_documents": self._ratios.rows(),
             "han_share_of_documents": self._shares.rows(),
             "sources": self.sources,
+        } | ({"chats": self._chats()} if self.turns else {})
+
+    def _chats(self) -> dict:
+        """What is counted of chats only."""
+        share = self.learned / self._chat_tokens if self.vocab_size else None
+        return {
+            "forms": {FORMS[form]: count for form, count in self.forms.most_common()},
+            "turns": self.turns,
+            "learned_tokens": self.learned,
+            "learned_share": share and round(share, 4),
+            "turns_of_documents": self._turns.rows(),
+            "learned_share_of_documents": self._learned_shares.rows(),
+            "question_in_characters": self._questions.rows("turns"),
+            "answer_in_characters": self._answers.rows("turns"),
         }
 
     def _most_frequent(self) -> list[dict]:
@@ -164,11 +196,11 @@ class Bins:
         bins = np.searchsorted(self.starts, values, side="right") - 1
         self.counts += np.bincount(bins, minlength=len(self.starts))
 
-    def rows(self) -> list[dict]:
+    def rows(self, counted: str = "documents") -> list[dict]:
         """[{"from": 8, "below": 12, "documents": 3}, …], without empty bins; the last bin has no end."""
         ends = [*self.starts[1:].tolist(), None]
         return [
-            {"from": start, "below": end, "documents": count}
+            {"from": start, "below": end, counted: count}
             for start, end, count in zip(self.starts.tolist(), ends, self.counts.tolist(), strict=True)
             if count
         ]

@@ -12,13 +12,18 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from model.command import say
+from model.corpus.chats import contents_of, parse_chat
 from model.corpus.inspection import EXAMPLES, describe_lines, nothing_read
 from model.corpus.jsonl import parse_line
 from model.corpus.opening import EXPECTED, Source
+from model.corpus.options import ProcessingOptions
 from model.corpus.parts import line_offsets, lines_of, stream_parts
+from model.corpus.recognition import recognise_format
 from model.corpus.sources import find_sources
 from model.errors import InputError
 from model.storage.files import replacing
+from model.text.chat_template import MESSAGES_TEMPLATE
 
 SPECIAL_TOKENS = ("<unk>", "<s>", "</s>")  # ids 0, 1, 2
 SMALLEST_VOCABULARY = len(SPECIAL_TOKENS) + 256  # the bytes alone
@@ -27,12 +32,6 @@ MAX_FILE_BYTES = 64 << 20  # of each source: the trainer holds all pieces in mem
 BLOCK_BYTES = 8 << 20  # of input read at once
 MAX_EXAMPLE_BYTES = 4096  # of a rejected line
 MAX_KNOWN_LINES = 2_000_000  # lines remembered, to skip repeats
-
-# <s>user\n…</s>\n<s>assistant\n…</s>\n: every message alike, whatever its role.
-CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ '<s>' + message['role'] + '\\n' + message['content'] + '</s>\\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<s>assistant\\n' }}{% endif %}"
-)
 
 LONG_SYMBOL_RUN = re.compile(r"([^\w\s])\1{4,}")
 LONG_SPACE_RUN = re.compile(r"( {8}) +")
@@ -48,6 +47,7 @@ class TrainingText:
 
     sources: Sequence[Source]
     text_field: str = "text"
+    chats: bool = False  # the sources hold chats, whose contents are the texts
     documents: int = 0
     characters: int = 0
     rejected: Counter = field(default_factory=Counter)  # bad lines by reason (reasons.REASONS)
@@ -64,7 +64,7 @@ class TrainingText:
                 for raw, offset in zip(lines, line_offsets(block), strict=True):
                     if zlib.crc32(offset.to_bytes(8, "little")) >= share * 2**32:
                         continue  # chosen by position, so the same lines each time
-                    text, reason = parse_line(raw, self.text_field)
+                    text, reason = self._parse(raw)
                     if text is None:
                         self.rejected[reason] += 1
                         if self.rejected[reason] <= EXAMPLES:
@@ -74,6 +74,13 @@ class TrainingText:
                     text = _without_noise(text, known)
                     self.characters += len(text)
                     yield text
+
+    def _parse(self, raw: memoryview) -> tuple[str | None, str | None]:
+        """(text, None) of a line, or (None, why it has none)."""
+        if not self.chats:
+            return parse_line(raw, self.text_field)
+        chat, form_or_reason = parse_chat(raw)
+        return (None, form_or_reason) if chat is None else ("\n".join(contents_of([chat])), None)
 
     def what_was_rejected(self) -> str:
         """What the lines hold that were rejected for the most frequent reason, as `describe_lines` says it."""
@@ -100,12 +107,13 @@ def train_tokenizer(
     vocab_size: int = 6400,
     text_field: str = "text",
     overwrite: bool = False,
+    format: str = "auto",
 ) -> TrainingText:
     """Train a tokenizer of exactly `vocab_size` tokens on files (`model.corpus.sources`); save it into `output_dir`.
 
     The same files give the same tokenizer, byte for byte. To bound memory, it reads at most 64 MiB of each file (as
     stored, for a compressed one), sampled evenly, and the first 64 MiB of a streamed dataset. A file given twice counts
-    once, since its lines are known.
+    once, since its lines are known. `format` is as in data processing: of chats, the contents are the texts.
 
     Returns:
         the text read, with its counts of documents, characters, and bad lines by reason.
@@ -126,6 +134,7 @@ def train_tokenizer(
             f"vocab_size: {vocab_size} is too small; the bytes and control tokens are {SMALLEST_VOCABULARY}"
         )
     sources = find_sources(input_paths, text_field=text_field)  # all must exist before the first is read
+    sources, options = recognise_format(sources, ProcessingOptions(text_field=text_field, format=format), say)
 
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -142,7 +151,7 @@ def train_tokenizer(
         max_token_length=TOKEN_BYTES_BELOW,  # the trainer excludes this length too
         show_progress=False,
     )
-    text = TrainingText(sources, text_field)
+    text = TrainingText(sources, text_field, options.is_chat)
     # No merge is learnt across a digit, so digits stay single even without the Digits step when encoding. With it,
     # llama.cpp and fastokens would not recognise GPT-2's plain split, and fastokens would be slower.
     tokenizer.train_from_iterator(text, trainer)
@@ -151,7 +160,8 @@ def train_tokenizer(
         names = ", ".join(source.location for source in sources[:3]) + (", …" if len(sources) > 3 else "")
         if not text.rejected:
             raise InputError(f"input_path: {names}: no line found; {EXPECTED}")
-        raise InputError(f"input_path: {nothing_read(names, text.rejected, text.what_was_rejected(), text_field)}")
+        expected = None if text.chats else text_field
+        raise InputError(f"input_path: {nothing_read(names, text.rejected, text.what_was_rejected(), expected)}")
     found = tokenizer.get_vocab_size()
     if found < vocab_size:
         raise InputError(
@@ -174,7 +184,7 @@ def _save(tokenizer, folder: Path) -> None:
         "add_eos_token": False,
         "clean_up_tokenization_spaces": False,  # decoding restores exactly what was encoded
         "model_max_length": int(1e30),  # the model's limit counts, not the tokenizer's
-        "chat_template": CHAT_TEMPLATE,
+        "chat_template": MESSAGES_TEMPLATE,
     }
     files = {
         "tokenizer.json": tokenizer.to_str(pretty=True),

@@ -9,6 +9,13 @@ from model.errors import InputError, first_line, shown
 from model.text import template_sandbox
 from model.text.tokenization import text_encoder
 
+# The embedded tokenizer's, MiniMind v1's form, <s>user\n…</s>\n<s>assistant\n…</s>\n: every message alike, whatever
+# its role.
+MESSAGES_TEMPLATE = (
+    "{% for message in messages %}{{ '<s>' + message['role'] + '\\n' + message['content'] + '</s>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<s>assistant\\n' }}{% endif %}"
+)
+
 
 def encode_chat(tokenizer, history: Sequence[dict[str, str]]) -> list[int]:
     """Ids of a history of `{"role": ..., "content": ...}` in the tokenizer's template, up to where the answer begins.
@@ -29,12 +36,26 @@ def render_template(tokenizer, history: Sequence[dict[str, str]]) -> str:
     """The text of a history of `{"role": ..., "content": ...}`, up to where the answer begins, as in transformers.
 
     Raises:
+        InputError: as `render`.
+    """
+    return render(tokenizer.get_chat_template(), tokenizer.special_tokens_map, history)
+
+
+def render(
+    template: str, special_tokens: dict[str, str], history: Sequence[dict[str, str]], add_generation_prompt: bool = True
+) -> str:
+    """The text that a template makes of a history; `add_generation_prompt`: up to where the next answer begins.
+
+    Args:
+        special_tokens: what the template may name, such as `bos_token`.
+
+    Raises:
         InputError: the template refuses the history, is damaged, or exceeds a limit.
     """
     messages = [{key: value for key, value in message.items() if value is not None} for message in history]
-    values = tokenizer.special_tokens_map | {"messages": messages, "tools": None, "documents": None}
+    values = special_tokens | {"messages": messages, "tools": None, "documents": None}
     try:
-        return template_sandbox.render(tokenizer.get_chat_template(), **values, add_generation_prompt=True)
+        return template_sandbox.render(template, **values, add_generation_prompt=add_generation_prompt)
     except template_sandbox.TooMuch as error:
         raise InputError(f"the tokenizer's chat template {error}") from error
     except jinja2.TemplateError as error:

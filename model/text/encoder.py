@@ -69,9 +69,23 @@ class TextEncoder:
         Raises:
             InputError: as `encode`.
         """
+        return self.encode_all_rendered([text])[0]
+
+    def encode_all_rendered(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode_rendered` of each text, in one call of the library."""
+        return self._encode([self._rendered(text) for text in texts], as_text=False)
+
+    def count_control(self, rendered: str) -> int:
+        """How many control tokens the template wrote in a text rendered from guarded messages."""
+        return len(self._spelled.findall(rendered))
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_backend": None}  # a process that it is sent to loads its own
+
+    def _rendered(self, text: str) -> str:
+        """A rendered text with secret names for the control tokens that the template wrote, and no guards."""
         text = self._spelled.sub(lambda found: self._hidden(self._names.index(found[0])), text)
-        text = self._guards.sub(lambda found: self._names[int(found[1])], text)
-        return self._encode([text], as_text=False)[0]
+        return self._guards.sub(lambda found: self._names[int(found[1])], text)
 
     def _hidden(self, number: int) -> str:
         return f"{self._secret}{number}\ue001"

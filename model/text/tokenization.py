@@ -146,15 +146,32 @@ def end_ids(tokenizer) -> list[int]:
 class BulkTokenizer:
     """The parts of a tokenizer that data processing needs."""
 
-    json: str  # of the `tokenizers` library, in which control tokens have secret names (`TextEncoder`)
+    encoder: TextEncoder
     bos_id: int | None
     eos_id: int
     vocab_size: int  # the largest id plus one
     end_ids: tuple[int, ...]  # that end a text, the eos first; a text that spells out their tokens yields none
 
     @property
+    def json(self) -> str:
+        """The tokenizer.json of the encoder, in which control tokens have secret names."""
+        return self.encoder.json
+
+    @property
     def delimiters(self) -> Delimiters:
         return Delimiters(self.bos_id, self.eos_id)
+
+
+def named_template(path: str | Path | None = None) -> str | None:
+    """The chat template in a folder's `tokenizer_config.json`; None where none is there, or another file may beat it.
+
+    Imports no transformers, unlike `load_tokenizer(path).chat_template`.
+    """
+    folder = _tokenizer_file(path).parent
+    if (folder / "chat_template.jinja").exists() or (folder / "additional_chat_templates").exists():
+        return None
+    template = _read_config(folder).get("chat_template")
+    return template if isinstance(template, str) else None
 
 
 def load_bulk_tokenizer(path: str | Path | None = None) -> BulkTokenizer:
@@ -180,10 +197,10 @@ def load_bulk_tokenizer(path: str | Path | None = None) -> BulkTokenizer:
             size = max(backend.get_vocab().values()) + 1
             ends = read_ends(file.parent, eos_id, size)
             encoder = TextEncoder(backend.to_str(), {*names, *filter(None, map(backend.id_to_token, ends))})
-            return BulkTokenizer(encoder.json, bos_id, eos_id, size, tuple(ends))
+            return BulkTokenizer(encoder, bos_id, eos_id, size, tuple(ends))
     tokenizer = load_tokenizer(path)
     ids = tokenizer.bos_token_id, tokenizer.eos_token_id
-    return BulkTokenizer(text_encoder(tokenizer).json, *ids, vocabulary_size(tokenizer), tuple(end_ids(tokenizer)))
+    return BulkTokenizer(text_encoder(tokenizer), *ids, vocabulary_size(tokenizer), tuple(end_ids(tokenizer)))
 
 
 def tokenizer_sha256(path: str | Path | None = None) -> str:

@@ -5,10 +5,9 @@ import time
 
 import pytest
 
-from model.corpus.train_tokenizer import CHAT_TEMPLATE
 from model.errors import InputError
 from model.text import template_sandbox
-from model.text.chat_template import encode_chat, render_template
+from model.text.chat_template import MESSAGES_TEMPLATE, encode_chat, render_template
 
 LLAMA_2 = (
     "{% if messages[0]['role'] == 'system' %}{% set loop_messages = messages[1:] %}{% set system_message ="
@@ -95,7 +94,7 @@ HISTORY = [
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("template", [CHAT_TEMPLATE, LLAMA_2, LLAMA_3, QWEN_3, EVERYTHING])
+@pytest.mark.parametrize("template", [MESSAGES_TEMPLATE, LLAMA_2, LLAMA_3, QWEN_3, EVERYTHING])
 @pytest.mark.parametrize("history", [HISTORY, HISTORY[1:], HISTORY[1:2]])
 def test_the_text_is_what_transformers_makes(tokenizer, template, history):
     tokenizer.chat_template = template
