@@ -188,18 +188,22 @@ def test_a_worker_that_dies_is_reported_and_the_next_run_completes_the_job(
 
 @pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for the workers in /proc")
-def test_workers_end_when_their_parent_is_killed(tmp_path):
+@pytest.mark.parametrize("at_work", [False, True])
+def test_workers_end_without_a_word_when_their_parent_is_killed(tmp_path, at_work):
     (tmp_path / "raw.jsonl").write_bytes(b"".join(corpus_lines(2000)) * 20)
     flags = ["--input_path", "raw.jsonl", "--output_path", "data.bin", "--workers", "2", "--deduplicate", "false"]
+    flags += ["--save_interval", "5000"]
     parent = subprocess.Popen([sys.executable, SCRIPT, *flags], cwd=tmp_path, stderr=subprocess.PIPE)
     workers: list[int] = []
     while len(workers) < 2 and parent.poll() is None:
         listed = subprocess.run(["ps", "-o", "pid=", "--ppid", str(parent.pid)], capture_output=True, text=True)
         workers = [int(pid) for pid in listed.stdout.split()]
+    wait_for(lambda: not at_work or list(tmp_path.glob("data.bin.parts/*.npz")), parent)
     parent.kill()
     parent.wait()
     assert workers
     wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers))
+    assert b"Traceback" not in parent.stderr.read()
 
 
 @pytest.mark.long
