@@ -22,6 +22,7 @@ from model.LMConfig import LMConfig
 from model.model import TransformerBlock, apply_rope
 from optimized_inference import GenerationConfig, TextGenerator, decode
 from tests.conftest import ROOT, random_model
+from tests.generation.endless_compiler import endless_compiler, is_over
 from tests.tiny_runs import HUNG, wait_for
 
 GREEDY = GenerationConfig(do_sample=False, max_new_tokens=40)
@@ -289,14 +290,6 @@ def test_a_killed_compiler_is_started_once_more_and_ctrl_c_does_not_reach_it(tin
     assert engine.choose_decoder(repeatable=False, more_to_come=True) is None and engine._compiler is None
 
 
-# Stands in for a C++ compiler that never ends, and shows that it runs.
-ENDLESS_COMPILER = """#!{python} -S
-import time
-while True:
-    with open({beats!r}, "a") as file:
-        file.write(".")
-    time.sleep(0.05)
-"""
 STARTS_A_COMPILER = """
 from model.generation.engine import Engine
 from model.LMConfig import LMConfig
@@ -311,21 +304,11 @@ time.sleep(600)
 @pytest.mark.long
 @pytest.mark.skipif(os.name == "nt", reason="Windows compiles with cl, which no script can stand in for")
 def test_the_compiler_and_what_it_started_end_with_a_killed_chat(tmp_path):
-    compiler, beats = tmp_path / "g++", tmp_path / "beats"
-    compiler.write_text(ENDLESS_COMPILER.format(python=sys.executable, beats=str(beats)))
-    compiler.chmod(0o755)
-    places = {"MATECONV_CACHE": tmp_path, "TORCHINDUCTOR_CACHE_DIR": tmp_path / "inductor", "CXX": compiler}
-    environment = os.environ | {name: str(path) for name, path in places.items()}
+    beats, environment = endless_compiler(tmp_path)
     with subprocess.Popen([sys.executable, "-c", STARTS_A_COMPILER], cwd=ROOT, env=environment) as chat:
         wait_for(beats.exists, chat)
         chat.kill()
-
-    def is_over():
-        before = beats.read_text()
-        time.sleep(0.5)
-        return beats.read_text() == before
-
-    wait_for(is_over)
+    wait_for(lambda: is_over(beats))
 
 
 def test_a_compiler_that_fails_twice_is_left_alone(tiny_model, tmp_path, monkeypatch):

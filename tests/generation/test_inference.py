@@ -25,6 +25,8 @@ from model.text.tokenization import encode_texts, tokenizer_sha256
 from model.weights import Weights, load_weights, save_weights
 from optimized_inference import GenerationConfig, TextGenerator, load_generator
 from tests.conftest import CHAT_TEMPLATE, ROOT, random_model
+from tests.generation.endless_compiler import endless_compiler, is_over
+from tests.tiny_runs import HUNG, wait_for
 
 PROMPTS = ["中国", "长江、黄河", "你好，好久不见，这是一个长得多的提示", "", "x"]
 GREEDY = GenerationConfig(do_sample=False, max_new_tokens=30)
@@ -580,6 +582,23 @@ def test_without_flags_a_terminal_gets_the_chat(run_folder):
     os.close(terminal)
     os.close(keyboard)
     assert "🤖 交互式对话模式" in output(result) and "👋 再见！" in output(result)
+
+
+@pytest.mark.long
+@pytest.mark.skipif(os.name == "nt", reason="needs a POSIX terminal")
+def test_ctrl_d_leaves_a_chat_whose_compiler_still_runs(run_folder, tmp_path):
+    import pty
+
+    beats, environment = endless_compiler(tmp_path)
+    keyboard, terminal = pty.openpty()
+    command = [sys.executable, str(ROOT / "inference.py"), "--interactive"]
+    with subprocess.Popen(command, cwd=run_folder, env=environment, stdin=terminal, stdout=subprocess.DEVNULL) as chat:
+        wait_for(beats.exists, chat)
+        os.write(keyboard, b"\x04")
+        assert chat.wait(HUNG) == 0
+    os.close(terminal)
+    os.close(keyboard)
+    wait_for(lambda: is_over(beats))
 
 
 def test_a_file_of_prompts_gives_each_its_single_result(in_run_folder, tiny_model, tokenizer, monkeypatch, capsys):
