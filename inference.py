@@ -6,12 +6,22 @@ python inference.py --batch_file prompts.txt
 """
 
 import argparse
+import codecs
+import contextlib
 import json
+import os
+import select
+import stat
 import sys
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from model.errors import InputError
+from model.corpus.inspection import counts_text
+from model.corpus.jsonl import parse_line
+from model.corpus.reasons import REASONS
+from model.errors import InputError, counted
 from model.generation.scoring import Score
 from model.options import options_of, text_flag
 from model.storage.files import refuse_overwriting, refuse_overwriting_inputs
@@ -19,18 +29,21 @@ from model.terminal import prepare_input, read_message
 from optimized_inference import DTYPE_NAMES, GenerationConfig, TextGenerator, load_generator
 from utils import CommandParser, add_option, path_flag, print_text, run_command, say, true_or_false
 
+STDIN_SECONDS = 1.0  # without a byte, after which a line says what is waited for
+SHOWN = 5  # lines that were skipped, named one by one
 DEFAULT_PROMPT = "中国"
 RULE = "=" * 80
 # The options of GenerationConfig that are flags by the same name.
 SAMPLING = [name for name in options_of(GenerationConfig) if name not in ("do_sample", "logit_bias", "logprobs")]
 
 
-def main() -> None:
-    """Run the mode that the flags ask for."""
+def main() -> int:
+    """Run the mode that the flags ask for; returns the exit code, 2 if prompts of a batch failed."""
     arguments = parse_arguments(sys.argv[1:])
     chosen = {name: getattr(arguments, name) for name in SAMPLING}
     config = GenerationConfig(do_sample=not arguments.greedy, **chosen)
     prompts = read_prompts(Path(arguments.batch_file)) if arguments.batch_file is not None else []
+    texts = read_texts(Path(arguments.score_file)) if arguments.score_file is not None else []
     if arguments.output_file is not None:
         inputs = [arguments.batch_file, arguments.model_path, arguments.tokenizer_path]
         refuse_overwriting_inputs({"output_file": arguments.output_file}, [path for path in inputs if path])
@@ -45,15 +58,16 @@ def main() -> None:
         arguments.max_seq_len,
     )
     if arguments.batch_file is not None:
-        run_batch(generator, config, prompts, arguments)
-    elif arguments.score_file is not None:
-        run_score(generator, read_texts(Path(arguments.score_file)))
+        return 2 if run_batch(generator, config, prompts, arguments) else 0
+    if arguments.score_file is not None:
+        run_score(generator, texts)
     elif arguments.interactive:
         run_interactive(generator, config, arguments.show_speed)
     else:
         run_single(generator, config, arguments.prompt, arguments.stream)
         if arguments.show_speed:
             say_speed(generator)
+    return 0
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
@@ -73,16 +87,42 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         raise InputError("--resume continues the --output_file of a batch that was interrupted; give that file too")
     if not modes and sys.stdin is not None and sys.stdin.isatty():
         arguments.interactive = True
+    elif not modes and (text := piped_text()):
+        arguments.prompt = text
+        say("prompt: the text on stdin")
     elif not modes:
         arguments.prompt = DEFAULT_PROMPT
-        say(f"prompt {DEFAULT_PROMPT}: the default, since no --prompt was given and stdin is not a terminal")
+        say(f"prompt {DEFAULT_PROMPT}: the default, since no --prompt was given and stdin holds no text")
     return arguments
+
+
+def piped_text() -> str:
+    """The text that a pipe or a file gives on stdin, without the line end that `echo` adds; '' where stdin is neither.
+
+    Raises:
+        InputError: it is not UTF-8.
+    """
+    try:
+        descriptor = sys.stdin.fileno()
+        mode = os.fstat(descriptor).st_mode
+    except (AttributeError, OSError, ValueError):  # no stdin, or a closed one
+        return ""
+    if not (stat.S_ISFIFO(mode) or stat.S_ISREG(mode)):
+        return ""
+    if os.name == "posix" and not select.select([descriptor], [], [], STDIN_SECONDS)[0]:
+        say("waiting for the prompt on stdin; --prompt gives it as a flag")
+    try:
+        return sys.stdin.buffer.read().decode("utf-8-sig").removesuffix("\n").removesuffix("\r")
+    except UnicodeDecodeError as error:
+        raise InputError("stdin: the prompt is not UTF-8; convert it, or give it with --prompt") from error
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Every flag, its default and its help."""
     options = options_of(GenerationConfig)
-    parser = CommandParser(description="Generate text with trained weights. Without a mode: a chat in a terminal.")
+    parser = CommandParser(
+        "--prompt", description="Generate text with trained weights. Without a mode: a chat in a terminal."
+    )
 
     mode = parser.add_argument_group("what to do (one of)")
     mode.add_argument("--prompt", type=text_flag, metavar="TEXT", help="continue this text once")
@@ -172,29 +212,50 @@ def read_utf8(flag: str, path: Path) -> str:
 def read_texts(path: Path) -> list[str]:
     """The texts to score: those of a JSONL, or any other file as one.
 
+    Lines of a JSONL that hold no text are skipped, named and counted.
+
     Raises:
-        InputError: the file cannot be read, a line is no {"text": ...}, or it holds no text.
+        InputError: the file cannot be read, or it holds no text.
     """
-    content = read_utf8("score_file", path)
-    texts = [content]
-    if path.suffix == ".jsonl":
-        texts = []
-        for number, line in enumerate(content.split("\n"), 1):
-            if line.strip():
-                try:
-                    texts.append(json.loads(line)["text"])
-                except (ValueError, KeyError, TypeError, RecursionError) as error:
-                    raise InputError(f'score_file: line {number} of {path} is no {{"text": ...}}') from error
+    if path.suffix != ".jsonl":
+        texts, skipped = [read_utf8("score_file", path)], 0
+    else:
+        texts, skipped = _texts_of_lines(path)
+    if skipped and not texts:
+        raise InputError(f'score_file: none of {counted(skipped, "line")} of {path} is a {{"text": ...}}')
     if not any(texts):
         raise InputError(f"score_file: {path} holds no text")
     return texts
+
+
+def _texts_of_lines(path: Path) -> tuple[list[str], int]:
+    """The texts of a JSONL, and how many lines hold none, blank ones not counted."""
+    try:
+        lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
+    except OSError as error:
+        raise InputError(f"score_file: {path} cannot be read ({error.strerror})") from error
+    texts, rejected = [], Counter()
+    for number, line in enumerate(lines, 1):
+        _, reason = parse_line(line)
+        if reason in (None, "empty"):
+            if line.strip():
+                texts.append(json.loads(line)["text"])  # with the white space around it, unlike parse_line's
+            continue
+        rejected[reason] += 1
+        if rejected.total() <= SHOWN:
+            say(f"score_file: line {number} of {path} is skipped: {reason} ({REASONS[reason]})")
+    if rejected:
+        count = len(texts) + rejected.total()
+        say(f"score_file: {rejected.total():,} of {counted(count, 'line')} skipped: {counts_text(rejected)}")
+    return texts, rejected.total()
 
 
 def run_score(generator: TextGenerator, texts: list[str]) -> None:
     """Print the loss of all texts together."""
     score = sum((generator.score(text) for text in texts), Score())
     print(
-        f"{len(texts):,} texts, {score.tokens:,} tokens, {score.bytes:,} bytes: loss {score.loss:.4f} nats per token,"
+        f"{counted(len(texts), 'text')}, {counted(score.tokens, 'token')}, {counted(score.bytes, 'byte')}:"
+        f" loss {score.loss:.4f} nats per token,"
         f" perplexity {score.perplexity:,.2f}, {score.bits_per_byte:.4f} bits per byte"
     )
 
@@ -215,31 +276,54 @@ def read_prompts(path: Path) -> list[tuple[int, str]]:
 
 def run_batch(
     generator: TextGenerator, config: GenerationConfig, prompts: list[tuple[int, str]], arguments: argparse.Namespace
-) -> None:
-    """Print each prompt and its continuation, and write them to the output file, as soon as they are done."""
-    encoded = []
-    for number, prompt in prompts:  # all of them before the first is generated
+) -> int:
+    """Print each prompt and its continuation, and write them to the output file, as soon as they are done.
+
+    A prompt that cannot be used, such as one longer than the context, gets an "error" instead of a "text".
+
+    Returns:
+        how many prompts failed, those of the part that was resumed included.
+    """
+    done, failed, file = 0, 0, None
+    if arguments.output_file is not None:
+        done, failed, file = open_results(Path(arguments.output_file), prompts, arguments.resume)
+        if done:
+            say(f"{done} of {len(prompts)} results are in {arguments.output_file} already")
+    with file or contextlib.nullcontext():
+        try:
+            for number, (prompt, result) in enumerate(
+                batch_results(generator, config, prompts[done:], arguments), done
+            ):
+                if "text" in result:
+                    print_result(number, prompt, result["text"])
+                failed += "error" in result
+                if file is not None:
+                    write_result(file, {"prompt": prompt, **result})
+                done += 1
+        except (InputError, KeyboardInterrupt):
+            if file is not None:
+                say(f"{done} of {len(prompts)} results are in {arguments.output_file}; --resume continues there")
+            raise
+    if failed:
+        say(f"error: {failed:,} of {counted(len(prompts), 'prompt')} failed")
+    return failed
+
+
+def batch_results(
+    generator: TextGenerator, config: GenerationConfig, prompts: list[tuple[int, str]], arguments: argparse.Namespace
+) -> Iterator[tuple[str, dict[str, str]]]:
+    """Each prompt with {"text": its continuation}, or {"error": why it cannot be used}, in their order."""
+    encoded: list[list[int]] = []
+    errors: dict[int, str] = {}
+    for index, (number, prompt) in enumerate(prompts):  # all of them before the first is generated
         try:
             encoded.append(generator.encode_prompt(prompt))
         except InputError as error:
-            raise InputError(f"{arguments.batch_file}, line {number}: {error}") from error
-    if arguments.output_file is None:
-        for number, ((_, prompt), text) in enumerate(zip(prompts, generator.completions(encoded, config), strict=True)):
-            print_result(number, prompt, text)
-        return
-    done, file = open_results(Path(arguments.output_file), prompts, arguments.resume)
-    with file:
-        if done:
-            say(f"{done} of {len(prompts)} results are in {arguments.output_file} already")
-        try:
-            for text in generator.completions(encoded[done:], config):
-                prompt = prompts[done][1]
-                print_result(done, prompt, text)
-                write_result(file, {"prompt": prompt, "text": text})
-                done += 1
-        except (InputError, KeyboardInterrupt):
-            say(f"{done} of {len(prompts)} results are in {arguments.output_file}; --resume continues there")
-            raise
+            errors[index] = str(error)
+            say(f"{arguments.batch_file}, line {number}: {error}")
+    texts = generator.completions(encoded, config) if encoded else iter(())
+    for index, (_, prompt) in enumerate(prompts):
+        yield prompt, {"error": errors[index]} if index in errors else {"text": next(texts)}
 
 
 def write_result(file: BinaryIO, result: dict) -> None:
@@ -261,34 +345,35 @@ def print_result(number: int, prompt: str, text: str) -> None:
     print_text(f"[{number + 1}] {prompt}\n{prompt}{text}\n")
 
 
-def open_results(path: Path, prompts: list[tuple[int, str]], resume: bool) -> tuple[int, BinaryIO]:
-    """The number of results in the output file, and the file, open for appending after the last.
+def open_results(path: Path, prompts: list[tuple[int, str]], resume: bool) -> tuple[int, int, BinaryIO]:
+    """The numbers of results and of failed ones in the output file, and the file, open for appending after the last.
 
     Raises:
         InputError: the file cannot be written, or holds something else.
     """
     try:
-        done, end = finished_results(path, prompts) if resume and path.exists() else (0, 0)
+        done, failed, end = finished_results(path, prompts) if resume and path.exists() else (0, 0, 0)
         file = open(path, "ab", buffering=0)  # a full disk is met at the write, and not again at the close
         if resume:
             file.truncate(end)
     except OSError as error:
         raise InputError(f"output_file: {path} cannot be written ({error.strerror})") from error
-    return done, file
+    return done, failed, file
 
 
-def finished_results(path: Path, prompts: list[tuple[int, str]]) -> tuple[int, int]:
-    """How many results an interrupted batch wrote, and where the last of them ends in the file, in bytes.
+def finished_results(path: Path, prompts: list[tuple[int, str]]) -> tuple[int, int, int]:
+    """How many results an interrupted batch wrote, how many of them are errors, and where the last ends, in bytes.
 
     Raises:
         InputError: they are no results of these prompts.
     """
-    count = end = 0
+    count = failed = end = 0
     for line in path.read_bytes().splitlines(keepends=True):
         if not line.endswith(b"\n"):  # interrupted within it
             break
         try:
-            written = json.loads(line)["prompt"]
+            result = json.loads(line)
+            written = result["prompt"]
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise InputError(
                 f"output_file: line {count + 1} of {path} is no result of a batch; give another file"
@@ -298,8 +383,8 @@ def finished_results(path: Path, prompts: list[tuple[int, str]]) -> tuple[int, i
                 f"output_file: line {count + 1} of {path} is a result of another prompt than line {count + 1} of the"
                 " batch; give another --output_file"
             )
-        count, end = count + 1, end + len(line)
-    return count, end
+        count, failed, end = count + 1, failed + ("error" in result), end + len(line)
+    return count, failed, end
 
 
 def say_speed(generator: TextGenerator) -> None:

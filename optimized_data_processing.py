@@ -29,7 +29,7 @@ from model.corpus.job import WARNED_SHARE, Job
 from model.corpus.options import ProcessingOptions
 from model.corpus.recognition import recognise_format
 from model.corpus.sources import ENDINGS, OUR_ENDINGS, find_sources
-from model.errors import InputError, command_line
+from model.errors import InputError, command_line, counted
 from model.options import options_of
 from model.storage.files import is_same_file, read_json, refuse_overwriting, refuse_overwriting_inputs, write_json
 from utils import (
@@ -272,7 +272,9 @@ def default_input_path(folder: str | Path = DATASET) -> Path:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = CommandParser(description="Turn JSONL into the token file that training reads, or train a tokenizer.")
+    parser = CommandParser(
+        "--input_path", description="Turn JSONL into the token file that training reads, or train a tokenizer."
+    )
     add = parser.add_argument
     add(
         "--input_path",
@@ -382,7 +384,6 @@ def _train_tokenizer(arguments: argparse.Namespace) -> int:
     if not arguments.tokenizer_output:
         raise InputError("tokenizer_output: name the folder for the trained tokenizer")
     sources = arguments.input_path or [default_input_path()]
-    say(f"training a tokenizer of {arguments.vocab_size:,} tokens on {len(sources)} file(s); it can take minutes")
     read = train_tokenizer(
         sources,
         arguments.tokenizer_output,
@@ -392,7 +393,7 @@ def _train_tokenizer(arguments: argparse.Namespace) -> int:
         format=getattr(arguments, "format", "auto"),
     )
     bad = counts_text(dict(sorted(read.rejected.items())))
-    say(f"read {read.documents:,} documents, {read.characters:,} characters; rejected: {bad or 'none'}")
+    say(f"read {counted(read.documents, 'document')}, {read.characters:,} characters; rejected: {bad or 'none'}")
     rejected = sum(read.rejected.values())
     if (share := rejected / (read.documents + rejected)) >= WARNED_SHARE:
         say(f"warning: {share:.0%} of the lines were rejected{read.what_was_rejected()}")

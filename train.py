@@ -86,7 +86,7 @@ def read_beginning(arguments: list[str]) -> tuple[Settings, "Beginning | None"]:
 
 def _read_command(arguments: list[str]) -> tuple[Settings, dict[str, str], bool]:
     """The settings that the command line gives, its flags for settings, and whether it names a config file."""
-    parser = CommandParser(prog="train.py", description=__doc__.split("\n")[0], add_help=True)
+    parser = CommandParser("--config", prog="train.py", description=__doc__.split("\n")[0], add_help=True)
     parser.add_argument("--config", type=path_flag, help="config file (YAML); config.yaml explains every setting")
     parser.add_argument("--local-rank", "--local_rank", help="set by torch.distributed.launch")
     add_launcher_flags(parser)
@@ -141,7 +141,14 @@ def prepare_data_if_missing(settings: Settings) -> None:
         )
         raise InputError(f"train_data_path: no file {target}; make it with: {command}")
     say(f"{target} is missing: making it from {source}")
-    OptimizedDataProcessor(tokenizer_path=data.tokenizer_path).process_dataset(str(source), str(target))
+    try:
+        OptimizedDataProcessor(tokenizer_path=data.tokenizer_path).process_dataset(str(source), str(target))
+    except InputError as error:  # name the settings that the user gave
+        names = {"input_path:": "raw_data_path:", "output_path:": "train_data_path:"}
+        problems = [str(problem) for problem in error.args]
+        for name, setting in names.items():
+            problems = [setting + text.removeprefix(name) if text.startswith(name) else text for text in problems]
+        raise InputError(*problems) from error
 
 
 def _say_what_it_holds(target: Path, raw_data_path: str | None) -> None:
@@ -250,7 +257,7 @@ def start_processes(restarts: int, nproc_per_node: int | None, arguments: list[s
 def main() -> int:
     """Run one training; returns the exit code."""
     signal.signal(signal.SIGTERM, interrupt)  # until training itself listens; also as process 1
-    parser = CommandParser(prog="train.py", add_help=False)
+    parser = CommandParser("--config", prog="train.py", add_help=False)
     add_launcher_flags(parser)
     launcher, arguments = parser.parse_known_args(sys.argv[1:])
     if launcher.dry_run and launcher.nproc_per_node is not None:

@@ -17,7 +17,7 @@ import tempfile
 import traceback
 from collections.abc import Callable, Sequence
 
-from model.errors import InputError, OneLineError, first_line, one_line, printable, shown
+from model.errors import InputError, OneLineError, command_line, first_line, one_line, printable, shown
 from model.options import accepted_types, file_path, from_text
 from model.requirements import missing_library
 
@@ -116,10 +116,15 @@ def screen() -> io.TextIOBase:
 
 
 class CommandParser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line (an InputError), and that accepts no abbreviated flags."""
+    """An ArgumentParser whose errors are one line (an InputError), and that accepts no abbreviated flags.
 
-    def __init__(self, **arguments) -> None:
+    Args:
+        flag_for_words: the flag that a word without one is likely meant for; an error suggests it.
+    """
+
+    def __init__(self, flag_for_words: str | None = None, **arguments) -> None:
         super().__init__(allow_abbrev=False, **arguments)
+        self._flag_for_words = flag_for_words
 
     def parse_args(self, arguments: Sequence[str] | None = None, namespace=None) -> argparse.Namespace:
         """As in argparse; an unknown flag is named with the nearest one there is."""
@@ -132,11 +137,16 @@ class CommandParser(argparse.ArgumentParser):
         """What to say of each argument that is not known: a misspelt flag, or a word without one."""
         flags = [flag for action in self._actions for flag in action.option_strings]
         descriptions = []
+        if self._flag_for_words is not None and not any(word.startswith("-") for word in unknown):
+            return [f"{shown(unknown[0])[1:-1]}: a flag is missing; did you mean {self._suggestion(unknown)}?"]
         for word in [word for word in unknown if word.startswith("-")] or unknown:
             name = word.split("=")[0].replace("-", "_").replace("__", "--", 1)
             nearest = [flag for flag in flags if flag.startswith(name)] or difflib.get_close_matches(name, flags, n=1)
             descriptions.append(f"{word}: unknown; " + (f"did you mean {nearest[0]}?" if nearest else "see --help"))
         return descriptions
+
+    def _suggestion(self, words: Sequence[str]) -> str:
+        return f"{self._flag_for_words} {command_line(*words)}"
 
     def error(self, message: str):
         raise InputError(f"{message}; see --help")

@@ -9,12 +9,13 @@ The source's format is recognised by its content; the target's name, or --to, de
 """
 
 import dataclasses
+import re
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from model.command import CommandParser, path_flag, run_command, say
-from model.errors import InputError
+from model.errors import InputError, counted
 from model.generation.generation_config import GenerationConfig
 from model.LMConfig import LMConfig
 from model.options import accepted_types, options_of
@@ -60,8 +61,7 @@ def convert(
     target = Path(target)
     if to is None and target.suffix == ".safetensors":
         raise InputError(f"{target}: a folder's name expected, which model.safetensors will be in")
-    suffixes = {format.suffix: name for name, format in FORMATS.items()}
-    to = to or suffixes.get(target.suffix, "transformers")  # a model's name may have a dot in it
+    to = to or format_of_name(target)
     if to not in FORMATS:
         raise InputError(f"--to: {to!r} found, one of {', '.join(FORMATS)} expected")
     if dtype not in FORMATS[to].dtypes:
@@ -87,6 +87,25 @@ def convert(
     return weights
 
 
+def format_of_name(target: Path) -> str:
+    """The format that a target's name stands for, a name in FORMATS.
+
+    Raises:
+        InputError: the name ends like a file of an unknown format.
+    """
+    names = {format.suffix: name for name, format in FORMATS.items() if format.suffix is not None}
+    if target.suffix in names:
+        return names[target.suffix]
+    looks_like_a_file = re.fullmatch(r"\.[A-Za-z][A-Za-z0-9]*", target.suffix)  # my_model-1.5 has no ending
+    if looks_like_a_file and not target.is_dir():
+        known = ", ".join(suffix for suffix in names if suffix)
+        raise InputError(
+            f"{target}: {target.suffix} is no format that can be written; name it {known}, or without an ending for"
+            " a folder of transformers (--to names the format of any other name)"
+        )
+    return "transformers"
+
+
 def write(to: str, target: Path, weights: Weights, dtype: str = "F32") -> list[str]:
     """Write weights in a format, as `convert` does; returns remarks for the user."""
     defaults = vars(GenerationConfig())  # so that transformers samples as inference.py does without flags
@@ -102,7 +121,8 @@ def describe(weights: Weights) -> str:
     more = [name for name in ("qk_norm", "qkv_bias", "tie_embeddings") if getattr(config, name)]
     more += [f"RoPE {config.rope_theta:g}" + (f" {config.rope_scaling}" if config.rope_scaling else "")]
     return (
-        f"{numbers:,} parameters: {config.n_layers} layers of {config.dim}, {config.n_heads} heads of {config.head_dim}"
+        f"{numbers:,} parameters: {counted(config.n_layers, 'layer')} of {config.dim},"
+        f" {counted(config.n_heads, 'head')} of {config.head_dim}"
         f" ({config.n_kv_heads} for keys and values), {config.vocab_size:,} tokens, context {config.max_seq_len:,}; "
         + ", ".join(more)
     )
@@ -124,9 +144,10 @@ def main() -> None:
     parser.add_argument(
         "--tokenizer_path", type=path_flag, help="folder of the tokenizer; default: what comes with the weights"
     )
+    shape = parser.add_argument_group("shape", "For weights without a description, where their tensors do not show it.")
     for name in OVERRIDABLE:
-        kind = accepted_types(options_of(LMConfig)[name])[0]
-        parser.add_argument(f"--{name}", type=kind, help="for files without a description, whose shapes do not show it")
+        field = options_of(LMConfig)[name]
+        shape.add_argument(f"--{name}", type=accepted_types(field)[0], help=field.metadata["help"])
     arguments = parser.parse_args(sys.argv[1:])
     overrides = {name: value for name in OVERRIDABLE if (value := getattr(arguments, name)) is not None}
     convert(arguments.source, arguments.target, arguments.to, arguments.dtype, arguments.tokenizer_path, overrides)

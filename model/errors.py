@@ -72,6 +72,11 @@ def command_line(*words) -> str:
     return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
 
 
+def counted(count: int, noun: str, plural: str | None = None) -> str:
+    """'1 text', '1,234 texts'."""
+    return f"{count:,} {noun if count == 1 else plural or noun + 's'}"
+
+
 def shown(value) -> str:
     """A value as messages show it: quoted as in Python, on one line, and cut where it is long."""
     try:

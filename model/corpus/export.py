@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from model.errors import InputError
-from model.storage.files import TEMPORARY_SUFFIX, replacing
+from model.storage.files import remove_abandoned, replacing, temporary_path
 from model.text.tokenization import tokenizer_folder, tokenizer_sha256
 from model.token_file.manifest import Manifest, ends_path, manifest_path, read_manifest
 
@@ -171,9 +171,8 @@ def _tokenizer_name(token_path: Path, manifest: Manifest, tokenizer_path: str | 
 
 def _link_or_copy(source: Path, target: Path) -> str:
     """Give `source` a second name, or copy it if the file system cannot; returns which of the two."""
-    temporary = target.with_name(target.name + TEMPORARY_SUFFIX)
-    # A crash may have left a link to the source under the temporary name: writing to it would destroy the source.
-    temporary.unlink(missing_ok=True)
+    remove_abandoned(target)
+    temporary = temporary_path(target)
     with contextlib.suppress(OSError):
         os.link(os.path.realpath(source), temporary)  # of a link, its target
         os.replace(temporary, target)

@@ -129,8 +129,7 @@ def check_names_are_free(output: Path, tokenize: bool, chats: bool, validates: b
     validation = validation_path(output)
     if validates and validation.exists() and not replace:
         raise InputError(
-            f"output_path: {validation} is there already; give another name, or replace it with resume=False "
-            "(--resume false)"
+            f"output_path: {validation} is there already; give another name, or replace it with --resume false"
         )
     foreign = [output.with_name(output.stem + ending) for ending in OUR_ENDINGS]
     foreign = [path for path in foreign if not _holds_our_records(path)]
@@ -171,7 +170,7 @@ def check_finished(output: Path, sources: Sequence[Source], plan: dict) -> dict:
     Raises:
         InputError: it is not, it is damaged, or another program made it.
     """
-    remedy = "give another output_path, or replace it with resume=False (--resume false)"
+    remedy = "give another output_path, or replace it with --resume false"
     manifest = _read_json(manifest_path(output))
     try:
         before, part_bytes = manifest["processing"]["plan"], manifest["processing"]["part_bytes"]

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from model.corpus.chats import form_of
+from model.corpus.reasons import REASONS, TEXT_REASONS
 from model.errors import command_line, shown
 
 BOM = b"\xef\xbb\xbf"
@@ -133,11 +134,14 @@ def nothing_read(sources: str, rejected: Mapping[str, int], seen: str, text_fiel
         seen: as `describe_lines` returned it.
         text_field: None: chats were expected.
     """
-    reasons = counts_text(dict(sorted(rejected.items())))
+    reasons, count = counts_text(dict(sorted(rejected.items()))), sum(rejected.values())
     what, expected = "a usable chat", 'one chat a line, such as {"messages": [{"role": "user", "content": "..."}, ...]}'
     if text_field is not None:
         what, expected = "a document", f'one {{"{text_field}": "..."}} a line (--text_field names the key)'
-    return f"{sources}: none of {sum(rejected.values()):,} lines is {what} ({reasons}); expected {expected}{seen}"
+    found = f"none of {count:,} lines is {what}" if count > 1 else f"its only line is not {what}"
+    most = max(rejected, key=rejected.get)
+    why = f"{most}: {REASONS[most]}" if most in TEXT_REASONS else f"expected {expected}"  # other lines would not help
+    return f"{sources}: {found} ({reasons}); {why}{seen}"
 
 
 def describe_lines(lines: Sequence[bytes], reason: str, text_field: str, path: str | Path) -> str:

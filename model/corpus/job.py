@@ -33,7 +33,7 @@ from model.corpus.parts import lines_of, stream_parts
 from model.corpus.reasons import REASONS
 from model.corpus.statistics import Statistics
 from model.corpus.worker import Crew, Task
-from model.errors import InputError
+from model.errors import InputError, counted
 from model.text.chat_ids import ChatFormat, load_chat_format
 from model.text.tokenization import BulkTokenizer, load_bulk_tokenizer, tokenizer_sha256
 from model.token_file.manifest import ends_path, learn_path
@@ -162,7 +162,7 @@ class Job:
                     raise InputError(
                         f"{self.output} is half made, and since then {answer.location} changed (bytes "
                         f"{answer.index * part_bytes:,} to {(answer.index + 1) * part_bytes:,}); change it back, or "
-                        "start over with resume=False (--resume false)"
+                        "start over with --resume false"
                     )
                 if answer.record is not None:
                     made[answer.source, answer.index] = answer.record
@@ -314,7 +314,7 @@ class Job:
         if not statistics.lines:
             raise InputError(f"input_path: {sources}: no line found; {EXPECTED}")
         if statistics.documents:
-            count = f"{statistics.documents:,} document" + "s" * (statistics.documents > 1)
+            count = counted(statistics.documents, "document")
             raise InputError(f"val_share: all of {count} went to validation; give a smaller share")
         _, _, seen = self._most_rejected(statistics.rejected, rejects)
         expected = None if self.options.is_chat else self.options.text_field
@@ -332,32 +332,35 @@ class Job:
 
     def _keep_finished(self) -> dict:
         manifest = check_finished(self.output, self.sources, self.plan)
-        count = f"{manifest['tokens']:,} tokens" if self.tokenize else f"{manifest['documents']:,} documents"
+        count = counted(manifest["tokens"], "token") if self.tokenize else counted(manifest["documents"], "document")
         self.say(f"nothing to do: {self.output} was made from this input ({count})")
         return manifest["processing"]["statistics"]
 
     def _report(self, summary: dict, seconds: float) -> None:
         """Report the counts to the user."""
         rejects = self.output.with_name(f"{self.output.stem}.rejects.jsonl")
-        self.say(f"{summary['lines']:,} lines: {summary['documents']:,} documents, {summary['rejected']:,} rejected")
+        self.say(
+            f"{counted(summary['lines'], 'line')}: {counted(summary['documents'], 'document')}, "
+            f"{summary['rejected']:,} rejected"
+        )
         if summary["rejected"]:
             self.say(f"rejected: {counts_text(summary['rejected_by_reason'])}; kept in {rejects}")
         changed = dict(summary["changed_by_cleaning"])
         if documents := changed.pop("documents"):
             changes = self.output.with_name(f"{self.output.stem}.changes.jsonl")
-            self.say(f"cleaning changed {documents:,} documents: {counts_text(changed)}; samples: {changes}")
+            self.say(f"cleaning changed {counted(documents, 'document')}: {counts_text(changed)}; samples: {changes}")
         if self.tokenize:
             long, mode = summary["documents_longer_than_max_length"], summary["long_documents"]
             said = {"keep": "kept whole", "split": "split", "truncate": "cut off", "drop": "rejected"}[mode]
             self.say(
-                f"{summary['tokens']:,} tokens, {summary['characters_per_token']:.3f} characters a token; documents "
-                f"of more than {summary['max_length']} tokens, {said}: {long:,}"
+                f"{counted(summary['tokens'], 'token')}, {summary['characters_per_token']:.3f} characters per token; "
+                f"documents of more than {summary['max_length']} tokens, {said}: {long:,}"
             )
         if chats := summary.get("chats"):
             self._report_chats(chats, summary["documents"])
         if validation := summary["validation"]:
-            tokens = f", {validation['tokens']:,} tokens" if self.tokenize else ""
-            self.say(f"for validation: {validation['documents']:,} documents{tokens}")
+            tokens = f", {counted(validation['tokens'], 'token')}" if self.tokenize else ""
+            self.say(f"for validation: {counted(validation['documents'], 'document')}{tokens}")
         self._warn_of_losses(summary)
         self._warn_of_rejects(summary, rejects)
         self.say(f"wrote {self.output} in {seconds:.1f} s ({self.size / 1e6 / max(seconds, 1e-9):.1f} MB/s)")

@@ -79,7 +79,7 @@ class JobFolder:
 
     @property
     def _remedy(self) -> str:
-        return f"start over with resume=False (--resume false), or delete {self.path}"
+        return f"start over with --resume false, or delete {self.path}"
 
     def clear(self, *kept: Path) -> None:
         """Remove everything except the lock and `kept`."""
@@ -172,5 +172,9 @@ def describe_changes(before: dict, now: dict) -> str:
 
 
 def _short(value) -> str:
-    text = "not set" if value is None else str(value)
+    """A value of a plan in a few words: a list as its items, a hash as its first 12 digits."""
+    if value is None:
+        return "not set"
+    text = ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+    text = text.lower() if isinstance(value, bool) else text or "none"
     return text if len(text) <= 24 else text[:12] + "…"

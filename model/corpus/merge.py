@@ -357,7 +357,7 @@ class RawLines:
         if block is None or block.sha256 != sha256:
             raise InputError(
                 f"{self._sources[source].location} changed while it was processed; change it back, or start over with "
-                "resume=False (--resume false)"
+                "--resume false"
             )
         lines = lines_of(block)
         return lines, line_offsets(block)

@@ -42,6 +42,14 @@ DATASETS = "datasets:"  # datasets:NAME?split=train&name=CONFIG: the options are
 EXPECTED = 'expected JSONL, one {"text": ...} object a line'
 
 
+class WrongEncoding(InputError):
+    """A file is readable text, but not UTF-8; `encoding` names what it is."""
+
+    def __init__(self, message: str, encoding: str) -> None:
+        super().__init__(message)
+        self.encoding = encoding
+
+
 @dataclass(frozen=True)
 class Source:
     """One file, or one dataset that `datasets` streams."""
@@ -68,7 +76,8 @@ def recognise(path: Path, txt_documents: str = "file") -> tuple[str, str, bytes]
     """(form, packing, the first bytes unpacked) of a file.
 
     Raises:
-        InputError: it is an archive, in another encoding, damaged from the start, or its reader is not installed.
+        InputError: it is an archive, damaged from the start, or its reader is not installed.
+        WrongEncoding: it is text in another encoding.
     """
     name, (packing, head) = str(path), _head(path)
     stem = name.lower().removesuffix(f".{packing}")
@@ -80,7 +89,7 @@ def recognise(path: Path, txt_documents: str = "file") -> tuple[str, str, bytes]
     if stem.endswith(".parquet") or head.startswith(PARQUET):
         return "parquet", packing, head
     if (encoding := encoding_of(head)) and (is_txt or is_csv or encoding == "utf-16"):
-        raise InputError(f"input_path: {path} {describe_encoding(path, encoding)}")
+        raise WrongEncoding(f"input_path: {path} {describe_encoding(path, encoding)}", encoding)
     if is_csv:
         return "csv", packing, head
     form = "cr" if has_only_carriage_returns(head) else "jsonl"

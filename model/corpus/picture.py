@@ -147,7 +147,7 @@ def _draw_headline(figure, summary: dict, names: _Names) -> None:
         ("Tokens", _count(tokens) if tokens else "–", "bos and eos counted" if tokens else "not tokenised"),
     ]
     if tokens:
-        tiles.append(("Characters a token", f"{ratio:.3f}" if ratio else "–", "bos and eos not counted"))
+        tiles.append(("Characters per token", f"{ratio:.3f}" if ratio else "–", "bos and eos not counted"))
         what = f"documents, {_short(held['tokens'])} tokens" if held else "no documents set aside"
         tiles.append(("Validation", _count(held["documents"]) if held else "none", what))
     names.write(figure, (LEFT, 0.945), summary["output"], (RIGHT - LEFT) * PAGE[0] * DPI, size=17)
@@ -249,9 +249,9 @@ def _draw_ratio(axis, summary: dict, _: _Names) -> None:
     _draw_bars(axis, shown, overall, INK)
     low, high = axis.get_xlim()
     margin = max(0, 1 - (high - low)) / 2
-    axis.set(xlim=(low - margin, high + margin), xlabel="characters a token, of each document")
+    axis.set(xlim=(low - margin, high + margin), xlabel="characters per token, of each document")
     note = f"all documents together: {overall:.3f} (dashed)" if overall else ""
-    _title(axis, "Characters a token", note + (f"; {_count(beyond)} further right" if beyond else ""))
+    _title(axis, "Characters per token", note + (f"; {_count(beyond)} further right" if beyond else ""))
 
 
 def _draw_han_share(axis, summary: dict, _: _Names) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from model.command import say
 from model.corpus.inspection import PACKINGS, holds_documents
-from model.corpus.opening import DATASETS, EXPECTED, TXT_DOCUMENTS, Source, is_chat_table, recognise
+from model.corpus.opening import DATASETS, EXPECTED, TXT_DOCUMENTS, Source, WrongEncoding, is_chat_table, recognise
 from model.errors import InputError
 
 _PACKED = ("", *(f".{packing}" for packing in PACKINGS))
@@ -32,10 +32,10 @@ def find_sources(
     """The files and datasets that paths, folders, globs and `datasets:…` stand for, in the order given.
 
     The files of a folder or a glob come in the order of their names. In a folder JSONL and Parquet are read, .json that
-    holds documents, and where there is nothing else CSV of chats or else .txt. Hidden and empty files, and those that
-    accompany a corpus, are skipped, as are links to folders, broken links and files named as data processing names its
-    own; one line says so. Files that this job is about to write (`leave_out`, resolved paths) and half-made outputs are
-    skipped silently.
+    holds documents, and where there is nothing else CSV of chats or else .txt. Skipped, with one line that says so:
+    hidden and empty files, those that accompany a corpus, text in another encoding than UTF-8, links to folders, broken
+    links, and files named as data processing names its own. Files that this job is about to write (`leave_out`, resolved
+    paths) and half-made outputs are skipped silently.
 
     Args:
         text_field: the key that a .json file must have to be read: others only describe a corpus.
@@ -93,6 +93,7 @@ def _files(path: Path, leave_out: Collection[Path], text_field: str, txt_documen
         raise InputError(f"input_path: no file {path}; {EXPECTED}")
     is_folder, found, skipped = path.is_dir(), [], {}  # skipped: why, by file
     texts, tables = {}, {}  # .txt, and CSV files of chats: read only where nothing else is
+    other_encoding: WrongEncoding | None = None
     entered = {folder for file in listed for folder in file.parents}
     for file in sorted(listed, key=lambda file: file.as_posix()):
         if file in entered or any(map(_is_job, [file, *file.parents])):
@@ -106,7 +107,12 @@ def _files(path: Path, leave_out: Collection[Path], text_field: str, txt_documen
         if is_folder and name.endswith(CSV_ENDINGS) and not is_chat_table(file):
             skipped[file] = "another ending"
             continue
-        form, packing, head = recognise(file, txt_documents)
+        try:
+            form, packing, head = recognise(file, txt_documents)
+        except WrongEncoding as error:
+            skipped[file] = f"{error.encoding.upper()}, not UTF-8"
+            other_encoding = other_encoding or error
+            continue
         if not head.strip():
             skipped[file] = "empty"
         elif is_folder and name.endswith(TXT_ENDINGS):
@@ -122,6 +128,8 @@ def _files(path: Path, leave_out: Collection[Path], text_field: str, txt_documen
             skipped |= dict.fromkeys(last_resort, "beside other texts")
         else:
             found = [(file, *about) for file, about in last_resort.items()]
+    if not found and other_encoding is not None:
+        raise other_encoding  # it tells how to convert the file
     said = _describe_skipped(skipped, path if is_folder else Path())
     if not found:
         raise InputError(f"input_path: {nothing}" + (f"; skipped: {said}" if said else ""))
@@ -173,7 +181,7 @@ def _why_skipped(file: Path, given: Path, is_folder: bool) -> str | None:
 
 def _describe_skipped(skipped: dict[Path, str], folder: Path) -> str:
     """'b.jsonl (empty), README.md (another ending) and 3 more', the surprising ones first."""
-    ranked = sorted(skipped.items(), key=lambda item: item[1] == "another ending")
+    ranked = sorted(skipped.items(), key=lambda item: (item[1] == "another ending", "UTF-8" not in item[1]))
     names = [f"{os.path.relpath(file, folder)} ({why})" for file, why in ranked[:NAMED]]
     return ", ".join(names) + (f" and {len(ranked) - NAMED:,} more" if len(ranked) > NAMED else "")
 

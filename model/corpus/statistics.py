@@ -11,7 +11,7 @@ from model.corpus.reasons import REASONS
 
 # Lower ends of the bins. Lengths: eight bins to each doubling from 8 on: 0, 1, 2 … 15, 16, 18, 20 … 2^30.
 LENGTHS = np.array([*range(8), *(eighth << power for power in range(27) for eighth in range(8, 16)), 1 << 30])
-RATIOS = np.arange(0, 500) / 50  # characters a token
+RATIOS = np.arange(0, 500) / 50  # characters per token
 SHARES = np.arange(0, 50) / 50  # of Han characters
 
 
@@ -120,7 +120,7 @@ class Statistics:
 
     @property
     def characters_per_token(self) -> float | None:
-        """Characters a token of text, bos and eos not counted."""
+        """Characters per token of text, bos and eos not counted."""
         return self.characters / self._text_tokens if self._text_tokens else None
 
     def summary(self, max_length: int, long_documents: str) -> dict:

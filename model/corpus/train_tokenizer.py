@@ -8,7 +8,7 @@ import json
 import re
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from model.corpus.options import ProcessingOptions
 from model.corpus.parts import line_offsets, lines_of, stream_parts
 from model.corpus.recognition import recognise_format
 from model.corpus.sources import find_sources
-from model.errors import InputError
+from model.errors import InputError, counted
 from model.storage.files import replacing
 from model.text.chat_template import MESSAGES_TEMPLATE
 
@@ -108,12 +108,16 @@ def train_tokenizer(
     text_field: str = "text",
     overwrite: bool = False,
     format: str = "auto",
+    say: Callable[[str], None] = say,
 ) -> TrainingText:
     """Train a tokenizer of exactly `vocab_size` tokens on files (`model.corpus.sources`); save it into `output_dir`.
 
     The same files give the same tokenizer, byte for byte. To bound memory, it reads at most 64 MiB of each file (as
     stored, for a compressed one), sampled evenly, and the first 64 MiB of a streamed dataset. A file given twice counts
     once, since its lines are known. `format` is as in data processing: of chats, the contents are the texts.
+
+    Args:
+        say: called with a line once all arguments are checked, before the long work.
 
     Returns:
         the text read, with its counts of documents, characters, and bad lines by reason.
@@ -135,6 +139,7 @@ def train_tokenizer(
         )
     sources = find_sources(input_paths, text_field=text_field)  # all must exist before the first is read
     sources, options = recognise_format(sources, ProcessingOptions(text_field=text_field, format=format), say)
+    say(f"training a tokenizer of {vocab_size:,} tokens on {counted(len(sources), 'file')}; it can take minutes")
 
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -165,7 +170,8 @@ def train_tokenizer(
     found = tokenizer.get_vocab_size()
     if found < vocab_size:
         raise InputError(
-            f"vocab_size: {text.characters:,} characters in {text.documents:,} documents give only {found} tokens that "
+            f"vocab_size: {text.characters:,} characters in"
+            f" {counted(text.documents, 'document')} give only {found} tokens that "
             f"occur twice, not {vocab_size}; give more text or a smaller --vocab_size"
         )
     _save(tokenizer, folder)

@@ -3,6 +3,8 @@
 import time
 from typing import NamedTuple
 
+from model.errors import counted
+
 
 class Speed(NamedTuple):
     """How fast a text was generated; an eos does not count."""
@@ -13,7 +15,10 @@ class Speed(NamedTuple):
 
     def __str__(self) -> str:
         later = f", {(self.tokens - 1) / (self.seconds - self.first):.1f} tokens/s after it" if self.tokens > 1 else ""
-        return f"{self.tokens} tokens in {self.seconds:.2f} s: the first after {self.first * 1000:.0f} ms{later}"
+        return (
+            f"{counted(self.tokens, 'token')} in {self.seconds:.2f} s:"
+            f" the first after {self.first * 1000:.0f} ms{later}"
+        )
 
 
 class Stopwatch:

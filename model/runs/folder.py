@@ -1,5 +1,6 @@
 """The files that a run leaves in its folder, and what becomes of those of an earlier run."""
 
+import contextlib
 import datetime
 import re
 import shutil
@@ -12,7 +13,7 @@ from filelock import FileLock, Timeout  # a requirement of torch itself
 
 from model.errors import InputError, shown
 from model.storage.archive import DAMAGE, digest_is_right
-from model.storage.files import TEMPORARY_SUFFIX, free_bytes, replacing, size_text
+from model.storage.files import TEMPORARY_SUFFIX, free_bytes, is_being_written, replacing, size_text
 from model.training.plan import RunSpace
 
 INTERRUPTED = "checkpoint_interrupted.pth"
@@ -60,6 +61,7 @@ def claim(out_dir: Path) -> FileLock:
     Raises:
         InputError: the folder cannot be written, another process trains into it, or its config.yaml is no run's.
     """
+    _refuse_file(out_dir)
     try:
         if (out_dir / "config.yaml").is_file() and started_at(out_dir) is None:
             raise InputError(f"out_dir: {out_dir / 'config.yaml'} was not written by a run; give another folder")
@@ -71,8 +73,21 @@ def claim(out_dir: Path) -> FileLock:
     except OSError as error:
         raise InputError(f"out_dir: cannot write to {out_dir} ({error.strerror})") from error
     for path in out_dir.glob(f"*{TEMPORARY_SUFFIX}"):  # of a process that was killed while it wrote one
-        path.unlink(missing_ok=True)
+        if not path.is_dir() and not is_being_written(path):
+            path.unlink(missing_ok=True)
     return lock
+
+
+def _refuse_file(out_dir: Path) -> None:
+    """Refuse a path where a file is, or below one, in words of their own: the system's would be "File exists".
+
+    Raises:
+        InputError: naming the file.
+    """
+    for path in (out_dir, *out_dir.parents):
+        with contextlib.suppress(OSError):  # a name that no file system takes
+            if path.is_file():
+                raise InputError(f"out_dir: {path} is a file, a folder expected; give the name of a folder")
 
 
 def started_at(out_dir: Path) -> str | None:
@@ -142,6 +157,7 @@ def check_space(out_dir: Path, space: RunSpace, resumes: bool) -> None:
     Raises:
         InputError: with how much is free, and how much is needed; or there can be no such folder.
     """
+    _refuse_file(out_dir)
     try:
         free = free_bytes(out_dir)
         there = _files(out_dir, *CHECKPOINTS, "best_model.pth") if resumes else []

@@ -2,6 +2,7 @@
 
 import dataclasses
 import platform
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -125,7 +126,7 @@ def check_fits(path: Path, checkpoint: Mapping, mine: Mapping[str, Mapping], opt
         there, here = its[name], mine[name]
         unknown = {key for key in here if key == "sha256" and None in (here[key], there.get(key))}
         different = [
-            f"{key} {there.get(key)} there, {here[key]} here"
+            f"{key} {_short(there.get(key))} there, {_short(here[key])} here"
             for key in here
             if here[key] != there.get(key) and key not in unknown
         ]
@@ -136,6 +137,11 @@ def check_fits(path: Path, checkpoint: Mapping, mine: Mapping[str, Mapping], opt
         raise InputError(
             f"{path} was made with optimizer_type {before}, not {optimizer_type}; change it back, or {new_run}"
         )
+
+
+def _short(value) -> str:
+    text = "not set" if value is None else str(value)
+    return f"{text[:12]}…" if re.fullmatch("[0-9a-f]{64}", text) else text
 
 
 def changed_settings(checkpoint: Mapping, training: TrainingSettings) -> list[str]:

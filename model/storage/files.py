@@ -2,21 +2,32 @@
 
 import contextlib
 import errno
+import functools
+import hashlib
 import json
 import os
+import platform
 import re
+import secrets
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, BinaryIO
 
+import psutil
+
 from model.errors import InputError, first_line
 
 TEMPORARY_SUFFIX = ".tmp"
+ABANDONED_SECONDS = 24 * 3600  # without a write, after which another machine's temporary file is removed
 MAX_JSON_BYTES = 16 << 20  # of a JSON file; the index of thousands of weights has less
 NUMBERED = re.compile(r"(.+)-(\d{5})-of-(\d{5})(\.\w+)", re.DOTALL)  # as transformers and llama.cpp name parts
+TEMPORARY_NAME = re.compile(
+    r"(?P<name>.+)\.(?P<host>[0-9a-f]{4})-(?P<pid>\d{1,10})-[0-9a-f]{4}" + re.escape(TEMPORARY_SUFFIX), re.DOTALL
+)
 NO_SPACE = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}  # full, or over a limit or a quota
 
 
@@ -36,10 +47,11 @@ def replacing(
         InputError: the file cannot be written, as on a full disk or without permission.
     """
     path = Path(path)
-    temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
+    temporary = temporary_path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
+        remove_abandoned(path)
+        with open(temporary, "xb") as file:
             yield file
             flush_to_disk(file)
         if check is not None:
@@ -64,6 +76,41 @@ def replacing(
             os.close(folder)
 
 
+def temporary_path(path: Path) -> Path:
+    """A name beside `path` that no other writer uses, in this process or another: `X.<host>-<pid>-<random>.tmp`."""
+    return path.with_name(f"{path.name}.{_host()}-{os.getpid()}-{secrets.token_hex(2)}{TEMPORARY_SUFFIX}")
+
+
+def remove_abandoned(path: Path) -> None:
+    """Remove the temporary files and folders that killed writers of `path` left.
+
+    Those of living processes stay, and those of other machines for ABANDONED_SECONDS.
+    """
+    with contextlib.suppress(OSError):  # no such folder, or another writer was faster
+        for name in os.listdir(path.parent):
+            left = path.with_name(name)
+            match = TEMPORARY_NAME.fullmatch(name)
+            if match is None or match["name"] != path.name or is_being_written(left):
+                continue
+            if match["host"] != _host() and time.time() - left.stat().st_mtime < ABANDONED_SECONDS:
+                continue
+            if left.is_dir() and not left.is_symlink():
+                shutil.rmtree(left, ignore_errors=True)
+            else:
+                left.unlink(missing_ok=True)
+
+
+def is_being_written(temporary: Path) -> bool:
+    """Whether the process that made this temporary file or folder runs, on this machine."""
+    match = TEMPORARY_NAME.fullmatch(temporary.name)
+    return match is not None and match["host"] == _host() and psutil.pid_exists(int(match["pid"]))
+
+
+@functools.cache
+def _host() -> str:
+    return hashlib.sha256(platform.node().encode()).hexdigest()[:4]  # in two containers, a pid means two processes
+
+
 def flush_to_disk(file: IO) -> None:
     """Return once everything written to a file is on the disk.
 
@@ -82,10 +129,10 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
         InputError: a file or a folder with content has that name, or the folder cannot be written.
     """
     folder = Path(folder)
-    temporary = folder.with_name(folder.name + TEMPORARY_SUFFIX)
+    temporary = temporary_path(folder)
     check_is_new(folder)
     try:
-        shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed
+        remove_abandoned(folder)
         temporary.mkdir(parents=True)
         yield temporary
         if folder.exists():

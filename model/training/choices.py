@@ -7,7 +7,7 @@ from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 
-from model.errors import InputError
+from model.errors import InputError, counted
 from model.model import Transformer
 from model.options import parse_value
 from model.training.data import TrainingData
@@ -139,7 +139,7 @@ class Choices:
                 f" ({free / 1e9:.1f} GB); use a smaller model or max_seq_len"
             )
         rows = automatic_batch_size(tokens, length * shares, max(1, samples // shares), fits)
-        memory = f"memory holds {'' if self._device.type != 'cuda' else 'at least '}{fits:,}"
+        memory = f"memory holds {'' if self._device.type != 'cuda' else 'at least '}{counted(fits, 'sample')}"
         if fits < wanted:
             memory = (
                 f"{wanted:,} would be better, but memory holds no more; accumulation_steps {-(-wanted // fits)} helps"
@@ -165,7 +165,7 @@ class Choices:
 
     def settle_warmup_steps(self, total_steps: int) -> None:
         """Settle warmup_steps."""
-        self._settle("warmup_steps", lambda: (automatic_warmup(total_steps), f"of {total_steps:,} steps"))
+        self._settle("warmup_steps", lambda: (automatic_warmup(total_steps), f"of {counted(total_steps, 'step')}"))
 
     def settle_compile(self, seconds: float) -> None:
         """Settle compile.

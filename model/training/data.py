@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from model.dataset import VERIFY_BYTES, PretrainDataset, verify_tokens
-from model.errors import InputError
+from model.errors import InputError, counted
 from model.storage.files import size_text
 from model.text.chat_template import template_sha256
 from model.text.token_bytes import token_bytes
@@ -182,7 +182,7 @@ class TrainingData:
             say(f"{path}: {chats_text(dataset)}")
         elif dataset.packing is not None:
             empty = 1 - dataset.packing.targets.mean() / config.max_seq_len
-            say(f"{path}: documents packed into {len(dataset):,} samples, {empty:.1%} of them padding")
+            say(f"{path}: documents packed into {counted(len(dataset), 'sample')}, {empty:.1%} of them padding")
         if dataset.manifest is None:
             only = f"only that its ids are below {config.vocab_size} (vocab_size) can be checked"
             say(f"{path}: no manifest beside it; read as {dataset.layout.origin}; {only}")

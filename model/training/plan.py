@@ -118,7 +118,9 @@ class RunPlan:
         if seconds_left < SHORT or 1 / FAR_OFF < ratio < FAR_OFF:
             return None
         guess, text = rough_duration_text(self.expected_seconds), rough_duration_text(seconds_left)
-        return f"at the speed of the first steps, {text} left, evaluations included (the estimate before was {guess})"
+        line = f"at the speed of the first steps, {text} left, evaluations included"
+        line += f" (the estimate from FLOPs alone was {guess})"
+        return line
 
     def resolved(self, settings: Settings) -> dict[str, dict]:
         """All settings of the run with the values that it uses, by section, as in a config file."""

@@ -11,7 +11,7 @@ import os
 import shutil
 import sys
 
-from model.errors import InputError
+from model.errors import InputError, counted
 from model.training.optimizer import OPTIMIZERS
 
 BASE_PARAMETERS = 3e6  # the model's parameters, and
@@ -75,7 +75,7 @@ def automatic_tokens_per_step(epoch_tokens: int, epochs: int, max_steps: int | N
         wanted = tokens / STEPS_OF_A_RUN
     else:
         wanted = epoch_tokens / max(max_steps, STEPS_OF_A_RUN)
-        why = f"for {max_steps:,} steps and an epoch of {count_text(epoch_tokens)} tokens"
+        why = f"for {counted(max_steps, 'step')} and an epoch of {count_text(epoch_tokens)} tokens"
     power = 2 ** round(math.log2(max(1, wanted)))
     return min(MOST_TOKENS, max(LEAST_TOKENS, power)), why
 
@@ -120,7 +120,7 @@ def compile_pays(
         return False, "on a CPU it was tested on Linux only"
     if compiler is None:
         return False, "torch.compile needs a C++ compiler, and none was found"
-    expected = f"at this machine's present speed training takes {rough_duration_text(seconds)}"
+    expected = f"by its FLOPs alone, training takes {rough_duration_text(seconds)}"
     if seconds < COMPILE_PAYS_AFTER[device_type]:
         return False, f"{expected}, too short to win back the time of compiling"
     return True, f"{expected}, and compiling up to a minute"

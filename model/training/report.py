@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from model.errors import counted
 from model.storage.files import free_bytes, size_text
 from model.training.clock import EVALUATION_SHARE
 from model.training.memory import free_memory, step_memory
@@ -22,14 +23,14 @@ def describe(plan: RunPlan) -> list[str]:
         f"model: {plan.parameters:,} parameters; {plan.flops_per_token / 1e6:,.0f} MFLOP per token; mfu is the share of"
         f" the {plan.hardware.peak_flops / 1e9:,.0f} GFLOP/s that matrix products reach here"
     )
-    rows = f"{t.batch_size} x {t.accumulation_steps} accumulated x {plan.world_size} processes"
+    rows = f"{t.batch_size} x {t.accumulation_steps} accumulated x {counted(plan.world_size, 'process', 'processes')}"
     decides = f"epochs {t.epochs}" if t.max_steps is None else f"max_steps, which overrides epochs {t.epochs}"
     data = (
-        f"data: {plan.train_samples:,} samples of {plan.config.max_seq_len} tokens; a step reads"
-        f" {plan.order.rows_per_step} ({rows}); {plan.order.steps_per_epoch:,} steps per epoch,"
+        f"data: {counted(plan.train_samples, 'sample')} of {counted(plan.config.max_seq_len, 'token')}; a step reads"
+        f" {plan.order.rows_per_step} ({rows}); {counted(plan.order.steps_per_epoch, 'step')} per epoch,"
         f" {plan.total_steps:,} in total ({decides})"
     )
-    rise = f"{schedule.warmup_steps} steps up to" if schedule.warmup_steps else "from"
+    rise = f"{counted(schedule.warmup_steps, 'step')} up to" if schedule.warmup_steps else "from"
     rate = (
         f"schedule: {rise} {t.learning_rate:g}, then down to {schedule.min_lr:g} ({t.lr_scheduler});"
         f" {t.optimizer_type}{f', clipped at {t.grad_clip:g}' if t.grad_clip else ''}{', EMA' if t.use_ema else ''}"
@@ -40,7 +41,7 @@ def describe(plan: RunPlan) -> list[str]:
         most = max(1, plan.train_samples // (t.accumulation_steps * plan.world_size))
         lines.append(
             f"batch_size: {padding:,} of the {plan.order.rows_per_step:,} rows of each step are padding, since an epoch"
-            f" has only {plan.train_samples:,} samples; lower batch_size to {most:,}"
+            f" has only {counted(plan.train_samples, 'sample')}; lower batch_size to {most:,}"
         )
     return lines
 
@@ -78,7 +79,8 @@ def dry_run(plan: RunPlan, measure: Callable[[float, int], float]) -> list[str]:
 def _model_rows(plan: RunPlan) -> list[tuple[str, str]]:
     config = plan.config
     embedding = config.vocab_size * config.dim * (1 if config.tie_embeddings else 2)
-    shape = f"{config.n_layers} layers of {config.dim}, {config.vocab_size:,} tokens, context {config.max_seq_len}"
+    shape = f"{counted(config.n_layers, 'layer')} of {config.dim}, {config.vocab_size:,} tokens"
+    shape += f", context {config.max_seq_len}"
     return [("parameters", f"{plan.parameters:,}, {embedding:,} of them in embedding and output ({shape})")]
 
 
@@ -105,7 +107,7 @@ def _data_rows(plan: RunPlan) -> list[tuple[str, str]]:
     t, length, steps = plan.training, plan.config.max_seq_len, plan.total_steps
     epoch = plan.train_samples * length
     if t.max_steps is None:
-        run, why = t.epochs * epoch, f"{t.epochs} epochs"
+        run, why = t.epochs * epoch, counted(t.epochs, "epoch")
     else:
         run, why = steps * plan.tokens_per_step, f"{steps * plan.tokens_per_step / epoch:.2f} epochs"
     batch = batch_text(t.batch_size, t.accumulation_steps, plan.world_size)
@@ -128,10 +130,10 @@ def _time_rows(plan: RunPlan, tokens_per_second: float, first_seconds: float) ->
         ("speed", f"{tokens_per_second:,.0f} tokens/s, measured just now; other work on this machine slows a run"),
         ("mfu", f"{share:.1%} of the {plan.peak_flops / 1e9:,.0f} GFLOP/s that matrix products reach here"),
         (
-            "time",
+            "time left" if plan.steps_done else "time",
             f"{rough_duration_text(training + evaluating)}: {rough_duration_text(training)} of training (its"
-            f" first step took {first}), {rough_duration_text(evaluating)} for {evaluations} evaluations; not counted:"
-            " samples of text, curves and saving",
+            f" first step took {first}), {rough_duration_text(evaluating)} for"
+            f" {counted(evaluations, 'evaluation')}; not counted: samples of text, curves and saving",
         ),
     ]
 

@@ -243,7 +243,7 @@ def test_near_duplicates_without_a_document_or_without_rensa(tokenizer_folder, t
     pytest.importorskip("rensa")
     raw = tmp_path / "raw.jsonl"
     raw.write_bytes(b"broken\n")
-    with pytest.raises(InputError, match="none of 1 lines is a document"):
+    with pytest.raises(InputError, match="its only line is not a document"):
         processor(tokenizer_folder, near_duplicates=0.8).process_dataset(raw, tmp_path / "data.bin")
     monkeypatch.setitem(sys.modules, "rensa", None)  # as if it were not installed
     with pytest.raises(InputError, match="near_duplicates: this needs rensa: pip install rensa"):

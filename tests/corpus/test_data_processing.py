@@ -238,7 +238,7 @@ def test_clean_only_from_the_command_line(raw, tmp_path):
         (None, [], "no file"),
         (b"", [], "is empty"),
         (b"\xff\xfe{\x00", [], "UTF-16"),
-        (b'{"content": "x"}\n', [], "none of 1 lines is a document (no_text 1)"),
+        (b'{"content": "x"}\n', [], "its only line is not a document (no_text 1)"),
         (b'{"text": "x"}\n', ["--tokenizer_path", "nowhere"], "no folder nowhere"),
         (b'{"text": "x"}\n', ["--chunk_size", "0"], "chunk_size: 0 found, a whole number"),
         (b'{"text": "x"}\n', ["--resume", "maybe"], "true or false expected"),

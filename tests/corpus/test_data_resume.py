@@ -232,7 +232,7 @@ def test_a_half_made_output_is_not_continued_with_other_input_tokenizer_or_optio
     output = tmp_path / "data.bin"
     begin_and_stop(processor, raw, output, monkeypatch)
     content = raw.read_bytes()
-    with pytest.raises(InputError, match="the tokenizer .*resume=False"):
+    with pytest.raises(InputError, match="the tokenizer .*--resume false"):
         OptimizedDataProcessor().process_dataset(raw, output)
     with pytest.raises(InputError, match=r"text_field \(was text, is content\)"):
         OptimizedDataProcessor(tokenizer_folder, text_field="content").process_dataset(raw, output)
@@ -242,7 +242,7 @@ def test_a_half_made_output_is_not_continued_with_other_input_tokenizer_or_optio
     with pytest.raises(InputError, match="the input's size"):
         processor.process_dataset(raw, output)
     raw.write_bytes(content.replace("。".encode(), "！".encode(), 1))
-    with pytest.raises(InputError, match="changed .bytes 0 to 24,000.*resume=False"):
+    with pytest.raises(InputError, match="changed .bytes 0 to 24,000.*--resume false"):
         processor.process_dataset(raw, output)
     raw.write_bytes(content)
     other_pace = OptimizedDataProcessor(tokenizer_folder, save_interval=100_000)  # changes nothing
@@ -254,7 +254,7 @@ def test_a_half_made_output_is_not_continued_with_other_input_tokenizer_or_optio
     cleaned = tmp_path / "cleaned.jsonl"
     begin_and_stop(processor, raw, cleaned, monkeypatch, "validate_and_clean_jsonl")
     raw.write_bytes(content * 2)
-    with pytest.raises(InputError, match="the input's size .*resume=False"):
+    with pytest.raises(InputError, match="the input's size .*--resume false"):
         processor.validate_and_clean_jsonl(raw, cleaned)
     again = processor.validate_and_clean_jsonl(raw, cleaned, resume=False)
     assert again["documents"] == counts["documents"] == len(cleaned.read_bytes().splitlines())
@@ -277,7 +277,9 @@ def test_other_control_tokens_are_another_tokenizer_and_plans_without_them_resum
     begin_and_stop(OptimizedDataProcessor(folder, workers=0, **SMALL), raw, output, monkeypatch)
     config.write_text(json.dumps(changed), encoding="utf-8")
     for path in (output, finished):
-        with pytest.raises(InputError, match=r"changed since.*: end_ids .*, eos_id \(was \d+, is \d+\).*resume=False"):
+        with pytest.raises(
+            InputError, match=r"changed since.*: end_ids .*, eos_id \(was \d+, is \d+\).*--resume false"
+        ):
             make(path)
     config.write_text(before, encoding="utf-8")
     generation.write_text('{"eos_token_id": [5]}', encoding="utf-8")
@@ -332,7 +334,7 @@ def test_a_finished_output_is_kept_and_never_replaced_unasked(raw, processor, tm
     before = files()
     assert make(raw, output) == first
     assert "nothing to do" in capsys.readouterr().err
-    with pytest.raises(InputError, match="val_share .*resume=False"):
+    with pytest.raises(InputError, match="val_share .*--resume false"):
         getattr(OptimizedDataProcessor(processor.options.tokenizer_path, val_share=0.5), method)(raw, output)
     content = raw.read_bytes()
     raw.write_bytes(content.replace("。".encode(), "！".encode(), 1))

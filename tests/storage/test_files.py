@@ -1,11 +1,22 @@
 """Outputs are checked against inputs, whatever they are called."""
 
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
-from model.errors import InputError
-from model.storage.files import cached_folder, refuse_overwriting, refuse_overwriting_inputs
+import model
+from model.errors import InputError, counted
+from model.storage.files import (
+    cached_folder,
+    new_folder,
+    refuse_overwriting,
+    refuse_overwriting_inputs,
+    replacing,
+    write_json,
+)
 
 
 def test_an_output_that_is_an_input_is_refused_under_any_name(tmp_path, monkeypatch):
@@ -71,3 +82,47 @@ def test_a_cached_folder_that_cannot_be_filled_leaves_nothing(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot be written"):
         cached_folder(tmp_path / "file" / "a", "whole", fail)
+
+
+def test_two_writers_of_one_file_do_not_share_a_temporary_one(tmp_path):
+    target = tmp_path / "a.json"
+    with replacing(target) as first:
+        first.write(b"first ")
+        with replacing(target) as second:
+            second.write(b"second")
+        assert target.read_bytes() == b"second"
+        first.write(b"whole")
+    assert target.read_bytes() == b"first whole" and [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_two_writers_of_one_folder_keep_apart_and_the_later_one_fails(tmp_path):
+    with pytest.raises(InputError, match="model: cannot be written"), new_folder(tmp_path / "model") as first:
+        (first / "weights").write_text("first")
+        with new_folder(tmp_path / "model") as second:
+            (second / "weights").write_text("second")
+    assert (tmp_path / "model" / "weights").read_text() == "second"
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_what_a_killed_writer_left_is_removed_and_a_living_one_keeps_its_file(tmp_path):
+    code = "import sys, os; from pathlib import Path; from model.storage.files import temporary_path; "
+    code += "print(temporary_path(Path('a.json')), flush=True); sys.stdin.read()"
+    root = str(Path(model.__file__).parent.parent)
+    other = subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8", env=os.environ | {"PYTHONPATH": root},
+    )  # fmt: skip
+    left = tmp_path / other.stdout.readline().strip()
+    left.write_text("half")
+    write_json(tmp_path / "a.json", {})
+    assert left.exists()
+    other.communicate()
+    write_json(tmp_path / "b.json", {})
+    assert left.exists()  # of another file
+    write_json(tmp_path / "a.json", {})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "b.json"]
+
+
+def test_counts_are_in_words_that_fit():
+    assert [counted(n, "text") for n in (0, 1, 1234)] == ["0 texts", "1 text", "1,234 texts"]
+    assert counted(2, "process", "processes") == "2 processes"
