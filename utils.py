@@ -22,7 +22,7 @@ from model.command import (  # noqa: F401 (the scripts' too)
     screen,
     true_or_false,
 )
-from model.errors import InputError
+from model.errors import InputError, counted
 from model.runs.processes import Processes  # noqa: F401 (the scripts' too)
 from model.runs.signals import StopSignal  # noqa: F401 (the scripts' too)
 
@@ -66,7 +66,7 @@ def pick_device(asked: str = "auto", local_rank: int = 0):
             return device, torch.cuda.get_device_name(device)
         if torch.backends.mps.is_available():
             return torch.device("mps"), "Apple GPU"
-        return torch.device("cpu"), f"no GPU found, {torch.get_num_threads()} threads"
+        return torch.device("cpu"), f"no GPU found, {counted(torch.get_num_threads(), 'thread')}"
     try:
         device = torch.device(asked)
     except RuntimeError as error:

@@ -33,9 +33,9 @@ def find_sources(
 
     The files of a folder or a glob come in the order of their names. In a folder JSONL and Parquet are read, .json that
     holds documents, and where there is nothing else CSV of chats or else .txt. Skipped, with one line that says so:
-    hidden and empty files, those that accompany a corpus, text in another encoding than UTF-8, links to folders, broken
-    links, and files named as data processing names its own. Files that this job is about to write (`leave_out`, resolved
-    paths) and half-made outputs are skipped silently.
+    hidden and empty files, those that accompany a corpus, text in another encoding than UTF-8, links to folders,
+    broken links, and files named as data processing names its own. Files that this job is about to write (`leave_out`,
+    resolved paths) and half-made outputs are skipped silently.
 
     Args:
         text_field: the key that a .json file must have to be read: others only describe a corpus.

@@ -13,7 +13,9 @@ from unittest.mock import Mock
 
 import pytest
 
-from model.corpus.job_folder import JobFolder
+from model.corpus.inspection import nothing_read
+from model.corpus.job_folder import JobFolder, describe_changes
+from model.corpus.sources import find_sources
 from model.errors import InputError
 from optimized_data_processing import OptimizedDataProcessor
 from tests.conftest import corpus_lines, read_documents, read_rejects
@@ -371,3 +373,37 @@ def test_weights_that_cannot_be_are_told(processor, tmp_path, weights):
     path = write(tmp_path / "raw.jsonl", PLAIN)
     with pytest.raises(InputError, match="^weights: "):
         processor.process_dataset([path, path], tmp_path / "data.bin", weights=weights)
+
+
+def test_a_file_in_another_encoding_is_skipped_beside_good_ones(tmp_path, capsys):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    gbk = ("春风又绿江南岸，明月何时照我还。" * 20).encode("gb18030")
+    (folder / "a.txt").write_bytes(gbk)
+    (folder / "b.jsonl").write_text('{"text": "a"}\n')
+    assert [source.name for source in find_sources(folder)] == ["b.jsonl"]
+    assert "a.txt (GB18030, not UTF-8)" in capsys.readouterr().err
+    (folder / "b.jsonl").unlink()
+    (folder / "c.txt").write_text("好", encoding="utf-8")
+    assert [source.name for source in find_sources(folder)] == ["c.txt"]
+    assert "a.txt (GB18030, not UTF-8)" in capsys.readouterr().err
+    (folder / "c.txt").unlink()
+    for given in (folder, folder / "a.txt"):
+        with pytest.raises(InputError, match="a.txt is GB18030, UTF-8 expected; convert it"):
+            find_sources(given)
+
+
+def test_rejected_texts_are_explained_by_their_reason_and_not_by_the_form_of_the_file():
+    said = nothing_read("a.txt", {"repetitive": 2, "empty": 1}, "", "text")
+    assert said.startswith("a.txt: none of 3 lines is a document (empty 1, repetitive 2); repetitive: says the same")
+    assert "expected one" not in said
+    assert 'expected one {"text": "..."} a line' in nothing_read("a.jsonl", {"bad_json": 1}, "", "text")
+
+
+def test_what_changed_is_said_in_words():
+    before = {"input_path": ["a.jsonl"], "clean": True, "the tokenizer": "0123456789abcdef" * 4, "min": None}
+    now = {"input_path": ["b.jsonl", "c"], "clean": False, "the tokenizer": "f" * 64, "min": 3}
+    assert describe_changes(before, now) == (
+        "clean (was true, is false), input_path (was a.jsonl, is b.jsonl, c), min (was not set, is 3), "
+        "the tokenizer (was 0123456789ab…, is ffffffffffff…)"
+    )

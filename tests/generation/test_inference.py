@@ -641,6 +641,58 @@ def test_an_interrupted_batch_resumes_to_the_same_file(in_run_folder, monkeypatc
     assert results.read_bytes() == whole
 
 
+def test_a_prompt_that_cannot_be_used_leaves_the_others_their_results(in_run_folder, generator, monkeypatch, capsys):
+    (in_run_folder / "prompts.txt").write_text("中国\n\n" + "字" * 60 + "\n长江", encoding="utf-8")
+    results = in_run_folder / "results.jsonl"
+    flags = ["--batch_file", "prompts.txt", "--output_file", "results.jsonl", "--greedy", "--max_new_tokens", "5"]
+    monkeypatch.setattr(sys, "argv", ["inference.py", *flags])
+    assert inference.main() == 2
+
+    said = capsys.readouterr()
+    assert "prompts.txt, line 3: the prompt has 181 tokens" in said.err
+    assert said.err.endswith("error: 1 of 3 prompts failed\n")
+    assert "[1] 中国" in said.out and "[2]" not in said.out and "[3] 长江" in said.out
+    first, second, third = (json.loads(line) for line in results.read_bytes().splitlines())
+    config = GenerationConfig(do_sample=False, max_new_tokens=5)
+    assert first == {"prompt": "中国", "text": generator.generate("中国", config)}
+    assert third == {"prompt": "长江", "text": generator.generate("长江", config)}
+    assert second.keys() == {"prompt", "error"} and "takes at most 127" in second["error"]
+
+    whole = results.read_bytes()
+    for cut in (0, whole.index(b"\n") + 1, whole.rindex(b'{"prompt"'), len(whole)):
+        results.write_bytes(whole[:cut])
+        monkeypatch.setattr(sys, "argv", ["inference.py", *flags, "--resume"])
+        assert inference.main() == 2 and results.read_bytes() == whole
+
+
+def test_text_on_stdin_is_the_prompt(monkeypatch, capfd, tmp_path):
+    for content, expected in (
+        ("春风\n又绿\n", "春风\n又绿"),
+        ("\ufeff春风\r\n", "春风"),
+        ("", inference.DEFAULT_PROMPT),
+    ):
+        (tmp_path / "in.txt").write_bytes(content.encode())
+        with open(tmp_path / "in.txt", encoding="utf-8") as stdin:
+            monkeypatch.setattr(sys, "stdin", stdin)
+            assert inference.parse_arguments([]).prompt == expected
+    assert capfd.readouterr().err.splitlines()[0] == "prompt: the text on stdin"
+    reader, writer = os.pipe()
+    os.write(writer, "却说".encode())
+    os.close(writer)
+    with open(reader, encoding="utf-8") as stdin:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        assert inference.parse_arguments([]).prompt == "却说"
+    (tmp_path / "in.txt").write_bytes("春风".encode("gb18030"))
+    with open(tmp_path / "in.txt", encoding="utf-8") as stdin, pytest.raises(InputError, match="stdin: .* not UTF-8"):
+        monkeypatch.setattr(sys, "stdin", stdin)
+        inference.parse_arguments([])
+
+
+def test_a_word_without_a_flag_is_taken_for_a_prompt():
+    with pytest.raises(InputError, match="春风: a flag is missing; did you mean --prompt .*春风.*?"):
+        inference.parse_arguments(["春风"])
+
+
 def test_the_results_before_an_error_are_kept(in_run_folder, tiny_config, tokenizer, capsys):
     model = random_model(LMConfig(**{**vars(tiny_config), "tie_embeddings": False}))
     generator = TextGenerator(model, tokenizer, compile=False)
@@ -730,6 +782,22 @@ def test_a_file_is_scored(in_run_folder, tiny_model, tokenizer, monkeypatch, cap
     )
 
 
+def test_bad_lines_of_a_file_to_score_are_skipped_and_counted(
+    in_run_folder, tiny_model, tokenizer, monkeypatch, capsys
+):
+    lines = [b'{"text": "abc"}', b"{", b"", b'{"txt": 1}', b'{"text": "\xff"}', '{"text": " 长江"}'.encode()]
+    (in_run_folder / "a.jsonl").write_bytes(b"\n".join(lines))
+    monkeypatch.setattr(sys, "argv", ["inference.py", "--score_file", "a.jsonl"])
+    assert inference.main() == 0
+    generator = TextGenerator(tiny_model, tokenizer)
+    score = generator.score("abc") + generator.score(" 长江")
+    said = capsys.readouterr()
+    assert said.out.startswith(f"2 texts, {score.tokens} tokens, 10 bytes: loss {score.loss:.4f}")
+    first, second, third, total = (line for line in said.err.splitlines() if line.startswith("score_file:"))
+    assert "line 2 of a.jsonl is skipped: bad_json" in first and "line 4" in second and "line 5" in third
+    assert total == "score_file: 3 of 5 lines skipped: bad_json 1, no_text 1, bad_utf8 1"
+
+
 @pytest.mark.long
 def test_bad_input_ends_the_command_with_one_line_and_code_2(run_folder):
     result = run(run_folder, "--tempreture", "0.8")
@@ -748,11 +816,10 @@ def test_bad_input_ends_the_command_with_one_line_and_code_2(run_folder):
         (["--batch_file", "none.txt"], "batch_file: none.txt cannot be read"),
         (["--batch_file", "empty.txt"], "batch_file: empty.txt holds no prompt"),
         (["--batch_file", "latin.txt"], r"batch_file: latin.txt is not UTF-8 \(line 2\)"),
-        (["--batch_file", "long.txt"], "long.txt, line 3: the prompt has"),
         (["--batch_file", "ok.txt", "--output_file", "none/results.jsonl"], "output_file: .* cannot be written"),
         (["--score_file", "none.txt"], "score_file: none.txt cannot be read"),
         (["--score_file", "empty.txt", "--prompt", "a"], "--prompt and --score_file exclude each other"),
-        (["--score_file", "broken.jsonl"], "score_file: line 2 of broken.jsonl is no"),
+        (["--score_file", "broken.jsonl"], "score_file: none of 2 lines of broken.jsonl is a"),
         (["--batch_file", "ok.txt", "--resume"], "--resume continues the --output_file"),
         (["--output_file", "results.jsonl"], "--output_file is for the results of --batch_file"),
         (["--interactive", "--batch_file", "ok.txt"], "--batch_file and --interactive exclude each other"),
@@ -767,9 +834,8 @@ def test_each_bad_input_is_named(in_run_folder, monkeypatch, arguments, expected
     (in_run_folder / "cut.pth").write_bytes((in_run_folder / "out/pretrain_64.pth").read_bytes()[:9000])
     (in_run_folder / "empty.txt").write_text("\n \n")
     (in_run_folder / "latin.txt").write_bytes(b"abc\ncaf\xe9\n")
-    (in_run_folder / "long.txt").write_text("ok\n\n" + "字" * 60, encoding="utf-8")
     (in_run_folder / "ok.txt").write_text("ok\n")
-    (in_run_folder / "broken.jsonl").write_text('{"text": "a"}\n{"txt": "b"}\n')
+    (in_run_folder / "broken.jsonl").write_text('{"text": 1}\n{"txt": "b"}\n')
     monkeypatch.setattr(sys, "argv", ["inference.py", *arguments])
 
     with pytest.raises(InputError, match=expected) as caught:

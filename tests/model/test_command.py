@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from model.command import print_fault, print_message, run_command, screen
-from model.errors import MOST_OF_MESSAGE, one_line, printable
+from model.command import CommandParser, print_fault, print_message, run_command, screen
+from model.errors import MOST_OF_MESSAGE, InputError, one_line, printable
 from model.options import text_flag
 from tests.conftest import ROOT
 
@@ -124,3 +124,14 @@ def test_text_of_an_ascii_locale_is_utf8():
     assert text_flag("中国".encode().decode("ascii", "surrogateescape")) == "中国"
     for text in ("中国", "plain", "\udcff"):  # the last is no UTF-8, and refused later
         assert text_flag(text) == text
+
+
+def test_a_word_without_a_flag_gets_a_hint():
+    parser = CommandParser("--input_path")
+    parser.add_argument("--input_path", nargs="+")
+    with pytest.raises(
+        InputError, match="^my.jsonl: a flag is missing; did you mean --input_path my.jsonl b.jsonl[?]$"
+    ):
+        parser.parse_args(["my.jsonl", "b.jsonl"])
+    with pytest.raises(InputError, match="--inputpath: unknown"):
+        parser.parse_args(["my.jsonl", "--inputpath"])

@@ -10,6 +10,8 @@ import train
 from model import convert
 from model.errors import InputError, command_line
 from model.options import file_path
+from model.runs.folder import claim
+from model.runs.resume import check_fits
 from model.training.config_file import read_config
 from model.training.settings import FIELDS, Settings, build_settings
 
@@ -103,3 +105,27 @@ def test_a_suggested_command_quotes_paths_with_spaces(tmp_path, monkeypatch):
 def test_windows_quotes_as_its_shell_does(monkeypatch):
     monkeypatch.setattr("model.errors.os.name", "nt")
     assert command_line("python", "train.py", "--out_dir", r"C:\my runs") == r'python train.py --out_dir "C:\my runs"'
+
+
+def test_a_file_in_the_place_of_out_dir_is_named(tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text("")
+    for out_dir in (file, file / "below"):
+        with pytest.raises(InputError, match="^out_dir: .*config.yaml is a file, a folder expected"):
+            claim(out_dir)
+    assert file.read_text() == ""
+
+
+def test_a_missing_raw_file_names_its_setting(tmp_path):
+    settings = build_settings(
+        {"data": {"raw_data_path": str(tmp_path / "none.jsonl"), "train_data_path": str(tmp_path / "a.bin")}}, {}, "c"
+    )
+    with pytest.raises(InputError, match="^raw_data_path: no file .*none.jsonl"):
+        train.prepare_data_if_missing(settings)
+
+
+def test_a_hash_in_a_message_is_cut_to_12_digits(tmp_path):
+    checkpoint = {"config": {}, "data": {}, "tokenizer_sha256": "a" * 64, "settings": {}}
+    mine = {"config": {}, "data": {}, "tokenizer": {"sha256": "b" * 64}}
+    with pytest.raises(InputError, match=f"another tokenizer: sha256 {'a' * 12}… there, {'b' * 12}… here; give"):
+        check_fits(tmp_path, checkpoint, mine, "adamw")

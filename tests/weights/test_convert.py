@@ -405,3 +405,17 @@ def test_flags_that_contradict_the_weights(shop, tmp_path, here, monkeypatch, ar
     code, _, error = here(train, *flags(**paths, out_dir=tmp_path / "out"), *arguments)
     assert code == 2 and error.count("error: ") == 1 and message in error.splitlines()[-1], error
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("a", "transformers"), ("my_model-1.5", "transformers"), ("Qwen2.5-0.5B", "transformers"), ("a.gguf", "gguf"),
+     ("there.v2", "transformers"), ("x.onnx", None), ("x.pt2", None)],
+)  # fmt: skip
+def test_a_name_decides_the_format_and_an_unknown_ending_is_refused(tmp_path, name, expected):
+    (tmp_path / "there.v2").mkdir()
+    if expected is not None:
+        assert model.convert.format_of_name(tmp_path / name) == expected
+        return
+    with pytest.raises(InputError, match=r"is no format that can be written; name it .*[.]gguf.*[.]pth, or without"):
+        model.convert.format_of_name(tmp_path / name)
