@@ -6,6 +6,7 @@ from importlib.metadata import version
 
 import numpy as np
 
+from model.errors import counted
 from model.text.encoder import can_panic, encode_batch, load_backend
 from model.text.tokenization import BulkTokenizer, Delimiters
 
@@ -93,7 +94,7 @@ def choose_encoder(tokenizer: BulkTokenizer, texts: Sequence[str], say: Callable
         say("encoder tokenizers: fastokens gives other ids for this tokenizer")
         return slow
     if checked := len(sample) - len(TRAPS):
-        say(f"encoder {fast.name}: the same ids as tokenizers on the first {checked:,} texts")
+        say(f"encoder {fast.name}: the same ids as tokenizers on the first {counted(checked, 'text')}")
     return fast
 
 
