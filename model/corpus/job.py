@@ -23,7 +23,6 @@ from model.corpus.finished import (
 from model.corpus.inspection import EXAMPLES, counts_text, describe_lines, nothing_read
 from model.corpus.job_folder import JobFolder, job_path
 from model.corpus.jsonl import parse_line, read_rejects
-from model.corpus.lost_text import unknown_id
 from model.corpus.merge import DocumentFile, Merger, RawLines
 from model.corpus.opening import EXPECTED, TXT_DOCUMENTS, Source
 from model.corpus.options import ProcessingOptions
@@ -35,6 +34,7 @@ from model.corpus.statistics import Statistics
 from model.corpus.worker import Crew, Task
 from model.errors import InputError, counted
 from model.text.chat_ids import ChatFormat, load_chat_format
+from model.text.encoder import unknown_id
 from model.text.tokenization import BulkTokenizer, load_bulk_tokenizer, tokenizer_sha256
 from model.token_file.manifest import ends_path, learn_path
 

@@ -9,15 +9,6 @@ from tokenizers.pre_tokenizers import ByteLevel
 from model.text.encoder import load_backend
 
 
-def unknown_id(tokenizer_json: str) -> int | None:
-    """The id of the unknown token; None if the tokenizer has none."""
-    tokenizer = json.loads(tokenizer_json)
-    model = tokenizer["model"]
-    if model["type"] == "Unigram":
-        return model.get("unk_id")
-    return model["vocab"].get(model.get("unk_token"))
-
-
 class LossCounter:
     """Counts the bytes of texts that vanish when they are encoded.
 

@@ -7,7 +7,6 @@ Any template is rendered for each answer up to where it begins, and once as a wh
 those of the latter. The embedded template writes all messages alike, so their ids are made in bulk without it.
 """
 
-import hashlib
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,8 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from model.errors import InputError
-from model.text.chat_template import MESSAGES_TEMPLATE, render
-from model.text.encoder import TextEncoder
+from model.text.chat_template import MESSAGES_TEMPLATE, render, template_sha256
+from model.text.encoder import TextEncoder, unknown_id
 from model.text.tokenization import BulkTokenizer, control_ids, load_tokenizer, named_template, text_encoder
 
 Chat = Sequence[tuple[str, str]]  # (role, content) of each message
@@ -44,7 +43,7 @@ class ChatFormat:
     Args:
         template: its chat template.
         special_tokens: what the template may name, such as `bos_token`.
-        control: ids that no text yields.
+        control: ids that no text yields; the unknown token is not among them.
         end_ids: those that end an answer, ascending.
         by_message: the ids are those of the messages one by one, as MESSAGES_TEMPLATE writes them.
     """
@@ -59,7 +58,7 @@ class ChatFormat:
     @property
     def sha256(self) -> str:
         """SHA-256 (hex) of the template's text."""
-        return hashlib.sha256(self.template.encode("utf-8", "surrogatepass")).hexdigest()
+        return template_sha256(self.template)
 
     def encode(self, chats: Sequence[Chat], encode_texts: EncodeTexts | None = None) -> EncodedChats:
         """The ids of chats, whose contents are stripped of white space, and which of them are learned.
@@ -186,16 +185,16 @@ def load_chat_format(path, tokenizer: BulkTokenizer) -> ChatFormat:
     Raises:
         InputError: it has no chat template, or one whose answers cannot be told from the rest.
     """
-    control = tokenizer.encoder.control
+    control, unknown = tokenizer.encoder.control, {unknown_id(tokenizer.json)}
     if named_template(path) == MESSAGES_TEMPLATE and {"<s>", "</s>"} <= control.keys():
         known = {"bos_token": "<s>", "eos_token": "</s>"}
-        made = ChatFormat(MESSAGES_TEMPLATE, known, tokenizer.encoder, frozenset(control.values()))
+        made = ChatFormat(MESSAGES_TEMPLATE, known, tokenizer.encoder, frozenset(control.values()) - unknown)
     else:
         loaded = load_tokenizer(path)
         if not loaded.chat_template:
             raise InputError(f"tokenizer_path: {path} has no chat template, which chats need; use another tokenizer")
         special = {name: str(token) for name, token in loaded.special_tokens_map.items() if isinstance(token, str)}
-        made = ChatFormat(loaded.get_chat_template(), special, text_encoder(loaded), control_ids(loaded))
+        made = ChatFormat(loaded.get_chat_template(), special, text_encoder(loaded), control_ids(loaded) - unknown)
     return checked(made, path)
 
 
@@ -207,19 +206,26 @@ def checked(found: ChatFormat, path) -> ChatFormat:
     """
     where = f"tokenizer_path: the chat template of {path or 'the embedded tokenizer'}"
     remedy = "use a tokenizer with another template"
-    probe = PROBES[0]
-    [(ids, before)] = found._encode_rendered([probe])
+    begin = [{"role": "user", "content": "你好"}]
+    try:
+        prompt, without = (render(found.template, found.special_tokens, begin, flag) for flag in (True, False))
+    except InputError as error:
+        raise InputError(f"{where} cannot be used: {error}; {remedy}") from error
+    [(ids, before)] = found._encode_rendered([PROBES[0]])
     if not ids:
-        render(found.template, found.special_tokens, [{"role": "user", "content": "你好"}])  # says what is wrong
         raise InputError(f"{where} refuses a chat of two questions and answers, or changes their text; {remedy}")
     *prefixes, whole = ids
     if any(whole[: len(prefix)] != prefix for prefix in prefixes):
         raise InputError(
             f"{where} cannot be trained on: what it writes before an answer differs from what inference sends; {remedy}"
         )
+    if prompt == without and any(before):
+        raise InputError(f"{where} does not begin the answer (add_generation_prompt); {remedy}")
     whole, learned, reason = found._placed(ids, before)
     if reason:
-        raise InputError(f"{where} cannot be trained on: it writes no control token that ends an answer; {remedy}")
+        raise InputError(
+            f"{where} cannot be trained on: it ends no answer with a control token that can be found; {remedy}"
+        )
     ends = {index for index, flag, after in zip(whole, learned, [*learned[1:], False], strict=True) if flag > after}
     found = ChatFormat(found.template, found.special_tokens, found.encoder, found.control, tuple(sorted(ends)))
     if found.template == MESSAGES_TEMPLATE:

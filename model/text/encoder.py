@@ -137,6 +137,15 @@ def _pair(merge: str | list[str]) -> list[str]:
     return merge.split(" ") if isinstance(merge, str) else merge  # older files write "a b"
 
 
+def unknown_id(tokenizer_json: str) -> int | None:
+    """The id of the unknown token; None if the tokenizer has none."""
+    tokenizer = json.loads(tokenizer_json)
+    model = tokenizer["model"]
+    if model["type"] == "Unigram":
+        return model.get("unk_id")
+    return model["vocab"].get(model.get("unk_token"))
+
+
 def check_growth(normalizer, decoder) -> None:
     """Check that a tokenizer cannot blow up a text until memory runs out.
 
