@@ -133,21 +133,26 @@ class ChatFormat:
         its content; nothing where the template refuses the chat or changes a content."""
         messages = [{"role": role, "content": self.encoder.guarded(content)} for role, content in chat]
         answers = [place for place, (role, _) in enumerate(chat) if role == "assistant"]
+        begin, end = self.encoder.marks
+        marked = [
+            message | {"content": begin + message["content"] + end} if message["role"] == "assistant" else message
+            for message in messages
+        ]
         try:
             texts = [render(self.template, self.special_tokens, messages[:place]) for place in answers]
-            texts.append(render(self.template, self.special_tokens, messages, add_generation_prompt=False))
+            whole = render(self.template, self.special_tokens, marked, add_generation_prompt=False)
         except InputError:
             return [], []
-        at, begins, whole = 0, iter(texts), texts[-1]
-        before = []
-        for message in messages:
+        at, before = 0, []
+        for message in marked:
             found = whole.find(message["content"], at)
             if found < 0:
                 return [], []
             if message["role"] == "assistant":
-                before.append(self.encoder.count_control(whole[len(next(begins)) : found]))
+                start = len(texts[len(before)]) + len(before) * len(begin + end)  # in the whole, with its marks
+                before.append(self.encoder.count_control(whole[start:found]))
             at = found + len(message["content"])
-        return texts, before
+        return [*texts, whole.replace(begin, "").replace(end, "")], before
 
     def _placed(self, ids: list[list[int]], before: list[int]) -> tuple[list[int], list[bool], str | None]:
         """(ids, learned, reason) of a chat, from what `_encode_rendered` returns."""

@@ -75,6 +75,11 @@ class TextEncoder:
         """`encode_rendered` of each text, in one call of the library."""
         return self._encode([self._rendered(text) for text in texts], as_text=False)
 
+    @property
+    def marks(self) -> tuple[str, str]:
+        """Two texts that no message holds, to mark where a part of one begins and ends in a rendered text."""
+        return f"{self._secret}\ue002", f"{self._secret}\ue003"
+
     def count_control(self, rendered: str) -> int:
         """How many control tokens the template wrote in a text rendered from guarded messages."""
         return len(self._spelled.findall(rendered))
