@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from model.corpus.chats import form_of
+from model.corpus.chats import MESSAGE_KEYS, form_of
 from model.corpus.reasons import REASONS, TEXT_REASONS
 from model.errors import command_line, shown
 
@@ -62,10 +62,12 @@ def is_array(head: bytes) -> bool:
 
 
 def holds_documents(head: bytes, text_field: str) -> bool:
-    """Whether a .json file is JSONL or an array of objects with a text, rather than one object about something."""
+    """Whether a .json file is JSONL or an array of objects with a text or a chat, rather than one object about
+    something."""
     first = head.removeprefix(BOM).lstrip().partition(b"\n")[0].strip()
-    is_document = rb'\[?\s*\{.*?"%b"\s*:\s*"' % re.escape(text_field.encode())
-    return first != b"{" and re.match(is_document, head.removeprefix(BOM).lstrip(), re.DOTALL) is not None
+    values = rb'"%b"\s*:\s*"|"(?:%b)"\s*:\s*\[|"(?:instruction|prompt|q)"\s*:'
+    named = values % (re.escape(text_field.encode()), "|".join(MESSAGE_KEYS).encode())
+    return first != b"{" and re.match(rb"\[?\s*\{.*?(?:%b)" % named, head.removeprefix(BOM).lstrip(), re.S) is not None
 
 
 def has_only_carriage_returns(head: bytes) -> bool:
@@ -154,11 +156,11 @@ def describe_lines(lines: Sequence[bytes], reason: str, text_field: str, path: s
     encoding = encoding_of(b"\n".join(lines)) if reason in ("bad_utf8", "bad_json") else None
     clause = f"the text {describe_encoding(path, encoding)}" if encoding else ""
     if reason in ("bad_json", "not_an_object", "no_text", "no_chat") and not encoding:
-        clause = _describe(lines, text_field)
+        clause = _describe(lines, None if reason == "no_chat" else text_field)
     return f"; {clause}" if clause else ""
 
 
-def _describe(lines: Sequence[bytes], text_field: str) -> str:
+def _describe(lines: Sequence[bytes], text_field: str | None) -> str:
     values = [value for line in lines if (value := _parsed(line)) is not None]
     objects = [value for value in values if isinstance(value, dict)]
     if objects:
@@ -184,7 +186,7 @@ def _describe(lines: Sequence[bytes], text_field: str) -> str:
     return "it looks like plain text; a file named .txt is read as text" if start else ""
 
 
-def _describe_values(values: Sequence, text_field: str) -> str:
+def _describe_values(values: Sequence, text_field: str | None) -> str:
     """What lines hold that are JSON, but not objects."""
     kinds = sorted({{list: "arrays", str: "strings"}.get(type(value), "numbers") for value in values})
     items = [item for value in values for item in (value if isinstance(value, list) else [value])]
@@ -192,14 +194,15 @@ def _describe_values(values: Sequence, text_field: str) -> str:
     if len(kinds) > 1 or not items or not all(isinstance(item, str) for item in items):
         return said
     each = ".[] | " if kinds == ["arrays"] else ""
-    return f"{said}; make each string a document: {_jq(f'{each}{{{json.dumps(text_field)}: .}}')}"
+    key = json.dumps(text_field or "text")
+    return f"{said}; make each string a document: {_jq(f'{each}{{{key}: .}}')}"
 
 
 def _jq(program: str) -> str:
     return f"{command_line('jq', '-c', program)} FILE"
 
 
-def _describe_objects(objects: Sequence[dict], text_field: str) -> str:
+def _describe_objects(objects: Sequence[dict], text_field: str | None) -> str:
     keys = list(dict.fromkeys(key for value in objects for key in value))
     if text_field in keys:
         found = next(value[text_field] for value in objects if text_field in value)
@@ -215,6 +218,8 @@ def _describe_objects(objects: Sequence[dict], text_field: str) -> str:
         if isinstance(found, list) and any(isinstance(item, dict) and text_field in item for item in found):
             return f"the documents are in the list {shown(key)[1:-1]}; take them out: {_jq(_jq_key(key) + '[]')}"
     strings = {key: len(value) for item in reversed(objects) for key, value in item.items() if isinstance(value, str)}
+    if text_field is None:
+        strings = {}
     advice = f"; perhaps --text_field {command_line(max(strings, key=strings.get))}" if strings else ""
     return f"the keys found: {listed}{advice}"
 

@@ -349,29 +349,19 @@ class Job:
         if documents := changed.pop("documents"):
             changes = self.output.with_name(f"{self.output.stem}.changes.jsonl")
             self.say(f"cleaning changed {counted(documents, 'document')}: {counts_text(changed)}; samples: {changes}")
+        chats = summary.get("chats")
         if self.tokenize:
-            long, mode = summary["documents_longer_than_max_length"], summary["long_documents"]
-            said = {"keep": "kept whole", "split": "split", "truncate": "cut off", "drop": "rejected"}[mode]
-            self.say(
-                f"{counted(summary['tokens'], 'token')}, {summary['characters_per_token']:.3f} characters per token; "
-                f"documents of more than {summary['max_length']} tokens, {said}: {long:,}"
-            )
-        if chats := summary.get("chats"):
-            self._report_chats(chats, summary["documents"])
+            self.say(_tokens_text(summary))
+        if chats:
+            self.say(f"{counted(summary['documents'], 'chat')}, {counted(chats['turns'], 'answer')}")
+            if len(chats["forms"]) > 1:
+                self.say(f"forms found, with chats that repeat: {counts_text(chats['forms'])}")
         if validation := summary["validation"]:
             tokens = f", {counted(validation['tokens'], 'token')}" if self.tokenize else ""
             self.say(f"for validation: {counted(validation['documents'], 'document')}{tokens}")
         self._warn_of_losses(summary)
         self._warn_of_rejects(summary, rejects)
         self.say(f"wrote {self.output} in {seconds:.1f} s ({self.size / 1e6 / max(seconds, 1e-9):.1f} MB/s)")
-
-    def _report_chats(self, chats: dict, documents: int) -> None:
-        learned = (
-            f"; learned: {chats['learned_tokens']:,} tokens ({chats['learned_share']:.1%})" if self.tokenize else ""
-        )
-        self.say(f"{documents:,} chats, {chats['turns']:,} answers{learned}")
-        if len(chats["forms"]) > 1:
-            self.say(f"forms of the chats: {counts_text(chats['forms'])}")
 
     def _warn_of_losses(self, summary: dict) -> None:
         """Warn of text that the tokenizer has no token for."""
@@ -396,6 +386,18 @@ class Job:
                 f"warning: {share:.0%} of the lines were rejected, {rejected[reason]:,} of them as {reason} "
                 f"({REASONS[reason]}), such as {place}{seen}"
             )
+
+
+def _tokens_text(summary: dict) -> str:
+    """How many tokens there are, what they stand for, and which documents are long."""
+    about, what = f"{summary['characters_per_token'] or 0:.3f} characters per token", "documents"
+    if chats := summary.get("chats"):
+        about, what = f"{chats['learned_tokens']:,} of them learned ({chats['learned_share']:.1%})", "chats"
+    long, mode = summary["documents_longer_than_max_length"], summary["long_documents"]
+    said = {"keep": "kept whole", "split": "split", "truncate": "cut off", "drop": "rejected"}[mode]
+    return (
+        f"{summary['tokens']:,} tokens, {about}; {what} of more than {summary['max_length']} tokens, {said}: {long:,}"
+    )
 
 
 def _share_text(share: float) -> str:

@@ -178,11 +178,12 @@ class Merger:
                 wanted = chosen & (fates.copies > copy)
                 items = payload if plain else payload[np.repeat(wanted, table["size"])]
                 sizes = piece_sizes[np.repeat(wanted, table["pieces"])]
+                learned = 0
                 if file.learn_path:
-                    items = file.write_learned(items, int(chats["turns"][wanted].sum()))
+                    items, learned = file.write_learned(items, int(chats["turns"][wanted].sum()))
                 file.write(items, sizes)
                 tokens = len(items) if self.statistics.vocab_size else 0
-                self.statistics.add_written(source, len(sizes), tokens, validation=file is validation)
+                self.statistics.add_written(source, len(sizes), tokens, validation=file is validation, learned=learned)
                 if tokens and file is main:
                     counts = part["id_counts"] if plain else np.bincount(items)
                     self.statistics.add_ids(part["ids"] if plain else np.arange(len(counts)), counts)
@@ -266,8 +267,8 @@ class DocumentFile:
         self._learn = open(self.learn_path, "wb") if self.learn_path else None
         return self
 
-    def write_learned(self, payload: np.ndarray, turns: int) -> np.ndarray:
-        """Append which tokens of chats are learned; returns the tokens, for `write`.
+    def write_learned(self, payload: np.ndarray, turns: int) -> tuple[np.ndarray, int]:
+        """Append which tokens of chats are learned; returns the tokens, for `write`, and how many are learned.
 
         Args:
             payload: uint32, with LEARNED in those that are.
@@ -276,9 +277,10 @@ class DocumentFile:
         learned = (payload >> 31).astype(np.uint8)
         self._learn_digest.update(learned)
         self._learn.write(memoryview(learned))
-        self.learned += int(learned.sum())
+        count = int(learned.sum())
+        self.learned += count
         self.turns += turns
-        return (payload & (LEARNED - 1)).astype(self.dtype)
+        return (payload & (LEARNED - 1)).astype(self.dtype), count
 
     def write(self, payload: np.ndarray, sizes: np.ndarray) -> None:
         """Append documents of these sizes (items of the payload).

@@ -284,8 +284,8 @@ def _csv_lines(file: BinaryIO) -> Generator:
     What is no row of the header's columns, or has misplaced quotes, becomes {"csv": its text}.
     """
     taken: list[str] = []  # lines of the row that is being read
-    decoder = io.TextIOWrapper(file, "utf-8-sig", errors="surrogateescape", newline="")
-    lines = (taken.append(line) or line for line in iter(lambda: decoder.readline(MAX_CSV_FIELD), ""))
+    text = io.TextIOWrapper(io.BufferedReader(_Unclosed(file)), "utf-8-sig", errors="surrogateescape", newline="")
+    lines = (taken.append(line) or line for line in iter(lambda: text.readline(MAX_CSV_FIELD), ""))
     csv.field_size_limit(MAX_CSV_FIELD)
     rows, header, made, characters = csv.reader(lines, strict=True), None, [], 0
     while True:
@@ -424,6 +424,21 @@ class _Generated(io.RawIOBase):
         if self._file is not None:
             self._file.close()
         super().close()
+
+
+class _Unclosed(io.RawIOBase):
+    """Reads a file, and leaves it open when it is closed itself."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        content = self._file.read(len(buffer))
+        buffer[: len(content)] = content
+        return len(content)
 
 
 def _as_file(contents: Iterator[bytes], file: BinaryIO | None = None) -> BinaryIO:

@@ -50,6 +50,9 @@ def draw_summary(path: Path, summary: dict) -> None:
         if summary["tokens"]:
             rows[0][1:1] = [_draw_tokens, _draw_ratio]
             rows[1][2:2] = [_draw_vocabulary]
+        if "chats" in summary:
+            first, last = ([_draw_tokens], [_draw_learned]) if summary["tokens"] else ([_draw_characters], [])
+            rows[0] = [*first, _draw_questions, _draw_answers, _draw_turns, *last]
         for row, (top, bottom) in zip(rows, ((0.765, 0.485), (0.355, 0.075)), strict=True):
             grid = figure.add_gridspec(1, len(row), left=LEFT, right=RIGHT, top=top, bottom=bottom, wspace=0.25)
             for cell, draw in zip(grid, row, strict=True):
@@ -138,16 +141,22 @@ def _draw_headline(figure, summary: dict, names: _Names) -> None:
     """The output's name and a row of key numbers."""
     documents, written, rejected = summary["documents"], summary["documents_written"], summary["rejected"]
     tokens, ratio, held = summary["tokens"], summary["characters_per_token"], summary["validation"]
+    counted = "template counted" if "chats" in summary else "bos and eos counted"
     tiles = [
         ("Lines", _count(summary["lines"]), "read"),
         ("Documents", _count(documents), "all written" if written == documents else f"{_count(written)} written"),
         ("Rejected", _percent(rejected / max(1, summary["lines"])), f"{_count(rejected)} lines"),
         ("Characters", _count(summary["characters"]), f"{_short(summary['utf8_bytes'])} bytes of UTF-8"),
         ("Han share", _percent(summary["han_share"] or 0), "of the characters"),
-        ("Tokens", _count(tokens) if tokens else "–", "bos and eos counted" if tokens else "not tokenised"),
+        ("Tokens", _count(tokens) if tokens else "–", counted if tokens else "not tokenised"),
     ]
-    if tokens:
+    if chats := summary.get("chats"):
+        tiles[4] = ("Answers", _count(chats["turns"]), "each with a question")
+    if tokens and chats:
+        tiles.append(("Learned", _percent(chats["learned_share"]), f"{_count(chats['learned_tokens'])} tokens"))
+    elif tokens:
         tiles.append(("Characters per token", f"{ratio:.3f}" if ratio else "–", "bos and eos not counted"))
+    if tokens:
         what = f"documents, {_short(held['tokens'])} tokens" if held else "no documents set aside"
         tiles.append(("Validation", _count(held["documents"]) if held else "none", what))
     names.write(figure, (LEFT, 0.945), summary["output"], (RIGHT - LEFT) * PAGE[0] * DPI, size=17)
@@ -188,7 +197,9 @@ def _log_axis(axis, low: float, high: float, label: str) -> None:
     axis.xaxis.set_minor_locator(NullLocator())
 
 
-def _draw_lengths(axis, unit: str, bins: list[dict], limit: int | None = None) -> None:
+def _draw_lengths(
+    axis, unit: str, bins: list[dict], limit: int | None = None, title: str = "Length", counted: str = "documents"
+) -> None:
     """Bars of one width on the log axis: eight to each doubling, or fewer where few documents would look ragged."""
     documents = sum(row["documents"] for row in bins)
     low, high = max(1, bins[0]["from"]), max(_end(bins[-1]), limit or 1)
@@ -200,12 +211,13 @@ def _draw_lengths(axis, unit: str, bins: list[dict], limit: int | None = None) -
     starts = sorted(bars)
     rows = [{"from": start, "below": _bar_end(start, parts), "documents": bars[start]} for start in starts]
     _draw_bars(axis, rows, limit, RUST)
+    axis.set_ylabel(counted)
     margin = max(1.15, math.sqrt(100 * low / high))  # two decades at least: a single bar is not as wide as the panel
     to_each = "a bar" if parts == 1 else f"{parts} bars"
     _log_axis(axis, low / margin, high * margin, f"{unit}, {to_each} to each doubling")
     half, most = (_short(_quantile(bins, share), digits=2) for share in (0.5, 0.95))
     note = f"half below about {half}, 95 % below about {most}" if documents >= 20 else ""
-    _title(axis, f"Length in {unit}", note)
+    _title(axis, f"{title} in {unit}", note)
 
 
 def _end(row: dict) -> int:
@@ -239,6 +251,37 @@ def _draw_tokens(axis, summary: dict, _: _Names) -> None:
     place = {"xycoords": ("data", "axes fraction"), "xytext": (x, 0), "textcoords": "offset points", "ha": side}
     behind = {"facecolor": "white", "edgecolor": "none", "pad": 1}
     axis.annotate(label, (limit, 1), va="top", color=RUST, size=8.5, bbox=behind, **place)
+
+
+def _draw_questions(axis, summary: dict, _: _Names) -> None:
+    _draw_turn_lengths(axis, "Questions", summary["chats"]["question_in_characters"])
+
+
+def _draw_answers(axis, summary: dict, _: _Names) -> None:
+    _draw_turn_lengths(axis, "Answers", summary["chats"]["answer_in_characters"])
+
+
+def _draw_turn_lengths(axis, title: str, bins: list[dict]) -> None:
+    bins = [row | {"documents": row["turns"]} for row in bins]
+    _draw_lengths(axis, "characters", bins, title=title, counted=title.lower())
+
+
+def _draw_turns(axis, summary: dict, _: _Names) -> None:
+    bins, turns = summary["chats"]["turns_of_documents"], summary["chats"]["turns"]
+    centred = [row | {"from": row["from"] - 0.5, "below": _end(row) - 0.5} for row in bins]
+    _draw_bars(axis, centred, None, INK)
+    _title(axis, "Answers of a chat", f"{turns / max(1, summary['documents']):.2f} on average")
+    high = max(map(_end, bins))
+    axis.set(xlim=(0.5, max(8.5, high + 0.5)), xlabel="answers", ylabel="chats")
+    axis.xaxis.set_major_formatter(_short)
+
+
+def _draw_learned(axis, summary: dict, _: _Names) -> None:
+    overall = summary["chats"]["learned_share"]
+    _draw_bars(axis, summary["chats"]["learned_share_of_documents"], overall, INK)
+    _title(axis, "Learned share", f"all chats together: {_percent(overall)} (dashed)")
+    axis.set(xlim=(-0.02, 1.02), xlabel="learned share of the tokens, of each chat", ylabel="chats")
+    axis.xaxis.set_major_formatter(lambda share, _: f"{100 * share:.0f} %")
 
 
 def _draw_ratio(axis, summary: dict, _: _Names) -> None:

@@ -17,7 +17,8 @@ REASONS = {  # parts name them by their place: new ones go to the end
     "not_sampled": "a source of a weight below 1: the line was not among those taken",
     **CHAT_REASONS,
 }
-# Reasons that lie in the text: the line itself was read.
-TEXT_REASONS = {"empty", *FILTER_REASONS, "over_max_length", "duplicate", "near_duplicate", "not_sampled"}
+# Reasons that lie in the text or the chat: the line itself was read.
+TEXT_REASONS = {"empty", *FILTER_REASONS, "over_max_length", "duplicate", "near_duplicate", "not_sampled", *CHAT_REASONS}
+TEXT_REASONS -= {"no_chat", "bad_message"}
 NAMES = list(REASONS)
 NUMBERS = {name: number for number, name in enumerate(NAMES)}

@@ -45,9 +45,9 @@ class Statistics:
         self._lengths_in_characters, self._lengths_in_tokens = Bins(LENGTHS), Bins(LENGTHS)
         self._ratios, self._shares = Bins(RATIOS), Bins(SHARES)
         self._id_counts = np.zeros(vocab_size, dtype=np.int64)
-        self.turns = self.learned = 0  # answers of the chats, and tokens of them and their ends, each chat once
+        self.turns = 0  # answers of the chats, each chat once
+        self.learned = 0  # tokens of answers and their ends in the token file
         self.forms: Counter = Counter()  # chats by form, repeated ones too
-        self._chat_tokens = 0
         self._turns, self._questions, self._answers = Bins(LENGTHS), Bins(LENGTHS), Bins(LENGTHS)
         self._learned_shares = Bins(SHARES)
         self.sources = [
@@ -85,8 +85,6 @@ class Statistics:
         """Count a part's chats that were kept: CHAT rows, their sizes in tokens, and the characters of each question
         and its answer, [turns, 2]."""
         self.turns += int(chats["turns"].sum())
-        self.learned += int(chats["learned"].sum())
-        self._chat_tokens += int(sizes.sum())
         self._turns.add(chats["turns"])
         self._questions.add(turn_characters[:, 0])
         self._answers.add(turn_characters[:, 1])
@@ -99,14 +97,15 @@ class Statistics:
         self.sources[source]["lines"] += len(reasons)
         self.sources[source]["rejected"] += len(reasons)
 
-    def add_written(self, source: int, documents: int, tokens: int, validation: bool) -> None:
-        """Count what went into a file."""
+    def add_written(self, source: int, documents: int, tokens: int, validation: bool, learned: int = 0) -> None:
+        """Count what went into a file; `learned`: tokens of chats."""
         if validation:
             self.validation_documents += documents
             self.validation_tokens += tokens
             return
         self.documents_written += documents
         self.tokens += tokens
+        self.learned += learned
         self.sources[source]["tokens"] += tokens
 
     def add_ids(self, ids: np.ndarray, counts: np.ndarray) -> None:
@@ -161,7 +160,7 @@ class Statistics:
 
     def _chats(self) -> dict:
         """What is counted of chats only."""
-        share = self.learned / self._chat_tokens if self.vocab_size else None
+        share = self.learned / self.tokens if self.tokens else None
         return {
             "forms": {FORMS[form]: count for form, count in self.forms.most_common()},
             "turns": self.turns,
