@@ -18,7 +18,15 @@ REASONS = {  # parts name them by their place: new ones go to the end
     **CHAT_REASONS,
 }
 # Reasons that lie in the text or the chat: the line itself was read.
-TEXT_REASONS = {"empty", *FILTER_REASONS, "over_max_length", "duplicate", "near_duplicate", "not_sampled", *CHAT_REASONS}
+TEXT_REASONS = {
+    "empty",
+    *FILTER_REASONS,
+    "over_max_length",
+    "duplicate",
+    "near_duplicate",
+    "not_sampled",
+    *CHAT_REASONS,
+}
 TEXT_REASONS -= {"no_chat", "bad_message"}
 NAMES = list(REASONS)
 NUMBERS = {name: number for number, name in enumerate(NAMES)}
