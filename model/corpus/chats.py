@@ -15,6 +15,7 @@ import ast
 import json
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
 from itertools import chain
 
 try:
@@ -32,6 +33,7 @@ ROLES = {  # the spellings in use, in lower case
     **dict.fromkeys(("system", "developer"), "system"),
     **dict.fromkeys(("tool", "function", "function_call", "observation", "tool_response", "ipython"), "tool"),
 }
+_SPEAKERS = {name: role for name, role in ROLES.items() if role != "tool"}
 TEXT_PARTS = ("text", "input_text", "output_text")  # types of the parts of a content
 MAX_HISTORY_CHARACTERS = 1 << 20  # of a Python literal, which takes a hundred times its size to parse
 CHAT_REASONS = {  # in the order in which the checks are made
@@ -124,17 +126,23 @@ def check_turns(messages: Sequence[tuple[str, str]]) -> Chat:
     Raises:
         UnusableChat: they are not questions and answers in turn, behind a system message at most; or one is empty.
     """
-    roles = [role for role, _ in messages]
-    if "assistant" not in roles:
-        raise UnusableChat("no_answer")
-    turns = roles[1:] if roles[0] == "system" else roles
-    if turns[::2] != ["user"] * len(turns[::2]) or turns[1::2] != ["assistant"] * len(turns[1::2]):
-        raise UnusableChat("roles_out_of_order")
-    if roles[-1] != "assistant":
-        raise UnusableChat("unanswered")
-    if reason := empty_reason(messages):
+    roles, contents = zip(*messages, strict=True) if messages else ((), ())
+    if reason := _fault_of_roles(roles):
         raise UnusableChat(reason)
+    if "" in contents:
+        raise UnusableChat(empty_reason(messages))
     return tuple(messages)
+
+
+@lru_cache(maxsize=1024)
+def _fault_of_roles(roles: tuple[str, ...]) -> str | None:
+    """Why messages of these roles make no chat; None if they do."""
+    if "assistant" not in roles:
+        return "no_answer"
+    turns = roles[1:] if roles[0] == "system" else roles
+    if set(turns[::2]) != {"user"} or not set(turns[1::2]) <= {"assistant"}:
+        return "roles_out_of_order"
+    return None if roles[-1] == "assistant" else "unanswered"
 
 
 def empty_reason(messages: Iterable[tuple[str, str]]) -> str | None:
@@ -147,6 +155,12 @@ def empty_reason(messages: Iterable[tuple[str, str]]) -> str | None:
 
 def _read_messages(value: dict) -> list[tuple[str, str]]:
     listed = next(value[key] for key in MESSAGE_KEYS if isinstance(value.get(key), list))
+    for role, content in (("role", "content"), ("from", "value")):  # the usual case, ten times as fast
+        try:
+            if sum(map(len, listed)) == 2 * len(listed):
+                return [(_SPEAKERS[message[role]], message[content].strip()) for message in listed]
+        except (KeyError, TypeError, AttributeError):
+            pass
     return list(map(_message, listed))
 
 
@@ -273,8 +287,8 @@ def contents_of(chats: Iterable[Chat]) -> list[str]:
 
 
 def canonical(chat: Chat) -> bytes:
-    """The same bytes for the same chat, in whatever form it came."""
-    return json.dumps(chat, ensure_ascii=False).encode("utf-8", "surrogatepass")
+    """The same bytes for the same chat, in whatever form it came, and for no other."""
+    return "".join([f"{role}{len(content)}:{content}" for role, content in chat]).encode("utf-8")
 
 
 def as_messages(chat: Chat) -> dict:

@@ -167,6 +167,8 @@ class ChatDocuments:
     def clean(self, documents: Sequence[Chat], cleaner: Cleaner):
         before = contents_of(documents)
         after, masks = cleaner.clean_all(before)
+        if not any(masks):
+            return list(documents), [0] * len(documents), []
         place, cleaned, chat_masks, changed = 0, [], [], []
         for index, chat in enumerate(documents):
             own = slice(place, place + len(chat))

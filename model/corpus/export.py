@@ -63,6 +63,7 @@ def export_megatron(token_path: str | Path, say: Callable[[str], None]) -> list[
         f"Megatron: wrote {index}, {manifest.documents:,} documents; the data path is {token_path.with_suffix('')}"
         f" (vocab size {manifest.vocab_size:,}, eos {manifest.eos_id})"
     )
+    _warn_of_chats(manifest, say)
     return [index]
 
 
@@ -100,7 +101,13 @@ def export_nanotron(
     say(f"nanotron: wrote {tokens} ({kind} of {token_path.name}), {index.name} and {metadata.name}")
     if name == UNKNOWN_TOKENIZER:
         say(f"nanotron: write the path of the tokenizer's folder into {metadata}, before the |: nanotron loads it")
+    _warn_of_chats(manifest, say)
     return [tokens, index, metadata]
+
+
+def _warn_of_chats(manifest: Manifest, say: Callable[[str], None]) -> None:
+    if manifest.chat:
+        say("warning: the format cannot say which tokens are learned: whoever reads it learns the questions too")
 
 
 def checked_manifest(token_path: Path) -> Manifest:
@@ -116,7 +123,7 @@ def checked_manifest(token_path: Path) -> Manifest:
     ends = ends_path(token_path)
     for path in (token_path, manifest_path(token_path), ends):
         if not path.is_file():
-            raise InputError(f"{path}: no such file; an export needs the token file, its .json and its .ends; {REMAKE}")
+            raise InputError(f"{path}: no such file; a token file needs its .json and its .ends; {REMAKE}")
     manifest = read_manifest(token_path)
     if manifest.dtype not in MEGATRON_DTYPES:
         raise InputError(f"{manifest_path(token_path)}: dtype is {manifest.dtype!r}, expected uint16 or uint32")

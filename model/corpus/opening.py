@@ -240,7 +240,7 @@ def _parquet_rows(path: Path, keys: Sequence[str]) -> Generator:
                 values = [column.cast(_with_bytes(column.type)).to_pylist() for column in batch.columns]
                 for row in zip(*values, strict=True):
                     yield dict(zip(batch.schema.names, row, strict=True))
-    except (pyarrow.ArrowException, OSError, MemoryError) as error:
+    except (pyarrow.ArrowException, OSError, MemoryError, UnicodeDecodeError) as error:
         raise InputError(
             f"input_path: {path} cannot be read as Parquet ({first_line(error)}); fetch it again"
         ) from error
@@ -257,6 +257,8 @@ def _with_bytes(kind):
     if pa.types.is_list(kind) or pa.types.is_large_list(kind):
         made = pa.large_list if pa.types.is_large_list(kind) else pa.list_
         return made(kind.value_field.with_type(_with_bytes(kind.value_type)))
+    if pa.types.is_dictionary(kind):
+        return _with_bytes(kind.value_type)
     return kind
 
 

@@ -134,25 +134,44 @@ class ChatFormat:
         messages = [{"role": role, "content": self.encoder.guarded(content)} for role, content in chat]
         answers = [place for place, (role, _) in enumerate(chat) if role == "assistant"]
         begin, end = self.encoder.marks
-        marked = [
-            message | {"content": begin + message["content"] + end} if message["role"] == "assistant" else message
-            for message in messages
-        ]
+        about = self.template, self.special_tokens
         try:
-            texts = [render(self.template, self.special_tokens, messages[:place]) for place in answers]
-            whole = render(self.template, self.special_tokens, marked, add_generation_prompt=False)
+            prefixes = [render(*about, messages[:place]) for place in answers]
+            whole = render(*about, messages, add_generation_prompt=False)
+            before = self._control_before(messages, prefixes, whole)
+            if before is None:  # something precedes the content of an answer, such as an empty thought
+                marked = [
+                    message | {"content": begin + message["content"] + end} if place in answers else message
+                    for place, message in enumerate(messages)
+                ]
+                in_marks = render(*about, marked, add_generation_prompt=False)
+                before = self._control_before(marked, prefixes, in_marks, len(begin + end))
         except InputError:
             return [], []
+        return ([], []) if before is None else ([*prefixes, whole], before)
+
+    def _control_before(
+        self, messages: Sequence[dict[str, str]], prefixes: Sequence[str], whole: str, marks: int = 0
+    ) -> list[int] | None:
+        """How many control tokens stand between the start of each answer and its content; None if a content is missing.
+
+        Args:
+            prefixes: the text up to each answer.
+            whole: the text of all messages.
+            marks: characters around each answer in `whole`; 0: none, and then each answer must begin with its content.
+        """
         at, before = 0, []
-        for message in marked:
-            found = whole.find(message["content"], at)
-            if found < 0:
-                return [], []
+        for message in messages:
+            content = message["content"]
             if message["role"] == "assistant":
-                start = len(texts[len(before)]) + len(before) * len(begin + end)  # in the whole, with its marks
-                before.append(self.encoder.count_control(whole[start:found]))
-            at = found + len(message["content"])
-        return [*texts, whole.replace(begin, "").replace(end, "")], before
+                at = len(prefixes[len(before)]) + len(before) * marks
+            found = whole.find(content, at)
+            if found < 0 or (message["role"] == "assistant" and found > at and not marks):
+                return None
+            if message["role"] == "assistant":
+                before.append(self.encoder.count_control(whole[at:found]))
+            at = found + len(content)
+        return before
 
     def _placed(self, ids: list[list[int]], before: list[int]) -> tuple[list[int], list[bool], str | None]:
         """(ids, learned, reason) of a chat, from what `_encode_rendered` returns."""

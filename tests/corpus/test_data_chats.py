@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from model.corpus.chats import CHAT_REASONS, KEYS, parse_chat
 from model.corpus.reasons import REASONS
 from model.corpus.show import shown_documents
+from model.corpus.train_tokenizer import train_tokenizer
 from model.errors import InputError
 from model.text.chat_template import MESSAGES_TEMPLATE, encode_chat, template_sha256
 from model.text.tokenization import load_tokenizer
@@ -480,6 +481,39 @@ def test_cleaned_jsonl_holds_the_chats_in_openais_form(tmp_path, embedded):
     assert counts["chats"]["turns"] == 4 and not learn_path(tmp_path / "c.jsonl").exists()
     process(tmp_path / "c.jsonl", tmp_path / "d.bin")
     assert read_chats(tmp_path / "d.bin") == [expected(chat, embedded) for chat in CHATS]
+
+
+@pytest.mark.parametrize("library", ["megatron", "nanotron"])
+def test_an_export_warns_that_the_mask_is_left_behind(tmp_path, process_data_here, library):
+    process(write(tmp_path / "a.jsonl", LINES), tmp_path / "a.bin")
+    code, said = process_data_here("--export", library, "--input_path", tmp_path / "a.bin")
+    assert code == 0 and "warning: the format cannot say which tokens are learned" in said
+
+
+def test_a_tokenizer_is_trained_on_the_contents_of_chats(tmp_path):
+    chats = [(("user", f"春眠{n}"), ("assistant", f"不觉晓{n}" * 3)) for n in range(50)]
+    path = write(tmp_path / "a.jsonl", jsonl(map(sharegpt, chats)))
+    read = train_tokenizer(path, tmp_path / "t", 262)
+    assert read.documents == 50 and read.rejected == {}
+    assert "春" in load_tokenizer(tmp_path / "t").decode(load_tokenizer(tmp_path / "t").encode("春眠不觉晓"))
+    with pytest.raises(InputError, match="none of 3 lines is a usable chat"):
+        train_tokenizer(write(tmp_path / "b.jsonl", jsonl([{"messages": [USER]}] * 3)), tmp_path / "u", 262)
+
+
+def test_text_of_a_table_that_is_not_utf8_is_one_reject(tmp_path, embedded):
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    rows = [[[USER, ANSWER], [USER, {"role": "assistant", "content": "?"}]][n] for n in (0, 1)]
+    kind = pa.list_(pa.struct([("role", pa.string()), ("content", pa.binary())]))
+    given = [[{**message, "content": message["content"].encode()} for message in row] for row in rows]
+    given[1][1]["content"] = b"\xff"
+    column = pa.array(given, kind).cast(pa.list_(pa.struct([("role", pa.string()), ("content", pa.binary())])))
+    names = pa.array(["human", "gpt"]).dictionary_encode()
+    pq.write_table(pa.table({"messages": column, "system": names, "when": [1, 2]}), tmp_path / "a.parquet")
+    counts = process(tmp_path / "a.parquet", tmp_path / "a.bin")
+    assert counts["rejected_by_reason"] == {"bad_utf8": 1}
+    assert read_chats(tmp_path / "a.bin") == [
+        expected((("system", "human"), ("user", "q"), ("assistant", "a")), embedded)
+    ]
 
 
 def test_a_foreign_tokenizer_writes_its_own_template(tmp_path):

@@ -179,6 +179,14 @@ def test_a_chat_whose_answer_cannot_be_told_apart_leaves_the_others_as_they_are(
 KNOWS_FEW_CHARACTERS = ("Unigram", "an eos that is not special")  # one unknown token stands for header and answer
 
 
+def test_thoughts_as_qwen_3_writes_them_are_learned_and_those_that_it_drops_are_refused(styles):
+    style, thought = styles["Qwen 3"], "<think>\n因为……\n</think>\n\n"
+    last = (("user", "1+1"), ("assistant", "2"), ("user", "2+2"), ("assistant", f"{thought}4"))
+    assert style.check(last) and style.format.encode([last]).reasons == [None]
+    earlier = (("user", "1+1"), ("assistant", f"{thought}2"), ("user", "2+2"), ("assistant", "4"))
+    assert style.format.encode([earlier]).reasons == ["template_refuses"]
+
+
 @pytest.mark.parametrize("kind", KNOWS_FEW_CHARACTERS)
 def test_a_tokenizer_that_merges_header_and_answer_is_refused(tmp_path, kind):
     folder = write_tokenizer(tmp_path / "t", KINDS[kind]())
