@@ -43,7 +43,8 @@ def shown_documents(
         flags = learned[start:end] if manifest.chat else np.zeros(end - start, dtype=bool)
         said = f", {int(flags.sum()):,} learned" if manifest.chat else ""
         shown = slice(start, min(end, start + MOST_TOKENS))
-        text = _text(tokenizer, tokens[shown].tolist(), flags[:MOST_TOKENS].astype(bool).tolist(), coloured)
+        in_colours = coloured and bool(manifest.chat)
+        text = _text(tokenizer, tokens[shown].tolist(), flags[:MOST_TOKENS].astype(bool).tolist(), in_colours)
         cut = f"\n… ({end - start - MOST_TOKENS:,} more tokens)" if end - start > MOST_TOKENS else ""
         yield f"document {number:,} of {manifest.documents:,}: {end - start:,} tokens{said}\n{text}{cut}"
 

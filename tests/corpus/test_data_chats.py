@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from model.corpus.chats import CHAT_REASONS, KEYS, parse_chat
@@ -348,6 +348,19 @@ def test_no_object_makes_parsing_fail(value):
         roles = [role for role, _ in chat if role != "system"]
         assert roles == ["user", "assistant"] * (len(roles) // 2) and all(text.strip() == text for _, text in chat)
         "".join(text for _, text in chat).encode()
+
+
+@pytest.mark.long
+@given(values=st.lists(VALUES | st.dictionaries(st.sampled_from(KEYS), VALUES, min_size=1), max_size=12))
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_whatever_the_lines_hold_each_is_a_chat_or_a_reject(tmp_path, values):
+    lines = [json.dumps(value) for value in [FORMS["OpenAI's messages"](HELLO), *values]]
+    path = write(tmp_path / "a.jsonl", "\n".join(lines).encode() + b"\n")
+    processor = OptimizedDataProcessor(workers=0, format="chat")
+    counts = processor.process_dataset(path, tmp_path / "a.bin", resume=False)
+    assert counts["documents"] + counts["rejected"] == counts["lines"] == len(lines)
+    assert len(read_chats(tmp_path / "a.bin")) == counts["documents"]
+    assert len(read_rejects(tmp_path / "a.bin")) == counts["rejected"]
 
 
 def test_a_file_without_a_usable_chat_is_refused_in_one_line(tmp_path, process_data_here):
