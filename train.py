@@ -181,7 +181,7 @@ def make_preview(settings: Settings):
     chat = {"template": tokenizer.chat_template, "end_ids": manifest.chat["end_ids"]} if is_chat else None
 
     def preview(model) -> list[str]:
-        generator, lines = TextGenerator(model, tokenizer, chat=chat), []
+        generator, lines = TextGenerator(model, tokenizer, compile=False, chat=chat), []
         for number, prompt in enumerate(PREVIEW_QUESTIONS if is_chat else PREVIEW_PROMPTS):
             # One seed each: equal seeds give similar texts.
             config = GenerationConfig(max_new_tokens=40, seed=settings.training.seed + number)

@@ -262,33 +262,40 @@ class SampleOrder:
 
     def __init__(self, samples: np.ndarray, seed: int, rows_per_step: int) -> None:
         self.samples, self.seed, self.rows_per_step = samples, seed, rows_per_step
+        self.per_epoch = len(samples)  # samples
         self._epoch, self._order = -1, np.arange(0)
 
     @property
     def steps_per_epoch(self) -> int:
-        return -(-len(self.samples) // self.rows_per_step)
+        return -(-self.per_epoch // self.rows_per_step)
 
     def steps_left(self, position: int, epochs: int) -> int:
         """Steps from `position` to the end of `epochs` epochs."""
-        epoch, start = divmod(position, len(self.samples))
+        epoch, start = divmod(position, self.per_epoch)
         if epoch >= epochs:
             return 0
-        return -(-(len(self.samples) - start) // self.rows_per_step) + (epochs - epoch - 1) * self.steps_per_epoch
+        return -(-(self.per_epoch - start) // self.rows_per_step) + (epochs - epoch - 1) * self.steps_per_epoch
 
     def next_step(self, position: int) -> np.ndarray:
         """The samples of the step that begins at `position`; the last step of an epoch may have fewer rows."""
-        epoch, start = divmod(position, len(self.samples))
-        return self.samples[self._order_of(epoch)[start : start + self.rows_per_step]]
+        epoch, start = divmod(position, self.per_epoch)
+        return self._samples_of(epoch)[start : start + self.rows_per_step]
 
     def count_targets(self, position: int, dataset: PretrainDataset) -> int:
         """Tokens that all samples before `position` predict, over all epochs."""
         if dataset.packing is None:
             return position * dataset.seq_len
-        epoch, start = divmod(position, len(self.samples))
-        begun = dataset.count_targets(self.samples[self._order_of(epoch)[:start]])
-        return epoch * dataset.count_targets(self.samples) + begun
+        epoch, start = divmod(position, self.per_epoch)
+        begun = dataset.count_targets(self._samples_of(epoch)[:start])
+        return self._count_epochs(epoch, dataset) + begun
+
+    def _count_epochs(self, epochs: int, dataset: PretrainDataset) -> int:
+        return epochs * dataset.count_targets(self.samples)
+
+    def _samples_of(self, epoch: int) -> np.ndarray:
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, self._order_of(epoch)
+        return self._order
 
     def _order_of(self, epoch: int) -> np.ndarray:
-        if epoch != self._epoch:
-            self._epoch, self._order = epoch, epoch_order(len(self.samples), self.seed, epoch)
-        return self._order
+        return self.samples[epoch_order(len(self.samples), self.seed, epoch)]

@@ -9,11 +9,13 @@ from torch import Tensor
 
 from model.errors import InputError
 from model.LMConfig import LMConfig
+from model.runs.folder import is_within, recorded_source
 from model.runs.resume import find_checkpoint
 from model.text.tokenization import EMBEDDED_TOKENIZER, tokenizer_folder
 from model.text.tokenizer_folder import same_tokenizer
+from model.token_file.manifest import read_manifest
 from model.training.choices import FoundCheckpoint
-from model.training.settings import ModelSettings, Settings
+from model.training.settings import ModelSettings, Settings, TrainingSettings
 from model.weights import Weights, load_weights
 from model.weights.find import find_weights
 from model.weights.load import fitting_tokenizer, recorded_tokenizer
@@ -48,7 +50,18 @@ def find_beginning(settings: Settings, say: Callable[[str], None]) -> Beginning:
         return Beginning(checkpoint)
     if settings.training.resume:
         say(f"resume: no checkpoint in {settings.training.out_dir}, so training starts from the beginning")
+        _take_moved_source(settings.training, say)
     return Beginning(weights=_load_initial(settings, say))
+
+
+def _take_moved_source(training: TrainingSettings, say: Callable[[str], None]) -> None:
+    """Find weights of `init_from` again that the run, when it first started, moved out of its own folder."""
+    out_dir = Path(training.out_dir)
+    if training.init_from is None or not is_within(training.init_from, out_dir):
+        return
+    if (source := recorded_source(out_dir)) is not None:
+        say(f"init_from: {source}, where this run moved {training.init_from} when it started")
+        training.init_from = source
 
 
 def take_shape_of_checkpoint(settings: Settings, path: Path, checkpoint: Mapping) -> None:
@@ -73,9 +86,16 @@ def _load_initial(settings: Settings, say: Callable[[str], None]) -> dict[str, T
     if _take_shape(model, weights.config):
         taken = "the model takes its shape from these weights, not from the settings' section model"
     say(f"init_from {path}: {taken}")
-    if model.max_seq_len > weights.config.max_seq_len:
-        known = f"these weights know positions up to {weights.config.max_seq_len:,}"
-        say(f"init_from {path}: {known}, max_seq_len is {model.max_seq_len:,}: the others have to be learned")
+    known = weights.config.max_seq_len
+    manifest = read_manifest(data.train_data_path)
+    if model.max_seq_len > known and manifest is not None and manifest.chat:
+        say(f"max_seq_len {known}: what these weights know; {model.max_seq_len} is more than chats can teach them")
+        model.max_seq_len = known
+    if model.max_seq_len > known:
+        say(
+            f"init_from {path}: these weights know positions up to {known:,}, max_seq_len is {model.max_seq_len:,}: the"
+            " others have to be learned"
+        )
     return weights.state_dict
 
 

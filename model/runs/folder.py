@@ -26,7 +26,9 @@ RESULTS = (
 )  # fmt: skip
 
 
-def begin_run(out_dir: Path, resumed_from: Path | None, step: int, say: Callable[[str], None]) -> str | None:
+def begin_run(
+    out_dir: Path, resumed_from: Path | None, step: int, say: Callable[[str], None]
+) -> tuple[str | None, Path | None]:
     """Set aside what another run, or another line of this one, left in a claimed folder.
 
     Args:
@@ -34,18 +36,36 @@ def begin_run(out_dir: Path, resumed_from: Path | None, step: int, say: Callable
         step: the step that it resumes at.
 
     Returns:
-        when the run started: None where it resumes the run in this folder.
+        when the run started: None where it resumes the run in this folder; and where the files of an earlier run are
+        now: None where there were none.
     """
     if resumed_from is not None and resumed_from.resolve().parent == out_dir.resolve():
         if (moved := leave_line(out_dir, step)) is not None:
             say(f"out_dir: the checkpoints past step {step:,}, and a copy of the results, are now in {moved}")
-        return None
+        return None, None
     if (moved := move_earlier_run(out_dir)) is not None:
         say(f"out_dir: {out_dir} held another run; its files are now in {moved}")
     if resumed_from is not None and (resumed_from.parent / "best_model.pth").exists():
         for name in ("best_model.pth", "best_model.json"):  # the best weights so far come along into the new folder
             shutil.copy2(resumed_from.parent / name, out_dir / name)
-    return now()
+    return now(), moved
+
+
+def is_within(path: str | Path, out_dir: Path) -> bool:
+    """Whether a path is a run's folder, or a file in it: what a new run there moves away."""
+    place = Path(path).expanduser().resolve()
+    return out_dir.resolve() in (place, place.parent)
+
+
+def recorded_source(out_dir: Path) -> str | None:
+    """The `init_from` of the run that started in this folder, as its config.yaml has it; None: it has none."""
+    if started_at(out_dir) is None:
+        return None
+    try:
+        found = yaml.safe_load((out_dir / "config.yaml").read_text(encoding="utf-8"))["training"]["init_from"]
+    except (OSError, ValueError, LookupError, TypeError, yaml.YAMLError):
+        return None
+    return found if isinstance(found, str) and Path(found).exists() else None
 
 
 def write_config(out_dir: Path, started: str, settings: dict) -> None:

@@ -124,7 +124,7 @@ def check_fits(path: Path, checkpoint: Mapping, mine: Mapping[str, Mapping], opt
     }
     for name, title in (("config", "model"), ("data", "data"), ("tokenizer", "tokenizer")):
         there, here = its[name], mine[name]
-        unknown = {key for key in here if key == "sha256" and None in (here[key], there.get(key))}
+        unknown = {key for key in here if key.endswith("sha256") and None in (here[key], there.get(key))}
         different = [
             f"{key} {_short(there.get(key))} there, {_short(here[key])} here"
             for key in here

@@ -12,6 +12,7 @@ from model.runs.folder import (
     begin_run,
     check_space,
     claim,
+    is_within,
     prune_checkpoints,
     step_checkpoint,
     write_config,
@@ -63,7 +64,14 @@ class RunFiles:
 
     def _begin(self, settings: Settings, plan: RunPlan, resumed: FoundCheckpoint | None) -> None:
         path = resumed.path if resumed is not None else None
-        new_run = begin_run(self.out_dir, path, plan.steps_done, self._say)
+        new_run, moved = begin_run(self.out_dir, path, plan.steps_done, self._say)
+        source = settings.training.init_from
+        if moved is not None and source is not None and is_within(source, self.out_dir):
+            # It was read before it was moved. Its new place is recorded, for a restart before the first checkpoint.
+            settings.training.init_from = plan.training.init_from = str(
+                moved if Path(source).is_dir() else moved / Path(source).name
+            )
+            self._say(f"init_from: {source} is now {settings.training.init_from}")
         self.started = new_run or resumed.content["started"]  # when the run started
         self._status, self._told = Status(self.out_dir, plan.world_size, plan.total_steps), 0.0
         self.metrics = MetricsLog(self.out_dir, plan.steps_done, self._say)

@@ -14,6 +14,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -56,13 +57,16 @@ GAP_NAMES = {
 # --------------------------------------------------------------------------------------------------------- writing
 
 
-def write_tokenizer(writer: "gguf.GGUFWriter", folder: str | Path, rows: int, add_bos: bool = True) -> list[str]:
+def write_tokenizer(
+    writer: "gguf.GGUFWriter", folder: str | Path, rows: int, add_bos: bool = True, chat: Mapping | None = None
+) -> list[str]:
     """Add the `tokenizer.*` keys of a tokenizer folder to a GGUF file.
 
     Args:
         folder: tokenizer.json and tokenizer_config.json; chat_template.jinja and generation_config.json if present.
         rows: of the embedding; those past the tokenizer's last id become unused tokens.
         add_bos: llama.cpp begins every text with the bos token, if there is one, as documents do in training.
+        chat: of a chat model: its `template` instead of the folder's, and `end_ids` besides the folder's.
 
     Returns:
         One line for each point where llama.cpp will deviate from the folder; usually none.
@@ -72,6 +76,9 @@ def write_tokenizer(writer: "gguf.GGUFWriter", folder: str | Path, rows: int, ad
     """
     folder = Path(folder)
     found = read_folder(folder)
+    if chat:
+        ends = list(dict.fromkeys([*found.end_ids, *chat["end_ids"]]))
+        found = replace(found, end_ids=ends, chat_template=chat["template"])
     try:
         tokens, types = _list_tokens(found, rows)
         if found.tokenizer["model"]["byte_fallback"]:

@@ -6,14 +6,15 @@ from pathlib import Path
 
 import numpy as np
 
-from model.dataset import VERIFY_BYTES, PretrainDataset, verify_tokens
+from model.dataset import VERIFY_BYTES, PretrainDataset, SampleOrder, verify_tokens
 from model.errors import InputError, counted
 from model.storage.files import size_text
 from model.text.chat_template import template_sha256
 from model.text.token_bytes import token_bytes
 from model.text.tokenization import delimiters, load_tokenizer, tokenizer_sha256, vocabulary_size
 from model.token_file.chats import verify_learned
-from model.training.settings import Settings
+from model.training.mixing import MixedDataset, MixedOrder
+from model.training.settings import DataSettings, Settings
 
 TEXT_HEAD = 4096  # bytes that show whether a file is text
 
@@ -76,9 +77,10 @@ class TrainingData:
         tokenizer_sha256: of the tokenizer.
         token_bytes: TokenBytes, the bytes of text that ids stand for.
         delimiters: the tokens that begin and end a document.
-        train, val: PretrainDataset.
+        train, val: PretrainDataset; with texts that are mixed in, `train` is a MixedDataset.
         chat: of chats, what weights that learn them record: `template`, `template_sha256` and `end_ids`; else empty.
         train_samples, val_samples: which of their samples to use, int64.
+        mixed_samples, mix_share: the samples of texts that are mixed in, int64, and their share; none, and 0.
         fingerprint, validation: identify the training and the validation data.
 
     Args:
@@ -98,9 +100,9 @@ class TrainingData:
         self.config = settings.lm_config(tokens)
         self.token_bytes = token_bytes(tokenizer, self.config.vocab_size)
 
-        for name in ("train_data_path", "val_data_path"):
+        for name in ("train_data_path", "val_data_path", "mix_data_path"):
             refuse_text(name, getattr(data, name))
-        self.train = self._open(data.train_data_path, say)
+        self.train = train = self._open(data.train_data_path, say)
         self.chat = {} if self.train.chats is None else self._chat(data.train_data_path, self.train)
         if data.val_data_path is not None:
             self.val = self._open(data.val_data_path, say)
@@ -110,9 +112,16 @@ class TrainingData:
             self.val = self.train
             self.train_samples, self.val_samples = self.train.hold_out()
             say(self._held_out_line())
+        self.mixed_samples, self.mix_share = np.arange(0), 0.0
+        if data.mix_data_path is not None:
+            self._mix(data, say)
         if settings.training.early_stopping and len(self.val_samples) == 0:
             say("early_stopping: there are no validation samples, so training will not stop early")
-        self.fingerprint = self.train.fingerprint() | {"training_samples": len(self.train_samples)}
+        self.fingerprint = train.fingerprint() | {"training_samples": len(self.train_samples)}
+        if self.is_chat:
+            self.fingerprint |= {"mix_share": self.mix_share}
+        if data.mix_data_path is not None:
+            self.fingerprint |= {f"mix_{name}": value for name, value in self.texts.fingerprint().items()}
         self.validation = self.val.fingerprint() | {"validation_samples": len(self.val_samples)}
 
     @property
@@ -144,6 +153,31 @@ class TrainingData:
             )
         if self.is_chat:
             self._chat(val_path, self.val)
+
+    def _mix(self, data: DataSettings, say: Callable[[str], None]) -> None:
+        """Mix the texts of mix_data_path into the chats.
+
+        Raises:
+            InputError: the one are no texts, or the other no chats.
+        """
+        if not self.is_chat:
+            raise InputError(
+                f"mix_data_path: texts are mixed into chats, but train_data_path {data.train_data_path} holds texts;"
+                " omit mix_data_path"
+            )
+        self.texts, self.mix_share = self._open(data.mix_data_path, say), data.mix_share
+        if self.texts.chats is not None:
+            raise InputError(f"mix_data_path: {data.mix_data_path} holds chats, a token file of texts expected")
+        texts, self.held_out_texts = self.texts.hold_out()
+        self.mixed_samples = texts + len(self.train)
+        self.train = MixedDataset(self.train, self.texts)
+        say(f"mix_data_path: {data.mix_share:.1%} of the samples are texts of {data.mix_data_path}, wholly learned")
+
+    def order(self, seed: int, rows_per_step: int) -> SampleOrder:
+        """The order in which training reads its samples."""
+        if len(self.mixed_samples):
+            return MixedOrder(self.train_samples, self.mixed_samples, self.mix_share, seed, rows_per_step)
+        return SampleOrder(self.train_samples, seed, rows_per_step)
 
     def _held_out_line(self) -> str:
         if not self.is_chat:

@@ -59,7 +59,7 @@ class RunPlan:
     local_world_size: int  # processes on this machine
     parameters: int
     flops_per_token: int  # of training
-    train_samples: int
+    train_samples: int  # of an epoch
     val_samples: np.ndarray  # numbers of the samples that an evaluation reads, int64
     order: SampleOrder
     pace: Mapping  # what total_steps was computed from; a checkpoint keeps it
@@ -156,9 +156,9 @@ def plan_run(
     choices = Choices(settings, found, ranks, hardware.device, say)
     t = choices.training  # the calls below replace its `auto`, each with the help of those before it
     choices.settle_batch_size(model, data, hardware.autocast)
-    order = SampleOrder(data.train_samples, t.seed, t.batch_size * ranks.world_size * t.accumulation_steps)
+    order = data.order(t.seed, t.batch_size * ranks.world_size * t.accumulation_steps)
     tokens_per_step = order.rows_per_step * config.max_seq_len
-    choices.settle_learning_rate(model, tokens_per_step)
+    choices.settle_learning_rate(model, tokens_per_step, data.is_chat and t.init_from is not None)
     pace = {"rows_per_step": order.rows_per_step, "epochs": t.epochs, "max_steps": t.max_steps}
     if checkpoint is not None and checkpoint["pace"] == pace:
         total_steps = checkpoint["total_steps"]
@@ -180,7 +180,7 @@ def plan_run(
         local_world_size=ranks.local_world_size,
         parameters=model.parameter_count(),
         flops_per_token=flops_per_token,
-        train_samples=len(data.train_samples),
+        train_samples=order.per_epoch,
         val_samples=data.spread_validation(t.eval_steps and t.eval_steps * t.batch_size * ranks.world_size),
         order=order,
         pace=pace,

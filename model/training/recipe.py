@@ -27,10 +27,13 @@ WARMUP_SHARE = 0.05  # of all steps
 # Seconds of training; compiling takes 30 to 60 of them. It gains a tenth on a CPU (benchmarks/RESULTS.md), and more on
 # a GPU, as others report.
 COMPILE_PAYS_AFTER = {"cpu": 900.0, "cuda": 180.0}
+TUNING_SHARE = 0.3  # of the rate of pre-training, for weights that learn to answer
 USUAL_SHARE = 0.4  # of the matrix products' peak that training reaches, until it is measured
 
 
-def automatic_learning_rate(optimizer_type: str, parameters: int, tokens_per_step: int) -> float:
+def automatic_learning_rate(
+    optimizer_type: str, parameters: int, tokens_per_step: int, is_tuning: bool = False
+) -> float:
     """The highest learning rate: the rate that was best for a small model, by optimizer, scaled to this model.
 
     It grows with the square root of the tokens per step, as gradients get less noisy (Malladi et al., 2022), by a
@@ -41,6 +44,7 @@ def automatic_learning_rate(optimizer_type: str, parameters: int, tokens_per_ste
         optimizer_type: as in the settings.
         parameters: of the model, tied ones once.
         tokens_per_step: over all micro-batches and processes.
+        is_tuning: pre-trained weights are tuned on chats, with TUNING_SHARE of that rate.
 
     Raises:
         InputError: no such rate is known for the optimizer.
@@ -51,6 +55,7 @@ def automatic_learning_rate(optimizer_type: str, parameters: int, tokens_per_ste
     if base_rate is None:
         raise InputError(f"learning_rate: auto found, but {optimizer_type} has no automatic rate; give a number")
     rate = base_rate * min(MOST_SCALING, max(1 / MOST_SCALING, by_batch)) * by_size
+    rate *= TUNING_SHARE if is_tuning else 1
     return float(f"{rate:.2g}")  # two digits: more of them make no difference
 
 

@@ -42,9 +42,13 @@ class DataSettings:
         "JSONL from which a missing train_data_path is made; null: for the default path, what is in dataset/",
         path=True,
     )
+    mix_data_path: str | None = setting(
+        None, "token file of texts that are mixed into chats, against forgetting; null: none", path=True
+    )
+    mix_share: float = setting(0.1, "share of these texts in the samples of each step", above=0, below=1)
     sample_start: str = setting(
         "packed",
-        "where samples begin: packed, anywhere; document, where a document begins or its last sample ended",
+        "where samples of texts begin: packed, anywhere; document, where a document begins or its last sample ended",
         choices=("packed", "document"),
     )
 
@@ -95,7 +99,9 @@ class TrainingSettings:
     spike_threshold: float = setting(
         10.0, "standard deviations above the mean of the last 128 losses that make a spike; 0: none does", at_least=0
     )
-    document_mask: bool = setting(False, "a token sees only its own document, not those before it in the sample")
+    document_mask: bool = setting(
+        False, "a token sees only its own document, not those before it in the sample; always so with chats"
+    )
     dtype: str = setting(
         "bfloat16", "of the matrix products; weights stay float32", choices=("float32", "float16", "bfloat16")
     )

@@ -224,7 +224,7 @@ def save_gguf(path: str | Path, weights: Weights, kind: str = "F32") -> list[str
     with replacing(path) as file:
         writer = gguf.GGUFWriter(file.name, architecture)  # opens the file again
         _write_shape(writer, config, kind, path.stem)
-        remarks = write_tokenizer(writer, folder, config.vocab_size, weights.begins_with_bos)
+        remarks = write_tokenizer(writer, folder, config.vocab_size, weights.begins_with_bos, weights.chat)
         if config.rope_scaling == "llama3":
             writer.add_tensor(ROPE_TENSOR, rope_factors(config).numpy())
         for name, tensor in _to_write(weights, IN_HALVES[architecture]).items():

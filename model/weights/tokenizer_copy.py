@@ -60,6 +60,8 @@ def export_tokenizer(weights: Weights, target: Path) -> None:
 
     copy_tokenizer(weights.tokenizer_path or EMBEDDED_TOKENIZER, target)
     tokenizer = load_tokenizer(target)
+    if weights.chat and tokenizer.chat_template != weights.chat["template"]:  # the one that the answers were trained in
+        (target / "chat_template.jinja").write_bytes(weights.chat["template"].encode())
     if not weights.begins_with_bos or tokenizer.bos_token_id is None or adds_bos(target):
         return
     bos = tokenizer.bos_token

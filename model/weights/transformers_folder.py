@@ -274,7 +274,7 @@ def save_transformers(
         state_dict.pop("output.weight")
     tensors = {transformers_name(name): tensor.to("cpu", dtype).contiguous() for name, tensor in state_dict.items()}
     tokenizer = load_tokenizer(weights.tokenizer_path)
-    ends = end_ids(tokenizer)
+    ends = weights.all_ends(end_ids(tokenizer))
     kind = "qwen3" if config.qk_norm else "qwen2" if config.qkv_bias else "llama"
     if kind == "qwen3" and config.qkv_bias:  # Qwen3 has biases in all four projections or in none
         for layer in range(config.n_layers):

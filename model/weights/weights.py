@@ -1,5 +1,6 @@
 """Our own format: `X.pth`, a plain state dict, and beside it `X.json` with the model's shape and tokenizer."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -33,6 +34,10 @@ class Weights:
     def with_state(self, state_dict: dict[str, Tensor]) -> "Weights":
         """The same description with other weights."""
         return replace(self, state_dict=state_dict)
+
+    def all_ends(self, end_ids: Sequence[int]) -> list[int]:
+        """The ids that end a text: the tokenizer's, then those that end an answer."""
+        return list(dict.fromkeys([*end_ids, *(self.chat or {}).get("end_ids", [])]))
 
 
 def save_weights(path: str | Path, weights: Weights) -> None:

@@ -1,6 +1,7 @@
 """Tuning on chats: what a user does, and what must come of it."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -10,9 +11,11 @@ from model.dataset import PretrainDataset
 from model.loss import IGNORE_INDEX
 from model.storage.archive import load_torch
 from model.text.tokenization import load_tokenizer, tokenizer_sha256
+from model.token_file.manifest import ends_path, learn_path
+from model.training.mixing import MixedOrder
 from tests.chat_files import CHATS, ids_of, write_chats
 from tests.conftest import random_model
-from tests.tiny_runs import events, train
+from tests.tiny_runs import assert_equal, assert_same_end, events, exit_code_here, losses, torchrun, train
 
 LONG = [("user", "长江、黄河都在中国。" * 9), ("assistant", "好")]
 CONTEXT = 96
@@ -108,3 +111,125 @@ def test_a_run_leaves_a_chat_model(chat_flags, tmp_path, tokenizer_folder, capfd
     assert "left out: 1 longer than max_seq_len + 1 = 97 tokens" in said
     assert "1 of 150 chats are held out" in said
     assert 0 < [event for event in events(out) if "bits_per_byte" in event][-1]["bits_per_byte"] < 30
+
+
+# ---------------------------------------------------------------------------------------------- stopping and resuming
+
+RESUMED = {
+    "bfloat16, averaged": {"dtype": "bfloat16", "use_ema": "true", "dropout": 0.1, "accumulation_steps": 2},
+    "Muon across epochs": {"optimizer_type": "muon", "batch_size": 16, "lr_scheduler": "linear"},
+    "texts mixed in": {"mix_share": 0.3, "optimizer_type": "muon", "batch_size": 7},
+}
+
+
+def options_of(case, token_file):
+    return RESUMED[case] | ({"mix_data_path": token_file} if "texts" in case else {})
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("case", RESUMED)
+def test_a_killed_run_resumes_and_ends_with_the_same_bits(chat_flags, tmp_path, case, token_file, monkeypatch):
+    monkeypatch.setenv("MATECONV_EMULATE_DTYPE", "1")
+    options, killed = options_of(case, token_file), tmp_path / "killed"
+    assert train(chat_flags(out_dir=tmp_path / "whole", **options)).outcome == "finished"
+    shutil.copytree(tmp_path / "whole", killed)
+    for path in (killed / "checkpoint_step_12.pth", killed / "sft_32.pth", killed / "sft_32.json"):
+        path.unlink()
+    assert train(chat_flags(out_dir=killed, resume="true", **options)).outcome == "finished"
+    assert_same_end(tmp_path / "whole", killed)
+    assert losses(tmp_path / "whole") == losses(killed)
+    assert_equal(*(load_torch(folder / "sft_32.pth") for folder in (tmp_path / "whole", killed)))
+
+
+@pytest.mark.long
+def test_two_processes_resume_with_the_same_bits(chat_flags, tmp_path):
+    options = {"batch_size": 2, "accumulation_steps": 2, "dropout": 0.1, "use_ema": "true", "dtype": "bfloat16"}
+    assert torchrun(chat_flags(out_dir=tmp_path / "whole", **options)).returncode == 0
+    shutil.copytree(tmp_path / "whole", tmp_path / "killed")
+    (tmp_path / "killed" / "checkpoint_step_12.pth").unlink()
+    result = torchrun(chat_flags(out_dir=tmp_path / "killed", resume="true", **options))
+    assert result.returncode == 0 and "resuming from" in result.stderr, result.stderr
+    assert_same_end(tmp_path / "whole", tmp_path / "killed")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("mixed", [False, True])
+def test_accumulation_and_two_processes_compute_what_one_batch_does(chat_flags, tmp_path, token_file, mixed):
+    options = {"dtype": "float32"} | ({"mix_data_path": token_file, "mix_share": 0.3} if mixed else {})
+    train(chat_flags(batch_size=8, out_dir=tmp_path / "one", **options))
+    train(chat_flags(batch_size=2, accumulation_steps=4, out_dir=tmp_path / "four", **options))
+    result = torchrun(chat_flags(batch_size=4, out_dir=tmp_path / "two", **options))
+    assert result.returncode == 0, result.stderr
+    for name in ("four", "two"):
+        assert dict(losses(tmp_path / name)) == pytest.approx(dict(losses(tmp_path / "one")), abs=1e-5)
+    evaluated = [[e["val_loss"] for e in events(tmp_path / name) if "val_loss" in e] for name in ("one", "two")]
+    assert evaluated[0] == pytest.approx(evaluated[1], abs=1e-5)
+
+
+def test_texts_are_spread_among_the_chats_and_pass_once_before_any_is_read_again():
+    order = MixedOrder(np.arange(90), 90 + np.arange(35), share=0.1, seed=3, rows_per_step=10)
+    assert order.per_epoch == 100
+    epochs = [np.concatenate([order.next_step(100 * epoch + 10 * step) for step in range(10)]) for epoch in range(7)]
+    for samples in epochs:
+        assert sorted(samples[samples < 90]) == list(range(90))
+        assert all(1 <= (samples[begin : begin + 20] >= 90).sum() <= 3 for begin in range(0, 100, 20))
+    texts = np.concatenate([samples[samples >= 90] for samples in epochs])
+    assert sorted(texts[:35]) == sorted(texts[35:70]) == list(range(90, 125)) and (texts[:35] != texts[35:70]).any()
+    again = MixedOrder(np.arange(90), 90 + np.arange(35), share=0.1, seed=3, rows_per_step=10)
+    assert again.next_step(340).tolist() == epochs[3][40:50].tolist()
+
+
+# ---------------------------------------------------------------------------------------------------------- bad input
+
+
+def refused(flags, capfd, *more) -> str:
+    """The one line with which a run is refused."""
+    assert exit_code_here(flags, *more) == 2
+    messages = capfd.readouterr().err
+    lines = [line for line in messages.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1 and "Traceback" not in messages, messages
+    return lines[0]
+
+
+def damage(path, place, value):
+    content = bytearray(path.read_bytes())
+    content[place] = value
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("harm", "expected"),
+    [
+        (lambda path: learn_path(path).unlink(), "chats.learn: no such file"),
+        (lambda path: ends_path(path).unlink(), "chats.ends: no such file"),
+        (lambda path: learn_path(path).write_bytes(b"\1"), "1 bytes, "),
+        (lambda path: damage(learn_path(path), 3, 7), "7 at token 3, 0 or 1 expected"),
+        (lambda path: damage(learn_path(path), 3, 1), "changed since its manifest was made"),
+        (lambda path: damage(ends_path(path), 0, 255), "not where the chats of"),
+    ],
+)
+def test_a_damaged_chat_file_is_one_line(chat_flags, tmp_path, tokenizer_folder, capfd, harm, expected):
+    path = write_chats(tmp_path / "chats.bin", CHATS[:12], tokenizer_folder)
+    harm(path)
+    assert expected in refused(chat_flags(train_data_path=path), capfd)
+    assert not (tmp_path / "out").exists()
+
+
+def test_chats_that_teach_no_answer_are_refused(chat_flags, tmp_path, tokenizer_folder, capfd):
+    path = write_chats(tmp_path / "chats.bin", CHATS[:12], tokenizer_folder, end_ids=[7])
+    assert "no chat has a learned token that ends an answer (ids 7)" in refused(chat_flags(train_data_path=path), capfd)
+    path = write_chats(tmp_path / "other.bin", CHATS[:12], tokenizer_folder, template_sha256="0" * 64)
+    assert "made with another chat template (sha256 000000000000…" in refused(chat_flags(train_data_path=path), capfd)
+    assert "none of its 151 chats fits a sample of max_seq_len + 1 = 9" in refused(chat_flags(max_seq_len=8), capfd)
+
+
+def test_texts_and_chats_are_not_mistaken_for_each_other(flags, chat_flags, chat_file, token_file, capfd):
+    assert "holds texts, train_data_path" in refused(chat_flags(val_data_path=token_file), capfd)
+    assert "holds chats, train_data_path" in refused(flags(val_data_path=chat_file), capfd)
+    assert "holds chats, a token file of texts expected" in refused(chat_flags(mix_data_path=chat_file), capfd)
+    assert "texts are mixed into chats" in refused(flags(mix_data_path=token_file), capfd)
+
+
+def test_a_checkpoint_of_texts_is_not_resumed_on_chats(flags, chat_flags, tmp_path, capfd):
+    train(flags(max_steps=4, max_seq_len=CONTEXT))
+    assert "was made with another data" in refused(chat_flags(resume="true"), capfd)
