@@ -231,6 +231,9 @@ class Trainer:
         is_saved = self.processes.decided(step_checkpoint(Path(t.out_dir), progress.step).exists)
         saved_step = progress.step if is_saved else 0
         done, stop_asked = self.plan.is_done(progress.step, progress.samples), False
+        if progress.step == 0:
+            with self.clock.evaluation():
+                self._measure_before()
         with utils.progress_bar(self.plan.total_steps, progress.step, self.processes.is_main) as bar:
             while True:
                 # First evaluate, save or end at the step that was reached, then take the next one: so a resumed run
@@ -353,7 +356,7 @@ class Trainer:
         if not self.training.document_mask:
             return inputs, targets, None
         delimiters = self.data.delimiters
-        if data.chats is not None:
+        if self.data.is_chat:
             numbers = data.number_runs(samples[start : start + rows], rows)
             return inputs, targets, numbers.to(self.device, non_blocking=True)
         return inputs, targets, number_documents(inputs, targets, delimiters.bos_id, delimiters.eos_id)
@@ -367,9 +370,12 @@ class Trainer:
 
     def evaluate(self) -> tuple[float, float] | None:
         """Validation loss (nats per token) and bits per byte of text; None if a signal to stop came meanwhile."""
-        samples = self.plan.val_samples
+        return self._measure(self.data.val, self.plan.val_samples)
+
+    def _measure(self, data: PretrainDataset, samples: np.ndarray) -> tuple[float, float] | None:
+        """Loss and bits per byte of samples, as `evaluate` has them."""
         batches = range(-(-len(samples) // self.plan.batch_rows))
-        read = (self._local_batch(self.data.val, samples, number) for number in batches)
+        read = (self._local_batch(data, samples, number) for number in batches)
         model = self.evaluated_model.eval()
         with deterministic_kernels(self.device):
             sums = validation_sums(model, read, self.data.token_bytes, self.autocast, self._is_stop_asked)
@@ -378,6 +384,22 @@ class Trainer:
             return None
         loss, tokens, text_loss, byte_count = self.processes.all_sum(sums)
         return loss / tokens, bits_per_byte(text_loss, byte_count)
+
+    def _measure_texts(self) -> dict | None:
+        """What is forgotten, as metrics.jsonl has it: the loss of held-out texts of those that are mixed into chats;
+        empty where none are; None if a signal to stop came meanwhile."""
+        samples = self.data.held_out_texts
+        if len(samples) == 0:
+            return {}
+        if (measured := self._measure(self.data.texts, samples)) is None:
+            return None
+        return dict(zip(("text_loss", "text_bits_per_byte"), measured, strict=True))
+
+    def _measure_before(self) -> None:
+        """Before the first step: how well the model predicts the texts that it may forget."""
+        if (texts := self._measure_texts()) and self.files is not None:
+            say(f"before tuning: {texts['text_bits_per_byte']:.4f} bits per byte of held-out texts of mix_data_path")
+            self.files.metrics.write(self._position() | texts)
 
     def _is_stop_asked(self) -> bool:
         """Whether any process got a signal to stop: all of them stop at the same batch of an evaluation."""
@@ -390,8 +412,8 @@ class Trainer:
         if len(self.plan.val_samples) == 0 or progress.last_evaluation == progress.step:
             return True
         with self.clock.evaluation():
-            result = self.evaluate()
-            if result is None:
+            result, texts = self.evaluate(), self._measure_texts()
+            if result is None or texts is None:
                 return False
             val_loss, bits = result
             is_best = val_loss < progress.best_val_loss
@@ -399,18 +421,21 @@ class Trainer:
             progress.best_val_loss = min(val_loss, progress.best_val_loss)
             progress.evaluations_without_gain = 0 if is_best else progress.evaluations_without_gain + 1
             if self.files is not None:
-                self._report_evaluation(self.files, val_loss, bits, is_best)
+                self._report_evaluation(self.files, val_loss, bits, is_best, texts)
         return True
 
-    def _report_evaluation(self, files: RunFiles, val_loss: float, bits: float, is_best: bool) -> None:
+    def _report_evaluation(self, files: RunFiles, val_loss: float, bits: float, is_best: bool, texts: dict) -> None:
         """On rank 0: save the best weights, print the loss, draw the curves, show what the model writes."""
         if is_best:
             files.save_weights("best_model.pth", self._weights())
+        of_answers = " of the answers" if self.data.is_chat else ""
         say(
-            f"step {self.progress.step:,}: validation loss {val_loss:.4f}, {bits:.4f} bits per byte"
+            f"step {self.progress.step:,}: validation loss {val_loss:.4f}, {bits:.4f} bits per byte{of_answers}"
             + (", the best so far" if is_best else f" (best: {self.progress.best_val_loss:.4f})")
         )
-        files.metrics.write(self._position() | {"val_loss": val_loss, "bits_per_byte": bits})
+        if texts:
+            say(f"    {texts['text_bits_per_byte']:.4f} bits per byte of held-out texts of mix_data_path")
+        files.metrics.write(self._position() | {"val_loss": val_loss, "bits_per_byte": bits} | texts)
         files.metrics.draw_curves()
         if self.preview is not None:
             for line in self.preview(self.evaluated_model.eval()):

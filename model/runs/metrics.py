@@ -116,7 +116,10 @@ def draw_curves(events: list[dict], path: Path) -> None:
     loss.plot(*series("val_loss"), label="validation", marker="o", markersize=3)
     loss.set(title="Loss (nats per token)")
     loss.legend()
-    bits.plot(*series("bits_per_byte"), marker="o", markersize=3, color="tab:orange")
+    bits.plot(*series("bits_per_byte"), label="validation", marker="o", markersize=3, color="tab:orange")
+    if (texts := series("text_bits_per_byte"))[0]:
+        bits.plot(*texts, label="texts mixed in", marker="o", markersize=3, color="tab:purple")
+        bits.legend()
     bits.set(title="Validation, bits per byte")
     rate.plot(*series("lr"), color="tab:green")
     rate.set(title="Learning rate")

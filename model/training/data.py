@@ -16,6 +16,7 @@ from model.token_file.chats import verify_learned
 from model.training.mixing import MixedDataset, MixedOrder
 from model.training.settings import DataSettings, Settings
 
+MOST_HELD_OUT_TEXTS = 100  # samples that tell what is forgotten
 TEXT_HEAD = 4096  # bytes that show whether a file is text
 
 
@@ -81,6 +82,7 @@ class TrainingData:
         chat: of chats, what weights that learn them record: `template`, `template_sha256` and `end_ids`; else empty.
         train_samples, val_samples: which of their samples to use, int64.
         mixed_samples, mix_share: the samples of texts that are mixed in, int64, and their share; none, and 0.
+        texts, held_out_texts: these texts, a PretrainDataset, and the samples of it that are not trained on, int64.
         fingerprint, validation: identify the training and the validation data.
 
     Args:
@@ -112,7 +114,7 @@ class TrainingData:
             self.val = self.train
             self.train_samples, self.val_samples = self.train.hold_out()
             say(self._held_out_line())
-        self.mixed_samples, self.mix_share = np.arange(0), 0.0
+        self.mixed_samples, self.held_out_texts, self.mix_share = np.arange(0), np.arange(0), 0.0
         if data.mix_data_path is not None:
             self._mix(data, say)
         if settings.training.early_stopping and len(self.val_samples) == 0:
@@ -169,6 +171,8 @@ class TrainingData:
         if self.texts.chats is not None:
             raise InputError(f"mix_data_path: {data.mix_data_path} holds chats, a token file of texts expected")
         texts, self.held_out_texts = self.texts.hold_out()
+        most = MOST_HELD_OUT_TEXTS
+        self.held_out_texts = self.held_out_texts[:: -(-len(self.held_out_texts) // most) or 1]
         self.mixed_samples = texts + len(self.train)
         self.train = MixedDataset(self.train, self.texts)
         say(f"mix_data_path: {data.mix_share:.1%} of the samples are texts of {data.mix_data_path}, wholly learned")

@@ -179,6 +179,18 @@ def test_texts_are_spread_among_the_chats_and_pass_once_before_any_is_read_again
     assert again.next_step(340).tolist() == epochs[3][40:50].tolist()
 
 
+def test_what_is_forgotten_is_measured_before_tuning_and_at_each_evaluation(chat_flags, tmp_path, token_file):
+    trainer = train(chat_flags(mix_data_path=token_file, mix_share=0.3, max_steps=4, dtype="float32"))
+    found = [event for event in events(tmp_path / "out") if "text_bits_per_byte" in event]
+    assert [event["step"] for event in found] == [0, 4] and "val_loss" not in found[0]
+    held_out = trainer.data.held_out_texts
+    assert not set(held_out + len(trainer.data.train._of_chats)) & set(trainer.data.mixed_samples)
+    inputs, targets = trainer.data.texts.batch(held_out, rows=len(held_out))
+    with torch.no_grad():
+        loss = float(trainer.model(inputs, targets)) / targets.numel()
+    assert found[-1]["text_loss"] == pytest.approx(loss, abs=1e-5)
+
+
 # ---------------------------------------------------------------------------------------------------------- bad input
 
 
