@@ -206,10 +206,7 @@ def _read_alpaca(value: dict) -> list[tuple[str, str]]:
 
 
 def _read_v1(value: dict) -> list[tuple[str, str]]:
-    history = value.get("history")
-    if isinstance(history, str):
-        history = _literal(history)
-    return [*_history(history), ("user", _text(value["q"])), ("assistant", _text(value["a"]))]
+    return [*_history(value.get("history")), ("user", _text(value["q"])), ("assistant", _text(value["a"]))]
 
 
 def _literal(text: str):
@@ -235,6 +232,9 @@ def _literal(text: str):
 
 
 def _history(history) -> list[tuple[str, str]]:
+    """The messages of earlier turns: a list of pairs, or its Python literal."""
+    if isinstance(history, str):
+        history = _literal(history)
     if history is None:
         return []
     if not isinstance(history, list | tuple):

@@ -14,7 +14,7 @@ import numpy as np
 from model.corpus.bulk_encoder import BulkEncoder, EncoderChoice
 from model.corpus.change_samples import ChangeSamples
 from model.corpus.cleaning import Cleaner, CleaningOptions, count_han
-from model.corpus.documents import LEARNED, ChatDocuments, Encoded, TextDocuments, chat_table
+from model.corpus.documents import LEARNED, ChatDocuments, Documents, Encoded, TextDocuments, chat_table
 from model.corpus.jsonl import holds_escapes
 from model.corpus.lost_text import LossCounter
 from model.corpus.near_duplicates import signatures
@@ -64,6 +64,7 @@ class PartMaker:
         self.encoder = BulkEncoder(options.encoder) if options.encoder else None
         self.losses = LossCounter(options.encoder.tokenizer_json) if options.encoder else None
         limits = options.max_length, options.long_documents
+        self.documents: Documents
         if options.chats:
             self.documents = ChatDocuments(self.encoder, options.chat_format, *limits)
         else:

@@ -9,7 +9,8 @@ those of the latter. The embedded template writes all messages alike, so their i
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 
@@ -49,7 +50,7 @@ class ChatFormat:
     """
 
     template: str
-    special_tokens: dict[str, str]
+    special_tokens: dict[str, str | list[str]]
     encoder: TextEncoder
     control: frozenset[int]
     end_ids: tuple[int, ...] = ()
@@ -199,7 +200,7 @@ def _joined(chats: Sequence[tuple[list[int], list[bool], str | None]]) -> Encode
     )
 
 
-def load_chat_format(path, tokenizer: BulkTokenizer) -> ChatFormat:
+def load_chat_format(path: str | Path | None, tokenizer: BulkTokenizer) -> ChatFormat:
     """How the tokenizer of a folder writes chats.
 
     Args:
@@ -217,12 +218,15 @@ def load_chat_format(path, tokenizer: BulkTokenizer) -> ChatFormat:
         loaded = load_tokenizer(path)
         if not loaded.chat_template:
             raise InputError(f"tokenizer_path: {path} has no chat template, which chats need; use another tokenizer")
-        special = {name: str(token) for name, token in loaded.special_tokens_map.items() if isinstance(token, str)}
+        special = {
+            name: [*map(str, token)] if isinstance(token, list | tuple) else str(token)
+            for name, token in loaded.special_tokens_map.items()
+        }
         made = ChatFormat(loaded.get_chat_template(), special, text_encoder(loaded), control_ids(loaded) - unknown)
-    return checked(made, path)
+    return _checked(made, path)
 
 
-def checked(found: ChatFormat, path) -> ChatFormat:
+def _checked(found: ChatFormat, path: str | Path | None) -> ChatFormat:
     """Try a format on a chat; returns it with the ids that end an answer.
 
     Raises:
@@ -251,10 +255,9 @@ def checked(found: ChatFormat, path) -> ChatFormat:
             f"{where} cannot be trained on: it ends no answer with a control token that can be found; {remedy}"
         )
     ends = {index for index, flag, after in zip(whole, learned, [*learned[1:], False], strict=True) if flag > after}
-    found = ChatFormat(found.template, found.special_tokens, found.encoder, found.control, tuple(sorted(ends)))
+    found = replace(found, end_ids=tuple(sorted(ends)))
     if found.template == MESSAGES_TEMPLATE:
-        names = (found.template, found.special_tokens, found.encoder, found.control, found.end_ids)
-        fast = ChatFormat(*names, by_message=True)
+        fast = replace(found, by_message=True)
         if _same(fast.encode(PROBES), found.encode(PROBES)):
             return fast
     return found

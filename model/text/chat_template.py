@@ -42,7 +42,7 @@ def render_template(tokenizer, history: Sequence[dict[str, str]]) -> str:
 
 
 def render(
-    template: str, special_tokens: dict[str, str], history: Sequence[dict[str, str]], add_generation_prompt: bool = True
+    template: str, special_tokens: dict, history: Sequence[dict[str, str]], add_generation_prompt: bool = True
 ) -> str:
     """The text that a template makes of a history; `add_generation_prompt`: up to where the next answer begins.
 

@@ -74,6 +74,7 @@ FORMS = {
     "capitals": lambda chat: {"chat": messages(chat, names={"user": "User", "assistant": " ASSISTANT"})},
     "Alpaca's instruction, input, output": alpaca,
     "MiniMind v1's history, q, a": minimind_v1,
+    "Alpaca's with a literal": lambda chat: alpaca(chat) | {"history": repr(pairs(chat)[1])},
     "prompt and completion": lambda chat: {"prompt": messages(chat[:-1]), "completion": messages(chat[-1:])},
 }
 
