@@ -14,6 +14,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+import model.corpus.chats
 from model.corpus.chats import CHAT_REASONS, KEYS, parse_chat
 from model.corpus.reasons import REASONS
 from model.corpus.show import shown_documents
@@ -290,8 +291,10 @@ BROKEN = {
 }
 
 
-@pytest.mark.parametrize("clean", [True, False])
-def test_every_unusable_chat_is_rejected_under_its_reason(tmp_path, clean):
+@pytest.mark.parametrize("clean, library", [(True, "orjson"), (False, "orjson"), (False, "json")])
+def test_every_unusable_chat_is_rejected_under_its_reason(tmp_path, monkeypatch, clean, library):
+    if library == "json":
+        monkeypatch.setattr(model.corpus.chats, "orjson", None)
     good = FORMS["OpenAI's messages"](HELLO)
     lines = [json.dumps(good).encode()]
     wanted = []
@@ -340,7 +343,7 @@ VALUES = st.recursive(
 
 @given(value=VALUES | st.dictionaries(st.sampled_from(KEYS), VALUES, min_size=1))
 @example(value={"messages": [{"role": {"a": 1}, "content": "x"}]})
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=300, deadline=None)
 def test_no_object_makes_parsing_fail(value):
     chat, said = parse_chat(json.dumps(value).encode())
     if chat is None:

@@ -114,8 +114,9 @@ def process(content: bytes, folder: Path, tokenizer_folder, **pace) -> dict | No
             folder / "raw.jsonl", folder / "data.bin"
         )
     except InputError as error:
-        lines = content.removeprefix(BOM).count(b"\n") + (not content.removeprefix(BOM).endswith((b"\n", b"")))
-        told = "is empty" if not content else "no line found" if content == BOM else "lines is a document"
+        lines = content.removeprefix(BOM).count(b"\n") + (not content.endswith(b"\n"))
+        nothing = "lines is a document" if lines != 1 else "its only line is not a document"
+        told = "is empty" if not content else "no line found" if content == BOM else nothing
         assert told in str(error), (error, lines)
         assert sorted({path.name for path in folder.iterdir()} - {"data.rejects.jsonl"}) == ["raw.jsonl"]
         return None
