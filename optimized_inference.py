@@ -284,9 +284,18 @@ class TextGenerator:
         Raises:
             InputError: as `generate`.
         """
-        prompts = [self.encode_prompt(prompt)] * n
+        return self.continued([self.encode_prompt(prompt)] * n, config, own_seeds=True)
+
+    def continued(
+        self, prompts: Sequence[Sequence[int]], config: GenerationConfig | None = None, own_seeds: bool = False
+    ) -> list[Sample]:
+        """What follows each of the prompts, which are ids.
+
+        Args:
+            own_seeds: as `decode` takes it.
+        """
         samples = [Sample("", "", [], []) for _ in prompts]
-        for event in self.events(prompts, config, self._rows(min(BATCH_SIZE, n)), own_seeds=True):
+        for event in self.events(prompts, config, self._rows(min(BATCH_SIZE, len(prompts))), own_seeds):
             before = samples[event.number]
             if event.token is not None:
                 before.ids.append(event.token)

@@ -75,6 +75,8 @@ class Trainer:
         processes: the processes that train together.
         preview: called on rank 0 after each evaluation with the evaluated model; returns lines to print.
         beginning: the checkpoint or the weights to begin with, already read; None: read as the settings say.
+        judge: called on rank 0 at each evaluation of chats with the evaluated model and the data; returns metrics of
+            its answers, and a line on them.
 
     Raises:
         InputError: data, tokenizer or checkpoint are missing or do not fit together, or the memory is too small.
@@ -87,10 +89,11 @@ class Trainer:
         processes: Processes,
         preview: Callable[[Transformer], list[str]] | None = None,
         beginning: Beginning | None = None,
+        judge: Callable[[Transformer, TrainingData], tuple[dict, str]] | None = None,
     ) -> None:
         # As the user gave them, with the shape of `init_from`'s weights; `self.training` has no `auto` left.
         self.settings = copy.deepcopy(settings)
-        self.processes, self.preview = processes, preview
+        self.processes, self.preview, self.judge = processes, preview, judge
         self.stop_signal = utils.StopSignal()
         self.stop_vote = StopVote(processes.all_sum, alone=processes.world_size == 1)
         self.files: RunFiles | None = None  # on rank 0, once it trains
@@ -126,6 +129,8 @@ class Trainer:
         self.data.agree(self.processes.decided)
         if self.data.is_chat:
             self.settings.training.document_mask = True  # chats are hidden from each other, whatever it says
+            if self.resumed is None and self.settings.training.init_from is None:
+                say("init_from is null: random weights learn the form of an answer from chats, but hardly the language")
         self.config = self.data.config
         self.environment = environment(self.processes.world_size, self.dtype, self.device)
         if self.resumed is not None:
@@ -435,7 +440,11 @@ class Trainer:
         )
         if texts:
             say(f"    {texts['text_bits_per_byte']:.4f} bits per byte of held-out texts of mix_data_path")
-        files.metrics.write(self._position() | {"val_loss": val_loss, "bits_per_byte": bits} | texts)
+        judged = {}
+        if self.judge is not None and self.data.is_chat:
+            judged, line = self.judge(self.evaluated_model.eval(), self.data)
+            say(f"    {line}")
+        files.metrics.write(self._position() | {"val_loss": val_loss, "bits_per_byte": bits} | texts | judged)
         files.metrics.draw_curves()
         if self.preview is not None:
             for line in self.preview(self.evaluated_model.eval()):

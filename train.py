@@ -42,9 +42,11 @@ from utils import (
 
 if TYPE_CHECKING:
     from model.runs.beginning import Beginning  # imports torch
+    from model.training.data import TrainingData
 
 DATA_SECONDS = 24 * 3600.0  # that making the token file may take before the other processes give up
 PREVIEW_PROMPTS = ("春风", "中国", "天下大势")
+JUDGED_CHATS = 64  # at each evaluation
 PREVIEW_QUESTIONS = ("你好", "你是谁？", "一加一等于几？")
 
 
@@ -199,6 +201,23 @@ def make_preview(settings: Settings):
     return preview
 
 
+def judge(model, data: "TrainingData") -> tuple[dict, str]:
+    """Let the model in training answer questions of held-out chats, greedily; returns metrics, and a line on them."""
+    from model.generation.judging import judge_answers, judged_text
+    from model.text.tokenization import control_ids
+    from optimized_inference import GenerationConfig, TextGenerator
+
+    generator = TextGenerator(model, data.tokenizer, compile=False, chat=data.chat)
+    context = model.config.max_seq_len
+    turns = [turn for turn in data.validation_turns(JUDGED_CHATS) if len(turn[0]) < context]
+    config = GenerationConfig(max_new_tokens=128, do_sample=False, repetition_penalty=1)
+    written = generator.continued([prompt for prompt, _ in turns], config) if turns else []
+    control = control_ids(data.tokenizer)
+    expected = [data.tokenizer.decode([index for index in ids if index not in control]) for _, ids in turns]
+    judged = judge_answers([sample.text for sample in written], [sample.end for sample in written], expected)
+    return judged, judged_text(judged)
+
+
 def add_launcher_flags(parser: argparse.ArgumentParser) -> None:
     """The flags for how processes are started, and whether to train at all. They don't change a run, so they are not
     settings."""
@@ -286,7 +305,7 @@ def train(settings: Settings, beginning: "Beginning | None", processes: Processe
     trainer = None
     try:
         prepare_data_for_all(settings, processes)
-        trainer = Trainer(settings, processes, make_preview(settings), beginning)
+        trainer = Trainer(settings, processes, make_preview(settings), beginning, judge)
         if dry_run:
             return print_dry_run(trainer, processes)
         trainer.stop_signal.install()  # until the process ends: torchrun sends its signal twice

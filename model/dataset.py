@@ -43,7 +43,7 @@ class PretrainDataset:
 
     Attributes:
         chats: Chats, where the file holds chats; else None.
-        held_out_chats: how many of them `hold_out` has set aside.
+        held_out_chats: those of them that `hold_out` has set aside, int64.
 
     Raises:
         InputError: the file is missing, differs from its manifest in size, dtype or tokenizer, is too short, or holds
@@ -75,7 +75,7 @@ class PretrainDataset:
         self.verified_sha256: str | None = None  # of the bytes, once they are verified
         self.packing = None  # None: sample s starts at token s * seq_len
         self.chats: Chats | None = None
-        self.held_out_chats = 0
+        self.held_out_chats = np.arange(0)
         if is_chat:
             self.chats = read_chats(self.path, self.manifest, self.tokens, seq_len)
             self.packing = self.chats.pack(seq_len)
@@ -114,7 +114,7 @@ class PretrainDataset:
         if self.chats is None:
             return hold_out(len(self))
         training, held_out = hold_out(len(self.chats), fewest=100)
-        self.held_out_chats = len(held_out)
+        self.held_out_chats = held_out
         packed = self.chats.pack(self.seq_len, training)
         self.packing = packed.followed_by(self.chats.pack(self.seq_len, held_out)) if len(held_out) else packed
         return np.arange(len(packed.targets)), np.arange(len(packed.targets), len(self))

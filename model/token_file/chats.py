@@ -54,6 +54,20 @@ class Chats:
         packing.targets = np.add.reduceat(targets, packing.first[:-1]) if len(chats) else packing.targets
         return packing
 
+    def turns(self, tokens: np.ndarray, chats: np.ndarray) -> list[tuple[list[int], list[int]]]:
+        """Of each answer in some chats: the ids up to where it begins, and its own, the end included.
+
+        Args:
+            tokens: of the file, [N].
+        """
+        found = []
+        for chat in chats:
+            begin, length = int(self.begins[chat]), int(self.lengths[chat])
+            ids, learned = tokens[begin : begin + length], self.learned[begin : begin + length] != 0
+            changes = np.flatnonzero(np.diff(learned, prepend=False, append=False))
+            found += [(ids[:start].tolist(), ids[start:end].tolist()) for start, end in changes.reshape(-1, 2)]
+        return found
+
 
 def read_chats(path: Path, manifest: Manifest, tokens: np.ndarray, seq_len: int) -> Chats:
     """The chats of a token file.

@@ -75,7 +75,7 @@ class TrainingData:
 
     Attributes:
         config: LMConfig, the model's shape for this tokenizer.
-        tokenizer_sha256: of the tokenizer.
+        tokenizer, tokenizer_sha256: the tokenizer, of `transformers`, and its hash.
         token_bytes: TokenBytes, the bytes of text that ids stand for.
         delimiters: the tokens that begin and end a document.
         train, val: PretrainDataset; with texts that are mixed in, `train` is a MixedDataset.
@@ -94,7 +94,7 @@ class TrainingData:
 
     def __init__(self, settings: Settings, verify: bool, say: Callable[[str], None]) -> None:
         data, self._verify = settings.data, verify
-        tokenizer = load_tokenizer(data.tokenizer_path)
+        self.tokenizer = tokenizer = load_tokenizer(data.tokenizer_path)
         self.tokenizer_sha256, self.delimiters = tokenizer_sha256(data.tokenizer_path), delimiters(tokenizer)
         self._sample_start = data.sample_start
         self._template = tokenizer.chat_template and tokenizer.get_chat_template()
@@ -104,7 +104,7 @@ class TrainingData:
 
         for name in ("train_data_path", "val_data_path", "mix_data_path"):
             refuse_text(name, getattr(data, name))
-        self.train = train = self._open(data.train_data_path, say)
+        self.train = train = self._trained = self._open(data.train_data_path, say)
         self.chat = {} if self.train.chats is None else self._chat(data.train_data_path, self.train)
         if data.val_data_path is not None:
             self.val = self._open(data.val_data_path, say)
@@ -192,7 +192,7 @@ class TrainingData:
                 f" {len(self.train.chats):,} are trained on, and nothing is validated"
             )
         else:
-            held_out, of_all = self.train.held_out_chats, f"{len(self.train.chats):,} chats"
+            held_out, of_all = len(self.train.held_out_chats), f"{len(self.train.chats):,} chats"
         return f"val_data_path is null: {held_out:,} of {of_all} are held out for validation and not trained on"
 
     def agree(self, decided: Callable[[Callable[[], tuple[dict, dict]]], tuple[dict, dict]]) -> None:
@@ -231,6 +231,17 @@ class TrainingData:
         elif self._verify:
             say(f"{path}: {size_text(dataset.tokens.nbytes)} are too large to be verified before training")
         return dataset
+
+    def validation_turns(self, most: int) -> list[tuple[list[int], list[int]]]:
+        """Of answers in the validation chats: the ids up to where each begins, and its own, the end included.
+
+        Args:
+            most: chats, spread evenly.
+        """
+        chats = np.arange(len(self.val.chats)) if self.val is not self._trained else self.val.held_out_chats
+        if len(chats) > most:
+            chats = chats[np.linspace(0, len(chats) - 1, most).astype(np.int64)]
+        return self.val.chats.turns(self.val.tokens, chats)
 
     def spread_validation(self, most: int | None) -> np.ndarray:
         """The samples to validate on: all, or `most` of them, spread evenly; int64."""

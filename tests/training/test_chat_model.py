@@ -8,11 +8,12 @@ import torch
 
 import inference
 import model.convert
+from model.generation.judging import judge_answers
 from model.text.tokenization import EMBEDDED_TOKENIZER
 from model.weights import load_weights
 from optimized_inference import GenerationConfig, load_generator
 from tests.chat_files import write_chats
-from tests.tiny_runs import TINY, exit_code_here, train
+from tests.tiny_runs import TINY, events, exit_code_here, train
 from utils import run_command
 
 FACTS = dict(
@@ -38,7 +39,8 @@ def run(tmp_path_factory):
     flags = TINY | SHAPE | {"out_dir": folder / "out", "batch_size": 5}
     train({name: str(value) for name, value in (flags | {"train_data_path": text, "max_steps": 4}).items()})
     tuning = {
-        "train_data_path": path, "init_from": folder / "out" / "best_model.pth", "max_steps": 200,
+        "train_data_path": path, "val_data_path": path, "max_steps": 200,
+        "init_from": folder / "out" / "best_model.pth",
         "optimizer_type": "muon", "learning_rate": 1e-2, "eval_interval": 200, "save_interval": 200, "log_interval": 50,
         "lr_scheduler": "linear", "weight_decay": 0,
     }  # fmt: skip
@@ -59,6 +61,19 @@ def answers(generator) -> dict[str, str]:
 def test_it_answers_what_it_was_taught_and_stops(generator):
     assert answers(generator) == FACTS
     assert generator.end == "eos"
+
+
+def test_the_log_says_how_many_held_out_answers_are_exact_and_stop(run):
+    judged = [event for event in events(run) if "exact" in event][-1]
+    assert judged["answers"] == 20 and judged["exact"] == judged["stopped"] == 1
+    assert judged["repeated"] == judged["leaked"] == 0
+    assert judged["answer_characters"] == judged["expected_characters"] == sum(map(len, FACTS.values())) / 20
+
+
+def test_answers_are_judged():
+    answers, ends = ["好", " 七步诗七步诗七步诗七步诗", "user\n你好", "不"], ["eos", "length", "eos", "eos"]
+    judged = judge_answers(answers, ends, ["好", "七", "你", "是"])
+    assert [judged[name] for name in ("exact", "stopped", "repeated", "leaked")] == [0.25, 0.75, 0.25, 0.25]
 
 
 def test_the_weights_that_it_began_with_are_kept_beside_it(run):

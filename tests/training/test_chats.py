@@ -71,7 +71,7 @@ def test_samples_hold_whole_chats_and_predict_the_learned_tokens_only(dataset, t
 def test_held_out_chats_are_whole_and_not_trained_on(dataset):
     before = dataset.count_targets(np.arange(len(dataset)))
     training, held_out = dataset.hold_out()
-    assert dataset.held_out_chats == 1 and len(held_out) == 1
+    assert len(dataset.held_out_chats) == 1 and len(held_out) == 1
     assert sorted([*training, *held_out]) == list(range(len(dataset)))
     assert dataset.count_targets(training) + dataset.count_targets(held_out) == before
 
