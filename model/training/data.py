@@ -64,8 +64,8 @@ def chats_text(dataset: PretrainDataset) -> str:
     named = [f"{count:,} {why}" for why, count in left_out.items() if count]
     empty = 1 - packing.tokens.mean() / dataset.seq_len
     return (
-        f"{len(chats):,} chats with {int(chats.answers.sum()):,} answers; {learned:,} of {tokens:,} tokens are learned"
-        f" ({learned / tokens:.1%}); packed whole into {len(dataset):,} samples, {empty:.1%} of them padding, and"
+        f"{counted(len(chats), 'chat')} with {counted(int(chats.answers.sum()), 'answer')}; {learned:,} of {tokens:,} tokens are learned"
+        f" ({learned / tokens:.1%}); packed whole into {counted(len(dataset), 'sample')}, {empty:.1%} of them padding, and"
         f" hidden from each other; left out: {' and '.join(named) or 'none'}"
     )
 
