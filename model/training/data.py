@@ -64,9 +64,9 @@ def chats_text(dataset: PretrainDataset) -> str:
     named = [f"{count:,} {why}" for why, count in left_out.items() if count]
     empty = 1 - packing.tokens.mean() / dataset.seq_len
     return (
-        f"{counted(len(chats), 'chat')} with {counted(int(chats.answers.sum()), 'answer')}; {learned:,} of {tokens:,} tokens are learned"
-        f" ({learned / tokens:.1%}); packed whole into {counted(len(dataset), 'sample')}, {empty:.1%} of them padding, and"
-        f" hidden from each other; left out: {' and '.join(named) or 'none'}"
+        f"{counted(len(chats), 'chat')} with {counted(int(chats.answers.sum()), 'answer')}; {learned:,} of {tokens:,}"
+        f" tokens are learned ({learned / tokens:.1%}); packed whole into {counted(len(dataset), 'sample')},"
+        f" {empty:.1%} of them padding, and hidden from each other; left out: {' and '.join(named) or 'none'}"
     )
 
 

@@ -13,9 +13,12 @@ from model.storage.archive import load_torch
 from model.text.tokenization import load_tokenizer, tokenizer_sha256
 from model.token_file.manifest import ends_path, learn_path
 from model.training.mixing import MixedOrder
+from model.training.settings import build_settings
+from optimized_pretrain import Trainer
 from tests.chat_files import CHATS, ids_of, write_chats
 from tests.conftest import random_model
 from tests.tiny_runs import assert_equal, assert_same_end, events, exit_code_here, losses, torchrun, train
+from utils import Processes
 
 LONG = [("user", "长江、黄河都在中国。" * 9), ("assistant", "好")]
 CONTEXT = 96
@@ -189,6 +192,17 @@ def test_what_is_forgotten_is_measured_before_tuning_and_at_each_evaluation(chat
     with torch.no_grad():
         loss = float(trainer.model(inputs, targets)) / targets.numel()
     assert found[-1]["text_loss"] == pytest.approx(loss, abs=1e-5)
+
+
+def test_a_restart_before_the_first_checkpoint_begins_with_the_same_weights(flags, chat_flags, tmp_path):
+    out = tmp_path / "out"
+    train(flags(max_steps=4, max_seq_len=CONTEXT))
+    before = load_torch(out / "best_model.pth")
+    options = {"init_from": out / "best_model.pth", "max_steps": 4}
+    train(chat_flags(**options))
+    (out / "checkpoint_step_4.pth").unlink()  # as if it had been killed after an evaluation, before the first save
+    restarted = Trainer(build_settings({}, chat_flags(resume="true", **options)), Processes())
+    assert_equal(dict(before), {name: weight.clone() for name, weight in restarted.model.state_dict().items()})
 
 
 # ---------------------------------------------------------------------------------------------------------- bad input
