@@ -8,6 +8,7 @@ python inference.py --batch_file prompts.txt
 import argparse
 import codecs
 import contextlib
+import dataclasses
 import json
 import os
 import select
@@ -18,10 +19,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from model.corpus.chats import as_messages, parse_chat
 from model.corpus.inspection import counts_text
 from model.corpus.jsonl import parse_line
 from model.corpus.reasons import REASONS
 from model.errors import InputError, counted
+from model.generation.judging import judge_answers, judged_text
 from model.generation.scoring import Score
 from model.options import options_of, text_flag
 from model.storage.files import refuse_overwriting, refuse_overwriting_inputs
@@ -33,6 +36,8 @@ STDIN_SECONDS = 1.0  # without a byte, after which a line says what is waited fo
 SHOWN = 5  # lines that were skipped, named one by one
 DEFAULT_PROMPT = "中国"
 RULE = "=" * 80
+MODES = ("prompt", "batch_file", "score_file", "judge")
+WRONG_SHOWN = 10  # answers
 # The options of GenerationConfig that are flags by the same name.
 SAMPLING = [name for name in options_of(GenerationConfig) if name not in ("do_sample", "logit_bias", "logprobs")]
 
@@ -44,6 +49,7 @@ def main() -> int:
     config = GenerationConfig(do_sample=not arguments.greedy, **chosen)
     prompts = read_prompts(Path(arguments.batch_file)) if arguments.batch_file is not None else []
     texts = read_texts(Path(arguments.score_file)) if arguments.score_file is not None else []
+    questions = read_questions(Path(arguments.judge)) if arguments.judge is not None else []
     if arguments.output_file is not None:
         inputs = [arguments.batch_file, arguments.model_path, arguments.tokenizer_path]
         refuse_overwriting_inputs({"output_file": arguments.output_file}, [path for path in inputs if path])
@@ -61,6 +67,8 @@ def main() -> int:
         return 2 if run_batch(generator, config, prompts, arguments) else 0
     if arguments.score_file is not None:
         run_score(generator, texts)
+    elif arguments.judge is not None:
+        run_judge(generator, dataclasses.replace(config, do_sample=False, repetition_penalty=1.0), questions)
     elif arguments.interactive:
         run_interactive(generator, config, arguments.show_speed)
     else:
@@ -77,7 +85,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         InputError: an unknown flag, an unusable value, or flags that exclude each other.
     """
     arguments = build_parser().parse_args(argv)
-    given = {f"--{name}": getattr(arguments, name) is not None for name in ("prompt", "batch_file", "score_file")}
+    given = {f"--{name}": getattr(arguments, name) is not None for name in MODES}
     modes = [flag for flag, used in (given | {"--interactive": arguments.interactive}).items() if used]
     if len(modes) > 1:
         raise InputError(f"{' and '.join(modes)} exclude each other: one mode at a time")
@@ -134,6 +142,12 @@ def build_parser() -> argparse.ArgumentParser:
         type=path_flag,
         metavar="FILE",
         help="print how well the model predicts a UTF-8 text, or the texts of a JSONL",
+    )
+    mode.add_argument(
+        "--judge",
+        type=path_flag,
+        metavar="FILE",
+        help="answer each chat's last question in this JSONL, greedily and without a penalty, and count what is right",
     )
 
     files = parser.add_argument_group("files and machine")
@@ -258,6 +272,44 @@ def run_score(generator: TextGenerator, texts: list[str]) -> None:
         f" loss {score.loss:.4f} nats per token,"
         f" perplexity {score.perplexity:,.2f}, {score.bits_per_byte:.4f} bits per byte"
     )
+
+
+def read_questions(path: Path) -> list[tuple[list[dict[str, str]], str, str]]:
+    """The history, the expected last answer and the group (the key `source`, if any) of each chat in a JSONL.
+
+    Raises:
+        InputError: the file cannot be read, or a line is no usable chat.
+    """
+    questions = []
+    for number, line in enumerate(read_utf8("judge", path).split("\n"), 1):
+        if line.strip():
+            chat, reason = parse_chat(line.encode())
+            if chat is None:
+                raise InputError(f"judge: line {number} of {path} is no chat to judge by: {REASONS[reason]}")
+            group = json.loads(line).get("source", "")
+            messages = as_messages(chat)["messages"]
+            questions.append((messages[:-1], messages[-1]["content"], group if isinstance(group, str) else ""))
+    if not questions:
+        raise InputError(f"judge: {path} holds no chat")
+    return questions
+
+
+def run_judge(
+    generator: TextGenerator, config: GenerationConfig, questions: list[tuple[list[dict[str, str]], str, str]]
+) -> None:
+    """Answer each question, then print some wrong answers and the counts of each group and of all."""
+    encoded = [generator.encode_chat(generator.fit_history(history, config)) for history, _, _ in questions]
+    judged = [
+        (group, answer.text, answer.end, expected, history[-1]["content"])
+        for (history, expected, group), answer in zip(questions, generator.continued(encoded, config), strict=True)
+    ]
+    wrong = [one for one in judged if one[1].strip() != one[3].strip()]
+    for _, text, _, expected, question in wrong[:WRONG_SHOWN]:
+        print_text(" ".join(f"{question}▸{text}  ({expected})".split()))
+    groups = sorted({group for group, *_ in judged} - {""})
+    for name in [*groups, None]:
+        _, texts, ends, expected, _ = zip(*(one for one in judged if name in (None, one[0])), strict=True)
+        print_text((f"{name}: " if name is not None else "") + judged_text(judge_answers(texts, ends, expected)))
 
 
 def read_prompts(path: Path) -> list[tuple[int, str]]:

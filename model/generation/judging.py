@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+from model.errors import counted
+
 ROLES = ("system\n", "user\n", "assistant\n", "<s>", "</s>", "<|im_start|>", "<|im_end|>")  # of templates, in an answer
 REPEATED_CHARACTERS = 8  # in a run that occurs twice
 
@@ -40,7 +42,7 @@ def repeats(text: str) -> bool:
 def judged_text(judged: dict[str, float]) -> str:
     """One line on the shares."""
     return (
-        f"of {judged['answers']:,} held-out answers {judged['exact']:.1%} exact, {judged['stopped']:.1%} stop by"
+        f"of {counted(judged['answers'], 'answer')} {judged['exact']:.1%} exact, {judged['stopped']:.1%} stop by"
         f" themselves, {judged['repeated']:.1%} repeat themselves, {judged['leaked']:.1%} leak the template;"
         f" {judged['answer_characters']:.1f} characters on average, {judged['expected_characters']:.1f} expected"
     )
