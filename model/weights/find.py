@@ -38,13 +38,14 @@ def find_weights(path: str | Path | None) -> tuple[Path, str | None]:
 def newest_weights(folder: Path) -> tuple[Path, str] | None:
     """The weights to use in a run's folder, with a line that says why; None: there are none.
 
-    Final weights come first, then the best of an unfinished run, then a checkpoint, then earlier runs' results.
+    Final weights come first, then the best of an unfinished run, then a checkpoint, then earlier runs' results. Runs in
+    folders directly within this one count too, as tuning in `out/chat` beside pre-training in `out`.
     """
     under = f"under {folder.as_posix()}/"
     choices = (
-        (FINAL, f"the newest final weights {under}"),
-        (BEST, f"no final weights ({' or '.join(FINAL)}) {under} yet"),
-        (CHECKPOINTS, f"the newest checkpoint; no final or best weights {under} yet"),
+        (_and_within(FINAL), f"the newest final weights {under}"),
+        (_and_within(BEST), f"no final weights ({' or '.join(FINAL)}) {under} yet"),
+        (_and_within(CHECKPOINTS), f"the newest checkpoint; no final or best weights {under} yet"),
         (_of_earlier_runs(FINAL), f"the newest of the earlier runs; no weights of a later one {under}"),
         (_of_earlier_runs(BEST), f"the newest of the earlier runs; no weights of a later one {under}"),
     )
@@ -52,6 +53,10 @@ def newest_weights(folder: Path) -> tuple[Path, str] | None:
         if found := _newest_first(folder, patterns):
             return found[0], f"weights {found[0].as_posix()}: {reason}"
     return None
+
+
+def _and_within(patterns: tuple[str, ...]) -> tuple[str, ...]:
+    return (*patterns, *(f"*/{pattern}" for pattern in patterns))
 
 
 def _of_earlier_runs(patterns: tuple[str, ...]) -> tuple[str, ...]:

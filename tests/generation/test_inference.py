@@ -411,6 +411,12 @@ def test_a_run_folder_means_its_newest_weights_and_a_missing_file_names_those_th
         load_generator("out/best_model.pth")
 
     saved = load_weights(earlier / "pretrain_64.pth")
+    tuned = in_run_folder / "out" / "chat" / "sft_64.pth"  # a run in a folder of its own within out/
+    tuned.parent.mkdir()
+    save_weights(tuned, saved)
+    load_generator()
+    assert "out/chat/sft_64.pth: the newest final weights" in capsys.readouterr().err
+    tuned.unlink()
     save_weights(in_run_folder / "out" / "checkpoint_step_9.pth", saved)
     load_generator()
     assert "out/checkpoint_step_9.pth: the newest checkpoint; no final or best weights" in capsys.readouterr().err
