@@ -1,0 +1,221 @@
+"""Makes the sample chats: some thousand facts, each asked in many ways, and questions that have no answer here.
+
+    python examples/chats_zh.py --sources FOLDER --output dataset/chats_zh.jsonl --questions examples/questions_zh.jsonl
+
+FOLDER holds poems_qa.jsonl.gz, facts_cldr.jsonl.gz and xiehouyu.jsonl.gz: chats with `conversations` and `source`. A
+model of three million parameters learns a thousand facts that it meets some twenty times each in other words, and hardly
+any of ten thousand that it meets once. So few are taught; the rest of the sources teaches it to say that it does not know.
+The questions ask for the same facts, and for unknown ones, in phrasings that no training chat has (`--judge`).
+"""
+
+import argparse
+import gzip
+import itertools
+import json
+import random
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import yaml
+
+UNKNOWN = "这个我不知道。"
+PHRASINGS = 12  # of each fact
+KEPT = 20  # unknown things of each kind that only the questions ask about
+
+
+def chat(*turns: str, source: str) -> dict:
+    """A chat of alternating questions and answers."""
+    roles = ["user", "assistant"] * (len(turns) // 2)
+    messages = [{"role": role, "content": text} for role, text in zip(roles, turns, strict=True)]
+    return {"conversations": messages, "source": source}
+
+
+def read_chats(path: Path, source: str) -> Iterator[list[str]]:
+    """The texts of each chat of this source."""
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        for line in file:
+            value = json.loads(line)
+            if value["source"] == source:
+                yield [message["content"] for message in value["conversations"]]
+
+
+def quoted(question: str) -> str:
+    """What a question asks about: the text in quotation marks, or after the colon."""
+    found = re.search(r"“(.+?)”", question) or re.search(r"：(.+?)[。—]*$", question)
+    return found[1] if found else question
+
+
+class Maker:
+    """Collects chats to train on, and questions in other phrasings.
+
+    Args:
+        words: what chats_zh.yaml holds.
+        draw: decides everything that is drawn.
+    """
+
+    def __init__(self, words: dict, draw: random.Random) -> None:
+        self.words, self.draw = words, draw
+        self.chats: list[dict] = []
+        self.questions: list[dict] = []
+
+    def phrase(self, kind: str, trained: bool, **values) -> str:
+        """One phrasing: of the training chats a lead, a quote, an ask and an end, each drawn."""
+        ways = self.words["kinds"][kind]
+        if not trained:
+            return self.draw.choice(ways["questions"]).format(**values)
+        quote, ask = self.draw.choice(ways["quotes"]), self.draw.choice(ways["asks"])
+        text = self.draw.choice(self.words["leads"]) + (ask.replace("{q}", quote) if "{q}" in ask else quote + ask)
+        if text.endswith("？"):
+            text = text[:-1] + self.draw.choice(self.words["tails"])
+        return text.format(**values)
+
+    def teach(self, kind: str, answer: str, **values) -> None:
+        """One fact: asked in several trained phrasings, and once in another."""
+        for _ in range(PHRASINGS):
+            self.chats.append(chat(self.phrase(kind, True, **values), answer, source=kind))
+        self.questions.append(chat(self.phrase(kind, False, **values), answer, source=kind))
+
+    def refuse(self, kind: str, things: Iterable[dict], times: int = 1) -> None:
+        """Things that are not known: the first KEPT only in questions, the others in training chats."""
+        for number, values in enumerate(things):
+            if number < KEPT:
+                self.ask_unknown(f"unknown-{kind}", self.phrase(kind, False, **values))
+            else:
+                self.chats += [
+                    chat(self.phrase(kind, True, **values), UNKNOWN, source=f"unknown-{kind}") for _ in range(times)
+                ]
+
+    def ask_unknown(self, kind: str, question: str) -> None:
+        """A question that has no answer here."""
+        self.questions.append(chat(question, UNKNOWN, source=kind))
+
+
+def poems(maker: Maker, folder: Path, count: int, unknown: int) -> None:
+    """First couplets by famous poets: what follows, and who wrote it."""
+    couplet, famous = r"[\u4e00-\u9fff]{5,7}，[\u4e00-\u9fff]{5,7}", set(maker.words["authors"].split())
+    known, strangers, seen = [], [], set()
+    for question, answer, _, author in read_chats(folder / "poems_qa.jsonl.gz", "poem-two-turns"):
+        line, after = quoted(question).rstrip("。！？"), answer.rstrip("。！？")
+        if re.fullmatch(couplet, line) and re.fullmatch(couplet, after) and line not in seen:
+            seen.add(line)
+            if author.split("，")[0] in famous and len(known) < count:
+                known.append((line, after, author))
+            else:
+                strangers.append(line)
+    after_ways = maker.words["author_after"]
+    for line, after, author in known:
+        maker.teach("next", f"{after}。", a=line)
+        maker.teach("author", author, a=line)
+        for again in maker.draw.sample(after_ways["asks"], 3):
+            turns = maker.phrase("next", True, a=line), f"{after}。", again, author
+            maker.chats.append(chat(*turns, source="two-turns"))
+        again = maker.draw.choice(after_ways["questions"])
+        turns = maker.phrase("next", False, a=line), f"{after}。", again, author
+        maker.questions.append(chat(*turns, source="two-turns"))
+    for source in ("poem-next", "poem-author"):
+        for question, _ in read_chats(folder / "poems_qa.jsonl.gz", source):
+            line = quoted(question).rstrip("。")
+            if re.fullmatch(r"[\u4e00-\u9fff，]{5,16}", line) and not any(line in one or one in line for one in seen):
+                strangers.append(line)
+    maker.draw.shuffle(strangers)
+    for kind in ("next", "author"):
+        maker.refuse(kind, ({"a": line} for line in strangers[:unknown]))
+
+
+def sayings(maker: Maker, folder: Path, count: int, unknown: int) -> None:
+    """Allegorical sayings, front to back."""
+    backs: dict[str, str] = {}
+    for question, answer in read_chats(folder / "xiehouyu.jsonl.gz", "xiehouyu"):
+        if 4 <= len(quoted(question)) <= 8 and 3 <= len(answer) <= 8:
+            backs.setdefault(quoted(question), answer)
+    fronts = list(backs)
+    maker.draw.shuffle(fronts)
+    for front in fronts[:count]:
+        maker.teach("saying", backs[front], a=front)
+    maker.refuse("saying", ({"a": front} for front in fronts[count : count + unknown]))
+
+
+def sums(maker: Maker, unknown: int) -> None:
+    """Sums and differences within 20; larger numbers are not known."""
+    for a, b in itertools.product(range(21), repeat=2):
+        if a + b <= 20:
+            maker.teach("sum", f"{a + b}。", a=a, b=b)
+        if a >= b:
+            maker.teach("difference", f"{a - b}。", a=a, b=b)
+    for kind in ("sum", "difference"):
+        large = [{"a": maker.draw.randint(25, 99), "b": maker.draw.randint(11, 99)} for _ in range(unknown)]
+        maker.refuse(kind, large)
+
+
+def currencies(maker: Maker, folder: Path, unknown: int) -> list[str]:
+    """Countries and their money; returns the countries."""
+    known: dict[str, str] = {}
+    for question, answer in read_chats(folder / "facts_cldr.jsonl.gz", "currency"):
+        found = re.match(r"(.+?)(?:用什么|的货币|使用)", question)
+        if found and len(found[1]) <= 8:
+            known.setdefault(found[1], answer)
+    names = sorted(known)
+    maker.draw.shuffle(names)
+    for name in names[:-unknown]:
+        maker.teach("currency", known[name], a=name)
+    maker.refuse("currency", ({"a": name} for name in names[-unknown:]), times=8)
+    return names
+
+
+def said(maker: Maker) -> None:
+    """Greetings, thanks, and who it is."""
+    for answer, ways in maker.words["said"].items():
+        for text in ways["asks"]:
+            maker.chats += [chat(text, answer, source="said")] * 6
+        maker.questions += [chat(text, answer, source="said") for text in ways["questions"]]
+
+
+def strange_questions(maker: Maker, countries: list[str], times: int) -> None:
+    """Kinds of questions that nothing here answers."""
+    words = maker.words
+    fill = {"country": countries, "person": words["authors"].split()}
+    fill |= {"word": words["words"].split(), "dish": words["dishes"].split()}
+
+    def filled(phrase: str) -> str:
+        return phrase.format(**{name: maker.draw.choice(values) for name, values in fill.items()})
+
+    for phrase in words["unknown"]["asks"]:
+        for _ in range(times if "{" in phrase else 6):
+            maker.chats.append(chat(filled(phrase), UNKNOWN, source="unknown-kind"))
+    for phrase in words["unknown"]["questions"]:
+        for _ in range(4 if "{" in phrase else 1):
+            maker.ask_unknown("unknown-kind", filled(phrase))
+
+
+def write(path: Path, chats: list[dict]) -> None:
+    """One chat a line."""
+    with open(path, "w", encoding="utf-8", newline="\n") as file:
+        file.writelines(json.dumps(item, ensure_ascii=False) + "\n" for item in chats)
+
+
+def main() -> None:
+    """Make both files."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--sources", type=Path, required=True, metavar="FOLDER", help="of the chats to choose from")
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="the chats to train on")
+    parser.add_argument("--questions", type=Path, required=True, metavar="FILE", help="the same facts, asked otherwise")
+    parser.add_argument("--seed", type=int, default=1, metavar="N", help="[1]")
+    options = parser.parse_args()
+    words = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
+    maker = Maker(words, random.Random(options.seed))
+    poems(maker, options.sources, count=240, unknown=1600)
+    sayings(maker, options.sources, count=160, unknown=1200)
+    sums(maker, unknown=400)
+    strange_questions(maker, currencies(maker, options.sources, unknown=60), times=30)
+    said(maker)
+    asked = {item["conversations"][-2]["content"] for item in maker.questions if len(item["conversations"]) == 2}
+    chats = [item for item in maker.chats if item["conversations"][0]["content"] not in asked]
+    maker.draw.shuffle(chats)
+    write(options.output, chats)
+    write(options.questions, maker.questions)
+    print(f"{len(chats):,} chats, {len(maker.questions):,} questions")
+
+
+if __name__ == "__main__":
+    main()
