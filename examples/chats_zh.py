@@ -3,9 +3,9 @@
     python examples/chats_zh.py --sources FOLDER --output dataset/chats_zh.jsonl --questions examples/questions_zh.jsonl
 
 FOLDER holds poems_qa.jsonl.gz, facts_cldr.jsonl.gz and xiehouyu.jsonl.gz: chats with `conversations` and `source`. A
-model of three million parameters learns a thousand facts that it meets some twenty times each in other words, and hardly
-any of ten thousand that it meets once. So few are taught; the rest of the sources teaches it to say that it does not know.
-The questions ask for the same facts, and for unknown ones, in phrasings that no training chat has (`--judge`).
+model of three million parameters learns a thousand facts that it meets some twenty times each in other words, and
+hardly any of ten thousand that it meets once. So few are taught; the rest of the sources teaches it to say that it does
+not know. The questions ask for the same facts, and for unknown ones, in phrasings that no training chat has.
 """
 
 import argparse
