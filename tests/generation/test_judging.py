@@ -1,4 +1,4 @@
-"""Judging answers: the counts on answers whose faults are known, and `--judge` end to end."""
+"""Judging answers: the shares over answers whose faults are known, and what `--judge` reads."""
 
 import json
 
@@ -6,35 +6,25 @@ import pytest
 
 from inference import read_questions
 from model.errors import InputError
-from model.generation.judging import Answer, by_group, judge, repeats
+from model.generation.judging import judge_answers, repeats
 
-GOOD = Answer("1+1=?", " 2。\n", "2。", "eos", "sum")
-ANSWERS = [
-    GOOD,
-    Answer("1+2=?", "4。", "3。", "eos", "sum"),
-    Answer("你好", "你好！\nuser\n你是谁", "你好！", "max_new_tokens", "greeting"),
-    Answer("背诗", "床前明月光，疑是地上霜。床前明月光，疑是地上霜。", "床前明月光，疑是地上霜。", "max_new_tokens"),
+POEM = "床前明月光，疑是地上霜。"
+ANSWERED = [  # answer, why it ended, expected
+    (" 2。\n", "eos", "2。"),
+    ("4。", "eos", "3。"),
+    ("你好！\nuser\n你是谁", "max_new_tokens", "你好！"),
+    (POEM + POEM, "max_new_tokens", POEM),
 ]
 
 
 def test_each_fault_is_counted_once():
-    judgement = judge(ANSWERS)
-    assert (judgement.answers, judgement.exact, judgement.stopped) == (4, 1, 2)
-    assert (judgement.repetitive, judgement.leaking) == (1, 1)
-    assert judgement.as_metrics()["answers_exact"] == 0.25
-    assert by_group(ANSWERS)["sum"].exact == 1 and by_group([ANSWERS[3]]) == {}
+    judged = judge_answers(*zip(*ANSWERED, strict=True))
+    shares = {name: judged[name] for name in ("exact", "stopped", "repeated", "leaked")}
+    assert judged["answers"] == 4 and shares == {"exact": 0.25, "stopped": 0.5, "repeated": 0.25, "leaked": 0.25}
 
 
-def test_a_repetition_that_is_expected_is_none():
-    refrain = "关关雎鸠在河之洲，关关雎鸠在河之洲。"
-    assert repeats(refrain) and not repeats("关关雎鸠，在河之洲。") and not repeats("哈哈哈哈哈哈哈哈哈")
-    assert not Answer("", refrain, refrain, "eos").is_repetitive
-
-
-@pytest.mark.parametrize("word", ["user", "assistant：", "<s>system"])
-def test_a_role_word_is_a_leak_only_where_a_message_would_begin(word):
-    assert Answer("", f"好。\n{word}\n", "", "eos").leaks
-    assert not Answer("", f"the {word} said", "", "eos").leaks or word.startswith("<s>")
+def test_a_run_of_eight_characters_that_occurs_twice_is_a_repetition():
+    assert repeats(POEM + POEM) and not repeats(POEM)
 
 
 def test_questions_are_chats_in_any_form(tmp_path):
