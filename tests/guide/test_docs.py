@@ -133,7 +133,7 @@ def scaled_down(command: str) -> tuple[list[str], str]:
     """A command's words, with what makes it small behind, and what a user types."""
     words, typed = shlex.split(command)[1:], ""
     script = words[1] if words[0] == "-m" else words[0]
-    if script == "train.py" and "--init_from" in words:
+    if script == "train.py" and ("--init_from" in words or "config_demo_chat.yaml" in words):
         words += "--max_steps 2 --max_seq_len 32 --eval_steps 1".split()
     elif script == "train.py" and ("--resume" not in words or "--config" in words):
         words = [word.replace("step_1000", "step_2") for word in words] + SMALL.split()
