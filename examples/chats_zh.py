@@ -1,6 +1,6 @@
 """Makes the sample chats: some thousand facts, each asked in many ways, and questions that have no answer here.
 
-    python examples/chats_zh.py --sources FOLDER --output examples/chats_zh.jsonl --questions examples/questions_zh.jsonl
+    python examples/chats_zh.py --sources FOLDER --output chats_zh.jsonl --questions questions_zh.jsonl
 
 FOLDER holds poems_qa.jsonl.gz, facts_cldr.jsonl.gz and xiehouyu.jsonl.gz: chats with `conversations` and `source`. A
 model of three million parameters learns a thousand facts that it meets some twenty times each in other words, and
