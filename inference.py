@@ -298,10 +298,18 @@ def run_judge(
     generator: TextGenerator, config: GenerationConfig, questions: list[tuple[list[dict[str, str]], str, str]]
 ) -> None:
     """Answer each question, then print some wrong answers and the counts of each group and of all."""
-    encoded = [generator.encode_chat(generator.fit_history(history, config)) for history, _, _ in questions]
+    encoded, fitting = [], []
+    for question in questions:
+        with contextlib.suppress(InputError):  # too long for the context: counted below
+            encoded.append(generator.encode_chat(generator.fit_history(question[0], config)))
+            fitting.append(question)
+    if len(fitting) < len(questions):
+        say(f"{counted(len(questions) - len(fitting), 'question')} left out: too long for the model's context")
+    if not fitting:
+        raise InputError("judge: no question fits the model's context")
     judged = [
         (group, answer.text, answer.end, expected, history[-1]["content"])
-        for (history, expected, group), answer in zip(questions, generator.continued(encoded, config), strict=True)
+        for (history, expected, group), answer in zip(fitting, generator.continued(encoded, config), strict=True)
     ]
     wrong = [one for one in judged if one[1].strip() != one[3].strip()]
     for _, text, _, expected, question in wrong[:WRONG_SHOWN]:
