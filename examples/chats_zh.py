@@ -21,7 +21,7 @@ import yaml
 
 UNKNOWN = "这个我不知道。"
 PHRASINGS = {  # of each fact: a poem's line is easily told from others, a sum is not
-    "next": 7, "author": 7, "saying": 9, "currency": 14, "sum": 22, "difference": 22,
+    "next": 5, "author": 5, "saying": 7, "currency": 9, "sum": 15, "difference": 15,
 }  # fmt: skip
 KEPT = 20  # unknown things of each kind that only the questions ask about
 
@@ -190,6 +190,20 @@ def strange_questions(maker: Maker, countries: list[str], times: int) -> None:
             maker.ask_unknown("unknown-kind", filled(phrase))
 
 
+def conversations(chats: list[dict], draw: random.Random) -> list[dict]:
+    """The chats, one in three of them behind one to three others, as in a conversation, or behind a greeting."""
+    greetings = [item for item in chats if item["source"] == "said"]
+    joined = []
+    for item in chats:
+        before = []
+        if draw.random() < 1 / 3:
+            before = [draw.choice(greetings) if draw.random() < 0.5 else draw.choice(chats)]
+            before += [draw.choice(chats) for _ in range(draw.choice((0, 0, 1, 2)))]
+        messages = [message for one in [*before, item] for message in one["conversations"]]
+        joined.append({"conversations": messages, "source": item["source"]})
+    return joined
+
+
 def write(path: Path, chats: list[dict]) -> None:
     """One chat a line."""
     with open(path, "w", encoding="utf-8", newline="\n") as file:
@@ -206,14 +220,15 @@ def main() -> None:
     options = parser.parse_args()
     words = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
     maker = Maker(words, random.Random(options.seed))
-    poems(maker, options.sources, count=240, unknown=800)
-    sayings(maker, options.sources, count=160, unknown=700)
-    sums(maker, unknown=250)
-    strange_questions(maker, currencies(maker, options.sources, unknown=60), times=30)
+    poems(maker, options.sources, count=240, unknown=550)
+    sayings(maker, options.sources, count=160, unknown=450)
+    sums(maker, unknown=180)
+    strange_questions(maker, currencies(maker, options.sources, unknown=60), times=20)
     said(maker)
     asked = {item["conversations"][-2]["content"] for item in maker.questions if len(item["conversations"]) == 2}
     chats = [item for item in maker.chats if item["conversations"][0]["content"] not in asked]
     maker.draw.shuffle(chats)
+    chats = conversations(chats, maker.draw)
     write(options.output, chats)
     write(options.questions, maker.questions)
     print(f"{len(chats):,} chats, {len(maker.questions):,} questions")
