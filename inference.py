@@ -24,7 +24,7 @@ from model.corpus.inspection import counts_text
 from model.corpus.jsonl import parse_line
 from model.corpus.reasons import REASONS
 from model.errors import InputError, counted
-from model.generation.judging import judge_answers, judged_text
+from model.generation.judging import is_exact, judge_answers, judged_text
 from model.generation.scoring import Score
 from model.options import options_of, text_flag
 from model.storage.files import refuse_overwriting, refuse_overwriting_inputs
@@ -311,7 +311,7 @@ def run_judge(
         (group, answer.text, answer.end, expected, history[-1]["content"])
         for (history, expected, group), answer in zip(fitting, generator.continued(encoded, config), strict=True)
     ]
-    wrong = [one for one in judged if one[1].strip() != one[3].strip()]
+    wrong = [one for one in judged if not is_exact(one[1], one[3])]
     for _, text, _, expected, question in wrong[:WRONG_SHOWN]:
         print_text(" ".join(f"{question}▸{text}  ({expected})".split()))
     groups = sorted({group for group, *_ in judged} - {""})

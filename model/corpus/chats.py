@@ -23,6 +23,8 @@ try:
 except ImportError:
     orjson = None
 
+from model.corpus.jsonl import parse_object
+
 Chat = tuple[tuple[str, str], ...]  # (role, content) of each message; the roles are system, user, assistant
 
 MESSAGE_KEYS = ("messages", "conversations", "conversation", "dialogue", "chat")
@@ -69,14 +71,9 @@ def parse_chat(raw: bytes | memoryview, escapes: bool = True) -> tuple[Chat | No
         except ValueError:  # say why below; json also takes what orjson doesn't
             pass
     if value is None:
-        try:
-            content = str(raw, "utf-8")
-        except UnicodeDecodeError:
-            return None, "bad_utf8"
-        try:
-            value = json.loads(content)
-        except (ValueError, RecursionError):
-            return None, "bad_json" if content.strip() else "empty"
+        value, reason = parse_object(raw)
+        if value is None:
+            return None, reason
     if not isinstance(value, dict):
         return None, "not_an_object"
     try:

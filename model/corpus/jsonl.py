@@ -35,7 +35,8 @@ def parse_line(
     return _parse_with_json(raw, text_field, escapes)
 
 
-def _parse_with_json(raw: bytes | memoryview, text_field: str, escapes: bool) -> tuple[str | None, str | None]:
+def parse_object(raw: bytes | memoryview) -> tuple[dict | None, str | None]:
+    """(object, None) of a line of JSONL, (None, a key of REASONS) for one that holds none; by the `json` library."""
     try:
         content = str(raw, "utf-8")
     except UnicodeDecodeError:
@@ -44,8 +45,13 @@ def _parse_with_json(raw: bytes | memoryview, text_field: str, escapes: bool) ->
         value = json.loads(content)
     except (ValueError, RecursionError):  # RecursionError: brackets nested thousands deep
         return None, "bad_json" if content.strip() else "empty"
-    if not isinstance(value, dict):
-        return None, "not_an_object"
+    return (value, None) if isinstance(value, dict) else (None, "not_an_object")
+
+
+def _parse_with_json(raw: bytes | memoryview, text_field: str, escapes: bool) -> tuple[str | None, str | None]:
+    value, reason = parse_object(raw)
+    if value is None:
+        return None, reason
     text = value.get(text_field)
     if not isinstance(text, str):
         return None, "no_text"

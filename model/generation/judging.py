@@ -24,13 +24,18 @@ def judge_answers(answers: Sequence[str], ends: Sequence[str], expected: Sequenc
     count = max(1, len(answers))
     return {
         "answers": len(answers),
-        "exact": sum(a.strip() == e.strip() for a, e in zip(answers, expected, strict=True)) / count,
+        "exact": sum(is_exact(a, e) for a, e in zip(answers, expected, strict=True)) / count,
         "stopped": sum(end == "eos" for end in ends) / count,
         "repeated": sum(map(repeats, answers)) / count,
         "leaked": sum(any(role in answer for role in ROLES) for answer in answers) / count,
         "answer_characters": sum(map(len, answers)) / count,
         "expected_characters": sum(map(len, expected)) / count,
     }
+
+
+def is_exact(answer: str, expected: str) -> bool:
+    """Whether an answer is the expected one, but for white space around."""
+    return answer.strip() == expected.strip()
 
 
 def repeats(text: str) -> bool:
