@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import utils
 from model.dataset import PretrainDataset, number_documents
-from model.errors import ProcessLost, TrainingDiverged
+from model.errors import InputError, ProcessLost, TrainingDiverged
 from model.loss import bits_per_byte
 from model.model import Transformer
 from model.runs.beginning import Beginning, find_beginning
@@ -499,7 +499,7 @@ class Trainer:
         """Count a step. A skipped one uses up its samples but does not advance `progress.step`.
 
         Raises:
-            TrainingDiverged: too many steps in a row were skipped.
+            TrainingDiverged: too many steps in a row were skipped, or a save's weights were not finite.
             InputError: too many saves failed.
         """
         t, progress = self.training, self.progress
@@ -518,6 +518,9 @@ class Trainer:
             found = f"step {progress.step + 1}: {result.fault}"
             limit = limit_reached(progress.overflows_in_a_row, progress.skipped_in_a_row, t.max_skipped_steps)
             if limit is not None:
+                if self.files is not None:
+                    with contextlib.suppress(InputError):  # it was reported
+                        self.files.wait()  # a checkpoint that is not finite says more: the weights were so before
                 advice = "then --resume from the last checkpoint"
                 raise TrainingDiverged(f"{found}, with learning rate {result.lr:g}, and {limit}, {advice}")
             if not result.overflow:  # an overflow is part of loss scaling, and not worth a line
