@@ -3,38 +3,37 @@
 Learned is every answer of the assistant with the token that ends it, and nothing else. What precedes an answer is, id
 by id, what inference sends for that history (`chat_template.encode_chat`).
 
-Any template is rendered for each answer up to where it begins, and once as a whole: the ids of the former must begin
-those of the latter. The embedded template writes all messages alike, so their ids are made in bulk without it.
+A chat is rendered for each answer up to where it begins, and once as a whole: the ids of the former must begin those
+of the latter. Most templates only copy contents; then chats are made of pieces instead (`chat_pieces`), which is many
+times as fast.
 """
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
 from model.errors import InputError
+from model.text.chat_pieces import (
+    Chat,
+    EncodedChats,
+    EncodeTexts,
+    Outline,
+    encode_pieces,
+    encodes_in_pieces,
+    make_outline,
+)
 from model.text.chat_template import MESSAGES_TEMPLATE, render, template_sha256
 from model.text.encoder import TextEncoder, unknown_id
 from model.text.tokenization import BulkTokenizer, control_ids, load_tokenizer, named_template, text_encoder
 
-Chat = Sequence[tuple[str, str]]  # (role, content) of each message
-EncodeTexts = Callable[[Sequence[str]], tuple[np.ndarray, np.ndarray]]  # ids of all, uint32; how many each, int64
 PROBES: list[Chat] = [
     (("user", "你好"), ("assistant", "你好！"), ("user", "Who are you?"), ("assistant", "A model.")),
     (("system", "答得短些。"), ("user", "</s>1+1=?"), ("assistant", "2。\n\n<s>🤔")),
 ]
-
-
-@dataclass(frozen=True)
-class EncodedChats:
-    """Ids of chats one after another; a chat that cannot be used has none."""
-
-    ids: np.ndarray  # uint32 [N]
-    learned: np.ndarray  # bool [N]
-    lengths: np.ndarray  # int64 [chats]
-    reasons: list[str | None]  # "template_refuses" or "cannot_mask"; None: the chat is there
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ class ChatFormat:
         special_tokens: what the template may name, such as `bos_token`.
         control: ids that no text yields; the unknown token is not among them.
         end_ids: those that end an answer, ascending.
-        by_message: the ids are those of the messages one by one, as MESSAGES_TEMPLATE writes them.
+        in_pieces: chats are made of pieces where the template allows it.
     """
 
     template: str
@@ -54,7 +53,12 @@ class ChatFormat:
     encoder: TextEncoder
     control: frozenset[int]
     end_ids: tuple[int, ...] = ()
-    by_message: bool = False
+    in_pieces: bool = False
+
+    @cached_property
+    def _outlines(self) -> dict[tuple[str, ...], Outline | None]:
+        """Those made so far, by roles."""
+        return {}
 
     @property
     def sha256(self) -> str:
@@ -70,56 +74,46 @@ class ChatFormat:
         Raises:
             InputError: the tokenizer fails on a text.
         """
-        if self.by_message and chats:
-            return self._encode_by_message(chats, encode_texts or self._encode_texts)
-        return _joined([self._placed(*rendered) for rendered in self._encode_rendered(chats)])
+        if not self.in_pieces:
+            return self._render_all(chats)
+        split = [tuple(zip(*chat, strict=True)) for chat in chats]  # roles, contents
+        outlines = [self._outline(*both) for both in split]
+        fitting = [place for place, outline in enumerate(outlines) if outline is not None]
+        if not fitting:
+            return self._render_all(chats)
+        made = encode_pieces(
+            [split[place][1] for place in fitting],
+            [outlines[place] for place in fitting],
+            encode_texts or self._encode_texts,
+        )
+        if len(fitting) == len(chats):
+            return made
+        others = [place for place, outline in enumerate(outlines) if outline is None]
+        return _merged(made, self._render_all([chats[place] for place in others]), [*fitting, *others])
 
-    # ------------------------------------------------------------------------------------------- message by message
+    # ---------------------------------------------------------------------------------------------------- in pieces
 
     def _encode_texts(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         encoded = self.encoder.encode(texts)
         return np.array(sum(encoded, []), dtype=np.uint32), np.array([*map(len, encoded)], dtype=np.int64)
 
-    def _encode_by_message(self, chats: Sequence[Chat], encode_texts: EncodeTexts) -> EncodedChats:
-        """`<s> role⏎content </s> ⏎` of each message."""
-        around, around_lengths = encode_texts(["\n", "assistant\n"])
-        newline, header = np.split(around, around_lengths[:1])
-        ids, lengths = encode_texts([f"{role}\n{content}" for chat in chats for role, content in chat])
-        messages = np.array([len(chat) for chat in chats])  # of each chat
-        is_answer = np.array([role == "assistant" for chat in chats for role, _ in chat])
-        begins_as_sent = lengths > len(header)  # as inference sends it before an answer
-        starts = np.cumsum(lengths) - lengths
-        for place, expected in enumerate(header.tolist()):
-            begins_as_sent &= ids[np.minimum(starts + place, len(ids) - 1)] == expected
+    def _outline(self, roles: tuple[str, ...], contents: tuple[str, ...]) -> Outline | None:
+        """The outline of chats with these roles, if it holds for these contents."""
+        if roles not in self._outlines:
+            about = self.template, self.special_tokens, self.encoder, self.control, self.end_ids
+            made = make_outline(*about, roles)
+            chat = [(role, f"第 {number} q") for number, role in enumerate(roles)]
+            if made is not None:  # rendering is what counts
+                pieces = encode_pieces([tuple(text for _, text in chat)], [made], self._encode_texts)
+                made = made if _same(pieces, self._render_all([chat])) else None
+            self._outlines[roles] = made
+        outline = self._outlines[roles]
+        return outline if outline is not None and outline.fits(contents) else None
 
-        sizes = lengths + 2 + len(newline)
-        message_starts = np.cumsum(sizes) - sizes
-        tokens = np.empty(int(sizes.sum()), dtype=np.uint32)
-        is_text = np.ones(len(tokens), dtype=bool)
-        bos, eos = message_starts, message_starts + lengths + 1
-        around_text = [(bos, self.encoder.control["<s>"]), (eos, self.encoder.control["</s>"])]
-        around_text += [(eos + 1 + place, index) for place, index in enumerate(newline.tolist())]
-        for places, index in around_text:
-            is_text[places] = False
-            tokens[places] = index
-        tokens[is_text] = ids
+    # ----------------------------------------------------------------------------------------------------- rendered
 
-        changes = np.zeros(len(tokens) + 1, dtype=np.int8)  # +1 where learned tokens begin, -1 behind them
-        changes[(bos + 1 + len(header))[is_answer]] += 1
-        changes[(eos + 1)[is_answer]] -= 1
-        learned = np.cumsum(changes[:-1], dtype=np.int8).astype(bool)
-
-        first_messages = np.cumsum(messages) - messages
-        usable = np.logical_and.reduceat(begins_as_sent | ~is_answer, first_messages)
-        chat_lengths = np.add.reduceat(sizes, first_messages)
-        if not usable.all():
-            kept = np.repeat(usable, chat_lengths)
-            tokens, learned, chat_lengths = tokens[kept], learned[kept], np.where(usable, chat_lengths, 0)
-        return EncodedChats(
-            tokens, learned, chat_lengths, [None if good else "cannot_mask" for good in usable.tolist()]
-        )
-
-    # ------------------------------------------------------------------------------------------------- any template
+    def _render_all(self, chats: Sequence[Chat]) -> EncodedChats:
+        return _joined([self._placed(*rendered) for rendered in self._encode_rendered(chats)])
 
     def _encode_rendered(self, chats: Sequence[Chat]) -> list[tuple[list[list[int]], list[int]]]:
         """Of each chat the ids up to each answer and those of the whole, and how many control tokens the template
@@ -200,6 +194,22 @@ def _joined(chats: Sequence[tuple[list[int], list[bool], str | None]]) -> Encode
     )
 
 
+def _merged(some: EncodedChats, others: EncodedChats, places: Sequence[int]) -> EncodedChats:
+    """Two lots of chats as one; `places`: where each of `some` and then each of `others` goes."""
+    order = np.argsort(places)
+    ids, learned = (
+        [*np.split(a, np.cumsum(some.lengths)[:-1]), *np.split(b, np.cumsum(others.lengths)[:-1])]
+        for a, b in ((some.ids, others.ids), (some.learned, others.learned))
+    )
+    lengths, reasons = np.concatenate((some.lengths, others.lengths)), [*some.reasons, *others.reasons]
+    return EncodedChats(
+        np.concatenate([ids[place] for place in order]),
+        np.concatenate([learned[place] for place in order]),
+        lengths[order],
+        [reasons[place] for place in order],
+    )
+
+
 def load_chat_format(path: str | Path | None, tokenizer: BulkTokenizer) -> ChatFormat:
     """How the tokenizer of a folder writes chats.
 
@@ -256,8 +266,8 @@ def _checked(found: ChatFormat, path: str | Path | None) -> ChatFormat:
         )
     ends = {index for index, flag, after in zip(whole, learned, [*learned[1:], False], strict=True) if flag > after}
     found = replace(found, end_ids=tuple(sorted(ends)))
-    if found.template == MESSAGES_TEMPLATE:
-        fast = replace(found, by_message=True)
+    if encodes_in_pieces(found.encoder):
+        fast = replace(found, in_pieces=True)
         if _same(fast.encode(PROBES), found.encode(PROBES)):
             return fast
     return found

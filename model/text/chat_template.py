@@ -1,12 +1,13 @@
 """Chats in the tokenizer's template, which is a small program by whoever made the tokenizer."""
 
+import contextlib
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import jinja2
 
 from model.errors import InputError, first_line, shown
-from model.text import template_sandbox
+from model.text import template_outline, template_sandbox
 from model.text.tokenization import text_encoder
 
 # The embedded tokenizer's, MiniMind v1's form, <s>user\n…</s>\n<s>assistant\n…</s>\n: every message alike, whatever
@@ -52,10 +53,38 @@ def render(
     Raises:
         InputError: the template refuses the history, is damaged, or exceeds a limit.
     """
+    with _template_errors():
+        return template_sandbox.render(template, _values(special_tokens, history, add_generation_prompt))
+
+
+def render_around(
+    template: str, special_tokens: dict, history: Sequence[dict[str, str]], add_generation_prompt: bool, secret: str
+) -> tuple[str, frozenset[str]]:
+    """`render` of a history whose contents are placeholders, and the texts that the template looked for in them.
+
+    See `template_outline.render_outline`.
+
+    Raises:
+        InputError: as `render`, or the template does more with a content than copy it.
+    """
+    placeholders = frozenset(message["content"] for message in history)
+    with _template_errors():
+        return template_outline.render_outline(
+            template, _values(special_tokens, history, add_generation_prompt), placeholders, secret
+        )
+
+
+def _values(special_tokens: dict, history: Sequence[dict[str, str]], add_generation_prompt: bool) -> dict:
     messages = [{key: value for key, value in message.items() if value is not None} for message in history]
-    values = special_tokens | {"messages": messages, "tools": None, "documents": None}
+    given = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": add_generation_prompt}
+    return special_tokens | given
+
+
+@contextlib.contextmanager
+def _template_errors() -> Iterator[None]:
+    """Turn what a template raises into an InputError."""
     try:
-        return template_sandbox.render(template, **values, add_generation_prompt=add_generation_prompt)
+        yield
     except template_sandbox.TooMuch as error:
         raise InputError(f"the tokenizer's chat template {error}") from error
     except jinja2.TemplateError as error:

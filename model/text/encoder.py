@@ -84,6 +84,28 @@ class TextEncoder:
         """How many control tokens the template wrote in a text rendered from guarded messages."""
         return len(self._spelled.findall(rendered))
 
+    @property
+    def secret(self) -> str:
+        """Private-use characters that no text holds: part of all marks, guards and placeholders."""
+        return self._secret
+
+    def placeholder(self, number: int) -> str:
+        """A text that stands for the content of a message in a rendered text; see `split_placeholders`."""
+        return f"{self._secret}{number}\ue004"
+
+    def split_placeholders(self, rendered: str) -> tuple[list[str], list[int]]:
+        """The texts around the placeholders in a rendered text, and the placeholders' numbers."""
+        parts = re.split(rf"{self._secret}(\d+)\ue004", rendered)
+        return parts[::2], [*map(int, parts[1::2])]
+
+    def split_control(self, rendered: str) -> list[str | int]:
+        """The texts between the control tokens that a rendered text spells, and the ids of these tokens, in order."""
+        parts, at = [], 0
+        for found in self._spelled.finditer(rendered):
+            parts += [rendered[at : found.start()], self.control[found[0]]]
+            at = found.end()
+        return [part for part in (*parts, rendered[at:]) if part != ""]
+
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_backend": None}  # a process that it is sent to loads its own
 

@@ -13,7 +13,7 @@ import json
 import operator
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from typing import Any
 
@@ -94,8 +94,11 @@ def spend(size: int) -> None:
         budget.spend(size)
 
 
-def render(source: str, **values) -> str:
+def render(source: str, values: Mapping[str, Any], sandbox: type["Sandbox"] | None = None) -> str:
     """Render a template with values.
+
+    Args:
+        sandbox: a subclass of `Sandbox` to render in; None: `Sandbox` itself.
 
     Raises:
         TooMuch: the template exceeds a limit.
@@ -104,7 +107,7 @@ def render(source: str, **values) -> str:
     token = _BUDGET.set(_Budget())
     try:
         pieces, length = [], 0
-        for piece in _compiled(source).generate(**values):
+        for piece in _compiled(source, sandbox or Sandbox).generate(values):
             length += len(piece)
             if length > MAX_CHARACTERS:
                 raise TooMuch(f"makes more than {MAX_CHARACTERS:,} characters")
@@ -116,8 +119,8 @@ def render(source: str, **values) -> str:
 
 
 @functools.lru_cache(maxsize=8)
-def _compiled(source: str) -> Template:
-    environment = _Sandbox()
+def _compiled(source: str, sandbox: type["Sandbox"]) -> Template:
+    environment = sandbox()
     tree = environment.parse(source)
     for loop in list(tree.find_all(nodes.For)):
         body = sum(len(data.data) for data in loop.find_all(nodes.TemplateData))  # constant text per iteration
@@ -169,7 +172,9 @@ class _Generator(CodeGenerator):
         self.write("}")
 
 
-class _Sandbox(ImmutableSandboxedEnvironment):
+class Sandbox(ImmutableSandboxedEnvironment):
+    """Jinja's sandbox with a limit on what each operation makes."""
+
     code_generator_class = _Generator
     intercepted_binops = frozenset(["+", "-", "*", "**", "%"])
 
@@ -184,7 +189,12 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         self.tests = {name: _bounded_test(name, function) for name, function in self.tests.items()}
         self.filters["_counted"] = _counted
         del self.globals["lipsum"]
-        self.globals |= {"raise_exception": _raise, "strftime_now": _now, "dict": _dict, "namespace": _Namespace}
+        self.globals |= {
+            "raise_exception": _raise,
+            "strftime_now": _now,
+            "dict": template_dict,
+            "namespace": TemplateNamespace,
+        }
 
     @staticmethod
     def _finalized(value: Any) -> Any:
@@ -230,8 +240,12 @@ class _Sandbox(ImmutableSandboxedEnvironment):
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805 (as in jinja)
         if isinstance(__obj, LoopContext):
             args = (_counted(args[0], 0), *args[1:])
-        elif __obj is _dict or __obj is _Namespace or isinstance(_owner(__obj), str | bytes | dict | SEQUENCES):
-            args = tuple(_listed(value) for value in args)
+        elif (
+            __obj is template_dict
+            or __obj is TemplateNamespace
+            or isinstance(owner_of(__obj), str | bytes | dict | SEQUENCES)
+        ):
+            args = tuple(listed(value) for value in args)
         spend(_size_of_call(__obj, args, kwargs))
         return _charged(super().call(__context, __obj, *args, **kwargs))
 
@@ -281,7 +295,7 @@ def _charged(result: Any) -> Any:
     return result
 
 
-def _listed(value: Any) -> Any:
+def listed(value: Any) -> Any:
     """A list in place of an iterator, whose size is unknown."""
     return list(_counted(value, 0)) if isinstance(value, Iterator) else value
 
@@ -299,7 +313,7 @@ def _size_of_operation(operator: str, left: Any, right: Any) -> int:
     elif operator == "+":
         return _size(left) + _size(right)
     elif operator == "-" and not isinstance(left, int | float):  # of sets
-        return weigh((left, _listed(right)))
+        return weigh((left, listed(right)))
     return 1
 
 
@@ -321,8 +335,8 @@ def _size_of_call(function: Any, arguments: tuple, named: dict) -> int:
     """Upper estimate of a call's result, for those methods whose result can outgrow their arguments."""
     given = (*arguments, *named.values())
     _check_numbers(given)
-    text, name = _owner(function), getattr(function, "__name__", "")
-    if function is _dict or function is _Namespace:
+    text, name = owner_of(function), getattr(function, "__name__", "")
+    if function is template_dict or function is TemplateNamespace:
         return weigh(arguments)
     if isinstance(text, LoopContext) and name == "changed":
         return weigh(given)
@@ -351,7 +365,7 @@ def _size_of_call(function: Any, arguments: tuple, named: dict) -> int:
     return len(text) * (1 + max(abs(value) for value in given if isinstance(value, int))) if name == "expandtabs" else 1
 
 
-def _owner(function: Any) -> Any:
+def owner_of(function: Any) -> Any:
     """The value whose method this is, or None."""
     function = inspect.unwrap(function) if callable(function) else function  # jinja wraps str.format
     return getattr(function, "__self__", None)
@@ -380,7 +394,7 @@ def _bounded(environment: Environment, name: str, function: Callable) -> Callabl
     @functools.wraps(function)
     def bounded(*args, **kwargs):
         if name in BY_ATTRIBUTE or name == "list":
-            args = tuple(_listed(value) for value in args)
+            args = tuple(listed(value) for value in args)
         given = [value for value in args if not isinstance(value, Environment | Context | EvalContext)]
         value, given = given[0] if given else None, (*given[1:], *kwargs.values())
         _check_numbers(given)
@@ -436,7 +450,7 @@ class _Generation(Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
-class _Namespace(Namespace):
+class TemplateNamespace(Namespace):
     """Jinja's namespace, refusing names that begin with an underscore."""
 
     def __init__(*args, **kwargs) -> None:  # so that `namespace(self=...)` works
@@ -469,7 +483,7 @@ def _now(form: str) -> str:
     return datetime.datetime.now().strftime(form)
 
 
-def _dict(*args, **kwargs) -> dict:
+def template_dict(*args, **kwargs) -> dict:
     return dict(*args, **kwargs)
 
 

@@ -1,6 +1,7 @@
 """Chats as ids: what precedes an answer is what inference sends, and learned is each answer with its end."""
 
 import dataclasses
+import functools
 from itertools import groupby
 from pathlib import Path
 
@@ -165,8 +166,8 @@ CHATS = [
 
 def test_a_chat_whose_answer_cannot_be_told_apart_leaves_the_others_as_they_are(styles):
     style = styles[EMBEDDED]
-    assert style.format.by_message
-    for chat_format in (style.format, dataclasses.replace(style.format, by_message=False)):
+    assert style.format.in_pieces
+    for chat_format in (style.format, dataclasses.replace(style.format, in_pieces=False)):
         encoded = chat_format.encode(CHATS, style.encode_texts)
         assert encoded.reasons == [None, "cannot_mask", None]
         first, none, last = encoded.lengths.tolist()
@@ -174,6 +175,96 @@ def test_a_chat_whose_answer_cannot_be_told_apart_leaves_the_others_as_they_are(
         assert none == 0 and [first, last] == [len(one.ids) for one in alone]
         assert np.array_equal(encoded.ids, np.concatenate([one.ids for one in alone]))
         assert np.array_equal(encoded.learned, np.concatenate([one.learned for one in alone]))
+
+
+def assert_made_as_rendered(chat_format, chats, encode_texts=None):
+    """Chats made of pieces are those that rendering makes."""
+    made, rendered = (
+        dataclasses.replace(chat_format, in_pieces=in_pieces).encode(chats, encode_texts) for in_pieces in (True, False)
+    )
+    assert made.reasons == rendered.reasons and made.lengths.tolist() == rendered.lengths.tolist()
+    assert made.ids.tolist() == rendered.ids.tolist() and made.learned.tolist() == rendered.learned.tolist()
+
+
+@pytest.mark.parametrize("name", [EMBEDDED, *STYLES])
+@given(several=st.lists(chats(), min_size=1, max_size=5))
+@settings(max_examples=30, deadline=None, suppress_health_check=[*HealthCheck])
+def test_chats_made_of_pieces_are_those_that_rendering_makes(styles, name, several):
+    style = styles[name]
+    assert style.format.in_pieces and style.format._outline(("user", "assistant"), ("q", "a")) is not None
+    assert_made_as_rendered(style.format, several, style.encode_texts)
+
+
+LOOKS = {  # what a template may write behind `user`; c: the content; True: chats can be made of pieces nevertheless
+    "copied whole": ("'!' if c and c is string and c is not none and 'content' in message else ''", True),
+    "trimmed": ("'!' if c | trim and c.strip() | default('') and c.rstrip('\\n') else ''", True),
+    "type": ("'!' if c is mapping or c == none else ''", True),
+    "messages": ("(messages[:1] | length | string) + (messages[:1] | map(attribute='role') | join(','))", True),
+    "in": ("'!' if '。' in c else ''", True),
+    "not in": ("'!' if '。' not in c else ''", True),
+    "equal": ("'!' if c == '你好' or '是' == c else ''", True),
+    "equal, as a test": ("'!' if c is eq('a') else ''", True),
+    "begins": ("'!' if c.startswith('a') else ''", True),
+    "split": ("'!' if c.split('a') | length > 1 else ''", True),
+    "part": ("c.split('a')[0]", False),
+    "count": ("c.count('a') | string", True),
+    "replaced": ("'!' if c.replace('a', '是') == c else ''", False),
+    "a digit": ("'!' if '1' in c else ''", False),
+    "length": ("'!' if c | length > 4 else ''", False),
+    "upper": ("'!' if c | upper == c else ''", False),
+    "is upper": ("'!' if c is upper else ''", False),
+    "slice": ("c[:2]", False),
+    "index": ("c[0]", False),
+    "characters": ("c | list | first", False),
+    "in a list": ("'!' if c in ['a', '1'] else ''", False),
+    "less": ("'!' if c < 'b' else ''", False),
+    "key": ("{'a': '!', '1': '?'}[c] | default('')", False),
+    "got": ("{'a': '!'}.get(c, '')", False),
+    "percent": ("'%s' % c", False),
+    "format": ("'{}'.format(c)", False),
+    "join": ("[c, 'x'] | join('-')", False),
+    "JSON": ("c | tojson", False),
+    "twice": ("c", False),
+    "tilde": ("'x' ~ c ~ 'y'", False),
+    "stripped together": ("(' ' + c + ' ') | trim", False),
+    "stripped of letters": ("'!' if c.strip('a') == c else ''", False),
+    "selected": ("messages[:1] | selectattr('content', 'eq', 'a') | list | length | string", True),
+    "compared": ("'!' if messages[0].content == c else ''", False),
+    "messages compared": ("'!' if messages[0] == message else ''", False),
+    "mapped": ("'!' if messages[:1] | map(attribute='content') | join | length > 20 else ''", False),
+    "as Python writes it": ("[c] | string", False),
+    "a namespace": ("namespace(c=c) | string", False),
+    "sorted": ("(messages[:1] | sort(attribute='content') | first).role", False),
+    "digits": ("'!' if c.isdigit() else ''", False),
+    "a number": ("c | int | string", False),
+    "a regex by hand": ("'!' if 'a' in c.split()[0] else ''", False),
+}
+
+
+@pytest.mark.parametrize("name", LOOKS)
+@given(several=st.lists(chats(), min_size=1, max_size=3))
+@example(several=[(("user", "你好"), ("assistant", "a")), (("user", "a"), ("assistant", "a")), PROBES[0], PROBES[1]])
+@example(several=[(("user", content), ("assistant", "b")) for content in ("1", "是", "ba", "A", "b。", "23", "b a")])
+@settings(max_examples=12, deadline=None, suppress_health_check=[*HealthCheck])
+def test_a_template_that_looks_into_contents_is_rendered_or_its_constants_are_known(looking, name, several):
+    chat_format, in_pieces = looking(name)
+    assert_made_as_rendered(chat_format, several)
+    outline = chat_format.in_pieces and chat_format._outline(("user", "assistant"), ("q", "q"))
+    assert bool(outline) is in_pieces
+
+
+@pytest.fixture(scope="session")
+def looking(tmp_path_factory):
+    @functools.cache
+    def load(name: str):
+        written, in_pieces = LOOKS[name]
+        look = "{% set c = message.content %}{% if message.role == 'user' %}{{ '<|im_start|>' + message.role + (X) }}"
+        look += "{% else %}{{ '<|im_start|>' + message.role }}{% endif %}"
+        template = CHAT_ML.replace("{{ '<|im_start|>' + message['role'] +", look.replace("X", written) + "{{", 1)
+        folder = write_style(tmp_path_factory.mktemp("looking") / "t", "MiniMind 2", chat_template=template)
+        return load_chat_format(folder, load_bulk_tokenizer(folder)), in_pieces
+
+    return load
 
 
 KNOWS_FEW_CHARACTERS = ("Unigram", "an eos that is not special")  # one unknown token stands for header and answer
@@ -253,7 +344,7 @@ def test_a_tokenizer_without_a_template_is_refused(tmp_path):
 
 def test_a_template_in_a_file_of_its_own_beats_the_one_in_the_config(tmp_path):
     folder = write_tokenizer(tmp_path / "t", KINDS["byte-level BPE"]())
-    assert load_chat_format(folder, load_bulk_tokenizer(folder)).by_message
+    assert load_chat_format(folder, load_bulk_tokenizer(folder)).in_pieces
     (folder / "chat_template.jinja").write_text(CHAT_ML.replace("<|im_start|>", "<s>").replace("<|im_end|>", "</s>"))
     made = load_chat_format(folder, load_bulk_tokenizer(folder))
     assert (
