@@ -108,13 +108,21 @@ def read_chat(value: dict) -> tuple[str, Chat]:
 
 def form_of(value: dict) -> str | None:
     """The form of the chat that an object holds, a key of FORMS, judged by its keys; None where it holds none."""
-    for key in MESSAGE_KEYS:
-        if isinstance(messages := value.get(key), list):
-            first = messages[0] if messages and isinstance(messages[0], dict) else {}
-            if "from" in first and "role" not in first:
-                return "sharegpt"
-            return "openai" if key == "messages" else "minimind"
+    if key := _key_of_messages(value):
+        messages = value[key]
+        first = messages[0] if messages and isinstance(messages[0], dict) else {}
+        if "from" in first and "role" not in first:
+            return "sharegpt"
+        return "openai" if key == "messages" else "minimind"
     return next((form for form, keys in KEYS_OF_FORM.items() if keys <= value.keys()), None)
+
+
+def _key_of_messages(value: dict) -> str | None:
+    """The key of the list of messages; None where there is none."""
+    for key in MESSAGE_KEYS:
+        if isinstance(value.get(key), list):
+            return key
+    return None
 
 
 def check_turns(messages: Sequence[tuple[str, str]]) -> Chat:
@@ -123,11 +131,10 @@ def check_turns(messages: Sequence[tuple[str, str]]) -> Chat:
     Raises:
         UnusableChat: they are not questions and answers in turn, behind a system message at most; or one is empty.
     """
-    roles, contents = zip(*messages, strict=True) if messages else ((), ())
-    if reason := _fault_of_roles(roles):
+    if reason := _fault_of_roles(tuple([role for role, _ in messages])):
         raise UnusableChat(reason)
-    if "" in contents:
-        raise UnusableChat(empty_reason(messages))
+    if reason := empty_reason(messages):
+        raise UnusableChat(reason)
     return tuple(messages)
 
 
@@ -151,7 +158,7 @@ def empty_reason(messages: Iterable[tuple[str, str]]) -> str | None:
 
 
 def _read_messages(value: dict) -> list[tuple[str, str]]:
-    listed = next(value[key] for key in MESSAGE_KEYS if isinstance(value.get(key), list))
+    listed = value[_key_of_messages(value)]
     for role, content in (("role", "content"), ("from", "value")):  # the usual case, ten times as fast
         try:
             if sum(map(len, listed)) == 2 * len(listed):

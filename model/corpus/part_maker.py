@@ -98,7 +98,7 @@ class PartMaker:
 
     def _add_chunk(self, lines: list[bytes], first: int, oversized: bool, escapes: bool, columns: PartColumns) -> None:
         """Add the chunk that begins with the part's line `first`; `oversized`: its last line is too long."""
-        kind, documents, numbers, masks = self.documents, [], [], None
+        kind, documents, numbers, masks, texts = self.documents, [], [], None, None
         for number, raw in enumerate(lines):
             document, reason = kind.parse(raw, escapes)
             if oversized and number == len(lines) - 1:
@@ -109,9 +109,10 @@ class PartMaker:
                 documents.append(document)
                 numbers.append(number)
         if self.options.cleaning.clean:
-            documents, numbers, masks = self._clean(documents, numbers, lines, first, columns)
+            documents, numbers, masks, texts = self._clean(documents, numbers, lines, first, columns)
         if self.losses:
             columns.lost_bytes += self.losses.count(kind.contents(documents))
+        given = documents
         documents, encoded = kind.encode(documents) if self.encoder else self._as_jsonl(documents)
         for index in np.flatnonzero(encoded.pieces == 0).tolist():
             number = numbers[index]
@@ -120,7 +121,7 @@ class PartMaker:
         if self.encoder:
             columns.count_ids(encoded.payload & (LEARNED - 1) if self.options.chats else encoded.payload)
         columns.piece_sizes.append(encoded.piece_sizes.astype("<u4"))
-        texts = kind.texts(documents)
+        texts = texts if texts is not None and documents is given else kind.texts(documents)
         contents = [text.encode("utf-8") for text in texts]
         table = _table(texts, contents, encoded, kind.keys(documents, contents) if self.options.keys else None)
         table["line"] = first + np.array(numbers, dtype=np.int64)
@@ -137,20 +138,22 @@ class PartMaker:
             columns.turn_characters.append(characters)
 
     def _clean(self, documents: list, numbers: list[int], lines: list[bytes], first: int, columns: PartColumns):
-        """Clean and filter the documents of the chunk's lines `numbers`: (documents, numbers, masks) of the rest."""
+        """Clean and filter the documents of the chunk's lines `numbers`: (documents, numbers, masks, texts) of the
+        rest."""
         cleaned, masks, changed = self.documents.clean(documents, self.cleaner)
         for index, mask, before, after in changed:
             columns.samples.add(mask, first + numbers[index], before, after)
-        kept = []
-        for index, text in enumerate(self.documents.texts(cleaned)):
-            reason = self.documents.empty_reason(cleaned[index]) or self.cleaner.reason_to_reject(text)
+        kept, texts = [], self.documents.texts(cleaned)
+        for index, text in enumerate(texts):
+            emptied = self.documents.empty_reason(cleaned[index]) if masks[index] else None
+            reason = emptied or self.cleaner.reason_to_reject(text)
             if reason is None:
                 kept.append(index)
             else:
                 columns.rejects.append((first + numbers[index], reason, lines[numbers[index]]))
         if len(kept) == len(cleaned):
-            return cleaned, numbers, masks
-        return [cleaned[index] for index in kept], [numbers[index] for index in kept], [masks[index] for index in kept]
+            return cleaned, numbers, masks, texts
+        return tuple([values[index] for index in kept] for values in (cleaned, numbers, masks, texts))
 
     def _as_jsonl(self, documents: list) -> tuple[list, Encoded]:
         """`{"text": ...}` or `{"messages": ...}` of each document, one a line."""

@@ -22,8 +22,10 @@ from model.text.chat_pieces import (
     EncodedChats,
     EncodeTexts,
     Outline,
+    contents_of,
     encode_pieces,
     encodes_in_pieces,
+    hold_for,
     make_outline,
 )
 from model.text.chat_template import MESSAGES_TEMPLATE, render, template_sha256
@@ -76,19 +78,20 @@ class ChatFormat:
         """
         if not self.in_pieces:
             return self._render_all(chats)
-        split = [tuple(zip(*chat, strict=True)) for chat in chats]  # roles, contents
-        outlines = [self._outline(*both) for both in split]
-        fitting = [place for place, outline in enumerate(outlines) if outline is not None]
-        if not fitting:
-            return self._render_all(chats)
-        made = encode_pieces(
-            [split[place][1] for place in fitting],
-            [outlines[place] for place in fitting],
-            encode_texts or self._encode_texts,
-        )
-        if len(fitting) == len(chats):
-            return made
+        outlines = [self._outline(tuple([role for role, _ in chat])) for chat in chats]
+        if not hold_for(set(outlines), contents_of(chats)):
+            outlines = [
+                outline if hold_for({outline}, contents_of([chat])) else None
+                for outline, chat in zip(outlines, chats, strict=True)
+            ]
         others = [place for place, outline in enumerate(outlines) if outline is None]
+        if len(others) == len(chats):
+            return self._render_all(chats)
+        fitting = [place for place, outline in enumerate(outlines) if outline is not None]
+        contents = contents_of([chats[place] for place in fitting] if others else chats)
+        made = encode_pieces(contents, [outlines[place] for place in fitting], encode_texts or self._encode_texts)
+        if not others:
+            return made
         return _merged(made, self._render_all([chats[place] for place in others]), [*fitting, *others])
 
     # ---------------------------------------------------------------------------------------------------- in pieces
@@ -97,18 +100,16 @@ class ChatFormat:
         encoded = self.encoder.encode(texts)
         return np.array(sum(encoded, []), dtype=np.uint32), np.array([*map(len, encoded)], dtype=np.int64)
 
-    def _outline(self, roles: tuple[str, ...], contents: tuple[str, ...]) -> Outline | None:
-        """The outline of chats with these roles, if it holds for these contents."""
+    def _outline(self, roles: tuple[str, ...]) -> Outline | None:
+        """The outline of chats with these roles, where there is one."""
         if roles not in self._outlines:
             about = self.template, self.special_tokens, self.encoder, self.control, self.end_ids
-            made = make_outline(*about, roles)
-            chat = [(role, f"第 {number} q") for number, role in enumerate(roles)]
+            made, chat = make_outline(*about, roles), [(role, f"第 {number} q") for number, role in enumerate(roles)]
             if made is not None:  # rendering is what counts
-                pieces = encode_pieces([tuple(text for _, text in chat)], [made], self._encode_texts)
+                pieces = encode_pieces(contents_of([chat]), [made], self._encode_texts)
                 made = made if _same(pieces, self._render_all([chat])) else None
             self._outlines[roles] = made
-        outline = self._outlines[roles]
-        return outline if outline is not None and outline.fits(contents) else None
+        return self._outlines[roles]
 
     # ----------------------------------------------------------------------------------------------------- rendered
 

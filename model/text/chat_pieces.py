@@ -6,8 +6,9 @@ control tokens are then encoded in bulk.
 
 import itertools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from operator import add
 
 import numpy as np
 
@@ -33,7 +34,7 @@ class EncodedChats:
     reasons: list[str | None]  # "template_refuses" or "cannot_mask"; None: the chat is there
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Outline:
     """What a template writes around the contents of chats with the same roles.
 
@@ -41,7 +42,7 @@ class Outline:
 
     Attributes:
         absent: what the template looks for in contents; the outline holds for chats without it.
-        texts: of each encoded text what precedes the content, the message's number, and what follows.
+        before, after: the literal text on both sides of each content, encoded with it.
         constants: uint32 [N], the ids of all constants.
         lengths: int64 [pieces], the ids of each constant; 0 for texts.
         answers: int64 [answers, 5]: the piece and the place in it where an answer begins; the piece and the place in it
@@ -50,17 +51,25 @@ class Outline:
     """
 
     absent: tuple[str, ...]
-    texts: tuple[tuple[str, int, str], ...]
+    before: tuple[str, ...]
+    after: tuple[str, ...]
     constants: np.ndarray
     lengths: np.ndarray
     answers: np.ndarray
     headers: tuple[tuple[int, ...], ...]
 
-    def fits(self, contents: tuple[str, ...]) -> bool:
-        """Whether it holds for a chat of these contents."""
-        if not all(contents) or tuple(map(str.strip, contents)) != contents:
-            return False
-        return not any(text in content for text in self.absent for content in contents)
+
+def contents_of(chats: Iterable[Chat]) -> list[str]:
+    """The contents of all messages of all chats."""
+    return [content for chat in chats for _, content in chat]
+
+
+def hold_for(outlines: Iterable[Outline | None], contents: Sequence[str]) -> bool:
+    """Whether all of these outlines hold for all of these contents."""
+    if None in outlines or not all(contents) or [*map(str.strip, contents)] != contents:
+        return False
+    absent = {text for outline in outlines for text in outline.absent}
+    return not any(text in content for text in absent for content in contents)
 
 
 def encodes_in_pieces(encoder: TextEncoder) -> bool:
@@ -117,7 +126,8 @@ def make_outline(
     headers = list(dict.fromkeys(header for _, header in placed))
     return Outline(
         absent=tuple(sorted(absent)),
-        texts=tuple(pieces.texts),
+        before=tuple(before for before, _, _ in pieces.texts),
+        after=tuple(after for _, _, after in pieces.texts),
         constants=np.array([index for constant in pieces.constants for index in constant], dtype=np.uint32),
         lengths=np.array([*itertools.chain(*([len(ids), 0] for ids in pieces.constants))][:-1], dtype=np.int64),
         answers=np.array([(*places, headers.index(header)) for places, header in placed], dtype=np.int64),
@@ -225,21 +235,17 @@ class _Pieces:
 # ----------------------------------------------------------------------------------------------------------- encoding
 
 
-def encode_pieces(
-    contents: Sequence[tuple[str, ...]], outlines: Sequence[Outline], encode_texts: EncodeTexts
-) -> EncodedChats:
-    """The ids of chats of which each fits an outline, and which of them are learned.
+def encode_pieces(contents: Sequence[str], outlines: Sequence[Outline], encode_texts: EncodeTexts) -> EncodedChats:
+    """The ids of chats, and which of them are learned.
 
     Args:
-        contents: of each chat, the contents of its messages.
+        contents: of all messages of all chats.
+        outlines: of each chat, which holds for it.
     """
-    ids, text_lengths = encode_texts(
-        [
-            before + texts[number] + after
-            for texts, outline in zip(contents, outlines, strict=True)
-            for before, number, after in outline.texts
-        ]
-    )
+    texts: Iterable[str] = map(add, itertools.chain.from_iterable([outline.before for outline in outlines]), contents)
+    if any("".join(outline.after) for outline in set(outlines)):
+        texts = map(add, texts, itertools.chain.from_iterable([outline.after for outline in outlines]))
+    ids, text_lengths = encode_texts([*texts])
     lengths = np.concatenate([outline.lengths for outline in outlines])  # int64 [pieces of all chats]
     pieces = np.array([len(outline.lengths) for outline in outlines])  # of each chat
     first_piece = np.cumsum(pieces) - pieces
@@ -278,8 +284,7 @@ def encode_pieces(
 
 def _by_header(outlines: Sequence[Outline], numbers: np.ndarray, chat_of_answer: np.ndarray):
     """Each header, and the numbers of the answers that must begin with it."""
-    distinct = {id(outline): outline for outline in outlines}
-    headers = {header for outline in distinct.values() for header in outline.headers}
+    headers = {header for outline in set(outlines) for header in outline.headers}
     if len(headers) == 1:
         yield headers.pop(), np.arange(len(numbers))
         return

@@ -191,7 +191,7 @@ def assert_made_as_rendered(chat_format, chats, encode_texts=None):
 @settings(max_examples=30, deadline=None, suppress_health_check=[*HealthCheck])
 def test_chats_made_of_pieces_are_those_that_rendering_makes(styles, name, several):
     style = styles[name]
-    assert style.format.in_pieces and style.format._outline(("user", "assistant"), ("q", "a")) is not None
+    assert style.format.in_pieces and style.format._outline(("user", "assistant")) is not None
     assert_made_as_rendered(style.format, several, style.encode_texts)
 
 
@@ -249,7 +249,7 @@ LOOKS = {  # what a template may write behind `user`; c: the content; True: chat
 def test_a_template_that_looks_into_contents_is_rendered_or_its_constants_are_known(looking, name, several):
     chat_format, in_pieces = looking(name)
     assert_made_as_rendered(chat_format, several)
-    outline = chat_format.in_pieces and chat_format._outline(("user", "assistant"), ("q", "q"))
+    outline = chat_format.in_pieces and chat_format._outline(("user", "assistant"))
     assert bool(outline) is in_pieces
 
 
