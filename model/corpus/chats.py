@@ -9,6 +9,9 @@
 
 A usable chat is an optional system message, then questions of the user and answers of the assistant in turn; the last
 message is an answer. Everything else is rejected under a reason that names the fault; nothing is repaired silently.
+
+A list of messages may also be a table, as some Parquet files hold it: {"from": ["human", "gpt"], "value": [..., ...]}.
+An answer whose message has the weight 0, as in OpenAI's files, is read but not learned.
 """
 
 import ast
@@ -25,9 +28,13 @@ except ImportError:
 
 from model.corpus.jsonl import parse_object
 
-Chat = tuple[tuple[str, str], ...]  # (role, content) of each message; the roles are system, user, assistant
+# (role, content) of each message; the roles are system, user, assistant, and UNLEARNED.
+Chat = tuple[tuple[str, str], ...]
+UNLEARNED = "assistant, not learned"  # the role of an answer of the weight 0
+ANSWERS = {"assistant", UNLEARNED}
 
 MESSAGE_KEYS = ("messages", "conversations", "conversation", "dialogue", "chat")
+NAMES_OF_MESSAGES = (("role", "content"), ("from", "value"))  # keys of a message
 KEYS = (*MESSAGE_KEYS, "system", "instruction", "input", "output", "history", "q", "a", "prompt", "completion")
 ROLES = {  # the spellings in use, in lower case
     **dict.fromkeys(("user", "human", "prompter"), "user"),
@@ -38,7 +45,7 @@ ROLES = {  # the spellings in use, in lower case
 _SPEAKERS = {name: role for name, role in ROLES.items() if role != "tool"}
 TEXT_PARTS = ("text", "input_text", "output_text")  # types of the parts of a content
 MAX_HISTORY_CHARACTERS = 1 << 20  # of a Python literal, which takes a hundred times its size to parse
-CHAT_REASONS = {  # in the order in which the checks are made
+CHAT_REASONS = {  # parts name them by their place: new ones go to the end
     "no_chat": "an object that is a chat in none of the forms that data processing reads",
     "bad_message": "a message that is not an object with a role and a content",
     "unknown_role": "a message whose role is none of system, user, assistant, or their other common names",
@@ -52,6 +59,8 @@ CHAT_REASONS = {  # in the order in which the checks are made
     "empty_answer": "an answer without text",
     "template_refuses": "a chat that the tokenizer's chat template refuses, or whose contents it changes",
     "cannot_mask": "a chat in which the tokens of an answer cannot be told from those around it",
+    "bad_weight": "an answer of a weight other than 0 and 1",
+    "nothing_learned": "a chat whose answers all have the weight 0",
 }
 
 
@@ -108,8 +117,8 @@ def read_chat(value: dict) -> tuple[str, Chat]:
 
 def form_of(value: dict) -> str | None:
     """The form of the chat that an object holds, a key of FORMS, judged by its keys; None where it holds none."""
-    if key := _key_of_messages(value):
-        messages = value[key]
+    key, messages = _find_messages(value)
+    if key:
         first = messages[0] if messages and isinstance(messages[0], dict) else {}
         if "from" in first and "role" not in first:
             return "sharegpt"
@@ -117,12 +126,25 @@ def form_of(value: dict) -> str | None:
     return next((form for form, keys in KEYS_OF_FORM.items() if keys <= value.keys()), None)
 
 
-def _key_of_messages(value: dict) -> str | None:
-    """The key of the list of messages; None where there is none."""
+def _find_messages(value: dict) -> tuple[str | None, list]:
+    """The key of the messages and their list; (None, []) where there are none."""
     for key in MESSAGE_KEYS:
-        if isinstance(value.get(key), list):
-            return key
-    return None
+        messages = value.get(key)
+        if isinstance(messages, list):
+            return key, messages
+        if isinstance(messages, dict) and (rows := _rows(messages)) is not None:
+            return key, rows
+    return None, []
+
+
+def _rows(table: dict) -> list | None:
+    """The messages of a table, {"from": [...], "value": [...]}; None where it is no such table."""
+    if not any(all(isinstance(table.get(name), list) for name in names) for names in NAMES_OF_MESSAGES):
+        return None
+    columns = {name: column for name, column in table.items() if isinstance(column, list)}
+    if len(set(map(len, columns.values()))) > 1:
+        return [None]  # no message: which belong together is unknown
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
 def check_turns(messages: Sequence[tuple[str, str]]) -> Chat:
@@ -141,25 +163,27 @@ def check_turns(messages: Sequence[tuple[str, str]]) -> Chat:
 @lru_cache(maxsize=1024)
 def _fault_of_roles(roles: tuple[str, ...]) -> str | None:
     """Why messages of these roles make no chat; None if they do."""
-    if "assistant" not in roles:
+    if not ANSWERS & {*roles}:
         return "no_answer"
     turns = roles[1:] if roles[0] == "system" else roles
-    if set(turns[::2]) != {"user"} or not set(turns[1::2]) <= {"assistant"}:
+    if set(turns[::2]) != {"user"} or not set(turns[1::2]) <= ANSWERS:
         return "roles_out_of_order"
-    return None if roles[-1] == "assistant" else "unanswered"
+    if roles[-1] not in ANSWERS:
+        return "unanswered"
+    return None if "assistant" in roles else "nothing_learned"
 
 
 def empty_reason(messages: Iterable[tuple[str, str]]) -> str | None:
     """Why messages without text make a chat unusable; None where there are none."""
     for role, content in messages:
         if not content and role != "system":
-            return "empty_answer" if role == "assistant" else "empty_question"
+            return "empty_answer" if role in ANSWERS else "empty_question"
     return None
 
 
 def _read_messages(value: dict) -> list[tuple[str, str]]:
-    listed = value[_key_of_messages(value)]
-    for role, content in (("role", "content"), ("from", "value")):  # the usual case, ten times as fast
+    _, listed = _find_messages(value)
+    for role, content in NAMES_OF_MESSAGES:  # the usual case, ten times as fast
         try:
             if sum(map(len, listed)) == 2 * len(listed):
                 return [(_SPEAKERS[message[role]], message[content].strip()) for message in listed]
@@ -180,6 +204,10 @@ def _message(message) -> tuple[str, str]:
     calls = message.get("tool_calls") or message.get("function_call")
     if role == "tool" or (calls and calls not in ("[]", "null", "{}")):  # MiniMind writes them as strings of JSON
         raise UnusableChat("tool_calls")
+    if role == "assistant" and (weight := message.get("weight")) is not None:
+        if weight not in (0, 1):
+            raise UnusableChat("bad_weight")
+        role = role if weight else UNLEARNED
     if "content" in message:
         return role, _text(message["content"])
     if "value" not in message:
@@ -297,4 +325,11 @@ def canonical(chat: Chat) -> bytes:
 
 def as_messages(chat: Chat) -> dict:
     """A chat in OpenAI's form."""
-    return {"messages": [{"role": role, "content": content} for role, content in chat]}
+    return {
+        "messages": [
+            {"role": "assistant", "content": content, "weight": 0}
+            if role == UNLEARNED
+            else {"role": role, "content": content}
+            for role, content in chat
+        ]
+    }

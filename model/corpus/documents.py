@@ -10,12 +10,13 @@ from typing import Protocol
 import numpy as np
 
 from model.corpus.bulk_encoder import BulkEncoder, with_bos_and_eos
-from model.corpus.chats import Chat, as_messages, canonical, contents_of, empty_reason, parse_chat
+from model.corpus.chats import ANSWERS, UNLEARNED, Chat, as_messages, canonical, contents_of, empty_reason, parse_chat
 from model.corpus.cleaning import Cleaner
 from model.corpus.jsonl import parse_line
 from model.corpus.long_documents import cut_document, split_document
 from model.corpus.part_file import CHAT
 from model.text.chat_ids import ChatFormat
+from model.text.chat_pieces import NO_TOKENS, EncodedChats, join_chats
 from model.text.tokenization import Delimiters
 
 LEARNED = 1 << 31  # the bit of a chat's ids in a part that marks those that are learned
@@ -198,18 +199,74 @@ class ChatDocuments:
         return as_messages(document)
 
     def encode(self, documents: Sequence[Chat]) -> tuple[Sequence[Chat], Encoded]:
-        encoded = self.chat_format.encode(documents, self.encoder.encode)
+        encoded = self._encode(documents)
+        is_long = encoded.lengths > self.max_length
+        if self.long_documents != "keep" and is_long.any():
+            documents, encoded = self._shorten(documents, encoded, np.flatnonzero(is_long).tolist())
         check_ids(encoded.ids, LEARNED - 1)
         payload = encoded.ids.astype("<u4") | (encoded.learned.astype("<u4") << np.uint32(31))
-        is_long = encoded.lengths > self.max_length
-        reasons = list(encoded.reasons)
-        if self.long_documents == "drop" and is_long.any():
-            reasons = ["over_max_length" if long else reason for long, reason in zip(is_long, reasons, strict=True)]
-            payload = payload[np.repeat(~is_long, encoded.lengths)]
-        pieces = np.array([reason is None for reason in reasons], dtype=np.int64)
+        pieces = np.array([reason is None for reason in encoded.reasons], dtype=np.int64)
         ends = np.concatenate([[0], np.cumsum(encoded.lengths)])
         learned = np.diff(np.concatenate([[0], np.cumsum(encoded.learned)])[ends])
-        return documents, Encoded(payload, encoded.lengths[pieces > 0], pieces, is_long, reasons, learned)
+        return documents, Encoded(payload, encoded.lengths[pieces > 0], pieces, is_long, encoded.reasons, learned)
+
+    def _encode(self, chats: Sequence[Chat]) -> EncodedChats:
+        """The ids of chats, of which answers of the weight 0 are not learned."""
+        weighted = [place for place, chat in enumerate(chats) if any(role == UNLEARNED for role, _ in chat)]
+        if not weighted:
+            return self.chat_format.encode(chats, self.encoder.encode)
+        written = list(chats)
+        for place in weighted:
+            written[place] = [("assistant" if role in ANSWERS else role, content) for role, content in chats[place]]
+        encoded = self.chat_format.encode(written, self.encoder.encode)
+        parts = encoded.split()
+        for place in weighted:
+            _, learned, reason = parts[place]
+            answers = np.flatnonzero(np.diff(learned.astype(np.int8), prepend=0, append=0)).reshape(-1, 2)
+            roles = [role for role, _ in chats[place] if role in ANSWERS]
+            for (begin, end), role in zip(answers.tolist(), roles, strict=reason is None):
+                learned[begin:end] = role != UNLEARNED  # a view
+        return encoded
+
+    def _shorten(
+        self, chats: Sequence[Chat], encoded: EncodedChats, places: Sequence[int]
+    ) -> tuple[list[Chat], EncodedChats]:
+        """Shorten or reject the chats at these places, which are too long."""
+        chats, parts = list(chats), encoded.split()
+        for place in places:
+            parts[place] = (*NO_TOKENS, "over_max_length")
+        if self.long_documents == "truncate":
+            shortened = self._without_oldest_turns([chats[place] for place in places])
+            fitting = [place for place, chat in zip(places, shortened, strict=True) if chat]
+            kept = [chat for chat in shortened if chat]
+            for place, chat, part in zip(fitting, kept, self._encode(kept).split(), strict=True):
+                chats[place], parts[place] = chat, part
+        return chats, join_chats(parts)
+
+    def _without_oldest_turns(self, chats: Sequence[Chat]) -> list[Chat | None]:
+        """Each chat without as many of its first turns as it takes to fit; None where its last turn alone is too long.
+
+        The system message stays. Nothing is learned in a chat whose only answer left has the weight 0: None too.
+        """
+        fewest = [1] * len(chats)  # turns to drop: at least these suffice, if any do
+        most = [len(chat) // 2 for chat in chats]  # all: none that is left fits
+        while open_chats := [place for place in range(len(chats)) if fewest[place] < most[place]]:
+            middle = [(fewest[place] + most[place]) // 2 for place in open_chats]
+            tried = [_drop_turns(chats[place], turns) for place, turns in zip(open_chats, middle, strict=True)]
+            lengths = self._encode(tried).lengths.tolist()
+            for place, turns, length in zip(open_chats, middle, lengths, strict=True):
+                if length <= self.max_length:
+                    most[place] = turns
+                else:
+                    fewest[place] = turns + 1
+        left = [_drop_turns(chat, turns) for chat, turns in zip(chats, most, strict=True)]
+        return [chat if any(role == "assistant" for role, _ in chat) else None for chat in left]
+
+
+def _drop_turns(chat: Chat, turns: int) -> Chat:
+    """A chat without its first turns; a system message stays."""
+    system = len(chat) % 2
+    return (*chat[:system], *chat[system + 2 * turns :])
 
 
 def chat_table(chats: Sequence[Chat], learned: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:

@@ -391,10 +391,13 @@ class Job:
 def _tokens_text(summary: dict) -> str:
     """How many tokens there are, what they stand for, and which documents are long."""
     about, what = f"{summary['characters_per_token'] or 0:.3f} characters per token", "documents"
-    if chats := summary.get("chats"):
-        about, what = f"{chats['learned_tokens']:,} of them learned ({chats['learned_share']:.1%})", "chats"
     long, mode = summary["documents_longer_than_max_length"], summary["long_documents"]
     said = {"keep": "kept whole", "split": "split", "truncate": "cut off", "drop": "rejected"}[mode]
+    if chats := summary.get("chats"):
+        about, what = f"{chats['learned_tokens']:,} of them learned ({chats['learned_share']:.1%})", "chats"
+        if mode == "truncate":
+            rejected = summary["rejected_by_reason"].get("over_max_length", 0)
+            said = f"without their oldest turns, or rejected ({rejected:,})"
     return (
         f"{summary['tokens']:,} tokens, {about}; {what} of more than {summary['max_length']} tokens, {said}: {long:,}"
     )

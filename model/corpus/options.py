@@ -65,8 +65,8 @@ class ProcessingOptions:
         problems = check_options(self)
         if not problems and self.long_documents != "keep" and self.max_length < 8:
             problems.append(f"max_length: {self.max_length} is too short to shorten documents to; at least 8 expected")
-        if not problems and self.is_chat and self.long_documents in ("split", "truncate"):
-            problems.append(f"long_documents: chats are kept whole or dropped; {self.long_documents} is for texts")
+        if not problems and self.is_chat and self.long_documents == "split":
+            problems.append("long_documents: chats cannot be split; truncate drops their oldest turns")
         try:
             if not isinstance(self.cleaning, CleaningOptions):
                 raise InputError(f"cleaning: {shown(self.cleaning)} found, CleaningOptions expected")

@@ -11,7 +11,7 @@ REASONS = {  # parts name them by their place: new ones go to the end
     "empty": "an empty line, or a text of nothing but white space, or of nothing after cleaning",
     "oversized": "a line longer than 64 MiB, which would not fit the bounded memory",
     **FILTER_REASONS,
-    "over_max_length": "more than max_length tokens, and long_documents is drop",
+    "over_max_length": "more than max_length tokens with long_documents drop, or in a chat's last turn with truncate",
     "duplicate": "exactly the text, or the chat, of an earlier line, after cleaning",
     "near_duplicate": "nearly the text, or the chat, of an earlier line (near_duplicates)",
     "not_sampled": "a source of a weight below 1: the line was not among those taken",

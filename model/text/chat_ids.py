@@ -18,7 +18,9 @@ import numpy as np
 
 from model.errors import InputError
 from model.text.chat_pieces import (
+    NO_TOKENS,
     Chat,
+    EncodedChat,
     EncodedChats,
     EncodeTexts,
     Outline,
@@ -26,6 +28,7 @@ from model.text.chat_pieces import (
     encode_pieces,
     encodes_in_pieces,
     hold_for,
+    join_chats,
     make_outline,
 )
 from model.text.chat_template import MESSAGES_TEMPLATE, render, template_sha256
@@ -84,15 +87,17 @@ class ChatFormat:
                 outline if hold_for({outline}, contents_of([chat])) else None
                 for outline, chat in zip(outlines, chats, strict=True)
             ]
-        others = [place for place, outline in enumerate(outlines) if outline is None]
-        if len(others) == len(chats):
-            return self._render_all(chats)
         fitting = [place for place, outline in enumerate(outlines) if outline is not None]
-        contents = contents_of([chats[place] for place in fitting] if others else chats)
+        if not fitting:
+            return self._render_all(chats)
+        contents = contents_of([chats[place] for place in fitting])
         made = encode_pieces(contents, [outlines[place] for place in fitting], encode_texts or self._encode_texts)
-        if not others:
+        if len(fitting) == len(chats):
             return made
-        return _merged(made, self._render_all([chats[place] for place in others]), [*fitting, *others])
+        others = [place for place, outline in enumerate(outlines) if outline is None]
+        by_place = dict(zip(fitting, made.split(), strict=True))
+        by_place |= zip(others, self._render_all([chats[place] for place in others]).split(), strict=True)
+        return join_chats([by_place[place] for place in range(len(chats))])
 
     # ---------------------------------------------------------------------------------------------------- in pieces
 
@@ -114,7 +119,7 @@ class ChatFormat:
     # ----------------------------------------------------------------------------------------------------- rendered
 
     def _render_all(self, chats: Sequence[Chat]) -> EncodedChats:
-        return _joined([self._placed(*rendered) for rendered in self._encode_rendered(chats)])
+        return join_chats([self._placed(*rendered) for rendered in self._encode_rendered(chats)])
 
     def _encode_rendered(self, chats: Sequence[Chat]) -> list[tuple[list[list[int]], list[int]]]:
         """Of each chat the ids up to each answer and those of the whole, and how many control tokens the template
@@ -169,10 +174,10 @@ class ChatFormat:
             at = found + len(content)
         return before
 
-    def _placed(self, ids: list[list[int]], before: list[int]) -> tuple[list[int], list[bool], str | None]:
-        """(ids, learned, reason) of a chat, from what `_encode_rendered` returns."""
+    def _placed(self, ids: list[list[int]], before: list[int]) -> EncodedChat:
+        """A chat, from what `_encode_rendered` returns."""
         if not ids:
-            return [], [], "template_refuses"
+            return *NO_TOKENS, "template_refuses"
         *prefixes, whole = ids
         learned = [False] * len(whole)
         for prefix, following, passed in zip(prefixes, [*prefixes[1:], whole], before, strict=True):
@@ -181,34 +186,9 @@ class ChatFormat:
             end = next(itertools.islice(ends, passed, None), len(whole))
             is_answer = start < end < len(following) and whole[:start] == prefix
             if not is_answer or (self.end_ids and whole[end] not in self.end_ids):
-                return [], [], "cannot_mask"
+                return *NO_TOKENS, "cannot_mask"
             learned[start : end + 1] = [True] * (end + 1 - start)
-        return whole, learned, None
-
-
-def _joined(chats: Sequence[tuple[list[int], list[bool], str | None]]) -> EncodedChats:
-    return EncodedChats(
-        np.array([index for ids, _, _ in chats for index in ids], dtype=np.uint32),
-        np.array([flag for _, learned, _ in chats for flag in learned], dtype=bool),
-        np.array([len(ids) for ids, _, _ in chats], dtype=np.int64),
-        [reason for _, _, reason in chats],
-    )
-
-
-def _merged(some: EncodedChats, others: EncodedChats, places: Sequence[int]) -> EncodedChats:
-    """Two lots of chats as one; `places`: where each of `some` and then each of `others` goes."""
-    order = np.argsort(places)
-    ids, learned = (
-        [*np.split(a, np.cumsum(some.lengths)[:-1]), *np.split(b, np.cumsum(others.lengths)[:-1])]
-        for a, b in ((some.ids, others.ids), (some.learned, others.learned))
-    )
-    lengths, reasons = np.concatenate((some.lengths, others.lengths)), [*some.reasons, *others.reasons]
-    return EncodedChats(
-        np.concatenate([ids[place] for place in order]),
-        np.concatenate([learned[place] for place in order]),
-        lengths[order],
-        [reasons[place] for place in order],
-    )
+        return np.array(whole, dtype=np.uint32), np.array(learned, dtype=bool), None
 
 
 def load_chat_format(path: str | Path | None, tokenizer: BulkTokenizer) -> ChatFormat:
@@ -265,8 +245,8 @@ def _checked(found: ChatFormat, path: str | Path | None) -> ChatFormat:
         raise InputError(
             f"{where} cannot be trained on: it ends no answer with a control token that can be found; {remedy}"
         )
-    ends = {index for index, flag, after in zip(whole, learned, [*learned[1:], False], strict=True) if flag > after}
-    found = replace(found, end_ids=tuple(sorted(ends)))
+    ends = whole[np.diff(learned.astype(np.int8), append=0) < 0].tolist()
+    found = replace(found, end_ids=tuple(sorted({*ends})))
     if encodes_in_pieces(found.encoder):
         fast = replace(found, in_pieces=True)
         if _same(fast.encode(PROBES), found.encode(PROBES)):

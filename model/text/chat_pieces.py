@@ -21,7 +21,9 @@ EncodeTexts = Callable[[Sequence[str]], tuple[np.ndarray, np.ndarray]]  # ids of
 # A control token's id, a text between control tokens, or such a text with the content of a message in it: what
 # precedes the content, the message's number, what follows.
 Item = int | str | tuple[str, int, str]
-MOST_MESSAGES = 256  # of a chat with an outline: making one takes time with the square of it
+EncodedChat = tuple[np.ndarray, np.ndarray, str | None]  # ids, which are learned, why the chat cannot be used
+NO_TOKENS = np.zeros(0, dtype=np.uint32), np.zeros(0, dtype=bool)  # of a chat that cannot be used
+MOST_MESSAGES = 128  # of a chat with an outline: making one takes time with the square of it
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,22 @@ class EncodedChats:
     learned: np.ndarray  # bool [N]
     lengths: np.ndarray  # int64 [chats]
     reasons: list[str | None]  # "template_refuses" or "cannot_mask"; None: the chat is there
+
+    def split(self) -> list[EncodedChat]:
+        """Each chat alone."""
+        ends = np.cumsum(self.lengths)[:-1]
+        return [*zip(np.split(self.ids, ends), np.split(self.learned, ends), self.reasons, strict=True)]
+
+
+def join_chats(chats: Sequence[EncodedChat]) -> EncodedChats:
+    """Chats one after another."""
+    none: list = [[]]  # so that there is something to concatenate
+    return EncodedChats(
+        np.concatenate([ids for ids, _, _ in chats] or none).astype(np.uint32),
+        np.concatenate([learned for _, learned, _ in chats] or none).astype(bool),
+        np.array([len(ids) for ids, _, _ in chats], dtype=np.int64),
+        [reason for _, _, reason in chats],
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,11 +164,12 @@ def _split(text: str, encoder: TextEncoder) -> list[Item]:
         _NoPieces: a content could complete a control token, or several contents stand between two of those.
     """
     literals, numbers = encoder.split_placeholders(text)
+    before, after = set(literals[:-1]), set(literals[1:])
     for name in encoder.control:
         for size in range(1, len(name)):
-            if any(literal.endswith(name[:size]) for literal in literals[:-1]):
+            if any(literal.endswith(name[:size]) for literal in before):
                 raise _NoPieces
-            if any(literal.startswith(name[size:]) for literal in literals[1:]):
+            if any(literal.startswith(name[size:]) for literal in after):
                 raise _NoPieces
     items: list[Item] = []
     between: list[str | tuple[int]] = []  # what stands since the last control token; a content by its number
@@ -184,6 +203,7 @@ class _Pieces:
 
     def __init__(self, items: list[Item], encoder: TextEncoder) -> None:
         self._items, self._encoder = items, encoder
+        self._encoded: dict[str, list[int]] = {}  # what was encoded before
         self.texts: list[tuple[str, int, str]] = []
         self.constants: list[list[int]] = [[]]
         self._places: list[tuple[int, int]] = []  # of each item: its piece, its place in it
@@ -197,7 +217,9 @@ class _Pieces:
                 self.constants[-1] += self._encode(item) if isinstance(item, str) else [item]
 
     def _encode(self, text: str) -> list[int]:
-        return self._encoder.encode([text])[0] if text else []
+        if text not in self._encoded:
+            self._encoded[text] = self._encoder.encode([text])[0] if text else []
+        return self._encoded[text]
 
     def place(
         self, number: int, prefix: list[Item], following: list[Item], end_ids: Sequence[int]

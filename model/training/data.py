@@ -57,8 +57,10 @@ def chats_text(dataset: PretrainDataset) -> str:
     """One line on the chats of a token file: how many there are, what of them is learned, and what is left out."""
     chats, packing = dataset.chats, dataset.packing
     tokens, learned = int(chats.lengths.sum()), int(chats.targets.sum())
+    most = dataset.seq_len + 1
     left_out = {
-        f"longer than max_seq_len + 1 = {dataset.seq_len + 1} tokens": chats.too_long,
+        f"longer than max_seq_len + 1 = {most} tokens (optimized_data_processing.py --long_documents truncate"
+        f" --max_length {most} drops their oldest turns instead)": chats.too_long,
         "without a learned token": chats.unlearned,
     }
     named = [f"{count:,} {why}" for why, count in left_out.items() if count]

@@ -15,13 +15,14 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import model.corpus.chats
-from model.corpus.chats import CHAT_REASONS, KEYS, parse_chat
+from model.corpus.chats import CHAT_REASONS, KEYS, UNLEARNED, parse_chat
 from model.corpus.reasons import REASONS
 from model.corpus.show import shown_documents
 from model.corpus.train_tokenizer import train_tokenizer
 from model.errors import InputError
+from model.text.chat_ids import load_chat_format
 from model.text.chat_template import MESSAGES_TEMPLATE, encode_chat, template_sha256
-from model.text.tokenization import load_tokenizer
+from model.text.tokenization import load_bulk_tokenizer, load_tokenizer
 from model.token_file.manifest import ends_path, file_sha256, learn_path, read_manifest
 from optimized_data_processing import OptimizedDataProcessor
 from tests.conftest import ROOT, process_data, read_rejects
@@ -236,12 +237,15 @@ def test_a_damaged_table_loses_nothing(tmp_path, embedded):
 
 USER, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 UNUSABLE = {
-    "no_chat": [{"messages": "text"}, {"messages": None}, {"conversations": {}}, {"question": "q", "answer": "a"}, {},
+    "no_chat": [{"messages": "text"}, {"messages": {"role": "user", "content": ["q"]}},
+                {"messages": None}, {"conversations": {}}, {"question": "q", "answer": "a"}, {},
                 {"text": "好"}, {"instruction": "q"}, {"history": [], "q": "q"}],
     "bad_message": [{"messages": ["q", "a"]}, {"messages": [USER, {"role": "assistant"}]}, {"messages": [USER, None]},
                     {"messages": [{"content": "q"}, ANSWER]},
                     {"messages": [{"role": ["user"], "content": "q"}, ANSWER]},
-                    {"conversations": [{"from": None, "value": "q"}, ANSWER]}],
+                    {"conversations": [{"from": None, "value": "q"}, ANSWER]},
+                    {"conversations": {"from": ["human", "gpt"], "value": ["q"]}},
+                    {"messages": {"role": ["user"], "content": ["q", "a"]}}],
     "unknown_role": [{"messages": [{"role": "narrator", "content": "q"}, ANSWER]},
                      {"messages": [{"role": "", "content": "q"}, ANSWER]}],
     "tool_calls": [{"messages": [USER, {"role": "assistant", "content": None, "tool_calls": [{"id": 1}]}, ANSWER]},
@@ -279,6 +283,8 @@ UNUSABLE = {
                      {"messages": [USER, {"role": "assistant", "content": None}]}, {"q": "q", "a": "\u3000\n"},
                      {"messages": [USER, {"role": "assistant", "content": []}]},
                      {"messages": [USER, {"role": "assistant", "content": " "}, USER, ANSWER]}],
+    "bad_weight": [{"messages": [USER, ANSWER | {"weight": weight}]} for weight in (2, 0.5, "0", [], {})],
+    "nothing_learned": [{"messages": [USER, ANSWER | {"weight": 0}]}, {"messages": [USER, ANSWER | {"weight": False}]}],
     "not_an_object": [[USER, ANSWER], "text", 7, None],
 }  # fmt: skip
 BROKEN = {
@@ -330,7 +336,7 @@ def test_reasons_of_half_made_jobs_keep_their_numbers():
     assert list(REASONS) == [*texts, *CHAT_REASONS]
 
 
-NAMES = [*KEYS, "role", "content", "from", "value", "type", "text", "tool_calls"]
+NAMES = [*KEYS, "weight", "role", "content", "from", "value", "type", "text", "tool_calls"]
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.sampled_from(
         ["user", "assistant", "system", "human", "gpt", "tool", "", " ", "你好", "text", "[['a','b']]", "[]", "\ud800"]
@@ -349,7 +355,7 @@ def test_no_object_makes_parsing_fail(value):
     if chat is None:
         assert said in REASONS
     else:
-        roles = [role for role, _ in chat if role != "system"]
+        roles = ["assistant" if role == UNLEARNED else role for role, _ in chat if role != "system"]
         assert roles == ["user", "assistant"] * (len(roles) // 2) and all(text.strip() == text for _, text in chat)
         "".join(text for _, text in chat).encode()
 
@@ -410,11 +416,10 @@ def test_several_forms_in_one_file_are_read_and_counted(tmp_path, capsys):
     )
 
 
-@pytest.mark.parametrize("mode", ["split", "truncate"])
-def test_chats_are_never_cut(tmp_path, mode):
+def test_chats_are_never_split(tmp_path):
     path = write(tmp_path / "a.jsonl", LINES)
-    with pytest.raises(InputError, match=f"long_documents: .*chats are kept whole or dropped; {mode} is for texts"):
-        process(path, tmp_path / "a.bin", long_documents=mode)
+    with pytest.raises(InputError, match="long_documents: chats cannot be split; truncate drops their oldest turns"):
+        process(path, tmp_path / "a.bin", long_documents="split")
 
 
 def test_long_chats_are_kept_or_dropped(tmp_path, embedded):
@@ -423,6 +428,83 @@ def test_long_chats_are_kept_or_dropped(tmp_path, embedded):
     counts = process(path, tmp_path / "b.bin", max_length=24, long_documents="drop")
     assert counts["rejected_by_reason"] == {"over_max_length": 1}
     assert read_chats(tmp_path / "b.bin") == [expected(HELLO, embedded)]
+
+
+def turns(*numbers: int, system: bool = False) -> tuple:
+    chat = [("system", "答得短些。")] if system else []
+    for number in numbers:
+        chat += [("user", f"第{number}问"), ("assistant", f"第{number}答" * (number % 4 + 1))]
+    return tuple(chat)
+
+
+@pytest.mark.parametrize("style", [None, "Llama 3", "Qwen 3"])
+def test_long_chats_lose_their_oldest_turns_and_keep_the_system_message(tmp_path, capsys, style):
+    folder = write_style(tmp_path / "t", style) if style else None
+    tokenizer = load_tokenizer(folder)
+    long = [turns(*range(n), system=n % 2 == 0) for n in range(2, 30)]
+    last = (("user", "问" * 300), ("assistant", "答"))  # too long alone
+    values = [{"messages": messages(chat)} for chat in [HELLO, *long, (*HELLO, *last), last]]
+    path, output = write(tmp_path / "a.jsonl", jsonl(values)), tmp_path / "a.bin"
+    counts = process(path, output, max_length=128, long_documents="truncate", tokenizer_path=folder, clean=False)
+
+    def length(chat) -> int:
+        encoded = load_chat_format(folder, load_bulk_tokenizer(folder)).encode([chat])
+        return len(encoded.ids)
+
+    found = [tokenizer.decode(ids) for ids, _ in read_chats(output)]
+    assert len(found) == 1 + len(long) and counts["rejected_by_reason"] == {"over_max_length": 2}
+    for chat, text, (ids, learned) in list(zip(long, found[1:], read_chats(output)[1:], strict=True))[::9]:
+        head = chat[:1] if chat[0][0] == "system" else ()
+        kept = text.count("问")
+        assert len(ids) == length((*head, *chat[-2 * kept :])) <= 128
+        assert 2 * kept + len(head) == len(chat) or length((*head, *chat[-2 * kept - 2 :])) > 128
+        assert ("答得短些" in text) == bool(head) and np.count_nonzero(np.diff(learned, prepend=0) == 1) == kept
+    said = capsys.readouterr().err
+    assert "chats of more than 128 tokens, without their oldest turns, or rejected (2): " in said
+
+
+def test_a_job_that_truncates_chats_resumes_with_the_same_bytes(tmp_path, monkeypatch):
+    path = write(tmp_path / "a.jsonl", jsonl([{"messages": messages(turns(*range(n % 30 + 1)))} for n in range(300)]))
+    for folder in ("whole", "stopped"):
+        processor = OptimizedDataProcessor(workers=0, max_length=100, long_documents="truncate", **SMALL)
+        output = tmp_path / folder / "data.bin"
+        if folder == "stopped":
+            begin_and_stop(processor, path, output, monkeypatch)
+        processor.process_dataset(path, output)
+    assert contents(tmp_path / "whole" / "data.bin") == contents(output)
+    assert max(len(ids) for ids, _ in read_chats(output)) <= 100
+
+
+@pytest.mark.parametrize("style", [None, "Llama 3"])
+def test_an_answer_of_the_weight_0_is_read_and_not_learned(tmp_path, style):
+    folder = write_style(tmp_path / "t", style) if style else None
+    chat = (*TWO_TURNS, ("user", "再来"), ("assistant", "4"))
+    given = messages(chat)
+    for place, weight in ((2, 0), (4, None), (6, 1)):
+        given[place]["weight"] = weight
+    given[1]["weight"] = 0  # of a question: never learned
+    values = [{"messages": given}, {"messages": messages(chat)}]  # not a duplicate: other tokens are learned
+    options = {"tokenizer_path": folder, "clean": False}
+    process(write(tmp_path / "a.jsonl", jsonl(values)), tmp_path / "a.bin", **options)
+    (ids, learned), (all_ids, all_learned) = read_chats(tmp_path / "a.bin")
+    first = np.flatnonzero(np.diff(all_learned, prepend=0, append=0)).reshape(-1, 2)[0]
+    expected_mask = np.array(all_learned)
+    expected_mask[first[0] : first[1]] = 0
+    assert ids == all_ids and learned == expected_mask.tolist()
+    OptimizedDataProcessor(workers=0).validate_and_clean_jsonl(tmp_path / "a.jsonl", tmp_path / "c.jsonl")
+    process(tmp_path / "c.jsonl", tmp_path / "d.bin", **options)
+    assert read_chats(tmp_path / "d.bin") == read_chats(tmp_path / "a.bin")
+
+
+@pytest.mark.parametrize("key", ["messages", "conversations"])
+def test_a_list_of_messages_may_be_a_table(tmp_path, embedded, key):
+    values = []
+    for chat in CHATS:
+        names = ("role", "content") if key == "messages" else ("from", "value")
+        rows = messages(chat, *names, names={} if key == "messages" else {"user": "human", "assistant": "gpt"})
+        values.append({key: {name: [row[name] for row in rows] for name in names}})
+    process(write(tmp_path / "a.jsonl", jsonl(values)), tmp_path / "a.bin", clean=False)
+    assert read_chats(tmp_path / "a.bin") == [expected(chat, embedded) for chat in CHATS]
 
 
 # ---------------------------------------------------------------------------- cleaning, duplicates, statistics, output
