@@ -3,32 +3,27 @@
 One loop trains on one CPU, one GPU or many nodes. It can stop at any time and resume with the same weights, bit for
 bit, as if it had never stopped (on the same machine, versions, threads and number of processes).
 
-`_train_step` is the arithmetic of one step. Around it, `__init__` sets up, `_loop` decides when to evaluate, save and
-end, `_count` and `_log` record, and `_beat` reports progress to the watchdog.
+`_train_step` is the arithmetic of one step; what it minimizes is the `objective`'s. Around it, `__init__` sets up,
+`_loop` decides when to evaluate, save and end, `_count` and `_log` record, and `_beat` reports to the watchdog.
 """
 
 import contextlib
 import copy
 import functools
-import inspect
 import math
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 
 import utils
-from model.dataset import PretrainDataset, number_documents
+from model.dataset import PretrainDataset
 from model.errors import InputError, ProcessLost, TrainingDiverged
-from model.loss import bits_per_byte
 from model.model import Transformer
 from model.runs.beginning import Beginning, find_beginning
-from model.runs.checkpoint import Progress, checkpoint_content, restore_state
+from model.runs.checkpoint import checkpoint_content, restore_state
 from model.runs.folder import step_checkpoint
 from model.runs.resume import check_checkpoint, environment
 from model.runs.run_files import RunFiles
@@ -36,35 +31,21 @@ from model.runs.signals import StopVote
 from model.runs.status import outcome_of
 from model.training.clock import Clock
 from model.training.data import TrainingData
-from model.training.divergence import difference_of_weights, fault_of_step, limit_reached, remember, weights_norm
-from model.training.evaluation import validation_sums
+from model.training.divergence import difference_of_weights, fault_of_step, limit_reached, weights_norm
+from model.training.evaluation import mean_losses, validation_sums
 from model.training.memory import check_memory
 from model.training.moving_average import MovingAverage
+from model.training.objective import NextToken, Objective
 from model.training.optimizer import build_optimizer, set_rates
 from model.training.plan import plan_run
-from model.training.recipe import rough_duration_text
-from model.training.report import describe
+from model.training.progress import Progress, StepResult
+from model.training.report import bar_text, describe, evaluation_lines, step_metrics, text_line
 from model.training.settings import Settings
 from model.weights import Weights
 from utils import Processes, deterministic_kernels, say
 
 EXIT_CODES = {"finished": 0, "early_stopping": 0, "interrupted": 130}
 FIRST_STEP_TIMEOUTS = 3  # the first step may compile kernels: it may take this many times ddp_timeout
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """What one call of `_train_step` did; the same on all ranks, except a `grad_norm` that is not finite."""
-
-    samples: int  # read by all ranks
-    read: int  # tokens of them
-    tokens: int  # predicted
-    loss: float  # nats per token
-    grad_norm: float  # before clipping
-    lr: float
-    fault: str | None  # why the weights were not updated; None: they were
-    overflow: bool  # the fault is a float16 overflow, which a smaller loss scale cures
-    stop_asked: bool  # on any rank, by a signal
 
 
 class Trainer:
@@ -111,12 +92,15 @@ class Trainer:
         self._build_model(beginning)
         with deterministic_kernels(self.device):  # measure memory with the kernels that training uses
             self.plan = plan_run(self.settings, self.data, self.model, self.hardware, self.resumed, processes, say)
-        self.training = self.plan.training
+        self.training = t = self.plan.training
+        self.objective: Objective = NextToken(self.data, t, self.device)
         self._build_optimizer()
-        utils.seed_everything(self.training.seed + 1 + processes.rank)  # dropout differs between ranks
+        utils.seed_everything(t.seed + 1 + processes.rank)  # dropout differs between ranks
         if self.resumed is not None:
             self._restore(self.resumed.content)
-        self.train_model = self._wrapped_model()  # what the loop calls; self.model stays the plain one
+        model = torch.compile(self.model) if t.compile else self.model
+        # What the loop calls; self.model stays the plain one.
+        self.train_model = utils.distributed(model, processes, t.batch_size, self.config.max_seq_len, self.hardware)
         self.clock, self.is_estimate_checked = Clock(), False
         for line in describe(self.plan):
             say(line)
@@ -161,37 +145,9 @@ class Trainer:
         self.progress = restore_state(checkpoint, self.model, self.ema, self.optimizer, self.scaler)
         if checkpoint["validation"] != self.data.validation:
             say("the validation data has changed: best loss and patience are reset")
-            self.progress.best_val_loss, self.progress.evaluations_without_gain = math.inf, 0
-            self.progress.last_evaluation = -1
-        states = checkpoint["random_states"]
-        if len(states) == self.processes.world_size:
-            utils.restore_random_state(states[self.processes.rank])
-        else:
-            say(
-                f"the checkpoint was written by {len(states)} processes, now there are {self.processes.world_size}:"
-                " the order of samples stays the same, dropout is reseeded"
-            )
-            utils.seed_everything(self.training.seed + 1 + self.processes.rank + 1000 * self.progress.step)
-
-    def _wrapped_model(self) -> torch.nn.Module:
-        """The model, compiled if set, which averages its gradients over all processes."""
-        wrapped = torch.compile(self.model) if self.training.compile else self.model
-        if self.processes.world_size == 1:
-            return wrapped
-        device_ids = [self.device] if self.device.type == "cuda" else None
-        # Buffers never change. torch renamed the option that says so.
-        names = ("forward_sync_buffers", "broadcast_buffers")
-        option = next(name for name in names if name in inspect.signature(DistributedDataParallel).parameters)
-        wrapped = DistributedDataParallel(wrapped, device_ids=device_ids, **{option: False})
-        # The embedding's gradient is the last one to be computed; then this process waits for the others.
-        embedding = self.model.tok_embeddings.weight
-        embedding.register_post_accumulate_grad_hook(lambda _: self.processes.arrive())
-        if self.processes.world_size > 2:
-            rows, length = self.training.batch_size, self.config.max_seq_len
-            with deterministic_kernels(self.device):
-                utils.settle_buckets(wrapped, rows, length, self.device, self.autocast)
-            self.optimizer.zero_grad(set_to_none=True)
-        return wrapped
+            self.progress.forget_evaluations()
+        new_seed = self.training.seed + 1 + self.processes.rank + 1000 * self.progress.step
+        utils.restore_random_states(checkpoint["random_states"], self.processes, new_seed)
 
     # ---------------------------------------------------------------------------------------------------- the loop
 
@@ -226,9 +182,8 @@ class Trainer:
             if self.processes.is_main:
                 beat = functools.partial(self.processes.beat, "writing to the disk")
                 self.files = RunFiles(self.settings, self.plan, self.resumed, say, beat)
-        if self.files is not None and self.settings.logging.use_wandb:
-            log, out_dir = self.settings.logging, self.files.out_dir
-            self.files.metrics.start_wandb(log.wandb_project, log.wandb_run_name, self.settings.as_dict(), out_dir)
+        if self.files is not None:
+            self.files.start_tracker(self.settings)
 
     def _loop(self) -> str:
         t, progress = self.training, self.progress
@@ -300,7 +255,7 @@ class Trainer:
         t = self.training
         samples = self.plan.order.next_step(self.progress.samples)
         # Of all ranks: the divisor of the summed loss.
-        tokens = max(1, self.data.train.count_targets(samples))
+        tokens = max(1, self.objective.count(samples))
         random_state = utils.random_state() if t.accumulation_steps > 1 else None  # dropout's
 
         loss_sum = torch.zeros((), device=self.device)
@@ -310,14 +265,14 @@ class Trainer:
                 utils.restore_random_state(random_state)
                 return None
             self._beat("reading the batch")
-            inputs, targets, documents = self._local_batch(self.data.train, samples, micro)
+            batch = self._local_batch(self.data.train, samples, micro)
             self._beat("the gradients")
             # The backward pass of the last micro-batch exchanges the gradients, once per step.
             sync = self.processes.world_size == 1 or micro == t.accumulation_steps - 1
             grad_sync = contextlib.nullcontext() if sync else self.train_model.no_sync()
             with grad_sync, deterministic_kernels(self.device):
                 with self.autocast:
-                    loss = self.train_model(inputs, targets, documents=documents)
+                    loss = self.objective.loss(self.train_model, batch)
                 # The loss is a sum; DistributedDataParallel averages its gradients over the ranks.
                 self.scaler.scale(loss * (self.processes.world_size / tokens)).backward()
             loss_sum += loss.detach()
@@ -347,24 +302,11 @@ class Trainer:
         timeouts = 1.0 if self.clock.steps else FIRST_STEP_TIMEOUTS
         self.processes.beat(f"{doing} of step {self.progress.step + 1}", timeouts)
 
-    def _local_batch(
-        self, data: PretrainDataset, samples: np.ndarray, micro: int
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """This rank's rows of micro-batch `micro`: inputs, targets and, with document_mask, their document numbers;
-        int64 [batch_size, max_seq_len] each."""
+    def _local_batch(self, data: PretrainDataset, samples: np.ndarray, micro: int):
+        """This rank's rows of micro-batch `micro`, as the objective reads them."""
         rows = self.training.batch_size
         start = micro * self.plan.batch_rows + self.processes.rank * rows
-        inputs, targets = data.batch(samples[start : start + rows], rows)
-        if self.device.type == "cuda":
-            inputs, targets = inputs.pin_memory(), targets.pin_memory()
-        inputs, targets = (tensor.to(self.device, non_blocking=True) for tensor in (inputs, targets))
-        if not self.training.document_mask:
-            return inputs, targets, None
-        delimiters = self.data.delimiters
-        if self.data.is_chat:
-            numbers = data.number_runs(samples[start : start + rows], rows)
-            return inputs, targets, numbers.to(self.device, non_blocking=True)
-        return inputs, targets, number_documents(inputs, targets, delimiters.bos_id, delimiters.eos_id)
+        return self.objective.read(data, samples[start : start + rows])
 
     # -------------------------------------------------------------------------------------------------- evaluation
 
@@ -381,14 +323,10 @@ class Trainer:
         """Loss and bits per byte of samples, as `evaluate` has them."""
         batches = range(-(-len(samples) // self.plan.batch_rows))
         read = (self._local_batch(data, samples, number) for number in batches)
-        model = self.evaluated_model.eval()
+        model, token_bytes = self.evaluated_model, self.data.token_bytes
         with deterministic_kernels(self.device):
-            sums = validation_sums(model, read, self.data.token_bytes, self.autocast, self._is_stop_asked)
-        self.model.train()
-        if sums is None:
-            return None
-        loss, tokens, text_loss, byte_count = self.processes.all_sum(sums)
-        return loss / tokens, bits_per_byte(text_loss, byte_count)
+            sums = validation_sums(model, read, token_bytes, self.autocast, self._is_stop_asked)
+        return None if sums is None else mean_losses(self.processes.all_sum(sums))
 
     def _measure_texts(self) -> dict | None:
         """What is forgotten, as metrics.jsonl has it: the loss of held-out texts of those that are mixed into chats;
@@ -403,7 +341,7 @@ class Trainer:
     def _measure_before(self) -> None:
         """Before the first step: how well the model predicts the texts that it may forget."""
         if (texts := self._measure_texts()) and self.files is not None:
-            say(f"before tuning: {texts['text_bits_per_byte']:.4f} bits per byte of held-out texts of mix_data_path")
+            say(f"before tuning: {text_line(texts)}")
             self.files.metrics.write(self._position() | texts)
 
     def _is_stop_asked(self) -> bool:
@@ -420,31 +358,27 @@ class Trainer:
             result, texts = self.evaluate(), self._measure_texts()
             if result is None or texts is None:
                 return False
-            val_loss, bits = result
-            is_best = val_loss < progress.best_val_loss
-            progress.last_evaluation = progress.step
-            progress.best_val_loss = min(val_loss, progress.best_val_loss)
-            progress.evaluations_without_gain = 0 if is_best else progress.evaluations_without_gain + 1
+            is_best = progress.count_evaluation(result[0])
             if self.files is not None:
-                self._report_evaluation(self.files, val_loss, bits, is_best, texts)
+                if is_best:
+                    self.files.save_weights("best_model.pth", self._weights())
+                measured = dict(zip(("val_loss", "bits_per_byte"), result, strict=True))
+                self._report_evaluation(self.files, measured | texts)
         return True
 
-    def _report_evaluation(self, files: RunFiles, val_loss: float, bits: float, is_best: bool, texts: dict) -> None:
-        """On rank 0: save the best weights, print the loss, draw the curves, show what the model writes."""
-        if is_best:
-            files.save_weights("best_model.pth", self._weights())
-        of_answers = " of the answers" if self.data.is_chat else ""
-        say(
-            f"step {self.progress.step:,}: validation loss {val_loss:.4f}, {bits:.4f} bits per byte{of_answers}"
-            + (", the best so far" if is_best else f" (best: {self.progress.best_val_loss:.4f})")
-        )
-        if texts:
-            say(f"    {texts['text_bits_per_byte']:.4f} bits per byte of held-out texts of mix_data_path")
-        judged = {}
+    def _report_evaluation(self, files: RunFiles, measured: dict) -> None:
+        """On rank 0: print the loss, judge answers, draw the curves, show what the model writes.
+
+        Args:
+            measured: as metrics.jsonl has it.
+        """
+        for line in evaluation_lines(self.progress, measured, self.data.is_chat):
+            say(line)
         if self.judge is not None and self.data.is_chat:
             judged, line = self.judge(self.evaluated_model.eval(), self.data)
             say(f"    {line}")
-        files.metrics.write(self._position() | {"val_loss": val_loss, "bits_per_byte": bits} | texts | judged)
+            measured = measured | judged
+        files.metrics.write(self._position() | measured)
         files.metrics.draw_curves()
         if self.preview is not None:
             for line in self.preview(self.evaluated_model.eval()):
@@ -496,37 +430,32 @@ class Trainer:
     # ------------------------------------------------------------------------------------------------- recording
 
     def _count(self, result: StepResult) -> None:
-        """Count a step. A skipped one uses up its samples but does not advance `progress.step`.
+        """Count a step, taken or skipped.
 
         Raises:
             TrainingDiverged: too many steps in a row were skipped, or a save's weights were not finite.
             InputError: too many saves failed.
         """
-        t, progress = self.training, self.progress
         self.clock.count_step(result.read)
-        progress.samples += result.samples
-        if result.fault is None:
-            progress.step += 1
-            progress.skipped_in_a_row = progress.overflows_in_a_row = 0
-            remember(progress.recent_losses, result.loss)
-            progress.window_loss += result.loss * result.tokens
-            progress.window_tokens += result.tokens
-        else:
-            progress.skipped_steps += 1
-            progress.overflows_in_a_row += int(result.overflow)
-            progress.skipped_in_a_row += int(not result.overflow)
-            found = f"step {progress.step + 1}: {result.fault}"
-            limit = limit_reached(progress.overflows_in_a_row, progress.skipped_in_a_row, t.max_skipped_steps)
-            if limit is not None:
-                if self.files is not None:
-                    with contextlib.suppress(InputError):  # it was reported
-                        self.files.wait()  # a checkpoint that is not finite says more: the weights were so before
-                advice = "then --resume from the last checkpoint"
-                raise TrainingDiverged(f"{found}, with learning rate {result.lr:g}, and {limit}, {advice}")
-            if not result.overflow:  # an overflow is part of loss scaling, and not worth a line
-                say(f"{found}; its samples are skipped, weights unchanged")
+        self.progress.count_step(result)
+        if result.fault is not None:
+            self._report_skip(result)
         if self.files is not None:
-            self.files.check(progress.step)
+            self.files.check(self.progress.step)
+
+    def _report_skip(self, result: StepResult) -> None:
+        """Say why a step was skipped, and end the run if there were too many."""
+        progress, most = self.progress, self.training.max_skipped_steps
+        found = f"step {progress.step + 1}: {result.fault}"
+        limit = limit_reached(progress.overflows_in_a_row, progress.skipped_in_a_row, most)
+        if limit is not None:
+            if self.files is not None:
+                with contextlib.suppress(InputError):  # it was reported
+                    self.files.wait()  # a checkpoint that is not finite says more: the weights were so before
+            advice = "then --resume from the last checkpoint"
+            raise TrainingDiverged(f"{found}, with learning rate {result.lr:g}, and {limit}, {advice}")
+        if not result.overflow:  # an overflow is part of loss scaling, and not worth a line
+            say(f"{found}; its samples are skipped, weights unchanged")
 
     def _position(self) -> dict:
         """Where the run is, as metrics.jsonl has it."""
@@ -540,21 +469,12 @@ class Trainer:
 
     def _log(self, result: StepResult, bar) -> None:
         """Write a line of metrics, over the steps since the last one, and show it beside the bar."""
-        progress, plan = self.progress, self.plan
-        loss = progress.window_loss / progress.window_tokens
+        loss = self.progress.take_loss()  # on every rank: checkpoints hold the window
         tokens_per_second = self.clock.take_rate()
-        progress.window_loss, progress.window_tokens = 0.0, 0  # on every rank: checkpoints hold the window
         if self.files is None:
             return
-        event = self._position() | {
-            "loss": loss,
-            "lr": result.lr,
-            "grad_norm": result.grad_norm,
-            "tokens_per_second": round(tokens_per_second, 1),
-            "mfu": round(tokens_per_second * plan.flops_per_token / plan.peak_flops, 4),
-            "skipped_steps": progress.skipped_steps,
-        }
-        self.files.metrics.write(event)
+        metrics = step_metrics(self.plan, self.progress, result, loss, tokens_per_second)
+        self.files.metrics.write(self._position() | metrics)
         self._show_progress(bar, loss, tokens_per_second)
 
     def _show_progress(self, bar, loss: float, tokens_per_second: float) -> None:
@@ -562,8 +482,7 @@ class Trainer:
         progress, plan = self.progress, self.plan
         tokens, evaluations = plan.tokens_left(progress.step, progress.samples), plan.evaluations_left(progress.step)
         left = self.clock.seconds_left(tokens, evaluations, plan.tokens_per_evaluation)
-        time_left = f"{rough_duration_text(left)} left, " if left else ""
-        bar.set_postfix_str(f"{time_left}loss {loss:.3f}, {tokens_per_second:,.0f} tok/s")
+        bar.set_postfix_str(bar_text(left, loss, tokens_per_second))
         utils.progress_line(bar)
         if left and not self.is_estimate_checked:
             self.is_estimate_checked = True

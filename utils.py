@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import inspect
 import os
 import platform
 import random
@@ -255,7 +256,50 @@ def restore_random_state(state: dict) -> None:
         torch.mps.set_rng_state(state["mps"])
 
 
+def restore_random_states(states: list[dict], processes: Processes, seed: int) -> None:
+    """Restore this rank's generators; where a checkpoint was written by another number of ranks, seed them instead.
+
+    Args:
+        states: `random_state` of each rank that wrote the checkpoint.
+    """
+    if len(states) == processes.world_size:
+        restore_random_state(states[processes.rank])
+        return
+    say(
+        f"the checkpoint was written by {len(states)} processes, now there are {processes.world_size}:"
+        " the order of samples stays the same, dropout is reseeded"
+    )
+    seed_everything(seed)
+
+
 # -------------------------------------------------------------------------------------------------- process group
+
+
+def distributed(model, processes: Processes, rows: int, seq_len: int, hardware):
+    """The model that averages its gradients over all processes; a single process gets it back as it is.
+
+    Args:
+        model: the plain or the compiled one.
+        rows, seq_len: of a micro-batch.
+        hardware: `plan.Hardware`, on which the model is.
+    """
+    from torch.nn.parallel import DistributedDataParallel
+
+    if processes.world_size == 1:
+        return model
+    device = hardware.device
+    # Buffers never change. torch renamed the option that says so.
+    names = ("forward_sync_buffers", "broadcast_buffers")
+    option = next(name for name in names if name in inspect.signature(DistributedDataParallel).parameters)
+    device_ids = [device] if device.type == "cuda" else None
+    wrapped = DistributedDataParallel(model, device_ids=device_ids, **{option: False})
+    # The embedding's gradient is the last one to be computed; then this process waits for the others.
+    model.tok_embeddings.weight.register_post_accumulate_grad_hook(lambda _: processes.arrive())
+    if processes.world_size > 2:
+        with deterministic_kernels(device):
+            settle_buckets(wrapped, rows, seq_len, device, hardware.autocast)
+        model.zero_grad(set_to_none=True)
+    return wrapped
 
 
 def settle_buckets(model, rows: int, seq_len: int, device, autocast) -> None:

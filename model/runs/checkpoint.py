@@ -6,7 +6,6 @@ import random
 import re
 import typing
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +19,7 @@ from model.training.data import TrainingData
 from model.training.optimizer import load_optimizer_state
 from model.training.optimizer import state_problem as optimizer_problem
 from model.training.plan import RunPlan
+from model.training.progress import Progress
 from model.training.settings import SECTIONS, Settings
 from model.weights.shapes import check_shapes, read_shape
 
@@ -49,24 +49,6 @@ KINDS = {  # the keys of a checkpoint and what lies under them
     "environment": dict,  # versions, threads and ranks, on which equal bits depend
 }
 SCALER_STATE = {"scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"}
-
-
-@dataclass
-class Progress:
-    """Where a run is. Everything else about its position follows from it."""
-
-    step: int = 0  # optimizer steps taken
-    samples: int = 0  # samples read by all processes, over all epochs: the position in the data
-    best_val_loss: float = math.inf
-    evaluations_without_gain: int = 0
-    last_evaluation: int = -1  # step of the last finished evaluation
-    skipped_steps: int = 0  # steps whose loss or gradient could not be used
-    skipped_in_a_row: int = 0  # those since the last step taken, without float16's overflows
-    overflows_in_a_row: int = 0  # float16's overflows since the last step taken
-    recent_losses: list[float] = field(default_factory=list)  # nats per token, to detect a spike
-    window_loss: float = 0.0  # summed over the tokens since the last log line
-    window_tokens: int = 0
-    seconds: float = 0.0  # spent training, over all sessions
 
 
 def checkpoint_content(

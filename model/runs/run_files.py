@@ -80,6 +80,12 @@ class RunFiles:
         self.tell("running", plan.steps_done)
         write_config(self.out_dir, self.started, plan.resolved(settings))
 
+    def start_tracker(self, settings: Settings) -> None:
+        """Send the metrics to a tracker too, if that is set."""
+        log = settings.logging
+        if log.use_wandb:
+            self.metrics.start_wandb(log.wandb_project, log.wandb_run_name, settings.as_dict(), self.out_dir)
+
     def save_checkpoint(self, content: dict, interrupted: bool = False) -> None:
         """Copy a checkpoint's content, for a thread to write it, read it back and then remove older ones.
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from model.loss import cross_entropy
+from model.loss import bits_per_byte, cross_entropy
 from model.model import Transformer
 from model.text.token_bytes import TokenBytes
 
@@ -23,13 +23,15 @@ def validation_sums(
     Control tokens count in the loss of all tokens only: so a text has the bits per byte that `--score_file` says.
 
     Args:
-        model: in evaluation mode.
+        model: evaluated without dropout; returned to the mode that it was in.
         batches: inputs, targets and numbers of documents or None, int64 [B, T] each; targets below 0 do not count.
         token_bytes: bytes of text that ids stand for.
         autocast: context in which the model runs.
         asked_to_stop: called after each batch, by every process.
     """
     sums, is_text = [0.0] * 4, torch.from_numpy(token_bytes.is_text)
+    was_training, stopped = model.training, False
+    model.eval()
     for inputs, targets, documents in batches:
         counted = targets >= 0
         before, ids = inputs[counted].cpu(), targets[counted].cpu()
@@ -41,6 +43,13 @@ def validation_sums(
             silent = float(cross_entropy(hidden[control][None], model.output.weight, targets[control][None]))
         for place, value in enumerate((nats, len(ids), nats - silent, token_bytes.count(before.numpy(), ids.numpy()))):
             sums[place] += value
-        if asked_to_stop():
-            return None
-    return sums
+        if stopped := asked_to_stop():
+            break
+    model.train(was_training)
+    return None if stopped else sums
+
+
+def mean_losses(sums: list[float]) -> tuple[float, float]:
+    """Nats per token and bits per byte of text, from the sums of `validation_sums`."""
+    nats, tokens, text_nats, byte_count = sums
+    return nats / tokens, bits_per_byte(text_nats, byte_count)

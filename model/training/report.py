@@ -1,4 +1,4 @@
-"""What a run reports about itself: some lines at the start, and a page for `train.py --config … --dry_run`."""
+"""What a run reports about itself: at its start, while it trains, and as a page for `train.py --config … --dry_run`."""
 
 import time
 from collections.abc import Callable
@@ -11,6 +11,7 @@ from model.storage.files import free_bytes, size_text
 from model.training.clock import EVALUATION_SHARE
 from model.training.memory import free_memory, step_memory
 from model.training.plan import RunPlan
+from model.training.progress import Progress, StepResult
 from model.training.recipe import batch_text, duration_text, rough_duration_text
 
 MEASURED_SECONDS, MOST_STEPS = 5.0, 50  # the dry run measures for this long or for this many steps, and at least one
@@ -44,6 +45,48 @@ def describe(plan: RunPlan) -> list[str]:
             f" has only {counted(plan.train_samples, 'sample')}; lower batch_size to {most:,}"
         )
     return lines
+
+
+def text_line(measured: dict) -> str:
+    """What of a text is forgotten, as `text_bits_per_byte` of metrics.jsonl says."""
+    return f"{measured['text_bits_per_byte']:.4f} bits per byte of held-out texts of mix_data_path"
+
+
+def evaluation_lines(progress: Progress, measured: dict, is_chat: bool) -> list[str]:
+    """What an evaluation measured.
+
+    Args:
+        progress: which has counted this evaluation.
+        measured: as metrics.jsonl has it.
+    """
+    of_answers = " of the answers" if is_chat else ""
+    is_best = progress.evaluations_without_gain == 0
+    best = ", the best so far" if is_best else f" (best: {progress.best_val_loss:.4f})"
+    line = f"step {progress.step:,}: validation loss {measured['val_loss']:.4f}, {measured['bits_per_byte']:.4f}"
+    lines = [f"{line} bits per byte{of_answers}{best}"]
+    if "text_bits_per_byte" in measured:
+        lines.append(f"    {text_line(measured)}")
+    return lines
+
+
+def step_metrics(
+    plan: RunPlan, progress: Progress, result: StepResult, loss: float, tokens_per_second: float
+) -> dict[str, float]:
+    """The last step and the mean of those since the last line, as metrics.jsonl has them."""
+    return {
+        "loss": loss,
+        "lr": result.lr,
+        "grad_norm": result.grad_norm,
+        "tokens_per_second": round(tokens_per_second, 1),
+        "mfu": round(tokens_per_second * plan.flops_per_token / plan.peak_flops, 4),
+        "skipped_steps": progress.skipped_steps,
+    }
+
+
+def bar_text(seconds_left: float | None, loss: float, tokens_per_second: float) -> str:
+    """What stands beside the bar: the time left, once it is known, the loss and the speed."""
+    time_left = f"{rough_duration_text(seconds_left)} left, " if seconds_left else ""
+    return f"{time_left}loss {loss:.3f}, {tokens_per_second:,.0f} tok/s"
 
 
 def dry_run(plan: RunPlan, measure: Callable[[float, int], float]) -> list[str]:

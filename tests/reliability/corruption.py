@@ -209,7 +209,8 @@ def swapped_files(whole: Path, other: Path, folder: Path) -> Iterator[tuple[str,
 
 def state_cases() -> Iterator[tuple[str, Callable[[dict], None]]]:
     """Changes of what a checkpoint holds, after which training could not go on from it."""
-    from model.runs.checkpoint import KINDS, SCALER_STATE, Progress
+    from model.runs.checkpoint import KINDS, SCALER_STATE
+    from model.training.progress import Progress
 
     yield from missing_parts(KINDS, Progress.__dataclass_fields__, SCALER_STATE)
     yield from wrong_values(KINDS, Progress.__dataclass_fields__)

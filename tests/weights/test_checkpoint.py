@@ -11,11 +11,12 @@ import torch
 from model.errors import InputError
 from model.LMConfig import LMConfig
 from model.model import Transformer
-from model.runs.checkpoint import CHECKPOINT_VERSION, Progress
+from model.runs.checkpoint import CHECKPOINT_VERSION
 from model.runs.folder import claim, leave_line, move_earlier_run, prune_checkpoints
 from model.runs.resume import load_checkpoint, newest_checkpoint
 from model.storage.archive import load_torch, save_torch
 from model.training.optimizer import build_optimizer
+from model.training.progress import Progress
 from model.training.settings import Settings
 from model.weights import Weights, load_weights, save_weights
 from model.weights.minimind import recognise
