@@ -62,7 +62,9 @@ class PretrainDataset:
         self.path, self.seq_len, self.vocab_size = Path(path), seq_len, vocab_size
         if not self.path.is_file():
             found = "no plain file" if self.path.exists() else "no such token file"
-            command = command_line("python", "optimized_data_processing.py", "--output_path", path)
+            command = command_line(
+                "python", "optimized_data_processing.py", "--input_path", "YOUR.jsonl", "--output_path", path
+            )
             raise InputError(f"{path}: {found}; make it with: {command}")
         self.manifest = read_manifest(path)
         layout = self.layout = find_layout(self.path, self.manifest)

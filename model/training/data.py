@@ -68,7 +68,8 @@ def chats_text(dataset: PretrainDataset) -> str:
     return (
         f"{counted(len(chats), 'chat')} with {counted(int(chats.answers.sum()), 'answer')}; {learned:,} of {tokens:,}"
         f" tokens are learned ({learned / tokens:.1%}); packed whole into {counted(len(dataset), 'sample')},"
-        f" {empty:.1%} of them padding, and hidden from each other; left out: {' and '.join(named) or 'none'}"
+        f" {empty:.1%} of them padding, and hidden from each other, whatever document_mask is; left out:"
+        f" {' and '.join(named) or 'none'}"
     )
 
 
@@ -107,9 +108,11 @@ class TrainingData:
         for name in ("train_data_path", "val_data_path", "mix_data_path"):
             refuse_text(name, getattr(data, name))
         self.train = train = self._trained = self._open(data.train_data_path, say)
+        if train.chats is None and settings.training.init_from is not None:
+            say(f"{data.train_data_path} holds texts, not chats: all tokens are learned, and the model continues texts")
         self.chat = {} if self.train.chats is None else self._chat(data.train_data_path, self.train)
         if data.val_data_path is not None:
-            self.val = self._open(data.val_data_path, say)
+            self.val = self._open(data.val_data_path, say, "val_data_path")
             self._check_same_kind(data.train_data_path, data.val_data_path)
             self.train_samples, self.val_samples = np.arange(len(self.train)), np.arange(len(self.val))
         else:
@@ -169,7 +172,7 @@ class TrainingData:
                 f"mix_data_path: texts are mixed into chats, but train_data_path {data.train_data_path} holds texts;"
                 " omit mix_data_path"
             )
-        self.texts, self.mix_share = self._open(data.mix_data_path, say), data.mix_share
+        self.texts, self.mix_share = self._open(data.mix_data_path, say, "mix_data_path"), data.mix_share
         if self.texts.chats is not None:
             raise InputError(f"mix_data_path: {data.mix_data_path} holds chats, a token file of texts expected")
         texts, self.held_out_texts = self.texts.hold_out()
@@ -214,10 +217,14 @@ class TrainingData:
                 found = "; ".join(f"{key} {there[key]} on rank 0, {here[key]} here" for key in different)
                 raise InputError(f"train_data_path, val_data_path: other files than rank 0's ({found})")
 
-    def _open(self, path: str, say: Callable[[str], None]) -> PretrainDataset:
+    def _open(self, path: str, say: Callable[[str], None], name: str = "train_data_path") -> PretrainDataset:
+        """The dataset of a token file; `name`: of its setting."""
         config = self.config
         marks = dataclasses.asdict(self.delimiters) if self._sample_start == "document" else {}
-        dataset = PretrainDataset(path, config.max_seq_len, config.vocab_size, self.tokenizer_sha256, **marks)
+        try:
+            dataset = PretrainDataset(path, config.max_seq_len, config.vocab_size, self.tokenizer_sha256, **marks)
+        except InputError as error:
+            raise InputError(f"{name}: {error}") from error
         if dataset.chats is not None:
             say(f"{path}: {chats_text(dataset)}")
         elif dataset.packing is not None:

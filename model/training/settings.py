@@ -249,6 +249,11 @@ def _nearest(name, known) -> str:
 def _impossible_combinations(settings: Settings) -> list[str]:
     training, shape = settings.training, dataclasses.asdict(settings.model)
     problems = impossible_shape(shape)
+    data = settings.data
+    if data.mix_data_path is None and data.mix_share != DataSettings.mix_share:
+        problems.append(
+            f"mix_share: {data.mix_share} of no texts; set mix_data_path to a token file of texts, or omit mix_share"
+        )
     if (parameters := _least_parameters(settings.model)) > MOST_PARAMETERS:
         problems.append(f"dim, n_layers: {parameters:,} parameters or more, at most {MOST_PARAMETERS:,} expected")
     if training.learning_rate != AUTO and (training.min_lr or 0) > training.learning_rate:

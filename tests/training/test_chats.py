@@ -256,6 +256,25 @@ def test_texts_and_chats_are_not_mistaken_for_each_other(flags, chat_flags, chat
     assert "texts are mixed into chats" in refused(flags(mix_data_path=token_file), capfd)
 
 
+def test_texts_to_mix_in_that_are_missing_are_refused_with_what_to_do(chat_flags, tmp_path, capfd):
+    assert "mix_share: 0.3 of no texts; set mix_data_path" in refused(chat_flags(mix_share=0.3), capfd)
+    missing = tmp_path / "none.bin"
+    for name in ("mix_data_path", "val_data_path"):
+        said = refused(chat_flags(**{name: missing}), capfd)
+        assert said.startswith(f"error: {name}: {missing}: no such token file; make it with: python optimized_data")
+        assert f"--input_path YOUR.jsonl --output_path {missing}" in said
+
+
+def test_a_run_says_that_texts_given_to_tune_on_are_no_chats(flags, chat_flags, tmp_path, capfd):
+    train(flags(max_steps=2, max_seq_len=CONTEXT, eval_interval=2, save_interval=2))
+    assert "not chats" not in capfd.readouterr().err
+    about = {"init_from": tmp_path / "out" / "best_model.pth", "max_steps": 2, "out_dir": tmp_path / "tuned"}
+    train(flags(max_seq_len=CONTEXT, **about))
+    assert "holds texts, not chats: all tokens are learned, and the model continues texts" in capfd.readouterr().err
+    train(chat_flags(document_mask="false", **about | {"out_dir": tmp_path / "chat"}))
+    assert "hidden from each other, whatever document_mask is" in capfd.readouterr().err
+
+
 def test_a_checkpoint_of_texts_is_not_resumed_on_chats(flags, chat_flags, tmp_path, capfd):
     train(flags(max_steps=4, max_seq_len=CONTEXT))
     assert "was made with another data" in refused(chat_flags(resume="true"), capfd)
