@@ -17,25 +17,24 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
 
 from model.corpus.chats import as_messages, parse_chat
 from model.corpus.inspection import counts_text
 from model.corpus.jsonl import parse_line
 from model.corpus.reasons import REASONS
 from model.errors import InputError, counted
+from model.generation.batch_results import open_results, write_result
+from model.generation.chat_loop import run_interactive, say_speed, show
 from model.generation.judging import is_exact, judge_answers, judged_text
 from model.generation.scoring import Score
 from model.options import options_of, text_flag
 from model.storage.files import refuse_overwriting, refuse_overwriting_inputs
-from model.terminal import prepare_input, read_message
 from optimized_inference import DTYPE_NAMES, GenerationConfig, TextGenerator, load_generator
 from utils import CommandParser, add_option, path_flag, print_text, run_command, say, true_or_false
 
 STDIN_SECONDS = 1.0  # without a byte, after which a line says what is waited for
 SHOWN = 5  # lines that were skipped, named one by one
 DEFAULT_PROMPT = "中国"
-RULE = "=" * 80
 MODES = ("prompt", "batch_file", "score_file", "judge")
 WRONG_SHOWN = 10  # answers
 # The options of GenerationConfig that are flags by the same name.
@@ -127,16 +126,20 @@ def piped_text() -> str:
 
 def build_parser() -> argparse.ArgumentParser:
     """Every flag, its default and its help."""
-    options = options_of(GenerationConfig)
     parser = CommandParser(
         "--prompt", description="Generate text with trained weights. Without a mode: a chat in a terminal."
     )
+    _add_modes(parser.add_argument_group("what to do (one of)"))
+    _add_files(parser.add_argument_group("files and machine"))
+    _add_sampling(parser.add_argument_group("how to generate"))
+    return parser
 
-    mode = parser.add_argument_group("what to do (one of)")
+
+def _add_modes(mode) -> None:
+    """What to do."""
     mode.add_argument("--prompt", type=text_flag, metavar="TEXT", help="continue this text once")
     mode.add_argument("--interactive", action="store_true", help="chat; exit, quit or q ends it, clear forgets it")
     mode.add_argument("--batch_file", type=path_flag, metavar="FILE", help="continue each line of a UTF-8 file")
-
     mode.add_argument(
         "--score_file",
         type=path_flag,
@@ -150,7 +153,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="answer each chat's last question in this JSONL, greedily and without a penalty, and count what is right",
     )
 
-    files = parser.add_argument_group("files and machine")
+
+def _add_files(files) -> None:
+    """What to read and write, and the machine."""
     files.add_argument(
         "--model_path",
         type=path_flag,
@@ -179,7 +184,10 @@ def build_parser() -> argparse.ArgumentParser:
         " a chat compiles it in the background; not with a seed)",
     )
 
-    text = parser.add_argument_group("how to generate")
+
+def _add_sampling(text) -> None:
+    """How to generate."""
+    options = options_of(GenerationConfig)
     text.add_argument("--stream", action="store_true", help="show the text while it is generated")
     text.add_argument("--show_speed", action="store_true", help="say on stderr how fast each text was generated")
     text.add_argument("--greedy", action="store_true", help="take the likeliest token each time")
@@ -189,12 +197,6 @@ def build_parser() -> argparse.ArgumentParser:
     cache = text.add_mutually_exclusive_group()
     add_option(cache, options["use_cache"])
     cache.add_argument("--no_cache", dest="use_cache", action="store_false", help="the same as --use_cache false")
-    return parser
-
-
-def show(text: str) -> None:
-    """Print a piece of text where the last one ended."""
-    print_text(text, end="")
 
 
 def run_single(generator: TextGenerator, config: GenerationConfig, prompt: str, stream: bool) -> None:
@@ -386,140 +388,9 @@ def batch_results(
         yield prompt, {"error": errors[index]} if index in errors else {"text": next(texts)}
 
 
-def write_result(file: BinaryIO, result: dict) -> None:
-    """Append a result as one line; all of it is with the system when this returns.
-
-    Raises:
-        InputError: the system could not take it.
-    """
-    line = json.dumps(result, ensure_ascii=False).encode() + b"\n"
-    try:
-        while line:
-            line = line[file.write(line) :]  # a disk that is nearly full takes a part
-    except OSError as error:
-        raise InputError(f"output_file: {file.name} cannot be written ({error.strerror})") from error
-
-
 def print_result(number: int, prompt: str, text: str) -> None:
     """Print a prompt and its continuation."""
     print_text(f"[{number + 1}] {prompt}\n{prompt}{text}\n")
-
-
-def open_results(path: Path, prompts: list[tuple[int, str]], resume: bool) -> tuple[int, int, BinaryIO]:
-    """The numbers of results and of failed ones in the output file, and the file, open for appending after the last.
-
-    Raises:
-        InputError: the file cannot be written, or holds something else.
-    """
-    try:
-        done, failed, end = finished_results(path, prompts) if resume and path.exists() else (0, 0, 0)
-        file = open(path, "ab", buffering=0)  # a full disk is met at the write, and not again at the close
-        if resume:
-            file.truncate(end)
-    except OSError as error:
-        raise InputError(f"output_file: {path} cannot be written ({error.strerror})") from error
-    return done, failed, file
-
-
-def finished_results(path: Path, prompts: list[tuple[int, str]]) -> tuple[int, int, int]:
-    """How many results an interrupted batch wrote, how many of them are errors, and where the last ends, in bytes.
-
-    Raises:
-        InputError: they are no results of these prompts.
-    """
-    count = failed = end = 0
-    for line in path.read_bytes().splitlines(keepends=True):
-        if not line.endswith(b"\n"):  # interrupted within it
-            break
-        try:
-            result = json.loads(line)
-            written = result["prompt"]
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise InputError(
-                f"output_file: line {count + 1} of {path} is no result of a batch; give another file"
-            ) from error
-        if count == len(prompts) or written != prompts[count][1]:
-            raise InputError(
-                f"output_file: line {count + 1} of {path} is a result of another prompt than line {count + 1} of the"
-                " batch; give another --output_file"
-            )
-        count, failed, end = count + 1, failed + ("error" in result), end + len(line)
-    return count, failed, end
-
-
-def say_speed(generator: TextGenerator) -> None:
-    """One line on how fast the last text was generated, and whether the context cut it off."""
-    if generator.speed is not None:
-        context = generator.model.config.max_seq_len
-        why = f"; the text ends because the context of {context} tokens is full" if generator.end == "context" else ""
-        say(f"speed: {generator.speed}{why}")
-
-
-def run_interactive(generator: TextGenerator, config: GenerationConfig, show_speed: bool = False) -> None:
-    """Chat until the user leaves. Ctrl-C stops an answer; its part so far stays in the history.
-
-    Status lines appear on stderr, before the transcript or between two turns.
-    """
-    if generator.chat_format == {}:
-        say("these weights were trained on texts: they continue what you write and do not answer (docs/chat.md)")
-    generator.prepare_chat(config)
-    lines: list[str] = []
-    generator.say = lines.append
-    prepare_input()
-    print(f"🤖 交互式对话模式\n{RULE}\n输入 'exit'、'quit' 或 'q' 退出\n输入 'clear' 清空对话历史\n{RULE}\n")
-    history: list[dict[str, str]] = []
-    while (message := ask()) is not None and message.lower() not in ("exit", "quit", "q"):
-        if message.lower() == "clear":
-            history = []
-            print("✨ 对话历史已清空\n")
-        elif message:
-            history = answer(generator, config, [*history, {"role": "user", "content": message}])
-            for line in lines:
-                say(line)
-            if show_speed:
-                say_speed(generator)
-            if (lines or show_speed) and sys.stderr.isatty():
-                say("")
-            lines.clear()
-    print("👋 再见！")
-
-
-def ask() -> str | None:
-    """The user's next message; None on Ctrl-C or Ctrl-D."""
-    try:
-        message = read_message("👤 用户: ").strip()
-    except (EOFError, KeyboardInterrupt):
-        print()
-        return None
-    if not sys.stdin.isatty():
-        print(message)  # a terminal shows what is typed; a transcript of a pipe should read the same
-    return message
-
-
-def answer(generator: TextGenerator, config: GenerationConfig, history: list[dict[str, str]]) -> list[dict[str, str]]:
-    """Stream an answer to the last message; the history with it, or without that message if it cannot be answered."""
-    said: list[str] = []
-    begun = False
-
-    def keep_and_show(piece: str) -> None:
-        said.append(piece)
-        show(piece)
-
-    try:
-        history = generator.fit_history(history, config)
-        show("🤖 助手: ")
-        begun = True
-        generator.chat(history, config, stream=True, callback=keep_and_show)
-    except InputError as error:
-        if begun:
-            print()
-        say(f"error: {error}")
-        print()
-        return history[:-1]
-    except KeyboardInterrupt:
-        pass  # the part so far stays in the history
-    print("\n")
-    return [*history, {"role": "assistant", "content": "".join(said)}]
 
 
 if __name__ == "__main__":

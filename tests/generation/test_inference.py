@@ -14,6 +14,7 @@ import torch
 
 import inference
 from model.errors import InputError
+from model.generation import chat_loop
 from model.generation.engine import Engine
 from model.generation.inference_model import packs
 from model.generation.scoring import Score, token_losses
@@ -558,9 +559,9 @@ def test_ctrl_c_stops_the_answer_and_what_was_said_stays(generator, monkeypatch,
         if len(said) == 3:  # the label, then two pieces
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(inference, "show", show_two_pieces)
+    monkeypatch.setattr(chat_loop, "show", show_two_pieces)
 
-    history = inference.answer(generator, GREEDY, turns("你好"))
+    history = chat_loop.answer(generator, GREEDY, turns("你好"))
 
     assert history == turns("你好", said[1] + said[2])
     assert capsys.readouterr().out == "\n\n"
@@ -572,7 +573,7 @@ def test_ctrl_d_and_ctrl_c_at_the_prompt_leave(monkeypatch, capsys, leaving):
         raise leaving
 
     monkeypatch.setattr("builtins.input", leave)
-    assert inference.ask() is None
+    assert chat_loop.ask() is None
 
 
 @pytest.mark.long
@@ -736,9 +737,9 @@ def test_a_chat_survives_what_a_template_refuses(in_run_folder, generator, token
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO("你好\nno\n你好\n".encode() * 3), encoding="utf-8"))
     generator.say = said = []
     order = []
-    monkeypatch.setattr(inference, "say", lambda line: order.append(("say", line)))
-    monkeypatch.setattr(inference, "show", lambda text: order.append(("show", text)))
-    inference.run_interactive(generator, GenerationConfig(do_sample=False, max_new_tokens=200), show_speed=True)
+    monkeypatch.setattr(chat_loop, "say", lambda line: order.append(("say", line)))
+    monkeypatch.setattr(chat_loop, "show", lambda text: order.append(("show", text)))
+    chat_loop.run_interactive(generator, GenerationConfig(do_sample=False, max_new_tokens=200), show_speed=True)
 
     lines = [line for kind, line in order if kind == "say"]
     assert sum("not this one" in line for line in lines) == 3

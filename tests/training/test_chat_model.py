@@ -88,8 +88,8 @@ def test_the_weights_that_it_began_with_are_kept_beside_it(run):
 def talk(monkeypatch, capsys, cwd, *arguments) -> str:
     monkeypatch.chdir(cwd)
     monkeypatch.setattr(sys, "argv", ["inference.py", "--device", "cpu", *map(str, arguments)])
-    monkeypatch.setattr("inference.prepare_input", lambda: None)  # which pytest's standard input lacks
-    monkeypatch.setattr("inference.ask", iter(["天？", None]).__next__)
+    monkeypatch.setattr("model.generation.chat_loop.prepare_input", lambda: None)  # which pytest's standard input lacks
+    monkeypatch.setattr("model.generation.chat_loop.ask", iter(["天？", None]).__next__)
     with pytest.raises(SystemExit):
         run_command(inference.main)
     return "".join(capsys.readouterr())
