@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -118,3 +119,20 @@ def assert_same_end(first, second, step: int = 12) -> None:
         content["progress"].pop("seconds")
     for key in ("model", "ema", "ema_updates", "optimizer", "scaler", "progress", "random_states", "data", "config"):
         assert_equal(a[key], b[key], key)
+
+
+def assert_two_processes_resume(flags, folder, **options) -> None:
+    """Two processes that resume from their next to last checkpoint end with the same bits as if they had not stopped.
+
+    Args:
+        flags: the fixture `flags`, or one like it.
+        folder: for the two runs.
+    """
+    whole, killed = folder / "whole", folder / "killed"
+    result = torchrun(flags(out_dir=whole, **options))
+    assert result.returncode == 0, result.stderr
+    shutil.copytree(whole, killed)
+    (killed / "checkpoint_step_12.pth").unlink()
+    result = torchrun(flags(out_dir=killed, resume="true", **options))
+    assert result.returncode == 0 and "resuming from" in result.stderr, result.stderr
+    assert_same_end(whole, killed)

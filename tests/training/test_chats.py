@@ -17,7 +17,16 @@ from model.training.settings import build_settings
 from optimized_pretrain import Trainer
 from tests.chat_files import CHATS, ids_of, write_chats
 from tests.conftest import random_model
-from tests.tiny_runs import assert_equal, assert_same_end, events, exit_code_here, losses, torchrun, train
+from tests.tiny_runs import (
+    assert_equal,
+    assert_same_end,
+    assert_two_processes_resume,
+    events,
+    exit_code_here,
+    losses,
+    torchrun,
+    train,
+)
 from utils import Processes
 
 LONG = [("user", "长江、黄河都在中国。" * 9), ("assistant", "好")]
@@ -147,12 +156,7 @@ def test_a_killed_run_resumes_and_ends_with_the_same_bits(chat_flags, tmp_path, 
 @pytest.mark.long
 def test_two_processes_resume_with_the_same_bits(chat_flags, tmp_path):
     options = {"batch_size": 2, "accumulation_steps": 2, "dropout": 0.1, "use_ema": "true", "dtype": "bfloat16"}
-    assert torchrun(chat_flags(out_dir=tmp_path / "whole", **options)).returncode == 0
-    shutil.copytree(tmp_path / "whole", tmp_path / "killed")
-    (tmp_path / "killed" / "checkpoint_step_12.pth").unlink()
-    result = torchrun(chat_flags(out_dir=tmp_path / "killed", resume="true", **options))
-    assert result.returncode == 0 and "resuming from" in result.stderr, result.stderr
-    assert_same_end(tmp_path / "whole", tmp_path / "killed")
+    assert_two_processes_resume(chat_flags, tmp_path, **options)
 
 
 @pytest.mark.long

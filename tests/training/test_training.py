@@ -30,6 +30,7 @@ from tests.tiny_runs import (
     ONE_THREAD,
     assert_equal,
     assert_same_end,
+    assert_two_processes_resume,
     command,
     events,
     exit_code_here,
@@ -510,12 +511,7 @@ def test_two_processes_compute_what_one_does(flags, tmp_path, launcher, options)
 @pytest.mark.long
 def test_two_processes_resume_with_the_same_bits(flags, tmp_path):
     options = {"batch_size": 2, "accumulation_steps": 2, "dropout": 0.1, "use_ema": "true"}
-    assert torchrun(flags(out_dir=tmp_path / "whole", **options)).returncode == 0
-    shutil.copytree(tmp_path / "whole", tmp_path / "killed")
-    (tmp_path / "killed" / "checkpoint_step_12.pth").unlink()
-    result = torchrun(flags(out_dir=tmp_path / "killed", resume="true", **options))
-    assert result.returncode == 0 and "resuming from" in result.stderr, result.stderr
-    assert_same_end(tmp_path / "whole", tmp_path / "killed")
+    assert_two_processes_resume(flags, tmp_path, **options)
 
 
 @pytest.mark.long
