@@ -40,7 +40,11 @@ class ProcessingOptions:
         "lines, or a line",
         choices=TXT_DOCUMENTS,
     )
-    long_documents: str = setting("keep", "documents of more than max_length tokens", choices=LONG_DOCUMENTS)
+    long_documents: str = setting(
+        "keep",
+        "documents of more than max_length tokens; truncate cuts texts at the end, and drops a chat's oldest turns",
+        choices=LONG_DOCUMENTS,
+    )
     deduplicate: bool = setting(True, "drop a text that is exactly an earlier one")
     near_duplicates: float = setting(
         0.0,

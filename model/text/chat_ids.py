@@ -103,7 +103,9 @@ class ChatFormat:
 
     def _encode_texts(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         encoded = self.encoder.encode(texts)
-        return np.array(sum(encoded, []), dtype=np.uint32), np.array([*map(len, encoded)], dtype=np.int64)
+        return np.array([*itertools.chain.from_iterable(encoded)], dtype=np.uint32), np.array(
+            [*map(len, encoded)], dtype=np.int64
+        )
 
     def _outline(self, roles: tuple[str, ...]) -> Outline | None:
         """The outline of chats with these roles, where there is one."""
