@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 from itertools import groupby
 from pathlib import Path
 
@@ -334,6 +335,20 @@ def test_a_template_that_cannot_be_masked_is_refused_by_name(tmp_path, name):
     folder = write_style(tmp_path / "my tokenizer", "MiniMind 2", chat_template=template)
     with pytest.raises(InputError, match=f"(?s)my tokenizer.*{reason}|{reason}.*my tokenizer"):
         load_chat_format(folder, load_bulk_tokenizer(folder))
+
+
+def test_chats_of_a_tokenizer_whose_control_tokens_take_white_space_along_are_rendered(tmp_path):
+    folder = write_style(tmp_path / "t", "MiniMind 2")
+    values = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    for token in values["added_tokens"]:
+        token["rstrip"] = True
+    (folder / "tokenizer.json").write_text(json.dumps(values), encoding="utf-8")
+    chat_format, tokenizer = load_chat_format(folder, load_bulk_tokenizer(folder)), load_tokenizer(folder)
+    assert not chat_format.in_pieces
+    encoded = chat_format.encode([(("user", "a"), ("assistant", "b"))])
+    start = int(np.argmax(encoded.learned))
+    assert encoded.reasons == [None]
+    assert encoded.ids[:start].tolist() == encode_chat(tokenizer, [{"role": "user", "content": "a"}])
 
 
 def test_a_tokenizer_without_a_template_is_refused(tmp_path):
