@@ -379,7 +379,7 @@ class Trainer:
             say(f"    {line}")
             measured = measured | judged
         files.metrics.write(self._position() | measured)
-        files.metrics.draw_curves()
+        files.metrics.update_curves()
         if self.preview is not None:
             for line in self.preview(self.evaluated_model.eval()):
                 say(f"    {line}")

@@ -23,6 +23,7 @@ import torch  # noqa: E402
 
 from model.LMConfig import LMConfig  # noqa: E402
 from model.model import Transformer  # noqa: E402
+from tests import forks  # noqa: E402
 
 pytest.register_assert_rewrite("tests.tiny_runs", "tests.model_shapes", "tests.bad_files", "tests.raw_gguf")
 CORPUS = ROOT / "dataset" / "classics_zh.jsonl"
@@ -42,7 +43,7 @@ def corpus_lines(count: int) -> list[bytes]:
 def process_data(*arguments, cwd=ROOT) -> subprocess.CompletedProcess:
     """optimized_data_processing.py with these arguments."""
     script = [sys.executable, str(ROOT / "optimized_data_processing.py")]
-    return subprocess.run([*script, *map(str, arguments)], cwd=cwd, capture_output=True, encoding="utf-8")
+    return forks.run([*script, *map(str, arguments)], cwd=cwd, capture_output=True, encoding="utf-8")
 
 
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ import torch
 from model.storage.archive import load_torch
 from model.training.settings import build_settings
 from optimized_pretrain import Trainer
+from tests import forks
 from tests.conftest import ROOT
 from utils import Processes, run_command
 
@@ -64,13 +66,30 @@ def command(flags: dict, *more: str) -> list[str]:
 def run(arguments: list, **options) -> subprocess.CompletedProcess:
     """Run a command to its end, with its output caught."""
     options = {"capture_output": True, "text": True, "encoding": "utf-8", "timeout": HUNG, "env": ONE_THREAD} | options
-    return subprocess.run(arguments, **options)
+    return forks.run(arguments, **options)
 
 
 def torchrun(flags: dict, launcher: str = "torch.distributed.run") -> subprocess.CompletedProcess:
     """Train with these flags in two processes."""
     script, *words = command(flags)[1:]
     return run([sys.executable, "-m", launcher, "--nproc_per_node=2", script, *words, "--ddp"])
+
+
+def two_ranks(flags: dict) -> subprocess.CompletedProcess:
+    """Train with these flags in two processes without a launcher; the exit code is of the one that failed, if any."""
+    group = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "encoding": "utf-8"}
+    environments = [ONE_THREAD | group | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
+    started = [forks.Popen(command(flags, "--ddp"), env=environment, **pipes) for environment in environments]
+    said = [process.communicate(timeout=HUNG) for process in started]
+    code = next((process.returncode for process in started if process.returncode), 0)
+    return subprocess.CompletedProcess([], code, *map("".join, zip(*said, strict=True)))
+
+
+def free_port() -> int:
+    """A port of this machine that nothing listens on."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
 
 
 def wait_for(condition, process: subprocess.Popen | None = None) -> None:
@@ -129,10 +148,10 @@ def assert_two_processes_resume(flags, folder, **options) -> None:
         folder: for the two runs.
     """
     whole, killed = folder / "whole", folder / "killed"
-    result = torchrun(flags(out_dir=whole, **options))
+    result = two_ranks(flags(out_dir=whole, **options))
     assert result.returncode == 0, result.stderr
     shutil.copytree(whole, killed)
     (killed / "checkpoint_step_12.pth").unlink()
-    result = torchrun(flags(out_dir=killed, resume="true", **options))
+    result = two_ranks(flags(out_dir=killed, resume="true", **options))
     assert result.returncode == 0 and "resuming from" in result.stderr, result.stderr
     assert_same_end(whole, killed)

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import math
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,9 @@ from model.runs.metrics_file import append_lines, end_of_step, read_metrics
 from model.runs.tracker_process import TrackerProcess
 from model.runs.trackers import WANDB_RUN, wandb_run_id
 from model.storage.files import replacing
+
+FIRST_DRAWING = 10.0  # seconds after a run's start; a shorter run draws once, at its end
+DRAWING_SHARE = 0.05  # of a run's time, at most, for its picture
 
 
 class MetricsLog:
@@ -33,6 +37,8 @@ class MetricsLog:
         self._pending: list[bytes] = []  # lines that are not in the file yet
         self._refused = self._not_drawn = False  # whether the last attempt failed, and was reported
         self._tracker: TrackerProcess | None = None
+        self._stale = False  # whether the picture lacks the latest evaluation
+        self._next_drawing = time.monotonic() + FIRST_DRAWING
         self._can_draw = importlib.util.find_spec("matplotlib") is not None
         if not self._can_draw:
             say("curves.png is not drawn: matplotlib is not installed (pip install matplotlib)")
@@ -77,10 +83,18 @@ class MetricsLog:
         self._refused = False
         self._pending.clear()
 
+    def update_curves(self) -> None:
+        """Draw `curves.png`, unless drawing takes more than DRAWING_SHARE of the time; `close` draws what this skips."""
+        self._stale = True
+        if time.monotonic() >= self._next_drawing:
+            self.draw_curves()
+
     def draw_curves(self) -> None:
         """Draw `curves.png` from all events so far."""
+        self._stale = False
         if not self._can_draw:
             return
+        began = time.monotonic()
         try:
             draw_curves(read_metrics(self.path), self.curves)
             self._not_drawn = False
@@ -88,13 +102,20 @@ class MetricsLog:
             if not self._not_drawn:
                 self._say(f"curves.png is not drawn: {error}; training continues")
             self._not_drawn = True
+        now = time.monotonic()
+        self._next_drawing = now + (now - began) / DRAWING_SHARE
 
     def close(self) -> None:
-        """Write the pending lines, and end the tracker's run; waits for it at most `tracker_process.CLOSE_SECONDS`."""
+        """Write the pending lines, draw the last curves and end the tracker's run.
+
+        Waits for the tracker at most `tracker_process.CLOSE_SECONDS`.
+        """
         if self._pending:
             self._append_pending()
         if self._pending:
             self._say(f"{self.path}: still cannot be written; its last {len(self._pending)} lines are lost")
+        if self._stale:
+            self.draw_curves()
         tracker, self._tracker = self._tracker, None
         if tracker is not None:
             tracker.close()

@@ -21,6 +21,7 @@ from model.corpus.job_folder import JobFolder, job_path
 from model.corpus.part_file import Damaged, Part, PartColumns, payload_path, write_part
 from model.errors import InputError
 from optimized_data_processing import OptimizedDataProcessor
+from tests import forks
 from tests.conftest import ROOT, corpus_lines, process_data
 from tests.corpus.half_made import Killed, begin_and_stop, contents
 from tests.tiny_runs import HUNG, wait_for
@@ -67,7 +68,7 @@ def test_killed_at_any_instant_and_run_again_the_files_are_the_same(tmp_path, to
     command = [sys.executable, SCRIPT, *map(str, flags), "--output_path", str(killed / "data.bin")]
     for _ in range(4):
         parts = len(list(killed.glob("data.bin.parts/*.npz")))
-        process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL)
+        process = forks.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL)
         while process.poll() is None and kills < 3:
             if len(list(killed.glob("data.bin.parts/*.npz"))) > parts:  # it goes on
                 time.sleep(instants.uniform(0, 0.1))
@@ -370,7 +371,7 @@ def test_the_number_of_workers_changes_no_byte(raw, processor, tokenizer_folder,
 
 def torchrun(*flags, cwd: Path) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", SCRIPT, *flags]
-    return subprocess.run(list(map(str, command)), cwd=cwd, capture_output=True, encoding="utf-8", timeout=HUNG)
+    return forks.run(command, cwd=cwd, capture_output=True, encoding="utf-8", timeout=HUNG)
 
 
 @pytest.mark.long

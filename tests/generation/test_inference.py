@@ -25,6 +25,7 @@ from model.text.prompts import PromptEncoder
 from model.text.tokenization import encode_texts, tokenizer_sha256
 from model.weights import Weights, load_weights, save_weights
 from optimized_inference import GenerationConfig, TextGenerator, load_generator
+from tests import forks
 from tests.conftest import CHAT_TEMPLATE, ROOT, random_model
 from tests.generation.endless_compiler import endless_compiler, is_over
 from tests.tiny_runs import HUNG, wait_for
@@ -484,7 +485,7 @@ def test_without_weights_the_message_says_to_train(tmp_path, monkeypatch):
 
 def run(folder, *arguments, stdin=""):
     """inference.py as a user starts it, in `folder`; bytes in and out are UTF-8."""
-    return subprocess.run(
+    return forks.run(
         [sys.executable, str(ROOT / "inference.py"), *arguments],
         cwd=folder,
         input=stdin.encode() if isinstance(stdin, str) else stdin,

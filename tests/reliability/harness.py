@@ -6,7 +6,6 @@ codes = job.wait()  # [1, -9]: what each rank's process ended with
 fingerprint(folder / "out" / "checkpoint_step_12.pth")
 """
 
-import atexit
 import contextlib
 import itertools
 import json
@@ -28,10 +27,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 
+from tests.forks import SERVER
 from tests.reliability.faults import Fault
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 CHILD = Path(__file__).with_name("child.py")
+RUN_JOB = "tests.reliability.child:run_job"
 SENTENCES = ["中国是一个历史悠久的国家。", "长江、黄河都在中国。", "The quick brown fox."]
 HANG = "hang"  # in the place of the exit code of a process that had to be killed
 
@@ -162,70 +163,6 @@ def make_tokenizer(folder: Path, sentences: list[str] = SENTENCES, chat_template
 
 
 # ---------------------------------------------------------------------------------------------------------- processes
-
-
-class Server:
-    """The process that training processes are forked from, started when the first one is wanted."""
-
-    def __init__(self) -> None:
-        self._lock, self._codes, self._ended = threading.Lock(), {}, threading.Condition()
-        self._process: subprocess.Popen | None = None
-
-    def fork(self, job: dict) -> int:
-        """Fork a process that runs the job; returns its id."""
-        with self._lock:
-            if self._process is None:
-                self._begin()
-            self._process.stdin.write(json.dumps(job).encode() + b"\n")
-            self._process.stdin.flush()
-            self._started.acquire()
-            return self._new_pids.pop(0)
-
-    def _begin(self) -> None:
-        if sys.platform == "win32":
-            raise RuntimeError("these tests fork processes and kill them, which Windows cannot")
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUTF8": "1", "TOKENIZERS_PARALLELISM": "false"}
-        environment = {name: value for name, value in environment.items() if name not in ("RANK", "WORLD_SIZE")}
-        self._new_pids: list[int] = []
-        self._started = threading.Semaphore(0)
-        self._process = subprocess.Popen(
-            [sys.executable, str(CHILD)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env=environment,
-            start_new_session=True,
-        )
-        threading.Thread(target=self._listen, daemon=True).start()
-        atexit.register(self.end)
-
-    def _listen(self) -> None:
-        for line in self._process.stdout:
-            what, pid, *code = line.decode().split()
-            if what == "started":
-                self._new_pids.append(int(pid))
-                self._started.release()
-            else:
-                with self._ended:
-                    self._codes[int(pid)] = int(code[0])
-                    self._ended.notify_all()
-        self._started.release()  # the server has died: whoever waits gets an IndexError in place of a process
-
-    def code(self, pid: int, timeout: float = 0) -> int | None:
-        """The exit code of a forked process, negative for a signal; None if it still runs after `timeout` seconds."""
-        with self._ended:
-            self._ended.wait_for(lambda: pid in self._codes, timeout)
-            return self._codes.get(pid)
-
-    def end(self) -> None:
-        """End the server, and with it every process that it forked."""
-        if self._process is not None:
-            with contextlib.suppress(OSError):
-                self._process.stdin.close()
-            self._process.wait()
-            self._process = None
-
-
-SERVER = Server()
 
 
 @dataclass
@@ -374,13 +311,13 @@ def start(
 
 def _fork(job: dict, ranks: int) -> list[int]:
     if ranks == 1:
-        return [SERVER.fork(job)]
+        return [SERVER.fork(RUN_JOB, {"job": job})]
     port, pids = free_port(), []
     for rank in range(ranks):
         group = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
         group |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": _loopback()}
         group = {name: str(value) for name, value in group.items()}
-        pids.append(SERVER.fork(job | {"environment": group | job["environment"]}))
+        pids.append(SERVER.fork(RUN_JOB, {"job": job | {"environment": group | job["environment"]}}))
     return pids
 
 

@@ -9,6 +9,7 @@ import time
 import pytest
 
 from model.runs import launch
+from tests import forks
 from tests.conftest import ROOT
 from tests.tiny_runs import HUNG, ONE_THREAD, wait_for
 
@@ -47,7 +48,7 @@ def interrupt(folder, times, seconds_needed, seconds_allowed):
     """Start two workers and send Ctrl-C to all; the exit code, and the ranks that saved."""
     worker = folder / "worker.py"
     worker.write_text(WORKER)
-    process = subprocess.Popen(
+    process = forks.Popen(
         [sys.executable, "-c", DRIVER, str(worker), str(seconds_needed), str(seconds_allowed)],
         env=ONE_THREAD | {"PYTHONPATH": str(ROOT)}, start_new_session=True, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip

@@ -163,6 +163,29 @@ def test_curves_that_cannot_be_written_are_reported_once(tmp_path, said):
 
 
 @pytest.mark.long
+def test_curves_take_little_of_the_time_and_end_up_to_date(tmp_path, said, monkeypatch):
+    pytest.importorskip("matplotlib")
+    clock, drawn = [100.0], []
+    monkeypatch.setattr("model.runs.metrics.time.monotonic", lambda: clock[0])
+
+    def draw(events, path):
+        drawn.append(len(events))
+        clock[0] += 0.5
+
+    monkeypatch.setattr("model.runs.metrics.draw_curves", draw)
+    log = MetricsLog(tmp_path, 0, said.append)
+    for step in range(100):  # an evaluation a second
+        clock[0] += 1
+        log.write({"step": step, "val_loss": 2.0})
+        log.update_curves()
+    assert drawn[0] == 10 and 0.5 * len(drawn) <= 0.05 * 100 + 0.5 and len(drawn) >= 8
+    log.close()
+    assert drawn[-1] == 100
+    log.close()
+    assert drawn.count(100) == 1 and said == []
+
+
+@pytest.mark.long
 @needs_file_size_limit
 def test_curves_on_a_full_disk_are_reported_once_and_the_old_ones_stay(tmp_path):
     pytest.importorskip("matplotlib")

@@ -1,13 +1,13 @@
 """What several processes share: decisions of one of them, values that must agree, and who is named when one is lost."""
 
-import socket
 import subprocess
 import sys
 
 import pytest
 
+from tests import forks
 from tests.conftest import ROOT
-from tests.tiny_runs import HUNG, ONE_THREAD, torchrun
+from tests.tiny_runs import HUNG, ONE_THREAD, free_port, two_ranks
 
 pytestmark = pytest.mark.long
 
@@ -28,12 +28,11 @@ def main():
 
 def ranks(body, environments=({}, {}), count=2):
     """Run the lines in processes that meet as `count` ranks; each one's exit code, output and errors."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
+    port = free_port()
     indented = "".join(f"    {line}\n" for line in body.strip().splitlines())
     code = f"{HEAD}{indented}    processes.close()\nrun_command(main)\n"
     started = [
-        subprocess.Popen(
+        forks.Popen(
             [sys.executable, "-c", code],
             env=ONE_THREAD
             | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
@@ -87,9 +86,9 @@ def test_without_a_manifest_all_ranks_stop_early_at_the_same_step(flags, token_f
     # Weights that never change: after the first evaluation none is better.
     options = {"train_data_path": alone, "learning_rate": 1e-30, "batch_size": 2, "dtype": "float32", "ddp_timeout": 30}
     options |= {"early_stopping": "true", "patience": 3}
-    result = torchrun(flags(max_steps=12, **options))
+    result = two_ranks(flags(max_steps=12, **options))
     assert result.returncode == 0 and "finished after step 12" in result.stderr, result.stderr
-    result = torchrun(flags(max_steps=100, resume="true", **options))
+    result = two_ranks(flags(max_steps=100, resume="true", **options))
     assert result.returncode == 0 and "early stopping after step 16" in result.stderr, result.stderr
     assert "validation data" not in result.stderr
 

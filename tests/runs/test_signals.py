@@ -11,6 +11,7 @@ import pytest
 
 from model.runs.signals import StopSignal
 from model.runs.status import MOST_OF_REASON, Status, read_status
+from tests import forks
 from tests.conftest import ROOT
 from tests.tiny_runs import HUNG, ONE_THREAD, command, wait_for
 
@@ -29,7 +30,7 @@ os.execvp("g++", ["g++", *sys.argv[1:], "-O0"])
 def start(arguments, **environment):
     """A process that leads a group, as a terminal's foreground job does."""
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(arguments, start_new_session=True, env=ONE_THREAD | environment, **pipes)
+    return forks.Popen(arguments, start_new_session=True, env=ONE_THREAD | environment, **pipes)
 
 
 @pytest.mark.long

@@ -14,6 +14,7 @@ import yaml
 
 from model.runs.status import Status, read_status
 from model.storage.archive import load_torch
+from tests import forks
 from tests.conftest import ROOT
 from tests.tiny_runs import HUNG, ONE_THREAD, assert_equal, command, run, train, wait_for
 from train import read_settings
@@ -220,7 +221,7 @@ def test_a_training_killed_twice_ends_with_the_same_weights(flags, tmp_path):
     whole = train(options | {"out_dir": str(tmp_path / "whole")})
     assert whole.outcome == "finished"
     arguments = command(options, "--restarts=5")
-    with subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, encoding="utf-8", env=ONE_THREAD) as process:
+    with forks.Popen(arguments, stderr=subprocess.PIPE, text=True, encoding="utf-8", env=ONE_THREAD) as process:
         for kill in (1, 2):
             saved = {path.name for path in (tmp_path / "out").glob("checkpoint_*")}
             wait_for(lambda saved=saved: newer(tmp_path / "out", saved), process)
@@ -245,7 +246,7 @@ def test_a_run_from_a_named_checkpoint_restarts_from_its_newest_one(flags, tmp_p
     train(options | {"max_steps": "20"})
     options |= {"resume_from": str(first / "checkpoint_step_20.pth"), "out_dir": str(second)}
     arguments = command(options, "--restarts=5")
-    with subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, encoding="utf-8", env=ONE_THREAD) as process:
+    with forks.Popen(arguments, stderr=subprocess.PIPE, text=True, encoding="utf-8", env=ONE_THREAD) as process:
         wait_for(lambda: newer(second, {"checkpoint_step_20.pth"}), process)
         os.kill(read_status(second)["pid"], signal.SIGKILL)
         messages = process.communicate(timeout=HUNG)[1]
@@ -259,7 +260,7 @@ def test_a_run_from_a_named_checkpoint_restarts_from_its_newest_one(flags, tmp_p
 def test_several_processes_that_are_stopped_exit_with_130(flags, tmp_path):
     options = flags(batch_size=2, max_steps=3000, eval_interval=3000, save_interval=20)
     arguments = command(options, "--restarts=5", "--nproc_per_node=2")
-    with subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, encoding="utf-8", env=ONE_THREAD) as process:
+    with forks.Popen(arguments, stderr=subprocess.PIPE, text=True, encoding="utf-8", env=ONE_THREAD) as process:
         wait_for(lambda: newer(tmp_path / "out", set()), process)
         process.send_signal(signal.SIGTERM)
         messages = process.communicate(timeout=HUNG)[1]

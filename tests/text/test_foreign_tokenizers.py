@@ -31,6 +31,7 @@ from model.text.tokenization import (
 from model.token_file.manifest import read_manifest
 from optimized_data_processing import OptimizedDataProcessor
 from optimized_inference import GenerationConfig, TextGenerator
+from tests import forks
 from tests.conftest import ROOT, corpus_lines, random_model
 
 TEXTS = [json.loads(line)["text"] for line in corpus_lines(200)]
@@ -111,7 +112,7 @@ def generator(qwen_like):
 
 def script(name: str, *arguments, code: int = 0, **options) -> subprocess.CompletedProcess:
     """Run one of the scripts as a user does."""
-    done = subprocess.run(
+    done = forks.run(
         [sys.executable, str(ROOT / name), *map(str, arguments)],
         env=ENVIRONMENT, capture_output=True, encoding="utf-8", timeout=600, **options,
     )  # fmt: skip

@@ -21,6 +21,7 @@ from model.text.tokenization import (
     tokenizer_sha256,
     vocabulary_size,
 )
+from tests import forks
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 CORPUS = ROOT / "dataset" / "classics_zh.jsonl"
@@ -114,7 +115,7 @@ def test_no_token_is_a_long_run_of_one_symbol_or_a_formula(embedded):
 
 def command(*arguments) -> subprocess.CompletedProcess:
     script = [sys.executable, str(ROOT / "optimized_data_processing.py"), "--train_tokenizer"]
-    return subprocess.run([*script, *map(str, arguments)], capture_output=True, encoding="utf-8")
+    return forks.run([*script, *map(str, arguments)], capture_output=True, encoding="utf-8")
 
 
 @pytest.mark.long

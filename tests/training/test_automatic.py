@@ -7,7 +7,7 @@ import yaml
 
 from model.storage.archive import load_torch
 from tests.conftest import ROOT, corpus_lines
-from tests.tiny_runs import ONE_THREAD, assert_same_end, command, exit_code_here, losses, run, torchrun, train
+from tests.tiny_runs import ONE_THREAD, assert_same_end, command, exit_code_here, losses, run, train, two_ranks
 
 pytestmark = pytest.mark.long
 
@@ -61,7 +61,7 @@ def test_a_run_made_longer_keeps_its_numbers(flags, tmp_path):
 
 
 def test_two_processes_choose_the_same_and_share_the_step(flags, tmp_path):
-    result = torchrun(flags(**ALL_AUTO, max_steps=4))
+    result = two_ranks(flags(**ALL_AUTO, max_steps=4))
     assert result.returncode == 0, result.stderr
     resolved = yaml.safe_load((tmp_path / "out" / "config.yaml").read_text())["training"]
     assert resolved["batch_size"] == 32 and "32 x 2 processes x 32 tokens" in result.stderr

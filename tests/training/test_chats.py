@@ -24,8 +24,8 @@ from tests.tiny_runs import (
     events,
     exit_code_here,
     losses,
-    torchrun,
     train,
+    two_ranks,
 )
 from utils import Processes
 
@@ -165,7 +165,7 @@ def test_accumulation_and_two_processes_compute_what_one_batch_does(chat_flags, 
     options = {"dtype": "float32"} | ({"mix_data_path": token_file, "mix_share": 0.3} if mixed else {})
     train(chat_flags(batch_size=8, out_dir=tmp_path / "one", **options))
     train(chat_flags(batch_size=2, accumulation_steps=4, out_dir=tmp_path / "four", **options))
-    result = torchrun(chat_flags(batch_size=4, out_dir=tmp_path / "two", **options))
+    result = two_ranks(chat_flags(batch_size=4, out_dir=tmp_path / "two", **options))
     assert result.returncode == 0, result.stderr
     for name in ("four", "two"):
         assert dict(losses(tmp_path / name)) == pytest.approx(dict(losses(tmp_path / "one")), abs=1e-5)

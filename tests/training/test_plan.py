@@ -17,7 +17,7 @@ from model.training.settings import build_settings
 from optimized_pretrain import Trainer
 from tests import tiny_runs
 from tests.conftest import corpus_lines, random_model
-from tests.tiny_runs import command, run, torchrun
+from tests.tiny_runs import command, run, torchrun, two_ranks
 from utils import Processes
 
 CPU = torch.device("cpu")
@@ -157,7 +157,7 @@ def test_ranks_that_wait_for_data_end_when_rank_0_fails(flags, tmp_path):
 def test_ranks_that_wait_for_data_train_on_it(flags, tmp_path):
     raw = tmp_path / "raw.jsonl"
     raw.write_bytes(b"".join(corpus_lines(60)))
-    result = torchrun(flags(train_data_path=tmp_path / "made.bin", raw_data_path=raw, max_steps=1))
+    result = two_ranks(flags(train_data_path=tmp_path / "made.bin", raw_data_path=raw, max_steps=1))
     assert result.returncode == 0 and "FutureWarning" not in result.stderr, result.stderr
 
 

@@ -11,6 +11,7 @@ from model.errors import InputError
 from model.LMConfig import LMConfig
 from model.training.config_file import read_config
 from model.training.settings import FIELDS, SECTIONS, ModelSettings, Settings, build_settings
+from tests import forks
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -167,7 +168,7 @@ def test_the_command_line_reports_what_is_wrong_and_writes_nothing(tmp_path):
         "--out_dir",
         tmp_path / "o",
     ]
-    result = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=600)
+    result = forks.run(command, capture_output=True, text=True, encoding="utf-8", timeout=600)
     assert result.returncode == 2
     assert "--epoch: unknown; did you mean --epochs?" in result.stderr and "--learning_rate" in result.stderr
     assert "Traceback" not in result.stderr and not (tmp_path / "o").exists()

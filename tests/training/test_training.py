@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 
@@ -24,6 +23,7 @@ from model.training.optimizer import OPTIMIZERS, OptimizerKind, decay_groups, mo
 from model.training.schedule import SHAPES
 from model.training.settings import build_settings
 from optimized_pretrain import Trainer
+from tests import forks
 from tests.conftest import ROOT
 from tests.tiny_runs import (
     HUNG,
@@ -34,6 +34,7 @@ from tests.tiny_runs import (
     command,
     events,
     exit_code_here,
+    free_port,
     losses,
     run,
     torchrun,
@@ -320,7 +321,7 @@ def test_a_killed_run_resumes_and_ends_with_the_same_bits(flags, tmp_path, case,
 def test_a_stopped_run_saves_and_resume_alone_ends_with_the_same_bits(flags, tmp_path, number):
     train(flags(max_steps=300, eval_interval=100, save_interval=300, out_dir=tmp_path / "whole"))
     arguments = command(flags(max_steps=300, eval_interval=100, save_interval=300))
-    with subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, encoding="utf-8", env=ONE_THREAD) as process:
+    with forks.Popen(arguments, stderr=subprocess.PIPE, text=True, encoding="utf-8", env=ONE_THREAD) as process:
         metrics = tmp_path / "out" / "metrics.jsonl"
         wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") > 5, process)
         process.send_signal(number)
@@ -448,7 +449,7 @@ def test_with_another_batch_size_the_rate_still_falls_until_the_end(flags, tmp_p
 @pytest.mark.long
 def test_a_closed_stderr_ends_no_training(flags, tmp_path):
     arguments = command(flags(max_steps=300, eval_interval=100, save_interval=300))
-    with subprocess.Popen(arguments, stderr=subprocess.PIPE, env=ONE_THREAD) as process:
+    with forks.Popen(arguments, stderr=subprocess.PIPE, env=ONE_THREAD) as process:
         metrics = tmp_path / "out" / "metrics.jsonl"
         wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") > 5, process)
         process.stderr.close()  # as `tee` does, which gets the same Ctrl-C
@@ -520,7 +521,7 @@ def test_two_processes_stop_after_the_same_step(flags, tmp_path, number):
     options = flags(batch_size=2, max_steps=300, eval_interval=100, save_interval=300)
     names = [f"--{name}={value}" for name, value in options.items()]
     arguments = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", str(ROOT / "train.py"), *names]
-    with subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, encoding="utf-8", env=ONE_THREAD) as process:
+    with forks.Popen(arguments, stderr=subprocess.PIPE, text=True, encoding="utf-8", env=ONE_THREAD) as process:
         metrics = tmp_path / "out" / "metrics.jsonl"
         wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") > 5, process)
         process.send_signal(number)
@@ -533,11 +534,9 @@ def test_two_processes_stop_after_the_same_step(flags, tmp_path, number):
 @pytest.mark.long
 def test_ranks_whose_dtypes_differ_are_refused(flags):
     """As on two machines of which one has no instructions for bfloat16."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-    group = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    group = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     processes = [
-        subprocess.Popen(
+        forks.Popen(
             command(flags(dtype=dtype, device="cpu", ddp="true", ddp_timeout=20)),
             env=ONE_THREAD | group | {"RANK": str(rank), "LOCAL_RANK": str(rank), "MATECONV_EMULATE_DTYPE": "1"},
             stderr=subprocess.PIPE,
