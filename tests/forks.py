@@ -16,6 +16,8 @@ import sys
 import threading
 from pathlib import Path
 
+from model.children import SPIN
+
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = Path(__file__).with_name("fork_server.py")
 MODULES = ("torch.distributed.run", "torch.distributed.launch")
@@ -23,6 +25,7 @@ MODULES = ("torch.distributed.run", "torch.distributed.launch")
 AT_START = ("PYTHON", "LC_", "LANG", "OMP_", "GOMP_", "MKL_", "LD_", "TORCH", "CXX", "CC")
 WITHOUT_EFFECT = {"PYTHONUTF8": "1", "PYTHONIOENCODING": "utf-8", "PYTHONPATH": str(ROOT)}  # in a forked process
 NOT_INHERITED = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+BEFORE = dict(os.environ)  # which programs that ran in this process may have added to
 KNOWN_OPTIONS = {"stdin", "stdout", "stderr", "start_new_session", "text", "encoding"}
 
 
@@ -138,9 +141,9 @@ def can_fork(arguments: list[str], environment: dict[str, str], cwd=None, **opti
         known = words[1] in MODULES
     else:
         known = words[0] == "-c" or Path(cwd or ".", words[0]).resolve().parent == ROOT
-    names = {name for name in {*os.environ, *environment} if name.startswith(AT_START)}
-    like_here = all(environment.get(name) == os.environ.get(name) for name in names - WITHOUT_EFFECT.keys())
-    return known and like_here and all(environment.get(name) in (None, said) for name, said in WITHOUT_EFFECT.items())
+    names = {name for name in {*BEFORE, *environment} if name.startswith(AT_START)} - SPIN.keys()
+    like_before = all(environment.get(name) == BEFORE.get(name) for name in names - WITHOUT_EFFECT.keys())
+    return known and like_before and all(environment.get(name) in (None, said) for name, said in WITHOUT_EFFECT.items())
 
 
 class Fork:
