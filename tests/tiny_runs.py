@@ -75,15 +75,24 @@ def torchrun(flags: dict, launcher: str = "torch.distributed.run") -> subprocess
     return run([sys.executable, "-m", launcher, "--nproc_per_node=2", script, *words, "--ddp"])
 
 
-def two_ranks(flags: dict) -> subprocess.CompletedProcess:
-    """Train with these flags in two processes without a launcher; the exit code is of the one that failed, if any."""
+def start_two_ranks(arguments: list) -> list:
+    """Start a command twice, as two ranks that no launcher watches."""
     group = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "encoding": "utf-8"}
     environments = [ONE_THREAD | group | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
-    started = [forks.Popen(command(flags, "--ddp"), env=environment, **pipes) for environment in environments]
+    return [forks.Popen(arguments, env=environment, **pipes) for environment in environments]
+
+
+def finish_ranks(started: list) -> subprocess.CompletedProcess:
+    """Wait for ranks; the exit code is of the one that failed, if any, and the output of all."""
     said = [process.communicate(timeout=HUNG) for process in started]
     code = next((process.returncode for process in started if process.returncode), 0)
     return subprocess.CompletedProcess([], code, *map("".join, zip(*said, strict=True)))
+
+
+def two_ranks(flags: dict) -> subprocess.CompletedProcess:
+    """Train with these flags in two processes without a launcher."""
+    return finish_ranks(start_two_ranks(command(flags, "--ddp")))
 
 
 def free_port() -> int:

@@ -114,6 +114,7 @@ def process(content: bytes, folder: Path, tokenizer_folder, **pace) -> dict | No
             folder / "raw.jsonl", folder / "data.bin"
         )
     except InputError as error:
+        content = separated(content)
         lines = content.removeprefix(BOM).count(b"\n") + (not content.endswith(b"\n"))
         nothing = "lines is a document" if lines != 1 else "its only line is not a document"
         told = "is empty" if not content else "no line found" if content == BOM else nothing
@@ -122,10 +123,15 @@ def process(content: bytes, folder: Path, tokenizer_folder, **pace) -> dict | No
         return None
 
 
+def separated(content: bytes) -> bytes:
+    """A carriage return between two objects separates lines too."""
+    return content.replace(b"}\r{", b"}\n{")
+
+
 def check_file(content: bytes, tokenizer_folder, *paces: dict) -> None:
     if is_array(content[:HEAD_BYTES]) or has_only_carriage_returns(content[:HEAD_BYTES]):
         return  # not JSONL
-    lines = expected_lines(content.replace(b"}\r{", b"}\n{"))  # a CR between two objects separates lines too
+    lines = expected_lines(separated(content))
     texts = [line.text for line in lines if line.text]
     with tempfile.TemporaryDirectory() as name:
         outputs = []
@@ -171,6 +177,7 @@ FILE = st.builds(
 @example(content=b"", pace={}, other={})
 @example(content=BOM, pace={}, other={})
 @example(content=b"\n", pace={}, other={})
+@example(content=b'{"text": ""}\r{"text": ""}\n', pace={}, other={})
 @example(content=b'{"text": "x"}', pace={}, other={"save_interval": 1})
 def test_every_line_of_any_file_is_a_document_or_a_reject(content, pace, other, tokenizer_folder):
     check_file(content, tokenizer_folder, {"workers": 0, **pace}, {"workers": 0, **other})

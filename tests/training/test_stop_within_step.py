@@ -2,7 +2,6 @@
 
 import os
 import signal
-import subprocess
 import sys
 
 import pytest
@@ -12,9 +11,7 @@ from model.runs.signals import SECONDS_BETWEEN_VOTES, StopVote
 from model.storage.archive import load_torch
 from model.training.settings import build_settings
 from optimized_pretrain import Trainer
-from tests import forks
-from tests.conftest import ROOT
-from tests.tiny_runs import HUNG, ONE_THREAD, assert_equal, assert_same_end, command, run, train, wait_for
+from tests.tiny_runs import assert_equal, assert_same_end, command, finish_ranks, start_two_ranks, train, wait_for
 from utils import Processes
 
 LONG = {"max_steps": 6, "eval_interval": 2, "save_interval": 1, "accumulation_steps": 5}
@@ -61,9 +58,6 @@ def test_a_dropped_step_leaves_nothing_behind(flags, tmp_path, monkeypatch, case
 
 
 VOTING_OFTEN = """
-import os, sys
-sys.path.insert(0, {root!r})
-open(f"{folder}/pid_{{os.environ['RANK']}}", "w").write(str(os.getpid()))
 import model.runs.signals
 model.runs.signals.SECONDS_BETWEEN_VOTES = 0.05
 import train
@@ -74,21 +68,22 @@ train.run_command(train.main)
 @pytest.mark.long
 @pytest.mark.skipif(sys.platform == "win32", reason="signals as POSIX has them")
 def test_a_signal_to_one_rank_within_a_step_stops_both(flags, tmp_path):
-    script = tmp_path / "train_voting_often.py"
-    script.write_text(VOTING_OFTEN.format(root=str(ROOT), folder=tmp_path))
-    options = LONG | {"max_steps": 3, "accumulation_steps": 150, "dropout": 0.1, "optimizer_type": "muon"}
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", str(script)]
-    whole = run([*launcher, *command(flags(out_dir=tmp_path / "whole", **options))[2:], "--ddp"])
+    options = LONG | {"max_steps": 3, "accumulation_steps": 100, "dropout": 0.1, "optimizer_type": "muon"}
+    program = [sys.executable, "-c", VOTING_OFTEN]
+    arguments = command(flags(**options), "--ddp")[2:]
+    whole = finish_ranks(
+        start_two_ranks([*program, *command(flags(**options, out_dir=tmp_path / "whole"), "--ddp")[2:]])
+    )
     assert whole.returncode == 0, whole.stderr
-    arguments = [*launcher, *command(flags(**options))[2:], "--ddp"]
-    with forks.Popen(arguments, stderr=subprocess.PIPE, text=True, encoding="utf-8", env=ONE_THREAD) as process:
-        wait_for((tmp_path / "out" / "checkpoint_step_1.pth").exists, process)
-        os.kill(int((tmp_path / "pid_1").read_text()), signal.SIGTERM)
-        messages = process.communicate(timeout=HUNG)[1]
-    assert process.returncode == 0 and "stopped after step 1" in messages, messages
+    started = start_two_ranks([*program, *arguments])
+    wait_for((tmp_path / "out" / "checkpoint_step_1.pth").exists, started[0])
+    started[1].send_signal(signal.SIGTERM)
+    stopped = finish_ranks(started)
+    assert [process.returncode for process in started] == [130, 130], stopped.stderr
+    assert "stopped after step 1" in stopped.stderr, stopped.stderr
     checkpoints = (tmp_path / "whole" / "checkpoint_step_1.pth", tmp_path / "out" / "checkpoint_interrupted.pth")
     assert_same_checkpoint(*checkpoints)
-    resumed = run([*launcher, "--resume", "--out_dir", tmp_path / "out", "--ddp"])
+    resumed = finish_ranks(start_two_ranks([*program, "--resume", "--out_dir", tmp_path / "out", "--ddp"]))
     assert resumed.returncode == 0, resumed.stderr
     assert_same_end(tmp_path / "whole", tmp_path / "out", step=3)
 
