@@ -84,7 +84,7 @@ class MetricsLog:
         self._pending.clear()
 
     def update_curves(self) -> None:
-        """Draw `curves.png`, unless drawing takes more than DRAWING_SHARE of the time; `close` draws what this skips."""
+        """Draw `curves.png` if DRAWING_SHARE of the time allows it; `close` draws what this left out."""
         self._stale = True
         if time.monotonic() >= self._next_drawing:
             self.draw_curves()
