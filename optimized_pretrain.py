@@ -21,6 +21,7 @@ import torch
 import utils
 from model.dataset import PretrainDataset
 from model.errors import InputError, ProcessLost, TrainingDiverged
+from model.lora import add_adapters, merged
 from model.model import Transformer
 from model.runs.beginning import Beginning, find_beginning
 from model.runs.checkpoint import checkpoint_content, restore_state
@@ -123,7 +124,7 @@ class Trainer:
         self.processes.check_same("the step to resume from", step)
 
     def _build_model(self, beginning: Beginning) -> None:
-        """The model, on its device, with random weights or those of `init_from`, and its moving average."""
+        """The model on its device, with random weights or those of `init_from`, its adapters and its moving average."""
         asked = self.settings.training
         warning = check_memory(self.config, asked, self.device, self.autocast, self.processes.local_world_size)
         if warning is not None:
@@ -132,6 +133,8 @@ class Trainer:
         self.model = Transformer(self.config)
         if beginning.weights is not None:
             self.model.load_state_dict(beginning.weights)
+        if asked.lora_rank:
+            add_adapters(self.model, asked.lora_rank, asked.lora_alpha)
         self.model.to(self.device)
         self.ema = MovingAverage(self.model, asked.ema_decay) if asked.use_ema else None
 
@@ -312,8 +315,9 @@ class Trainer:
 
     @property
     def evaluated_model(self) -> Transformer:
-        """The weights that are evaluated, previewed and kept: the moving average, if there is one."""
-        return self.model if self.ema is None else self.ema.module
+        """The weights that are evaluated, previewed and kept: the moving average, if there is one, and with LoRA the
+        sums, in a model that is made for it: so all that is measured is measured of the weights that are written."""
+        return merged(self.model if self.ema is None else self.ema.module)
 
     def evaluate(self) -> tuple[float, float] | None:
         """Validation loss (nats per token) and bits per byte of text; None if a signal to stop came meanwhile."""

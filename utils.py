@@ -293,8 +293,9 @@ def distributed(model, processes: Processes, rows: int, seq_len: int, hardware):
     option = next(name for name in names if name in inspect.signature(DistributedDataParallel).parameters)
     device_ids = [device] if device.type == "cuda" else None
     wrapped = DistributedDataParallel(model, device_ids=device_ids, **{option: False})
-    # The embedding's gradient is the last one to be computed; then this process waits for the others.
-    model.tok_embeddings.weight.register_post_accumulate_grad_hook(lambda _: processes.arrive())
+    # The gradient of what comes first is computed last; then this process waits for the others.
+    first = next(parameter for parameter in model.parameters() if parameter.requires_grad)
+    first.register_post_accumulate_grad_hook(lambda _: processes.arrive())
     if processes.world_size > 2:
         with deterministic_kernels(device):
             settle_buckets(wrapped, rows, seq_len, device, hardware.autocast)

@@ -33,11 +33,13 @@ def cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     if torch.is_autocast_enabled("cpu"):
         dtype = torch.get_autocast_dtype("cpu")
         hidden, weight = hidden.to(dtype), weight.to(dtype)
-    return chunked_cross_entropy(hidden, weight, targets)[0]
+    return chunked_cross_entropy(hidden, weight, targets, weight.requires_grad)[0]
 
 
 @torch.library.custom_op("mateconv::chunked_cross_entropy", mutates_args=())
-def chunked_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def chunked_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, trains_weight: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """The loss together with its gradients: both need the softmax, which is then computed once and not kept.
 
     A custom operator, since `torch.compile` then leaves it whole. The idea is Liger's (Hsu et al., 2024).
@@ -46,13 +48,14 @@ def chunked_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> tu
         hidden: [N, dim]
         weight: [vocab_size, dim]
         targets: int64 [N], IGNORE_INDEX where none is predicted.
+        trains_weight: whether `weight` needs a gradient.
 
     Returns:
-        the summed loss, float32 [], and its gradients by `hidden` and by `weight`.
+        the summed loss, float32 [], and its gradients by `hidden` and by `weight`, which is empty if not needed.
     """
     loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
     grad_hidden = torch.empty_like(hidden)
-    grad_weight = torch.zeros_like(weight, dtype=torch.float32)
+    grad_weight = weight.new_zeros(weight.shape if trains_weight else 0, dtype=torch.float32)
     rows = max(1, CHUNK_BYTES // (4 * weight.shape[0]))
     for begin in range(0, len(hidden), rows):
         some, target = hidden[begin : begin + rows], targets[begin : begin + rows, None]
@@ -66,6 +69,8 @@ def chunked_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> tu
             grad *= counts
         grad = grad.to(weight.dtype)
         torch.mm(grad, weight, out=grad_hidden[begin : begin + rows])
+        if not trains_weight:
+            continue
         if weight.dtype == torch.float32:
             grad_weight.addmm_(grad.t(), some)
         else:
@@ -74,17 +79,20 @@ def chunked_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> tu
 
 
 @chunked_cross_entropy.register_fake
-def _(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return hidden.new_empty((), dtype=torch.float32), torch.empty_like(hidden), torch.empty_like(weight)
+def _(hidden: Tensor, weight: Tensor, targets: Tensor, trains_weight: bool) -> tuple[Tensor, Tensor, Tensor]:
+    grad_weight = weight.new_empty(weight.shape if trains_weight else 0)
+    return hidden.new_empty((), dtype=torch.float32), torch.empty_like(hidden), grad_weight
 
 
-def _save(ctx, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
+def _save(ctx, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+    ctx.trains_weight = inputs[3]
     ctx.save_for_backward(*output[1:])
     ctx.mark_non_differentiable(*output[1:])
 
 
-def _backward(ctx, grad: Tensor, *_) -> tuple[Tensor, Tensor, None]:
-    return *(saved * grad.to(saved.dtype) for saved in ctx.saved_tensors), None
+def _backward(ctx, grad: Tensor, *_) -> tuple[Tensor, Tensor | None, None, None]:
+    grad_hidden, grad_weight = (saved * grad.to(saved.dtype) for saved in ctx.saved_tensors)
+    return grad_hidden, grad_weight if ctx.trains_weight else None, None, None
 
 
 chunked_cross_entropy.register_autograd(_backward, setup_context=_save)

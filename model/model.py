@@ -206,19 +206,20 @@ class Transformer(nn.Module):
         return self.tok_embeddings.weight.dtype
 
     def parameter_count(self) -> int:
-        """Numbers that are trained; a tied matrix counts once."""
+        """Numbers in all parameters; a tied matrix counts once."""
         return sum(parameter.numel() for parameter in self.parameters())
 
     def training_flops_per_token(self) -> int:
         """Floating-point operations of forward and backward for one token of a full sample.
 
-        6 for each weight, and causal attention, which is half of the square (Chowdhery et al., 2022, appendix B).
+        6 for each weight, 4 for one that is frozen, whose gradient is not computed; and causal attention, which is half
+        of the square (Chowdhery et al., 2022, appendix B).
         """
-        weights = self.parameter_count()
+        weights = {id(p): (6 if p.requires_grad else 4) * p.numel() for p in self.parameters()}
         if not self.config.tie_embeddings:
-            weights -= self.tok_embeddings.weight.numel()  # reading a row costs nothing
+            del weights[id(self.tok_embeddings.weight)]  # reading a row costs nothing
         attention = self.config.n_layers * self.config.n_heads * self.config.head_dim * self.config.max_seq_len
-        return 6 * weights + 6 * attention
+        return sum(weights.values()) + 6 * attention
 
     def hidden_states(self, tokens: Tensor, cache: KVCache | None = None, documents: Tensor | None = None) -> Tensor:
         """What the output layer reads: tokens int64 [B, T] -> [B, T, dim], normalised.

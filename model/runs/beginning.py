@@ -15,7 +15,7 @@ from model.text.tokenization import EMBEDDED_TOKENIZER, tokenizer_folder
 from model.text.tokenizer_folder import same_tokenizer
 from model.token_file.manifest import read_manifest
 from model.training.choices import FoundCheckpoint
-from model.training.settings import ModelSettings, Settings, TrainingSettings
+from model.training.settings import ADAPTERS_NEED_WEIGHTS, ModelSettings, Settings, TrainingSettings
 from model.weights import Weights, load_weights
 from model.weights.find import find_weights
 from model.weights.load import fitting_tokenizer, recorded_tokenizer
@@ -41,7 +41,7 @@ def find_beginning(settings: Settings, say: Callable[[str], None]) -> Beginning:
     when the run resumes, its checkpoint gives both, and `init_from` is not read again.
 
     Raises:
-        InputError: a file cannot be read, or the tokenizer is not that of the weights.
+        InputError: a file cannot be read, the tokenizer is not that of the weights, or LoRA has no weights to adapt.
     """
     checkpoint = find_checkpoint(settings.training, say)
     if checkpoint is not None:
@@ -73,6 +73,8 @@ def take_shape_of_checkpoint(settings: Settings, path: Path, checkpoint: Mapping
 def _load_initial(settings: Settings, say: Callable[[str], None]) -> dict[str, Tensor] | None:
     training, data, model = settings.training, settings.data, settings.model
     if training.init_from is None:
+        if training.lora_rank:
+            raise InputError(ADAPTERS_NEED_WEIGHTS.format(training.lora_rank))
         return None
     path, choice = find_weights(training.init_from)
     if choice is not None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from model.errors import InputError, first_line, shown
+from model.lora import adapters_of, checked_adapters, is_adapter
 from model.storage.archive import is_finite
 from model.training.data import TrainingData
 from model.training.optimizer import load_optimizer_state
@@ -34,6 +35,7 @@ KINDS = {  # the keys of a checkpoint and what lies under them
     "tokenizer_path": (str, NONE),
     "tokenizer_sha256": str,
     "chat": dict,  # of a tuning run: see `Weights.chat`; else empty
+    "adapters": dict,  # of LoRA: see `lora.adapters_of`; else empty. `model` and `ema` then hold A and B too
     "data": dict,  # the training data: tokens, dtype, sha256, seq_len, sample_start, training_samples
     "validation": dict,  # the same of the validation data, with validation_samples
     "pace": dict,  # what total_steps was computed from: rows_per_step, epochs, max_steps
@@ -81,6 +83,7 @@ def checkpoint_content(
         "tokenizer_path": settings.data.tokenizer_path,
         "tokenizer_sha256": data.tokenizer_sha256,
         "chat": data.chat,
+        "adapters": adapters_of(plan.training),
         "data": data.fingerprint,
         "validation": data.validation,
         "pace": plan.pace,
@@ -101,6 +104,7 @@ def add_defaults(content: dict) -> None:
     """Give a checkpoint of an earlier version, in place, what later ones added."""
     content.setdefault("chosen", {})
     content.setdefault("chat", {})
+    content.setdefault("adapters", {})
     later = (
         ("progress", "overflows_in_a_row", 0),
         ("data", "sample_start", "packed"),
@@ -176,19 +180,21 @@ def _progress_problem(path: Path, progress: Mapping) -> str | None:
 
 def _weights_problem(content: Mapping) -> str | None:
     try:
-        config = read_shape(content["config"], "its description")
+        config, (rank, _) = read_shape(content["config"], "its description"), checked_adapters(content["adapters"])
         for name in ("model", "ema") if content["ema"] is not None else ("model",):
-            check_shapes(content[name], config, name)
+            check_shapes(content[name], config, name, rank)
             if others := [key for key, weight in content[name].items() if weight.dtype != torch.float32]:
                 return f"{name}: {others[0]} is {content[name][others[0]].dtype}, float32 expected"
-    except InputError as error:
-        return str(error)
+    except (InputError, TypeError) as error:
+        return shown(str(error))[1:-1] if isinstance(error, TypeError) else str(error)
     return None
 
 
 def _optimizer_problem(content: Mapping) -> str | None:
     tied = {"output.weight"} if content["config"]["tie_embeddings"] else set()
     parameters = {name: weight for name, weight in content["model"].items() if name not in tied}
+    if content["adapters"]:
+        parameters = {name: weight for name, weight in parameters.items() if is_adapter(name)}
     optimizer_type = content["settings"]["training"].get("optimizer_type")
     return optimizer_problem(optimizer_type, content["optimizer"], parameters, content["progress"]["step"] > 0)
 

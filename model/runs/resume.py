@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from model.errors import InputError, command_line
+from model.lora import adapters_of
 from model.runs.checkpoint import READABLE_VERSIONS, add_defaults, state_problem
 from model.runs.folder import INTERRUPTED, all_checkpoints, started_at
 from model.storage.archive import load_torch
@@ -17,6 +18,7 @@ from model.training.data import TrainingData
 from model.training.settings import TrainingSettings
 from model.weights.shapes import read_shape
 
+NO_ADAPTERS = {"lora_rank": 0, "lora_alpha": None}
 # Settings that may change on resuming without being reported.
 OF_THE_PLACE = {"resume", "resume_from", "out_dir", "device", "ddp"}
 
@@ -93,6 +95,7 @@ def check_checkpoint(
         "config": dataclasses.asdict(data.config),
         "data": data.fingerprint,
         "tokenizer": {"sha256": data.tokenizer_sha256},
+        "adapters": NO_ADAPTERS | adapters_of(training),
     }
     check_fits(path, checkpoint, mine, training.optimizer_type)
     say(f"resuming from {path} at step {checkpoint['progress']['step']:,}")
@@ -106,7 +109,7 @@ def check_fits(path: Path, checkpoint: Mapping, mine: Mapping[str, Mapping], opt
     """Check that a checkpoint belongs to this run.
 
     Args:
-        mine: this run's `config`, `data` and `tokenizer`, to compare with the checkpoint's.
+        mine: this run's `config`, `data`, `tokenizer` and `adapters`, to compare with the checkpoint's.
 
     Raises:
         InputError: naming what differs.
@@ -116,13 +119,16 @@ def check_fits(path: Path, checkpoint: Mapping, mine: Mapping[str, Mapping], opt
         "config": "change the shape back, or omit --resume to begin a new run",
         "data": f"give the same data, or {new_run}",
         "tokenizer": "give the same tokenizer_path, or omit --resume to begin a new run",
+        "adapters": f"change it back, or {new_run}",
     }
     its = {
         "config": checkpoint["config"],
         "data": checkpoint["data"],
         "tokenizer": {"sha256": checkpoint["tokenizer_sha256"]},
+        "adapters": NO_ADAPTERS | checkpoint["adapters"],
     }
-    for name, title in (("config", "model"), ("data", "data"), ("tokenizer", "tokenizer")):
+    titles = {"config": "model", "data": "data", "tokenizer": "tokenizer", "adapters": "LoRA"}
+    for name, title in titles.items():
         there, here = its[name], mine[name]
         unknown = {key for key in here if key.endswith("sha256") and None in (here[key], there.get(key))}
         different = [

@@ -14,9 +14,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode  # a private name, but 
 
 from model.errors import InputError
 from model.LMConfig import LMConfig
+from model.lora import add_adapters
 from model.model import Transformer
 from model.storage.files import size_text
-from model.training.optimizer import optimizer_bytes
+from model.training.optimizer import optimizer_bytes, trained_parameters
 from model.training.settings import AUTO, TrainingSettings
 
 # Shares of the free memory. A step's peak is up to a fourth above what `step_memory` counts (measured on a CPU).
@@ -54,13 +55,21 @@ def step_memory(
     with FakeTensorMode(), torch.device(device.type):
         for layers in (1, 2):
             model = Transformer(dataclasses.replace(config, n_layers=layers)).train()
+            if training.lora_rank:
+                add_adapters(model, training.lora_rank, training.lora_alpha)
             parameters = sum(parameter.nbytes for parameter in model.parameters())
             state = optimizer_bytes(model, training.optimizer_type)
-            sizes.append((parameters, state, saved_bytes(model, rows, autocast, training.document_mask)))
-    parameters, state, activations = (
+            activations = saved_bytes(model, rows, autocast, training.document_mask)
+            sizes.append((parameters, trained_bytes(model), state, activations))
+    parameters, trained, state, activations = (
         one + (two - one) * (config.n_layers - 1) for one, two in zip(*sizes, strict=True)
     )
-    return StepMemory(parameters * (2 if training.use_ema else 1), parameters, state, activations)
+    return StepMemory(parameters + (trained if training.use_ema else 0), trained, state, activations)
+
+
+def trained_bytes(model: nn.Module) -> int:
+    """Bytes of the parameters that are trained, and so of the gradients and of a moving average."""
+    return sum(parameter.nbytes for parameter in trained_parameters(model).values())
 
 
 def check_memory(
@@ -187,8 +196,7 @@ def rows_that_fit(
     two = saved_bytes(model, 2, autocast, with_documents)
     every_step()
     per_row, fixed = max(1, two - one), max(0, 2 * one - two)
-    gradients = sum(parameter.nbytes for parameter in model.parameters())
-    return max(0, min(MOST_ROWS, int((room - gradients - fixed) // per_row)))
+    return max(0, min(MOST_ROWS, int((room - trained_bytes(model) - fixed) // per_row)))
 
 
 def free_memory(device: torch.device, processes: int = 1) -> int:

@@ -10,12 +10,15 @@ class MovingAverage(AveragedModel):
 
     The decay starts low, min(decay, (1 + n) / (10 + n)) after n updates, so that the first steps are soon forgotten.
     The count of updates stays on the CPU: PyTorch's own update sends it to the GPU and back, and waits there for all
-    that the GPU still has to do.
+    that the GPU still has to do. Frozen weights, as LoRA leaves them, are the model's own.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         super().__init__(model)
         self.decay = decay
+        for own, theirs in zip(self.module.parameters(), model.parameters(), strict=True):
+            if not theirs.requires_grad:
+                own.data = theirs.data
         self.requires_grad_(False)
 
     @torch.no_grad()
@@ -23,5 +26,7 @@ class MovingAverage(AveragedModel):
         """Count the weights in; the first ones are taken as they are."""
         updates = int(self.n_averaged)
         weight = 1 - min(self.decay, (1 + updates) / (10 + updates)) if updates else 1.0
-        torch._foreach_lerp_(list(self.module.parameters()), list(model.parameters()), weight)
+        pairs = zip(self.module.parameters(), model.parameters(), strict=True)
+        own, theirs = zip(*((own, theirs) for own, theirs in pairs if theirs.requires_grad), strict=True)
+        torch._foreach_lerp_(own, theirs, weight)
         self.n_averaged += 1

@@ -113,6 +113,11 @@ OPTIMIZERS = {
 }
 
 
+def trained_parameters(model: "nn.Module") -> dict[str, "nn.Parameter"]:
+    """The parameters that are not frozen, by name; a tied matrix once."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
 def build_optimizer(
     model: "nn.Module",
     optimizer_type: str,
@@ -120,7 +125,7 @@ def build_optimizer(
     weight_decay: float,
     dtype: "torch.dtype | None" = None,
 ) -> "torch.optim.Optimizer":
-    """The optimizer of a model's parameters, a tied matrix once.
+    """The optimizer of the parameters that a model trains, a tied matrix once.
 
     Parameters keep their names in the optimizer's state, so that a checkpoint of another model is noticed.
 
@@ -129,7 +134,7 @@ def build_optimizer(
     """
     import torch
 
-    parameters = dict(model.named_parameters())
+    parameters = trained_parameters(model)
     kind = OPTIMIZERS[optimizer_type]
     optimizer = kind.build(parameters, learning_rate, weight_decay, torch.float32 if dtype is None else dtype)
     covered = sum(len(group["params"]) for group in optimizer.param_groups)
@@ -141,7 +146,7 @@ def build_optimizer(
 def optimizer_bytes(model: "nn.Module", optimizer_type: str) -> int:
     """Bytes of the state that the optimizer will have."""
     state = OPTIMIZERS[optimizer_type].state
-    return sum(p.nbytes * len({*state(name, p)} - {"step"}) for name, p in model.named_parameters())
+    return sum(p.nbytes * len({*state(name, p)} - {"step"}) for name, p in trained_parameters(model).items())
 
 
 def set_rates(optimizer: "torch.optim.Optimizer", optimizer_type: str, learning_rate: float, step: int) -> None:
@@ -168,7 +173,7 @@ def state_problem(
 
     Args:
         optimizer: its `state_dict()`.
-        model: the model's parameters, by name.
+        model: the parameters that are trained, by name.
         has_stepped: whether every parameter must have a state.
     """
     import torch

@@ -14,7 +14,8 @@ from model.model import Transformer
 from model.storage.archive import tensor_bytes
 from model.training.choices import Choices, FoundCheckpoint, Ranks
 from model.training.data import TrainingData
-from model.training.optimizer import optimizer_bytes
+from model.training.memory import trained_bytes
+from model.training.optimizer import optimizer_bytes, trained_parameters
 from model.training.recipe import rough_duration_text, run_seconds
 from model.training.schedule import Schedule, plan_schedule
 from model.training.settings import Settings, TrainingSettings
@@ -57,7 +58,8 @@ class RunPlan:
     hardware: Hardware  # of this process
     world_size: int
     local_world_size: int  # processes on this machine
-    parameters: int
+    parameters: int  # of the model, adapters not counted
+    trained_parameters: int  # fewer, or those of the adapters
     flops_per_token: int  # of training
     train_samples: int  # of an epoch
     val_samples: np.ndarray  # numbers of the samples that an evaluation reads, int64
@@ -168,6 +170,7 @@ def plan_run(
         total_steps = done["step"] + order.steps_left(done["samples"], t.epochs)
     choices.settle_warmup_steps(total_steps)
     flops_per_token = model.training_flops_per_token()
+    trained = sum(parameter.numel() for parameter in trained_parameters(model).values())
     peak_flops = ranks.smallest(hardware.peak_flops) * ranks.world_size  # the same on all processes
     expected_seconds = run_seconds((total_steps - done["step"]) * tokens_per_step * flops_per_token, peak_flops)
     choices.settle_compile(expected_seconds)
@@ -178,7 +181,8 @@ def plan_run(
         hardware=hardware,
         world_size=ranks.world_size,
         local_world_size=ranks.local_world_size,
-        parameters=model.parameter_count(),
+        parameters=model.parameter_count() - (trained if t.lora_rank else 0),
+        trained_parameters=trained,
         flops_per_token=flops_per_token,
         train_samples=order.per_epoch,
         val_samples=data.spread_validation(t.eval_steps and t.eval_steps * t.batch_size * ranks.world_size),
@@ -194,7 +198,8 @@ def plan_run(
 
 
 def _space(model: Transformer, training: TrainingSettings, total_steps: int) -> RunSpace:
-    weights = tensor_bytes(model.state_dict())
+    weights, trained = tensor_bytes(model.state_dict()), trained_bytes(model)
     state = optimizer_bytes(model, training.optimizer_type)
     kept = min(training.keep_last, -(-total_steps // training.save_interval))
-    return RunSpace(weights * (2 if training.use_ema else 1) + state, weights, kept)
+    checkpoint = weights + state + (trained if training.use_ema else 0)
+    return RunSpace(checkpoint, weights - (trained if training.lora_rank else 0), kept)

@@ -36,7 +36,7 @@ def describe(plan: RunPlan) -> list[str]:
         f"schedule: {rise} {t.learning_rate:g}, then down to {schedule.min_lr:g} ({t.lr_scheduler});"
         f" {t.optimizer_type}{f', clipped at {t.grad_clip:g}' if t.grad_clip else ''}{', EMA' if t.use_ema else ''}"
     )
-    lines = [model, data, rate]
+    lines = [model, data, rate] if not t.lora_rank else [model, f"lora: {_adapters_text(plan)}", data, rate]
     padding = plan.order.rows_per_step - plan.train_samples
     if padding > 0:
         most = max(1, plan.train_samples // (t.accumulation_steps * plan.world_size))
@@ -45,6 +45,14 @@ def describe(plan: RunPlan) -> list[str]:
             f" has only {counted(plan.train_samples, 'sample')}; lower batch_size to {most:,}"
         )
     return lines
+
+
+def _adapters_text(plan: RunPlan) -> str:
+    t, share = plan.training, plan.trained_parameters / plan.parameters
+    return (
+        f"rank {t.lora_rank}, alpha {t.lora_alpha:g}: {plan.trained_parameters:,} parameters are trained, {share:.2%}"
+        " of the model's, which are frozen; files of weights hold both, merged"
+    )
 
 
 def text_line(measured: dict) -> str:
@@ -124,7 +132,8 @@ def _model_rows(plan: RunPlan) -> list[tuple[str, str]]:
     embedding = config.vocab_size * config.dim * (1 if config.tie_embeddings else 2)
     shape = f"{counted(config.n_layers, 'layer')} of {config.dim}, {config.vocab_size:,} tokens"
     shape += f", context {config.max_seq_len}"
-    return [("parameters", f"{plan.parameters:,}, {embedding:,} of them in embedding and output ({shape})")]
+    rows = [("parameters", f"{plan.parameters:,}, {embedding:,} of them in embedding and output ({shape})")]
+    return rows + ([("lora", _adapters_text(plan))] if plan.training.lora_rank else [])
 
 
 def _memory_rows(plan: RunPlan) -> list[tuple[str, str]]:

@@ -22,6 +22,7 @@ MOST_PARAMETERS = 10**12  # of a model, which every process holds in full
 ESCAPES = "in YAML, \\ in double quotes begins an escape: put a path in single quotes, or write it with /"
 EATEN = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")  # what "C:\temp\new.bin" in double quotes becomes
 DRIVE_ALONE = re.compile(r"[A-Za-z]:[^\\/]")  # and "C:\x64ata"
+ADAPTERS_NEED_WEIGHTS = "lora_rank: {} adapts given weights, but init_from is null; give init_from, or omit lora_rank"
 AUTO = "auto"  # the program chooses, see recipe.py
 Auto = typing.Literal["auto"]  # in a setting's type: accepted too
 
@@ -126,6 +127,10 @@ class TrainingSettings:
     init_from: str | None = setting(
         None, "weights to begin with, in any format; they give the model its shape; null: drawn at random", path=True
     )
+    lora_rank: int = setting(
+        0, "LoRA: train low-rank adapters of this rank, and not init_from's weights; 0: off", at_least=0, at_most=2**16
+    )
+    lora_alpha: float = setting(16.0, "the adapters count lora_alpha / lora_rank times", above=0, at_most=1e6)
     resume: bool = setting(False, "resume from the newest whole checkpoint in out_dir")
     resume_from: str | None = setting(None, "resume from this checkpoint", path=True)
     out_dir: str = setting("out", "folder for checkpoints, metrics and curves", path=True)
@@ -256,6 +261,11 @@ def _impossible_combinations(settings: Settings) -> list[str]:
         )
     if (parameters := _least_parameters(settings.model)) > MOST_PARAMETERS:
         problems.append(f"dim, n_layers: {parameters:,} parameters or more, at most {MOST_PARAMETERS:,} expected")
+    if not training.resume and training.resume_from is None:  # else the checkpoint's settings may add what is missing
+        if training.lora_rank and training.init_from is None:
+            problems.append(ADAPTERS_NEED_WEIGHTS.format(training.lora_rank))
+        if not training.lora_rank and training.lora_alpha != TrainingSettings.lora_alpha:
+            problems.append(f"lora_alpha: {training.lora_alpha:g} of no adapters; set lora_rank, or omit lora_alpha")
     if training.learning_rate != AUTO and (training.min_lr or 0) > training.learning_rate:
         problems.append(f"min_lr: {training.min_lr} is above learning_rate {training.learning_rate}")
     warmup_steps = 0 if training.warmup_steps in (None, AUTO) else training.warmup_steps

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from model.errors import InputError, shown
+from model.lora import checked_adapters, merged_state
 from model.storage.archive import is_finite
 from model.text.tokenization import EMBEDDED_TOKENIZER, tokenizer_folder, tokenizer_sha256
 from model.text.tokenizer_folder import same_tokenizer
@@ -36,14 +37,14 @@ def _of_checkpoint(content: Mapping, path: Path) -> Weights:
     state_dict, config = content.get("ema") or content.get("model"), read_shape(content.get("config"), path)
     if not isinstance(state_dict, Mapping) or any(not isinstance(value, str | None) for value in tokenizer):
         raise InputError(f"{path}: not a whole checkpoint (its weights or tokenizer are missing); use an older file")
-    check_shapes(state_dict, config, path)
-    if not is_finite(state_dict):
-        raise InputError(f"{path}: it holds weights that are not finite; use an older file")
     try:
-        chat = checked_chat(content.get("chat"))
+        chat, (rank, alpha) = checked_chat(content.get("chat")), checked_adapters(content.get("adapters"))
     except TypeError as error:
         raise InputError(f"{path}: not a whole checkpoint ({shown(str(error))}); use an older file") from error
-    return Weights(dict(state_dict), config, *tokenizer, chat=chat)
+    check_shapes(state_dict, config, path, rank)
+    if not is_finite(state_dict):
+        raise InputError(f"{path}: it holds weights that are not finite; use an older file")
+    return Weights(merged_state(state_dict, alpha) if rank else dict(state_dict), config, *tokenizer, chat=chat)
 
 
 def companions(target: Path) -> tuple[Path, Path]:

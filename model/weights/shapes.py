@@ -7,6 +7,7 @@ from torch import Tensor
 
 from model.errors import InputError, shown
 from model.LMConfig import LMConfig
+from model.lora import A, B
 from model.options import checked_value, options_of
 
 # Fields of an LMConfig that do not change what a model computes: a format may omit them.
@@ -54,8 +55,12 @@ def read_shape(values, path: str | Path) -> LMConfig:
         raise InputError(f"{path}: config: {error}") from error
 
 
-def weight_shapes(config: LMConfig) -> dict[str, tuple[int, ...]]:
-    """The names and shapes of a `Transformer`'s weights, without making one."""
+def weight_shapes(config: LMConfig, lora_rank: int = 0) -> dict[str, tuple[int, ...]]:
+    """The names and shapes of a `Transformer`'s weights, without making one.
+
+    Args:
+        lora_rank: of the adapters beside the matrices of its layers; 0: it has none.
+    """
     dim, hidden_dim, head_dim = config.dim, config.hidden_dim, config.head_dim
     of_a_layer = {
         "attention.wq": (config.n_heads * head_dim, dim), "attention.wk": (config.n_kv_heads * head_dim, dim),
@@ -63,18 +68,27 @@ def weight_shapes(config: LMConfig) -> dict[str, tuple[int, ...]]:
         "feed_forward.w1": (hidden_dim, dim), "feed_forward.w2": (dim, hidden_dim),
         "feed_forward.w3": (hidden_dim, dim), "attention_norm": (dim,), "ffn_norm": (dim,),
     }  # fmt: skip
+    adapters = {}
+    if lora_rank:
+        matrices = {name: shape for name, shape in of_a_layer.items() if len(shape) == 2}
+        adapters |= {f"{name}.{A}": (lora_rank, columns) for name, (_, columns) in matrices.items()}
+        adapters |= {f"{name}.{B}": (rows, lora_rank) for name, (rows, _) in matrices.items()}
     if config.qk_norm:
         of_a_layer |= {"attention.q_norm": (head_dim,), "attention.k_norm": (head_dim,)}
     of_a_layer = {f"{name}.weight": shape for name, shape in of_a_layer.items()}
     if config.qkv_bias:
         of_a_layer |= {f"attention.{n}.bias": of_a_layer[f"attention.{n}.weight"][:1] for n in ("wq", "wk", "wv")}
+    of_a_layer |= adapters
     shapes = {f"layers.{n}.{name}": shape for n in range(config.n_layers) for name, shape in of_a_layer.items()}
     embedding = (config.vocab_size, dim)
     return shapes | {"tok_embeddings.weight": embedding, "output.weight": embedding, "norm.weight": (dim,)}
 
 
-def check_shapes(state_dict: Mapping[str, Tensor], config: LMConfig, path: str | Path) -> None:
+def check_shapes(state_dict: Mapping[str, Tensor], config: LMConfig, path: str | Path, lora_rank: int = 0) -> None:
     """Check that weights fit a model of this shape, before memory is allocated for it.
+
+    Args:
+        lora_rank: of the adapters that must be among them; 0: there must be none.
 
     Raises:
         InputError: naming a weight that is missing, unknown, or of another shape.
@@ -82,7 +96,7 @@ def check_shapes(state_dict: Mapping[str, Tensor], config: LMConfig, path: str |
     layers = {str(key).split(".")[1] for key in state_dict if str(key).startswith("layers.")}
     if len(layers) != config.n_layers:
         raise InputError(f"{path}: holds {len(layers):,} layers, its description says n_layers {config.n_layers:,}")
-    wanted = weight_shapes(config)
+    wanted = weight_shapes(config, lora_rank)
     missing, others = wanted.keys() - state_dict.keys(), state_dict.keys() - wanted.keys()
     if missing or others:
         found = " and ".join(

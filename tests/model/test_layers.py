@@ -17,7 +17,7 @@ model.training model.weights model.generation
 model.dataset model.model model.corpus
 model.token_file model.text model.kv_cache
 model.storage model.LMConfig model.command model.terminal
-model.options model.loss model.attention model.requirements model.children model.interrupts
+model.options model.loss model.attention model.lora model.requirements model.children model.interrupts
 model.errors
 """
 ROW = {room: number for number, row in enumerate(ROWS.split("\n")) for room in row.split()}

@@ -271,7 +271,8 @@ def test_the_operators_for_torch_compile_describe_their_outputs_as_they_are(batc
         torch.library.opcheck(chunked_attention_backward, inputs, test_utils="test_faketensor")
     hidden, weight = torch.randn(batch * 64, 32, requires_grad=True), torch.randn(100, 32, requires_grad=True)
     targets = torch.randint(100, (batch * 64,))
-    torch.library.opcheck(chunked_cross_entropy, (hidden, weight, targets), test_utils="test_faketensor")
+    for trains in (True, False):
+        torch.library.opcheck(chunked_cross_entropy, (hidden, weight, targets, trains), test_utils="test_faketensor")
 
 
 def test_chunked_loss_equals_pytorchs_with_its_gradients(monkeypatch):
@@ -284,5 +285,8 @@ def test_chunked_loss_equals_pytorchs_with_its_gradients(monkeypatch):
     theirs = F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
     ours = cross_entropy(hidden, weight, targets)
     torch.testing.assert_close(ours, theirs)
-    for one, other in zip(*(torch.autograd.grad(3 * loss, (hidden, weight)) for loss in (ours, theirs)), strict=True):
+    gradients, expected = (torch.autograd.grad(3 * loss, (hidden, weight)) for loss in (ours, theirs))
+    for one, other in zip(gradients, expected, strict=True):
         torch.testing.assert_close(one, other)
+    frozen = cross_entropy(hidden, weight.detach(), targets)
+    assert torch.equal(torch.autograd.grad(3 * frozen, hidden)[0], gradients[0])

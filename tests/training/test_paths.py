@@ -125,7 +125,7 @@ def test_a_missing_raw_file_names_its_setting(tmp_path):
 
 
 def test_a_hash_in_a_message_is_cut_to_12_digits(tmp_path):
-    checkpoint = {"config": {}, "data": {}, "tokenizer_sha256": "a" * 64, "settings": {}}
-    mine = {"config": {}, "data": {}, "tokenizer": {"sha256": "b" * 64}}
+    checkpoint = {"config": {}, "data": {}, "tokenizer_sha256": "a" * 64, "adapters": {}, "settings": {}}
+    mine = {"config": {}, "data": {}, "tokenizer": {"sha256": "b" * 64}, "adapters": {}}
     with pytest.raises(InputError, match=f"another tokenizer: sha256 {'a' * 12}… there, {'b' * 12}… here; give"):
         check_fits(tmp_path, checkpoint, mine, "adamw")
