@@ -1,5 +1,6 @@
 """What several tests share: a small tokenizer and a small model, made on the spot."""
 
+import functools
 import json
 import os
 import signal
@@ -24,6 +25,7 @@ import torch  # noqa: E402
 from model.LMConfig import LMConfig  # noqa: E402
 from model.model import Transformer  # noqa: E402
 from tests import forks  # noqa: E402
+from utils import measure_matmul_flops as MEASURE  # noqa: E402, N812
 
 pytest.register_assert_rewrite("tests.tiny_runs", "tests.model_shapes", "tests.bad_files", "tests.raw_gguf")
 CORPUS = ROOT / "dataset" / "classics_zh.jsonl"
@@ -56,6 +58,22 @@ def pytest_configure():
     for number in SIGNALS:
         if signal.getsignal(number) is signal.SIG_IGN:
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+
+
+@pytest.fixture(autouse=True)
+def no_time_for_what_is_not_tested(request, monkeypatch):
+    """A training in this process draws no curves, unless the test is marked `curves`, and measures the machine once."""
+    import utils
+
+    if not request.node.get_closest_marker("curves"):
+        monkeypatch.setattr("model.runs.metrics.draw_curves", lambda events, path: None)
+    monkeypatch.setattr(utils, "measure_matmul_flops", measured_once)
+
+
+@functools.cache
+def measured_once(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a matrix product, as it was when the first test asked."""
+    return MEASURE(device, dtype)
 
 
 @pytest.fixture(autouse=True)

@@ -7,6 +7,7 @@ what it forks is like a fresh process. It ends, and ends what it forked, when th
 
 import atexit
 import contextlib
+import functools
 import gc
 import importlib
 import json
@@ -28,6 +29,7 @@ MOST_BYTES = 1 << 17  # of a message
 def preload() -> None:
     """Import what the scripts import sooner or later, and load a tokenizer, which imports parts of transformers."""
     import matplotlib.backends.backend_agg  # noqa: F401
+    import torch
     import torch._dynamo  # noqa: F401 (every optimizer imports it)
     import torch.distributed.run  # noqa: F401
     import torch.nn.parallel  # noqa: F401
@@ -36,9 +38,13 @@ def preload() -> None:
     import optimized_data_processing  # noqa: F401
     import optimized_pretrain  # noqa: F401
     import train  # noqa: F401
+    import utils
     from model.text.tokenization import load_tokenizer
 
     load_tokenizer()
+    # A measurement of 0.3 s that hardly any test is about.
+    utils.measure_matmul_flops = functools.cache(utils.measure_matmul_flops)
+    utils.measure_matmul_flops(torch.device("cpu"), torch.float32)
 
 
 def serve(asked: socket.socket) -> dict:

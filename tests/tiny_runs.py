@@ -75,12 +75,12 @@ def torchrun(flags: dict, launcher: str = "torch.distributed.run") -> subprocess
     return run([sys.executable, "-m", launcher, "--nproc_per_node=2", script, *words, "--ddp"])
 
 
-def start_two_ranks(arguments: list) -> list:
+def start_two_ranks(arguments: list, **options) -> list:
     """Start a command twice, as two ranks that no launcher watches."""
     group = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "encoding": "utf-8"}
     environments = [ONE_THREAD | group | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
-    return [forks.Popen(arguments, env=environment, **pipes) for environment in environments]
+    return [forks.Popen(arguments, env=environment, **pipes, **options) for environment in environments]
 
 
 def finish_ranks(started: list) -> subprocess.CompletedProcess:

@@ -163,4 +163,5 @@ class RunFiles:
         self.metrics.close()
         with contextlib.suppress(OneLineError):  # it was reported
             self._saver.wait()
+        self._saver.close()
         self._lock.release()

@@ -13,6 +13,7 @@ from model.runs.launch import advice_on_slow_saves
 from model.storage.archive import is_finite
 
 MAX_FAILURES = 3  # failed saves in a row that end the run
+END = "end"  # in the place of a kind: nothing comes after it
 MAX_WAITING = 2  # copies that wait to be written: the weights and the checkpoint of one step
 
 
@@ -94,12 +95,19 @@ class BackgroundSaver:
             names = ", ".join(self._failures)
             raise InputError(f"the last {names} could not be saved (see above); earlier files are intact")
 
+    def close(self) -> None:
+        """End the thread, once it has written everything."""
+        self._jobs.put((END, None, None))
+        self._thread.join()
+
     def _work(self) -> None:
         # With a second team of OpenMP threads there are more threads than cores, and GNU's library lets all of them
         # sleep between operations: training on a CPU ran at two thirds of its speed. This setting is the thread's own.
         torch.set_num_threads(1)
         while True:
             kind, content, write = self._jobs.get()
+            if kind == END:
+                return
             if content is None:
                 write(None)
                 self._jobs.task_done()

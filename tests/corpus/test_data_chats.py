@@ -362,7 +362,7 @@ def test_no_object_makes_parsing_fail(value):
 
 @pytest.mark.long
 @given(values=st.lists(VALUES | st.dictionaries(st.sampled_from(KEYS), VALUES, min_size=1), max_size=12))
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_whatever_the_lines_hold_each_is_a_chat_or_a_reject(tmp_path, values):
     lines = [json.dumps(value) for value in [FORMS["OpenAI's messages"](HELLO), *values]]
     path = write(tmp_path / "a.jsonl", "\n".join(lines).encode() + b"\n")

@@ -24,7 +24,7 @@ from optimized_data_processing import OptimizedDataProcessor
 from tests import forks
 from tests.conftest import ROOT, corpus_lines, process_data
 from tests.corpus.half_made import Killed, begin_and_stop, contents
-from tests.tiny_runs import HUNG, wait_for
+from tests.tiny_runs import HUNG, finish_ranks, start_two_ranks, wait_for
 
 SCRIPT = str(ROOT / "optimized_data_processing.py")
 FILES = ("data.bin", "data.json", "data.ends", "data.rejects.jsonl", "data.changes.jsonl", "data_stats.json")
@@ -374,6 +374,10 @@ def torchrun(*flags, cwd: Path) -> subprocess.CompletedProcess:
     return forks.run(command, cwd=cwd, capture_output=True, encoding="utf-8", timeout=HUNG)
 
 
+def two_ranks(*flags, cwd: Path) -> subprocess.CompletedProcess:
+    return finish_ranks(start_two_ranks([sys.executable, SCRIPT, *flags], cwd=cwd))
+
+
 @pytest.mark.long
 def test_two_processes_of_torchrun_give_the_bytes_of_one(raw, processor, tokenizer_folder, tmp_path):
     processor.process_dataset(raw, tmp_path / "one" / "data.bin")
@@ -383,9 +387,9 @@ def test_two_processes_of_torchrun_give_the_bytes_of_one(raw, processor, tokeniz
     assert done.returncode == 0, done.stderr
     made, expected = contents(tmp_path / "two" / "data.bin"), contents(tmp_path / "one" / "data.bin")
     assert {name: made[name] for name in expected} == expected
-    again = torchrun(*flags, cwd=tmp_path)
+    again = two_ranks(*flags, cwd=tmp_path)
     assert again.returncode == 0 and again.stderr.count("nothing to do") == 1
-    bad = torchrun(*flags, "--val_share", "0.5", cwd=tmp_path)
+    bad = two_ranks(*flags, "--val_share", "0.5", cwd=tmp_path)
     assert bad.returncode != 0 and bad.stderr.count("error: ") >= 1 and "val_share" in bad.stderr
 
 

@@ -22,7 +22,7 @@ needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="the cases are f
 @pytest.mark.parametrize("group", [bad_input, malicious], ids=["bad", "malicious"])
 def test_each_ends_in_one_clear_line_and_nothing_runs(group, tmp_path):
     counts = group.run("fast", tmp_path)
-    assert counts.passed == counts.cases >= 30, "\n".join(counts.failures)
+    assert counts.passed == counts.cases >= 20, "\n".join(counts.failures)
 
 
 def token_file(path, ids, dtype="uint16", manifest=True):

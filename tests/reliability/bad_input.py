@@ -16,7 +16,7 @@ from tests.reliability.harness import Counts
 from tests.reliability.scripts import ROOT, Case, run_cases
 
 TITLE = "Bad configs and data files: one clear line, exit code 2, under a second"
-FAST = 14  # in the fast scale each fourteenth case is run
+FAST = 20  # in the fast scale each twentieth case is run
 OWN_EVERY = 10  # and of the full scale each tenth by an interpreter of its own as well
 BASE = """\
 data: {train_data_path: train.bin}

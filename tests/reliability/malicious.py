@@ -19,7 +19,7 @@ from tests.reliability.scripts import ROOT, Case, run_cases
 
 TITLE = "Malicious files: nothing in them runs"
 SECONDS = 20
-FAST = 7  # in the fast scale each seventh case is run
+FAST = 10  # in the fast scale each tenth case is run
 OWN_EVERY = 12
 EVIL_MODULE = "import os\n\nos.mkdir('CANARY')\n\n\nclass Evil:\n    pass\n"
 GENERATE = ["--prompt", "中国", "--max_new_tokens", "2", "--device", "cpu", "--model_path"]

@@ -10,7 +10,10 @@ import pytest
 
 pytestmark = pytest.mark.long
 
-TESTS = ["exact_resume", "save_kills", "job_kills", "signals", "world_size", "wandb_faults"]
+SLOW = [
+    pytest.param(name, marks=pytest.mark.slow) for name in ("exact_resume", "save_kills", "job_kills", "wandb_faults")
+]
+TESTS = ["signals", "world_size", *SLOW]
 FORKS = pytest.mark.skipif(sys.platform == "win32", reason="processes are forked and killed, which Windows cannot")
 
 

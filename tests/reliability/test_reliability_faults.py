@@ -12,7 +12,10 @@ from tests.reliability import corruption, disks, lost_ranks, numerics, soak
 pytestmark = pytest.mark.long
 
 
-@pytest.mark.parametrize("module", [corruption, disks, numerics, lost_ranks, soak], ids=lambda module: module.TITLE)
+SLOW = [pytest.param(module, marks=pytest.mark.slow) for module in (lost_ranks, soak)]
+
+
+@pytest.mark.parametrize("module", [corruption, disks, numerics, *SLOW], ids=lambda module: module.TITLE)
 def test_the_fast_cases_pass(module, tmp_path):
     counts = module.run("fast", tmp_path)
     assert counts.cases > 0 and counts.passed == counts.cases, counts.failures

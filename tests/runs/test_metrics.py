@@ -15,6 +15,7 @@ from tests.conftest import ROOT
 from tests.tiny_runs import HUNG, ONE_THREAD, command, run, train, wait_for
 
 FAKE_WANDB = ROOT / "tests" / "fake_wandb"
+pytestmark = pytest.mark.curves
 needs_file_size_limit = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limit on a file's size")
 
 

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -39,6 +40,7 @@ from tests.tiny_runs import (
     run,
     torchrun,
     train,
+    two_ranks,
     wait_for,
 )
 from utils import Processes
@@ -46,8 +48,11 @@ from utils import Processes
 # ------------------------------------------------------------------------------------------------- what a run leaves
 
 
+@pytest.mark.curves
 def test_a_run_leaves_weights_checkpoints_metrics_curves_and_its_settings(flags, tmp_path):
+    threads = set(threading.enumerate())
     trainer = train(flags(use_ema="true"))
+    assert not [thread for thread in set(threading.enumerate()) - threads if thread.name == "saver"]
     out = tmp_path / "out"
     assert trainer.outcome == "finished"
     assert {path.name for path in out.iterdir()} - {".lock"} == {
@@ -494,14 +499,15 @@ def test_a_preview_that_fails_ends_no_training(tiny_model, tokenizer_folder):
     ("launcher", "options"),
     [
         ("torch.distributed.run", {}),
-        ("torch.distributed.launch", {}),
-        ("torch.distributed.run", {"sample_start": "document", "document_mask": "true", "max_seq_len": 96}),
+        pytest.param("torch.distributed.launch", {}, marks=pytest.mark.slow),
+        (None, {"sample_start": "document", "document_mask": "true", "max_seq_len": 96}),
     ],
 )
 def test_two_processes_compute_what_one_does(flags, tmp_path, launcher, options):
     options = options | {"dtype": "float32"}
     train(flags(batch_size=4, out_dir=tmp_path / "one", **options))
-    result = torchrun(flags(batch_size=2, out_dir=tmp_path / "two", **options), launcher)
+    ranks = flags(batch_size=2, out_dir=tmp_path / "two", **options)
+    result = torchrun(ranks, launcher) if launcher else two_ranks(ranks)
     assert result.returncode == 0, result.stderr
     for (_, one), (_, two) in zip(losses(tmp_path / "one"), losses(tmp_path / "two"), strict=True):
         assert two == pytest.approx(one, abs=1e-5)
