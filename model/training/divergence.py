@@ -5,6 +5,8 @@ import math
 import numpy as np
 from torch import nn
 
+from model.training.optimizer import trained_parameters
+
 WINDOW = 128  # recent losses that a new one is compared with
 MIN_WINDOW = 32  # fewer say too little
 MAX_OVERFLOWS = 50  # float16 overflows in a row before a run ends: each halves the loss scale
@@ -56,8 +58,8 @@ def remember(recent: list[float], loss: float) -> None:
 
 
 def weights_norm(model: nn.Module) -> float:
-    """The Euclidean norm of all parameters."""
-    return math.sqrt(sum(float(p.detach().square().sum()) for p in model.parameters()))
+    """The Euclidean norm of the parameters that are trained."""
+    return math.sqrt(sum(float(p.detach().square().sum()) for p in trained_parameters(model).values()))
 
 
 def difference_of_weights(norms: list[float]) -> str | None:

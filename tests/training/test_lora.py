@@ -19,7 +19,7 @@ from model.weights import Weights, load_weights, save_weights
 from optimized_pretrain import Trainer
 from tests.chat_files import CHATS, write_chats
 from tests.conftest import random_model
-from tests.tiny_runs import assert_equal, assert_same_end, events, exit_code_here, losses, torchrun, train
+from tests.tiny_runs import assert_equal, assert_same_end, events, exit_code_here, losses, train, two_ranks
 from utils import Processes
 
 CONTEXT = 96
@@ -202,7 +202,7 @@ def test_accumulation_and_two_processes_compute_what_one_batch_does_and_resume(l
     train(lora_flags(batch_size=8, out_dir=tmp_path / "one", dtype="float32"))
     train(lora_flags(batch_size=2, accumulation_steps=4, out_dir=tmp_path / "four", dtype="float32"))
     for name, more in (("two", {}), ("killed", {"resume": "true"})):
-        result = torchrun(lora_flags(batch_size=4, out_dir=tmp_path / name, dtype="float32", **more))
+        result = two_ranks(lora_flags(batch_size=4, out_dir=tmp_path / name, dtype="float32", **more))
         assert result.returncode == 0, result.stderr
         if name == "two":
             shutil.copytree(tmp_path / "two", tmp_path / "killed")
