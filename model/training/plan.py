@@ -160,7 +160,9 @@ def plan_run(
     choices.settle_batch_size(model, data, hardware.autocast)
     order = data.order(t.seed, t.batch_size * ranks.world_size * t.accumulation_steps)
     tokens_per_step = order.rows_per_step * config.max_seq_len
-    choices.settle_learning_rate(model, tokens_per_step, data.is_chat and t.init_from is not None)
+    trained = sum(parameter.numel() for parameter in trained_parameters(model).values())
+    parameters = model.parameter_count() - (trained if t.lora_rank else 0)
+    choices.settle_learning_rate(parameters, tokens_per_step, data.is_chat and t.init_from is not None)
     pace = {"rows_per_step": order.rows_per_step, "epochs": t.epochs, "max_steps": t.max_steps}
     if checkpoint is not None and checkpoint["pace"] == pace:
         total_steps = checkpoint["total_steps"]
@@ -170,7 +172,6 @@ def plan_run(
         total_steps = done["step"] + order.steps_left(done["samples"], t.epochs)
     choices.settle_warmup_steps(total_steps)
     flops_per_token = model.training_flops_per_token()
-    trained = sum(parameter.numel() for parameter in trained_parameters(model).values())
     peak_flops = ranks.smallest(hardware.peak_flops) * ranks.world_size  # the same on all processes
     expected_seconds = run_seconds((total_steps - done["step"]) * tokens_per_step * flops_per_token, peak_flops)
     choices.settle_compile(expected_seconds)
@@ -181,7 +182,7 @@ def plan_run(
         hardware=hardware,
         world_size=ranks.world_size,
         local_world_size=ranks.local_world_size,
-        parameters=model.parameter_count() - (trained if t.lora_rank else 0),
+        parameters=parameters,
         trained_parameters=trained,
         flops_per_token=flops_per_token,
         train_samples=order.per_epoch,

@@ -37,6 +37,8 @@ def test_the_rate_grows_with_the_batch_and_falls_with_the_model(optimizer_type):
     assert rate(48_000_000, 2048) == pytest.approx(rate(3_000_000, 2048) / 4, rel=0.05)
     assert rate(3_000_000, 2**30) == pytest.approx(4 * rate(3_000_000, 2048), rel=0.05)
     assert rate(3_000_000, 1) == pytest.approx(rate(3_000_000, 2048) / 4, rel=0.05)
+    tuning, adapting = (automatic_learning_rate(optimizer_type, 3_000_000, 2048, True, lora) for lora in (False, True))
+    assert (0.3 * rate(3_000_000, 2048), 10 * tuning) == pytest.approx((tuning, adapting), rel=0.05)
 
 
 @pytest.mark.parametrize(("total", "warmup"), [(1, 0), (12, 3), (100, 10), (1600, 80), (10**6, 1000)])
