@@ -24,8 +24,8 @@ from model.training.progress import Progress
 from model.training.settings import SECTIONS, Settings
 from model.weights.shapes import check_shapes, read_shape
 
-CHECKPOINT_VERSION = 3
-READABLE_VERSIONS = (2, 3)
+CHECKPOINT_VERSION = 4
+READABLE_VERSIONS = (2, 3, 4)
 NONE = type(None)
 KINDS = {  # the keys of a checkpoint and what lies under them
     "format_version": int,
@@ -101,7 +101,9 @@ def checkpoint_content(
 
 
 def add_defaults(content: dict) -> None:
-    """Give a checkpoint of an earlier version, in place, what later ones added."""
+    """Give a checkpoint of an earlier version, in place, what later ones added; this version's must hold all of it."""
+    if content["format_version"] == CHECKPOINT_VERSION:
+        return
     content.setdefault("chosen", {})
     content.setdefault("chat", {})
     content.setdefault("adapters", {})

@@ -33,7 +33,7 @@ def load_checkpoint(path: Path) -> dict:
     if "progress" not in content:
         raise InputError(f"{path}: holds weights only; --resume needs a checkpoint_step_*.pth or {INTERRUPTED}")
     if (version := content.get("format_version")) not in READABLE_VERSIONS:
-        readable = " and ".join(map(str, READABLE_VERSIONS))
+        readable = f"{READABLE_VERSIONS[0]} to {READABLE_VERSIONS[-1]}"
         raise InputError(f"{path}: a checkpoint of version {version!r}; this program reads {readable}")
     add_defaults(content)
     if (problem := state_problem(path, content)) is not None:

@@ -33,7 +33,7 @@ POINTS = {
     "within torch.save of a checkpoint": [("within torch.save of a checkpoint", 2), ("reading a batch", 17)],
     "before the rename": [("before the rename of a checkpoint", 2), ("forward", 17)],
     "after the rename, before pruning": [("after the rename of a checkpoint", 2), ("backward", 17)],
-    "the final save": [("final weights", 1), ("barrier", 2)],
+    "the final save": [("final weights", 1), ("barrier", 1)],
 }
 
 
