@@ -17,7 +17,7 @@ import tempfile
 import traceback
 from collections.abc import Callable, Sequence
 
-from model.errors import InputError, OneLineError, command_line, first_line, one_line, printable, shown
+from model.errors import InputError, OneLineError, command_line, elided, first_line, one_line, printable, shown
 from model.options import accepted_types, file_path, from_text
 from model.requirements import missing_library
 
@@ -74,9 +74,9 @@ def print_error(error) -> None:
     """One line on stderr, or one for each problem of a OneLineError; with the rank where it is not 0."""
     rank = os.environ.get("RANK", "0")
     first, *others = error.args if isinstance(error, OneLineError) and error.args else [error]
-    print_message(f"error: {first}" if rank == "0" else f"[rank {rank}] error: {first}")
+    print_message(elided(f"error: {first}" if rank == "0" else f"[rank {rank}] error: {first}"))
     for problem in others:
-        print_message(f"       {problem}")
+        print_message(elided(f"       {problem}"))
 
 
 def print_fault(error: Exception) -> None:

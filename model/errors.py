@@ -6,11 +6,13 @@ import shlex
 import subprocess
 
 MOST_CHARACTERS = 60  # of a value that is wrong, in a message
+MOST_OF_WORD = 300  # of a word without spaces, such as a path
 MOST_OF_MESSAGE = 4000  # characters of a whole message: all wrong settings of a file are one
 # What a terminal obeys instead of showing: control characters (C0, DEL, C1), marks that reorder text (Unicode's
 # Bidi_Control), line and paragraph separators, annotation marks, and halves of characters, which cannot be encoded.
 _OBEYED = "\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufff9-\ufffb\ud800-\udfff"
 _IN_TEXT, _IN_MESSAGE = re.compile(f"[{_OBEYED}]"), re.compile(f"[{_OBEYED}\t\n]")
+_LONG_WORD = re.compile(rf"\S{{{MOST_OF_WORD + 1},}}")
 
 
 class OneLineError(Exception):
@@ -55,6 +57,11 @@ def one_line(message) -> str:
     if len(text) > MOST_OF_MESSAGE:
         text = text[: MOST_OF_MESSAGE - 1] + "…"
     return _IN_MESSAGE.sub(_visible, text)
+
+
+def elided(message) -> str:
+    """A message without the middle of words of more than MOST_OF_WORD characters, such as a path that nobody typed."""
+    return _LONG_WORD.sub(lambda match: f"{match[0][:200]}…{match[0][-80:]}", str(message))
 
 
 def _visible(match: re.Match) -> str:

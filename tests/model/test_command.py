@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from model.command import CommandParser, print_fault, print_message, run_command, screen
+from model.command import CommandParser, print_error, print_fault, print_message, run_command, screen
 from model.errors import MOST_OF_MESSAGE, InputError, one_line, printable
 from model.options import text_flag
 from tests.conftest import ROOT
@@ -24,6 +24,15 @@ def test_text_keeps_its_lines_and_loses_what_a_terminal_obeys():
 def test_a_message_is_one_line_of_limited_length():
     assert one_line("a\nb\tc\u2028d\x85" + HOSTILE) == r"a\nb\tc\u2028d\x85" + HARMLESS
     assert len(one_line("x" * 200_000)) == MOST_OF_MESSAGE
+
+
+def test_an_error_shows_both_ends_of_a_long_path(capsys):
+    print_error(f"--config: /home/{'x' * 3000}/config.yaml: there is no such file")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: --config: /home/xxx") and len(line) < 400
+    assert line.endswith("xxx/config.yaml: there is no such file")
+    print_error("/home/" + "x" * 250)
+    assert capsys.readouterr().err.endswith("x" * 250 + "\n")
 
 
 @pytest.mark.parametrize(

@@ -411,7 +411,7 @@ def raw_case(name: str, change: Callable[[Path], object], expected: Sequence[str
 RAW = [
     ("missing", lambda path: None, "raw.jsonl"),
     ("an empty folder", Path.mkdir, "raw.jsonl"),
-    ("a folder of other files", lambda path: (path.mkdir(), (path / "a.txt").write_text("x")), "raw.jsonl"),
+    ("a folder of other files", lambda path: (path.mkdir(), (path / "a.png").write_text("x")), "raw.jsonl"),
     ("empty", lambda path: path.touch(), "raw.jsonl"),
     ("blank lines", lambda path: path.write_text("\n\n\n"), "raw.jsonl"),
     ("no text in it", lambda path: path.write_text('{"title": "x"}\n' * 20), "raw.jsonl"),
@@ -463,7 +463,7 @@ RESUME = [
     ),
     ("from a folder that is a file", [*WITH_CONFIG, "--resume", "--out_dir", "train.bin"], NOTHING, "train.bin"),
     ("into a folder that is a file", [*WITH_CONFIG, "--out_dir", "train.bin"], NOTHING, "train.bin"),
-    ("into a folder under a file", [*WITH_CONFIG, "--out_dir", "train.bin/out"], NOTHING, "train.bin/out"),
+    ("into a folder under a file", [*WITH_CONFIG, "--out_dir", "train.bin/out"], NOTHING, "train.bin is a file"),
     ("into a device", [*WITH_CONFIG, "--out_dir", "/dev/null"], NOTHING, "/dev/null"),
     ("into a folder of no file system", [*WITH_CONFIG, "--out_dir", "/proc/none/out"], NOTHING, "/proc/none/out"),
     ("into a name of 300 characters", [*WITH_CONFIG, "--out_dir", "o" * 300], NOTHING, "out_dir"),
