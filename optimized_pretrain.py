@@ -23,7 +23,7 @@ from model.dataset import PretrainDataset
 from model.errors import InputError, ProcessLost, TrainingDiverged
 from model.lora import add_adapters, merged
 from model.model import Transformer
-from model.runs.beginning import Beginning, find_beginning
+from model.runs.beginning import Beginning, find_beginning, load_reference
 from model.runs.checkpoint import checkpoint_content, restore_state
 from model.runs.folder import step_checkpoint
 from model.runs.resume import check_checkpoint, environment
@@ -33,13 +33,14 @@ from model.runs.status import outcome_of
 from model.training.clock import Clock
 from model.training.data import TrainingData
 from model.training.divergence import difference_of_weights, fault_of_step, limit_reached, weights_norm
-from model.training.evaluation import mean_losses, validation_sums
 from model.training.memory import check_memory
 from model.training.moving_average import MovingAverage
 from model.training.objective import NextToken, Objective
 from model.training.optimizer import build_optimizer, set_rates
 from model.training.plan import plan_run
+from model.training.preferences import Preference
 from model.training.progress import Progress, StepResult
+from model.training.reference import ReferenceFile, find_reference, weights_sha256
 from model.training.report import bar_text, describe, evaluation_lines, step_metrics, text_line
 from model.training.settings import Settings
 from model.weights import Weights
@@ -50,7 +51,8 @@ FIRST_STEP_TIMEOUTS = 3  # the first step may compile kernels: it may take this 
 
 
 class Trainer:
-    """Trains a Transformer as the settings say: on texts or, where the token file holds chats, on their answers.
+    """Trains a Transformer as the settings say: on texts; where the token file holds chats, on their answers; where it
+    holds pairs of answers, to prefer the chosen ones.
 
     Args:
         settings: all settings of the run.
@@ -94,7 +96,7 @@ class Trainer:
         with deterministic_kernels(self.device):  # measure memory with the kernels that training uses
             self.plan = plan_run(self.settings, self.data, self.model, self.hardware, self.resumed, processes, say)
         self.training = t = self.plan.training
-        self.objective: Objective = NextToken(self.data, t, self.device)
+        self.objective = self._choose_objective(beginning)
         self._build_optimizer()
         utils.seed_everything(t.seed + 1 + processes.rank)  # dropout differs between ranks
         if self.resumed is not None:
@@ -115,6 +117,11 @@ class Trainer:
         if self.data.is_chat:
             self.settings.training.document_mask = True  # chats are hidden from each other, whatever it says
             if self.resumed is None and self.settings.training.init_from is None:
+                if self.data.is_pairs:
+                    raise InputError(
+                        f"init_from: null found, but {self.settings.data.train_data_path} holds pairs of answers, which"
+                        " tune a model that answers; give its weights"
+                    )
                 say("init_from is null: random weights learn the form of an answer from chats, but hardly the language")
         self.config = self.data.config
         self.environment = environment(self.processes.world_size, self.dtype, self.device)
@@ -137,6 +144,31 @@ class Trainer:
             add_adapters(self.model, asked.lora_rank, asked.lora_alpha)
         self.model.to(self.device)
         self.ema = MovingAverage(self.model, asked.ema_decay) if asked.use_ema else None
+
+    def _choose_objective(self, beginning: Beginning) -> Objective:
+        """What a step minimizes; of pairs of answers, with what the weights of `init_from` give them."""
+        t, data, processes = self.training, self.data, self.processes
+        if not data.is_pairs:
+            return NextToken(data, t, self.device)
+        if self.resumed is None:
+            sha256 = processes.decided(lambda: weights_sha256(beginning.weights))
+        else:
+            sha256 = self.resumed.content["data"]["reference_sha256"]
+        data.fingerprint["reference_sha256"] = sha256
+
+        def build() -> Transformer:
+            model = Transformer(self.config)
+            model.load_state_dict(beginning.weights or load_reference(t, sha256, say))
+            return model.to(self.device)
+
+        def find() -> dict:
+            beat = functools.partial(processes.beat, "the reference", FIRST_STEP_TIMEOUTS)
+            files = {dataset.path: ReferenceFile(dataset, sha256, self.dtype) for dataset in (data.train, data.val)}
+            about = build, t.batch_size, self.autocast, beat, say
+            return {path: find_reference(file, *about) for path, file in files.items()}
+
+        with deterministic_kernels(self.device):
+            return Preference(t.batch_size, t.dpo_beta, self.device, processes.decided(find))
 
     def _build_optimizer(self) -> None:
         """The optimizer, and the loss scale of float16."""
@@ -258,10 +290,10 @@ class Trainer:
         t = self.training
         samples = self.plan.order.next_step(self.progress.samples)
         # Of all ranks: the divisor of the summed loss.
-        tokens = max(1, self.objective.count(samples))
+        terms = max(1, self.objective.count(self.data.train, samples))
         random_state = utils.random_state() if t.accumulation_steps > 1 else None  # dropout's
 
-        loss_sum = torch.zeros((), device=self.device)
+        sums = torch.zeros(1 + len(self.objective.names), device=self.device)  # the loss first
         for micro in range(t.accumulation_steps):
             if self.stop_vote.drops_step(micro, self.stop_signal.count > 0):
                 self.optimizer.zero_grad(set_to_none=True)
@@ -275,18 +307,19 @@ class Trainer:
             grad_sync = contextlib.nullcontext() if sync else self.train_model.no_sync()
             with grad_sync, deterministic_kernels(self.device):
                 with self.autocast:
-                    loss = self.objective.loss(self.train_model, batch)
+                    found = self.objective.loss(self.train_model, batch)
                 # The loss is a sum; DistributedDataParallel averages its gradients over the ranks.
-                self.scaler.scale(loss * (self.processes.world_size / tokens)).backward()
-            loss_sum += loss.detach()
+                self.scaler.scale(found[0] * (self.processes.world_size / terms)).backward()
+            sums += found.detach()
         self._beat("the end")
         self.scaler.unscale_(self.optimizer)
         grad_norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), t.grad_clip or math.inf))
 
-        # Summed over ranks: loss, ranks with bad gradients, stop signals.
-        mine = [float(loss_sum), float(not math.isfinite(grad_norm)), float(self.stop_signal.count)]
-        loss, bad_gradients, stop_signals = self.processes.all_sum(mine)
-        loss /= tokens
+        # Summed over ranks: ranks with bad gradients, stop signals, the loss and what is measured beside it.
+        mine = [float(not math.isfinite(grad_norm)), float(self.stop_signal.count), *sums.tolist()]
+        bad_gradients, stop_signals, *totals = self.processes.all_sum(mine)
+        loss, *measured = (total / terms for total in totals)
+        measured = dict(zip(self.objective.names, measured, strict=True))
         fault = fault_of_step(loss, bad_gradients == 0, self.progress.recent_losses, t.spike_threshold)
         lr = self.plan.schedule.at(self.progress.step)
         set_rates(self.optimizer, t.optimizer_type, lr, self.progress.step)
@@ -298,7 +331,8 @@ class Trainer:
             self.ema.update_parameters(self.model)
         overflow = self.scaler.is_enabled() and math.isfinite(loss) and bad_gradients > 0
         read = self.data.train.count_tokens(samples)
-        return StepResult(len(samples), read, tokens, loss, grad_norm, lr, fault, overflow, stop_signals > 0)
+        about = len(samples), read, terms, loss, measured
+        return StepResult(*about, grad_norm, lr, fault, overflow, stop_signals > 0)
 
     def _beat(self, doing: str) -> None:
         """Report to the watchdog what this rank does next."""
@@ -319,18 +353,18 @@ class Trainer:
         sums, in a model that is made for it: so all that is measured is measured of the weights that are written."""
         return merged(self.model if self.ema is None else self.ema.module)
 
-    def evaluate(self) -> tuple[float, float] | None:
-        """Validation loss (nats per token) and bits per byte of text; None if a signal to stop came meanwhile."""
+    def evaluate(self) -> dict[str, float] | None:
+        """Validation loss and what the objective measures beside it, as metrics.jsonl has them; None if a signal to
+        stop came meanwhile."""
         return self._measure(self.data.val, self.plan.val_samples)
 
-    def _measure(self, data: PretrainDataset, samples: np.ndarray) -> tuple[float, float] | None:
-        """Loss and bits per byte of samples, as `evaluate` has them."""
+    def _measure(self, data: PretrainDataset, samples: np.ndarray) -> dict[str, float] | None:
+        """What the objective measures of samples, as `evaluate` has it."""
         batches = range(-(-len(samples) // self.plan.batch_rows))
         read = (self._local_batch(data, samples, number) for number in batches)
-        model, token_bytes = self.evaluated_model, self.data.token_bytes
         with deterministic_kernels(self.device):
-            sums = validation_sums(model, read, token_bytes, self.autocast, self._is_stop_asked)
-        return None if sums is None else mean_losses(self.processes.all_sum(sums))
+            sums = self.objective.measure(self.evaluated_model, read, self.autocast, self._is_stop_asked)
+        return None if sums is None else self.objective.means(self.processes.all_sum(sums))
 
     def _measure_texts(self) -> dict | None:
         """What is forgotten, as metrics.jsonl has it: the loss of held-out texts of those that are mixed into chats;
@@ -340,7 +374,7 @@ class Trainer:
             return {}
         if (measured := self._measure(self.data.texts, samples)) is None:
             return None
-        return dict(zip(("text_loss", "text_bits_per_byte"), measured, strict=True))
+        return {"text_loss": measured["val_loss"], "text_bits_per_byte": measured["bits_per_byte"]}
 
     def _measure_before(self) -> None:
         """Before the first step: how well the model predicts the texts that it may forget."""
@@ -362,12 +396,11 @@ class Trainer:
             result, texts = self.evaluate(), self._measure_texts()
             if result is None or texts is None:
                 return False
-            is_best = progress.count_evaluation(result[0])
+            is_best = progress.count_evaluation(result["val_loss"])
             if self.files is not None:
                 if is_best:
                     self.files.save_weights("best_model.pth", self._weights())
-                measured = dict(zip(("val_loss", "bits_per_byte"), result, strict=True))
-                self._report_evaluation(self.files, measured | texts)
+                self._report_evaluation(self.files, result | texts)
         return True
 
     def _report_evaluation(self, files: RunFiles, measured: dict) -> None:
@@ -420,7 +453,8 @@ class Trainer:
     @property
     def final_name(self) -> str:
         """The file of the final weights."""
-        return f"{'sft' if self.data.is_chat else 'pretrain'}_{self.config.dim}.pth"
+        kind = "dpo" if self.data.is_pairs else "sft" if self.data.is_chat else "pretrain"
+        return f"{kind}_{self.config.dim}.pth"
 
     def _weights(self) -> Weights:
         """The evaluated weights with their description; not copied."""

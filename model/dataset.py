@@ -29,7 +29,7 @@ class PretrainDataset:
     Or packed into samples that begin where documents do (`model.token_file.packing`): then every token but a document's
     first is predicted.
 
-    Chats are always packed, each whole, and only their learned tokens are predicted.
+    Chats are always packed, each whole, and only their learned tokens are predicted. Two that are a pair stay together.
 
     Reads the file through a memory map: nothing is loaded ahead, and all processes share the pages.
 
@@ -43,7 +43,7 @@ class PretrainDataset:
 
     Attributes:
         chats: Chats, where the file holds chats; else None.
-        held_out_chats: those of them that `hold_out` has set aside, int64.
+        held_out_chats: those of them, or of their pairs, that `hold_out` has set aside, int64.
 
     Raises:
         InputError: the file is missing, differs from its manifest in size, dtype or tokenizer, is too short, or holds
@@ -136,8 +136,14 @@ class PretrainDataset:
             "dtype": self.tokens.dtype.name,
             "sha256": sha256,
             "seq_len": self.seq_len,
-            "sample_start": "chat" if self.chats else "packed" if self.packing is None else "document",
+            "sample_start": self._sample_start,
         } | ({"learn_sha256": self.manifest.chat["learn_sha256"]} if self.chats else {})
+
+    @property
+    def _sample_start(self) -> str:
+        if self.chats is not None:
+            return "pair" if self.chats.are_pairs else "chat"
+        return "packed" if self.packing is None else "document"
 
     def batch(self, samples: np.ndarray, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Read samples into inputs and targets, int64 [rows, seq_len] each.

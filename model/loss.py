@@ -36,6 +36,22 @@ def cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return chunked_cross_entropy(hidden, weight, targets, weight.requires_grad)[0]
 
 
+def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy in nats of each target, 0 where none counts: float32 [B, T].
+
+    Unless compiled, the output layer runs only where a target counts.
+
+    Args:
+        hidden, weight, targets: as of `cross_entropy`.
+    """
+    if torch.compiler.is_compiling():
+        logits = F.linear(hidden, weight).float().flatten(0, 1)
+        return F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORE_INDEX, reduction="none").view_as(targets)
+    counts = targets != IGNORE_INDEX
+    losses = F.cross_entropy(F.linear(hidden[counts], weight).float(), targets[counts], reduction="none")
+    return losses.new_zeros(targets.shape).masked_scatter(counts, losses)
+
+
 @torch.library.custom_op("mateconv::chunked_cross_entropy", mutates_args=())
 def chunked_cross_entropy(
     hidden: Tensor, weight: Tensor, targets: Tensor, trains_weight: bool

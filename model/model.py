@@ -23,7 +23,7 @@ from model.attention import (
 from model.errors import InputError
 from model.kv_cache import KVCache
 from model.LMConfig import NETWORK_FIELDS, LMConfig, refuse_unknown
-from model.loss import cross_entropy
+from model.loss import cross_entropy, token_losses
 
 
 def rope_table(config: LMConfig) -> tuple[Tensor, Tensor]:
@@ -251,6 +251,7 @@ class Transformer(nn.Module):
         targets: Tensor | None = None,
         cache: KVCache | None = None,
         documents: Tensor | None = None,
+        per_token: bool = False,
     ) -> Tensor:
         """Logits, or with `targets` their loss.
 
@@ -260,13 +261,17 @@ class Transformer(nn.Module):
             cache: keys and values of the tokens before these.
             documents: int64 [B, T], the number of each token's document, which never falls: a token sees those of its
                 own document only, as if each document was run alone (RoPE's positions are relative). Without a cache.
+            per_token: return the loss of each target rather than their sum.
 
         Returns:
             logits [B, T, vocab_size]; with targets, the cross-entropy in nats, summed over all targets that count
-            (float32, 0-dimensional): a sum, so that micro-batches and ranks add up to one large batch exactly.
+            (float32, 0-dimensional): a sum, so that micro-batches and ranks add up to one large batch exactly. With
+            per_token that of each target, float32 [B, T], 0 where none counts.
         """
         hidden = self.hidden_states(tokens, cache, documents)
-        return self.output(hidden) if targets is None else cross_entropy(hidden, self.output.weight, targets)
+        if targets is None:
+            return self.output(hidden)
+        return (token_losses if per_token else cross_entropy)(hidden, self.output.weight, targets)
 
     def load_state_dict(self, state_dict: dict, strict: bool = True, assign: bool = False):
         """As `nn.Module.load_state_dict`, with one clear line where the weights belong to another model.

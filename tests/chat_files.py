@@ -29,23 +29,24 @@ CHATS: list[Chat] = [
 ]
 
 
-def ids_of(tokenizer, chat: Chat) -> tuple[list[int], list[int]]:
-    """Ids of a chat, and 1 for each that is learned."""
+def ids_of(tokenizer, chat: Chat, last_only: bool = False) -> tuple[list[int], list[int]]:
+    """Ids of a chat, and 1 for each that is learned: of all answers, or of the last only."""
     ids, learned = [], []
     newline = encode_texts(tokenizer, ["\n"])[0]
-    for role, content in chat:
+    for place, (role, content) in enumerate(chat):
         header, text = encode_texts(tokenizer, [f"{role}\n", content])
         assert encode_texts(tokenizer, [f"{role}\n{content}"])[0] == header + text
         ids += [tokenizer.bos_token_id, *header, *text, tokenizer.eos_token_id, *newline]
-        is_answer = int(role == "assistant")
+        is_answer = int(role == "assistant" and (not last_only or place == len(chat) - 1))
         learned += [0] * (1 + len(header)) + [is_answer] * (len(text) + 1) + [0] * len(newline)
     return ids, learned
 
 
-def write_chats(path: Path, chats: list[Chat], tokenizer_folder: Path | None, **changes) -> Path:
-    """A token file of chats; `changes` go into the manifest's `chat`."""
+def write_chats(path: Path, chats: list[Chat], tokenizer_folder: Path | None, pairs: bool = False, **changes) -> Path:
+    """A token file of chats, or of pairs of them; `changes` go into the manifest's `chat`."""
     tokenizer = load_tokenizer(tokenizer_folder)
-    documents = [ids_of(tokenizer, chat) for chat in chats]
+    documents = [ids_of(tokenizer, chat, pairs) for chat in chats]
+    changes |= {"pairs": True} if pairs else {}
     ids = np.array([index for document, _ in documents for index in document], dtype="<u2")
     learned = np.array([flag for _, flags in documents for flag in flags], dtype=np.uint8)
     ids.tofile(path)
@@ -66,3 +67,8 @@ def write_chats(path: Path, chats: list[Chat], tokenizer_folder: Path | None, **
         ),
     )  # fmt: skip
     return path
+
+
+def write_pairs(path: Path, pairs: list[tuple[Chat, Chat]], tokenizer_folder: Path | None, **changes) -> Path:
+    """A token file of pairs, each the chosen chat and the rejected one, of which the last answers are learned."""
+    return write_chats(path, [chat for pair in pairs for chat in pair], tokenizer_folder, True, **changes)

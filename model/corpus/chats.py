@@ -68,10 +68,16 @@ class UnusableChat(Exception):
     """A chat that cannot be used; its argument is a key of CHAT_REASONS."""
 
 
-def parse_chat(raw: bytes | memoryview, escapes: bool = True) -> tuple[Chat | None, str]:
+def parse_chat(
+    raw: bytes | memoryview, escapes: bool = True, read: "Callable[[dict], tuple[str, Chat]] | None" = None
+) -> tuple[Chat | None, str]:
     """(chat, its form) of a line of JSONL, (None, a key of REASONS) for one that is no usable chat.
 
-    White space around contents is cut off. `escapes`: whether the line may hold \\u escapes (`jsonl.holds_escapes`).
+    White space around contents is cut off.
+
+    Args:
+        escapes: whether the line may hold \\u escapes (`jsonl.holds_escapes`).
+        read: reads the line's object; None: `read_chat`.
     """
     value, escapes_left = None, escapes
     if orjson is not None:
@@ -86,7 +92,7 @@ def parse_chat(raw: bytes | memoryview, escapes: bool = True) -> tuple[Chat | No
     if not isinstance(value, dict):
         return None, "not_an_object"
     try:
-        form, chat = read_chat(value)
+        form, chat = (read or read_chat)(value)
     except UnusableChat as error:
         return None, error.args[0]
     if escapes_left:  # only an escape can make a lone surrogate, which is JSON, but no text
@@ -308,6 +314,7 @@ FORMS = {  # name in messages
     "alpaca": "Alpaca's instruction, input, output",
     "minimind_v1": "MiniMind v1's history, q, a",
     "prompt": "prompt and completion",
+    "pairs": "pairs of answers, chosen and rejected",
 }
 FORM_NAMES = list(FORMS)
 FORM_NUMBERS = {name: number for number, name in enumerate(FORM_NAMES)}

@@ -198,6 +198,10 @@ class ChatDocuments:
     def as_jsonl(self, document: Chat) -> dict:
         return as_messages(document)
 
+    def turns(self, document: Chat) -> Chat:
+        """The questions and answers that statistics count."""
+        return document
+
     def encode(self, documents: Sequence[Chat]) -> tuple[Sequence[Chat], Encoded]:
         encoded = self._encode(documents)
         is_long = encoded.lengths > self.max_length

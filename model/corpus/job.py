@@ -26,6 +26,7 @@ from model.corpus.jsonl import parse_line, read_rejects
 from model.corpus.merge import DocumentFile, Merger, RawLines
 from model.corpus.opening import EXPECTED, TXT_DOCUMENTS, Source
 from model.corpus.options import ProcessingOptions
+from model.corpus.pairs import parse_pair
 from model.corpus.part_file import Damaged
 from model.corpus.part_maker import PartOptions
 from model.corpus.parts import lines_of, stream_parts
@@ -192,6 +193,7 @@ class Job:
             "keys": options.deduplicate or options.val_share > 0 or any(s.weight % 1 for s in self.sources),
             "near_duplicates": options.near_duplicates > 0,
             "chats": options.is_chat,
+            "pairs": options.is_pairs,
         }
         if not self.tokenize:
             return PartOptions(encoder=None, **common)
@@ -211,7 +213,8 @@ class Job:
         for _, block, _ in stream_parts(self.sources[0], FIRST_BYTES, self.options.text_field):
             for raw in lines_of(block):
                 if self.options.is_chat:
-                    found = contents_of([parse_chat(raw)[0] or ()])
+                    parse = parse_pair if self.options.is_pairs else parse_chat
+                    found = contents_of([parse(raw)[0] or ()])
                 else:
                     found = [parse_line(raw, self.options.text_field)[0] or ""]
                 texts += filter(None, found)
@@ -292,6 +295,7 @@ class Job:
         if self.chat_format:
             ends = list(self.chat_format.end_ids)
             common["chat"] = {"template_sha256": self.chat_format.sha256, "end_ids": ends}
+            common["chat"] |= {"pairs": True} if self.options.is_pairs else {}
         processing = {"plan": self.plan, "part_bytes": part_bytes}
         summary = {
             "output": self.output.name,
@@ -353,7 +357,8 @@ class Job:
         if self.tokenize:
             self.say(_tokens_text(summary))
         if chats:
-            self.say(f"{counted(summary['documents'], 'chat')}, {counted(chats['turns'], 'answer')}")
+            unit = "pair" if self.options.is_pairs else "chat"
+            self.say(f"{counted(summary['documents'], unit)}, {counted(chats['turns'], 'answer')}")
             if len(chats["forms"]) > 1:
                 self.say(f"forms found, with chats that repeat: {counts_text(chats['forms'])}")
         if validation := summary["validation"]:

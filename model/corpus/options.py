@@ -10,7 +10,7 @@ from model.corpus.opening import TXT_DOCUMENTS
 from model.errors import InputError, shown
 from model.options import check_options, setting
 
-FORMATS = ("auto", "text", "chat")
+FORMATS = ("auto", "text", "chat", "pairs")
 LONG_DOCUMENTS = ("keep", "split", "truncate", "drop")
 
 
@@ -30,7 +30,8 @@ class ProcessingOptions:
     save_interval: int = setting(1000000, "tokens, about, after which a worker's progress is made final", at_least=1)
     format: str = setting(
         "auto",
-        "what the lines are: texts, or chats in any of the common forms; auto: what the first objects are",
+        "what the lines are: texts, chats in any of the common forms, or pairs of answers, chosen and rejected; auto: "
+        "what the first objects are",
         choices=FORMATS,
     )
     text_field: str = setting("text", "key of the text in each JSON object, or the column")
@@ -62,8 +63,13 @@ class ProcessingOptions:
 
     @property
     def is_chat(self) -> bool:
-        """Whether the documents are chats; a job decides what auto is before it asks."""
-        return self.format == "chat"
+        """Whether the documents are chats, or pairs of them; a job decides what auto is before it asks."""
+        return self.format in ("chat", "pairs")
+
+    @property
+    def is_pairs(self) -> bool:
+        """Whether the documents are pairs of answers."""
+        return self.format == "pairs"
 
     def __post_init__(self) -> None:
         problems = check_options(self)
@@ -71,6 +77,8 @@ class ProcessingOptions:
             problems.append(f"max_length: {self.max_length} is too short to shorten documents to; at least 8 expected")
         if not problems and self.is_chat and self.long_documents == "split":
             problems.append("long_documents: chats cannot be split; truncate drops their oldest turns")
+        if not problems and self.is_pairs and self.long_documents == "truncate":
+            problems.append("long_documents: pairs of answers cannot be truncated; keep or drop them")
         try:
             if not isinstance(self.cleaning, CleaningOptions):
                 raise InputError(f"cleaning: {shown(self.cleaning)} found, CleaningOptions expected")

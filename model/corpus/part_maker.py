@@ -18,6 +18,7 @@ from model.corpus.documents import LEARNED, ChatDocuments, Documents, Encoded, T
 from model.corpus.jsonl import holds_escapes
 from model.corpus.lost_text import LossCounter
 from model.corpus.near_duplicates import signatures
+from model.corpus.pair_documents import PairDocuments
 from model.corpus.part_file import DOCUMENT, PartColumns, write_part
 from model.corpus.parts import Block, line_offsets, lines_of
 from model.text.chat_ids import ChatFormat
@@ -38,6 +39,7 @@ class PartOptions:
         keys: whether to hash the texts.
         near_duplicates: whether to make MinHash signatures.
         chats: whether the lines are chats, in which `text_field` and `delimiters` play no role.
+        pairs: whether they are pairs of chats that differ in their last answer.
         chat_format: how the tokenizer writes chats; None: the payload is cleaned JSONL.
     """
 
@@ -52,6 +54,7 @@ class PartOptions:
     keys: bool = True
     near_duplicates: bool = False
     chats: bool = False
+    pairs: bool = False
     chat_format: ChatFormat | None = None
 
 
@@ -66,7 +69,8 @@ class PartMaker:
         limits = options.max_length, options.long_documents
         self.documents: Documents
         if options.chats:
-            self.documents = ChatDocuments(self.encoder, options.chat_format, *limits)
+            kind = PairDocuments if options.pairs else ChatDocuments
+            self.documents = kind(self.encoder, options.chat_format, *limits)
         else:
             about = options.text_field, self.encoder, options.delimiters, options.dtype
             self.documents = TextDocuments(*about, *limits)
@@ -132,7 +136,7 @@ class PartMaker:
         if self.options.near_duplicates:
             columns.signatures.append(signatures([text for text, keep in zip(texts, kept, strict=True) if keep]))
         if self.options.chats:
-            chats = [chat for chat, keep in zip(documents, kept, strict=True) if keep]
+            chats = [kind.turns(document) for document, keep in zip(documents, kept, strict=True) if keep]
             rows, characters = chat_table(chats, None if encoded.learned is None else encoded.learned[kept])
             columns.chats.append(rows)
             columns.turn_characters.append(characters)

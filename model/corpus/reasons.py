@@ -2,6 +2,7 @@
 
 from model.corpus.chats import CHAT_REASONS
 from model.corpus.cleaning import FILTER_REASONS
+from model.corpus.pairs import PAIR_REASONS
 
 REASONS = {  # parts name them by their place: new ones go to the end
     "bad_utf8": "not UTF-8, or a text with a lone surrogate, which UTF-8 cannot hold",
@@ -16,6 +17,7 @@ REASONS = {  # parts name them by their place: new ones go to the end
     "near_duplicate": "nearly the text, or the chat, of an earlier line (near_duplicates)",
     "not_sampled": "a source of a weight below 1: the line was not among those taken",
     **CHAT_REASONS,
+    **PAIR_REASONS,
 }
 # Reasons that lie in the text or the chat: the line itself was read.
 TEXT_REASONS = {
@@ -26,6 +28,7 @@ TEXT_REASONS = {
     "near_duplicate",
     "not_sampled",
     *CHAT_REASONS,
+    *PAIR_REASONS,
 }
 TEXT_REASONS -= {"no_chat", "bad_message"}
 NAMES = list(REASONS)

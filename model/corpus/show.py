@@ -42,6 +42,7 @@ def shown_documents(
     for number, (start, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True), start=1):
         flags = learned[start:end] if manifest.chat else np.zeros(end - start, dtype=bool)
         said = f", {int(flags.sum()):,} learned" if manifest.chat else ""
+        said += f", {('rejected', 'chosen')[number % 2]}" if manifest.chat.get("pairs") else ""
         shown = slice(start, min(end, start + MOST_TOKENS))
         in_colours = coloured and bool(manifest.chat)
         text = _text(tokenizer, tokens[shown].tolist(), flags[:MOST_TOKENS].astype(bool).tolist(), in_colours)

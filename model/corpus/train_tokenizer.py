@@ -18,6 +18,7 @@ from model.corpus.inspection import EXAMPLES, describe_lines, nothing_read
 from model.corpus.jsonl import parse_line
 from model.corpus.opening import EXPECTED, Source
 from model.corpus.options import ProcessingOptions
+from model.corpus.pairs import parse_pair
 from model.corpus.parts import line_offsets, lines_of, stream_parts
 from model.corpus.recognition import recognise_format
 from model.corpus.sources import find_sources
@@ -48,6 +49,7 @@ class TrainingText:
     sources: Sequence[Source]
     text_field: str = "text"
     chats: bool = False  # the sources hold chats, whose contents are the texts
+    pairs: bool = False  # and these are pairs of answers
     documents: int = 0
     characters: int = 0
     rejected: Counter = field(default_factory=Counter)  # bad lines by reason (reasons.REASONS)
@@ -79,7 +81,7 @@ class TrainingText:
         """(text, None) of a line, or (None, why it has none)."""
         if not self.chats:
             return parse_line(raw, self.text_field)
-        chat, form_or_reason = parse_chat(raw)
+        chat, form_or_reason = (parse_pair if self.pairs else parse_chat)(raw)
         return (None, form_or_reason) if chat is None else ("\n".join(contents_of([chat])), None)
 
     def what_was_rejected(self) -> str:
@@ -156,7 +158,7 @@ def train_tokenizer(
         max_token_length=TOKEN_BYTES_BELOW,  # the trainer excludes this length too
         show_progress=False,
     )
-    text = TrainingText(sources, text_field, options.is_chat)
+    text = TrainingText(sources, text_field, options.is_chat, options.is_pairs)
     # No merge is learnt across a digit, so digits stay single even without the Digits step when encoding. With it,
     # llama.cpp and fastokens would not recognise GPT-2's plain split, and fastokens would be slower.
     tokenizer.train_from_iterator(text, trainer)

@@ -15,6 +15,7 @@ from model.text.tokenization import EMBEDDED_TOKENIZER, tokenizer_folder
 from model.text.tokenizer_folder import same_tokenizer
 from model.token_file.manifest import read_manifest
 from model.training.choices import FoundCheckpoint
+from model.training.reference import weights_sha256
 from model.training.settings import ADAPTERS_NEED_WEIGHTS, ModelSettings, Settings, TrainingSettings
 from model.weights import Weights, load_weights
 from model.weights.find import find_weights
@@ -99,6 +100,28 @@ def _load_initial(settings: Settings, say: Callable[[str], None]) -> dict[str, T
             " others have to be learned"
         )
     return weights.state_dict
+
+
+def load_reference(training: TrainingSettings, sha256: str, say: Callable[[str], None]) -> dict[str, Tensor]:
+    """The weights of `init_from` for a resumed run whose reference file is gone.
+
+    Args:
+        sha256: of these weights, as the run recorded it.
+
+    Raises:
+        InputError: they are not there, or are others.
+    """
+    lost = "the reference file of this run is missing beside the token file, and computing it again needs init_from"
+    if training.init_from is None:
+        raise InputError(f"{lost}: give the weights that the run began with")
+    _take_moved_source(training, say)
+    weights = load_weights(find_weights(training.init_from)[0]).state_dict
+    if (found := weights_sha256(weights)) != sha256:
+        raise InputError(
+            f"{lost}, but {training.init_from} holds other weights than the run began with (sha256 {sha256[:12]}… then,"
+            f" {found[:12]}… now); give those"
+        )
+    return weights
 
 
 def _folder_of(weights: Weights) -> str | None:

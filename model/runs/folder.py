@@ -21,8 +21,8 @@ TIME_FORMAT = "%Y%m%dT%H%M%S"
 STARTED = "# started "  # the first line of out/config.yaml
 CHECKPOINTS = ("checkpoint_step_*.pth", INTERRUPTED)
 RESULTS = (
-    "pretrain_*.pth", "pretrain_*.json", "sft_*.pth", "sft_*.json", "best_model.pth", "best_model.json",
-    "metrics.jsonl", "curves.png", "wandb_run.json", "status.json",
+    "pretrain_*.pth", "pretrain_*.json", "sft_*.pth", "sft_*.json", "dpo_*.pth", "dpo_*.json",
+    "best_model.pth", "best_model.json", "metrics.jsonl", "curves.png", "wandb_run.json", "status.json",
 )  # fmt: skip
 
 

@@ -142,6 +142,10 @@ def draw_curves(events: list[dict], path: Path) -> None:
         bits.plot(*texts, label="texts mixed in", marker="o", markersize=3, color="tab:purple")
         bits.legend()
     bits.set(title="Validation, bits per byte")
+    if (pairs := series("val_accuracy"))[0]:
+        bits.plot(*pairs, label="chosen above rejected", marker="o", markersize=3, color="tab:orange")
+        bits.set(title="Validation, share of pairs with the chosen answer above", ylim=(0, 1.05))
+        loss.set(title="Loss (nats per pair)")
     rate.plot(*series("lr"), color="tab:green")
     rate.set(title="Learning rate")
     speed.plot(*series("tokens_per_second"), color="tab:red", linewidth=1)

@@ -2,6 +2,9 @@
 
 Learned are the answers with the token that ends each. Whole chats are packed into samples; one that is longer than a
 sample, or in which nothing is learned, is left out.
+
+Of pairs (`chat.pairs` in the manifest), every two chats are the chosen and the rejected answer to one question. They
+stay together: both are in one sample, or both are left out.
 """
 
 import hashlib
@@ -21,14 +24,16 @@ AGAIN = "make the file again with optimized_data_processing.py"
 
 @dataclass
 class Chats:
-    """The chats of a token file that training can use.
+    """The chats of a token file that training can use. Its unit is a chat, or a pair of two.
 
     Attributes:
         learned: uint8 [tokens of the file], 1 where a token is learned; a memory map.
         begins, lengths: int64 [chats], in tokens, ascending.
         targets: int64 [chats], learned tokens.
         answers: int64 [chats], learned tokens that end an answer.
-        too_long, unlearned: chats that are left out: longer than a sample, or without a learned token.
+        too_long, unlearned: units that are left out: longer than a sample, or without a learned token.
+        numbers: int64 [chats], their places among the documents of the file.
+        are_pairs: whether chats 2k and 2k + 1 are a pair, the chosen answer and then the rejected one.
     """
 
     learned: np.ndarray
@@ -38,21 +43,40 @@ class Chats:
     answers: np.ndarray
     too_long: int
     unlearned: int
+    numbers: np.ndarray
+    are_pairs: bool = False
 
     def __len__(self) -> int:
-        return len(self.begins)
+        """The units: chats, or pairs of them."""
+        return len(self.begins) // self._chats_of_a_unit
 
-    def pack(self, seq_len: int, chats: np.ndarray | None = None) -> Packing:
-        """Pack chats into samples of at most `seq_len + 1` tokens, in the order of the file.
+    @property
+    def _chats_of_a_unit(self) -> int:
+        return 2 if self.are_pairs else 1
+
+    def pack(self, seq_len: int, units: np.ndarray | None = None) -> Packing:
+        """Pack units into samples of at most `seq_len + 1` tokens, in the order of the file; each chat is a run.
 
         Args:
-            chats: which of them, int64, ascending; None: all.
+            units: which of them, int64, ascending; None: all.
         """
-        chats = np.arange(len(self)) if chats is None else chats
-        packing = pack_whole(self.begins[chats], self.lengths[chats], seq_len)
-        targets = self.targets[np.searchsorted(self.begins, packing.starts)]
-        packing.targets = np.add.reduceat(targets, packing.first[:-1]) if len(chats) else packing.targets
+        units, count = np.arange(len(self)) if units is None else units, self._chats_of_a_unit
+        lengths = self.lengths.reshape(-1, count)[units]
+        packing = pack_whole(self.begins[::count][units], lengths.sum(axis=1), seq_len)
+        chats = self.find(packing.starts)[:, None] + np.arange(count)  # [units, count], in the order of the samples
+        chats = chats.reshape(-1)
+        packing = Packing(self.begins[chats], self.lengths[chats], count * packing.first, packing.targets)
+        if len(units):
+            packing.targets = np.add.reduceat(self.targets[chats], packing.first[:-1])
         return packing
+
+    def find(self, begins: np.ndarray) -> np.ndarray:
+        """The chats that begin at these tokens, int64."""
+        return np.searchsorted(self.begins, begins)
+
+    def chosen(self, units: np.ndarray) -> np.ndarray:
+        """The chats of these units, int64; of pairs those with the chosen answer."""
+        return units * self._chats_of_a_unit
 
     def turns(self, tokens: np.ndarray, chats: np.ndarray) -> list[tuple[list[int], list[int]]]:
         """Of each answer in some chats: the ids up to where it begins, and its own, the end included.
@@ -87,14 +111,15 @@ def read_chats(path: Path, manifest: Manifest, tokens: np.ndarray, seq_len: int)
     learned = _read_beside(learn_path(path), "u1", len(tokens), "tokens")
     begins = np.append(0, ends[:-1])
     targets, answers = _count_learned(learned, tokens, begins, ends, manifest.chat["end_ids"])
-    lengths = ends - begins
-    fits, learns = lengths <= seq_len + 1, targets > 0
+    lengths, are_pairs = ends - begins, bool(manifest.chat.get("pairs"))
+    together = lengths.reshape(-1, 2).sum(axis=1) if are_pairs else lengths  # of a unit
+    fits, learns = together <= seq_len + 1, (targets.reshape(len(together), -1) > 0).all(axis=1)
     if not fits.any():
         raise InputError(
-            f"{path}: none of its {len(ends):,} chats fits a sample of max_seq_len + 1 = {seq_len + 1} tokens (the"
-            f" shortest has {lengths.min():,}); raise max_seq_len"
+            f"{path}: none of its {len(fits):,} {'pairs' if are_pairs else 'chats'} fits a sample of max_seq_len + 1 ="
+            f" {seq_len + 1} tokens (the shortest has {together.min():,}); raise max_seq_len"
         )
-    kept = fits & learns
+    kept = np.repeat(fits & learns, len(lengths) // len(fits))
     if not answers[kept].any():
         names = ", ".join(map(str, manifest.chat["end_ids"]))
         raise InputError(
@@ -102,7 +127,8 @@ def read_chats(path: Path, manifest: Manifest, tokens: np.ndarray, seq_len: int)
             f" learn to stop; {AGAIN}"
         )
     parts = (begins[kept], lengths[kept], targets[kept], answers[kept])
-    return Chats(learned, *parts, too_long=int((~fits).sum()), unlearned=int((fits & ~learns).sum()))
+    too_long, unlearned = int((~fits).sum()), int((fits & ~learns).sum())
+    return Chats(learned, *parts, too_long, unlearned, np.flatnonzero(kept), are_pairs)
 
 
 def _read_beside(path: Path, dtype: str, count: int, what: str) -> np.ndarray:

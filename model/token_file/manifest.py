@@ -33,7 +33,8 @@ class Manifest:
     processing: dict = field(default_factory=dict)  # options and statistics of optimized_data_processing.py
     format_version: int = FORMAT_VERSION
     # Of chats: learn_sha256 (hex, of X.learn), learned (tokens), turns (answers), template_sha256 (hex), and end_ids
-    # (that end an answer, ascending). Empty: texts.
+    # (that end an answer, ascending); and pairs, true where every two documents are a pair of answers to one question,
+    # the chosen and the rejected one. Empty: texts.
     chat: dict = field(default_factory=dict)
 
 
@@ -110,6 +111,8 @@ def manifest_problems(values: dict) -> list[str]:
             problems.append(f"{name} is {values[name]}, expected an id below vocab_size {values['vocab_size']}")
     if not problems and values["chat"]:
         problems += _chat_problems(values["chat"], values["vocab_size"])
+        if values["chat"].get("pairs") and values["documents"] % 2:
+            problems.append(f"documents is {values['documents']}, expected an even number, since they are pairs")
     return problems
 
 
@@ -124,6 +127,8 @@ def _chat_problems(chat: dict, vocab_size: int) -> list[str]:
     ends = chat.get("end_ids")
     if not problems and not all(type(index) is int and 0 <= index < vocab_size for index in ends):
         problems.append(f"chat.end_ids is {shown(ends)}, expected ids below vocab_size {vocab_size}")
+    if chat.get("pairs", True) is not True:
+        problems.append(f"chat.pairs is {shown(chat['pairs'])}, expected true, or none")
     return problems
 
 

@@ -15,6 +15,7 @@ from model.training.memory import free_memory, rows_that_fit
 from model.training.optimizer import optimizer_bytes
 from model.training.recipe import (
     ADAPTERS_TIMES,
+    PREFERENCE_SHARE,
     TUNING_SHARE,
     automatic_batch_size,
     automatic_learning_rate,
@@ -151,25 +152,26 @@ class Choices:
             f"{batch_text(rows, t.accumulation_steps, processes.world_size)} x {length} tokens, {why}; {memory}",
         )
 
-    def settle_learning_rate(self, parameters: int, tokens_per_step: int, is_tuning: bool) -> None:
+    def settle_learning_rate(self, parameters: int, tokens_per_step: int, data: TrainingData) -> None:
         """Settle learning_rate.
 
         Args:
             parameters: of the model, adapters not counted.
-            is_tuning: weights of `init_from` are tuned on chats.
+            data: chats tune weights of `init_from`, at a lower rate; pairs at a still lower one.
 
         Raises:
             InputError: min_lr is above it.
         """
         t, adapters = self.training, self.training.lora_rank > 0
         why = f"{t.optimizer_type}, {parameters:,} parameters, {tokens_per_step:,} tokens per step"
-        if adapters:
-            why += f"; {TUNING_SHARE * ADAPTERS_TIMES:g} times the rate of pre-training, for LoRA's adapters"
-        elif is_tuning:
-            why += f"; {TUNING_SHARE:g} of the rate of pre-training, to tune on chats"
+        share = 1.0
+        if adapters or (data.is_chat and t.init_from is not None):
+            share = (PREFERENCE_SHARE if data.is_pairs else TUNING_SHARE) * (ADAPTERS_TIMES if adapters else 1)
+            tuning = f"of the rate of pre-training, to tune on {'pairs' if data.is_pairs else 'chats'}"
+            why += f"; {share:g} " + ("times the rate of pre-training, for LoRA's adapters" if adapters else tuning)
         self._settle(
             "learning_rate",
-            lambda: (automatic_learning_rate(t.optimizer_type, parameters, tokens_per_step, is_tuning, adapters), why),
+            lambda: (automatic_learning_rate(t.optimizer_type, parameters, tokens_per_step, share), why),
         )
         if t.min_lr is not None and t.min_lr > t.learning_rate:
             raise InputError(f"min_lr: {t.min_lr} is above learning_rate {t.learning_rate:g} (auto)")

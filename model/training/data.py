@@ -58,19 +58,28 @@ def chats_text(dataset: PretrainDataset) -> str:
     chats, packing = dataset.chats, dataset.packing
     tokens, learned = int(chats.lengths.sum()), int(chats.targets.sum())
     most = dataset.seq_len + 1
+    truncates = f"optimized_data_processing.py --long_documents truncate --max_length {most}"
+    remedy = f" ({truncates} drops their oldest turns instead)"
     left_out = {
-        f"longer than max_seq_len + 1 = {most} tokens (optimized_data_processing.py --long_documents truncate"
-        f" --max_length {most} drops their oldest turns instead)": chats.too_long,
+        f"longer than max_seq_len + 1 = {most} tokens{' together' if chats.are_pairs else remedy}": chats.too_long,
         "without a learned token": chats.unlearned,
     }
     named = [f"{count:,} {why}" for why, count in left_out.items() if count]
+    unit = counted(len(chats), "pair" if chats.are_pairs else "chat")
     empty = 1 - packing.tokens.mean() / dataset.seq_len
     return (
-        f"{counted(len(chats), 'chat')} with {counted(int(chats.answers.sum()), 'answer')}; {learned:,} of {tokens:,}"
+        f"{unit} with {counted(int(chats.answers.sum()), 'answer')}; {learned:,} of {tokens:,}"
         f" tokens are learned ({learned / tokens:.1%}); packed whole into {counted(len(dataset), 'sample')},"
         f" {empty:.1%} of them padding, and hidden from each other, whatever document_mask is; left out:"
         f" {' and '.join(named) or 'none'}"
     )
+
+
+def _kind(dataset: PretrainDataset) -> str:
+    """What a token file holds: texts, chats or pairs."""
+    if dataset.chats is None:
+        return "texts"
+    return "pairs" if dataset.chats.are_pairs else "chats"
 
 
 class TrainingData:
@@ -136,6 +145,11 @@ class TrainingData:
         """Whether the training data are chats."""
         return bool(self.chat)
 
+    @property
+    def is_pairs(self) -> bool:
+        """Whether the training data are pairs of answers."""
+        return _kind(self._trained) == "pairs"
+
     def _chat(self, path: str, dataset: PretrainDataset) -> dict:
         """What weights record of the chats that they learn.
 
@@ -152,7 +166,7 @@ class TrainingData:
         return {"template": self._template, "template_sha256": found, "end_ids": end_ids}
 
     def _check_same_kind(self, train_path: str, val_path: str) -> None:
-        kinds = ["chats" if data.chats is not None else "texts" for data in (self.train, self.val)]
+        kinds = [_kind(data) for data in (self.train, self.val)]
         if kinds[0] != kinds[1]:
             raise InputError(
                 f"val_data_path: {val_path} holds {kinds[1]}, train_data_path {train_path} holds {kinds[0]}; give a"
@@ -167,14 +181,15 @@ class TrainingData:
         Raises:
             InputError: the one are no texts, or the other no chats.
         """
-        if not self.is_chat:
+        if (kind := _kind(self.train)) != "chats":
             raise InputError(
-                f"mix_data_path: texts are mixed into chats, but train_data_path {data.train_data_path} holds texts;"
+                f"mix_data_path: texts are mixed into chats, but train_data_path {data.train_data_path} holds {kind};"
                 " omit mix_data_path"
             )
         self.texts, self.mix_share = self._open(data.mix_data_path, say, "mix_data_path"), data.mix_share
         if self.texts.chats is not None:
-            raise InputError(f"mix_data_path: {data.mix_data_path} holds chats, a token file of texts expected")
+            found = f"{data.mix_data_path} holds {_kind(self.texts)}"
+            raise InputError(f"mix_data_path: {found}, a token file of texts expected")
         texts, self.held_out_texts = self.texts.hold_out()
         most = MOST_HELD_OUT_TEXTS
         self.held_out_texts = self.held_out_texts[:: -(-len(self.held_out_texts) // most) or 1]
@@ -193,11 +208,11 @@ class TrainingData:
             held_out, of_all = len(self.val_samples), f"{len(self.train):,} samples"
         elif len(self.val_samples) == 0:
             return (
-                f"val_data_path is null, and fewer than 100 chats are too few to hold some of them out: all"
-                f" {len(self.train.chats):,} are trained on, and nothing is validated"
+                f"val_data_path is null, and fewer than 100 {_kind(self.train)} are too few to hold some of them out:"
+                f" all {len(self.train.chats):,} are trained on, and nothing is validated"
             )
         else:
-            held_out, of_all = len(self.train.held_out_chats), f"{len(self.train.chats):,} chats"
+            held_out, of_all = len(self.train.held_out_chats), f"{len(self.train.chats):,} {_kind(self.train)}"
         return f"val_data_path is null: {held_out:,} of {of_all} are held out for validation and not trained on"
 
     def agree(self, decided: Callable[[Callable[[], tuple[dict, dict]]], tuple[dict, dict]]) -> None:
@@ -245,12 +260,12 @@ class TrainingData:
         """Of answers in the validation chats: the ids up to where each begins, and its own, the end included.
 
         Args:
-            most: chats, spread evenly.
+            most: chats, spread evenly; of pairs those with the chosen answer.
         """
         chats = np.arange(len(self.val.chats)) if self.val is not self._trained else self.val.held_out_chats
         if len(chats) > most:
             chats = chats[np.linspace(0, len(chats) - 1, most).astype(np.int64)]
-        return self.val.chats.turns(self.val.tokens, chats)
+        return self.val.chats.turns(self.val.tokens, self.val.chats.chosen(chats))
 
     def spread_validation(self, most: int | None) -> np.ndarray:
         """The samples to validate on: all, or `most` of them, spread evenly; int64."""

@@ -162,7 +162,7 @@ def plan_run(
     tokens_per_step = order.rows_per_step * config.max_seq_len
     trained = sum(parameter.numel() for parameter in trained_parameters(model).values())
     parameters = model.parameter_count() - (trained if t.lora_rank else 0)
-    choices.settle_learning_rate(parameters, tokens_per_step, data.is_chat and t.init_from is not None)
+    choices.settle_learning_rate(parameters, tokens_per_step, data)
     pace = {"rows_per_step": order.rows_per_step, "epochs": t.epochs, "max_steps": t.max_steps}
     if checkpoint is not None and checkpoint["pace"] == pace:
         total_steps = checkpoint["total_steps"]

@@ -1,6 +1,7 @@
 """Where a run is: what each step did, and what all of them add up to. Checkpoints hold it."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from model.training.divergence import remember
@@ -12,8 +13,9 @@ class StepResult:
 
     samples: int  # read by all ranks
     read: int  # tokens of them
-    tokens: int  # predicted
-    loss: float  # nats per token
+    terms: int  # of the loss: predicted tokens, or pairs
+    loss: float  # mean of the terms: nats per token
+    measured: Mapping[str, float]  # what the objective measures beside the loss
     grad_norm: float  # before clipping
     lr: float
     fault: str | None  # why the weights were not updated; None: they were
@@ -34,8 +36,8 @@ class Progress:
     skipped_in_a_row: int = 0  # those since the last step taken, without float16's overflows
     overflows_in_a_row: int = 0  # float16's overflows since the last step taken
     recent_losses: list[float] = field(default_factory=list)  # nats per token, to detect a spike
-    window_loss: float = 0.0  # summed over the tokens since the last log line
-    window_tokens: int = 0
+    window_loss: float = 0.0  # summed over the terms since the last log line
+    window_tokens: int = 0  # these terms
     seconds: float = 0.0  # spent training, over all sessions
 
     def count_step(self, result: StepResult) -> None:
@@ -49,11 +51,11 @@ class Progress:
         self.step += 1
         self.skipped_in_a_row = self.overflows_in_a_row = 0
         remember(self.recent_losses, result.loss)
-        self.window_loss += result.loss * result.tokens
-        self.window_tokens += result.tokens
+        self.window_loss += result.loss * result.terms
+        self.window_tokens += result.terms
 
     def take_loss(self) -> float:
-        """The mean loss since the last call, in nats per token; the next call starts here."""
+        """The mean loss since the last call; the next call starts here."""
         loss = self.window_loss / self.window_tokens
         self.window_loss, self.window_tokens = 0.0, 0
         return loss

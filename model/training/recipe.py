@@ -29,12 +29,11 @@ WARMUP_SHARE = 0.05  # of all steps
 COMPILE_PAYS_AFTER = {"cpu": 900.0, "cuda": 180.0}
 TUNING_SHARE = 0.3  # of the rate of pre-training, for weights that learn to answer
 ADAPTERS_TIMES = 10.0  # the rate of tuning, for LoRA's adapters (Schulman et al., 2025: "LoRA Without Regret")
+PREFERENCE_SHARE = 0.01  # and for a model that answers already and learns which answers are preferred
 USUAL_SHARE = 0.4  # of the matrix products' peak that training reaches, until it is measured
 
 
-def automatic_learning_rate(
-    optimizer_type: str, parameters: int, tokens_per_step: int, is_tuning: bool = False, adapters: bool = False
-) -> float:
+def automatic_learning_rate(optimizer_type: str, parameters: int, tokens_per_step: int, share: float = 1.0) -> float:
     """The highest learning rate: the rate that was best for a small model, by optimizer, scaled to this model.
 
     It grows with the square root of the tokens per step, as gradients get less noisy (Malladi et al., 2022), by a
@@ -45,8 +44,7 @@ def automatic_learning_rate(
         optimizer_type: as in the settings.
         parameters: of the model, tied ones once.
         tokens_per_step: over all micro-batches and processes.
-        is_tuning: pre-trained weights are tuned on chats, with TUNING_SHARE of that rate.
-        adapters: and only adapters are trained, with ADAPTERS_TIMES the rate of tuning.
+        share: of that rate that is taken, as TUNING_SHARE.
 
     Raises:
         InputError: no such rate is known for the optimizer.
@@ -57,8 +55,7 @@ def automatic_learning_rate(
     if base_rate is None:
         raise InputError(f"learning_rate: auto found, but {optimizer_type} has no automatic rate; give a number")
     rate = base_rate * min(MOST_SCALING, max(1 / MOST_SCALING, by_batch)) * by_size
-    rate *= TUNING_SHARE if is_tuning or adapters else 1
-    rate *= ADAPTERS_TIMES if adapters else 1
+    rate *= share
     return float(f"{rate:.2g}")  # two digits: more of them make no difference
 
 

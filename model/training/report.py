@@ -60,6 +60,15 @@ def text_line(measured: dict) -> str:
     return f"{measured['text_bits_per_byte']:.4f} bits per byte of held-out texts of mix_data_path"
 
 
+def preference_line(measured: dict) -> str:
+    """How well pairs of answers are told apart, and how probable the chosen ones are."""
+    return (
+        f"{measured['val_accuracy']:.1%} of the chosen answers above the rejected ones, margin"
+        f" {measured['val_margin']:.3f}; a chosen answer's log-probability is"
+        f" {measured['val_chosen_log_probability']:.2f}, {measured['val_chosen_log_probability_per_token']:.3f} a token"
+    )
+
+
 def evaluation_lines(progress: Progress, measured: dict, is_chat: bool) -> list[str]:
     """What an evaluation measured.
 
@@ -67,11 +76,14 @@ def evaluation_lines(progress: Progress, measured: dict, is_chat: bool) -> list[
         progress: which has counted this evaluation.
         measured: as metrics.jsonl has it.
     """
-    of_answers = " of the answers" if is_chat else ""
     is_best = progress.evaluations_without_gain == 0
     best = ", the best so far" if is_best else f" (best: {progress.best_val_loss:.4f})"
-    line = f"step {progress.step:,}: validation loss {measured['val_loss']:.4f}, {measured['bits_per_byte']:.4f}"
-    lines = [f"{line} bits per byte{of_answers}{best}"]
+    line = f"step {progress.step:,}: validation loss {measured['val_loss']:.4f}"
+    if "bits_per_byte" in measured:
+        line += f", {measured['bits_per_byte']:.4f} bits per byte{' of the answers' if is_chat else ''}"
+    lines = [line + best]
+    if "val_accuracy" in measured:
+        lines.append(f"    {preference_line(measured)}")
     if "text_bits_per_byte" in measured:
         lines.append(f"    {text_line(measured)}")
     return lines
@@ -88,7 +100,7 @@ def step_metrics(
         "tokens_per_second": round(tokens_per_second, 1),
         "mfu": round(tokens_per_second * plan.flops_per_token / plan.peak_flops, 4),
         "skipped_steps": progress.skipped_steps,
-    }
+    } | dict(result.measured)
 
 
 def bar_text(seconds_left: float | None, loss: float, tokens_per_second: float) -> str:

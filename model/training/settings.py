@@ -131,6 +131,9 @@ class TrainingSettings:
         0, "LoRA: train low-rank adapters of this rank, and not init_from's weights; 0: off", at_least=0, at_most=2**16
     )
     lora_alpha: float = setting(16.0, "the adapters count lora_alpha / lora_rank times", above=0, at_most=1e6)
+    dpo_beta: float = setting(
+        0.1, "of pairs of answers: how strongly the model is held to what init_from answers", above=0, at_most=100
+    )
     resume: bool = setting(False, "resume from the newest whole checkpoint in out_dir")
     resume_from: str | None = setting(None, "resume from this checkpoint", path=True)
     out_dir: str = setting("out", "folder for checkpoints, metrics and curves", path=True)

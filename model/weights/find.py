@@ -6,7 +6,7 @@ from model.errors import InputError
 from model.weights.formats import FORMATS
 
 OUT_DIR = Path("out")  # where training writes by default
-FINAL = ("pretrain_*.pth", "sft_*.pth")  # of pre-training, of tuning on chats
+FINAL = ("pretrain_*.pth", "sft_*.pth", "dpo_*.pth")  # of pre-training, of tuning on chats, on pairs of answers
 BEST, CHECKPOINTS = ("best_model.pth",), ("checkpoint_*.pth",)
 PREVIOUS = "previous"  # the folder within a run's folder that keeps what earlier runs left
 NAMED = 5  # files that a message lists at most

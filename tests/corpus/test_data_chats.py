@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 import model.corpus.chats
 from model.corpus.chats import CHAT_REASONS, KEYS, UNLEARNED, parse_chat
+from model.corpus.pairs import PAIR_REASONS
 from model.corpus.reasons import REASONS
 from model.corpus.show import shown_documents
 from model.corpus.train_tokenizer import train_tokenizer
@@ -333,7 +334,7 @@ def test_reasons_of_half_made_jobs_keep_their_numbers():
         "few_han",
     ]
     texts += ["repetitive", "over_max_length", "duplicate", "near_duplicate", "not_sampled"]
-    assert list(REASONS) == [*texts, *CHAT_REASONS]
+    assert list(REASONS) == [*texts, *CHAT_REASONS, *PAIR_REASONS]
 
 
 NAMES = [*KEYS, "weight", "role", "content", "from", "value", "type", "text", "tool_calls"]

@@ -74,7 +74,7 @@ def test_a_run_leaves_weights_checkpoints_metrics_curves_and_its_settings(flags,
 @pytest.mark.long
 def test_bits_per_byte_is_the_loss_over_the_bytes_of_the_text(flags):
     trainer = train(flags(max_steps=1, eval_steps=None))
-    val_loss, bits_per_byte = trainer.evaluate()
+    val_loss, bits_per_byte = trainer.evaluate().values()
     tokenizer = load_tokenizer(trainer.settings.data.tokenizer_path)
     inputs, targets = trainer.data.val.batch(trainer.data.val_samples, rows=len(trainer.data.val_samples))
     characters = tokenizer.convert_ids_to_tokens(targets[targets > 2].tolist())  # one character a byte
@@ -120,7 +120,7 @@ def test_with_samples_from_documents_an_epoch_predicts_all_but_the_first_token_o
     assert [event["tokens"] for event in events(tmp_path / "out")][-1] == 2 * in_epoch
     assert data.count_targets(train_samples) == in_epoch
 
-    loss = trainer.evaluate()[0]  # on the held-out samples, each document alone
+    loss = trainer.evaluate()["val_loss"]  # on the held-out samples, each document alone
     total, rows = 0.0, data.batch(held_out, rows=len(held_out))
     trainer.model.eval()
     for inputs, targets in zip(*rows, strict=True):
@@ -257,7 +257,7 @@ def test_early_stopping_after_patience_evaluations_without_gain(flags, tmp_path)
     assert min(evaluated[:-2]) <= min(evaluated[-2:]) and len(evaluated) < 100
     best = load_torch(tmp_path / "out" / "best_model.pth")
     trainer.model.load_state_dict(best)
-    assert trainer.evaluate()[0] == pytest.approx(min(evaluated), abs=1e-6)
+    assert trainer.evaluate()["val_loss"] == pytest.approx(min(evaluated), abs=1e-6)
 
 
 @pytest.mark.long
