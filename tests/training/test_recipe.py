@@ -12,6 +12,8 @@ from model.training.memory import free_memory, rows_that_fit, saved_bytes
 from model.training.optimizer import OPTIMIZERS
 from model.training.plan import plan_run
 from model.training.recipe import (
+    ADAPTERS_TIMES,
+    TUNING_SHARE,
     automatic_batch_size,
     automatic_learning_rate,
     automatic_tokens_per_step,
@@ -37,7 +39,8 @@ def test_the_rate_grows_with_the_batch_and_falls_with_the_model(optimizer_type):
     assert rate(48_000_000, 2048) == pytest.approx(rate(3_000_000, 2048) / 4, rel=0.05)
     assert rate(3_000_000, 2**30) == pytest.approx(4 * rate(3_000_000, 2048), rel=0.05)
     assert rate(3_000_000, 1) == pytest.approx(rate(3_000_000, 2048) / 4, rel=0.05)
-    tuning, adapting = (automatic_learning_rate(optimizer_type, 3_000_000, 2048, True, lora) for lora in (False, True))
+    shares = (TUNING_SHARE, TUNING_SHARE * ADAPTERS_TIMES)
+    tuning, adapting = (automatic_learning_rate(optimizer_type, 3_000_000, 2048, share) for share in shares)
     assert (0.3 * rate(3_000_000, 2048), 10 * tuning) == pytest.approx((tuning, adapting), rel=0.05)
 
 
