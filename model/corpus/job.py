@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from model.corpus.bulk_encoder import CHECKED_CHARACTERS, choose_encoder
-from model.corpus.chats import contents_of, parse_chat
+from model.corpus.chats import FORMS, contents_of, parse_chat
 from model.corpus.finished import (
     Records,
     check_finished,
@@ -363,7 +363,10 @@ class Job:
                 self.say(f"forms found, with chats that repeat: {counts_text(chats['forms'])}")
         if validation := summary["validation"]:
             tokens = f", {counted(validation['tokens'], 'token')}" if self.tokenize else ""
-            self.say(f"for validation: {counted(validation['documents'], 'document')}{tokens}")
+            count, unit = validation["documents"], "document"
+            if self.tokenize and self.options.is_pairs:  # two documents each
+                count, unit = count // 2, "pair"
+            self.say(f"for validation: {counted(count, unit)}{tokens}")
         self._warn_of_losses(summary)
         self._warn_of_rejects(summary, rejects)
         self.say(f"wrote {self.output} in {seconds:.1f} s ({self.size / 1e6 / max(seconds, 1e-9):.1f} MB/s)")
@@ -400,6 +403,7 @@ def _tokens_text(summary: dict) -> str:
     said = {"keep": "kept whole", "split": "split", "truncate": "cut off", "drop": "rejected"}[mode]
     if chats := summary.get("chats"):
         about, what = f"{chats['learned_tokens']:,} of them learned ({chats['learned_share']:.1%})", "chats"
+        what = "pairs" if FORMS["pairs"] in chats["forms"] else what
         if mode == "truncate":
             rejected = summary["rejected_by_reason"].get("over_max_length", 0)
             said = f"without their oldest turns, or rejected ({rejected:,})"

@@ -29,7 +29,10 @@ WARMUP_SHARE = 0.05  # of all steps
 COMPILE_PAYS_AFTER = {"cpu": 900.0, "cuda": 180.0}
 TUNING_SHARE = 0.3  # of the rate of pre-training, for weights that learn to answer
 ADAPTERS_TIMES = 10.0  # the rate of tuning, for LoRA's adapters (Schulman et al., 2025: "LoRA Without Regret")
-PREFERENCE_SHARE = 0.01  # and for a model that answers already and learns which answers are preferred
+# And for a model that answers and learns which answers are preferred. Of 2.9 million parameters, over one epoch of
+# 2,095 pairs, 0.003, 0.01, 0.03 and 0.1 put 68, 76, 79 and 82 % of held-out chosen answers above the rejected ones, and
+# left 95, 95, 89 and 56 % of answers that stop by themselves.
+PREFERENCE_SHARE = 0.01
 USUAL_SHARE = 0.4  # of the matrix products' peak that training reaches, until it is measured
 
 

@@ -81,6 +81,7 @@ def test_a_pair_is_two_documents_whose_last_answers_are_learned(tmp_path, embedd
             assert embedded.decode(answered) == f"{answer[1]}</s>" and sum(learned[: len(before)]) == 0
     said = capfd.readouterr().err
     assert "pairs of answers, chosen and rejected" in said and "2 pairs, 4 answers" in said
+    assert "; pairs of more than 512 tokens, kept whole: 0" in said
     shown = [*shown_documents(tmp_path / "a.bin", 2)]
     assert ", chosen\n" in shown[0] and ", rejected\n" in shown[1] and "[learned]2</s>[/learned]" in shown[0]
 
