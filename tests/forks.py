@@ -77,6 +77,8 @@ class Server:
         while line := self._socket.recv(100):
             what, pid, *code = line.decode().split()
             if what == "started":
+                with self._ended:
+                    self._codes.pop(int(pid), None)  # of an earlier process of this id
                 self._new_pids.append(int(pid))
                 self._started.release()
             else:
