@@ -274,7 +274,7 @@ REFUSED = {
     "a list": ("a.jsonl", '{"text": ["好"]}', r"the value of text is \['好'\], a string expected"),
     "chats": ("a.jsonl", CHAT * 2, r"none of 2 lines is a usable chat \(no_answer 2\)"),
     "a message a line": ("a.jsonl", '{"role": "user", "content": "好"}\n', "write the messages of a chat on one line"),
-    "preferences": ("a.jsonl", '{"prompt": "好", "chosen": "是", "rejected": "否"}\n', "these are preferences"),
+    "pairs": ("a.jsonl", '{"prompt": "好", "chosen": "是", "rejected": "是"}\n' * 2, r"\(same_answers 2\)"),
     "strings": (
         "a.jsonl",
         '"好"\n"好的"\n',
@@ -332,7 +332,7 @@ def test_what_cannot_be_read_is_named(tmp_path, process_data_here, name):
     file, content, message = REFUSED[name]
     path = write(tmp_path / file, content)
     code, said = process_data_here("--input_path", path, "--output_path", tmp_path / "out" / "x.bin", "--workers", 0)
-    [line] = [line for line in said.splitlines() if not line.startswith(("encoder ", "chats: "))]
+    [line] = [line for line in said.splitlines() if not line.startswith(("encoder ", "chats: ", "pairs: "))]
     assert code == 2 and line.startswith("error: ")
     with pytest.raises(InputError, match=message):
         raise InputError(line)
