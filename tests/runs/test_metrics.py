@@ -336,6 +336,7 @@ def complaints(text):
     return [line for line in text.splitlines() if line.startswith("use_wandb") and "https" not in line]
 
 
+@pytest.mark.slow
 @pytest.mark.long
 def test_wandb_that_stalls_holds_no_run_and_no_exit(flags, tmp_path):
     """Two real runs at the same time, one of them with a wandb that stalls."""

@@ -214,6 +214,7 @@ def test_the_child_of_a_killed_supervisor_ends_cleanly_by_itself(start, tmp_path
 # -------------------------------------------------------------------------------------------------- the real train.py
 
 
+@pytest.mark.slow
 @pytest.mark.long
 @posix_only
 def test_a_training_killed_twice_ends_with_the_same_weights(flags, tmp_path):

@@ -321,8 +321,11 @@ def test_a_killed_run_resumes_and_ends_with_the_same_bits(flags, tmp_path, case,
     assert_equal(*(load_torch(folder / "pretrain_32.pth") for folder in (tmp_path / "whole", killed)))
 
 
+SIGINT = pytest.param(signal.SIGINT, marks=pytest.mark.slow)
+
+
 @pytest.mark.long
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, SIGINT])
 def test_a_stopped_run_saves_and_resume_alone_ends_with_the_same_bits(flags, tmp_path, number):
     train(flags(max_steps=300, eval_interval=100, save_interval=300, out_dir=tmp_path / "whole"))
     arguments = command(flags(max_steps=300, eval_interval=100, save_interval=300))
@@ -522,7 +525,7 @@ def test_two_processes_resume_with_the_same_bits(flags, tmp_path):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, SIGINT])
 def test_two_processes_stop_after_the_same_step(flags, tmp_path, number):
     options = flags(batch_size=2, max_steps=300, eval_interval=100, save_interval=300)
     names = [f"--{name}={value}" for name, value in options.items()]
