@@ -105,6 +105,20 @@ class Server:
 SERVER = Server()
 
 
+_PORTS: set[int] = set()
+
+
+def free_port() -> int:
+    """A port of this machine that nothing listens on, and that was not given before."""
+    while True:
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            port = listener.getsockname()[1]
+        if port not in _PORTS:
+            _PORTS.add(port)
+            return port
+
+
 # -------------------------------------------------------------------------------------------- as subprocess has them
 
 

@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -58,6 +57,15 @@ def exit_code_here(flags: dict, *more: str) -> int:
     return 0
 
 
+def refused(flags, capfd, *more) -> str:
+    """The one line with which a run is refused."""
+    assert exit_code_here(flags, *more) == 2
+    messages = capfd.readouterr().err
+    lines = [line for line in messages.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1 and "Traceback" not in messages, messages
+    return lines[0]
+
+
 def command(flags: dict, *more: str) -> list[str]:
     """The command that trains with these flags."""
     return [sys.executable, str(ROOT / "train.py"), *(f"--{name}={value}" for name, value in flags.items()), *more]
@@ -77,7 +85,12 @@ def torchrun(flags: dict, launcher: str = "torch.distributed.run") -> subprocess
 
 def start_two_ranks(arguments: list, **options) -> list:
     """Start a command twice, as two ranks that no launcher watches."""
-    group = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    group = {
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(forks.free_port()),
+    }
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "encoding": "utf-8"}
     environments = [ONE_THREAD | group | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
     return [forks.Popen(arguments, env=environment, **pipes, **options) for environment in environments]
@@ -93,12 +106,6 @@ def finish_ranks(started: list) -> subprocess.CompletedProcess:
 def two_ranks(flags: dict) -> subprocess.CompletedProcess:
     """Train with these flags in two processes without a launcher."""
     return finish_ranks(start_two_ranks(command(flags, "--ddp")))
-
-
-def free_port() -> int:
-    """A port of this machine that nothing listens on."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
 
 
 def wait_for(condition, process: subprocess.Popen | None = None) -> None:
@@ -164,3 +171,24 @@ def assert_two_processes_resume(flags, folder, **options) -> None:
     result = two_ranks(flags(out_dir=killed, resume="true", **options))
     assert result.returncode == 0 and "resuming from" in result.stderr, result.stderr
     assert_same_end(whole, killed)
+
+
+def assert_a_killed_run_resumes(flags, folder, weights: str, lost=lambda: None, **options) -> None:
+    """A run without its last checkpoint and its final weights resumes, and ends with the bits of the whole one.
+
+    Args:
+        flags: the fixture `flags`, or one like it.
+        folder: for the two runs.
+        weights: the name of the final weights, without its ending.
+        lost: called before the run resumes: it may take away more.
+    """
+    whole, killed = folder / "whole", folder / "killed"
+    assert train(flags(out_dir=whole, **options)).outcome == "finished"
+    shutil.copytree(whole, killed)
+    for name in ("checkpoint_step_12.pth", f"{weights}.pth", f"{weights}.json"):
+        (killed / name).unlink()
+    lost()
+    assert train(flags(out_dir=killed, resume="true", **options)).outcome == "finished"
+    assert_same_end(whole, killed)
+    assert losses(whole) == losses(killed)
+    assert_equal(*(load_torch(run / f"{weights}.pth") for run in (whole, killed)))

@@ -484,6 +484,7 @@ def _now(form: str) -> str:
 
 
 def template_dict(*args, **kwargs) -> dict:
+    """Jinja's `dict`, as templates call it."""
     return dict(*args, **kwargs)
 
 

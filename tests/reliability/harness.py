@@ -11,7 +11,6 @@ import itertools
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -27,7 +26,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 
-from tests.forks import SERVER
+from tests.forks import SERVER, free_port
 from tests.reliability.faults import Fault
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -336,20 +335,6 @@ def _launch(job: dict, folder: Path, ranks: int, launcher_flags: Iterable[str]) 
             start_new_session=True,
         )
     return Job(folder, ranks, [process.pid], process)
-
-
-_PORTS: set[int] = set()
-
-
-def free_port() -> int:
-    """A port of this machine that nothing listens on, and that was not given before."""
-    while True:
-        with socket.socket() as listener:
-            listener.bind(("127.0.0.1", 0))
-            port = listener.getsockname()[1]
-        if port not in _PORTS:
-            _PORTS.add(port)
-            return port
 
 
 def _loopback() -> str:

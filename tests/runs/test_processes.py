@@ -7,7 +7,7 @@ import pytest
 
 from tests import forks
 from tests.conftest import ROOT
-from tests.tiny_runs import HUNG, ONE_THREAD, free_port, two_ranks
+from tests.tiny_runs import HUNG, ONE_THREAD, two_ranks
 
 pytestmark = pytest.mark.long
 
@@ -28,7 +28,7 @@ def main():
 
 def ranks(body, environments=({}, {}), count=2):
     """Run the lines in processes that meet as `count` ranks; each one's exit code, output and errors."""
-    port = free_port()
+    port = forks.free_port()
     indented = "".join(f"    {line}\n" for line in body.strip().splitlines())
     code = f"{HEAD}{indented}    processes.close()\nrun_command(main)\n"
     started = [

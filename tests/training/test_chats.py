@@ -1,7 +1,6 @@
 """Tuning on chats: what a user does, and what must come of it."""
 
 import json
-import shutil
 
 import numpy as np
 import pytest
@@ -18,12 +17,12 @@ from optimized_pretrain import Trainer
 from tests.chat_files import CHATS, ids_of, write_chats
 from tests.conftest import random_model
 from tests.tiny_runs import (
+    assert_a_killed_run_resumes,
     assert_equal,
-    assert_same_end,
     assert_two_processes_resume,
     events,
-    exit_code_here,
     losses,
+    refused,
     train,
     two_ranks,
 )
@@ -142,15 +141,7 @@ def options_of(case, token_file):
 @pytest.mark.parametrize("case", RESUMED)
 def test_a_killed_run_resumes_and_ends_with_the_same_bits(chat_flags, tmp_path, case, token_file, monkeypatch):
     monkeypatch.setenv("MATECONV_EMULATE_DTYPE", "1")
-    options, killed = options_of(case, token_file), tmp_path / "killed"
-    assert train(chat_flags(out_dir=tmp_path / "whole", **options)).outcome == "finished"
-    shutil.copytree(tmp_path / "whole", killed)
-    for path in (killed / "checkpoint_step_12.pth", killed / "sft_32.pth", killed / "sft_32.json"):
-        path.unlink()
-    assert train(chat_flags(out_dir=killed, resume="true", **options)).outcome == "finished"
-    assert_same_end(tmp_path / "whole", killed)
-    assert losses(tmp_path / "whole") == losses(killed)
-    assert_equal(*(load_torch(folder / "sft_32.pth") for folder in (tmp_path / "whole", killed)))
+    assert_a_killed_run_resumes(chat_flags, tmp_path, "sft_32", **options_of(case, token_file))
 
 
 @pytest.mark.long
@@ -210,15 +201,6 @@ def test_a_restart_before_the_first_checkpoint_begins_with_the_same_weights(flag
 
 
 # ---------------------------------------------------------------------------------------------------------- bad input
-
-
-def refused(flags, capfd, *more) -> str:
-    """The one line with which a run is refused."""
-    assert exit_code_here(flags, *more) == 2
-    messages = capfd.readouterr().err
-    lines = [line for line in messages.splitlines() if line.startswith("error:")]
-    assert len(lines) == 1 and "Traceback" not in messages, messages
-    return lines[0]
 
 
 def damage(path, place, value):

@@ -11,7 +11,6 @@ import torch.nn.functional as F
 
 from model.dataset import PretrainDataset
 from model.LMConfig import LMConfig
-from model.storage.archive import load_torch
 from model.text.tokenization import tokenizer_sha256
 from model.token_file.manifest import read_manifest, write_manifest
 from model.training.preferences import Preference
@@ -23,15 +22,14 @@ from optimized_pretrain import Trainer
 from tests.chat_files import CHATS, write_chats, write_pairs
 from tests.conftest import random_model
 from tests.tiny_runs import (
-    assert_equal,
-    assert_same_end,
+    assert_a_killed_run_resumes,
     assert_two_processes_resume,
     events,
     losses,
+    refused,
     train,
     two_ranks,
 )
-from tests.training.test_chats import refused
 from utils import Processes
 
 CONTEXT = 256
@@ -217,17 +215,12 @@ RESUMED = {
 @pytest.mark.parametrize("case", RESUMED)
 def test_a_killed_run_resumes_and_ends_with_the_same_bits(pair_flags, tmp_path, case, monkeypatch):
     monkeypatch.setenv("MATECONV_EMULATE_DTYPE", "1")
-    options, killed = RESUMED[case], tmp_path / "killed"
-    assert train(pair_flags(out_dir=tmp_path / "whole", **options)).outcome == "finished"
-    shutil.copytree(tmp_path / "whole", killed)
-    for path in (killed / "checkpoint_step_12.pth", killed / "dpo_32.pth", killed / "dpo_32.json"):
-        path.unlink()
-    if "adapters" in case:  # the reference is gone too: it is computed again, the same to the last bit
-        references(tmp_path)[0].unlink()
-    assert train(pair_flags(out_dir=killed, resume="true", **options)).outcome == "finished"
-    assert_same_end(tmp_path / "whole", killed)
-    assert losses(tmp_path / "whole") == losses(killed)
-    assert_equal(*(load_torch(folder / "dpo_32.pth") for folder in (tmp_path / "whole", killed)))
+
+    def lose_the_reference():  # it is computed again, the same to the last bit
+        if "adapters" in case:
+            references(tmp_path)[0].unlink()
+
+    assert_a_killed_run_resumes(pair_flags, tmp_path, "dpo_32", lose_the_reference, **RESUMED[case])
 
 
 @pytest.mark.long

@@ -35,7 +35,6 @@ from tests.tiny_runs import (
     command,
     events,
     exit_code_here,
-    free_port,
     losses,
     run,
     torchrun,
@@ -543,7 +542,12 @@ def test_two_processes_stop_after_the_same_step(flags, tmp_path, number):
 @pytest.mark.long
 def test_ranks_whose_dtypes_differ_are_refused(flags):
     """As on two machines of which one has no instructions for bfloat16."""
-    group = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    group = {
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(forks.free_port()),
+    }
     processes = [
         forks.Popen(
             command(flags(dtype=dtype, device="cpu", ddp="true", ddp_timeout=20)),
