@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from model.corpus.chats import MESSAGE_KEYS, form_of
+from model.corpus.pairs import is_pair
 from model.corpus.reasons import REASONS, TEXT_REASONS
 from model.errors import command_line, shown
 
@@ -27,6 +28,17 @@ ENCODINGS = {"gb18030": (0xB0, 0xD7), "big5": (0xA4, 0xC6)}  # lead bytes of com
 LIKELY_SHARE, FEWEST_CHARACTERS = 0.5, 4  # common characters needed to recognise an encoding
 EXAMPLES = 20  # rejected lines inspected to explain why
 MOST_KEYS = 8  # in a message
+READ_AS = {  # format: what a line must be, and what one looks like
+    "text": ("a document", 'one {{"{text_field}": "..."}} a line (--text_field names the key)'),
+    "chat": (
+        "a usable chat",
+        'one chat a line, such as {{"messages": [{{"role": "user", "content": "..."}}, ...]}}',
+    ),
+    "pairs": (
+        "a usable pair of answers",
+        'one pair a line, such as {{"prompt": "...", "chosen": "...", "rejected": "..."}}',
+    ),
+}
 
 
 def unreadable(name: str, head: bytes) -> str | None:
@@ -129,34 +141,39 @@ def counts_text(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{name} {count:,}" for name, count in counts.items() if count)
 
 
-def nothing_read(sources: str, rejected: Mapping[str, int], seen: str, text_field: str | None) -> str:
+def nothing_read(sources: str, rejected: Mapping[str, int], seen: str, format: str, text_field: str) -> str:
     """Explain that every line was rejected: the reasons, what was expected, and what the lines hold.
 
     Args:
         seen: as `describe_lines` returned it.
-        text_field: None: chats were expected.
+        format: a key of READ_AS.
     """
     reasons, count = counts_text(dict(sorted(rejected.items()))), sum(rejected.values())
-    what, expected = "a usable chat", 'one chat a line, such as {"messages": [{"role": "user", "content": "..."}, ...]}'
-    if text_field is not None:
-        what, expected = "a document", f'one {{"{text_field}": "..."}} a line (--text_field names the key)'
+    what, example = READ_AS[format]
     found = f"none of {count:,} lines is {what}" if count > 1 else f"its only line is not {what}"
     most = max(rejected, key=rejected.get)
-    why = f"{most}: {REASONS[most]}" if most in TEXT_REASONS else f"expected {expected}"  # other lines would not help
+    expected = f"expected {example.format(text_field=text_field)}"
+    why = f"{most}: {REASONS[most]}" if most in TEXT_REASONS else expected  # other lines would not help
     return f"{sources}: {found} ({reasons}); {why}{seen}"
 
 
-def describe_lines(lines: Sequence[bytes], reason: str, text_field: str, path: str | Path) -> str:
+def describe_lines(lines: Sequence[bytes], reason: str, format: str, text_field: str, path: str | Path) -> str:
     """Describe what rejected lines hold and what to do about it: '; ' and a clause, or ''.
 
     Args:
         lines: examples that were rejected for `reason`.
+        format: as which they were read, a key of READ_AS.
         path: the file they come from.
     """
     encoding = encoding_of(b"\n".join(lines)) if reason in ("bad_utf8", "bad_json") else None
-    clause = f"the text {describe_encoding(path, encoding)}" if encoding else ""
-    if reason in ("bad_json", "not_an_object", "no_text", "no_chat") and not encoding:
-        clause = _describe(lines, None if reason == "no_chat" else text_field)
+    if encoding:
+        clause = f"the text {describe_encoding(path, encoding)}"
+    elif format != "pairs" and (pairs := [value for value in map(_parsed, lines) if _is_pair(value)]):
+        clause = f"these are pairs of answers (keys {_listed(pairs)}): --format pairs reads them"
+    elif reason in ("bad_json", "not_an_object", "no_text", "no_chat", "no_pair"):
+        clause = _describe(lines, text_field if format == "text" else None)
+    else:
+        clause = ""
     return f"; {clause}" if clause else ""
 
 
@@ -207,13 +224,11 @@ def _describe_objects(objects: Sequence[dict], text_field: str | None) -> str:
     if text_field in keys:
         found = next(value[text_field] for value in objects if text_field in value)
         return f"the value of {text_field} is {shown(found)}, a string expected"
-    listed = ", ".join([shown(key)[1:-1] for key in keys[:MOST_KEYS]] + ["…"] * (len(keys) > MOST_KEYS)) or "no keys"
+    listed = _listed(objects)
     if any(map(form_of, objects)):
         return f"these are chats (keys {listed}): --format chat reads them"
     if {"role", "content"} <= {*keys} or {"from", "value"} <= {*keys}:
         return 'each line is one message; write the messages of a chat on one line: {"messages": [...]}'
-    if {"chosen", "rejected"} <= {*keys}:
-        return f"these are preferences (keys {listed}), pairs of a chosen and a rejected answer, not chats"
     for key, found in ((key, found) for value in objects for key, found in value.items()):
         if isinstance(found, list) and any(isinstance(item, dict) and text_field in item for item in found):
             return f"the documents are in the list {shown(key)[1:-1]}; take them out: {_jq(_jq_key(key) + '[]')}"
@@ -222,6 +237,16 @@ def _describe_objects(objects: Sequence[dict], text_field: str | None) -> str:
         strings = {}
     advice = f"; perhaps --text_field {command_line(max(strings, key=strings.get))}" if strings else ""
     return f"the keys found: {listed}{advice}"
+
+
+def _listed(objects: Sequence[dict]) -> str:
+    """The keys of objects: 'prompt, chosen, rejected'."""
+    keys = list(dict.fromkeys(key for value in objects for key in value))
+    return ", ".join([shown(key)[1:-1] for key in keys[:MOST_KEYS]] + ["…"] * (len(keys) > MOST_KEYS)) or "no keys"
+
+
+def _is_pair(value) -> bool:
+    return isinstance(value, dict) and is_pair(value)
 
 
 def _jq_key(key: str) -> str:

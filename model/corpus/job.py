@@ -321,8 +321,8 @@ class Job:
             count = counted(statistics.documents, "document")
             raise InputError(f"val_share: all of {count} went to validation; give a smaller share")
         _, _, seen = self._most_rejected(statistics.rejected, rejects)
-        expected = None if self.options.is_chat else self.options.text_field
-        raise InputError(nothing_read(sources, statistics.rejected, seen, expected) + f"; see {rejects}")
+        form = self.options.format, self.options.text_field
+        raise InputError(nothing_read(sources, statistics.rejected, seen, *form) + f"; see {rejects}")
 
     def _most_rejected(self, rejected: Mapping[str, int], rejects: Path) -> tuple[str, str, str]:
         """The reason that most lines were rejected for, where the first of them is, and what such lines hold."""
@@ -332,7 +332,8 @@ class Job:
         source = next((source for source in self.sources if source.name == where.get("source")), self.sources[0])
         place = f"line {where['line']:,}" + (f" of {source.name}" if len(self.sources) > 1 else "")
         lines = [raw for _, raw in examples]
-        return reason, place, describe_lines(lines, reason, self.options.text_field, source.location)
+        form = self.options.format, self.options.text_field
+        return reason, place, describe_lines(lines, reason, *form, source.location)
 
     def _keep_finished(self) -> dict:
         manifest = check_finished(self.output, self.sources, self.plan)

@@ -48,8 +48,7 @@ class TrainingText:
 
     sources: Sequence[Source]
     text_field: str = "text"
-    chats: bool = False  # the sources hold chats, whose contents are the texts
-    pairs: bool = False  # and these are pairs of answers
+    format: str = "text"  # of the lines, as in ProcessingOptions; of chats and pairs, the contents are the texts
     documents: int = 0
     characters: int = 0
     rejected: Counter = field(default_factory=Counter)  # bad lines by reason (reasons.REASONS)
@@ -79,9 +78,9 @@ class TrainingText:
 
     def _parse(self, raw: memoryview) -> tuple[str | None, str | None]:
         """(text, None) of a line, or (None, why it has none)."""
-        if not self.chats:
+        if self.format == "text":
             return parse_line(raw, self.text_field)
-        chat, form_or_reason = (parse_pair if self.pairs else parse_chat)(raw)
+        chat, form_or_reason = (parse_pair if self.format == "pairs" else parse_chat)(raw)
         return (None, form_or_reason) if chat is None else ("\n".join(contents_of([chat])), None)
 
     def what_was_rejected(self) -> str:
@@ -89,7 +88,8 @@ class TrainingText:
         if not self.rejected:
             return ""
         [(reason, _)] = self.rejected.most_common(1)
-        return describe_lines(self.examples[reason], reason, self.text_field, self.sources[0].location)
+        form = self.format, self.text_field
+        return describe_lines(self.examples[reason], reason, *form, self.sources[0].location)
 
 
 def _without_noise(text: str, known: set[int]) -> str:
@@ -158,7 +158,7 @@ def train_tokenizer(
         max_token_length=TOKEN_BYTES_BELOW,  # the trainer excludes this length too
         show_progress=False,
     )
-    text = TrainingText(sources, text_field, options.is_chat, options.is_pairs)
+    text = TrainingText(sources, text_field, options.format)
     # No merge is learnt across a digit, so digits stay single even without the Digits step when encoding. With it,
     # llama.cpp and fastokens would not recognise GPT-2's plain split, and fastokens would be slower.
     tokenizer.train_from_iterator(text, trainer)
@@ -167,8 +167,8 @@ def train_tokenizer(
         names = ", ".join(source.location for source in sources[:3]) + (", …" if len(sources) > 3 else "")
         if not text.rejected:
             raise InputError(f"input_path: {names}: no line found; {EXPECTED}")
-        expected = None if text.chats else text_field
-        raise InputError(f"input_path: {nothing_read(names, text.rejected, text.what_was_rejected(), expected)}")
+        form = options.format, text_field
+        raise InputError(f"input_path: {nothing_read(names, text.rejected, text.what_was_rejected(), *form)}")
     found = tokenizer.get_vocab_size()
     if found < vocab_size:
         raise InputError(

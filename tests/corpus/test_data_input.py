@@ -274,7 +274,7 @@ REFUSED = {
     "a list": ("a.jsonl", '{"text": ["好"]}', r"the value of text is \['好'\], a string expected"),
     "chats": ("a.jsonl", CHAT * 2, r"none of 2 lines is a usable chat \(no_answer 2\)"),
     "a message a line": ("a.jsonl", '{"role": "user", "content": "好"}\n', "write the messages of a chat on one line"),
-    "pairs": ("a.jsonl", '{"prompt": "好", "chosen": "是", "rejected": "是"}\n' * 2, r"\(same_answers 2\)"),
+    "pairs": ("a.jsonl", '{"prompt": "好", "chosen": "是", "rejected": "是"}\n' * 2, r"answers \(same_answers 2\)"),
     "strings": (
         "a.jsonl",
         '"好"\n"好的"\n',

@@ -182,8 +182,29 @@ def test_a_format_can_be_forced(tmp_path):
     path = write(tmp_path / "a.jsonl", jsonl([{"messages": [openai(*QUESTION), openai(*CHOSEN)]}, SINGLE["texts"]]))
     assert process(path, tmp_path / "a.bin", format="pairs")["rejected_by_reason"] == {"no_pair": 1}
     assert process(path, tmp_path / "b.bin")["rejected_by_reason"] == {"no_chat": 1}  # the first line decides
-    with pytest.raises(InputError, match=r"its only line is not a usable chat \(no_pair 1\)"):
+    with pytest.raises(InputError, match=r"its only line is not a usable pair of answers \(no_pair 1\)"):
         process(write(tmp_path / "c.jsonl", jsonl([{"text": "x"}])), tmp_path / "c.bin", format="pairs")
+
+
+@pytest.mark.parametrize(
+    ("format", "form", "reason"),
+    [("text", "texts", "no_text"), ("chat", "texts", "no_chat"), ("chat", "ShareGPT's", "no_answer")],
+)
+def test_pairs_read_as_something_else_name_the_format_that_reads_them(tmp_path, format, form, reason):
+    path = write(tmp_path / "a.jsonl", jsonl([SINGLE[form]] * 2))
+    keys = ", ".join(SINGLE[form])
+    said = rf"{reason} 2\).*; these are pairs of answers \(keys {keys}\): --format pairs reads them"
+    with pytest.raises(InputError, match=said):
+        process(path, tmp_path / "a.bin", format=format)
+    with pytest.raises(InputError, match=said):
+        train_tokenizer([path], tmp_path / "tokenizer", format=format)
+
+
+def test_chats_read_as_pairs_name_the_format_that_reads_them(tmp_path):
+    path = write(tmp_path / "a.jsonl", jsonl([{"messages": [openai(*QUESTION), openai(*CHOSEN)]}] * 2))
+    said = r"pair of answers \(no_pair 2\).*; these are chats \(keys messages\): --format chat reads them"
+    with pytest.raises(InputError, match=said):
+        process(path, tmp_path / "a.bin", format="pairs")
 
 
 def test_parquet_pairs_are_read(tmp_path):

@@ -394,10 +394,10 @@ def test_a_file_in_another_encoding_is_skipped_beside_good_ones(tmp_path, capsys
 
 
 def test_rejected_texts_are_explained_by_their_reason_and_not_by_the_form_of_the_file():
-    said = nothing_read("a.txt", {"repetitive": 2, "empty": 1}, "", "text")
+    said = nothing_read("a.txt", {"repetitive": 2, "empty": 1}, "", "text", "text")
     assert said.startswith("a.txt: none of 3 lines is a document (empty 1, repetitive 2); repetitive: says the same")
     assert "expected one" not in said
-    assert 'expected one {"text": "..."} a line' in nothing_read("a.jsonl", {"bad_json": 1}, "", "text")
+    assert 'expected one {"text": "..."} a line' in nothing_read("a.jsonl", {"bad_json": 1}, "", "text", "text")
 
 
 def test_what_changed_is_said_in_words():
