@@ -65,13 +65,12 @@ def read_beginning(arguments: list[str]) -> tuple[Settings, "Beginning | None"]:
     """
     settings, flags, has_config = _read_command(arguments)
     training = settings.training
-    resumes = training.resume or training.resume_from is not None
-    if not resumes and training.init_from is None:
+    if not training.resumes and training.init_from is None:
         return settings, None
     from model.runs.beginning import Beginning, find_beginning, take_shape_of_checkpoint  # imports torch
     from model.runs.resume import find_checkpoint
 
-    if has_config or not resumes:
+    if has_config or not training.resumes:
         return settings, find_beginning(settings, say)
     if (checkpoint := find_checkpoint(training, say)) is None:
         raise InputError(f"--resume: no checkpoint in {training.out_dir}; start the run again without --resume")
@@ -100,13 +99,14 @@ def _read_command(arguments: list[str]) -> tuple[Settings, dict[str, str], bool]
     problems = parser.describe_unknown(unknown) if unknown else []
     flags = {name: value for name, value in vars(known).items() if name in FIELDS and value is not None}
     values = {} if known.config is None else read_config(known.config)
-    settings = build_settings(values, flags, source=known.config or "config", problems=problems)
+    has_config = known.config is not None
+    settings = build_settings(values, flags, known.config or "config", problems, checkpoint_follows=not has_config)
     training = settings.training
     if training.init_from is not None:
         _refuse_shape(flags)
-    if known.config is None and training.resume_from is not None and "out_dir" not in flags:
+    if not has_config and training.resume_from is not None and "out_dir" not in flags:
         training.out_dir = str(Path(training.resume_from).parent)  # where the run resumes
-    return settings, flags, known.config is not None
+    return settings, flags, has_config
 
 
 def _refuse_shape(flags: dict[str, str]) -> None:

@@ -138,6 +138,11 @@ class TrainingSettings:
     resume_from: str | None = setting(None, "resume from this checkpoint", path=True)
     out_dir: str = setting("out", "folder for checkpoints, metrics and curves", path=True)
 
+    @property
+    def resumes(self) -> bool:
+        """Whether a checkpoint is to be resumed from."""
+        return self.resume or self.resume_from is not None
+
 
 @dataclass
 class LoggingSettings:
@@ -186,6 +191,7 @@ def build_settings(
     flags: Mapping[str, str],
     source: str = "config",
     problems: Sequence[str] = (),
+    checkpoint_follows: bool = False,
 ) -> Settings:
     """Merge a config file's sections and the flags' texts over the defaults, and check everything.
 
@@ -194,6 +200,8 @@ def build_settings(
         flags: name to text, as on the command line.
         source: the config file's name, for messages.
         problems: found before, to be reported with the rest.
+        checkpoint_follows: where these resume, they are merged over a checkpoint's settings later; only then can it be
+            judged whether they contradict each other.
 
     Raises:
         InputError: with one line for each thing that is wrong.
@@ -209,7 +217,8 @@ def build_settings(
             _merge_section(settings, section, values, source, problems)
     for name, text in flags.items():
         _assign(settings, name, text, f"--{name}", problems)
-    problems += _impossible_combinations(settings)
+    if not (checkpoint_follows and settings.training.resumes):
+        problems += _impossible_combinations(settings)
     if len(problems) > MOST_PROBLEMS:
         problems[MOST_PROBLEMS:] = [f"and {len(problems) - MOST_PROBLEMS:,} more"]
     if problems:
@@ -264,7 +273,7 @@ def _impossible_combinations(settings: Settings) -> list[str]:
         )
     if (parameters := _least_parameters(settings.model)) > MOST_PARAMETERS:
         problems.append(f"dim, n_layers: {parameters:,} parameters or more, at most {MOST_PARAMETERS:,} expected")
-    if not training.resume and training.resume_from is None:  # else the checkpoint's settings may add what is missing
+    if not training.resumes:  # else the checkpoint has the weights, and its adapters are compared with these
         if training.lora_rank and training.init_from is None:
             problems.append(ADAPTERS_NEED_WEIGHTS.format(training.lora_rank))
         if not training.lora_rank and training.lora_alpha != TrainingSettings.lora_alpha:

@@ -21,6 +21,7 @@ from tests.tiny_runs import (
     assert_equal,
     assert_two_processes_resume,
     events,
+    exit_code_here,
     losses,
     refused,
     train,
@@ -175,6 +176,18 @@ def test_texts_are_spread_among_the_chats_and_pass_once_before_any_is_read_again
     assert sorted(texts[:35]) == sorted(texts[35:70]) == list(range(90, 125)) and (texts[:35] != texts[35:70]).any()
     again = MixedOrder(np.arange(90), 90 + np.arange(35), share=0.1, seed=3, rows_per_step=10)
     assert again.next_step(340).tolist() == epochs[3][40:50].tolist()
+
+
+def test_a_run_that_resumes_is_judged_with_its_checkpoints_settings(chat_flags, tmp_path, token_file, capfd):
+    train(chat_flags(mix_data_path=token_file, mix_share=0.3, max_steps=4, save_interval=2))
+    resumed = {"out_dir": str(tmp_path / "out"), "max_steps": "5"}
+    for alone, merged in (  # both contradict the defaults: mix_data_path null, learning_rate 3e-4
+        ({"mix_share": "0.4"}, "was made with another data: mix_share 0.3 there, 0.4 here"),
+        ({"min_lr": "0.01"}, "min_lr: 0.01 is above learning_rate 0.003"),
+    ):
+        assert merged in refused(resumed | alone, capfd, "--resume")
+    assert exit_code_here(resumed | {"mix_share": "0.3", "min_lr": "0.001"}, "--resume") == 0
+    assert "mix_share: 0.3 of no texts" in refused({"mix_share": "0.3", "out_dir": str(tmp_path / "new")}, capfd)
 
 
 def test_what_is_forgotten_is_measured_before_tuning_and_at_each_evaluation(chat_flags, tmp_path, token_file):
