@@ -10,7 +10,7 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 FAREWELL_SECONDS = 5.0  # that a process has to end by itself after it learns that another one failed
 START_PATIENCE = 3.0  # timeouts that may pass before the first beat, while imports, data and a checkpoint are read
@@ -48,7 +48,7 @@ class Watchdog:
         self._line = _Line(min(REQUEST_SECONDS, timeout / 2))
         self._count, self._doing, self._patience, self._moved = 0, "starting", START_PATIENCE, time.monotonic()
         self._heard: str | None = None  # what went wrong, according to another process
-        self._spoke: float | None = None  # when this process reported what went wrong
+        self._known: float | None = None  # when this process reported what went wrong, or heard of it
         self._alive = 0  # rounds of this thread
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -84,23 +84,37 @@ class Watchdog:
         """Tell the other processes why this one ends."""
         self._tell_others(f"rank {self._names[self._rank]} failed: {message}")
 
-    def _tell_others(self, message: str) -> None:
-        """Report what went wrong, unless another process was first."""
+    def _tell_others(self, message: str, silent: Sequence[int] = ()) -> None:
+        """Report what went wrong, unless another process was first; `silent` ranks are not expected to read it."""
         if not self._listen():
             self._ask(lambda: self._store.set("wrong", message))
-            self._spoke = time.monotonic()
+            self._known = time.monotonic()
+            for rank in (self._rank, *silent):
+                self._ask(lambda rank=rank: self._store.set(f"heard/{rank}", ""))
 
     def _linger(self) -> None:
-        """Give the others time to read this process's report: torchrun stops them once this one has ended, and the
-        store may end with it."""
-        if self._spoke is not None:
-            time.sleep(max(0.0, self._spoke + 3 * self._interval - time.monotonic()))
+        """Wait until the others know what went wrong: torchrun stops them once this process has ended, and the store
+        may end with it."""
+        if self._known is None:
+            return
+        heard = [f"heard/{rank}" for rank in self._others]
+        while time.monotonic() < self._known + FAREWELL_SECONDS and not self._ask(lambda: self._store.check(heard)):
+            if not self._line.answers:
+                return
+            time.sleep(self._interval / 4)
 
     def _listen(self) -> str | None:
         """What went wrong, if a process has reported it."""
-        if self._heard is None:
-            self._heard = self._ask(lambda: self._store.get("wrong").decode() if self._store.check(["wrong"]) else None)
+        if self._heard is None and (heard := self._ask(self._read_report)) is not None:
+            self._heard, self._known = heard, time.monotonic()
         return self._heard
+
+    def _read_report(self) -> str | None:
+        if not self._store.check(["wrong"]):
+            return None
+        message = self._store.get("wrong").decode()
+        self._store.set(f"heard/{self._rank}", "")
+        return message
 
     def whom_to_blame(self) -> str:
         """One sentence about the process that the others wait for; takes some seconds, to see who still reports."""
@@ -119,6 +133,8 @@ class Watchdog:
                 return heard
             time.sleep(self._interval)
         now = {rank: self._report(rank) for rank in self._others}
+        if (heard := self._listen()) is not None:
+            return heard
         if not self._line.answers:
             return f"{self._keeper} no longer answers"
         silent = [rank for rank in self._others if now[rank] is None or now[rank] == before[rank]]
@@ -126,7 +142,7 @@ class Watchdog:
             return None
         last = now[silent[0]]
         message = f"rank {self._listed(silent)} no longer answers" + (f" (last: {last[2]})" if last else "")
-        self._tell_others(message)
+        self._tell_others(message, silent)
         return message
 
     def _who_lags(self) -> str:
