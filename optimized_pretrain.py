@@ -347,38 +347,37 @@ class Trainer:
 
     # -------------------------------------------------------------------------------------------------- evaluation
 
-    @property
-    def evaluated_model(self) -> Transformer:
-        """The weights that are evaluated, previewed and kept: the moving average, if there is one, and with LoRA the
-        sums, in a model that is made for it: so all that is measured is measured of the weights that are written."""
+    def build_evaluated_model(self) -> Transformer:
+        """The weights that are evaluated, previewed and kept: the moving average, if there is one. With LoRA these are
+        the sums, in a new model: so all that is measured is measured of the weights that are written."""
         return merged(self.model if self.ema is None else self.ema.module)
 
     def evaluate(self) -> dict[str, float] | None:
         """Validation loss and what the objective measures beside it, as metrics.jsonl has them; None if a signal to
         stop came meanwhile."""
-        return self._measure(self.data.val, self.plan.val_samples)
+        return self._measure(self.build_evaluated_model(), self.data.val, self.plan.val_samples)
 
-    def _measure(self, data: PretrainDataset, samples: np.ndarray) -> dict[str, float] | None:
+    def _measure(self, model: Transformer, data: PretrainDataset, samples: np.ndarray) -> dict[str, float] | None:
         """What the objective measures of samples, as `evaluate` has it."""
         batches = range(-(-len(samples) // self.plan.batch_rows))
         read = (self._local_batch(data, samples, number) for number in batches)
         with deterministic_kernels(self.device):
-            sums = self.objective.measure(self.evaluated_model, read, self.autocast, self._is_stop_asked)
+            sums = self.objective.measure(model, read, self.autocast, self._is_stop_asked)
         return None if sums is None else self.objective.means(self.processes.all_sum(sums))
 
-    def _measure_texts(self) -> dict | None:
+    def _measure_texts(self, model: Transformer) -> dict | None:
         """What is forgotten, as metrics.jsonl has it: the loss of held-out texts of those that are mixed into chats;
         empty where none are; None if a signal to stop came meanwhile."""
         samples = self.data.held_out_texts
         if len(samples) == 0:
             return {}
-        if (measured := self._measure(self.data.texts, samples)) is None:
+        if (measured := self._measure(model, self.data.texts, samples)) is None:
             return None
         return {"text_loss": measured["val_loss"], "text_bits_per_byte": measured["bits_per_byte"]}
 
     def _measure_before(self) -> None:
         """Before the first step: how well the model predicts the texts that it may forget."""
-        if (texts := self._measure_texts()) and self.files is not None:
+        if (texts := self._measure_texts(self.build_evaluated_model())) and self.files is not None:
             say(f"before tuning: {text_line(texts)}")
             self.files.metrics.write(self._position() | texts)
 
@@ -393,32 +392,35 @@ class Trainer:
         if len(self.plan.val_samples) == 0 or progress.last_evaluation == progress.step:
             return True
         with self.clock.evaluation():
-            result, texts = self.evaluate(), self._measure_texts()
+            model = self.build_evaluated_model()  # once for all that follows: with LoRA it takes time and memory
+            result = self._measure(model, self.data.val, self.plan.val_samples)
+            texts = self._measure_texts(model)
             if result is None or texts is None:
                 return False
             is_best = progress.count_evaluation(result["val_loss"])
             if self.files is not None:
                 if is_best:
-                    self.files.save_weights("best_model.pth", self._weights())
-                self._report_evaluation(self.files, result | texts)
+                    self.files.save_weights("best_model.pth", self._weights(model))
+                self._report_evaluation(self.files, model, result | texts)
         return True
 
-    def _report_evaluation(self, files: RunFiles, measured: dict) -> None:
+    def _report_evaluation(self, files: RunFiles, model: Transformer, measured: dict) -> None:
         """On rank 0: print the loss, judge answers, draw the curves, show what the model writes.
 
         Args:
+            model: that was evaluated.
             measured: as metrics.jsonl has it.
         """
         for line in evaluation_lines(self.progress, measured, self.data.is_chat):
             say(line)
         if self.judge is not None and self.data.is_chat:
-            judged, line = self.judge(self.evaluated_model.eval(), self.data)
+            judged, line = self.judge(model.eval(), self.data)
             say(f"    {line}")
             measured = measured | judged
         files.metrics.write(self._position() | measured)
         files.metrics.update_curves()
         if self.preview is not None:
-            for line in self.preview(self.evaluated_model.eval()):
+            for line in self.preview(model.eval()):
                 say(f"    {line}")
         self.model.train()
 
@@ -456,14 +458,15 @@ class Trainer:
         kind = "dpo" if self.data.is_pairs else "sft" if self.data.is_chat else "pretrain"
         return f"{kind}_{self.config.dim}.pth"
 
-    def _weights(self) -> Weights:
-        """The evaluated weights with their description; not copied."""
+    def _weights(self, evaluated: Transformer) -> Weights:
+        """The evaluated model's weights with their description; not copied."""
         tokenizer = self.settings.data.tokenizer_path, self.data.tokenizer_sha256
-        return Weights(self.evaluated_model.state_dict(), self.config, *tokenizer, chat=self.data.chat)
+        return Weights(evaluated.state_dict(), self.config, *tokenizer, chat=self.data.chat)
 
     def _save_final(self) -> None:
         if self.files is not None:
-            self.files.save_final(self.final_name, self._weights(), self.progress.best_val_loss)
+            weights = self._weights(self.build_evaluated_model())
+            self.files.save_final(self.final_name, weights, self.progress.best_val_loss)
 
     # ------------------------------------------------------------------------------------------------- recording
 

@@ -2,7 +2,9 @@
 
 import contextlib
 import dataclasses
+import gc
 import shutil
+import weakref
 
 import pytest
 import torch
@@ -135,7 +137,7 @@ def test_the_memory_of_a_step_counts_what_is_trained(tiny_config, dtype):
 def test_before_the_first_step_the_weights_are_the_base_bit_for_bit(lora_flags, base, tmp_path):
     trainer = Trainer(build_settings({}, lora_flags(use_ema="true")), Processes())
     before = load_torch(base)
-    save_weights(tmp_path / "merged.pth", trainer._weights())
+    save_weights(tmp_path / "merged.pth", trainer._weights(trainer.build_evaluated_model()))
     assert_equal(bits(load_torch(tmp_path / "merged.pth")), bits(before))
     plain = random_model(trainer.config)
     plain.load_state_dict(before)
@@ -164,7 +166,7 @@ def test_a_run_trains_the_adapters_alone_and_leaves_plain_weights(lora_flags, ba
 
     written = random_model(trainer.config)
     written.load_state_dict(final)
-    assert_equal(dict(trainer.evaluated_model.state_dict()), dict(written.state_dict()))
+    assert_equal(dict(trainer.build_evaluated_model().state_dict()), dict(written.state_dict()))
     inputs, targets, documents = trainer._local_batch(trainer.data.val, trainer.plan.val_samples, 0)
     with torch.no_grad():
         model = trainer.model if trainer.ema is None else trainer.ema.module
@@ -173,6 +175,30 @@ def test_a_run_trains_the_adapters_alone_and_leaves_plain_weights(lora_flags, ba
     assert trained / count == pytest.approx(of_file / count, rel=1e-6)
     measured = [event["val_loss"] for event in events(out) if "val_loss" in event][-1]
     assert measured == pytest.approx(of_file / count, rel=1e-6)
+
+
+def test_an_evaluation_merges_once_and_what_it_merged_is_released(lora_flags, tmp_path, token_file, monkeypatch):
+    built, seen, evaluations = [], [], 3
+
+    def merged_and_noted(model):
+        built.append(weakref.ref(plain := merged(model)))
+        return plain
+
+    def see(model, *_):
+        seen.append(built[-1]() is model and sum(one() is not None for one in built) == 1)
+
+    monkeypatch.setattr("optimized_pretrain.merged", merged_and_noted)
+    settings = build_settings({}, lora_flags(mix_data_path=token_file, eval_interval=4))
+    trainer = Trainer(
+        settings,
+        Processes(),
+        preview=lambda model: see(model) or [],
+        judge=lambda *given: (see(*given) or {}, ""),
+    )
+    assert trainer.train() == "finished"
+    gc.collect()
+    assert len(built) == 1 + evaluations + 1  # before the first step, and for the final weights
+    assert seen == [True] * 2 * evaluations and not any(one() is not None for one in built)
 
 
 RESUMED = {
