@@ -6,6 +6,7 @@ python train.py --resume
 python train.py --config config.yaml --restarts 10 --nproc_per_node 2
 python train.py --config config.yaml --dry_run
 python train.py --config config.yaml --init_from model.gguf
+python train.py --config config_demo.yaml --config config_demo_chat.yaml
 """
 
 import argparse
@@ -88,7 +89,8 @@ def read_beginning(arguments: list[str]) -> tuple[Settings, "Beginning | None"]:
 def _read_command(arguments: list[str]) -> tuple[Settings, dict[str, str], bool]:
     """The settings that the command line gives, its flags for settings, and whether it names a config file."""
     parser = CommandParser("--config", prog="train.py", description=__doc__.split("\n")[0], add_help=True)
-    parser.add_argument("--config", type=path_flag, help="config file (YAML); config.yaml explains every setting")
+    about = "config file (YAML); config.yaml explains every setting; several, each after --config, are trained in turn"
+    parser.add_argument("--config", type=path_flag, help=about)
     parser.add_argument("--local-rank", "--local_rank", help="set by torch.distributed.launch")
     add_launcher_flags(parser)
     for section, cls in SECTIONS.items():
@@ -273,9 +275,32 @@ def start_processes(restarts: int, nproc_per_node: int | None, arguments: list[s
     return Supervisor(command, [*command, *resume], out_dir, restarts, say).run()
 
 
+def train_in_turn(configs: list[str], arguments: list[str]) -> int:
+    """Train with one config file after another, each in a process of its own, until one fails; returns its exit code."""
+    if "WORLD_SIZE" in os.environ:
+        raise InputError("--config: several found, one expected under torchrun; omit it, and use --nproc_per_node")
+    from model.runs.supervisor import Supervisor
+
+    runs = [[*arguments, f"--config={path}"] for path in configs]
+    folders = [
+        Path(read_settings(run).training.out_dir) for run in runs
+    ]  # bad input is reported before anything starts
+    for path, run, out_dir in zip(configs, runs, folders, strict=True):
+        say(f"--config {path}")
+        command = [sys.executable, str(Path(__file__).resolve()), *run]
+        if (code := Supervisor(command, command, out_dir, 0, say).run()) != 0:
+            return code
+    return 0
+
+
 def main() -> int:
-    """Run one training; returns the exit code."""
+    """Run one training, or one for each --config; returns the exit code."""
     signal.signal(signal.SIGTERM, interrupt)  # until training itself listens; also as process 1
+    parser = CommandParser("--config", prog="train.py", add_help=False)
+    parser.add_argument("--config", action="append", default=[])
+    several, arguments = parser.parse_known_args(sys.argv[1:])
+    if len(several.config) > 1:
+        return train_in_turn(several.config, arguments)
     parser = CommandParser("--config", prog="train.py", add_help=False)
     add_launcher_flags(parser)
     launcher, arguments = parser.parse_known_args(sys.argv[1:])

@@ -70,6 +70,8 @@ class Supervisor:
                 return code
             if self.stop.is_set():
                 return INTERRUPTED if state == "interrupted" else exit_code(code)
+            if self.restarts == 0:
+                return exit_code(code)
             happened = describe_end(code, status)
             earlier, found = found, self._checkpoints()
             own = found.items() - before.items()

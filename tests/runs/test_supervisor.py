@@ -14,6 +14,7 @@ import yaml
 
 from model.runs.status import Status, read_status
 from model.storage.archive import load_torch
+from model.training.settings import build_settings
 from tests import forks
 from tests.conftest import ROOT
 from tests.tiny_runs import HUNG, ONE_THREAD, assert_equal, command, run, train, wait_for
@@ -290,6 +291,31 @@ def test_a_bad_number_of_restarts_is_one_line(flags, text):
 def test_under_torchrun_the_flags_are_refused(flags):
     result = run(command(flags(), "--restarts=2"), env=ONE_THREAD | {"WORLD_SIZE": "2", "RANK": "0"})
     assert result.returncode == 2 and "omit torchrun" in result.stderr
+
+
+# ------------------------------------------------------------------------------------------- several config files
+
+
+@pytest.mark.long
+def test_several_config_files_are_trained_in_turn_and_the_first_that_fails_ends_it(flags, tmp_path):
+    out = [tmp_path / "first", tmp_path / "second"]
+    changes = [
+        {"out_dir": out[0]},
+        {"out_dir": out[1], "init_from": out[0] / "best_model.pth"},
+        {"init_from": tmp_path / "none.pth"},
+        {"out_dir": tmp_path / "never"},
+    ]
+    configs = []
+    for number, change in enumerate(changes):
+        path = tmp_path / f"{number}.yaml"
+        path.write_text(yaml.safe_dump(build_settings({}, flags(max_steps=4, **change)).as_dict()), encoding="utf-8")
+        configs += ["--config", str(path)]
+    result = run([*command({}), *configs])
+    assert result.returncode == 2 and "none.pth" in result.stderr.splitlines()[-1], result.stderr
+    assert [read_status(folder)["state"] for folder in out] == ["finished", "finished"]
+    assert not (tmp_path / "never").exists()
+    result = run([*command({}), *configs[:4]], env=ONE_THREAD | {"WORLD_SIZE": "2", "RANK": "0"})
+    assert result.returncode == 2 and "one expected under torchrun" in result.stderr
 
 
 # ------------------------------------------------------------------------------------------------------- the examples
