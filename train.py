@@ -276,7 +276,7 @@ def start_processes(restarts: int, nproc_per_node: int | None, arguments: list[s
 
 
 def train_in_turn(configs: list[str], arguments: list[str]) -> int:
-    """Train with one config file after another, each in a process of its own, until one fails; returns its exit code."""
+    """Train with each config file in turn, each in a separate process, until one fails; returns its exit code."""
     if "WORLD_SIZE" in os.environ:
         raise InputError("--config: several found, one expected under torchrun; omit it, and use --nproc_per_node")
     from model.runs.supervisor import Supervisor
