@@ -28,13 +28,14 @@ MOST_BYTES = 1 << 17  # of a message
 
 def preload() -> None:
     """Import what the scripts import sooner or later, and load a tokenizer, which imports parts of transformers."""
-    import matplotlib.backends.backend_agg  # noqa: F401
     import torch
     import torch._dynamo  # noqa: F401 (every optimizer imports it)
+    import torch._inductor.codecache  # noqa: F401 (what looks for a C++ compiler imports it)
     import torch.distributed.run  # noqa: F401
     import torch.nn.parallel  # noqa: F401
 
     import inference  # noqa: F401
+    import model.runs.metrics
     import optimized_data_processing  # noqa: F401
     import optimized_pretrain  # noqa: F401
     import train  # noqa: F401
@@ -42,9 +43,11 @@ def preload() -> None:
     from model.text.tokenization import load_tokenizer
 
     load_tokenizer()
-    # A measurement of 0.3 s that hardly any test is about.
+    # As in conftest.py: no curves, and the machine is measured once.
+    model.runs.metrics.draw_curves = lambda events, path: None
     utils.measure_matmul_flops = functools.cache(utils.measure_matmul_flops)
-    utils.measure_matmul_flops(torch.device("cpu"), torch.float32)
+    for dtype in (torch.float32, torch.bfloat16):
+        utils.measure_matmul_flops(torch.device("cpu"), dtype)
 
 
 def serve(asked: socket.socket) -> dict:
