@@ -98,6 +98,10 @@ def run_script(arguments: list[str], folder: str, environment: dict[str, str], s
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
+    if "CXX" in environment:  # which torch read when it was imported
+        sys.modules["torch._inductor.config"].cpp.cxx = (None, environment["CXX"])
+    if any(word.startswith("--nproc_per_node") for word in arguments):
+        fork_workers()
     sys.orig_argv = [sys.executable, *arguments]
     unbuffered = arguments[0] == "-u"
     sys.stdin = sys.__stdin__ = open(0, encoding="utf-8", errors="surrogateescape", closefd=False)
@@ -119,6 +123,32 @@ def run_script(arguments: list[str], folder: str, environment: dict[str, str], s
         runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
     else:
         runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+def fork_workers() -> None:
+    """Make torch's launcher, in this process, fork the workers that it would start: from a copy of this process that
+    has none of its threads."""
+    from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
+
+    from tests import forks
+
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    if os.fork() == 0:
+        ours.close()
+        os.setsid()  # signals to the launcher's group are not for this copy
+        end_quickly(serve(theirs))
+    theirs.close()
+    forks.SERVER = forks.Server(ours)
+    popen = SubprocessHandler._popen
+
+    def start(handler, command: tuple, environment: dict[str, str]):
+        script = next((word for word in command if word.endswith(".py")), "")
+        if Path(script).resolve().parent != ROOT:
+            return popen(handler, command, environment)
+        output = {"stdout": handler._stdout, "stderr": handler._stderr}
+        return forks.Fork(list(command[1:]), environment, start_new_session=True, **output)
+
+    SubprocessHandler._popen = start
 
 
 def end_quickly(job: dict) -> NoReturn:

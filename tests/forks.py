@@ -1,7 +1,8 @@
 """Scripts of the project as processes that need not import torch: forked from one that has.
 
 `run` and `Popen` take what `subprocess.run` and `subprocess.Popen` take. On Linux, a script that lies in the project's
-folder, or torch's launcher, is forked from `fork_server.py`; anything else, and everything elsewhere, is started.
+folder, or torch's launcher, is forked from `fork_server.py`, and so are the launcher's workers; anything else, and
+everything elsewhere, is started.
 What concerns the start itself (imports, encodings, signals during them) is tested with `subprocess`.
 """
 
@@ -21,8 +22,9 @@ from model.children import SPIN
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = Path(__file__).with_name("fork_server.py")
 MODULES = ("torch.distributed.run", "torch.distributed.launch")
-# Variables that a process reads as it begins, or a library as it is imported.
-AT_START = ("PYTHON", "LC_", "LANG", "OMP_", "GOMP_", "MKL_", "LD_", "TORCH", "CXX", "CC")
+# Variables that a process reads as it begins, or a library as it is imported; but for those that are read later.
+AT_START = ("PYTHON", "LC_", "LANG", "OMP_", "GOMP_", "MKL_", "LD_", "TORCH", "CC")
+READ_LATER = {*SPIN, "TORCHINDUCTOR_CACHE_DIR"}
 WITHOUT_EFFECT = {"PYTHONUTF8": "1", "PYTHONIOENCODING": "utf-8", "PYTHONPATH": str(ROOT)}  # in a forked process
 NOT_INHERITED = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
 BEFORE = dict(os.environ)  # which programs that ran in this process may have added to
@@ -30,12 +32,19 @@ KNOWN_OPTIONS = {"stdin", "stdout", "stderr", "start_new_session", "text", "enco
 
 
 class Server:
-    """The process that others are forked from, started when the first one is wanted."""
+    """The process that others are forked from, started when the first one is wanted.
 
-    def __init__(self) -> None:
+    Args:
+        connection: to one that runs already.
+    """
+
+    def __init__(self, connection: socket.socket | None = None) -> None:
         self._lock, self._ended = threading.Lock(), threading.Condition()
         self._codes: dict[int, int] = {}
         self._process: subprocess.Popen | None = None
+        self._socket: socket.socket | None = None
+        if connection is not None:
+            self._listen_to(connection)
 
     def fork(self, function: str, arguments: dict, streams: tuple[int, int, int] | None = None) -> int:
         """Fork a process that calls a function; returns its id.
@@ -46,7 +55,7 @@ class Server:
             streams: descriptors of its standard input, output and error; None: nothing, and the tests' own.
         """
         with self._lock:
-            if self._process is None:
+            if self._socket is None:
                 self._begin()
             nothing = os.open(os.devnull, os.O_RDWR)
             try:
@@ -62,16 +71,20 @@ class Server:
             raise RuntimeError("these tests fork processes and kill them, which Windows cannot")
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUTF8": "1", "TOKENIZERS_PARALLELISM": "false"}
         environment = {name: value for name, value in environment.items() if name not in NOT_INHERITED}
-        self._new_pids: list[int] = []
-        self._started = threading.Semaphore(0)
-        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         command = [sys.executable, str(SCRIPT), str(theirs.fileno())]
         self._process = subprocess.Popen(
             command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, env=environment, start_new_session=True
         )
         theirs.close()
-        threading.Thread(target=self._listen, daemon=True).start()
+        self._listen_to(ours)
         atexit.register(self.end)
+
+    def _listen_to(self, connection: socket.socket) -> None:
+        self._socket = connection
+        self._new_pids: list[int] = []
+        self._started = threading.Semaphore(0)
+        threading.Thread(target=self._listen, daemon=True).start()
 
     def _listen(self) -> None:
         while line := self._socket.recv(100):
@@ -99,7 +112,7 @@ class Server:
             self._socket.shutdown(socket.SHUT_RDWR)
             self._process.wait()
             self._socket.close()
-            self._process = None
+            self._process = self._socket = None
 
 
 SERVER = Server()
@@ -157,9 +170,12 @@ def can_fork(arguments: list[str], environment: dict[str, str], cwd=None, **opti
         known = words[1] in MODULES
     else:
         known = words[0] == "-c" or Path(cwd or ".", words[0]).resolve().parent == ROOT
-    names = {name for name in {*BEFORE, *environment} if name.startswith(AT_START)} - SPIN.keys()
-    like_before = all(environment.get(name) == BEFORE.get(name) for name in names - WITHOUT_EFFECT.keys())
-    return known and like_before and all(environment.get(name) in (None, said) for name, said in WITHOUT_EFFECT.items())
+    names = {name for name in {*BEFORE, *environment} if name.startswith(AT_START)} - READ_LATER
+    return known and all(
+        environment.get(name) == BEFORE.get(name)
+        or (name in WITHOUT_EFFECT and environment.get(name) in (None, WITHOUT_EFFECT[name]))
+        for name in names
+    )
 
 
 class Fork:

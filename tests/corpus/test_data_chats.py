@@ -4,8 +4,6 @@ import csv
 import gzip
 import io
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -29,6 +27,7 @@ from optimized_data_processing import OptimizedDataProcessor
 from tests.conftest import ROOT, process_data, read_rejects
 from tests.corpus.half_made import begin_and_stop, contents
 from tests.text.chat_tokenizers import write_style
+from tests.tiny_runs import finish_ranks, start_two_ranks
 
 HELLO = (("user", "你好"), ("assistant", "你好！有什么可以帮助你的吗？"))
 TWO_TURNS = (("system", "答得短些。"), ("user", "1+1=?"), ("assistant", "2"), ("user", "再加一？"), ("assistant", "3"))
@@ -673,16 +672,8 @@ def test_several_workers_and_processes_give_the_same_bytes(tmp_path):
     flags = ["--input_path", path, "--save_interval", 800, "--chunk_size", 20]
     done = process_data(*flags, "--output_path", tmp_path / "two" / "data.bin", "--workers", 2)
     assert done.returncode == 0, done.stderr
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node=2",
-        ROOT / "optimized_data_processing.py",
-    ]
-    command += [*flags, "--output_path", tmp_path / "three" / "data.bin", "--workers", 0]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(list(map(str, command)), capture_output=True, encoding="utf-8", env=environment)
+    script = [sys.executable, ROOT / "optimized_data_processing.py", *flags, "--workers", 0]
+    done = finish_ranks(start_two_ranks([*script, "--output_path", tmp_path / "three" / "data.bin"]))
     assert done.returncode == 0, done.stderr
     for name in ("data.bin", "data.learn", "data.ends", "data.rejects.jsonl"):
         whole = (tmp_path / "one" / name).read_bytes()

@@ -8,6 +8,7 @@ that answers it has `code`, `stdout` and `stderr`.
 """
 
 import contextlib
+import functools
 import io
 import json
 import os
@@ -41,10 +42,20 @@ def run(arguments: list[str], text: str) -> dict:
     return {"code": int(code or 0), "stdout": stdout, "stderr": stderr}
 
 
+def do_without_what_is_slow() -> None:
+    """As in conftest.py: no curves, and the machine is measured once."""
+    import model.runs.metrics
+    import utils
+
+    model.runs.metrics.draw_curves = lambda events, path: None
+    utils.measure_matmul_flops = functools.cache(utils.measure_matmul_flops)
+
+
 def main() -> None:
     """Answer requests until standard input ends."""
     os.chdir(sys.argv[1])
     sys.path.insert(0, sys.argv[1])
+    do_without_what_is_slow()
     requests, answers = sys.stdin, os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what a child process prints must not get between the answers
     for line in requests:

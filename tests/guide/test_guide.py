@@ -7,7 +7,6 @@ the first of its kind in a process of its own, the others in one interpreter tha
 
 import shlex
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 
 from model.storage.archive import load_torch, save_torch
+from tests import forks
 from tests.guide.home import Interpreter, copy_project
 from tests.tiny_runs import HUNG, ONE_THREAD
 
@@ -65,7 +65,7 @@ def guide(home):
             words.insert(1, "-m")
             words.insert(2, "torch.distributed.run")
         options = {"capture_output": True, "text": True, "encoding": "utf-8", "timeout": HUNG} | options
-        result = subprocess.run(words, cwd=home, env=ONE_THREAD, **options)
+        result = forks.run(words, cwd=home, env=ONE_THREAD, **options)  # torch's launcher is forked, our scripts start
         result.code = result.returncode
         return checked(text, result)
 
