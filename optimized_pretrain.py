@@ -1,4 +1,4 @@
-"""Training, from top to bottom: `Trainer(settings, processes).train()`.
+"""Training, from top to bottom: `Trainer(settings).train()`.
 
 One loop trains on one CPU, one GPU or many nodes. It can stop at any time and resume with the same weights, bit for
 bit, as if it had never stopped (on the same machine, versions, threads and number of processes).
@@ -31,6 +31,7 @@ from model.runs.run_files import RunFiles
 from model.runs.signals import StopVote
 from model.runs.status import outcome_of
 from model.training.clock import Clock
+from model.training.config_file import load_settings  # noqa: F401 (for callers of Trainer)
 from model.training.data import TrainingData
 from model.training.divergence import difference_of_weights, fault_of_step, limit_reached, weights_norm
 from model.training.memory import check_memory
@@ -55,8 +56,8 @@ class Trainer:
     holds pairs of answers, to prefer the chosen ones.
 
     Args:
-        settings: all settings of the run.
-        processes: the processes that train together.
+        settings: all settings of the run, as `load_settings` makes them.
+        processes: the processes that train together; None: this one alone.
         preview: called on rank 0 after each evaluation with the evaluated model; returns lines to print.
         beginning: the checkpoint or the weights to begin with, already read; None: read as the settings say.
         judge: called on rank 0 at each evaluation of chats with the evaluated model and the data; returns metrics of
@@ -70,14 +71,15 @@ class Trainer:
     def __init__(
         self,
         settings: Settings,
-        processes: Processes,
+        processes: Processes | None = None,
         preview: Callable[[Transformer], list[str]] | None = None,
         beginning: Beginning | None = None,
         judge: Callable[[Transformer, TrainingData], tuple[dict, str]] | None = None,
     ) -> None:
         # As the user gave them, with the shape of `init_from`'s weights; `self.training` has no `auto` left.
         self.settings = copy.deepcopy(settings)
-        self.processes, self.preview, self.judge = processes, preview, judge
+        self.processes = processes = processes or Processes.alone()
+        self.preview, self.judge = preview, judge
         self.stop_signal = utils.StopSignal()
         self.stop_vote = StopVote(processes.all_sum, alone=processes.world_size == 1)
         self.files: RunFiles | None = None  # on rank 0, once it trains
@@ -92,6 +94,8 @@ class Trainer:
         beginning = beginning or find_beginning(self.settings, say)
         self.resumed = beginning.checkpoint
         self._open_data()
+        # Chats shorter than what the weights know do not unlearn the rest.
+        self.context = max(self.config.max_seq_len, beginning.context if self.data.is_chat else 0)
         self._build_model(beginning)
         with deterministic_kernels(self.device):  # measure memory with the kernels that training uses
             self.plan = plan_run(self.settings, self.data, self.model, self.hardware, self.resumed, processes, say)

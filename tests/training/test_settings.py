@@ -9,7 +9,7 @@ import pytest
 
 from model.errors import InputError
 from model.LMConfig import LMConfig
-from model.training.config_file import read_config
+from model.training.config_file import load_settings, read_config
 from model.training.settings import FIELDS, SECTIONS, ModelSettings, Settings, build_settings
 from tests import forks
 
@@ -33,6 +33,17 @@ def test_the_model_section_is_LMConfig():
 def test_flags_beat_the_file_and_the_file_beats_the_defaults():
     settings = build_settings({"training": {"epochs": 3, "batch_size": 4}}, {"epochs": "7"})
     assert (settings.training.epochs, settings.training.batch_size, settings.training.patience) == (7, 4, 5)
+
+
+def test_a_notebook_gives_settings_by_name_over_those_of_a_file(tmp_path):
+    settings = load_settings(ROOT / "config_chat.yaml", init_from=tmp_path / "a.pth", epochs=7, learning_rate=1e-3)
+    assert (settings.training.epochs, settings.training.learning_rate, settings.training.min_lr) == (7, 1e-3, 0)
+    assert settings.training.init_from == str(tmp_path / "a.pth")
+    assert settings.data.train_data_path == "./dataset/chats.bin" and load_settings() == Settings()
+    with pytest.raises(InputError) as raised:
+        load_settings(epohs=7, max_steps="many", dim=0)
+    assert len(raised.value.args) == 3 and "epohs is unknown; did you mean 'epochs'?" in raised.value.args
+    assert all(not problem.startswith("--") for problem in raised.value.args)
 
 
 def test_the_guides_sample_config_is_accepted():
