@@ -42,7 +42,7 @@ from model.training.plan import plan_run
 from model.training.preferences import Preference
 from model.training.progress import Progress, StepResult
 from model.training.reference import ReferenceFile, find_reference, weights_sha256
-from model.training.report import bar_text, describe, evaluation_lines, step_metrics, text_line
+from model.training.report import bar_text, describe, evaluation_lines, measured_lines, step_metrics
 from model.training.settings import Settings
 from model.weights import Weights
 from utils import Processes, deterministic_kernels, say
@@ -380,10 +380,18 @@ class Trainer:
         return {"text_loss": measured["val_loss"], "text_bits_per_byte": measured["bits_per_byte"]}
 
     def _measure_before(self) -> None:
-        """Before the first step: how well the model predicts the texts that it may forget."""
-        if (texts := self._measure_texts(self.build_evaluated_model())) and self.files is not None:
-            say(f"before tuning: {text_line(texts)}")
-            self.files.metrics.write(self._position() | texts)
+        """Before the first step: the losses of the weights of `init_from`, and of the texts that may be forgotten."""
+        begins_with_weights = self.settings.training.init_from is not None and len(self.plan.val_samples) > 0
+        model = self.build_evaluated_model()
+        held_out = self._measure(model, self.data.val, self.plan.val_samples) if begins_with_weights else {}
+        texts = self._measure_texts(model)
+        if held_out is None or texts is None or self.files is None or not (measured := held_out | texts):
+            return
+        for line in measured_lines("before training: ", measured, self.data.is_chat):
+            say(line)
+        self.files.metrics.write(self._position() | measured)
+        if held_out:
+            self._show_preview(model)
 
     def _is_stop_asked(self) -> bool:
         """Whether any process got a signal to stop: all of them stop at the same batch of an evaluation."""
@@ -423,6 +431,9 @@ class Trainer:
             measured = measured | judged
         files.metrics.write(self._position() | measured)
         files.metrics.update_curves()
+        self._show_preview(model)
+
+    def _show_preview(self, model: Transformer) -> None:
         if self.preview is not None:
             for line in self.preview(model.eval()):
                 say(f"    {line}")

@@ -55,11 +55,6 @@ def _adapters_text(plan: RunPlan) -> str:
     )
 
 
-def text_line(measured: dict) -> str:
-    """What of a text is forgotten, as `text_bits_per_byte` of metrics.jsonl says."""
-    return f"{measured['text_bits_per_byte']:.4f} bits per byte of held-out texts of mix_data_path"
-
-
 def preference_line(measured: dict) -> str:
     """How well pairs of answers are told apart, and how probable the chosen ones are."""
     return (
@@ -70,23 +65,35 @@ def preference_line(measured: dict) -> str:
 
 
 def evaluation_lines(progress: Progress, measured: dict, is_chat: bool) -> list[str]:
-    """What an evaluation measured.
+    """What an evaluation measured, and whether it is the best so far.
 
     Args:
         progress: which has counted this evaluation.
         measured: as metrics.jsonl has it.
     """
+    first, *more = measured_lines(f"step {progress.step:,}: ", measured, is_chat)
     is_best = progress.evaluations_without_gain == 0
-    best = ", the best so far" if is_best else f" (best: {progress.best_val_loss:.4f})"
-    line = f"step {progress.step:,}: validation loss {measured['val_loss']:.4f}"
-    if "bits_per_byte" in measured:
-        line += f", {measured['bits_per_byte']:.4f} bits per byte{' of the answers' if is_chat else ''}"
-    lines = [line + best]
+    return [first + (", the best so far" if is_best else f" (best: {progress.best_val_loss:.4f})"), *more]
+
+
+def measured_lines(when: str, measured: dict, is_chat: bool) -> list[str]:
+    """The losses of an evaluation, of which there is one at least: of held-out samples, of held-out texts.
+
+    Args:
+        when: what the first line begins with.
+        measured: as metrics.jsonl has it.
+    """
+    lines = []
+    if "val_loss" in measured:
+        line = f"validation loss {measured['val_loss']:.4f}"
+        if "bits_per_byte" in measured:
+            line += f", {measured['bits_per_byte']:.4f} bits per byte{' of the answers' if is_chat else ''}"
+        lines.append(line)
     if "val_accuracy" in measured:
-        lines.append(f"    {preference_line(measured)}")
+        lines.append(preference_line(measured))
     if "text_bits_per_byte" in measured:
-        lines.append(f"    {text_line(measured)}")
-    return lines
+        lines.append(f"{measured['text_bits_per_byte']:.4f} bits per byte of held-out texts of mix_data_path")
+    return [when + lines[0], *(f"    {line}" for line in lines[1:])]
 
 
 def step_metrics(

@@ -190,7 +190,8 @@ def test_a_run_learns_to_prefer_and_leaves_a_chat_model(pair_flags, tmp_path, ca
     out, said = tmp_path / "out", capfd.readouterr().err
     evaluated = [event for event in events(out) if "val_loss" in event]
     assert evaluated[-1]["val_loss"] < 0.6 < np.log(2) and evaluated[-1]["val_accuracy"] == 1
-    assert evaluated[-1]["val_margin"] > evaluated[0]["val_margin"] > 0
+    assert evaluated[-1]["val_margin"] > evaluated[1]["val_margin"] > 0
+    assert evaluated[0]["step"] == 0 and evaluated[0]["val_margin"] == pytest.approx(0, abs=1e-4)  # before training
     per_token = evaluated[-1]["val_chosen_log_probability_per_token"]
     assert evaluated[-1]["val_chosen_log_probability"] < per_token < 0
     logged = [event for event in events(out) if "loss" in event]
