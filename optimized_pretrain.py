@@ -9,6 +9,7 @@ bit, as if it had never stopped (on the same machine, versions, threads and numb
 
 import contextlib
 import copy
+import dataclasses
 import functools
 import math
 import os
@@ -455,6 +456,7 @@ class Trainer:
             settings=self.settings,
             plan=self.plan,
             data=self.data,
+            context=self.context,
             environment=self.environment,
             progress=self.progress,
             model=self.model,
@@ -476,7 +478,8 @@ class Trainer:
     def _weights(self, evaluated: Transformer) -> Weights:
         """The evaluated model's weights with their description; not copied."""
         tokenizer = self.settings.data.tokenizer_path, self.data.tokenizer_sha256
-        return Weights(evaluated.state_dict(), self.config, *tokenizer, chat=self.data.chat)
+        config = dataclasses.replace(self.config, max_seq_len=self.context)
+        return Weights(evaluated.state_dict(), config, *tokenizer, chat=self.data.chat)
 
     def _save_final(self) -> None:
         if self.files is not None:

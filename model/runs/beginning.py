@@ -33,6 +33,12 @@ class Beginning:
 
     checkpoint: FoundCheckpoint | None = None  # to resume from
     weights: dict[str, Tensor] | None = None  # of init_from
+    weights_context: int = 0  # tokens: positions that these weights know
+
+    @property
+    def context(self) -> int:
+        """Positions that the weights know, in tokens; of random ones 0."""
+        return self.weights_context if self.checkpoint is None else self.checkpoint.content["context"]
 
 
 def find_beginning(settings: Settings, say: Callable[[str], None]) -> Beginning:
@@ -52,7 +58,7 @@ def find_beginning(settings: Settings, say: Callable[[str], None]) -> Beginning:
     if settings.training.resume:
         say(f"resume: no checkpoint in {settings.training.out_dir}, so training starts from the beginning")
         _take_moved_source(settings.training, say)
-    return Beginning(weights=_load_initial(settings, say))
+    return _load_initial(settings, say)
 
 
 def _take_moved_source(training: TrainingSettings, say: Callable[[str], None]) -> None:
@@ -68,15 +74,17 @@ def _take_moved_source(training: TrainingSettings, say: Callable[[str], None]) -
 def take_shape_of_checkpoint(settings: Settings, path: Path, checkpoint: Mapping) -> None:
     """Give the settings a checkpoint's shape and, if they name no tokenizer, its tokenizer."""
     _take_shape(settings.model, read_shape(checkpoint["config"], path))
+    if checkpoint["chat"]:  # as the run's first start did
+        settings.model.max_seq_len = min(settings.model.max_seq_len, checkpoint["context"])
     settings.data.tokenizer_path = settings.data.tokenizer_path or checkpoint["tokenizer_path"]
 
 
-def _load_initial(settings: Settings, say: Callable[[str], None]) -> dict[str, Tensor] | None:
+def _load_initial(settings: Settings, say: Callable[[str], None]) -> Beginning:
     training, data, model = settings.training, settings.data, settings.model
     if training.init_from is None:
         if training.lora_rank:
             raise InputError(ADAPTERS_NEED_WEIGHTS.format(training.lora_rank))
-        return None
+        return Beginning()
     path, choice = find_weights(training.init_from)
     if choice is not None:
         say(choice)
@@ -99,7 +107,7 @@ def _load_initial(settings: Settings, say: Callable[[str], None]) -> dict[str, T
             f"init_from {path}: these weights know positions up to {known:,}, max_seq_len is {model.max_seq_len:,}: the"
             " others have to be learned"
         )
-    return weights.state_dict
+    return Beginning(weights=weights.state_dict, weights_context=known)
 
 
 def load_reference(training: TrainingSettings, sha256: str, say: Callable[[str], None]) -> dict[str, Tensor]:

@@ -24,14 +24,15 @@ from model.training.progress import Progress
 from model.training.settings import SECTIONS, Settings
 from model.weights.shapes import check_shapes, read_shape
 
-CHECKPOINT_VERSION = 4
-READABLE_VERSIONS = (2, 3, 4)
+CHECKPOINT_VERSION = 5
+READABLE_VERSIONS = (2, 3, 4, 5)
 NONE = type(None)
 KINDS = {  # the keys of a checkpoint and what lies under them
     "format_version": int,
     "started": str,  # when the run started
     "settings": dict,  # all of them, as the user gave them
     "config": dict,  # LMConfig
+    "context": int,  # tokens: positions that the weights know, at least max_seq_len
     "tokenizer_path": (str, NONE),
     "tokenizer_sha256": str,
     "chat": dict,  # of a tuning run: see `Weights.chat`; else empty
@@ -59,6 +60,7 @@ def checkpoint_content(
     settings: Settings,
     plan: RunPlan,
     data: TrainingData,
+    context: int,
     environment: Mapping,
     progress: Progress,
     model: nn.Module,
@@ -72,6 +74,7 @@ def checkpoint_content(
     Args:
         started: when the run started.
         settings: as the user gave them.
+        context: positions that the weights know, in tokens.
         environment: what equal bits depend on, see `resume.environment`.
         random_states: `utils.random_state()` of each rank.
     """
@@ -80,6 +83,7 @@ def checkpoint_content(
         "started": started,
         "settings": settings.as_dict(),
         "config": dataclasses.asdict(plan.config),
+        "context": context,
         "tokenizer_path": settings.data.tokenizer_path,
         "tokenizer_sha256": data.tokenizer_sha256,
         "chat": data.chat,
@@ -107,6 +111,8 @@ def add_defaults(content: dict) -> None:
     content.setdefault("chosen", {})
     content.setdefault("chat", {})
     content.setdefault("adapters", {})
+    if isinstance(content.get("config"), dict):
+        content.setdefault("context", content["config"].get("max_seq_len"))
     later = (
         ("progress", "overflows_in_a_row", 0),
         ("data", "sample_start", "packed"),
@@ -183,6 +189,9 @@ def _progress_problem(path: Path, progress: Mapping) -> str | None:
 def _weights_problem(content: Mapping) -> str | None:
     try:
         config, (rank, _) = read_shape(content["config"], "its description"), checked_adapters(content["adapters"])
+        read_shape(content["config"] | {"max_seq_len": content["context"]}, "its context")
+        if content["context"] < config.max_seq_len:
+            return f"context is {content['context']}, max_seq_len {config.max_seq_len}"
         for name in ("model", "ema") if content["ema"] is not None else ("model",):
             check_shapes(content[name], config, name, rank)
             if others := [key for key, weight in content[name].items() if weight.dtype != torch.float32]:

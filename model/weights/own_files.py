@@ -35,6 +35,8 @@ def _of_checkpoint(content: Mapping, path: Path) -> Weights:
     """The weights in one of our checkpoints, even if the rest of it is damaged."""
     tokenizer = [content.get(name) for name in ("tokenizer_path", "tokenizer_sha256")]
     state_dict, config = content.get("ema") or content.get("model"), read_shape(content.get("config"), path)
+    if "context" in content:  # since version 5: samples may be shorter than what the weights know
+        config = read_shape(content["config"] | {"max_seq_len": content["context"]}, path)
     if not isinstance(state_dict, Mapping) or any(not isinstance(value, str | None) for value in tokenizer):
         raise InputError(f"{path}: not a whole checkpoint (its weights or tokenizer are missing); use an older file")
     try:

@@ -13,6 +13,7 @@ from model.text.tokenization import load_tokenizer, tokenizer_sha256
 from model.token_file.manifest import ends_path, learn_path
 from model.training.mixing import MixedOrder
 from model.training.settings import build_settings
+from model.weights import load_weights
 from optimized_pretrain import Trainer
 from tests.chat_files import CHATS, ids_of, write_chats
 from tests.conftest import random_model
@@ -211,6 +212,29 @@ def test_a_restart_before_the_first_checkpoint_begins_with_the_same_weights(flag
     (out / "checkpoint_step_4.pth").unlink()  # as if it had been killed after an evaluation, before the first save
     restarted = Trainer(build_settings({}, chat_flags(resume="true", **options)), Processes())
     assert_equal(dict(before), {name: weight.clone() for name, weight in restarted.model.state_dict().items()})
+
+
+def test_tuned_weights_know_as_long_texts_as_before_whatever_the_samples_are(flags, chat_flags, tmp_path, capfd):
+    train(flags(max_steps=4, max_seq_len=CONTEXT, eval_interval=4))
+    known = {"init_from": tmp_path / "out" / "best_model.pth", "out_dir": tmp_path / "tuned", "max_steps": 12}
+    train(chat_flags(max_seq_len=80, **known))
+    assert load_weights(tmp_path / "tuned" / "checkpoint_step_12.pth").config.max_seq_len == CONTEXT
+    (tmp_path / "tuned" / "checkpoint_step_12.pth").unlink()
+    (tmp_path / "tuned" / "sft_32.pth").unlink()
+    train(chat_flags(max_seq_len=80, resume="true", **known))
+    assert load_weights(tmp_path / "tuned" / "sft_32.pth").config.max_seq_len == CONTEXT
+    assert "validation loss" in capfd.readouterr().err.split("before training: ")[1]
+    assert [event["step"] for event in events(tmp_path / "tuned") if "val_loss" in event] == [0, 4, 8, 12]
+
+
+def test_a_run_whose_samples_were_cut_to_what_the_weights_know_resumes_with_the_same_settings(
+    flags, chat_flags, tmp_path, capfd
+):
+    train(flags(max_steps=4, max_seq_len=CONTEXT))
+    about = {"init_from": tmp_path / "out" / "best_model.pth", "out_dir": tmp_path / "tuned", "max_seq_len": 512}
+    train(chat_flags(max_steps=4, **about))
+    assert f"max_seq_len {CONTEXT}: what these weights know" in capfd.readouterr().err
+    assert train(chat_flags(max_steps=8, resume="true", **about)).progress.step == 8
 
 
 # ---------------------------------------------------------------------------------------------------------- bad input

@@ -37,7 +37,8 @@ def checkpoint_content(step=5, started="20260101T120000", optimizer_type="adamw"
     optimizer.step()
     return {
         "format_version": CHECKPOINT_VERSION, "started": started, "settings": settings.as_dict(),
-        "config": dataclasses.asdict(CONFIG), "tokenizer_path": None, "tokenizer_sha256": "abc", "data": {},
+        "config": dataclasses.asdict(CONFIG), "context": CONFIG.max_seq_len,
+        "tokenizer_path": None, "tokenizer_sha256": "abc", "data": {},
         "validation": {}, "pace": {}, "total_steps": 10, "chosen": {}, "chat": {}, "adapters": {},
         "progress": dataclasses.asdict(Progress(step=step)),
         "model": model.state_dict(), "ema": None, "ema_updates": 0, "optimizer": optimizer.state_dict(), "scaler": {},
@@ -173,19 +174,22 @@ WRONG = {
     "half a random state": (lambda c: c["random_states"][0].pop("numpy"), "random_states"),
     "a random state that is none": (lambda c: c["random_states"][0].update(torch=torch.ones(3)), "random_states"),
     "nothing of what version 4 added": (lambda c: c.pop("chat"), "chat is missing"),
+    "nothing of what version 5 added": (lambda c: c.pop("context"), "context is missing"),
+    "a context below that of the samples": (lambda c: c.update(context=8), "context is 8, max_seq_len 16"),
+    "a context of nobody": (lambda c: c.update(context=2**40), "max_seq_len"),
     "another version": (lambda c: c.update(format_version=1), "version 1"),
 }
 
 
-@pytest.mark.parametrize("version", [2, 3])
+@pytest.mark.parametrize("version", [2, 3, 4])
 def test_a_checkpoint_of_an_earlier_version_gets_what_came_later(tmp_path, version):
     content = checkpoint_content() | {"format_version": version, "data": {"tokens": 9}}
-    for key in ("chosen", "chat", "adapters"):
+    for key in ("chosen", "chat", "adapters", "context"):
         content.pop(key)
     content["progress"].pop("overflows_in_a_row")
     save_torch(tmp_path / "checkpoint_step_5.pth", content)
     loaded = load_checkpoint(tmp_path / "checkpoint_step_5.pth")
-    assert loaded["chosen"] == loaded["chat"] == loaded["adapters"] == {}
+    assert loaded["chosen"] == loaded["chat"] == loaded["adapters"] == {} and loaded["context"] == 16
     assert loaded["data"] == {"tokens": 9, "sample_start": "packed"}
     assert loaded["progress"]["overflows_in_a_row"] == 0
 
