@@ -11,9 +11,9 @@ from model.errors import InputError
 from model.LMConfig import LMConfig
 from model.runs.folder import is_within, recorded_source
 from model.runs.resume import find_checkpoint
-from model.text.tokenization import EMBEDDED_TOKENIZER, tokenizer_folder
+from model.text.tokenization import EMBEDDED_TOKENIZER, tokenizer_folder, tokenizer_sha256
 from model.text.tokenizer_folder import same_tokenizer
-from model.token_file.manifest import read_manifest
+from model.token_file.manifest import Manifest, read_manifest
 from model.training.choices import FoundCheckpoint
 from model.training.reference import weights_sha256
 from model.training.settings import ADAPTERS_NEED_WEIGHTS, ModelSettings, Settings, TrainingSettings
@@ -92,13 +92,13 @@ def _load_initial(settings: Settings, say: Callable[[str], None]) -> Beginning:
     if weights.inferred:
         say(weights.inferred)
     fitting_tokenizer(path, weights, data.tokenizer_path)
-    data.tokenizer_path = data.tokenizer_path or _folder_of(weights)
+    manifest = read_manifest(data.train_data_path)
+    data.tokenizer_path = data.tokenizer_path or _folder_of(weights, manifest)
     taken = "training begins with these weights"
     if _take_shape(model, weights.config):
         taken = "the model takes its shape from these weights, not from the settings' section model"
     say(f"init_from {path}: {taken}")
     known = weights.config.max_seq_len
-    manifest = read_manifest(data.train_data_path)
     if model.max_seq_len > known and manifest is not None and manifest.chat:
         say(f"max_seq_len {known}: what these weights know; {model.max_seq_len} is more than chats can teach them")
         model.max_seq_len = known
@@ -132,10 +132,17 @@ def load_reference(training: TrainingSettings, sha256: str, say: Callable[[str],
     return weights
 
 
-def _folder_of(weights: Weights) -> str | None:
-    """The weights' tokenizer; None if it is the embedded one, which is the default."""
+def _folder_of(weights: Weights, manifest: Manifest | None) -> str | None:
+    """The weights' tokenizer; None if it is the embedded one, which is the default.
+
+    Args:
+        manifest: of the token file, which may have been made with a copy of the embedded one, as a GGUF file holds it.
+    """
     path = recorded_tokenizer(weights)
-    return None if path is None or same_tokenizer(tokenizer_folder(path), EMBEDDED_TOKENIZER) else path
+    if path is None or not same_tokenizer(tokenizer_folder(path), EMBEDDED_TOKENIZER):
+        return path
+    is_of_data = manifest is not None and manifest.tokenizer_sha256 == tokenizer_sha256(path)
+    return path if is_of_data else None
 
 
 def _take_shape(model: ModelSettings, shape: LMConfig) -> bool:
