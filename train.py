@@ -124,7 +124,7 @@ def prepare_data_if_missing(settings: Settings) -> None:
     Raises:
         InputError: there is nothing to make it from, or the path is no token file's.
     """
-    from model.training.data import refuse_text  # imports torch
+    from model.training.data import FORMAT_OF_KIND, data_command, refuse_text  # imports torch
 
     data = settings.data
     target = Path(data.train_data_path)
@@ -140,13 +140,12 @@ def prepare_data_if_missing(settings: Settings) -> None:
     if source is None and os.path.realpath(target) == os.path.realpath(DataSettings.train_data_path):
         source = default_input_path()
     if source is None:
-        command = command_line(
-            "python", "optimized_data_processing.py", "--input_path", "YOUR.jsonl", "--output_path", target
-        )
+        command = data_command(data.train_data_kind, output_path=target)
         raise InputError(f"train_data_path: no file {target}; make it with: {command}")
     say(f"{target} is missing: making it from {source}")
     try:
-        OptimizedDataProcessor(tokenizer_path=data.tokenizer_path).process_dataset(str(source), str(target))
+        kind = {} if data.train_data_kind is None else {"format": FORMAT_OF_KIND[data.train_data_kind]}
+        OptimizedDataProcessor(tokenizer_path=data.tokenizer_path, **kind).process_dataset(str(source), str(target))
     except InputError as error:  # name the settings that the user gave
         names = {"input_path:": "raw_data_path:", "output_path:": "train_data_path:"}
         problems = [str(problem) for problem in error.args]

@@ -15,7 +15,7 @@ import torch
 from model.errors import InputError, command_line
 from model.loss import IGNORE_INDEX
 from model.token_file.chats import Chats, read_chats
-from model.token_file.manifest import read_manifest
+from model.token_file.manifest import learn_path, manifest_path, read_manifest
 from model.token_file.packing import find_documents, pack_documents
 from model.token_file.token_layout import find_layout
 
@@ -70,6 +70,12 @@ class PretrainDataset:
         layout = self.layout = find_layout(self.path, self.manifest)
         self._check_tokenizer(tokenizer_sha256)
         is_chat = self.manifest is not None and bool(self.manifest.chat)
+        if not is_chat and learn_path(self.path).exists():
+            found = "describes texts" if self.manifest else "is missing"
+            raise InputError(
+                f"{manifest_path(self.path)}: {found}, but {learn_path(self.path)} says that {path} holds chats; copy"
+                " the manifest too, or make the file again with optimized_data_processing.py"
+            )
         if layout.count < seq_len + 1 and not is_chat:
             held = f"{layout.count:,} tokens"
             raise InputError(f"{path}: {held}, fewer than one sample of max_seq_len + 1 = {seq_len + 1}")

@@ -54,6 +54,7 @@ def write_chats(path: Path, chats: list[Chat], tokenizer_folder: Path | None, pa
     np.cumsum([len(document) for document, _ in documents]).astype("<u8").tofile(ends_path(path))
     chat = {
         "learn_sha256": file_sha256(learn_path(path)),
+        "ends_sha256": file_sha256(ends_path(path)),
         "learned": int(learned.sum()),
         "turns": sum(role == "assistant" for chat in chats for role, _ in chat),
         "template_sha256": hashlib.sha256(tokenizer.get_chat_template().encode()).hexdigest(),

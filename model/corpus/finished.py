@@ -61,8 +61,8 @@ def finish_files(
             content["processing"]["statistics"] = summary
         if file.ends_path:
             if file.learn_path:
-                counts = {"learn_sha256": file.learn_sha256, "learned": file.learned, "turns": file.turns}
-                content["chat"] = counts | content["chat"]
+                hashes = {"learn_sha256": file.learn_sha256, "ends_sha256": file.ends_sha256}
+                content["chat"] = hashes | {"learned": file.learned, "turns": file.turns} | content["chat"]
                 made.append(file.learn_path.name)
             elif earlier := _learn_of_earlier_job(folder.output.with_name(file.path.name)):
                 gone.append(earlier.name)

@@ -255,11 +255,11 @@ class DocumentFile:
     ) -> None:
         self.path, self.ends_path, self.learn_path, self.dtype = path, ends_path, learn_path, dtype
         self.items = self.documents = self.learned = self.turns = 0
-        self.sha256 = self.learn_sha256 = ""
+        self.sha256 = self.learn_sha256 = self.ends_sha256 = ""
 
     def __enter__(self) -> "DocumentFile":
         self._digest, self._flushed = hashlib.sha256(), 0  # items that are on their way to the disk
-        self._learn_digest = hashlib.sha256()
+        self._learn_digest, self._ends_digest = hashlib.sha256(), hashlib.sha256()
         # A thread each: a slow hash or disk delays the writing only when the next call is due.
         self._hasher, self._flusher = _Background(), _Background()
         self._file = open(self.path, "wb")
@@ -295,7 +295,9 @@ class DocumentFile:
             self._flusher.submit(os.fsync, self._file.fileno())
             self._flushed = self.items
         if self._ends:
-            self._ends.write((np.cumsum(sizes) + self.items).astype("<u8"))
+            ends = (np.cumsum(sizes) + self.items).astype("<u8")
+            self._ends_digest.update(ends)
+            self._ends.write(ends)
         self.items += len(payload)
         self.documents += len(sizes)
 
@@ -308,7 +310,8 @@ class DocumentFile:
             if kind is None:
                 for file in filter(None, (self._file, self._ends, self._learn)):
                     flush_to_disk(file)
-        self.sha256, self.learn_sha256 = self._digest.hexdigest(), self._learn_digest.hexdigest()
+        digests = self._digest, self._learn_digest, self._ends_digest
+        self.sha256, self.learn_sha256, self.ends_sha256 = (digest.hexdigest() for digest in digests)
 
 
 class _Background:

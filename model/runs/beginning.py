@@ -99,7 +99,13 @@ def _load_initial(settings: Settings, say: Callable[[str], None]) -> Beginning:
         taken = "the model takes its shape from these weights, not from the settings' section model"
     say(f"init_from {path}: {taken}")
     known = weights.config.max_seq_len
-    if model.max_seq_len > known and manifest is not None and manifest.chat:
+    chat = {} if manifest is None else manifest.chat
+    if chat.get("pairs") and weights.chat == {}:
+        say(
+            f"warning: init_from {path}: these weights continue texts and do not answer; pairs teach which answer is"
+            " preferred, so tune them on chats first (config_chat.yaml)"
+        )
+    if model.max_seq_len > known and chat:
         say(f"max_seq_len {known}: what these weights know; {model.max_seq_len} is more than chats can teach them")
         model.max_seq_len = known
     if model.max_seq_len > known:
@@ -164,4 +170,5 @@ def refuse_shape(names: list[str]) -> None:
         InputError: naming the refused ones.
     """
     if refused := [f"--{name}" for name in names if name in GIVEN_BY_WEIGHTS]:
-        raise InputError(f"{', '.join(refused)}: init_from's weights determine the shape; omit it")
+        pronoun = "it" if len(refused) == 1 else "them"
+        raise InputError(f"{', '.join(refused)}: init_from's weights determine the shape; omit {pronoun}")

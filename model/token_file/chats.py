@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from model.errors import InputError
-from model.token_file.manifest import Manifest, ends_path, learn_path
+from model.token_file.manifest import Manifest, ends_path, file_sha256, learn_path
 from model.token_file.packing import Packing, pack_whole
 
 BLOCK_TOKENS = 16 << 20  # read at a time
@@ -162,14 +162,21 @@ def _count_learned(
     return targets, answers
 
 
-def verify_learned(path: Path, manifest: Manifest) -> None:
-    """Read `X.learn` whole, before hours are spent on it.
+def verify_companions(path: Path, manifest: Manifest) -> None:
+    """Read `X.learn` and `X.ends` whole, before hours are spent on them.
 
     Raises:
-        InputError: it is not the file that the manifest describes, holds other bytes than 0 and 1, or cannot be read
-            to its end.
+        InputError: they are not the files that the manifest describes, `X.learn` holds other bytes than 0 and 1, or one
+            cannot be read to its end.
     """
-    file_path, digest, read = learn_path(path), hashlib.sha256(), 0
+    _compare_hash(learn_path(path), _hash_learned(learn_path(path)), manifest.chat["learn_sha256"])
+    if "ends_sha256" in manifest.chat:
+        _compare_hash(ends_path(path), file_sha256(ends_path(path)), manifest.chat["ends_sha256"])
+
+
+def _hash_learned(file_path: Path) -> str:
+    """SHA-256 (hex) of a file of the bytes 0 and 1."""
+    digest, read = hashlib.sha256(), 0
     try:
         with open(file_path, "rb") as file:
             while block := file.read(BLOCK_TOKENS):
@@ -181,7 +188,10 @@ def verify_learned(path: Path, manifest: Manifest) -> None:
                 read += len(block)
     except OSError as error:
         raise InputError(f"{file_path}: cannot be read past byte {read:,} ({error.strerror})") from error
-    recorded, found = manifest.chat["learn_sha256"], digest.hexdigest()
+    return digest.hexdigest()
+
+
+def _compare_hash(file_path: Path, found: str, recorded: str) -> None:
     if recorded != found:
         raise InputError(
             f"{file_path}: changed since its manifest was made (sha256 {recorded[:12]}… then, {found[:12]}… now);"

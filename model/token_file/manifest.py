@@ -32,9 +32,9 @@ class Manifest:
     sources: list[dict] = field(default_factory=list)  # [{"name": "corpus.jsonl", "size": bytes}, …]
     processing: dict = field(default_factory=dict)  # options and statistics of optimized_data_processing.py
     format_version: int = FORMAT_VERSION
-    # Of chats: learn_sha256 (hex, of X.learn), learned (tokens), turns (answers), template_sha256 (hex), and end_ids
-    # (that end an answer, ascending); and pairs, true where every two documents are a pair of answers to one question,
-    # the chosen and the rejected one. Empty: texts.
+    # Of chats: learn_sha256 and ends_sha256 (hex, of X.learn and X.ends; the first files lack the latter), learned
+    # (tokens), turns (answers), template_sha256 (hex), and end_ids (that end an answer, ascending); and pairs, true
+    # where every two documents are a pair of answers to one question, the chosen and the rejected one. Empty: texts.
     chat: dict = field(default_factory=dict)
 
 
@@ -119,6 +119,7 @@ def manifest_problems(values: dict) -> list[str]:
 def _chat_problems(chat: dict, vocab_size: int) -> list[str]:
     """Every field of a manifest's `chat` that is missing or has an impossible value."""
     kinds = {"learn_sha256": str, "learned": int, "turns": int, "template_sha256": str, "end_ids": list}
+    kinds |= {"ends_sha256": str} if "ends_sha256" in chat else {}
     problems = [
         f"chat.{name} is {shown(chat.get(name))}, expected {kind.__name__}"
         for name, kind in kinds.items()

@@ -7,15 +7,20 @@ from pathlib import Path
 import numpy as np
 
 from model.dataset import VERIFY_BYTES, PretrainDataset, SampleOrder, verify_tokens
-from model.errors import InputError, counted
+from model.errors import InputError, command_line, counted
 from model.storage.files import size_text
 from model.text.chat_template import template_sha256
 from model.text.token_bytes import token_bytes
 from model.text.tokenization import delimiters, load_tokenizer, tokenizer_sha256, vocabulary_size
-from model.token_file.chats import verify_learned
+from model.token_file.chats import verify_companions
 from model.training.mixing import MixedDataset, MixedOrder
-from model.training.settings import DataSettings, Settings
+from model.training.settings import DataSettings, Settings, TrainingSettings
 
+FORMAT_OF_KIND = {
+    "texts": "text",
+    "chats": "chat",
+    "pairs": "pairs",
+}  # what a token file holds: data processing's name for it
 MOST_HELD_OUT_TEXTS = 100  # samples that tell what is forgotten
 TEXT_HEAD = 4096  # bytes that show whether a file is text
 
@@ -36,6 +41,17 @@ def refuse_text(name: str, path: str | None) -> None:
     if name != "train_data_path":
         remedy = "make a .bin of it with optimized_data_processing.py"
     raise InputError(f"{name}: {path} is text, a token file (.bin) expected; {remedy}")
+
+
+def data_command(kind: str | None, input_path: str = "YOUR.jsonl", output_path: str | Path | None = None) -> str:
+    """The command that makes a token file.
+
+    Args:
+        kind: of FORMAT_OF_KIND; None: data processing finds out.
+    """
+    words = ["--output_path", output_path] if output_path is not None else []
+    words += ["--format", FORMAT_OF_KIND[kind]] if kind is not None else []
+    return command_line("python", "optimized_data_processing.py", "--input_path", input_path, *words)
 
 
 def _is_text(path: Path) -> bool:
@@ -117,6 +133,7 @@ class TrainingData:
         for name in ("train_data_path", "val_data_path", "mix_data_path"):
             refuse_text(name, getattr(data, name))
         self.train = train = self._trained = self._open(data.train_data_path, say)
+        self._check_kind(data, settings.training.dpo_beta)
         if train.chats is None and settings.training.init_from is not None:
             say(f"{data.train_data_path} holds texts, not chats: all tokens are learned, and the model continues texts")
         self.chat = {} if self.train.chats is None else self._chat(data.train_data_path, self.train)
@@ -164,6 +181,19 @@ class TrainingData:
             )
         end_ids = dataset.manifest.chat["end_ids"]
         return {"template": self._template, "template_sha256": found, "end_ids": end_ids}
+
+    def _check_kind(self, data: DataSettings, dpo_beta: float) -> None:
+        """Refuse training data of another kind than the settings expect."""
+        found, expected = _kind(self.train), data.train_data_kind
+        if expected not in (None, found):
+            raise InputError(
+                f"train_data_path: {data.train_data_path} holds {found}, but train_data_kind is {expected}; make it of"
+                f" {expected} ({data_command(expected)}), or set train_data_kind to {found} or null"
+            )
+        if found != "pairs" and dpo_beta != TrainingSettings.dpo_beta:
+            raise InputError(
+                f"dpo_beta: {dpo_beta:g} is of pairs, but train_data_path {data.train_data_path} holds {found}; omit it"
+            )
 
     def _check_same_kind(self, train_path: str, val_path: str) -> None:
         kinds = [_kind(data) for data in (self.train, self.val)]
@@ -251,7 +281,7 @@ class TrainingData:
         if self._verify and dataset.tokens.nbytes <= VERIFY_BYTES:
             dataset.verified_sha256 = verify_tokens(dataset)
             if dataset.chats is not None:
-                verify_learned(dataset.path, dataset.manifest)
+                verify_companions(dataset.path, dataset.manifest)
         elif self._verify:
             say(f"{path}: {size_text(dataset.tokens.nbytes)} are too large to be verified before training")
         return dataset

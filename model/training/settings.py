@@ -36,6 +36,11 @@ class DataSettings:
         None, "folder of the tokenizer; null: the embedded one, model/tokenizer", path=True
     )
     train_data_path: str = setting("./dataset/pretrain_data.bin", "token file to train on", path=True)
+    train_data_kind: str | None = setting(
+        None,
+        "what train_data_path has to hold: texts, chats or pairs (of answers); null: what it holds decides",
+        choices=("texts", "chats", "pairs"),
+    )
     val_data_path: str | None = setting(
         None, "token file to validate on; null: 1 % of the samples are held out", path=True
     )

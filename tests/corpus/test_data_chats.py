@@ -105,6 +105,7 @@ def read_chats(output: Path) -> list[tuple[list[int], list[int]]]:
     assert len(ids) == len(learned) == ends[-1] == manifest.tokens and len(ends) == manifest.documents
     assert set(learned.tolist()) <= {0, 1} and int(learned.sum()) == manifest.chat["learned"]
     assert manifest.chat["learn_sha256"] == file_sha256(learn_path(output)) and manifest.sha256 == file_sha256(output)
+    assert manifest.chat["ends_sha256"] == file_sha256(ends_path(output))
     return [
         (a.tolist(), b.tolist()) for a, b in zip(np.split(ids, ends[:-1]), np.split(learned, ends[:-1]), strict=True)
     ]
@@ -135,8 +136,9 @@ def test_every_form_gives_the_same_tokens(tmp_path, embedded, capsys, name):
     said = capsys.readouterr().err
     assert f"chats: {next(iter(counts['chats']['forms']))}\n" in said and "3 chats, 4 answers" in said
     manifest = read_manifest(tmp_path / "a.bin")
-    assert manifest.chat | {"learn_sha256": ""} == {
+    assert manifest.chat | {"learn_sha256": "", "ends_sha256": ""} == {
         "learn_sha256": "",
+        "ends_sha256": "",
         "learned": manifest.chat["learned"],
         "turns": 4,
         "template_sha256": template_sha256(MESSAGES_TEMPLATE),

@@ -10,13 +10,14 @@ from model.dataset import PretrainDataset
 from model.loss import IGNORE_INDEX
 from model.storage.archive import load_torch
 from model.text.tokenization import load_tokenizer, tokenizer_sha256
-from model.token_file.manifest import ends_path, learn_path
+from model.token_file.manifest import ends_path, learn_path, manifest_path
+from model.training.config_file import read_config
 from model.training.mixing import MixedOrder
 from model.training.settings import build_settings
 from model.weights import load_weights
 from optimized_pretrain import Trainer
-from tests.chat_files import CHATS, ids_of, write_chats
-from tests.conftest import random_model
+from tests.chat_files import CHATS, ids_of, write_chats, write_pairs
+from tests.conftest import ROOT, random_model
 from tests.tiny_runs import (
     assert_a_killed_run_resumes,
     assert_equal,
@@ -255,6 +256,12 @@ def damage(path, place, value):
         (lambda path: damage(learn_path(path), 3, 7), "7 at token 3, 0 or 1 expected"),
         (lambda path: damage(learn_path(path), 3, 1), "changed since its manifest was made"),
         (lambda path: damage(ends_path(path), 0, 255), "not where the chats of"),
+        (lambda path: damage(ends_path(path), 0, 3), "chats.ends: changed since its manifest was made"),
+        (lambda path: manifest_path(path).unlink(), "chats.json: is missing, but"),
+        (
+            lambda path: manifest_path(path).write_text(manifest_path(path).read_text().replace('"chat"', '"old"')),
+            "chats.json: describes texts, but",
+        ),
     ],
 )
 def test_a_damaged_chat_file_is_one_line(chat_flags, tmp_path, tokenizer_folder, capfd, harm, expected):
@@ -277,6 +284,39 @@ def test_texts_and_chats_are_not_mistaken_for_each_other(flags, chat_flags, chat
     assert "holds chats, train_data_path" in refused(flags(val_data_path=chat_file), capfd)
     assert "holds chats, a token file of texts expected" in refused(chat_flags(mix_data_path=chat_file), capfd)
     assert "texts are mixed into chats" in refused(flags(mix_data_path=token_file), capfd)
+
+
+@pytest.mark.parametrize("kind", ["texts", "chats", "pairs"])
+@pytest.mark.parametrize("held", ["texts", "chats", "pairs"])
+def test_a_token_file_of_another_kind_than_the_config_expects_is_refused(
+    flags, tmp_path, chat_file, token_file, tokenizer_folder, capfd, kind, held
+):
+    pairs = write_pairs(
+        tmp_path / "pairs.bin", [(CHATS[2], [*CHATS[2][:-1], ("assistant", "b")])] * 9, tokenizer_folder
+    )
+    path = {"texts": token_file, "chats": chat_file, "pairs": pairs}[held]
+    options = flags(train_data_path=path, train_data_kind=kind, max_seq_len=CONTEXT, dpo_beta=0.2)
+    said = refused(options, capfd)  # in any case: the beta of no pairs, or pairs without weights
+    if held == kind:
+        assert "init_from: null" in said if held == "pairs" else "dpo_beta: 0.2 is of pairs, but" in said
+    else:
+        assert f"{path} holds {held}, but train_data_kind is {kind}; make it of {kind} (python optimized_data" in said
+        assert f"or set train_data_kind to {held} or null" in said
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("name", "kind"), [("chat", "chats"), ("demo_chat", "chats"), ("dpo", "pairs")])
+def test_the_config_files_for_chats_and_pairs_expect_them(name, kind):
+    assert read_config(ROOT / f"config_{name}.yaml")["data"]["train_data_kind"] == kind
+
+
+def test_a_missing_token_file_is_made_of_the_kind_that_is_expected(flags, tmp_path, tokenizer_folder, capfd):
+    made, raw = tmp_path / "made.bin", tmp_path / "raw.jsonl"
+    options = flags(train_data_path=made, train_data_kind="chats")
+    assert f"--output_path {made} --format chat" in refused(options, capfd)
+    raw.write_text('{"text": "x", "prompt": "q", "completion": "a"}\n')  # texts, if nothing else is said
+    said = refused(options | {"raw_data_path": str(raw), "dpo_beta": "0.2"}, capfd)
+    assert f"train_data_path {made} holds chats" in said
 
 
 def test_texts_to_mix_in_that_are_missing_are_refused_with_what_to_do(chat_flags, tmp_path, capfd):
