@@ -9,7 +9,6 @@ import argparse
 import codecs
 import contextlib
 import dataclasses
-import json
 import os
 import select
 import stat
@@ -20,7 +19,7 @@ from pathlib import Path
 
 from model.corpus.chats import as_messages, parse_chat
 from model.corpus.inspection import counts_text
-from model.corpus.jsonl import parse_line
+from model.corpus.jsonl import load_json, parse_line
 from model.corpus.reasons import REASONS
 from model.errors import InputError, counted
 from model.generation.batch_results import open_results, write_result
@@ -255,7 +254,7 @@ def _texts_of_lines(path: Path) -> tuple[list[str], int]:
         _, reason = parse_line(line)
         if reason in (None, "empty"):
             if line.strip():
-                texts.append(json.loads(line)["text"])  # with the white space around it, unlike parse_line's
+                texts.append(load_json(line)["text"])  # with the white space around it, unlike parse_line's
             continue
         rejected[reason] += 1
         if rejected.total() <= SHOWN:
@@ -288,7 +287,7 @@ def read_questions(path: Path) -> list[tuple[list[dict[str, str]], str, str]]:
             chat, reason = parse_chat(line.encode())
             if chat is None:
                 raise InputError(f"judge: line {number} of {path} is no chat to judge by: {REASONS[reason]}")
-            group = json.loads(line).get("source", "")
+            group = load_json(line).get("source", "")
             messages = as_messages(chat)["messages"]
             questions.append((messages[:-1], messages[-1]["content"], group if isinstance(group, str) else ""))
     if not questions:

@@ -43,6 +43,7 @@ ROLES = {  # the spellings in use, in lower case
     **dict.fromkeys(("tool", "function", "function_call", "observation", "tool_response", "ipython"), "tool"),
 }
 _SPEAKERS = {name: role for name, role in ROLES.items() if role != "tool"}
+BAD_ROW = "csv"  # the only key of what stands for a row of CSV that cannot be read: its text
 TEXT_PARTS = ("text", "input_text", "output_text")  # types of the parts of a content
 MAX_HISTORY_CHARACTERS = 1 << 20  # of a Python literal, which takes a hundred times its size to parse
 CHAT_REASONS = {  # parts name them by their place: new ones go to the end
@@ -111,7 +112,7 @@ def read_chat(value: dict) -> tuple[str, Chat]:
     """
     form = form_of(value)
     if form is None:
-        raise UnusableChat("no_chat")
+        raise UnusableChat("bad_row" if value.keys() == {BAD_ROW} else "no_chat")
     messages = _READERS[form](value)
     system = value.get("system")
     if system not in (None, "") and ("system", _text(system)) not in messages[:1]:
@@ -129,7 +130,10 @@ def form_of(value: dict) -> str | None:
         if "from" in first and "role" not in first:
             return "sharegpt"
         return "openai" if key == "messages" else "minimind"
-    return next((form for form, keys in KEYS_OF_FORM.items() if keys <= value.keys()), None)
+    forms = [form for form, keys in KEYS_OF_FORM.items() if keys <= value.keys()]
+    if len(forms) > 1:  # a table of several forms has null where a row has nothing
+        forms = [form for form in forms if any(value[name] is not None for name in KEYS_OF_FORM[form])] or forms
+    return forms[0] if forms else None
 
 
 def _find_messages(value: dict) -> tuple[str | None, list]:

@@ -39,6 +39,9 @@ READ_AS = {  # format: what a line must be, and what one looks like
         'one pair a line, such as {{"prompt": "...", "chosen": "...", "rejected": "..."}}',
     ),
 }
+# Keys that other programs give to a question and its answer.
+QUESTIONS = ("instruction", "question", "query", "prompt", "problem", "input")
+REPLIES = ("output", "answer", "response", "completion", "target", "reply")
 
 
 def unreadable(name: str, head: bytes) -> str | None:
@@ -92,7 +95,7 @@ def encoding_of(text: bytes) -> str | None:
     """The encoding of a text that is not UTF-8: "utf-16", "gb18030" or "big5"; None for UTF-8 or unknown."""
     if text.startswith((b"\xff\xfe", b"\xfe\xff")):
         return "utf-16"
-    if text.count(0) > len(text) // 4:
+    if text.count(0) > len(text) // 4 and text.strip(b"\0 \r\n"):
         return "utf-16-le" if text[1:2] == b"\0" else "utf-16-be"
     if _decodes(text, "utf-8"):
         return None
@@ -186,6 +189,8 @@ def _describe(lines: Sequence[bytes], text_field: str | None) -> str:
         return _describe_values(values, text_field)
     lines = [line.removeprefix(BOM).strip() for line in lines]
     lines = [line for line in lines if line] or [b""]
+    if any(lines) and not any(line.strip(b"\0") for line in lines):
+        return "they are NUL bytes, which a crash or a full disk leaves; fetch the file again"
     start, following = lines[0], lines[1] if len(lines) > 1 else b""
     if re.match(rb"\{\s*'", start + following):
         return "the lines are Python's notation, not JSON: strings need double quotes, as json.dumps writes them"
@@ -228,10 +233,16 @@ def _describe_objects(objects: Sequence[dict], text_field: str | None) -> str:
     if any(map(form_of, objects)):
         return f"these are chats (keys {listed}): --format chat reads them"
     if {"role", "content"} <= {*keys} or {"from", "value"} <= {*keys}:
-        return 'each line is one message; write the messages of a chat on one line: {"messages": [...]}'
+        return 'each object is a single message; write the messages of a chat on one line: {"messages": [...]}'
+    if clause := _describe_messages(objects):
+        return clause
     for key, found in ((key, found) for value in objects for key, found in value.items()):
         if isinstance(found, list) and any(isinstance(item, dict) and text_field in item for item in found):
             return f"the documents are in the list {shown(key)[1:-1]}; take them out: {_jq(_jq_key(key) + '[]')}"
+    asked, answered = (next(filter(keys.__contains__, names), None) for names in (QUESTIONS, REPLIES))
+    if asked and answered:
+        program = f"{{prompt: .{asked}, completion: .{answered}}}"
+        return f"the keys found: {listed}; if they are questions and answers, make chats of them: {_jq(program)}"
     strings = {key: len(value) for item in reversed(objects) for key, value in item.items() if isinstance(value, str)}
     if text_field is None:
         strings = {}
@@ -249,6 +260,18 @@ def _is_pair(value) -> bool:
     return isinstance(value, dict) and is_pair(value)
 
 
+def _describe_messages(objects: Sequence[dict]) -> str:
+    """What stands where the messages of a chat should; '' where no object has a key for them."""
+    found = next(((key, value[key]) for value in objects for key in MESSAGE_KEYS if key in value), None)
+    if found is None:
+        return ""
+    key, value = found
+    said = f"the value of {key} is {shown(value)}, a list of messages expected"
+    if isinstance(value, str) and isinstance(_parsed(value.encode("utf-8", "replace")), list):
+        said += f"; it is JSON within a string, which this unpacks: {_jq(f'.{key} |= fromjson')}"
+    return said
+
+
 def _jq_key(key: str) -> str:
     return f".{key}" if re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", key) else f".[{json.dumps(key)}]"
 
@@ -261,6 +284,8 @@ def _json_error(line: bytes) -> tuple[str, int]:
         return error.msg, len(text[: error.pos].encode())
     except RecursionError:
         return "nested too deep", 0
+    except ValueError:
+        return "a number of thousands of digits", 0
     return "not UTF-8", 0
 
 

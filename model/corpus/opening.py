@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import BinaryIO
 from urllib.parse import parse_qs
 
-from model.corpus.chats import KEYS_OF_FORM
+from model.corpus.chats import BAD_ROW, KEYS_OF_FORM
 from model.corpus.inspection import (
     BOM,
     PACKINGS,
@@ -31,7 +31,8 @@ from model.corpus.inspection import (
     packing_of,
     unreadable,
 )
-from model.errors import InputError, first_line
+from model.corpus.pairs import PAIR_KEYS, is_pair
+from model.errors import InputError, first_line, shown
 
 READ_AT_ONCE = 1 << 20  # bytes, about, that are unpacked or made from rows at a time
 HEAD_BYTES = 16 << 10  # read to recognise a file's form
@@ -91,6 +92,7 @@ def recognise(path: Path, txt_documents: str = "file") -> tuple[str, str, bytes]
     if (encoding := encoding_of(head)) and (is_txt or is_csv or encoding == "utf-16"):
         raise WrongEncoding(f"input_path: {path} {describe_encoding(path, encoding)}", encoding)
     if is_csv:
+        _refuse_repeated(path, _header(head))
         return "csv", packing, head
     form = "cr" if has_only_carriage_returns(head) else "jsonl"
     return txt_documents if is_txt else "array" if is_array(head) else form, packing, head
@@ -106,12 +108,23 @@ def is_chat_table(path: Path) -> bool:
 
 
 def _names_chats(head: bytes) -> bool:
+    names = dict.fromkeys(_header(head), "")
+    return is_pair(names) or any(keys <= names.keys() for keys in KEYS_OF_FORM.values())
+
+
+def _header(head: bytes) -> list[str]:
+    """The names of a CSV file's columns; [] where its first line is no row."""
     first = head.removeprefix(BOM).splitlines()[:1]
     try:
-        names = set(next(csv.reader([line.decode("utf-8", "replace") for line in first]), []))
+        return next(csv.reader([line.decode("utf-8", "replace") for line in first]), [])
     except csv.Error:
-        return False
-    return any(keys <= names for keys in KEYS_OF_FORM.values())
+        return []
+
+
+def _refuse_repeated(path: Path, names: Sequence[str]) -> None:
+    """Refuse a table with two columns of one name, of which only one could be read."""
+    if repeated := [name for name in PAIR_KEYS if names.count(name) > 1]:
+        raise InputError(f"input_path: {path} has {names.count(repeated[0])} columns {repeated[0]}; rename all but one")
 
 
 def _head(path: Path) -> tuple[str, bytes]:
@@ -233,8 +246,14 @@ def _parquet_rows(path: Path, keys: Sequence[str]) -> Generator:
         with ParquetFile(path, buffer_size=1 << 20) as file:  # pages are read one by one, not whole row groups
             names = file.schema_arrow.names
             if not (columns := [key for key in keys if key in names]):
-                what = keys[0] if len(keys) == 1 else "of a chat"
-                raise InputError(f"text_field: {path} has no column {what}; its columns are {', '.join(names)}")
+                found = f"its columns are {shown(', '.join(names))[1:-1]}"
+                if len(keys) == 1:
+                    raise InputError(f"text_field: {path} has no column {keys[0]}; {found}")
+                raise InputError(
+                    f"input_path: {path} has no column of a chat, such as messages; {found}; process files of texts and"
+                    " of chats into one output each"
+                )
+            _refuse_repeated(path, names)
             for batch in file.iter_batches(batch_size=128, columns=columns):
                 # to_pylist would raise for text that is not UTF-8
                 values = [column.cast(_with_bytes(column.type)).to_pylist() for column in batch.columns]
@@ -283,13 +302,19 @@ def _dataset_rows(location: str) -> Generator:
 def _csv_lines(file: BinaryIO) -> Generator:
     """The rows of a CSV file with a header as lines of JSONL, {column: text}.
 
-    What is no row of the header's columns, or has misplaced quotes, becomes {"csv": its text}.
+    What is no row of the header's columns, or has misplaced quotes, becomes {BAD_ROW: its text}. A quote that is never
+    closed takes only its own line along, where complete rows follow.
     """
     taken: list[str] = []  # lines of the row that is being read
+    again: list[str] = []  # lines to be read once more, the first one last
     text = io.TextIOWrapper(io.BufferedReader(_Unclosed(file)), "utf-8-sig", errors="surrogateescape", newline="")
-    lines = (taken.append(line) or line for line in iter(lambda: text.readline(MAX_CSV_FIELD), ""))
+
+    def read_rows() -> Iterator[list[str]]:
+        lines = iter(lambda: again.pop() if again else text.readline(MAX_CSV_FIELD), "")
+        return csv.reader((taken.append(line) or line for line in lines), strict=True)
+
     csv.field_size_limit(MAX_CSV_FIELD)
-    rows, header, made, characters = csv.reader(lines, strict=True), None, [], 0
+    rows, header, made, characters = read_rows(), None, [], 0
     while True:
         taken.clear()
         try:
@@ -297,20 +322,31 @@ def _csv_lines(file: BinaryIO) -> Generator:
         except StopIteration:
             break
         except csv.Error:
-            row = None
+            row, rows = None, read_rows()
+            if header and len(taken) > 1 and all(_is_row(line, len(header)) for line in taken[1:4]):
+                again += reversed(taken[1:])
+                del taken[1:]
         if header is None and row:
             header = row
             continue
         if row == []:  # an empty line
             continue
         good = row is not None and header is not None and len(row) == len(header)
-        value = dict(zip(header, row, strict=True)) if good else {"csv": "".join(taken)}
+        value = dict(zip(header, row, strict=True)) if good else {BAD_ROW: "".join(taken)}
         made.append(json.dumps(value, ensure_ascii=False) + "\n")
         characters += len(made[-1])
         if characters > READ_AT_ONCE:
             yield "".join(made).encode("utf-8", "surrogatepass")
             made, characters = [], 0
     yield "".join(made).encode("utf-8", "surrogatepass")
+
+
+def _is_row(line: str, columns: int) -> bool:
+    """Whether a line of CSV is a row by itself."""
+    try:
+        return len(next(csv.reader([line], strict=True), [])) == columns
+    except csv.Error:
+        return False
 
 
 # The bytes that decide where an array's element ends: a string's start, brackets, commas between elements.
@@ -468,7 +504,7 @@ def _line(row, keys: Sequence[str]) -> str:
     if not isinstance(row, dict):
         row = {keys[0]: row}
     elif len(keys) > 1:
-        row = {key: row[key] for key in keys if row.get(key) is not None}
+        row = {key: row[key] for key in keys if key in row}
     else:
         row = {keys[0]: row.get(keys[0])}
     return json.dumps(row, ensure_ascii=False, default=_not_json) + "\n"

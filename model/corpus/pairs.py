@@ -9,6 +9,7 @@ The two chats of a usable pair differ in their last message alone, and only that
 
 from model.corpus.chats import (
     ANSWERS,
+    BAD_ROW,
     KEYS,
     MESSAGE_KEYS,
     ROLES,
@@ -31,8 +32,8 @@ PAIR_REASONS = {  # parts name them by their place: new ones go to the end
 
 
 def is_pair(value: dict) -> bool:
-    """Whether an object has the keys of a pair."""
-    return CHOSEN in value and REJECTED in value
+    """Whether an object has the keys of a pair. In a table of several forms they are null where a row is none."""
+    return CHOSEN in value and REJECTED in value and not value[CHOSEN] is value[REJECTED] is None
 
 
 def parse_pair(raw: bytes | memoryview, escapes: bool = True) -> tuple[Chat | None, str]:
@@ -56,6 +57,8 @@ def read_pair(value: dict) -> tuple[str, Chat]:
     found = [value.get(key) for key in (CHOSEN, REJECTED)]
     missing = [answer is None or answer in ("", []) for answer in found]
     if any(missing):
+        if value.keys() == {BAD_ROW}:
+            raise UnusableChat("bad_row")
         raise UnusableChat("no_pair" if not value.keys() & {CHOSEN, REJECTED} else "half_a_pair")
     chosen, rejected = (_with_one_learned(_chat_of(value, answer)) for answer in found)
     if chosen[:-1] != rejected[:-1]:

@@ -18,6 +18,7 @@ REASONS = {  # parts name them by their place: new ones go to the end
     "not_sampled": "a source of a weight below 1: the line was not among those taken",
     **CHAT_REASONS,
     **PAIR_REASONS,
+    "bad_row": "a row of CSV without a value for each column of the header, or with a misplaced quote",
 }
 # Reasons that lie in the text or the chat: the line itself was read.
 TEXT_REASONS = {
@@ -29,7 +30,8 @@ TEXT_REASONS = {
     "not_sampled",
     *CHAT_REASONS,
     *PAIR_REASONS,
+    "bad_row",
 }
-TEXT_REASONS -= {"no_chat", "bad_message"}
+TEXT_REASONS -= {"no_chat", "no_pair", "bad_message"}
 NAMES = list(REASONS)
 NUMBERS = {name: number for number, name in enumerate(NAMES)}

@@ -4,6 +4,7 @@ import csv
 import gzip
 import io
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 
 import model.corpus.chats
 from model.corpus.chats import CHAT_REASONS, KEYS, UNLEARNED, parse_chat
+from model.corpus.chats import FORMS as FORM_TITLES
 from model.corpus.pairs import PAIR_REASONS
 from model.corpus.reasons import REASONS
 from model.corpus.show import shown_documents
@@ -225,12 +227,12 @@ def test_a_damaged_table_loses_nothing(tmp_path, embedded):
     reasons = [
         (reject["reason"], json.loads(reject["raw"])) for reject in read_rejects(tmp_path / "a.bin") if "raw" in reject
     ]
-    assert [reason for reason, _ in reasons] == ["no_chat"] * 3 + ["bad_history"] * 2 + ["no_chat"]
-    assert reasons[0][1] == {"csv": '[],"a" b,c\r\n'} and "[],q,a" in reasons[-1][1]["csv"]
-    assert counts["documents"] == 3 and counts["lines"] == 10
+    assert [reason for reason, _ in reasons] == ["bad_row"] * 3 + ["bad_history"] * 2 + ["bad_row"]
+    assert reasons[0][1] == {"csv": '[],"a" b,c\r\n'} and reasons[-1][1] == {"csv": '[],q,"never closed\r\n'}
+    assert counts["documents"] == 4 and counts["lines"] == 11
     chats = [(("user", "问"), ("assistant", "答"))]
     chats += [(("user", "前"), ("assistant", "后"), ("user", "又问"), ("assistant", "又\n答"))]
-    chats += [(("user", "q2"), ("assistant", "a"))]
+    chats += [(("user", question), ("assistant", "a")) for question in ("q2", "q")]
     assert read_chats(tmp_path / "a.bin") == [expected(chat, embedded) for chat in chats]
 
 
@@ -335,7 +337,7 @@ def test_reasons_of_half_made_jobs_keep_their_numbers():
         "few_han",
     ]
     texts += ["repetitive", "over_max_length", "duplicate", "near_duplicate", "not_sampled"]
-    assert list(REASONS) == [*texts, *CHAT_REASONS, *PAIR_REASONS]
+    assert list(REASONS) == [*texts, *CHAT_REASONS, *PAIR_REASONS, "bad_row"]
 
 
 NAMES = [*KEYS, "weight", "role", "content", "from", "value", "type", "text", "tool_calls"]
@@ -395,6 +397,83 @@ def test_a_file_without_a_usable_chat_is_refused_in_one_line(tmp_path, process_d
         with pytest.raises(InputError, match=message):
             raise InputError(errors[0])
         assert not (tmp_path / "x.bin").exists()
+
+
+def csv_rows(header: str, *rows: str) -> bytes:
+    return "\n".join([header, *rows, ""]).encode()
+
+
+PAIR = {"prompt": "q", "chosen": "a", "rejected": "b"}
+MEANT = {  # inputs that are not what they are taken for, or not quite: what a line says of them
+    "chats as pairs": (
+        jsonl([{"messages": [USER, ANSWER]}]),
+        "pairs",
+        "a usable pair of answers .*are chats .*: --format chat",
+    ),
+    "pairs as chats": (jsonl([PAIR]), "chat", "a usable chat .*are pairs of answers .*: --format pairs reads them"),
+    "texts as pairs": (jsonl([{"text": "x"}]), "pairs", 'one pair a line, such as {"prompt".*the keys found: text'),
+    "half pairs": (
+        jsonl([{"prompt": "q", "chosen": "a"}]),
+        "auto",
+        "a usable pair of answers .half_a_pair 1.; half_a_pair: an",
+    ),
+    "messages as text": (jsonl([{"messages": "hi"}]), "auto", "value of messages is 'hi', a list of messages expected"),
+    "messages as JSON": (
+        jsonl([{"conversations": json.dumps([USER, ANSWER])}]),
+        "auto",
+        r"a list of messages expected; it is JSON within a string, which this unpacks: jq -c '.conversations \|= fromj",
+    ),
+    "a message a line": (jsonl([[USER, ANSWER]] * 2), "auto", "each object is a single message; write the messages of"),
+    "other names": (
+        jsonl([{"question": "q", "response": "a"}]),
+        "auto",
+        "if they are questions and answers, make chats of them: jq -c '{prompt: .question, completion: .response}'",
+    ),
+    "only NUL bytes": (b"\0\0\0\0\n", "auto", "they are NUL bytes, which a crash or a full disk leaves"),
+    "a number without end": (b'{"prompt": %s}\n' % (b"1" * 5000), "auto", "a number of thousands of digits"),
+    "rows too short": (csv_rows("history,q,a", "q", "q"), "auto", "bad_row 2.; bad_row: a row of CSV without a value"),
+    "a column twice": (csv_rows("history,q,q,a", "[],q,q,a"), "auto", "has 2 columns q; rename all but one"),
+}
+
+
+@pytest.mark.parametrize("case", MEANT)
+def test_what_is_taken_for_something_else_is_one_line_that_says_what_it_is(tmp_path, process_data_here, case):
+    content, form, expected = MEANT[case]
+    path = write(tmp_path / ("a.csv" if b"history" in content else "a.jsonl"), content)
+    paths = "--input_path", path, "--output_path", tmp_path / "x.bin", "--workers", 0
+    code, said = process_data_here(*paths, "--format", form)
+    errors = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert code == 2 and len(errors) == 1 and re.search(expected, errors[0]), said
+    assert not (tmp_path / "x.bin").exists()
+
+
+def test_a_chat_beside_a_text_is_named(tmp_path, capsys):
+    line = alpaca(HELLO) | {"text": "你好 你好！"}
+    assert process(write(tmp_path / "a.jsonl", jsonl([line])), tmp_path / "a.bin").get("chats") is None
+    assert (
+        "texts: the key text; beside it are Alpaca's instruction, input, output: --format chat"
+        in capsys.readouterr().err
+    )
+
+
+def test_an_unclosed_quote_in_a_table_takes_no_rows_along(tmp_path):
+    rows = ['[],"never closed,a', *(f"[],q{n},a" for n in range(5)), "\"[['b','c']]\",\"two\nlines\",a"]
+    counts = process(write(tmp_path / "a.csv", csv_rows("history,q,a", *rows)), tmp_path / "a.bin")
+    assert counts["documents"] == 6 and counts["rejected_by_reason"] == {"bad_row": 1}
+    poem = '"line, one\nline two\nsaid "hi" there",a'  # no row begins in the middle of it
+    counts = process(write(tmp_path / "b.csv", csv_rows("prompt,completion", poem, "q,a")), tmp_path / "b.bin")
+    assert counts["documents"] == 1 and counts["lines"] == 2
+
+
+def test_rows_of_several_forms_in_one_table_are_told_apart_by_what_is_not_null(tmp_path):
+    rows = [{"messages": [USER, ANSWER]}, {"instruction": "p", "output": "a"}, {"prompt": "r", "completion": "a"}, {}]
+    names = ["messages", "instruction", "output", "prompt", "completion", "chosen", "rejected"]
+    lines = [{name: row.get(name) for name in names} for row in rows]
+    counts = process(write(tmp_path / "a.jsonl", jsonl(lines)), tmp_path / "a.bin")
+    assert counts["chats"]["forms"] == {
+        name: 1 for name in (FORM_TITLES[form] for form in ("openai", "alpaca", "prompt"))
+    }
+    assert counts["rejected_by_reason"] == {"empty_question": 1}
 
 
 def test_texts_with_chats_among_them_stay_texts_and_a_hint_names_the_flag(tmp_path, process_data_here):

@@ -123,7 +123,7 @@ def test_every_line_that_is_no_pair_has_a_reason_of_its_own(tmp_path):
     counts = process(write(tmp_path / "a.jsonl", lines), tmp_path / "a.bin")
     assert [reject["reason"] for reject in read_rejects(tmp_path / "a.bin")] == expected
     assert counts["documents"] == 1 and counts["documents"] + counts["rejected"] == counts["lines"]
-    assert set(PAIR_REASONS) <= set(BAD) and list(REASONS)[-len(PAIR_REASONS) :] == list(PAIR_REASONS)
+    assert set(PAIR_REASONS) <= set(BAD) and set(PAIR_REASONS) <= set(REASONS)
 
 
 def test_a_pair_of_which_one_answer_is_too_long_is_dropped_whole(tmp_path):
