@@ -23,7 +23,7 @@ from model.corpus.jsonl import load_json, parse_line
 from model.corpus.reasons import REASONS
 from model.errors import InputError, counted
 from model.generation.batch_results import open_results, write_result
-from model.generation.chat_loop import run_interactive, say_speed, show
+from model.generation.chat_loop import ANSWERS, CONTINUES, run_interactive, say_speed, show
 from model.generation.judging import is_exact, judge_answers, judged_text
 from model.generation.scoring import Score
 from model.options import options_of, text_flag
@@ -61,6 +61,10 @@ def main() -> int:
         arguments.compile,
         arguments.max_seq_len,
     )
+    if arguments.judge is not None and generator.chat_format == {}:
+        say(CONTINUES)
+    if generator.chat_format and (arguments.prompt is not None or arguments.batch_file is not None):
+        say(ANSWERS)
     if arguments.batch_file is not None:
         return 2 if run_batch(generator, config, prompts, arguments) else 0
     if arguments.score_file is not None:

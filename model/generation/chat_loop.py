@@ -8,6 +8,8 @@ from model.generation.generation_config import GenerationConfig
 from model.terminal import prepare_input, read_message
 
 RULE = "=" * 80
+CONTINUES = "these weights were trained on texts: they continue what you write and do not answer (docs/chat.md)"
+ANSWERS = "these weights were tuned on chats: a prompt is continued as it stands; --interactive answers it"
 
 
 def run_interactive(generator, config: GenerationConfig, show_speed: bool = False) -> None:
@@ -16,7 +18,7 @@ def run_interactive(generator, config: GenerationConfig, show_speed: bool = Fals
     Status lines appear on stderr, before the transcript or between two turns.
     """
     if generator.chat_format == {}:
-        say("these weights were trained on texts: they continue what you write and do not answer (docs/chat.md)")
+        say(CONTINUES)
     generator.prepare_chat(config)
     lines: list[str] = []
     generator.say = lines.append

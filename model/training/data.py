@@ -33,8 +33,10 @@ def refuse_text(name: str, path: str | None) -> None:
         path: of the file; one that does not exist is refused by its ending alone.
 
     Raises:
-        InputError: it is text; with what to do.
+        InputError: it is text, or a file beside a token file; with what to do.
     """
+    if path is not None and Path(path).suffix.lower() in (".learn", ".ends"):
+        raise InputError(f"{name}: {path} lies beside a token file; give that, {Path(path).with_suffix('.bin')}")
     if path is None or not (_is_text(Path(path)) or Path(path).suffix.lower() in (".jsonl", ".json", ".txt")):
         return
     remedy = f"give it as raw_data_path, and as {name} the .bin to be made of it"
@@ -43,7 +45,7 @@ def refuse_text(name: str, path: str | None) -> None:
     raise InputError(f"{name}: {path} is text, a token file (.bin) expected; {remedy}")
 
 
-def data_command(kind: str | None, input_path: str = "YOUR.jsonl", output_path: str | Path | None = None) -> str:
+def data_command(kind: str | None, output_path: str | Path | None = None) -> str:
     """The command that makes a token file.
 
     Args:
@@ -51,7 +53,7 @@ def data_command(kind: str | None, input_path: str = "YOUR.jsonl", output_path: 
     """
     words = ["--output_path", output_path] if output_path is not None else []
     words += ["--format", FORMAT_OF_KIND[kind]] if kind is not None else []
-    return command_line("python", "optimized_data_processing.py", "--input_path", input_path, *words)
+    return command_line("python", "optimized_data_processing.py", "--input_path", "YOUR.jsonl", *words)
 
 
 def _is_text(path: Path) -> bool:

@@ -10,6 +10,7 @@ import inference
 import model.convert
 from model.generation.judging import judge_answers
 from model.text.tokenization import EMBEDDED_TOKENIZER
+from model.token_file.manifest import learn_path
 from model.weights import load_weights
 from optimized_inference import GenerationConfig, load_generator
 from tests.chat_files import write_chats
@@ -36,6 +37,7 @@ def run(tmp_path_factory):
     text = write_chats(folder / "texts.bin", CHATS, None)  # their ids are texts too: the manifest decides
     manifest = json.loads(text.with_suffix(".json").read_text())
     text.with_suffix(".json").write_text(json.dumps(manifest | {"chat": {}}))
+    learn_path(text).unlink()
     flags = TINY | SHAPE | {"out_dir": folder / "out", "batch_size": 5}
     train({name: str(value) for name, value in (flags | {"train_data_path": text, "max_steps": 4}).items()})
     tuning = {
@@ -103,8 +105,12 @@ def test_inference_takes_the_newest_final_weights_and_says_which(run, monkeypatc
 
 def test_a_base_model_says_that_it_does_not_answer(run, monkeypatch, capsys):
     [earlier] = (run / "previous").iterdir()
-    arguments = ("--interactive", "--greedy", "--max_new_tokens", "3", "--model_path", earlier / "best_model.pth")
-    assert "they continue what you write and do not answer" in talk(monkeypatch, capsys, run.parent, *arguments)
+    (run.parent / "q.jsonl").write_text('{"prompt": "q", "completion": "a"}', encoding="utf-8")
+    for mode in (["--interactive"], ["--judge", "q.jsonl"]):
+        arguments = (*mode, "--greedy", "--max_new_tokens", "3", "--model_path", earlier / "best_model.pth")
+        assert "they continue what you write and do not answer" in talk(monkeypatch, capsys, run.parent, *arguments)
+    said = talk(monkeypatch, capsys, run.parent, "--prompt", "天", "--max_new_tokens", "3")
+    assert "these weights were tuned on chats: a prompt is continued as it stands" in said
 
 
 def test_a_changed_template_of_the_tokenizer_does_not_change_the_answers(run, tmp_path):

@@ -319,6 +319,12 @@ def test_a_missing_token_file_is_made_of_the_kind_that_is_expected(flags, tmp_pa
     assert f"train_data_path {made} holds chats" in said
 
 
+def test_a_file_beside_a_token_file_is_not_taken_for_it(chat_flags, chat_file, capfd):
+    for path in (learn_path(chat_file), ends_path(chat_file)):
+        said = refused(chat_flags(val_data_path=path), capfd)
+        assert f"val_data_path: {path} lies beside a token file; give that, {chat_file}" in said
+
+
 def test_texts_to_mix_in_that_are_missing_are_refused_with_what_to_do(chat_flags, tmp_path, capfd):
     assert "mix_share: 0.3 of no texts; set mix_data_path" in refused(chat_flags(mix_share=0.3), capfd)
     missing = tmp_path / "none.bin"
