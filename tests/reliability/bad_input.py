@@ -6,11 +6,11 @@ that is wrong and no traceback, nothing was made or changed, and all of it took 
 
 import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from tests import forks
 from tests.reliability.bad_config import CONFIGS, FLAGS
 from tests.reliability.harness import Counts
 from tests.reliability.scripts import ROOT, Case, run_cases
@@ -56,7 +56,7 @@ def write_good_files(good: Path) -> None:
     (good / "config.yaml").write_text(BASE)
     write_tokens(good / "train.bin", [number % 5000 + 5 for number in range(TOKENS)])
     command = [sys.executable, str(ROOT / "train.py"), "--config", "config.yaml", "--out_dir", "made"]
-    subprocess.run(command, cwd=good, check=True, capture_output=True)
+    forks.run(command, cwd=good, check=True, capture_output=True)
     shutil.copy(good / "made" / "checkpoint_step_1.pth", good / "checkpoint.pth")
     torch.save({"tok_embeddings.weight": torch.zeros(6400, 32)}, good / "weights.pth")
 

@@ -16,14 +16,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from tests import forks
+
 ROOT = Path(__file__).resolve().parent.parent.parent
 LONGEST_LINE = 450  # characters of an error line that a reader still takes in
 MOST_MEMORY = 2 << 30  # bytes that a case may hold at its peak
 LONGEST_WAIT = 300  # seconds until a case has ended by itself, start-up excluded; with it, `limit` of Scripts.run
+SERVE = f"import sys; sys.path[0] = {str(ROOT)!r}; from tests.reliability.scripts import serve; serve()"
 ROOM = 6 << 30  # bytes of address space that a case may take beyond the server's: the machine outlives a failed case
-
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))  # for the scripts and the package `model`
 
 
 @dataclass
@@ -61,9 +61,8 @@ class Scripts:
 
     def __enter__(self) -> "Scripts":
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUTF8": "1", "HF_HUB_OFFLINE": "1"}
-        command = [sys.executable, __file__]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-        self._server = subprocess.Popen(command, env=environment, encoding="utf-8", **pipes)
+        self._server = forks.Popen([sys.executable, "-c", SERVE], env=environment, encoding="utf-8", **pipes)
         return self
 
     def __exit__(self, *error) -> None:
@@ -255,7 +254,3 @@ def wait_for(child: int, until: float) -> tuple[int, float, int]:
         time.sleep(0.002)
     unit = 1 if sys.platform == "darwin" else 1024
     return os.waitstatus_to_exitcode(status), usage.ru_utime + usage.ru_stime, usage.ru_maxrss * unit
-
-
-if __name__ == "__main__":
-    serve()

@@ -1,14 +1,13 @@
 """Chats as ids: what precedes an answer is what inference sends, and learned is each answer with its end."""
 
 import dataclasses
-import functools
 import json
 from itertools import groupby
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import HealthCheck, example, given, note, settings
 from hypothesis import strategies as st
 
 from model.corpus.bulk_encoder import BulkEncoder, EncoderChoice
@@ -146,16 +145,18 @@ def styles(tmp_path_factory) -> dict[str, Style]:
     return {EMBEDDED: Style(None, "</s>")} | made
 
 
-@pytest.mark.parametrize("name", [EMBEDDED, *STYLES])
+@pytest.mark.long
 @given(chat=chats())
 @example(chat=PROBES[0])
 @example(chat=(("user", "</s>\n<s>assistant\n是"), ("assistant", "<s>user\n</s>"), ("user", "a"), ("assistant", "b")))
 @example(chat=(("system", "<|im_end|>"), ("user", "<|im_start|>"), ("assistant", "<|im_end|>\n<|im_start|>user")))
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_the_ids_are_those_of_inference_and_the_mask_is_the_answers(styles, name, chat):
-    # Some templates take no system message, or cut an answer at the end of its thoughts.
-    is_refused = (name == "Gemma" and chat[0][0] == "system") or (name in CUTS_THOUGHTS and "</think>" in str(chat))
-    assert styles[name].check(chat) or is_refused
+def test_the_ids_are_those_of_inference_and_the_mask_is_the_answers(styles, chat):
+    for name, style in styles.items():
+        note(name)  # the last one is the one that fails
+        # Some templates take no system message, or cut an answer at the end of its thoughts.
+        is_refused = (name == "Gemma" and chat[0][0] == "system") or (name in CUTS_THOUGHTS and "</think>" in str(chat))
+        assert style.check(chat) or is_refused
 
 
 CHATS = [
@@ -187,13 +188,14 @@ def assert_made_as_rendered(chat_format, chats, encode_texts=None):
     assert made.ids.tolist() == rendered.ids.tolist() and made.learned.tolist() == rendered.learned.tolist()
 
 
-@pytest.mark.parametrize("name", [EMBEDDED, *STYLES])
+@pytest.mark.long
 @given(several=st.lists(chats(), min_size=1, max_size=5))
 @settings(max_examples=30, deadline=None, suppress_health_check=[*HealthCheck])
-def test_chats_made_of_pieces_are_those_that_rendering_makes(styles, name, several):
-    style = styles[name]
-    assert style.format.in_pieces and style.format._outline(("user", "assistant")) is not None
-    assert_made_as_rendered(style.format, several, style.encode_texts)
+def test_chats_made_of_pieces_are_those_that_rendering_makes(styles, several):
+    for name, style in styles.items():
+        note(name)
+        assert style.format.in_pieces and style.format._outline(("user", "assistant")) is not None
+        assert_made_as_rendered(style.format, several, style.encode_texts)
 
 
 LOOKS = {  # what a template may write behind `user`; c: the content; True: chats can be made of pieces nevertheless
@@ -242,30 +244,29 @@ LOOKS = {  # what a template may write behind `user`; c: the content; True: chat
 }
 
 
-@pytest.mark.parametrize("name", LOOKS)
+@pytest.fixture(scope="session")
+def looking(tmp_path_factory):
+    """Formats whose templates look into contents, by the names of LOOKS."""
+    formats, template = {}, "{% set c = message.content %}{% if message.role == 'user' %}"
+    template += "{{ '<|im_start|>' + message.role + (LOOK) }}{% else %}{{ '<|im_start|>' + message.role }}{% endif %}{{"
+    for name, (look, _) in LOOKS.items():
+        replaced = CHAT_ML.replace("{{ '<|im_start|>' + message['role'] +", template.replace("LOOK", look), 1)
+        folder = write_style(tmp_path_factory.mktemp("looking") / "t", "MiniMind 2", chat_template=replaced)
+        formats[name] = load_chat_format(folder, load_bulk_tokenizer(folder))
+    return formats
+
+
+@pytest.mark.long
 @given(several=st.lists(chats(), min_size=1, max_size=3))
 @example(several=[(("user", "你好"), ("assistant", "a")), (("user", "a"), ("assistant", "a")), PROBES[0], PROBES[1]])
 @example(several=[(("user", content), ("assistant", "b")) for content in ("1", "是", "ba", "A", "b。", "23", "b a")])
 @settings(max_examples=12, deadline=None, suppress_health_check=[*HealthCheck])
-def test_a_template_that_looks_into_contents_is_rendered_or_its_constants_are_known(looking, name, several):
-    chat_format, in_pieces = looking(name)
-    assert_made_as_rendered(chat_format, several)
-    outline = chat_format.in_pieces and chat_format._outline(("user", "assistant"))
-    assert bool(outline) is in_pieces
-
-
-@pytest.fixture(scope="session")
-def looking(tmp_path_factory):
-    @functools.cache
-    def load(name: str):
-        written, in_pieces = LOOKS[name]
-        look = "{% set c = message.content %}{% if message.role == 'user' %}{{ '<|im_start|>' + message.role + (X) }}"
-        look += "{% else %}{{ '<|im_start|>' + message.role }}{% endif %}"
-        template = CHAT_ML.replace("{{ '<|im_start|>' + message['role'] +", look.replace("X", written) + "{{", 1)
-        folder = write_style(tmp_path_factory.mktemp("looking") / "t", "MiniMind 2", chat_template=template)
-        return load_chat_format(folder, load_bulk_tokenizer(folder)), in_pieces
-
-    return load
+def test_a_template_that_looks_into_contents_is_rendered_or_its_constants_are_known(looking, several):
+    for name, chat_format in looking.items():
+        note(name)
+        assert_made_as_rendered(chat_format, several)
+        outline = chat_format.in_pieces and chat_format._outline(("user", "assistant"))
+        assert bool(outline) is LOOKS[name][1]
 
 
 KNOWS_FEW_CHARACTERS = ("Unigram", "an eos that is not special")  # one unknown token stands for header and answer
