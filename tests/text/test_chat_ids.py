@@ -97,6 +97,7 @@ class Style:
     def __init__(self, folder: Path | None, end: str) -> None:
         bulk = load_bulk_tokenizer(folder)
         self.tokenizer, self.format, self.end = load_tokenizer(folder), load_chat_format(folder, bulk), end
+        self.ways = both_ways(self.format)
         self.encode_texts = BulkEncoder(EncoderChoice("tokenizers", bulk.json)).encode
         self.normalize = str
         if (normalizer := self.tokenizer.backend_tokenizer.normalizer) is not None:
@@ -179,11 +180,14 @@ def test_a_chat_whose_answer_cannot_be_told_apart_leaves_the_others_as_they_are(
         assert np.array_equal(encoded.learned, np.concatenate([one.learned for one in alone]))
 
 
-def assert_made_as_rendered(chat_format, chats, encode_texts=None):
+def both_ways(chat_format):
+    """A format that makes chats of pieces, and one that renders them; each keeps the outlines that it has made."""
+    return [dataclasses.replace(chat_format, in_pieces=in_pieces) for in_pieces in (True, False)]
+
+
+def assert_made_as_rendered(ways, chats, encode_texts=None):
     """Chats made of pieces are those that rendering makes."""
-    made, rendered = (
-        dataclasses.replace(chat_format, in_pieces=in_pieces).encode(chats, encode_texts) for in_pieces in (True, False)
-    )
+    made, rendered = (chat_format.encode(chats, encode_texts) for chat_format in ways)
     assert made.reasons == rendered.reasons and made.lengths.tolist() == rendered.lengths.tolist()
     assert made.ids.tolist() == rendered.ids.tolist() and made.learned.tolist() == rendered.learned.tolist()
 
@@ -195,7 +199,7 @@ def test_chats_made_of_pieces_are_those_that_rendering_makes(styles, several):
     for name, style in styles.items():
         note(name)
         assert style.format.in_pieces and style.format._outline(("user", "assistant")) is not None
-        assert_made_as_rendered(style.format, several, style.encode_texts)
+        assert_made_as_rendered(style.ways, several, style.encode_texts)
 
 
 LOOKS = {  # what a template may write behind `user`; c: the content; True: chats can be made of pieces nevertheless
@@ -246,13 +250,14 @@ LOOKS = {  # what a template may write behind `user`; c: the content; True: chat
 
 @pytest.fixture(scope="session")
 def looking(tmp_path_factory):
-    """Formats whose templates look into contents, by the names of LOOKS."""
+    """Formats whose templates look into contents, and both ways of each, by the names of LOOKS."""
     formats, template = {}, "{% set c = message.content %}{% if message.role == 'user' %}"
     template += "{{ '<|im_start|>' + message.role + (LOOK) }}{% else %}{{ '<|im_start|>' + message.role }}{% endif %}{{"
     for name, (look, _) in LOOKS.items():
         replaced = CHAT_ML.replace("{{ '<|im_start|>' + message['role'] +", template.replace("LOOK", look), 1)
         folder = write_style(tmp_path_factory.mktemp("looking") / "t", "MiniMind 2", chat_template=replaced)
-        formats[name] = load_chat_format(folder, load_bulk_tokenizer(folder))
+        chat_format = load_chat_format(folder, load_bulk_tokenizer(folder))
+        formats[name] = chat_format, both_ways(chat_format)
     return formats
 
 
@@ -262,9 +267,9 @@ def looking(tmp_path_factory):
 @example(several=[(("user", content), ("assistant", "b")) for content in ("1", "是", "ba", "A", "b。", "23", "b a")])
 @settings(max_examples=12, deadline=None, suppress_health_check=[*HealthCheck])
 def test_a_template_that_looks_into_contents_is_rendered_or_its_constants_are_known(looking, several):
-    for name, chat_format in looking.items():
+    for name, (chat_format, ways) in looking.items():
         note(name)
-        assert_made_as_rendered(chat_format, several)
+        assert_made_as_rendered(ways, several)
         outline = chat_format.in_pieces and chat_format._outline(("user", "assistant"))
         assert bool(outline) is LOOKS[name][1]
 
