@@ -100,8 +100,8 @@ def run_script(arguments: list[str], folder: str, environment: dict[str, str], s
     os.environ.update(environment)
     if "CXX" in environment:  # which torch read when it was imported
         sys.modules["torch._inductor.config"].cpp.cxx = (None, environment["CXX"])
-    if any(word.startswith("--nproc_per_node") for word in arguments):
-        fork_workers()
+    if any(word.startswith(("--nproc_per_node", "--restarts")) for word in arguments):
+        fork_children()
     sys.orig_argv = [sys.executable, *arguments]
     unbuffered = arguments[0] == "-u"
     sys.stdin = sys.__stdin__ = open(0, encoding="utf-8", errors="surrogateescape", closefd=False)
@@ -125,11 +125,12 @@ def run_script(arguments: list[str], folder: str, environment: dict[str, str], s
         runpy.run_path(sys.argv[0], run_name="__main__")
 
 
-def fork_workers() -> None:
-    """Make torch's launcher, in this process, fork the workers that it would start: from a copy of this process that
-    has none of its threads."""
+def fork_children() -> None:
+    """Make torch's launcher and our supervisor, in this process, fork what they would start: from a copy of this
+    process that has none of its threads."""
     from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
 
+    from model.runs import supervisor
     from tests import forks
 
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -139,6 +140,7 @@ def fork_workers() -> None:
         end_quickly(serve(theirs))
     theirs.close()
     forks.SERVER = forks.Server(ours)
+    supervisor.subprocess = forks
     popen = SubprocessHandler._popen
 
     def start(handler, command: tuple, environment: dict[str, str]):

@@ -1,8 +1,8 @@
 """Scripts of the project as processes that need not import torch: forked from one that has.
 
 `run` and `Popen` take what `subprocess.run` and `subprocess.Popen` take. On Linux, a script that lies in the project's
-folder, or torch's launcher, is forked from `fork_server.py`, and so are the launcher's workers; anything else, and
-everything elsewhere, is started.
+folder, or torch's launcher, is forked from `fork_server.py`, and so is what it starts as torch's launcher or as our
+supervisor; anything else, and everything elsewhere, is started.
 What concerns the start itself (imports, encodings, signals during them) is tested with `subprocess`.
 """
 
@@ -28,6 +28,7 @@ READ_LATER = {*SPIN, "TORCHINDUCTOR_CACHE_DIR"}
 WITHOUT_EFFECT = {"PYTHONUTF8": "1", "PYTHONIOENCODING": "utf-8", "PYTHONPATH": str(ROOT)}  # in a forked process
 NOT_INHERITED = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
 BEFORE = dict(os.environ)  # which programs that ran in this process may have added to
+TimeoutExpired = subprocess.TimeoutExpired
 KNOWN_OPTIONS = {"stdin", "stdout", "stderr", "start_new_session", "text", "encoding"}
 
 

@@ -42,7 +42,7 @@ def dirty_lines(count: int) -> list[bytes]:
 @pytest.fixture
 def raw(tmp_path) -> Path:
     path = tmp_path / "raw.jsonl"
-    path.write_bytes(b"".join(dirty_lines(400)))
+    path.write_bytes(b"".join(dirty_lines(240)))
     return path
 
 

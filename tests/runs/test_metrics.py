@@ -358,7 +358,8 @@ def test_wandb_that_stalls_holds_no_run_and_no_exit(flags, tmp_path):
 
 
 @pytest.mark.long
-def test_no_fault_of_wandb_changes_the_weights(flags, tmp_path, fake_wandb, capfd):
+def test_no_fault_of_wandb_changes_the_weights(flags, tmp_path, fake_wandb, capfd, monkeypatch):
+    monkeypatch.setattr("model.runs.tracker_process.CLOSE_SECONDS", 0.5)
     options = {"max_steps": 6, "eval_interval": 99, "dropout": 0.1}
     train(flags(out_dir=tmp_path / "without", **options))
     weights = (tmp_path / "without" / "pretrain_32.pth").read_bytes()

@@ -26,7 +26,7 @@ FACTS = dict(
 )
 CHATS = [[("user", f"{key}？"), ("assistant", value)] for key, value in FACTS.items()]
 GREEDY = GenerationConfig(do_sample=False, repetition_penalty=1, max_new_tokens=12)
-SHAPE = {"dim": 96, "max_seq_len": 64, "device": "cpu", "compile": "false", "dtype": "float32"}
+SHAPE = {"dim": 64, "max_seq_len": 64, "device": "cpu", "compile": "false", "dtype": "float32"}
 
 
 @pytest.fixture(scope="module")
@@ -41,9 +41,9 @@ def run(tmp_path_factory):
     flags = TINY | SHAPE | {"out_dir": folder / "out", "batch_size": 5}
     train({name: str(value) for name, value in (flags | {"train_data_path": text, "max_steps": 4}).items()})
     tuning = {
-        "train_data_path": path, "val_data_path": path, "max_steps": 200,
+        "train_data_path": path, "val_data_path": path, "max_steps": 120,
         "init_from": folder / "out" / "best_model.pth",
-        "optimizer_type": "muon", "learning_rate": 1e-2, "eval_interval": 200, "save_interval": 200, "log_interval": 50,
+        "optimizer_type": "muon", "learning_rate": 1e-2, "eval_interval": 120, "save_interval": 120, "log_interval": 50,
         "lr_scheduler": "linear", "weight_decay": 0,
     }  # fmt: skip
     given = ("dim", "n_layers", "n_heads", "n_kv_heads")  # by the weights
@@ -80,8 +80,8 @@ def test_answers_are_judged():
 
 def test_the_weights_that_it_began_with_are_kept_beside_it(run):
     [earlier] = (run / "previous").iterdir()
-    assert (earlier / "best_model.pth").exists() and (earlier / "pretrain_96.pth").exists()
-    assert not (run / "pretrain_96.pth").exists() and (run / "sft_96.pth").exists()
+    assert (earlier / "best_model.pth").exists() and (earlier / "pretrain_64.pth").exists()
+    assert not (run / "pretrain_64.pth").exists() and (run / "sft_64.pth").exists()
     recorded = (run / "config.yaml").read_text(encoding="utf-8")
     assert f"init_from: {earlier / 'best_model.pth'}" in recorded
     assert load_weights(earlier / "best_model.pth").chat == {}
@@ -99,7 +99,7 @@ def talk(monkeypatch, capsys, cwd, *arguments) -> str:
 
 def test_inference_takes_the_newest_final_weights_and_says_which(run, monkeypatch, capsys):
     said = talk(monkeypatch, capsys, run.parent, "--interactive", "--greedy")
-    assert "weights out/sft_96.pth: the newest final weights under out/" in said
+    assert "weights out/sft_64.pth: the newest final weights under out/" in said
     assert f"🤖 助手: {FACTS['天']}\n" in said and "do not answer" not in said
 
 
@@ -123,7 +123,7 @@ def test_a_changed_template_of_the_tokenizer_does_not_change_the_answers(run, tm
 
 def test_transformers_answers_alike_token_by_token(run, generator, tmp_path):
     transformers = pytest.importorskip("transformers")
-    model.convert.convert(run / "sft_96.pth", tmp_path / "hf", say=lambda line: None)
+    model.convert.convert(run / "sft_64.pth", tmp_path / "hf", say=lambda line: None)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
     assert theirs.generation_config.eos_token_id == 2
@@ -140,16 +140,16 @@ def test_transformers_answers_alike_token_by_token(run, generator, tmp_path):
 
 def test_a_gguf_file_answers_alike(run, tmp_path):
     gguf = pytest.importorskip("gguf")
-    model.convert.convert(run / "sft_96.pth", tmp_path / "a.gguf", say=lambda line: None)
+    model.convert.convert(run / "sft_64.pth", tmp_path / "a.gguf", say=lambda line: None)
     assert answers(load_generator(tmp_path / "a.gguf", device="cpu")) == FACTS
     fields = gguf.GGUFReader(tmp_path / "a.gguf").fields
     assert fields["tokenizer.ggml.eos_token_id"].contents() == 2
-    template = json.loads((run / "sft_96.json").read_text(encoding="utf-8"))["chat"]["template"]
+    template = json.loads((run / "sft_64.json").read_text(encoding="utf-8"))["chat"]["template"]
     assert fields["tokenizer.chat_template"].contents() == template
 
 
 def test_exports_carry_the_template_and_the_ends_that_the_weights_record(run, tmp_path):
-    weights = load_weights(run / "sft_96.pth")
+    weights = load_weights(run / "sft_64.pth")
     weights.chat = weights.chat | {"template": "{{ messages[0].content }}", "end_ids": [2, 5]}
     model.convert.write("transformers", tmp_path / "hf", weights)
     assert (tmp_path / "hf" / "chat_template.jinja").read_text() == "{{ messages[0].content }}"
@@ -163,8 +163,8 @@ def test_exports_carry_the_template_and_the_ends_that_the_weights_record(run, tm
 
 @pytest.mark.parametrize("chat", [[], {"end_ids": [2]}, {"template": "", "template_sha256": "", "end_ids": [-1]}])
 def test_a_damaged_description_is_one_line(run, tmp_path, chat, monkeypatch, capsys):
-    (tmp_path / "w.pth").write_bytes((run / "sft_96.pth").read_bytes())
-    described = json.loads((run / "sft_96.json").read_text(encoding="utf-8"))
+    (tmp_path / "w.pth").write_bytes((run / "sft_64.pth").read_bytes())
+    described = json.loads((run / "sft_64.json").read_text(encoding="utf-8"))
     (tmp_path / "w.json").write_text(json.dumps(described | {"chat": chat}))
     said = talk(monkeypatch, capsys, tmp_path, "--interactive", "--model_path", tmp_path / "w.pth")
     assert "does not describe weights" in said and "Traceback" not in said
