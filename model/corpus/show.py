@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from model.corpus.export import checked_manifest
+from model.corpus.export import REMAKE, checked_manifest
 from model.errors import InputError, printable
 from model.text.detokenize import new_detokenizer
 from model.text.tokenization import control_ids, load_tokenizer, tokenizer_sha256
@@ -40,7 +40,13 @@ def shown_documents(
     learned = _learned(token_path, manifest)
     ends = np.fromfile(ends_path(token_path), "<u8", count=count).astype(np.int64).tolist()
     for number, (start, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True), start=1):
-        flags = learned[start:end] if manifest.chat else np.zeros(end - start, dtype=bool)
+        flags = learned[start:end] if manifest.chat else np.zeros(end - start, dtype=np.uint8)
+        for path, found, most in (
+            (token_path, tokens[start:end].max(), manifest.vocab_size - 1),
+            (learn_path(token_path), flags.max(), 1),
+        ):
+            if found > most:
+                raise InputError(f"{path}: {found:,} found in document {number:,}, at most {most:,} expected; {REMAKE}")
         said = f", {int(flags.sum()):,} learned" if manifest.chat else ""
         said += f", {('rejected', 'chosen')[number % 2]}" if manifest.chat.get("pairs") else ""
         shown = slice(start, min(end, start + MOST_TOKENS))
@@ -56,10 +62,7 @@ def _learned(token_path: Path, manifest: Manifest) -> np.ndarray | None:
         return None
     path = learn_path(token_path)
     if not path.is_file() or path.stat().st_size != manifest.tokens:
-        raise InputError(
-            f"{path}: {manifest.tokens:,} bytes expected, one a token of {token_path}; make it again with"
-            " optimized_data_processing.py"
-        )
+        raise InputError(f"{path}: {manifest.tokens:,} bytes expected, one a token of {token_path}; {REMAKE}")
     return np.memmap(path, np.uint8, "r")
 
 

@@ -813,6 +813,12 @@ def test_show_marks_what_is_learned(tmp_path, process_data_here, capsys):
     assert "\x1b[32mx </s>\n<s>assistant\ny</s>\x1b[0m" in third
     with pytest.raises(InputError, match="did not make"):
         list(shown_documents(tmp_path / "a.bin", 1, write_style(tmp_path / "t", "Qwen 3")))
+    for damaged, value in ((tmp_path / "a.bin", "65,535"), (learn_path(tmp_path / "a.bin"), "255")):
+        whole = damaged.read_bytes()
+        damaged.write_bytes(b"\xff\xff" + whole[2:])
+        with pytest.raises(InputError, match=f"{damaged.name}: {value} found in document 1, at most"):
+            list(shown_documents(tmp_path / "a.bin", 1))
+        damaged.write_bytes(whole)
     learn_path(tmp_path / "a.bin").unlink()
     with pytest.raises(InputError, match="a.learn: .* bytes expected"):
         list(shown_documents(tmp_path / "a.bin", 1))

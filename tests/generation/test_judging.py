@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from inference import read_questions
+from inference import read_questions, read_texts
 from model.errors import InputError
 from model.generation.judging import judge_answers, repeats
 
@@ -38,6 +38,13 @@ def test_questions_are_chats_in_any_form(tmp_path):
     (history, expected, group), (short, answer, none) = read_questions(path)
     assert [message["content"] for message in history] == ["甲", "乙", "丙"] and (expected, group) == ("丁", "two")
     assert [message["content"] for message in short] == ["问"] and (answer, none) == ("答", "")
+
+
+def test_a_value_nested_deeper_than_json_takes_is_no_reason_to_fail(tmp_path):
+    pytest.importorskip("orjson")  # which nests up to 1,024 deep
+    path = tmp_path / "q.jsonl"
+    path.write_text('{"prompt": "q", "completion": "a", "text": "t", "x": ' + "[" * 1000 + "]" * 1000 + "}\n")
+    assert len(read_questions(path)) == 1 and read_texts(path) == ["t"]
 
 
 @pytest.mark.parametrize(("content", "said"), [('{"text": "a"}', "line 1 of"), ("\n", "holds no chat")])

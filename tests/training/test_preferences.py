@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from model.dataset import PretrainDataset
 from model.LMConfig import LMConfig
+from model.runs.beginning import find_beginning
 from model.text.tokenization import tokenizer_sha256
 from model.token_file.manifest import read_manifest, write_manifest
 from model.training.preferences import Preference
@@ -318,6 +319,15 @@ def test_what_cannot_be_trained_on_pairs_is_one_line(pair_flags, tmp_path, token
     assert "expected an even number, since they are pairs" in refused(pair_flags(), capfd)
     write_manifest(tmp_path / "pairs.bin", dataclasses.replace(manifest, chat=manifest.chat | {"pairs": "yes"}))
     assert "chat.pairs is 'yes', expected true, or none" in refused(pair_flags(), capfd)
+
+
+def test_pairs_for_weights_that_do_not_answer_are_warned_of(pair_flags, base, tmp_path, capfd):
+    weights = load_weights(base)
+    weights.chat = {}
+    save_weights(tmp_path / "texts.pth", weights)
+    for path, warned in ((base, False), (tmp_path / "texts.pth", True)):
+        find_beginning(build_settings({}, pair_flags(init_from=path)), print)
+        assert ("these weights continue texts and do not answer" in capfd.readouterr().out) == warned
 
 
 def test_a_reference_that_cannot_be_written_is_one_line(pair_flags, tmp_path, capfd, monkeypatch):
