@@ -100,7 +100,8 @@ def run_script(arguments: list[str], folder: str, environment: dict[str, str], s
     os.environ.update(environment)
     if "CXX" in environment:  # which torch read when it was imported
         sys.modules["torch._inductor.config"].cpp.cxx = (None, environment["CXX"])
-    if any(word.startswith(("--nproc_per_node", "--restarts")) for word in arguments):
+    starts_others = any(word.startswith(("--nproc_per_node", "--restarts")) for word in arguments)
+    if starts_others or arguments.count("--config") > 1:
         fork_children()
     sys.orig_argv = [sys.executable, *arguments]
     unbuffered = arguments[0] == "-u"

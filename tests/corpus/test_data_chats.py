@@ -367,10 +367,10 @@ def test_no_object_makes_parsing_fail(value):
 @pytest.mark.long
 @given(values=st.lists(VALUES | st.dictionaries(st.sampled_from(KEYS), VALUES, min_size=1), max_size=12))
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_whatever_the_lines_hold_each_is_a_chat_or_a_reject(tmp_path, values):
+def test_whatever_the_lines_hold_each_is_a_chat_or_a_reject(tmp_path, tokenizer_folder, values):
     lines = [json.dumps(value) for value in [FORMS["OpenAI's messages"](HELLO), *values]]
     path = write(tmp_path / "a.jsonl", "\n".join(lines).encode() + b"\n")
-    processor = OptimizedDataProcessor(workers=0, format="chat")
+    processor = OptimizedDataProcessor(tokenizer_folder, workers=0, format="chat")
     counts = processor.process_dataset(path, tmp_path / "a.bin", resume=False)
     assert counts["documents"] + counts["rejected"] == counts["lines"] == len(lines)
     assert len(read_chats(tmp_path / "a.bin")) == counts["documents"]

@@ -465,20 +465,22 @@ def test_a_closed_stderr_ends_no_training(flags, tmp_path):
     assert load_torch(tmp_path / "out" / "checkpoint_interrupted.pth")["progress"]["step"] > 5
 
 
+LIMITED = """
+import resource, signal
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {size}))
+import train
+train.run_command(train.main)
+"""
+
+
 @pytest.mark.long
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limit on a file's size")
 def test_a_full_disk_is_one_line_and_the_older_checkpoint_stays(flags, tmp_path):
-    import resource
-
     train(flags(max_steps=4))
     size = (tmp_path / "out" / "checkpoint_step_4.pth").stat().st_size
     before = (tmp_path / "out" / "checkpoint_step_4.pth").read_bytes()
-
-    def limit():
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, size // 2))
-
-    result = run(command(flags(resume="true")), preexec_fn=limit)
+    result = run([sys.executable, "-c", LIMITED.format(size=size // 2), *command(flags(resume="true"))[2:]])
     assert result.returncode == 2 and "Traceback" not in result.stderr
     assert re.search(r"cannot be written \(File too large: \d+ kB needed, \d+ kB could be", result.stderr)
     assert (tmp_path / "out" / "checkpoint_step_4.pth").read_bytes() == before
