@@ -3,8 +3,9 @@
 One loop trains on one CPU, one GPU or many nodes. It can stop at any time and resume with the same weights, bit for
 bit, as if it had never stopped (on the same machine, versions, threads and number of processes).
 
-`_train_step` is the arithmetic of one step; what it minimizes is the `objective`'s. Around it, `__init__` sets up,
-`_loop` decides when to evaluate, save and end, `_count` and `_log` record, and `_beat` reports to the watchdog.
+`_train_step` is the arithmetic of one step; what it minimizes is the `objective`'s. Around it, `__init__` sets up (what
+the run will do is its `plan`), `_loop` decides when to evaluate, save and end, `_count` and `_log` record, and `_beat`
+reports to the watchdog.
 """
 
 import contextlib
@@ -13,7 +14,7 @@ import dataclasses
 import functools
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -22,12 +23,12 @@ import torch
 import utils
 from model.dataset import PretrainDataset
 from model.errors import InputError, ProcessLost, TrainingDiverged
-from model.lora import add_adapters, merged
+from model.lora import merged
 from model.model import Transformer
-from model.runs.beginning import Beginning, find_beginning, load_reference
+from model.runs.beginning import Beginning, find_beginning, open_data
 from model.runs.checkpoint import checkpoint_content, restore_state
 from model.runs.folder import step_checkpoint
-from model.runs.resume import check_checkpoint, environment
+from model.runs.resume import environment
 from model.runs.run_files import RunFiles
 from model.runs.signals import StopVote
 from model.runs.status import outcome_of
@@ -35,15 +36,14 @@ from model.training.clock import Clock
 from model.training.config_file import load_settings  # noqa: F401 (for callers of Trainer)
 from model.training.data import TrainingData
 from model.training.divergence import difference_of_weights, fault_of_step, limit_reached, weights_norm
+from model.training.evaluation import Evaluator
 from model.training.memory import check_memory
 from model.training.moving_average import MovingAverage
-from model.training.objective import NextToken, Objective
+from model.training.objective import choose_objective
 from model.training.optimizer import build_optimizer, set_rates
 from model.training.plan import plan_run
-from model.training.preferences import Preference
 from model.training.progress import Progress, StepResult
-from model.training.reference import ReferenceFile, find_reference, weights_sha256
-from model.training.report import bar_text, describe, evaluation_lines, measured_lines, step_metrics
+from model.training.report import bar_text, describe, evaluation_lines, measured_lines, position, step_metrics
 from model.training.settings import Settings
 from model.weights import Weights
 from utils import Processes, deterministic_kernels, say
@@ -84,7 +84,7 @@ class Trainer:
         self.stop_signal = utils.StopSignal()
         self.stop_vote = StopVote(processes.all_sum, alone=processes.world_size == 1)
         self.files: RunFiles | None = None  # on rank 0, once it trains
-        self.progress = Progress()
+        self.progress, self.clock, self.is_estimate_checked = Progress(), Clock(), False
         asked = self.settings.training
         self.hardware = utils.choose_hardware(asked.device, asked.dtype, processes.local_rank)
         self.device, self.dtype, self.autocast = self.hardware.device, self.hardware.dtype, self.hardware.autocast
@@ -94,94 +94,38 @@ class Trainer:
 
         beginning = beginning or find_beginning(self.settings, say)
         self.resumed = beginning.checkpoint
-        self._open_data()
+        self.environment = environment(processes.world_size, self.dtype, self.device)
+        self.data = open_data(self.settings, self.resumed, self.environment, processes, say)
+        self.config = self.data.config
         # Chats shorter than what the weights know do not unlearn the rest.
         self.context = max(self.config.max_seq_len, beginning.context if self.data.is_chat else 0)
-        self._build_model(beginning)
-        with deterministic_kernels(self.device):  # measure memory with the kernels that training uses
+        memory = check_memory(self.config, asked, self.device, self.autocast, processes.local_world_size)
+        if memory is not None:
+            say(memory)
+        utils.seed_everything(asked.seed)
+        self.model = beginning.build_model(self.config, asked).to(self.device)
+        self.ema = MovingAverage(self.model, asked.ema_decay) if asked.use_ema else None
+
+        with deterministic_kernels(self.device):  # what is measured here is measured with training's kernels
             self.plan = plan_run(self.settings, self.data, self.model, self.hardware, self.resumed, processes, say)
+            references = beginning.references(self.data, self.plan, processes, say)
         self.training = t = self.plan.training
-        self.objective = self._choose_objective(beginning)
-        self._build_optimizer()
+        self.objective = choose_objective(self.data, self.plan, references)
+        self.evaluator = Evaluator(self.objective, self.data, self.plan, processes, self._is_stop_asked)
+
+        self.optimizer = build_optimizer(self.model, t.optimizer_type, t.learning_rate, t.weight_decay, self.dtype)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         utils.seed_everything(t.seed + 1 + processes.rank)  # dropout differs between ranks
         if self.resumed is not None:
             self._restore(self.resumed.content)
-        model = torch.compile(self.model) if t.compile else self.model
         # What the loop calls; self.model stays the plain one.
-        self.train_model = utils.distributed(model, processes, t.batch_size, self.config.max_seq_len, self.hardware)
-        self.clock, self.is_estimate_checked = Clock(), False
+        called = torch.compile(self.model) if t.compile else self.model
+        self.train_model = utils.distributed(called, processes, t.batch_size, self.config.max_seq_len, self.hardware)
         for line in describe(self.plan):
             say(line)
 
-    # ------------------------------------------------------------------------------------------------- setting up
-
-    def _open_data(self) -> None:
-        """Open tokenizer and token files, and check that they and the checkpoint belong together, on every rank."""
-        self.data = TrainingData(self.settings, verify=self.processes.local_rank == 0, say=say)
-        self.data.agree(self.processes.decided)
-        if self.data.is_chat:
-            self.settings.training.document_mask = True  # chats are hidden from each other, whatever it says
-            if self.resumed is None and self.settings.training.init_from is None:
-                if self.data.is_pairs:
-                    raise InputError(
-                        f"init_from: null found, but {self.settings.data.train_data_path} holds pairs of answers, which"
-                        " tune a model that answers; give its weights"
-                    )
-                say("init_from is null: random weights learn the form of an answer from chats, but hardly the language")
-        self.config = self.data.config
-        self.environment = environment(self.processes.world_size, self.dtype, self.device)
-        if self.resumed is not None:
-            check_checkpoint(self.resumed, self.settings.training, self.data, self.environment, say)
-        step = None if self.resumed is None else self.resumed.content["progress"]["step"]
-        self.processes.check_same("the step to resume from", step)
-
-    def _build_model(self, beginning: Beginning) -> None:
-        """The model on its device, with random weights or those of `init_from`, its adapters and its moving average."""
-        asked = self.settings.training
-        warning = check_memory(self.config, asked, self.device, self.autocast, self.processes.local_world_size)
-        if warning is not None:
-            say(warning)
-        utils.seed_everything(asked.seed)
-        self.model = Transformer(self.config)
-        if beginning.weights is not None:
-            self.model.load_state_dict(beginning.weights)
-        if asked.lora_rank:
-            add_adapters(self.model, asked.lora_rank, asked.lora_alpha)
-        self.model.to(self.device)
-        self.ema = MovingAverage(self.model, asked.ema_decay) if asked.use_ema else None
-
-    def _choose_objective(self, beginning: Beginning) -> Objective:
-        """What a step minimizes; of pairs of answers, with what the weights of `init_from` give them."""
-        t, data, processes = self.training, self.data, self.processes
-        if not data.is_pairs:
-            return NextToken(data, t, self.device)
-        if self.resumed is None:
-            sha256 = processes.decided(lambda: weights_sha256(beginning.weights))
-        else:
-            sha256 = self.resumed.content["data"]["reference_sha256"]
-        data.fingerprint["reference_sha256"] = sha256
-
-        def build() -> Transformer:
-            model = Transformer(self.config)
-            model.load_state_dict(beginning.weights or load_reference(t, sha256, say))
-            return model.to(self.device)
-
-        def find() -> dict:
-            beat = functools.partial(processes.beat, "the reference", FIRST_STEP_TIMEOUTS)
-            files = {dataset.path: ReferenceFile(dataset, sha256, self.dtype) for dataset in (data.train, data.val)}
-            about = build, t.batch_size, self.autocast, beat, say
-            return {path: find_reference(file, *about) for path, file in files.items()}
-
-        with deterministic_kernels(self.device):
-            return Preference(t.batch_size, t.dpo_beta, self.device, processes.decided(find))
-
-    def _build_optimizer(self) -> None:
-        """The optimizer, and the loss scale of float16."""
-        t = self.training
-        self.optimizer = build_optimizer(self.model, t.optimizer_type, t.learning_rate, t.weight_decay, self.dtype)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
-
     def _restore(self, checkpoint: dict) -> None:
+        """Go on where a checkpoint was saved."""
         self.progress = restore_state(checkpoint, self.model, self.ema, self.optimizer, self.scaler)
         if checkpoint["validation"] != self.data.validation:
             say("the validation data has changed: best loss and patience are reset")
@@ -346,9 +290,7 @@ class Trainer:
 
     def _local_batch(self, data: PretrainDataset, samples: np.ndarray, micro: int):
         """This rank's rows of micro-batch `micro`, as the objective reads them."""
-        rows = self.training.batch_size
-        start = micro * self.plan.batch_rows + self.processes.rank * rows
-        return self.objective.read(data, samples[start : start + rows])
+        return self.objective.read(data, self.plan.samples_of(self.processes.rank, samples, micro))
 
     # -------------------------------------------------------------------------------------------------- evaluation
 
@@ -357,41 +299,27 @@ class Trainer:
         the sums, in a new model: so all that is measured is measured of the weights that are written."""
         return merged(self.model if self.ema is None else self.ema.module)
 
-    def evaluate(self) -> dict[str, float] | None:
-        """Validation loss and what the objective measures beside it, as metrics.jsonl has them; None if a signal to
-        stop came meanwhile."""
-        return self._measure(self.build_evaluated_model(), self.data.val, self.plan.val_samples)
+    def evaluate(self, model: Transformer | None = None) -> dict[str, float] | None:
+        """Validation loss and what else is measured (`Evaluator.measure`); None if a signal to stop came meanwhile.
 
-    def _measure(self, model: Transformer, data: PretrainDataset, samples: np.ndarray) -> dict[str, float] | None:
-        """What the objective measures of samples, as `evaluate` has it."""
-        batches = range(-(-len(samples) // self.plan.batch_rows))
-        read = (self._local_batch(data, samples, number) for number in batches)
+        Args:
+            model: what `build_evaluated_model` returned; None: it is built.
+        """
         with deterministic_kernels(self.device):
-            sums = self.objective.measure(model, read, self.autocast, self._is_stop_asked)
-        return None if sums is None else self.objective.means(self.processes.all_sum(sums))
-
-    def _measure_texts(self, model: Transformer) -> dict | None:
-        """What is forgotten, as metrics.jsonl has it: the loss of held-out texts of those that are mixed into chats;
-        empty where none are; None if a signal to stop came meanwhile."""
-        samples = self.data.held_out_texts
-        if len(samples) == 0:
-            return {}
-        if (measured := self._measure(model, self.data.texts, samples)) is None:
-            return None
-        return {"text_loss": measured["val_loss"], "text_bits_per_byte": measured["bits_per_byte"]}
+            return self.evaluator.measure(self.build_evaluated_model() if model is None else model)
 
     def _measure_before(self) -> None:
         """Before the first step: the losses of the weights of `init_from`, and of the texts that may be forgotten."""
         begins_with_weights = self.settings.training.init_from is not None and len(self.plan.val_samples) > 0
         model = self.build_evaluated_model()
-        held_out = self._measure(model, self.data.val, self.plan.val_samples) if begins_with_weights else {}
-        texts = self._measure_texts(model)
-        if held_out is None or texts is None or self.files is None or not (measured := held_out | texts):
+        with deterministic_kernels(self.device):
+            measured = (self.evaluator.measure if begins_with_weights else self.evaluator.measure_texts)(model)
+        if not measured or self.files is None:
             return
         for line in measured_lines("before training: ", measured, self.data.is_chat):
             say(line)
-        self.files.metrics.write(self._position() | measured)
-        if held_out:
+        self._write_metrics(self.files, measured)
+        if begins_with_weights:
             self._show_preview(model)
 
     def _is_stop_asked(self) -> bool:
@@ -406,15 +334,13 @@ class Trainer:
             return True
         with self.clock.evaluation():
             model = self.build_evaluated_model()  # once for all that follows: with LoRA it takes time and memory
-            result = self._measure(model, self.data.val, self.plan.val_samples)
-            texts = self._measure_texts(model)
-            if result is None or texts is None:
+            if (measured := self.evaluate(model)) is None:
                 return False
-            is_best = progress.count_evaluation(result["val_loss"])
+            is_best = progress.count_evaluation(measured["val_loss"])
             if self.files is not None:
                 if is_best:
                     self.files.save_weights("best_model.pth", self._weights(model))
-                self._report_evaluation(self.files, model, result | texts)
+                self._report_evaluation(self.files, model, measured)
         return True
 
     def _report_evaluation(self, files: RunFiles, model: Transformer, measured: dict) -> None:
@@ -430,7 +356,7 @@ class Trainer:
             judged, line = self.judge(model.eval(), self.data)
             say(f"    {line}")
             measured = measured | judged
-        files.metrics.write(self._position() | measured)
+        self._write_metrics(files, measured)
         files.metrics.update_curves()
         self._show_preview(model)
 
@@ -516,15 +442,10 @@ class Trainer:
         if not result.overflow:  # an overflow is part of loss scaling, and not worth a line
             say(f"{found}; its samples are skipped, weights unchanged")
 
-    def _position(self) -> dict:
-        """Where the run is, as metrics.jsonl has it."""
-        progress = self.progress
-        return {
-            "step": progress.step,
-            "epoch": round(progress.samples / self.plan.train_samples, 4),
-            "tokens": self.plan.order.count_targets(progress.samples, self.data.train),
-            "elapsed": round(self.clock.run_seconds, 2),
-        }
+    def _write_metrics(self, files: RunFiles, measured: Mapping) -> None:
+        """Write a line of metrics.jsonl, which begins with where the run is."""
+        where = position(self.plan, self.progress, self.data.train, self.clock.run_seconds)
+        files.metrics.write(where | measured)
 
     def _log(self, result: StepResult, bar) -> None:
         """Write a line of metrics, over the steps since the last one, and show it beside the bar."""
@@ -533,7 +454,7 @@ class Trainer:
         if self.files is None:
             return
         metrics = step_metrics(self.plan, self.progress, result, loss, tokens_per_second)
-        self.files.metrics.write(self._position() | metrics)
+        self._write_metrics(self.files, metrics)
         self._show_progress(bar, loss, tokens_per_second)
 
     def _show_progress(self, bar, loss: float, tokens_per_second: float) -> None:

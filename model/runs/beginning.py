@@ -1,21 +1,28 @@
-"""What a run begins with: the checkpoint that it resumes from, weights of `init_from`, or random weights."""
+"""What a run begins with: the checkpoint that it resumes from, weights of `init_from`, or random weights; and the data,
+which must be the checkpoint's."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from torch import Tensor
 
 from model.errors import InputError
 from model.LMConfig import LMConfig
+from model.lora import add_adapters
+from model.model import Transformer
 from model.runs.folder import is_within, recorded_source
-from model.runs.resume import find_checkpoint
+from model.runs.processes import Processes
+from model.runs.resume import check_checkpoint, find_checkpoint
 from model.text.tokenization import EMBEDDED_TOKENIZER, tokenizer_folder, tokenizer_sha256
 from model.text.tokenizer_folder import same_tokenizer
 from model.token_file.manifest import Manifest, read_manifest
 from model.training.choices import FoundCheckpoint
-from model.training.reference import weights_sha256
+from model.training.data import TrainingData
+from model.training.plan import RunPlan
+from model.training.reference import find_references, weights_sha256
 from model.training.settings import ADAPTERS_NEED_WEIGHTS, ModelSettings, Settings, TrainingSettings
 from model.weights import Weights, load_weights
 from model.weights.find import find_weights
@@ -40,6 +47,43 @@ class Beginning:
         """Positions that the weights know, in tokens; of random ones 0."""
         return self.weights_context if self.checkpoint is None else self.checkpoint.content["context"]
 
+    def build_model(self, config: LMConfig, training: TrainingSettings) -> Transformer:
+        """The model, on the CPU: its weights random or those of `init_from`, and with LoRA its adapters.
+
+        Raises:
+            InputError: lora_rank is larger than a matrix.
+        """
+        model = Transformer(config)
+        if self.weights is not None:
+            model.load_state_dict(self.weights)
+        if training.lora_rank:
+            add_adapters(model, training.lora_rank, training.lora_alpha)
+        return model
+
+    def references(
+        self, data: TrainingData, plan: RunPlan, processes: Processes, say: Callable[[str], None]
+    ) -> dict[Path, np.ndarray]:
+        """Of pairs of answers, what `find_references` returns for the weights that the run begins, or has begun, with;
+        empty for other data. `data.fingerprint` gets these weights' hash. Every process must call it.
+
+        Raises:
+            InputError: a reference is missing, and cannot be computed or written.
+        """
+        if not data.is_pairs:
+            return {}
+        sha256 = processes.decided(self._reference_sha256)
+        data.fingerprint["reference_sha256"] = sha256
+
+        def load() -> Mapping[str, Tensor]:
+            return self.weights or _load_reference(plan.training, sha256, say)
+
+        return processes.decided(lambda: find_references((data.train, data.val), sha256, load, plan, processes, say))
+
+    def _reference_sha256(self) -> str:
+        if self.checkpoint is None:
+            return weights_sha256(self.weights)
+        return self.checkpoint.content["data"]["reference_sha256"]
+
 
 def find_beginning(settings: Settings, say: Callable[[str], None]) -> Beginning:
     """Read the checkpoint to resume from or, without one, the weights of `init_from`.
@@ -59,6 +103,35 @@ def find_beginning(settings: Settings, say: Callable[[str], None]) -> Beginning:
         say(f"resume: no checkpoint in {settings.training.out_dir}, so training starts from the beginning")
         _take_moved_source(settings.training, say)
     return _load_initial(settings, say)
+
+
+def open_data(
+    settings: Settings,
+    resumed: FoundCheckpoint | None,
+    environment: Mapping,
+    processes: Processes,
+    say: Callable[[str], None],
+) -> TrainingData:
+    """Open tokenizer and token files, and check that they and the checkpoint belong together, on every rank.
+
+    With chats, `settings` get document_mask: they are hidden from each other, whatever it says.
+
+    Args:
+        environment: as `resume.environment` gives it.
+
+    Raises:
+        InputError: they do not, or a file is missing or damaged.
+    """
+    data = TrainingData(settings, verify=processes.local_rank == 0, say=say)
+    data.agree(processes.decided)
+    if data.is_chat:
+        settings.training.document_mask = True
+    if resumed is not None:
+        check_checkpoint(resumed, settings.training, data, environment, say)
+    elif settings.training.init_from is None:
+        data.check_random_weights(say)
+    processes.check_same("the step to resume from", None if resumed is None else resumed.content["progress"]["step"])
+    return data
 
 
 def _take_moved_source(training: TrainingSettings, say: Callable[[str], None]) -> None:
@@ -116,7 +189,7 @@ def _load_initial(settings: Settings, say: Callable[[str], None]) -> Beginning:
     return Beginning(weights=weights.state_dict, weights_context=known)
 
 
-def load_reference(training: TrainingSettings, sha256: str, say: Callable[[str], None]) -> dict[str, Tensor]:
+def _load_reference(training: TrainingSettings, sha256: str, say: Callable[[str], None]) -> dict[str, Tensor]:
     """The weights of `init_from` for a resumed run whose reference file is gone.
 
     Args:

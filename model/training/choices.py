@@ -38,8 +38,9 @@ class FoundCheckpoint(NamedTuple):
 
 
 class Ranks(Protocol):
-    """The processes that train together, as far as choosing needs them (`utils.Processes`)."""
+    """The processes that train together, as far as this room needs them (`utils.Processes`)."""
 
+    rank: int
     world_size: int
     local_world_size: int
 
@@ -48,6 +49,9 @@ class Ranks(Protocol):
 
     def smallest(self, value: float) -> float:
         """The smallest of all processes' values."""
+
+    def all_sum(self, values: list[float]) -> list[float]:
+        """The sums of all processes' values."""
 
     def beat(self, doing: str, patience: float) -> None:
         """Report progress to the watchdog."""

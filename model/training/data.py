@@ -124,6 +124,7 @@ class TrainingData:
 
     def __init__(self, settings: Settings, verify: bool, say: Callable[[str], None]) -> None:
         data, self._verify = settings.data, verify
+        self._path = data.train_data_path
         self.tokenizer = tokenizer = load_tokenizer(data.tokenizer_path)
         self.tokenizer_sha256, self.delimiters = tokenizer_sha256(data.tokenizer_path), delimiters(tokenizer)
         self._sample_start = data.sample_start
@@ -168,6 +169,20 @@ class TrainingData:
     def is_pairs(self) -> bool:
         """Whether the training data are pairs of answers."""
         return _kind(self._trained) == "pairs"
+
+    def check_random_weights(self, say: Callable[[str], None]) -> None:
+        """Chats hardly teach random weights the language, which is said; pairs tune weights that answer.
+
+        Raises:
+            InputError: these are pairs.
+        """
+        if self.is_pairs:
+            raise InputError(
+                f"init_from: null found, but {self._path} holds pairs of answers, which tune a model that answers; give"
+                " its weights"
+            )
+        if self.is_chat:
+            say("init_from is null: random weights learn the form of an answer from chats, but hardly the language")
 
     def _chat(self, path: str, dataset: PretrainDataset) -> dict:
         """What weights record of the chats that they learn.

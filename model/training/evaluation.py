@@ -1,55 +1,57 @@
-"""What validation measures: the loss, and the bytes of text that it is spread over."""
+"""What an evaluation measures: the validation loss, and how well texts mixed into chats are still predicted."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
-import torch
-from torch import Tensor
+import numpy as np
 
-from model.loss import bits_per_byte, cross_entropy
+from model.dataset import PretrainDataset
 from model.model import Transformer
-from model.text.token_bytes import TokenBytes
+from model.training.choices import Ranks
+from model.training.data import TrainingData
+from model.training.objective import Objective
+from model.training.plan import RunPlan
 
 
-@torch.no_grad()
-def validation_sums(
-    model: Transformer,
-    batches: Iterable[tuple[Tensor, Tensor, Tensor | None]],
-    token_bytes: TokenBytes,
-    autocast,
-    asked_to_stop: Callable[[], bool],
-) -> list[float] | None:
-    """Sums over batches: loss in nats, tokens, the loss of those that are text, and its bytes; None after a stop.
-
-    Control tokens count in the loss of all tokens only: so a text has the bits per byte that `--score_file` says.
+class Evaluator:
+    """Measures models on the held-out samples; every process of a run measures its share of them.
 
     Args:
-        model: evaluated without dropout; returned to the mode that it was in.
-        batches: inputs, targets and numbers of documents or None, int64 [B, T] each; targets below 0 do not count.
-        token_bytes: bytes of text that ids stand for.
-        autocast: context in which the model runs.
-        asked_to_stop: called after each batch, by every process.
+        objective: that is measured.
+        asked_to_stop: called after each batch, by every process: an evaluation that it ends measures nothing.
     """
-    sums, is_text = [0.0] * 4, torch.from_numpy(token_bytes.is_text)
-    was_training, stopped = model.training, False
-    model.eval()
-    for inputs, targets, documents in batches:
-        counted = targets >= 0
-        before, ids = inputs[counted].cpu(), targets[counted].cpu()
-        control = torch.zeros_like(counted)
-        control[counted] = ~is_text[ids].to(control.device)
-        with autocast:
-            hidden = model.hidden_states(inputs, documents=documents)
-            nats = float(cross_entropy(hidden, model.output.weight, targets))
-            silent = float(cross_entropy(hidden[control][None], model.output.weight, targets[control][None]))
-        for place, value in enumerate((nats, len(ids), nats - silent, token_bytes.count(before.numpy(), ids.numpy()))):
-            sums[place] += value
-        if stopped := asked_to_stop():
-            break
-    model.train(was_training)
-    return None if stopped else sums
 
+    def __init__(
+        self,
+        objective: Objective,
+        data: TrainingData,
+        plan: RunPlan,
+        ranks: Ranks,
+        asked_to_stop: Callable[[], bool],
+    ) -> None:
+        self._objective, self._data, self._plan = objective, data, plan
+        self._ranks, self._asked_to_stop = ranks, asked_to_stop
 
-def mean_losses(sums: list[float]) -> tuple[float, float]:
-    """Nats per token and bits per byte of text, from the sums of `validation_sums`."""
-    nats, tokens, text_nats, byte_count = sums
-    return nats / tokens, bits_per_byte(text_nats, byte_count)
+    def measure(self, model: Transformer) -> dict[str, float] | None:
+        """Validation loss and what the objective measures beside it, as metrics.jsonl has them; with texts mixed into
+        chats, also what `measure_texts` returns. None after a signal to stop."""
+        measured = self._measure(model, self._data.val, self._plan.val_samples)
+        if measured is None or (texts := self.measure_texts(model)) is None:
+            return None
+        return measured | texts
+
+    def measure_texts(self, model: Transformer) -> dict[str, float] | None:
+        """What is forgotten, as metrics.jsonl has it: the loss of held-out texts of those that are mixed into chats;
+        empty where none are. None after a signal to stop."""
+        samples = self._data.held_out_texts
+        if len(samples) == 0:
+            return {}
+        if (measured := self._measure(model, self._data.texts, samples)) is None:
+            return None
+        return {"text_loss": measured["val_loss"], "text_bits_per_byte": measured["bits_per_byte"]}
+
+    def _measure(self, model: Transformer, data: PretrainDataset, samples: np.ndarray) -> dict[str, float] | None:
+        micro_batches = range(-(-len(samples) // self._plan.batch_rows))
+        mine = (self._plan.samples_of(self._ranks.rank, samples, micro) for micro in micro_batches)
+        batches = (self._objective.read(data, numbers) for numbers in mine)
+        sums = self._objective.measure(model, batches, self._plan.hardware.autocast, self._asked_to_stop)
+        return None if sums is None else self._objective.means(self._ranks.all_sum(sums))

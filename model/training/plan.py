@@ -77,6 +77,12 @@ class RunPlan:
         """Samples of one micro-batch of all processes."""
         return self.training.batch_size * self.world_size
 
+    def samples_of(self, rank: int, samples: np.ndarray, micro: int) -> np.ndarray:
+        """Of the samples of all processes, those that one reads in micro-batch `micro`; fewer, or none, at the end."""
+        rows = self.training.batch_size
+        start = micro * self.batch_rows + rank * rows
+        return samples[start : start + rows]
+
     @property
     def tokens_per_step(self) -> int:
         return self.order.rows_per_step * self.config.max_seq_len

@@ -9,15 +9,20 @@ import hashlib
 import json
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from model.dataset import PretrainDataset
+from model.model import Transformer
 from model.storage.files import replacing
+from model.training.choices import Ranks
+from model.training.plan import RunPlan
 
+BATCH_TIMEOUTS = 3  # the first batch may compile kernels: it may take this many times ddp_timeout
 DAMAGE = (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error)  # what np.load raises for it
 
 
@@ -129,7 +134,39 @@ def answers_of(dataset: PretrainDataset, samples: np.ndarray, rows: int) -> np.n
     return found
 
 
-def find_reference(
+def find_references(
+    datasets: Iterable[PretrainDataset],
+    sha256: str,
+    load: Callable[[], Mapping[str, Tensor]],
+    plan: RunPlan,
+    ranks: Ranks,
+    say: Callable[[str], None],
+) -> dict[Path, np.ndarray]:
+    """What `ReferenceFile.read` returns for token files of pairs, by their paths; computed and written where missing.
+
+    Args:
+        sha256: of the weights.
+        load: returns the weights; called only if something is missing.
+
+    Raises:
+        InputError: a file cannot be written.
+    """
+    hardware = plan.hardware
+
+    def build() -> Transformer:
+        model = Transformer(plan.config)
+        model.load_state_dict(load())
+        return model.to(hardware.device)
+
+    def beat() -> None:
+        ranks.beat("the reference", BATCH_TIMEOUTS)
+
+    files = {dataset.path: ReferenceFile(dataset, sha256, hardware.dtype) for dataset in datasets}
+    about = build, plan.training.batch_size, hardware.autocast, beat, say
+    return {path: _find_reference(file, *about) for path, file in files.items()}
+
+
+def _find_reference(
     file: ReferenceFile, build: Callable[[], nn.Module], rows: int, autocast, beat: Callable[[], None], say
 ) -> np.ndarray:
     """The file's values, computed by the model that `build` returns unless the file has them."""

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from model.dataset import PretrainDataset
 from model.errors import counted
 from model.storage.files import free_bytes, size_text
 from model.training.clock import EVALUATION_SHARE
@@ -94,6 +95,21 @@ def measured_lines(when: str, measured: dict, is_chat: bool) -> list[str]:
     if "text_bits_per_byte" in measured:
         lines.append(f"{measured['text_bits_per_byte']:.4f} bits per byte of held-out texts of mix_data_path")
     return [when + lines[0], *(f"    {line}" for line in lines[1:])]
+
+
+def position(plan: RunPlan, progress: Progress, data: PretrainDataset, seconds: float) -> dict[str, float]:
+    """Where the run is, as metrics.jsonl has it.
+
+    Args:
+        data: that is trained on.
+        seconds: spent on the run.
+    """
+    return {
+        "step": progress.step,
+        "epoch": round(progress.samples / plan.train_samples, 4),
+        "tokens": plan.order.count_targets(progress.samples, data),
+        "elapsed": round(seconds, 2),
+    }
 
 
 def step_metrics(

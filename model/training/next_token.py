@@ -1,0 +1,97 @@
+"""Pre-training and tuning on chats: predict each token from those before it."""
+
+from collections.abc import Callable, Iterable
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from model.dataset import PretrainDataset, number_documents
+from model.loss import bits_per_byte, cross_entropy
+from model.model import Transformer
+from model.training.data import TrainingData
+from model.training.settings import TrainingSettings
+
+Batch = tuple[Tensor, Tensor, Tensor | None]  # inputs, targets, numbers of documents; int64 [B, T] each
+
+
+class NextToken:
+    """Predict each token from those before it: of texts all of them, of chats those of the answers.
+
+    Args:
+        data: what is trained on.
+        training: as resolved, without `auto`.
+        device: that receives the batches.
+    """
+
+    names = ()
+
+    def __init__(self, data: TrainingData, training: TrainingSettings, device: torch.device) -> None:
+        self._data, self._device = data, device
+        self._rows, self._document_mask = training.batch_size, training.document_mask
+
+    def count(self, data: PretrainDataset, samples: np.ndarray) -> int:
+        """The tokens to predict in these samples."""
+        return data.count_targets(samples)
+
+    def read(self, data: PretrainDataset, samples: np.ndarray) -> Batch:
+        """Inputs, targets and, with document_mask, their document numbers; int64 [batch_size, max_seq_len] each.
+
+        Args:
+            samples: at most batch_size; padding, which does not count, fills the other rows.
+        """
+        inputs, targets = data.batch(samples, self._rows)
+        if self._device.type == "cuda":
+            inputs, targets = inputs.pin_memory(), targets.pin_memory()
+        inputs, targets = (tensor.to(self._device, non_blocking=True) for tensor in (inputs, targets))
+        if not self._document_mask:
+            return inputs, targets, None
+        if self._data.is_chat:
+            numbers = data.number_runs(samples, self._rows)
+            return inputs, targets, numbers.to(self._device, non_blocking=True)
+        marks = self._data.delimiters
+        return inputs, targets, number_documents(inputs, targets, marks.bos_id, marks.eos_id)
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """In nats, summed over the tokens to predict; float32 [1]."""
+        inputs, targets, documents = batch
+        return model(inputs, targets, documents=documents)[None]
+
+    @torch.no_grad()
+    def measure(
+        self, model: Transformer, batches: Iterable[Batch], autocast, asked_to_stop: Callable[[], bool]
+    ) -> list[float] | None:
+        """Sums over batches: loss in nats, tokens, the loss of those that are text, and its bytes; None after a stop.
+
+        Control tokens count in the loss of all tokens only: so a text has the bits per byte that `--score_file` says.
+
+        Args:
+            model: evaluated without dropout; returned to the mode that it was in.
+            autocast: context in which the model runs.
+            asked_to_stop: called after each batch, by every process.
+        """
+        token_bytes = self._data.token_bytes
+        sums, is_text = [0.0] * 4, torch.from_numpy(token_bytes.is_text)
+        was_training, stopped = model.training, False
+        model.eval()
+        for inputs, targets, documents in batches:
+            counted = targets >= 0
+            before, ids = inputs[counted].cpu(), targets[counted].cpu()
+            control = torch.zeros_like(counted)
+            control[counted] = ~is_text[ids].to(control.device)
+            with autocast:
+                hidden = model.hidden_states(inputs, documents=documents)
+                nats = float(cross_entropy(hidden, model.output.weight, targets))
+                silent = float(cross_entropy(hidden[control][None], model.output.weight, targets[control][None]))
+            text_bytes = token_bytes.count(before.numpy(), ids.numpy())
+            for place, value in enumerate((nats, len(ids), nats - silent, text_bytes)):
+                sums[place] += value
+            if stopped := asked_to_stop():
+                break
+        model.train(was_training)
+        return None if stopped else sums
+
+    def means(self, sums: list[float]) -> dict[str, float]:
+        """Nats per token and bits per byte of text, from the sums of `measure` over all ranks."""
+        nats, tokens, text_nats, byte_count = sums
+        return {"val_loss": nats / tokens, "bits_per_byte": bits_per_byte(text_nats, byte_count)}
