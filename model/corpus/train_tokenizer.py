@@ -8,7 +8,7 @@ import json
 import re
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -130,6 +130,27 @@ def train_tokenizer(
             `vocab_size` tokens.
     """
     folder = Path(output_dir)
+    _check_target(folder, vocab_size, overwrite)
+    sources = find_sources(input_paths, text_field=text_field)  # all must exist before the first is read
+    sources, options = recognise_format(sources, ProcessingOptions(text_field=text_field, format=format), say)
+    say(f"training a tokenizer of {vocab_size:,} tokens on {counted(len(sources), 'file')}; it can take minutes")
+
+    text = TrainingText(sources, text_field, options.format)
+    tokenizer = _train_bpe(text, vocab_size)
+    _check_was_read(text)
+    found = tokenizer.get_vocab_size()
+    if found < vocab_size:
+        raise InputError(
+            f"vocab_size: {text.characters:,} characters in"
+            f" {counted(text.documents, 'document')} give only {found} tokens that "
+            f"occur twice, not {vocab_size}; give more text or a smaller --vocab_size"
+        )
+    _save(tokenizer, folder)
+    return text
+
+
+def _check_target(folder: Path, vocab_size: int, overwrite: bool) -> None:
+    """Refuse to replace a tokenizer unasked, or to make one too small for its first tokens."""
     if (folder / "tokenizer.json").exists() and not overwrite:
         raise InputError(
             f"tokenizer_output: {folder} already holds a tokenizer, which token files and models may depend on; "
@@ -139,10 +160,10 @@ def train_tokenizer(
         raise InputError(
             f"vocab_size: {vocab_size} is too small; the bytes and control tokens are {SMALLEST_VOCABULARY}"
         )
-    sources = find_sources(input_paths, text_field=text_field)  # all must exist before the first is read
-    sources, options = recognise_format(sources, ProcessingOptions(text_field=text_field, format=format), say)
-    say(f"training a tokenizer of {vocab_size:,} tokens on {counted(len(sources), 'file')}; it can take minutes")
 
+
+def _train_bpe(text: Iterable[str], vocab_size: int):
+    """A `tokenizers.Tokenizer` trained on texts, of `vocab_size` tokens or, where the texts are too short, fewer."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -158,26 +179,22 @@ def train_tokenizer(
         max_token_length=TOKEN_BYTES_BELOW,  # the trainer excludes this length too
         show_progress=False,
     )
-    text = TrainingText(sources, text_field, options.format)
+    tokenizer.train_from_iterator(text, trainer)
     # No merge is learnt across a digit, so digits stay single even without the Digits step when encoding. With it,
     # llama.cpp and fastokens would not recognise GPT-2's plain split, and fastokens would be slower.
-    tokenizer.train_from_iterator(text, trainer)
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    if not text.documents:
-        names = ", ".join(source.location for source in sources[:3]) + (", …" if len(sources) > 3 else "")
-        if not text.rejected:
-            raise InputError(f"input_path: {names}: no line found; {EXPECTED}")
-        form = options.format, text_field
-        raise InputError(f"input_path: {nothing_read(names, text.rejected, text.what_was_rejected(), *form)}")
-    found = tokenizer.get_vocab_size()
-    if found < vocab_size:
-        raise InputError(
-            f"vocab_size: {text.characters:,} characters in"
-            f" {counted(text.documents, 'document')} give only {found} tokens that "
-            f"occur twice, not {vocab_size}; give more text or a smaller --vocab_size"
-        )
-    _save(tokenizer, folder)
-    return text
+    return tokenizer
+
+
+def _check_was_read(text: TrainingText) -> None:
+    """Explain why no document was read, if none was."""
+    if text.documents:
+        return
+    names = ", ".join(source.location for source in text.sources[:3]) + (", …" if len(text.sources) > 3 else "")
+    if not text.rejected:
+        raise InputError(f"input_path: {names}: no line found; {EXPECTED}")
+    form = text.format, text.text_field
+    raise InputError(f"input_path: {nothing_read(names, text.rejected, text.what_was_rejected(), *form)}")
 
 
 def _save(tokenizer, folder: Path) -> None:

@@ -1,6 +1,5 @@
 """What `auto` resolves to in a run's settings: chosen once by the recipe, printed with the reason, kept on resuming."""
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple, Protocol, TypeVar
@@ -25,9 +24,10 @@ from model.training.recipe import (
     compile_pays,
     cpp_compiler,
 )
-from model.training.settings import AUTO, FIELDS, Settings, TrainingSettings
+from model.training.settings import AUTO, FIELDS, TrainingSettings
 
 T = TypeVar("T")
+V = TypeVar("V", int, float, bool, int | None)
 
 
 class FoundCheckpoint(NamedTuple):
@@ -58,16 +58,15 @@ class Ranks(Protocol):
 
 
 class Choices:
-    """Replaces `auto` in `training`, the resolved settings, with values.
+    """Says what a setting's value is: the user's or, where that is `auto`, one that is chosen here.
 
     A resumed run takes its checkpoint's values: a new measurement could give others, and so another run.
 
     Attributes:
-        training: a copy of the settings' section, in which the `settle_…` methods replace `auto`.
         made: the values chosen, by name, as a checkpoint keeps them.
 
     Args:
-        settings: as the user gave them.
+        training: the settings' section, as the user gave it.
         found: the checkpoint that the run resumes from.
         processes: those that train together; all of them choose the same values.
         device: that this process computes on.
@@ -79,17 +78,16 @@ class Choices:
 
     def __init__(
         self,
-        settings: Settings,
+        training: TrainingSettings,
         found: FoundCheckpoint | None,
         processes: Ranks,
         device: torch.device,
         say: Callable[[str], None],
     ) -> None:
-        self.training: TrainingSettings = dataclasses.replace(settings.training)
-        self._processes, self._device, self._say = processes, device, say
+        self._training, self._processes, self._device, self._say = training, processes, device, say
         self.made: dict[str, int | float | bool] = {}
         self._earlier = {} if found is None else self._of_checkpoint(*found)
-        if self.training.compile is True and device.type == "cpu" and cpp_compiler() is None:
+        if training.compile is True and device.type == "cpu" and cpp_compiler() is None:
             raise InputError(
                 "compile: true found, but torch.compile needs a C++ compiler on a CPU and finds none (g++, or what the"
                 " variable CXX names; cl on Windows); install one, or use --compile false"
@@ -105,27 +103,27 @@ class Choices:
             values.pop("compile", None)  # what pays on one kind of device need not on another
         return values
 
-    def _settle(self, name: str, choose: Callable[[], tuple[int | float | bool, str]]) -> None:
-        """If a setting is auto, set it to the checkpoint's value, or else to what `choose` returns, and say why."""
-        if getattr(self.training, name) != AUTO:
-            return
+    def _settle(self, name: str, choose: Callable[[], tuple[V, str]]) -> V:
+        """A setting's value: if it is auto, the checkpoint's, or else what `choose` returns; says which, and why."""
+        if (given := getattr(self._training, name)) != AUTO:
+            return given
         value, why = (self._earlier[name], "as before") if name in self._earlier else choose()
         value = self._processes.decided(lambda: value)
-        setattr(self.training, name, value)
         self.made[name] = value
         shown = str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else value
         self._say(f"{name} {shown} (auto): {why}")
+        return value
 
-    def settle_batch_size(self, model: Transformer, data: TrainingData, autocast) -> None:
-        """Settle batch_size: what the number of tokens calls for, as far as memory allows, measured on the model.
+    def batch_size(self, model: Transformer, data: TrainingData, autocast) -> int:
+        """What the number of tokens calls for, as far as memory allows, measured on the model.
 
         Raises:
             InputError: not even one sample fits.
         """
-        self._settle("batch_size", lambda: self._choose_batch_size(model, data, autocast))
+        return self._settle("batch_size", lambda: self._choose_batch_size(model, data, autocast))
 
     def _choose_batch_size(self, model: Transformer, data: TrainingData, autocast) -> tuple[int, str]:
-        t, processes, length = self.training, self._processes, data.config.max_seq_len
+        t, processes, length = self._training, self._processes, data.config.max_seq_len
         shares = t.accumulation_steps * processes.world_size
         samples = len(data.train_samples)
         tokens, why = automatic_tokens_per_step(samples * length, t.epochs, t.max_steps)
@@ -156,8 +154,8 @@ class Choices:
             f"{batch_text(rows, t.accumulation_steps, processes.world_size)} x {length} tokens, {why}; {memory}",
         )
 
-    def settle_learning_rate(self, parameters: int, tokens_per_step: int, data: TrainingData) -> None:
-        """Settle learning_rate.
+    def learning_rate(self, parameters: int, tokens_per_step: int, data: TrainingData) -> float:
+        """What suits the size of the model and of a step.
 
         Args:
             parameters: of the model, adapters not counted.
@@ -166,26 +164,29 @@ class Choices:
         Raises:
             InputError: min_lr is above it.
         """
-        t, adapters = self.training, self.training.lora_rank > 0
+        t, adapters = self._training, self._training.lora_rank > 0
         why = f"{t.optimizer_type}, {parameters:,} parameters, {tokens_per_step:,} tokens per step"
         share = 1.0
         if adapters or (data.is_chat and t.init_from is not None):
             share = (PREFERENCE_SHARE if data.is_pairs else TUNING_SHARE) * (ADAPTERS_TIMES if adapters else 1)
             tuning = f"of the rate of pre-training, to tune on {'pairs' if data.is_pairs else 'chats'}"
             why += f"; {share:g} " + ("times the rate of pre-training, for LoRA's adapters" if adapters else tuning)
-        self._settle(
+        rate = self._settle(
             "learning_rate",
             lambda: (automatic_learning_rate(t.optimizer_type, parameters, tokens_per_step, share), why),
         )
-        if t.min_lr is not None and t.min_lr > t.learning_rate:
-            raise InputError(f"min_lr: {t.min_lr} is above learning_rate {t.learning_rate:g} (auto)")
+        if t.min_lr is not None and t.min_lr > rate:
+            raise InputError(f"min_lr: {t.min_lr} is above learning_rate {rate:g} (auto)")
+        return rate
 
-    def settle_warmup_steps(self, total_steps: int) -> None:
-        """Settle warmup_steps."""
-        self._settle("warmup_steps", lambda: (automatic_warmup(total_steps), f"of {counted(total_steps, 'step')}"))
+    def warmup_steps(self, total_steps: int) -> int | None:
+        """A share of all steps; None: `plan_schedule` decides."""
+        return self._settle(
+            "warmup_steps", lambda: (automatic_warmup(total_steps), f"of {counted(total_steps, 'step')}")
+        )
 
-    def settle_compile(self, seconds: float) -> None:
-        """Settle compile.
+    def compile(self, seconds: float) -> bool:
+        """Whether compiling pays.
 
         Args:
             seconds: the expected time of the rest of the run, the same on all processes.
@@ -195,4 +196,4 @@ class Choices:
             pays, why = compile_pays(self._device.type, seconds, cpp_compiler())
             return self._processes.smallest(pays) > 0, why
 
-        self._settle("compile", choose)
+        return self._settle("compile", choose)

@@ -158,33 +158,31 @@ def plan_run(
     Raises:
         InputError: not even one sample fits the memory, or the resulting learning rate or warm-up is impossible.
     """
-    config = data.config
-    checkpoint = None if found is None else found.content
+    t, checkpoint = settings.training, None if found is None else found.content
     done = {"step": 0, "samples": 0} if checkpoint is None else checkpoint["progress"]
-    choices = Choices(settings, found, ranks, hardware.device, say)
-    t = choices.training  # the calls below replace its `auto`, each with the help of those before it
-    choices.settle_batch_size(model, data, hardware.autocast)
-    order = data.order(t.seed, t.batch_size * ranks.world_size * t.accumulation_steps)
-    tokens_per_step = order.rows_per_step * config.max_seq_len
     trained = sum(parameter.numel() for parameter in trained_parameters(model).values())
     parameters = model.parameter_count() - (trained if t.lora_rank else 0)
-    choices.settle_learning_rate(parameters, tokens_per_step, data)
+
+    # Each choice takes what it depends on: first a step's rows, then its tokens, the number of steps, and their time.
+    choices = Choices(t, found, ranks, hardware.device, say)
+    batch_size = choices.batch_size(model, data, hardware.autocast)
+    order = data.order(t.seed, batch_size * ranks.world_size * t.accumulation_steps)
+    tokens_per_step = order.rows_per_step * data.config.max_seq_len
+    learning_rate = choices.learning_rate(parameters, tokens_per_step, data)
     pace = {"rows_per_step": order.rows_per_step, "epochs": t.epochs, "max_steps": t.max_steps}
-    if checkpoint is not None and checkpoint["pace"] == pace:
-        total_steps = checkpoint["total_steps"]
-    elif t.max_steps is not None:
-        total_steps = t.max_steps
-    else:
-        total_steps = done["step"] + order.steps_left(done["samples"], t.epochs)
-    choices.settle_warmup_steps(total_steps)
+    total_steps = _total_steps(pace, order, done, checkpoint)
+    warmup_steps = choices.warmup_steps(total_steps)
     flops_per_token = model.training_flops_per_token()
     peak_flops = ranks.smallest(hardware.peak_flops) * ranks.world_size  # the same on all processes
     expected_seconds = run_seconds((total_steps - done["step"]) * tokens_per_step * flops_per_token, peak_flops)
-    choices.settle_compile(expected_seconds)
+    compiles = choices.compile(expected_seconds)
+
+    values = {"batch_size": batch_size, "learning_rate": learning_rate, "warmup_steps": warmup_steps}
+    training = dataclasses.replace(t, **values, compile=compiles)
     return RunPlan(
-        training=t,
+        training=training,
         chosen=choices.made,
-        config=config,
+        config=data.config,
         hardware=hardware,
         world_size=ranks.world_size,
         local_world_size=ranks.local_world_size,
@@ -192,16 +190,25 @@ def plan_run(
         trained_parameters=trained,
         flops_per_token=flops_per_token,
         train_samples=order.per_epoch,
-        val_samples=data.spread_validation(t.eval_steps and t.eval_steps * t.batch_size * ranks.world_size),
+        val_samples=data.spread_validation(t.eval_steps and t.eval_steps * batch_size * ranks.world_size),
         order=order,
         pace=pace,
-        schedule=plan_schedule(t, total_steps),
+        schedule=plan_schedule(training, total_steps),
         peak_flops=peak_flops,
-        space=_space(model, t, total_steps),
+        space=_space(model, training, total_steps),
         steps_done=done["step"],
         samples_done=done["samples"],
         expected_seconds=expected_seconds,
     )
+
+
+def _total_steps(pace: Mapping, order: SampleOrder, done: Mapping, checkpoint: Mapping | None) -> int:
+    """The steps of the whole run: as its checkpoint says, unless what they were computed from has changed since."""
+    if checkpoint is not None and checkpoint["pace"] == pace:
+        return checkpoint["total_steps"]
+    if pace["max_steps"] is not None:
+        return pace["max_steps"]
+    return done["step"] + order.steps_left(done["samples"], pace["epochs"])
 
 
 def _space(model: Transformer, training: TrainingSettings, total_steps: int) -> RunSpace:
