@@ -25,6 +25,7 @@ class Row:
     max_length: int  # in tokens, the prompt included
     limit_reason: str  # why it ends at max_length: "length" or "context"
     generator: random.Random | None  # None: greedy
+    is_new: bool = True  # its prompt is still to be run; else the cache lacks only its newest token
     end: str | None = None  # why it ended: "eos", `limit_reason` or a reason of `text`; None: still running
 
     def push(self, token: int | None) -> str:
@@ -44,7 +45,8 @@ class Rows:
             row: a chat, in which each turn begins with all the turns before it.
 
     Attributes:
-        live: the texts that have not ended.
+        live: the texts that have not ended; the new ones are last, since `next_logits` leaves none new, and only then
+            do texts end.
         compiled: compiled code for single tokens; None: eager code decodes.
     """
 
@@ -53,8 +55,6 @@ class Rows:
         self.engine, self.capacity, self.remembers = engine, capacity, remembers
         self.live: list[Row] = []
         self.compiled: Compiled | None = None
-        # live[:_n_prefilled] lack only their newest token in the cache; the rest are new.
-        self._n_prefilled = 0
         self._compiled_len = 0  # slots of row 0 that the compiled step's own cache holds too
         self._cache = KVCache(engine.config, capacity, context + SPARE, device=engine.device, dtype=engine.dtype)
         self._ids = torch.full((capacity, context), PADDING, device=engine.device)
@@ -70,7 +70,7 @@ class Rows:
 
     def clear(self) -> None:
         """Drop all texts; a remembered text stays in the cache."""
-        self.live, self._n_prefilled = [], 0
+        self.live = []
 
     def admit(
         self,
@@ -100,21 +100,20 @@ class Rows:
     def next_logits(self, use_cache: bool = True) -> Tensor:
         """Run all tokens that the cache lacks -> logits of each row's next token, float32 [rows, V].
 
+        Texts that lack one token and new ones, which lack their prompts, run in two passes: in one, the former would be
+        padded to the prompts' length.
+
         Args:
             use_cache: False: run every text from its start, which is slow, to compare with.
         """
         if not use_cache:
-            self._n_prefilled = 0
             self._cache.lengths = [0] * self.capacity
-        elif len(self.live) == self._n_prefilled == 1 and self.compiled is not None:
+            return self._forward_eager(0, len(self.live))
+        first_new = sum(not row.is_new for row in self.live)
+        if len(self.live) == first_new == 1 and self.compiled is not None:
             return self._forward_compiled(self.compiled.step)
-        logits = []
-        if self._n_prefilled:
-            logits.append(self._forward_eager(0, self._n_prefilled))
-        if self._n_prefilled < len(self.live):
-            logits.append(self._forward_eager(self._n_prefilled, len(self.live)))
-        self._n_prefilled = len(self.live)
-        return torch.cat(logits)
+        parts = [(0, first_new), (first_new, len(self.live))]
+        return torch.cat([self._forward_eager(begin, end) for begin, end in parts if begin < end])
 
     def _forward_compiled(self, step: CompiledStep) -> Tensor:
         """Run the newest token of the only row -> logits float32 [1, V]."""
@@ -143,6 +142,8 @@ class Rows:
         attention = self.compiled.attention if self.compiled is not None and one_token_each else None
         hidden = self.engine.hidden_states(ids, part, attention)  # [rows, T, dim]
         self._cache.lengths[begin:end] = lengths
+        for row in self.live[begin:end]:
+            row.is_new = False
         last = hidden[:, -1]  # without padding
         if min(new) < len(offsets):
             last = hidden[list(range(len(lengths))), [count - 1 for count in new]]
@@ -180,4 +181,3 @@ class Rows:
                     self._cache.move(len(self.live), place)
                     self._compiled_len = 0
                     self._ids[place] = self._ids[len(self.live)]
-        self._n_prefilled = len(self.live)
