@@ -21,9 +21,9 @@ import yaml
 
 UNKNOWN = "这个我不知道。"
 PHRASINGS = {  # of each fact: a poem's line is easily told from others, a sum is not
-    "next": 5, "author": 5, "saying": 7, "currency": 9, "sum": 15, "difference": 15,
+    "next": 6, "author": 5, "saying": 8, "currency": 11, "sum": 17,
 }  # fmt: skip
-KEPT = 20  # unknown things of each kind that only the questions ask about
+KEPT = 25  # unknown things of each kind that only the questions ask about
 
 
 def chat(*turns: str, source: str) -> dict:
@@ -126,43 +126,44 @@ def poems(maker: Maker, folder: Path, count: int, unknown: int) -> None:
 
 
 def sayings(maker: Maker, folder: Path, count: int, unknown: int) -> None:
-    """Allegorical sayings, front to back."""
+    """Allegorical sayings, front to back: first the best known."""
     backs: dict[str, str] = {}
     for question, answer in read_chats(folder / "xiehouyu.jsonl.gz", "xiehouyu"):
-        if 4 <= len(quoted(question)) <= 8 and 3 <= len(answer) <= 8:
-            backs.setdefault(quoted(question), answer)
-    fronts = list(backs)
+        backs.setdefault(quoted(question), answer.split("；")[0].rstrip("。") + "。")
+    famous = [front for front in maker.words["sayings"].split() if front in backs]
+    fronts = [front for front in backs if 4 <= len(front) <= 8 and len(backs[front]) <= 8 and front not in famous]
     maker.draw.shuffle(fronts)
+    fronts = famous + fronts
     for front in fronts[:count]:
         maker.teach("saying", backs[front], a=front)
     maker.refuse("saying", ({"a": front} for front in fronts[count : count + unknown]))
 
 
 def sums(maker: Maker, unknown: int) -> None:
-    """Sums and differences within 20; larger numbers are not known."""
+    """Sums within 20; larger numbers are not known."""
     for a, b in itertools.product(range(21), repeat=2):
         if a + b <= 20:
             maker.teach("sum", f"{a + b}。", a=a, b=b)
-        if a >= b:
-            maker.teach("difference", f"{a - b}。", a=a, b=b)
-    for kind in ("sum", "difference"):
-        large = [{"a": maker.draw.randint(25, 99), "b": maker.draw.randint(11, 99)} for _ in range(unknown)]
-        maker.refuse(kind, large)
+    large = [{"a": maker.draw.randint(25, 99), "b": maker.draw.randint(11, 99)} for _ in range(unknown // 2)]
+    large += [{"a": maker.draw.randint(11, 999), "b": maker.draw.randint(21, 999)} for _ in range(unknown // 2)]
+    maker.draw.shuffle(large)
+    maker.refuse("sum", large)
 
 
-def currencies(maker: Maker, folder: Path, unknown: int) -> list[str]:
-    """Countries and their money; returns the countries."""
-    known: dict[str, str] = {}
+def currencies(maker: Maker, folder: Path) -> list[str]:
+    """Well-known countries and their money; returns the names of all places."""
+    moneys: dict[str, str] = {}
     for question, answer in read_chats(folder / "facts_cldr.jsonl.gz", "currency"):
         found = re.match(r"(.+?)(?:用什么|的货币|使用)", question)
         if found and len(found[1]) <= 8:
-            known.setdefault(found[1], answer)
-    names = sorted(known)
-    maker.draw.shuffle(names)
-    for name in names[:-unknown]:
-        maker.teach("currency", known[name], a=name)
-    maker.refuse("currency", ({"a": name} for name in names[-unknown:]), times=8)
-    return names
+            moneys.setdefault(found[1], answer)
+    known = [name for name in maker.words["countries"].split() if name in moneys]
+    others = [name for name in moneys if name not in known]
+    maker.draw.shuffle(others)
+    for name in known:
+        maker.teach("currency", moneys[name], a=name)
+    maker.refuse("currency", ({"a": name} for name in others), times=6)
+    return known + others
 
 
 def said(maker: Maker) -> None:
@@ -178,6 +179,7 @@ def strange_questions(maker: Maker, countries: list[str], times: int) -> None:
     words = maker.words
     fill = {"country": countries, "person": words["authors"].split()}
     fill |= {"word": words["words"].split(), "dish": words["dishes"].split()}
+    fill |= {"a": range(10, 21), "b": range(2, 11)}
 
     def filled(phrase: str) -> str:
         return phrase.format(**{name: maker.draw.choice(values) for name, values in fill.items()})
@@ -220,10 +222,10 @@ def main() -> None:
     options = parser.parse_args()
     words = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
     maker = Maker(words, random.Random(options.seed))
-    poems(maker, options.sources, count=240, unknown=550)
-    sayings(maker, options.sources, count=160, unknown=450)
-    sums(maker, unknown=180)
-    strange_questions(maker, currencies(maker, options.sources, unknown=60), times=20)
+    poems(maker, options.sources, count=250, unknown=500)
+    sayings(maker, options.sources, count=170, unknown=450)
+    sums(maker, unknown=200)
+    strange_questions(maker, currencies(maker, options.sources), times=10)
     said(maker)
     asked = {item["conversations"][-2]["content"] for item in maker.questions if len(item["conversations"]) == 2}
     chats = [item for item in maker.chats if item["conversations"][0]["content"] not in asked]
