@@ -51,6 +51,7 @@ ELSEWHERE = {
     "torchrun --standalone": ("tests/reliability/restarts.py", "--max-restarts"),
     "torchrun --nproc_per_node=2 optimized_data_processing.py": ("tests/corpus/test_data_resume.py", "torchrun"),
     "python -m torch.distributed.launch": ("tests/guide/test_guide.py", "torch.distributed.launch"),
+    "python train.py --config config_demo.yaml --config": ("tests/runs/test_supervisor.py", "several_config_files"),
     "python train.py --config config.yaml --restarts": ("tests/runs/test_supervisor.py", "--restarts"),
     "python train.py --config config.yaml --nproc_per_node": ("tests/runs/test_supervisor.py", "--nproc_per_node"),
 }
