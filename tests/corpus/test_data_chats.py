@@ -130,6 +130,7 @@ def embedded():
     return load_tokenizer()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", FORMS)
 def test_every_form_gives_the_same_tokens(tmp_path, embedded, capsys, name):
     source = write(tmp_path / "a.jsonl", jsonl(map(FORMS[name], CHATS)))
@@ -148,6 +149,7 @@ def test_every_form_gives_the_same_tokens(tmp_path, embedded, capsys, name):
     }
 
 
+@pytest.mark.long
 def test_a_question_and_its_input_are_one_message(tmp_path, embedded):
     values = [{"instruction": "翻译：", "input": " hello ", "output": "你好"}, {"prompt": "问", "completion": " 答 "}]
     process(write(tmp_path / "a.jsonl", jsonl(values)), tmp_path / "a.bin")
@@ -192,6 +194,7 @@ CONTAINERS = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", CONTAINERS)
 def test_every_container_gives_the_same_tokens(tmp_path, embedded, name):
     path = write(tmp_path / "in" / name, CONTAINERS[name]())
@@ -351,6 +354,7 @@ VALUES = st.recursive(
 )  # fmt: skip
 
 
+@pytest.mark.long
 @given(value=VALUES | st.dictionaries(st.sampled_from(KEYS), VALUES, min_size=1))
 @example(value={"messages": [{"role": {"a": 1}, "content": "x"}]})
 @settings(max_examples=300, deadline=None)
@@ -377,6 +381,7 @@ def test_whatever_the_lines_hold_each_is_a_chat_or_a_reject(tmp_path, tokenizer_
     assert len(read_rejects(tmp_path / "a.bin")) == counts["rejected"]
 
 
+@pytest.mark.long
 def test_a_file_without_a_usable_chat_is_refused_in_one_line(tmp_path, process_data_here):
     for name, lines, message in (
         (
@@ -436,6 +441,7 @@ MEANT = {  # inputs that are not what they are taken for, or not quite: what a l
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("case", MEANT)
 def test_what_is_taken_for_something_else_is_one_line_that_says_what_it_is(tmp_path, process_data_here, case):
     content, form, expected = MEANT[case]
@@ -476,6 +482,7 @@ def test_rows_of_several_forms_in_one_table_are_told_apart_by_what_is_not_null(t
     assert counts["rejected_by_reason"] == {"empty_question": 1}
 
 
+@pytest.mark.long
 def test_texts_with_chats_among_them_stay_texts_and_a_hint_names_the_flag(tmp_path, process_data_here):
     lines = jsonl([{"text": "好"}, *[{"messages": messages(HELLO)}] * 4])
     path = write(tmp_path / "a.jsonl", lines)
@@ -518,6 +525,7 @@ def turns(*numbers: int, system: bool = False) -> tuple:
     return tuple(chat)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("style", [None, "Llama 3", "Qwen 3"])
 def test_long_chats_lose_their_oldest_turns_and_keep_the_system_message(tmp_path, capsys, style):
     folder = write_style(tmp_path / "t", style) if style else None
@@ -544,6 +552,7 @@ def test_long_chats_lose_their_oldest_turns_and_keep_the_system_message(tmp_path
     assert "chats of more than 128 tokens, without their oldest turns, or rejected (2): " in said
 
 
+@pytest.mark.long
 def test_a_job_that_truncates_chats_resumes_with_the_same_bytes(tmp_path, monkeypatch):
     path = write(tmp_path / "a.jsonl", jsonl([{"messages": messages(turns(*range(n % 30 + 1)))} for n in range(300)]))
     for folder in ("whole", "stopped"):
@@ -556,6 +565,7 @@ def test_a_job_that_truncates_chats_resumes_with_the_same_bytes(tmp_path, monkey
     assert max(len(ids) for ids, _ in read_chats(output)) <= 100
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("style", [None, "Llama 3"])
 def test_an_answer_of_the_weight_0_is_read_and_not_learned(tmp_path, style):
     folder = write_style(tmp_path / "t", style) if style else None
@@ -614,6 +624,7 @@ def test_a_chat_is_a_duplicate_only_of_the_same_messages(tmp_path):
     assert read_rejects(tmp_path / "a.bin")[0]["duplicate_of"] == 1
 
 
+@pytest.mark.long
 def test_near_duplicates_weights_and_validation_work_on_chats(tmp_path):
     pytest.importorskip("rensa")
     chats = [(("user", f"问题{n}" * 9), ("assistant", f"回答{n}" * 9 + "。" * n)) for n in range(40)]
@@ -734,6 +745,7 @@ def many(count: int) -> bytes:
 SMALL = {"chunk_size": 20, "save_interval": 800}
 
 
+@pytest.mark.long
 def test_a_job_that_was_stopped_resumes_and_ends_with_the_same_bytes(tmp_path, monkeypatch):
     path = write(tmp_path / "a.jsonl", many(400))
     for folder in ("whole", "stopped"):
@@ -761,6 +773,7 @@ def test_several_workers_and_processes_give_the_same_bytes(tmp_path):
         assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "three" / name).read_bytes() == whole
 
 
+@pytest.mark.long
 def test_a_finished_output_is_kept_and_a_damaged_mask_is_named(tmp_path, capsys):
     path, output = write(tmp_path / "a.jsonl", LINES), tmp_path / "a.bin"
     process(path, output)
@@ -785,6 +798,7 @@ def test_another_template_is_another_output(tmp_path):
         process(path, output, tokenizer_path=folder)
 
 
+@pytest.mark.long
 def test_a_mask_of_another_origin_is_never_overwritten_or_removed(tmp_path):
     path = write(tmp_path / "in.jsonl", LINES)
     foreign = write(tmp_path / "a.learn", b"mine")
@@ -802,6 +816,7 @@ def test_a_mask_of_another_origin_is_never_overwritten_or_removed(tmp_path):
 # ------------------------------------------------------------------------------------------------------------- shown
 
 
+@pytest.mark.long
 def test_show_marks_what_is_learned(tmp_path, process_data_here, capsys):
     path = write(tmp_path / "a.jsonl", jsonl(map(sharegpt, CHATS)))
     code, _ = process_data_here("--input_path", path, "--output_path", tmp_path / "a.bin", "--workers", 0, "--show", 2)

@@ -257,6 +257,7 @@ def test_a_million_characters_without_punctuation(tmp_path, long_documents):
         assert [(r["line"], r["reason"]) for r in read_rejects(tmp_path / "data.bin")] == [(2, "over_max_length")]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("tokenizer_name", ["embedded", "small"])
 @pytest.mark.parametrize("long_documents", ["keep", "split", "truncate", "drop"])
 def test_control_tokens_that_a_text_spells_out_stay_text(tmp_path, tokenizer_folder, tokenizer_name, long_documents):

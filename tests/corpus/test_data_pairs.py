@@ -67,6 +67,7 @@ def test_every_form_gives_the_same_pair(form):
     assert kind == "pairs" and halves(pair) == ((QUESTION, CHOSEN), (QUESTION, REJECTED))
 
 
+@pytest.mark.long
 def test_a_pair_is_two_documents_whose_last_answers_are_learned(tmp_path, embedded, capfd):
     counts = process(write(tmp_path / "a.jsonl", jsonl([SINGLE["texts"], whole(TWO_TURNS)])), tmp_path / "a.bin")
     assert counts["documents"] == 2 and counts["documents_written"] == 4 and counts["lines"] == 2
@@ -126,6 +127,7 @@ def test_every_line_that_is_no_pair_has_a_reason_of_its_own(tmp_path):
     assert set(PAIR_REASONS) <= set(BAD) and set(PAIR_REASONS) <= set(REASONS)
 
 
+@pytest.mark.long
 def test_a_pair_of_which_one_answer_is_too_long_is_dropped_whole(tmp_path):
     values = [
         SINGLE["texts"],
@@ -143,6 +145,7 @@ def test_a_pair_of_which_one_answer_is_too_long_is_dropped_whole(tmp_path):
         process(path, tmp_path / "c.bin", long_documents="truncate")
 
 
+@pytest.mark.long
 def test_duplicates_weights_and_validation_keep_pairs_together(tmp_path):
     values = [{"prompt": f"第{n // 2}问", "chosen": f"好{n // 2}", "rejected": f"不好{n % 4 // 2}"} for n in range(200)]
     path = write(tmp_path / "a.jsonl", jsonl(values))
@@ -160,6 +163,7 @@ def test_duplicates_weights_and_validation_keep_pairs_together(tmp_path):
     assert written == 100
 
 
+@pytest.mark.long
 def test_cleaned_jsonl_holds_pairs_and_gives_the_same_token_file(tmp_path):
     values = [*SINGLE.values(), whole(TWO_TURNS)]
     path = write(tmp_path / "a.jsonl", jsonl(values))
@@ -172,12 +176,14 @@ def test_cleaned_jsonl_holds_pairs_and_gives_the_same_token_file(tmp_path):
     assert (tmp_path / "a.bin").read_bytes() == (tmp_path / "d.bin").read_bytes()
 
 
+@pytest.mark.long
 def test_cleaning_that_makes_answers_the_same_rejects_the_pair(tmp_path):
     values = [{"prompt": "<b>q</b>", "chosen": "a<br>", "rejected": "a"}, SINGLE["texts"]]
     counts = process(write(tmp_path / "a.jsonl", jsonl(values)), tmp_path / "a.bin", html="tags")
     assert counts["rejected_by_reason"] == {"same_answers": 1}
 
 
+@pytest.mark.long
 def test_a_format_can_be_forced(tmp_path):
     path = write(tmp_path / "a.jsonl", jsonl([{"messages": [openai(*QUESTION), openai(*CHOSEN)]}, SINGLE["texts"]]))
     assert process(path, tmp_path / "a.bin", format="pairs")["rejected_by_reason"] == {"no_pair": 1}
@@ -186,6 +192,7 @@ def test_a_format_can_be_forced(tmp_path):
         process(write(tmp_path / "c.jsonl", jsonl([{"text": "x"}])), tmp_path / "c.bin", format="pairs")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("format", "form", "reason"),
     [("text", "texts", "no_text"), ("chat", "texts", "no_chat"), ("chat", "ShareGPT's", "no_answer")],
@@ -200,6 +207,7 @@ def test_pairs_read_as_something_else_name_the_format_that_reads_them(tmp_path, 
         train_tokenizer([path], tmp_path / "tokenizer", format=format)
 
 
+@pytest.mark.long
 def test_chats_read_as_pairs_name_the_format_that_reads_them(tmp_path):
     path = write(tmp_path / "a.jsonl", jsonl([{"messages": [openai(*QUESTION), openai(*CHOSEN)]}] * 2))
     said = r"pair of answers \(no_pair 2\).*; these are chats \(keys messages\): --format chat reads them"
@@ -207,6 +215,7 @@ def test_chats_read_as_pairs_name_the_format_that_reads_them(tmp_path):
         process(path, tmp_path / "a.bin", format="pairs")
 
 
+@pytest.mark.long
 def test_parquet_pairs_are_read(tmp_path):
     pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     rows = [whole([QUESTION]) | {"prompt": QUESTION[1], "score": 1.0}]

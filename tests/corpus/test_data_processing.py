@@ -232,6 +232,7 @@ def test_clean_only_from_the_command_line(raw, tmp_path):
     assert (tmp_path / "clean.jsonl").read_bytes() == raw.read_bytes().replace(b" \\n", b"\\n")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("content", "flags", "message"),
     [

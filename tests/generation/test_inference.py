@@ -55,6 +55,7 @@ def test_the_new_text_is_returned_and_the_pieces_join_to_it(generator, capsys):
     assert generator.generate("中国", GREEDY, stream=True) == capsys.readouterr().out  # without a callback: stdout
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("config", [GREEDY, GenerationConfig(seed=3, temperature=1.5, max_new_tokens=30)])
 def test_a_batch_gives_what_single_prompts_give(generator, config):
     alone = [generator.generate(prompt, config) for prompt in PROMPTS]

@@ -70,6 +70,7 @@ def test_a_file_that_is_cut_off(tmp_path, good, place):
     assert_refused(tmp_path / "bad.gguf", "damaged, or not a GGUF file")
 
 
+@pytest.mark.long
 @MANY
 @given(st.data())
 def test_other_bytes_in_the_header(tmp_path, good, whole, data):
@@ -164,6 +165,7 @@ def test_what_nobody_asks_for_does_not_matter(tmp_path, good, raw):
     assert_same(load_or_refusal(tmp_path / "a.gguf"), load_gguf(good))
 
 
+@pytest.mark.long
 def test_thousands_of_values(raw, refused):
     for number in range(5000):
         raw.set(f"x{number}", UINT32, 1)

@@ -22,6 +22,7 @@ except BaseException:
 """
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("script", ["train.py", "inference.py", "optimized_data_processing.py", "model.convert"])
 def test_ctrl_c_within_an_import_ends_a_program_at_once(tmp_path, script):
     (tmp_path / "numpy.py").write_text(CATCHES)

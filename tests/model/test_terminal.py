@@ -71,6 +71,7 @@ def test_chinese_is_typed_and_edited_in_any_locale_and_no_files_are_listed(tmp_p
     terminal.end()
 
 
+@pytest.mark.long
 def test_a_paste_of_several_lines_is_one_message(tmp_path):
     terminal = Terminal(tmp_path, {"LC_ALL": "C.UTF-8"})
     assert terminal.send("\x1b[200~第一行\r第二行\r\r第四行\x1b[201~还有\r") == "第一行\n第二行\n\n第四行还有"

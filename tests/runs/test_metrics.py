@@ -306,6 +306,7 @@ def test_an_id_that_cannot_be_kept_is_reported(tmp_path, said, fake_wandb):
     assert WANDB_RUN in said[0] and "when resumed" in said[0] and received()[-1]["finish"] == 0
 
 
+@pytest.mark.long
 def test_a_killed_run_ends_in_wandb_and_a_step_that_may_be_half_is_not_sent(tmp_path, fake_wandb):
     received = fake_wandb()
     code = f"""

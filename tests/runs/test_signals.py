@@ -89,6 +89,7 @@ def run_with_signals(body, *signals):
     return process.returncode, output, errors
 
 
+@pytest.mark.long
 def test_what_training_starts_survives_ctrl_c_and_the_message_comes_at_once():
     child = "[sys.executable, '-c', 'import time; print(\"ready\", flush=True); time.sleep(1); print(\"whole\")']"
     body = f"import subprocess; print(subprocess.run({child}).returncode, stop.count)"
@@ -97,6 +98,7 @@ def test_what_training_starts_survives_ctrl_c_and_the_message_comes_at_once():
     assert errors.count("stopping and saving") == 1
 
 
+@pytest.mark.long
 def test_the_third_ctrl_c_ends_even_a_call_that_never_returns():
     lock = "import threading; print('ready', flush=True); lock = threading.Lock(); lock.acquire(); lock.acquire()"
     code, _, errors = run_with_signals(lock, *[signal.SIGINT] * 3)

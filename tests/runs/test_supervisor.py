@@ -151,6 +151,7 @@ def test_a_newer_checkpoint_counts_as_progress(supervise, tmp_path):
     assert code == 0 and attempts(tmp_path) == ["", "", ""] + ["--resume"] * 5
 
 
+@pytest.mark.long
 def test_no_more_restarts_than_asked_for(supervise, tmp_path):
     saves = [{"checkpoint": f"checkpoint_step_{step}.pth", "exit": 3} for step in range(9)]
     code, lines = supervise(*saves, restarts=4)
@@ -173,6 +174,7 @@ def test_a_signal_is_passed_on_and_ends_it(start, tmp_path, number):
     assert read_status(tmp_path / "out")["state"] == "interrupted" and len(attempts(tmp_path)) == 1
 
 
+@pytest.mark.long
 @posix_only
 def test_a_child_that_hears_no_signal_is_killed_after_the_third(start, tmp_path):
     process = start({"until": signal.SIGHUP, "deaf": True, "exit": 130, "state": "running"})

@@ -81,6 +81,7 @@ def overlapping(path, method: int, count: int) -> None:
     path.write_bytes(content[:start] + entries + end)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "method, expected",
     [(zipfile.ZIP_DEFLATED, "is compressed to 1,0.. bytes"), (zipfile.ZIP_STORED, "lie over each other")],

@@ -96,6 +96,7 @@ def test_the_embedded_tokenizer_comes_back_as_it_was(tmp_path, texts):
     assert theirs.decode(theirs("a  b, 「你好」!").input_ids, skip_special_tokens=True) == "a  b, 「你好」!"
 
 
+@pytest.mark.long
 def test_what_the_file_says_of_the_embedded_tokenizer(tmp_path):
     fields = write_gguf(tmp_path / "model.gguf", EMBEDDED_TOKENIZER, ROWS + 3)
     said = {key.split(".", 1)[1]: field.contents() for key, field in fields.items() if key.startswith("tokenizer.")}
@@ -123,6 +124,7 @@ def test_what_the_file_says_of_the_embedded_tokenizer(tmp_path):
     )
 
 
+@pytest.mark.long
 def test_tokenizers_that_differ_are_distinguished(tmp_path):
     def no_template(config: dict) -> None:
         del config["chat_template"]
@@ -332,6 +334,7 @@ def test_bytes_as_tokens_are_written_with_scores_and_come_back(tmp_path, sentenc
     assert tokenizer.decode(encode_texts(tokenizer, [" 學而時習之 fox🙂"])[0]) == " 學而時習之 fox🙂"
 
 
+@pytest.mark.long
 def test_no_space_before_a_text(tmp_path, sentencepiece, texts):
     def no_prefix(tokenizer: dict) -> None:
         tokenizer["normalizer"] = tokenizer["normalizer"]["normalizers"][1]
@@ -380,6 +383,7 @@ def test_what_scores_cannot_say_is_refused(tmp_path, sentencepiece):
 # ----------------------------------------------------------------------------------------------- control tokens
 
 
+@pytest.mark.long
 def test_all_that_ends_a_text_is_kept(tmp_path):
     def tokens(tokenizer: dict) -> None:
         for text in ("<|im_end|>", "<|done|>"):
@@ -469,6 +473,7 @@ def test_what_llama_cpp_will_do_otherwise_is_reported(tmp_path):
     assert write_tokenizer(gguf.GGUFWriter(tmp_path / "b.gguf", "llama"), EMBEDDED_TOKENIZER, ROWS) == []
 
 
+@pytest.mark.long
 def test_a_folder_that_cannot_be_written_says_why(tmp_path):
     def model(value: dict):
         return lambda tokenizer: tokenizer.update(model=value)

@@ -78,6 +78,7 @@ def test_the_chat_template_is_minimind_v1s_form(embedded):
     assert prompt == "<s>user\n你好</s>\n<s>assistant\n"
 
 
+@pytest.mark.long
 def test_every_string_comes_back_unchanged_and_holds_no_control_token(embedded):
     strings = random_strings(3000)
     for text, ids in zip(strings, encode_texts(embedded, strings), strict=True):

@@ -17,6 +17,7 @@ from tests.chat_files import write_chats
 from tests.tiny_runs import TINY, events, exit_code_here, train
 from utils import run_command
 
+pytestmark = pytest.mark.long
 FACTS = dict(
     zip(
         "天 地 山 水 日 月 星 风 云 雨 花 草 人 马 牛 羊 鱼 鸟 金 木".split(),

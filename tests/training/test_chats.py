@@ -55,6 +55,7 @@ def dataset(chat_file, tokenizer_folder):
     return PretrainDataset(chat_file, CONTEXT, 300, tokenizer_sha256(tokenizer_folder))
 
 
+@pytest.mark.long
 def test_samples_hold_whole_chats_and_predict_the_learned_tokens_only(dataset, tokenizer):
     assert len(dataset.chats) == len(CHATS) and dataset.chats.too_long == 1
     samples = np.arange(len(dataset))
@@ -90,6 +91,7 @@ def test_held_out_chats_are_whole_and_not_trained_on(dataset):
     assert dataset.count_targets(training) + dataset.count_targets(held_out) == before
 
 
+@pytest.mark.long
 def test_packed_chats_give_the_loss_and_gradients_of_each_alone(dataset, tiny_config):
     tiny_config.max_seq_len = CONTEXT
     model = random_model(tiny_config)
@@ -180,6 +182,7 @@ def test_texts_are_spread_among_the_chats_and_pass_once_before_any_is_read_again
     assert again.next_step(340).tolist() == epochs[3][40:50].tolist()
 
 
+@pytest.mark.long
 def test_a_run_that_resumes_is_judged_with_its_checkpoints_settings(chat_flags, tmp_path, token_file, capfd):
     train(chat_flags(mix_data_path=token_file, mix_share=0.3, max_steps=4, save_interval=2))
     resumed = {"out_dir": str(tmp_path / "out"), "max_steps": "5"}
@@ -204,6 +207,7 @@ def test_what_is_forgotten_is_measured_before_tuning_and_at_each_evaluation(chat
     assert found[-1]["text_loss"] == pytest.approx(loss, abs=1e-5)
 
 
+@pytest.mark.long
 def test_a_restart_before_the_first_checkpoint_begins_with_the_same_weights(flags, chat_flags, tmp_path):
     out = tmp_path / "out"
     train(flags(max_steps=4, max_seq_len=CONTEXT))
@@ -215,6 +219,7 @@ def test_a_restart_before_the_first_checkpoint_begins_with_the_same_weights(flag
     assert_equal(dict(before), {name: weight.clone() for name, weight in restarted.model.state_dict().items()})
 
 
+@pytest.mark.long
 def test_tuned_weights_know_as_long_texts_as_before_whatever_the_samples_are(flags, chat_flags, tmp_path, capfd):
     train(flags(max_steps=4, max_seq_len=CONTEXT, eval_interval=4))
     known = {"init_from": tmp_path / "out" / "best_model.pth", "out_dir": tmp_path / "tuned", "max_steps": 12}
@@ -228,6 +233,7 @@ def test_tuned_weights_know_as_long_texts_as_before_whatever_the_samples_are(fla
     assert [event["step"] for event in events(tmp_path / "tuned") if "val_loss" in event] == [0, 4, 8, 12]
 
 
+@pytest.mark.long
 def test_a_run_whose_samples_were_cut_to_what_the_weights_know_resumes_with_the_same_settings(
     flags, chat_flags, tmp_path, capfd
 ):
@@ -271,6 +277,7 @@ def test_a_damaged_chat_file_is_one_line(chat_flags, tmp_path, tokenizer_folder,
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.long
 def test_chats_that_teach_no_answer_are_refused(chat_flags, tmp_path, tokenizer_folder, capfd):
     path = write_chats(tmp_path / "chats.bin", CHATS[:12], tokenizer_folder, end_ids=[7])
     assert "no chat has a learned token that ends an answer (ids 7)" in refused(chat_flags(train_data_path=path), capfd)
@@ -334,6 +341,7 @@ def test_texts_to_mix_in_that_are_missing_are_refused_with_what_to_do(chat_flags
         assert f"--input_path YOUR.jsonl --output_path {missing}" in said
 
 
+@pytest.mark.long
 def test_a_run_says_that_texts_given_to_tune_on_are_no_chats(flags, chat_flags, tmp_path, capfd):
     train(flags(max_steps=2, max_seq_len=CONTEXT, eval_interval=2, save_interval=2))
     assert "not chats" not in capfd.readouterr().err

@@ -104,6 +104,7 @@ def test_a_merged_model_computes_the_same_and_shares_what_is_not_adapted(tiny_co
     assert merged(plain) is plain and not any(parameter.requires_grad for parameter in plain.parameters())
 
 
+@pytest.mark.long
 def test_a_step_with_adapters_compiles_to_one_graph(tiny_config):
     model = adapted(tiny_config).float().train()
     tokens, targets = torch.randint(0, 300, (2, 2, 100))
@@ -134,6 +135,7 @@ def test_the_memory_of_a_step_counts_what_is_trained(tiny_config, dtype):
 # --------------------------------------------------------------------------------------------------------------- a run
 
 
+@pytest.mark.long
 def test_before_the_first_step_the_weights_are_the_base_bit_for_bit(lora_flags, base, tmp_path):
     trainer = Trainer(build_settings({}, lora_flags(use_ema="true")), Processes())
     before = load_torch(base)
@@ -177,6 +179,7 @@ def test_a_run_trains_the_adapters_alone_and_leaves_plain_weights(lora_flags, ba
     assert measured == pytest.approx(of_file / count, rel=1e-6)
 
 
+@pytest.mark.long
 def test_an_evaluation_merges_once_and_what_it_merged_is_released(lora_flags, tmp_path, token_file, monkeypatch):
     built, seen, evaluations = [], [], 3
 
@@ -209,6 +212,7 @@ RESUMED = {
 }  # fmt: skip
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("case", RESUMED)
 def test_a_killed_run_resumes_and_ends_with_the_same_bits(lora_flags, tmp_path, case, monkeypatch):
     monkeypatch.setenv("MATECONV_EMULATE_DTYPE", "1")
@@ -273,6 +277,7 @@ def test_what_cannot_be_adapted_is_refused_in_one_line(lora_flags, tmp_path, cap
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.long
 def test_a_run_resumes_with_the_same_adapters_only(lora_flags, tmp_path, capfd):
     train(lora_flags(max_steps=4))
     for changes, found in (
@@ -289,6 +294,7 @@ def test_a_run_resumes_with_the_same_adapters_only(lora_flags, tmp_path, capfd):
     )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "harm",
     [

@@ -97,6 +97,7 @@ def log_probability(model, ids, flags):
     return sum(logits[place - 1, ids[place]] for place in range(1, len(ids)) if flags[place])
 
 
+@pytest.mark.long
 def test_loss_and_gradients_are_those_of_each_pair_alone(dataset):
     config = LMConfig(**SHAPE, vocab_size=300, max_seq_len=CONTEXT)
     model, reference = random_model(config, 1), random_model(config, 0)
@@ -165,6 +166,7 @@ def test_a_pair_too_long_together_is_left_out_whole(tmp_path, tokenizer_folder, 
     assert len(found.chats) == 2 and found.chats.too_long == 1 and found.chats.numbers.tolist() == [0, 1, 4, 5]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("tied", [True, False])
 def test_losses_by_token_are_the_same_compiled_and_sum_up(tiny_config, tied):
     model = random_model(dataclasses.replace(tiny_config, tie_embeddings=tied)).train()
@@ -186,6 +188,7 @@ def test_losses_by_token_are_the_same_compiled_and_sum_up(tiny_config, tied):
 # -------------------------------------------------------------------------------------------------------------- a run
 
 
+@pytest.mark.long
 def test_a_run_learns_to_prefer_and_leaves_a_chat_model(pair_flags, tmp_path, capfd, monkeypatch):
     assert train(pair_flags(max_steps=24)).outcome == "finished"
     out, said = tmp_path / "out", capfd.readouterr().err
@@ -250,6 +253,7 @@ def test_accumulation_and_two_processes_compute_what_one_batch_does(pair_flags, 
 # ------------------------------------------------------------------------------------------------------- the reference
 
 
+@pytest.mark.long
 def test_the_reference_is_read_again_and_made_anew_for_other_weights_or_data(
     pair_flags, tmp_path, tokenizer_folder, capfd
 ):
@@ -291,6 +295,7 @@ def test_the_hash_of_weights_is_of_their_numbers(base):
     assert weights_sha256(state | {name: state[name] * 1.001}) != weights_sha256(state)
 
 
+@pytest.mark.long
 def test_resuming_without_the_reference_needs_the_weights_it_began_with(pair_flags, tmp_path, tokenizer_folder, capfd):
     mine = save_model(tmp_path / "mine.pth", 3, tokenizer_folder)
     train(pair_flags(init_from=mine, max_steps=4))
@@ -306,6 +311,7 @@ def test_resuming_without_the_reference_needs_the_weights_it_began_with(pair_fla
 # ----------------------------------------------------------------------------------------------------------- bad input
 
 
+@pytest.mark.long
 def test_what_cannot_be_trained_on_pairs_is_one_line(pair_flags, tmp_path, token_file, tokenizer_folder, capfd):
     said = refused({name: value for name, value in pair_flags().items() if name != "init_from"}, capfd)
     assert "init_from: null found, but" in said and "holds pairs of answers" in said

@@ -47,6 +47,7 @@ from utils import Processes
 # ------------------------------------------------------------------------------------------------- what a run leaves
 
 
+@pytest.mark.long
 @pytest.mark.curves
 def test_a_run_leaves_weights_checkpoints_metrics_curves_and_its_settings(flags, tmp_path):
     threads = set(threading.enumerate())
@@ -210,6 +211,7 @@ def test_a_float16_overflow_skips_the_step_and_counts_no_step(flags, monkeypatch
     assert trainer.progress.step > 0 and trainer.scaler.get_scale() < 2.0**40
 
 
+@pytest.mark.long
 def test_float16_overflows_and_faults_have_limits_that_do_not_share_a_count(flags, monkeypatch):
     monkeypatch.setenv("MATECONV_EMULATE_DTYPE", "1")
     options = flags(dtype="float16", max_skipped_steps=0, max_steps=99)

@@ -92,6 +92,7 @@ def test_the_command_prints_what_it_found_and_wrote(shop, tmp_path):
     assert load_weights(tmp_path / "my_model.gguf").config == load_weights(shop / "own.pth").config
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["a", "own"])
 @pytest.mark.parametrize(
     "target, flags",

@@ -111,6 +111,7 @@ def test_half_precision_is_the_rounded_numbers(tmp_path, tokenizer_folder, dtype
     assert not torch.equal(theirs, logits_of(weights, ids))
 
 
+@pytest.mark.long
 def test_the_text_is_ours_with_the_settings_that_came_along(tmp_path):
     weights = weights_of(SHAPES["untied, 6,411 tokens"])
     write("transformers", tmp_path / "model", weights)
@@ -139,6 +140,7 @@ def test_the_text_is_ours_with_the_settings_that_came_along(tmp_path):
     assert theirs.decode(found, skip_special_tokens=True) == generator.generate(TEXT, GenerationConfig(do_sample=False))
 
 
+@pytest.mark.long
 def test_the_tokenizer_that_comes_back_is_known_for_the_embedded_one(tmp_path):
     weights = weights_of(SHAPES["untied, 6,411 tokens"])
     save_transformers(tmp_path / "model", weights)
@@ -224,6 +226,7 @@ def their_model(config, seed: int = 0):
     return model
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("config", THEIRS.values(), ids=THEIRS)
 @pytest.mark.parametrize("form", ["safetensors", "shards", "bin"])
 def test_we_compute_what_transformers_does(tmp_path, config, form):
