@@ -190,6 +190,10 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="runs at the same time, except those that measure seconds")
     parser.add_argument("--out", type=Path, default=ROOT / "out" / "learning", help="folder for the runs")
     options = parser.parse_args()
+    texts = options.data.with_suffix(".jsonl")
+    if not options.data.exists() and texts.exists():
+        process = [sys.executable, str(ROOT / "optimized_data_processing.py"), "--input_path", str(texts)]
+        subprocess.run([*process, "--output_path", str(options.data)], check=True)
     options.data, options.out = options.data.resolve(), options.out.resolve()
     wanted = [
         (recipe, share, seed)
