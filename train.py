@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 DATA_SECONDS = 24 * 3600.0  # that making the token file may take before the other processes give up
 PREVIEW_PROMPTS = ("春风", "中国", "天下大势")
 JUDGED_CHATS = 64  # at each evaluation
-PREVIEW_QUESTIONS = ("你好", "你是谁？", "一加一等于几？")
+PREVIEW_QUESTIONS = ("你好", "你是谁？", "1加1等于几？")
 
 
 def read_settings(arguments: list[str]) -> Settings:
@@ -354,7 +354,11 @@ def train(settings: Settings, beginning: "Beginning | None", processes: Processe
     best = out_dir / "best_model.pth"
     say(f"{outcome.replace('_', ' ')} after step {step:,}; metrics and curves are in {out_dir}")
     say(f"final weights: {out_dir / trainer.final_name}; weights of the lowest loss: {best}")
-    say(f"chat with it: {command_line('python', 'inference.py', '--model_path', best, '--interactive')}")
+    inference = ["python", "inference.py", "--model_path", best]
+    if trainer.final_name.startswith("pretrain_"):
+        say(f"let it continue a text: {command_line(*inference, '--prompt', PREVIEW_PROMPTS[0])}")
+    else:
+        say(f"chat with it: {command_line(*inference, '--interactive')}")
     return trainer.exit_code(outcome)
 
 

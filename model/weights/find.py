@@ -24,7 +24,8 @@ def find_weights(path: str | Path | None) -> tuple[Path, str | None]:
     if path is None:
         if (found := newest_weights(OUT_DIR)) is not None:
             return found
-        raise InputError(f"no weights under {OUT_DIR}/: train first (python train.py), or give --model_path")
+        train = "python train.py --config config_demo.yaml"
+        raise InputError(f"no weights under {OUT_DIR}/: train first ({train}), or give --model_path")
     path = Path(path).expanduser()
     markers = [known.marker for known in FORMATS.values() if known.marker is not None]
     if path.is_dir() and not any((path / marker).is_file() for marker in markers):
