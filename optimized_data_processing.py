@@ -166,7 +166,8 @@ class OptimizedDataProcessor:
         sources = find_sources(input_path, weights, ours, self.options.text_field, self.options.txt_documents)
         self._inputs = [source.location for source in sources if source.form != "dataset"]
         for path in written_paths(output):
-            refuse_overwriting_inputs({"output_path": path}, self._inputs)
+            flag = "output_path" if path == output else f"output_path {output} writes several files"
+            refuse_overwriting_inputs({flag: path}, self._inputs)
         sources, options = recognise_format(sources, self.options, say)
         job = Job(sources, output, options, tokenize, self.processes, say, _ByteBar)
         try:

@@ -76,13 +76,15 @@ def read_manifest(token_path: str | Path) -> Manifest | None:
         if len(content) > MAX_MANIFEST_BYTES:
             raise InputError(f"{path}: over {MAX_MANIFEST_BYTES:,} bytes, too long for a manifest; {again}")
         values = json.loads(content)
+        if not isinstance(values, dict):
+            raise InputError(f"{path}: the manifest of a token file expected, found other JSON; {again}")
         version = values.get("format_version")
         if version != FORMAT_VERSION or version is True:
             raise InputError(f"{path}: format_version is {shown(version)}, this program reads {FORMAT_VERSION}")
         for added_later in ("processing", "chat"):
             values.setdefault(added_later, {})
         problems = manifest_problems(values)
-    except (ValueError, AttributeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not the manifest of a token file ({shown(str(error))}); {again}") from error
     if problems:
         raise InputError(f"{path}: {'; '.join(problems)}; {again}")

@@ -290,6 +290,12 @@ def test_statistics_replace_nothing_but_statistics(tmp_path, raw, process_data_h
     assert "replaced" not in "".join(process("b.bin", "s.json")[1])
 
 
+def test_other_json_beside_a_token_file_is_no_manifest(tmp_path):
+    (tmp_path / "data.json").write_text('[{"text": "x"}]', encoding="utf-8")
+    with pytest.raises(InputError, match="data.json: the manifest of a token file expected, found other JSON"):
+        read_manifest(tmp_path / "data.bin")
+
+
 def test_an_output_that_is_an_input_by_another_name_is_refused(tmp_path, raw, process_data_here):
     link = tmp_path / "link.jsonl"
     link.symlink_to(raw)
