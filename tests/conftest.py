@@ -1,5 +1,6 @@
 """What several tests share: a small tokenizer and a small model, made on the spot."""
 
+import contextlib
 import functools
 import json
 import os
@@ -77,17 +78,26 @@ def measured_once(device: torch.device, dtype: torch.dtype) -> float:
     return MEASURE(device, dtype)
 
 
-@pytest.fixture(autouse=True)
-def signals_as_before():
+@contextlib.contextmanager
+def signals_kept():
     """Give back what train.py's main, called in this process, keeps until its process ends: blocked signals would be
     inherited by every program that a later test starts."""
     before = {number: signal.getsignal(number) for number in SIGNALS}
-    yield
-    for number, handler in before.items():
-        if signal.getsignal(number) is not handler:
-            signal.signal(number, handler)
-    if os.name == "posix":
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            if signal.getsignal(number) is not handler:
+                signal.signal(number, handler)
+        if os.name == "posix":
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+
+
+@pytest.fixture(autouse=True)
+def signals_as_before():
+    """Each test leaves the signals as it found them."""
+    with signals_kept():
+        yield
 
 
 def pytest_collection_modifyitems(items):

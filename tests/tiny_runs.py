@@ -14,7 +14,7 @@ from model.storage.archive import load_torch
 from model.training.settings import build_settings
 from optimized_pretrain import Trainer
 from tests import forks
-from tests.conftest import ROOT
+from tests.conftest import ROOT, signals_kept
 from utils import Processes, run_command
 
 TINY = {
@@ -42,18 +42,18 @@ def train(flags: dict) -> Trainer:
 
 
 def exit_code_here(flags: dict, *more: str) -> int:
-    """The exit code of train.py with these flags, run in this process."""
+    """The exit code of train.py with these flags, run in this process; also in a fixture that many tests share."""
     import train as script
 
-    before, handler = sys.argv, signal.getsignal(signal.SIGTERM)
+    before = sys.argv
     sys.argv = command(flags, *more)[1:]
     try:
-        run_command(script.main)
+        with signals_kept():
+            run_command(script.main)
     except SystemExit as exit_:
         return exit_.code
     finally:
         sys.argv = before
-        signal.signal(signal.SIGTERM, handler)
     return 0
 
 

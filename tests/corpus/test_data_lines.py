@@ -114,8 +114,7 @@ def process(content: bytes, folder: Path, tokenizer_folder, **pace) -> dict | No
             folder / "raw.jsonl", folder / "data.bin"
         )
     except InputError as error:
-        content = separated(content)
-        lines = content.removeprefix(BOM).count(b"\n") + (not content.endswith(b"\n"))
+        lines = len(expected_lines(separated(content)))
         nothing = "lines is a document" if lines != 1 else "its only line is not a document"
         told = "is empty" if not content else "no line found" if content == BOM else nothing
         assert told in str(error), (error, lines)
@@ -177,6 +176,7 @@ FILE = st.builds(
 @example(content=b"", pace={}, other={})
 @example(content=BOM, pace={}, other={})
 @example(content=b"\n", pace={}, other={})
+@example(content=b"\n" + BOM, pace={}, other={})
 @example(content=b'{"text": ""}\r{"text": ""}\n', pace={}, other={})
 @example(content=b'{"text": "x"}', pace={}, other={"save_interval": 1})
 def test_every_line_of_any_file_is_a_document_or_a_reject(content, pace, other, tokenizer_folder):
