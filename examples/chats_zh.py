@@ -20,9 +20,12 @@ from pathlib import Path
 import yaml
 
 UNKNOWN = "这个我不知道。"
+FIRST = "unknown-first"  # chats that can only begin a conversation
 PHRASINGS = {  # of each fact: a poem's line is easily told from others, a sum is not
     "next": 6, "author": 5, "saying": 8, "currency": 11, "sum": 17,
 }  # fmt: skip
+COARSE = re.compile("[茅粪屎尿屁]|汉子|驼子|[A-Za-z（]")  # sayings that are left out, and those that are cut
+NUMERALS = "零一二三四五六七八九"
 KEPT = 25  # unknown things of each kind that only the questions ask about
 
 
@@ -95,12 +98,15 @@ class Maker:
 
 def poems(maker: Maker, folder: Path, count: int, unknown: int) -> None:
     """First couplets by famous poets: what follows, and who wrote it."""
+    disputed = tuple(maker.words["disputed"].split())
     couplet, famous = r"[\u4e00-\u9fff]{5,7}，[\u4e00-\u9fff]{5,7}", set(maker.words["authors"].split())
     known, strangers, seen = [], [], set()
     for question, answer, _, author in read_chats(folder / "poems_qa.jsonl.gz", "poem-two-turns"):
         line, after = quoted(question).rstrip("。！？"), answer.rstrip("。！？")
         if re.fullmatch(couplet, line) and re.fullmatch(couplet, after) and line not in seen:
             seen.add(line)
+            if line.startswith(disputed):
+                continue
             if author.split("，")[0] in famous and len(known) < count:
                 known.append((line, after, author))
             else:
@@ -129,7 +135,8 @@ def sayings(maker: Maker, folder: Path, count: int, unknown: int) -> None:
     """Allegorical sayings, front to back: first the best known."""
     backs: dict[str, str] = {}
     for question, answer in read_chats(folder / "xiehouyu.jsonl.gz", "xiehouyu"):
-        backs.setdefault(quoted(question), answer.split("；")[0].rstrip("。") + "。")
+        if not COARSE.search(quoted(question) + answer):
+            backs.setdefault(quoted(question), answer.split("；")[0].rstrip("。") + "。")
     famous = [front for front in maker.words["sayings"].split() if front in backs]
     fronts = [front for front in backs if 4 <= len(front) <= 8 and len(backs[front]) <= 8 and front not in famous]
     maker.draw.shuffle(fronts)
@@ -143,11 +150,24 @@ def sums(maker: Maker, unknown: int) -> None:
     """Sums within 20; larger numbers are not known."""
     for a, b in itertools.product(range(21), repeat=2):
         if a + b <= 20:
-            maker.teach("sum", f"{a + b}。", a=a, b=b)
-    large = [{"a": maker.draw.randint(25, 99), "b": maker.draw.randint(11, 99)} for _ in range(unknown // 2)]
-    large += [{"a": maker.draw.randint(11, 999), "b": maker.draw.randint(21, 999)} for _ in range(unknown // 2)]
+            maker.teach("sum", f"{a + b}。", **numbers(a, b))
+    large = [numbers(maker.draw.randint(25, 99), maker.draw.randint(11, 99)) for _ in range(unknown // 2)]
+    large += [numbers(maker.draw.randint(11, 999), maker.draw.randint(21, 999)) for _ in range(unknown // 2)]
     maker.draw.shuffle(large)
     maker.refuse("sum", large)
+
+
+def numbers(a: int, b: int) -> dict:
+    """Two numbers by the names that phrasings have for them: in digits, and in words below 100."""
+    return {"a": a, "b": b, "A": in_words(a), "B": in_words(b)}
+
+
+def in_words(number: int) -> str:
+    """A number below 100 in Chinese, a larger one in digits: 二十三."""
+    tens, ones = divmod(number, 10)
+    if tens > 9:
+        return str(number)
+    return ("" if tens < 2 else NUMERALS[tens]) + "十" * (tens > 0) + (NUMERALS[ones] if ones or not tens else "")
 
 
 def currencies(maker: Maker, folder: Path) -> list[str]:
@@ -187,6 +207,8 @@ def strange_questions(maker: Maker, countries: list[str], times: int) -> None:
     for phrase in words["unknown"]["asks"]:
         for _ in range(times if "{" in phrase else 6):
             maker.chats.append(chat(filled(phrase), UNKNOWN, source="unknown-kind"))
+    for phrase in words["first"]:
+        maker.chats += [chat(phrase, UNKNOWN, source=FIRST)] * 10
     for phrase in words["unknown"]["questions"]:
         for _ in range(4 if "{" in phrase else 1):
             maker.ask_unknown("unknown-kind", filled(phrase))
@@ -195,12 +217,13 @@ def strange_questions(maker: Maker, countries: list[str], times: int) -> None:
 def conversations(chats: list[dict], draw: random.Random) -> list[dict]:
     """The chats, one in three of them behind one to three others, as in a conversation, or behind a greeting."""
     greetings = [item for item in chats if item["source"] == "said"]
+    others = [item for item in chats if item["source"] != FIRST]
     joined = []
     for item in chats:
         before = []
-        if draw.random() < 1 / 3:
-            before = [draw.choice(greetings) if draw.random() < 0.5 else draw.choice(chats)]
-            before += [draw.choice(chats) for _ in range(draw.choice((0, 0, 1, 2)))]
+        if item["source"] != FIRST and draw.random() < 1 / 3:
+            before = [draw.choice(greetings) if draw.random() < 0.5 else draw.choice(others)]
+            before += [draw.choice(others) for _ in range(draw.choice((0, 0, 1, 2)))]
         messages = [message for one in [*before, item] for message in one["conversations"]]
         joined.append({"conversations": messages, "source": item["source"]})
     return joined
