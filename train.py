@@ -281,9 +281,8 @@ def train_in_turn(configs: list[str], arguments: list[str]) -> int:
     from model.runs.supervisor import Supervisor
 
     runs = [[*arguments, f"--config={path}"] for path in configs]
-    folders = [
-        Path(read_settings(run).training.out_dir) for run in runs
-    ]  # bad input is reported before anything starts
+    # Bad input is reported before anything starts.
+    folders = [Path(read_settings(run).training.out_dir) for run in runs]
     for path, run, out_dir in zip(configs, runs, folders, strict=True):
         say(f"--config {path}")
         command = [sys.executable, str(Path(__file__).resolve()), *run]
@@ -355,10 +354,10 @@ def train(settings: Settings, beginning: "Beginning | None", processes: Processe
     say(f"{outcome.replace('_', ' ')} after step {step:,}; metrics and curves are in {out_dir}")
     say(f"final weights: {out_dir / trainer.final_name}; weights of the lowest loss: {best}")
     inference = ["python", "inference.py", "--model_path", best]
-    if trainer.final_name.startswith("pretrain_"):
-        say(f"let it continue a text: {command_line(*inference, '--prompt', PREVIEW_PROMPTS[0])}")
-    else:
+    if trainer.data.is_chat:
         say(f"chat with it: {command_line(*inference, '--interactive')}")
+    else:
+        say(f"let it continue a text: {command_line(*inference, '--prompt', PREVIEW_PROMPTS[0])}")
     return trainer.exit_code(outcome)
 
 

@@ -16,11 +16,8 @@ from model.token_file.chats import verify_companions
 from model.training.mixing import MixedDataset, MixedOrder
 from model.training.settings import DataSettings, Settings, TrainingSettings
 
-FORMAT_OF_KIND = {
-    "texts": "text",
-    "chats": "chat",
-    "pairs": "pairs",
-}  # what a token file holds: data processing's name for it
+# What a token file holds: data processing's name for it.
+FORMAT_OF_KIND = {"texts": "text", "chats": "chat", "pairs": "pairs"}
 MOST_HELD_OUT_TEXTS = 100  # samples that tell what is forgotten
 TEXT_HEAD = 4096  # bytes that show whether a file is text
 
