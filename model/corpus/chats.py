@@ -92,6 +92,8 @@ def parse_chat(
             return None, reason
     if not isinstance(value, dict):
         return None, "not_an_object"
+    if value.keys() == {BAD_ROW}:
+        return None, "bad_row"
     try:
         form, chat = (read or read_chat)(value)
     except UnusableChat as error:
@@ -112,7 +114,7 @@ def read_chat(value: dict) -> tuple[str, Chat]:
     """
     form = form_of(value)
     if form is None:
-        raise UnusableChat("bad_row" if value.keys() == {BAD_ROW} else "no_chat")
+        raise UnusableChat("no_chat")
     messages = _READERS[form](value)
     system = value.get("system")
     if system not in (None, "") and ("system", _text(system)) not in messages[:1]:

@@ -7,7 +7,6 @@ compressed with: 2 GiB after `zstd --long=31`.
 
 import codecs
 import contextlib
-import csv
 import gzip
 import io
 import json
@@ -19,7 +18,6 @@ from pathlib import Path
 from typing import BinaryIO
 from urllib.parse import parse_qs
 
-from model.corpus.chats import BAD_ROW, KEYS_OF_FORM
 from model.corpus.inspection import (
     BOM,
     PACKINGS,
@@ -31,13 +29,12 @@ from model.corpus.inspection import (
     packing_of,
     unreadable,
 )
-from model.corpus.pairs import PAIR_KEYS, is_pair
-from model.errors import InputError, first_line, shown
+from model.corpus.tables import csv_header, csv_rows, names_chats, parquet_rows, refuse_repeated
+from model.errors import InputError, first_line
 
 READ_AT_ONCE = 1 << 20  # bytes, about, that are unpacked or made from rows at a time
 HEAD_BYTES = 16 << 10  # read to recognise a file's form
 TXT_BYTES = 1 << 20  # a longer document of a .txt is cut at the next line's end
-MAX_CSV_FIELD = 64 << 20  # characters
 TXT_DOCUMENTS = ("file", "paragraph", "line")
 DATASETS = "datasets:"  # datasets:NAME?split=train&name=CONFIG: the options are load_dataset's
 EXPECTED = 'expected JSONL, one {"text": ...} object a line'
@@ -82,7 +79,7 @@ def recognise(path: Path, txt_documents: str = "file") -> tuple[str, str, bytes]
     """
     name, (packing, head) = str(path), _head(path)
     stem = name.lower().removesuffix(f".{packing}")
-    is_txt, is_csv = stem.endswith(".txt"), stem.endswith(".csv") and _names_chats(head)
+    is_txt, is_csv = stem.endswith(".txt"), stem.endswith(".csv") and names_chats(csv_header(head))
     if not is_csv and (problem := unreadable(name, head)):
         raise InputError(f"input_path: {path} is {problem}")
     if packing and (head.startswith(PARQUET) or packing_of("", head)):
@@ -92,7 +89,7 @@ def recognise(path: Path, txt_documents: str = "file") -> tuple[str, str, bytes]
     if (encoding := encoding_of(head)) and (is_txt or is_csv or encoding == "utf-16"):
         raise WrongEncoding(f"input_path: {path} {describe_encoding(path, encoding)}", encoding)
     if is_csv:
-        _refuse_repeated(path, _header(head))
+        refuse_repeated(path, csv_header(head))
         return "csv", packing, head
     form = "cr" if has_only_carriage_returns(head) else "jsonl"
     return txt_documents if is_txt else "array" if is_array(head) else form, packing, head
@@ -104,27 +101,7 @@ def is_chat_table(path: Path) -> bool:
     Raises:
         InputError: it is damaged from the start, or its reader is not installed.
     """
-    return _names_chats(_head(path)[1])
-
-
-def _names_chats(head: bytes) -> bool:
-    names = dict.fromkeys(_header(head), "")
-    return is_pair(names) or any(keys <= names.keys() for keys in KEYS_OF_FORM.values())
-
-
-def _header(head: bytes) -> list[str]:
-    """The names of a CSV file's columns; [] where its first line is no row."""
-    first = head.removeprefix(BOM).splitlines()[:1]
-    try:
-        return next(csv.reader([line.decode("utf-8", "replace") for line in first]), [])
-    except csv.Error:
-        return []
-
-
-def _refuse_repeated(path: Path, names: Sequence[str]) -> None:
-    """Refuse a table with two columns of one name, of which only one could be read."""
-    if repeated := [name for name in PAIR_KEYS if names.count(name) > 1]:
-        raise InputError(f"input_path: {path} has {names.count(repeated[0])} columns {repeated[0]}; rename all but one")
+    return names_chats(csv_header(_head(path)[1]))
 
 
 def _head(path: Path) -> tuple[str, bytes]:
@@ -148,10 +125,10 @@ def open_source(source: Source, text_field: str = "text") -> BinaryIO:
         return _as_file(_as_jsonl(_dataset_rows(source.location), keys))
     path = Path(source.location)
     if source.form == "parquet":
-        return _as_file(_as_jsonl(_parquet_rows(path, keys), keys))
+        return _as_file(_as_jsonl(parquet_rows(path, keys), keys))
     file = _unpacked(path, source.packing)
     if source.form == "csv":
-        return _as_file(_csv_lines(file), file)
+        return _as_file(_as_jsonl(csv_rows(file)), file)
     if source.form == "array":
         return _as_file(_array_elements(file), file)
     if source.form == "cr":
@@ -235,52 +212,6 @@ def naming_damage(location: str) -> Iterator[None]:
 # ------------------------------------------------------------------------------------------ rows, elements, documents
 
 
-def _parquet_rows(path: Path, keys: Sequence[str]) -> Generator:
-    """The rows of the columns that are there of `keys`, as dictionaries."""
-    try:
-        import pyarrow
-        from pyarrow.parquet import ParquetFile
-    except ImportError:
-        raise InputError(f"input_path: reading {path} needs pyarrow: pip install pyarrow") from None
-    try:
-        with ParquetFile(path, buffer_size=1 << 20) as file:  # pages are read one by one, not whole row groups
-            names = file.schema_arrow.names
-            if not (columns := [key for key in keys if key in names]):
-                found = f"its columns are {shown(', '.join(names))[1:-1]}"
-                if len(keys) == 1:
-                    raise InputError(f"text_field: {path} has no column {keys[0]}; {found}")
-                raise InputError(
-                    f"input_path: {path} has no column of a chat, such as messages; {found}; process files of texts and"
-                    " of chats into one output each"
-                )
-            _refuse_repeated(path, names)
-            for batch in file.iter_batches(batch_size=128, columns=columns):
-                # to_pylist would raise for text that is not UTF-8
-                values = [column.cast(_with_bytes(column.type)).to_pylist() for column in batch.columns]
-                for row in zip(*values, strict=True):
-                    yield dict(zip(batch.schema.names, row, strict=True))
-    except (pyarrow.ArrowException, OSError, MemoryError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"input_path: {path} cannot be read as Parquet ({first_line(error)}); fetch it again"
-        ) from error
-
-
-def _with_bytes(kind):
-    """An Arrow type with bytes wherever it has text."""
-    import pyarrow as pa
-
-    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
-        return pa.large_binary()
-    if pa.types.is_struct(kind):
-        return pa.struct([field.with_type(_with_bytes(field.type)) for field in kind])
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
-        made = pa.large_list if pa.types.is_large_list(kind) else pa.list_
-        return made(kind.value_field.with_type(_with_bytes(kind.value_type)))
-    if pa.types.is_dictionary(kind):
-        return _with_bytes(kind.value_type)
-    return kind
-
-
 def _dataset_rows(location: str) -> Generator:
     name, _, query = location.removeprefix(DATASETS).partition("?")
     options: dict = {"split": "train"}
@@ -297,56 +228,6 @@ def _dataset_rows(location: str) -> Generator:
         yield from rows
     except Exception as error:  # it raises whatever its readers raise: OSError, ValueError, KeyError, its own errors
         raise InputError(f"input_path: {location} cannot be streamed ({first_line(error)})") from error
-
-
-def _csv_lines(file: BinaryIO) -> Generator:
-    """The rows of a CSV file with a header as lines of JSONL, {column: text}.
-
-    What is no row of the header's columns, or has misplaced quotes, becomes {BAD_ROW: its text}. A quote that is never
-    closed takes only its own line along, where complete rows follow.
-    """
-    taken: list[str] = []  # lines of the row that is being read
-    again: list[str] = []  # lines to be read once more, the first one last
-    text = io.TextIOWrapper(io.BufferedReader(_Unclosed(file)), "utf-8-sig", errors="surrogateescape", newline="")
-
-    def read_rows() -> Iterator[list[str]]:
-        lines = iter(lambda: again.pop() if again else text.readline(MAX_CSV_FIELD), "")
-        return csv.reader((taken.append(line) or line for line in lines), strict=True)
-
-    csv.field_size_limit(MAX_CSV_FIELD)
-    rows, header, made, characters = read_rows(), None, [], 0
-    while True:
-        taken.clear()
-        try:
-            row = next(rows)
-        except StopIteration:
-            break
-        except csv.Error:
-            row, rows = None, read_rows()
-            if header and len(taken) > 1 and all(_is_row(line, len(header)) for line in taken[1:4]):
-                again += reversed(taken[1:])
-                del taken[1:]
-        if header is None and row:
-            header = row
-            continue
-        if row == []:  # an empty line
-            continue
-        good = row is not None and header is not None and len(row) == len(header)
-        value = dict(zip(header, row, strict=True)) if good else {BAD_ROW: "".join(taken)}
-        made.append(json.dumps(value, ensure_ascii=False) + "\n")
-        characters += len(made[-1])
-        if characters > READ_AT_ONCE:
-            yield "".join(made).encode("utf-8", "surrogatepass")
-            made, characters = [], 0
-    yield "".join(made).encode("utf-8", "surrogatepass")
-
-
-def _is_row(line: str, columns: int) -> bool:
-    """Whether a line of CSV is a row by itself."""
-    try:
-        return len(next(csv.reader([line], strict=True), [])) == columns
-    except csv.Error:
-        return False
 
 
 # The bytes that decide where an array's element ends: a string's start, brackets, commas between elements.
@@ -464,21 +345,6 @@ class _Generated(io.RawIOBase):
         super().close()
 
 
-class _Unclosed(io.RawIOBase):
-    """Reads a file, and leaves it open when it is closed itself."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer) -> int:
-        content = self._file.read(len(buffer))
-        buffer[: len(content)] = content
-        return len(content)
-
-
 def _as_file(contents: Iterator[bytes], file: BinaryIO | None = None) -> BinaryIO:
     """These bytes, made from `file`, as a file whose `disk` attribute is the file on disk, for the progress bar."""
     made = io.BufferedReader(_Generated(contents, file), READ_AT_ONCE)
@@ -486,12 +352,12 @@ def _as_file(contents: Iterator[bytes], file: BinaryIO | None = None) -> BinaryI
     return made
 
 
-def _as_jsonl(rows: Generator, keys: Sequence[str]) -> Generator:
-    """The rows as lines of JSONL, some READ_AT_ONCE characters at a time."""
+def _as_jsonl(rows: Generator, keys: Sequence[str] = ()) -> Generator:
+    """The rows as lines of JSONL, some READ_AT_ONCE characters at a time; of `keys` alone if there are some."""
     with contextlib.closing(rows):
         lines, characters = [], 0
         for row in rows:
-            lines.append(_line(row, keys))
+            lines.append(json.dumps(_taken(row, keys), ensure_ascii=False, default=_not_json) + "\n")
             characters += len(lines[-1])
             if characters > READ_AT_ONCE:
                 yield "".join(lines).encode("utf-8", "surrogatepass")
@@ -499,15 +365,15 @@ def _as_jsonl(rows: Generator, keys: Sequence[str]) -> Generator:
         yield "".join(lines).encode("utf-8", "surrogatepass")
 
 
-def _line(row, keys: Sequence[str]) -> str:
-    """The line of a row, `{key: value}` of the keys that it has, or of a text, `{keys[0]: text}`."""
+def _taken(row, keys: Sequence[str]) -> dict:
+    """What is read of a row, {key: value} of the keys that it has, or of a text, `{keys[0]: text}`."""
+    if not keys:
+        return row
     if not isinstance(row, dict):
         row = {keys[0]: row}
-    elif len(keys) > 1:
-        row = {key: row[key] for key in keys if key in row}
-    else:
-        row = {keys[0]: row.get(keys[0])}
-    return json.dumps(row, ensure_ascii=False, default=_not_json) + "\n"
+    if len(keys) > 1:
+        return {key: row[key] for key in keys if key in row}
+    return {keys[0]: row.get(keys[0])}
 
 
 def _not_json(value) -> dict | str:

@@ -9,7 +9,6 @@ The two chats of a usable pair differ in their last message alone, and only that
 
 from model.corpus.chats import (
     ANSWERS,
-    BAD_ROW,
     KEYS,
     MESSAGE_KEYS,
     ROLES,
@@ -57,8 +56,6 @@ def read_pair(value: dict) -> tuple[str, Chat]:
     found = [value.get(key) for key in (CHOSEN, REJECTED)]
     missing = [answer is None or answer in ("", []) for answer in found]
     if any(missing):
-        if value.keys() == {BAD_ROW}:
-            raise UnusableChat("bad_row")
         raise UnusableChat("no_pair" if not value.keys() & {CHOSEN, REJECTED} else "half_a_pair")
     chosen, rejected = (_with_one_learned(_chat_of(value, answer)) for answer in found)
     if chosen[:-1] != rejected[:-1]:

@@ -32,8 +32,7 @@ def run_job(job: dict) -> None:
     from tests.reliability import faults
     from utils import run_command
 
-    if job["quick"]:
-        skip_what_is_slow()
+    skip_what_is_slow()
     if job["record"]:
         record_reads(folder / f"reads.rank{rank}.jsonl", job["data_path"])
     for fault in job["faults"]:

@@ -271,10 +271,9 @@ def start(
     setup: tuple[str, dict] | list[tuple[str, dict]] = (),
     environment: dict[str, str] | None = None,
     record: bool = True,
-    quick: bool = True,
     launcher_flags: Iterable[str] = (),
 ) -> Job:
-    """Start real processes that run `train.main` with these flags.
+    """Start real processes that run `train.main` with these flags, without what `child.skip_what_is_slow` names.
 
     Args:
         flags: name to value; needs out_dir and train_data_path.
@@ -285,7 +284,6 @@ def start(
             with these arguments; or a list of such pairs. It must be importable with few imports of its own.
         environment: variables on top of this process's own.
         record: write down the samples of every training read (`Job.reads`).
-        quick: leave out the measuring of the machine, the picture and the sample texts.
         launcher_flags: more flags for torch.distributed.run.
     """
     out_dir = Path(flags["out_dir"])
@@ -300,7 +298,6 @@ def start(
         "faults": [asdict(f if isinstance(f, Fault) else Fault(*f)) for f in faults],
         "setups": [{"function": function, "arguments": arguments} for function, arguments in setups],
         "record": record,
-        "quick": quick,
         "environment": {name: str(value) for name, value in (environment or {}).items()},
     }
     if launcher:
