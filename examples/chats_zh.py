@@ -5,7 +5,8 @@
 FOLDER holds poems_qa.jsonl.gz, facts_cldr.jsonl.gz and xiehouyu.jsonl.gz: chats with `conversations` and `source`. A
 model of three million parameters learns a thousand facts that it meets some twenty times each in other words, and
 hardly any of ten thousand that it meets once. So few are taught; the rest of the sources teaches it to say that it does
-not know. The questions ask for the same facts, and for unknown ones, in phrasings that no training chat has.
+not know. The questions ask for the same facts, and for unknown ones, in phrasings that no training chat has: our own,
+and those of phrasings_zh.yaml, which are others' (sources `others-…`).
 """
 
 import argparse
@@ -22,8 +23,15 @@ import yaml
 UNKNOWN = "这个我不知道。"
 FIRST = "unknown-first"  # chats that can only begin a conversation
 PHRASINGS = {  # of each fact: a poem's line is easily told from others, a sum is not
-    "next": 6, "author": 5, "saying": 8, "currency": 11, "sum": 17,
+    "next": 14, "author": 15, "saying": 16, "currency": 28, "sum": 88,
 }  # fmt: skip
+SHAPES = {  # of a question, and how often each is drawn
+    "ask": 0.55, "order": 0.18, "context": 0.13, "reversed": 0.06, "story": 0.08,
+}  # fmt: skip
+# Where the pieces of a sentence meet: no two commas, and no comma before 的.
+JOINTS = [(re.compile(p), j) for p, j in (("[，。]+，", "，"), ("[，。…]+的", "的"), ("([：…—])[，。]", r"\1"))]
+IN_WORDS = 0.42  # of the sums
+JOINED = 0.22  # of the chats: behind others, as in a conversation
 COARSE = re.compile("[茅粪屎尿屁]|汉子|驼子|[A-Za-z（]")  # sayings that are left out, and those that are cut
 NUMERALS = "零一二三四五六七八九"
 KEPT = 25  # unknown things of each kind that only the questions ask about
@@ -63,23 +71,49 @@ class Maker:
         self.words, self.draw = words, draw
         self.chats: list[dict] = []
         self.questions: list[dict] = []
+        self.facts: dict[str, list[tuple[dict, str]]] = {kind: [] for kind in PHRASINGS}  # what is asked for, answer
 
     def phrase(self, kind: str, trained: bool, **values) -> str:
-        """One phrasing: of the training chats a lead, a quote, an ask and an end, each drawn."""
+        """One phrasing, drawn: of the training chats a sentence of one of five shapes, with a lead and an end."""
         ways = self.words["kinds"][kind]
         if not trained:
             return self.draw.choice(ways["questions"]).format(**values)
-        quote, ask = self.draw.choice(ways["quotes"]), self.draw.choice(ways["asks"])
-        text = self.draw.choice(self.words["leads"]) + (ask.replace("{q}", quote) if "{q}" in ask else quote + ask)
-        if text.endswith("？"):
-            text = text[:-1] + self.draw.choice(self.words["tails"])
-        return text.format(**values)
+        shape = self.draw.choices(list(SHAPES), SHAPES.values())[0]
+        text = self.draw_shape("ask" if shape == "story" and "stories" not in ways else shape, ways)
+        if "A" in values and "{a} + " not in text and self.draw.random() < IN_WORDS:
+            text = text.replace("{a}", "{A}").replace("{b}", "{B}")
+        return self.dressed(text, "order_" if shape == "order" else "").format(**values)
+
+    def dressed(self, text: str, kind: str = "") -> str:
+        """The sentence with a lead and an end."""
+        text = self.draw.choice(self.words[f"{kind}leads"]) + text
+        if text.endswith("？") or (kind and not text.endswith(("_", "）"))):
+            text = text.removesuffix("？") + self.draw.choice(self.words[f"{kind}tails"])
+        for pattern, joined in JOINTS:
+            text = pattern.sub(joined, text)
+        return text
+
+    def draw_shape(self, shape: str, ways: dict) -> str:
+        """A sentence of this shape about {a} (and {b})."""
+        one = self.draw.choice
+        quote = one(ways["quotes"])
+        if shape == "ask":
+            ask = one(ways["asks"])
+            return ask.replace("{q}", quote) if "{q}" in ask else quote + ask
+        if shape == "order":
+            return one(ways["orders"]).replace("{q}", quote)
+        if shape == "context":
+            return one(ways["contexts"]).replace("{q}", quote) + one(ways["bares"])
+        if shape == "reversed":
+            return one(ways["bares"])[:-1] + one("：？，") + quote
+        return one(ways["stories"])
 
     def teach(self, kind: str, answer: str, **values) -> None:
         """One fact: asked in several trained phrasings, and once in another."""
         for _ in range(PHRASINGS[kind]):
             self.chats.append(chat(self.phrase(kind, True, **values), answer, source=kind))
         self.questions.append(chat(self.phrase(kind, False, **values), answer, source=kind))
+        self.facts[kind].append((values, answer))
 
     def refuse(self, kind: str, things: Iterable[dict], times: int = 1) -> None:
         """Things that are not known: the first KEPT only in questions, the others in training chats."""
@@ -115,7 +149,7 @@ def poems(maker: Maker, folder: Path, count: int, unknown: int) -> None:
     for line, after, author in known:
         maker.teach("next", f"{after}。", a=line)
         maker.teach("author", author, a=line)
-        for again in maker.draw.sample(after_ways["asks"], 3):
+        for again in maker.draw.sample(after_ways["asks"], 6):
             turns = maker.phrase("next", True, a=line), f"{after}。", again, author
             maker.chats.append(chat(*turns, source="two-turns"))
         again = maker.draw.choice(after_ways["questions"])
@@ -182,7 +216,7 @@ def currencies(maker: Maker, folder: Path) -> list[str]:
     maker.draw.shuffle(others)
     for name in known:
         maker.teach("currency", moneys[name], a=name)
-    maker.refuse("currency", ({"a": name} for name in others), times=6)
+    maker.refuse("currency", ({"a": name} for name in others), times=24)
     return known + others
 
 
@@ -190,7 +224,7 @@ def said(maker: Maker) -> None:
     """Greetings, thanks, and who it is."""
     for answer, ways in maker.words["said"].items():
         for text in ways["asks"]:
-            maker.chats += [chat(text, answer, source="said")] * 10
+            maker.chats += [chat(text, answer, source="said")] * 20
         maker.questions += [chat(text, answer, source="said") for text in ways["questions"]]
 
 
@@ -199,29 +233,41 @@ def strange_questions(maker: Maker, countries: list[str], times: int) -> None:
     words = maker.words
     fill = {"country": countries, "person": words["authors"].split()}
     fill |= {"word": words["words"].split(), "dish": words["dishes"].split()}
-    fill |= {"a": range(10, 21), "b": range(2, 11)}
+    fill |= {"a": range(10, 21), "b": range(2, 11), "A": [in_words(a) for a in range(2, 21)]}
 
     def filled(phrase: str) -> str:
         return phrase.format(**{name: maker.draw.choice(values) for name, values in fill.items()})
 
     for phrase in words["unknown"]["asks"]:
-        for _ in range(times if "{" in phrase else 6):
-            maker.chats.append(chat(filled(phrase), UNKNOWN, source="unknown-kind"))
+        for _ in range(times * (3 if "{country}" in phrase else 2) if "{" in phrase else 12):
+            text = filled(phrase)
+            is_dressed = text.endswith("？") and maker.draw.random() < 0.6
+            maker.chats.append(chat(maker.dressed(text) if is_dressed else text, UNKNOWN, source="unknown-kind"))
     for phrase in words["first"]:
-        maker.chats += [chat(phrase, UNKNOWN, source=FIRST)] * 10
+        maker.chats += [chat(phrase, UNKNOWN, source=FIRST)] * 20
     for phrase in words["unknown"]["questions"]:
         for _ in range(4 if "{" in phrase else 1):
             maker.ask_unknown("unknown-kind", filled(phrase))
 
 
+def others_questions(maker: Maker, phrasings: dict[str, list[str]]) -> None:
+    """Questions in others' phrasings, each of four facts; and such as nothing here answers."""
+    for kind, facts in maker.facts.items():
+        for phrasing in phrasings[kind]:
+            for values, answer in maker.draw.sample(facts, 4):
+                maker.questions.append(chat(phrasing.format(**values), answer, source=f"others-{kind}"))
+    for question in phrasings["unknown"]:
+        maker.ask_unknown("others-unknown", question)
+
+
 def conversations(chats: list[dict], draw: random.Random) -> list[dict]:
-    """The chats, one in three of them behind one to three others, as in a conversation, or behind a greeting."""
+    """The chats, some of them behind one to three others, as in a conversation, or behind a greeting."""
     greetings = [item for item in chats if item["source"] == "said"]
     others = [item for item in chats if item["source"] != FIRST]
     joined = []
     for item in chats:
         before = []
-        if item["source"] != FIRST and draw.random() < 1 / 3:
+        if item["source"] != FIRST and draw.random() < JOINED:
             before = [draw.choice(greetings) if draw.random() < 0.5 else draw.choice(others)]
             before += [draw.choice(others) for _ in range(draw.choice((0, 0, 1, 2)))]
         messages = [message for one in [*before, item] for message in one["conversations"]]
@@ -243,13 +289,17 @@ def main() -> None:
     parser.add_argument("--questions", type=Path, required=True, metavar="FILE", help="the same facts, asked otherwise")
     parser.add_argument("--seed", type=int, default=1, metavar="N", help="[1]")
     options = parser.parse_args()
-    words = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
+    words, others = (
+        yaml.safe_load(Path(__file__).with_name(name).read_text(encoding="utf-8"))
+        for name in ("chats_zh.yaml", "phrasings_zh.yaml")
+    )
     maker = Maker(words, random.Random(options.seed))
-    poems(maker, options.sources, count=250, unknown=500)
-    sayings(maker, options.sources, count=170, unknown=450)
-    sums(maker, unknown=200)
-    strange_questions(maker, currencies(maker, options.sources), times=10)
+    poems(maker, options.sources, count=250, unknown=1400)
+    sayings(maker, options.sources, count=170, unknown=1100)
+    sums(maker, unknown=400)
+    strange_questions(maker, currencies(maker, options.sources), times=16)
     said(maker)
+    others_questions(maker, others)
     asked = {item["conversations"][-2]["content"] for item in maker.questions if len(item["conversations"]) == 2}
     chats = [item for item in maker.chats if item["conversations"][0]["content"] not in asked]
     maker.draw.shuffle(chats)
