@@ -453,3 +453,7 @@ def _with_context(config: LMConfig, max_seq_len: int | None, cache_dtype: torch.
             f" {size_text(CONTEXT_BYTES)} then; --max_seq_len sets another"
         )
     return config if max_seq_len is None else dataclasses.replace(config, max_seq_len=max_seq_len)
+
+
+if __name__ == "__main__":
+    raise SystemExit("optimized_inference.py holds the TextGenerator that inference.py runs: python inference.py --interactive")

@@ -483,3 +483,7 @@ class Trainer:
         utils.print_error(message)
         self._tell_status("failed", ProcessLost.exit_code, message)
         os._exit(ProcessLost.exit_code)
+
+
+if __name__ == "__main__":
+    raise SystemExit("optimized_pretrain.py holds the Trainer that train.py runs: python train.py --config config_demo.yaml")

@@ -26,6 +26,7 @@ class PromptEncoder:
         self.tokenizer, self.context, self._say = tokenizer, context, say
         self.delimiters = delimiters(tokenizer) if begins_with_bos else Delimiters(None, tokenizer.eos_token_id)
         self._said_no_template = False
+        self._said_left_out = False
 
     def encode_prompt(self, prompt: str) -> list[int]:
         """`<bos> ids`, as documents begin in training; without a bos `ids`, and where there are none, the eos.
@@ -72,10 +73,12 @@ class PromptEncoder:
         kept = kept_from(begin)
         if begin == begins[-1]:
             self.encode_chat(kept)  # refuses a last turn that leaves no room at all
-        if begin > system:
+        if begin > system and not self._said_left_out:
             self._say(
-                f"context of {self.context} tokens: the {begin - system} oldest messages of the chat are left out"
+                f"context of {self.context} tokens: the {begin - system} oldest messages of the chat are left out, and"
+                " more as it goes on"
             )
+            self._said_left_out = True
         return kept
 
     def _encode(self, history: Sequence[Message]) -> list[int]:

@@ -17,6 +17,7 @@ from model.training.recipe import (
     PREFERENCE_SHARE,
     TUNING_SHARE,
     automatic_batch_size,
+    automatic_epochs,
     automatic_learning_rate,
     automatic_tokens_per_step,
     automatic_warmup,
@@ -114,19 +115,25 @@ class Choices:
         self._say(f"{name} {shown} (auto): {why}")
         return value
 
-    def batch_size(self, model: Transformer, data: TrainingData, autocast) -> int:
+    def epochs(self, data: TrainingData) -> int:
+        """What the kind of data and their number call for."""
+        kind = "pairs" if data.is_pairs else "chats" if data.is_chat else "texts"
+        tokens = len(data.train_samples) * data.config.max_seq_len
+        return self._settle("epochs", lambda: automatic_epochs(kind, tokens))
+
+    def batch_size(self, model: Transformer, data: TrainingData, epochs: int, autocast) -> int:
         """What the number of tokens calls for, as far as memory allows, measured on the model.
 
         Raises:
             InputError: not even one sample fits.
         """
-        return self._settle("batch_size", lambda: self._choose_batch_size(model, data, autocast))
+        return self._settle("batch_size", lambda: self._choose_batch_size(model, data, epochs, autocast))
 
-    def _choose_batch_size(self, model: Transformer, data: TrainingData, autocast) -> tuple[int, str]:
+    def _choose_batch_size(self, model: Transformer, data: TrainingData, epochs: int, autocast) -> tuple[int, str]:
         t, processes, length = self._training, self._processes, data.config.max_seq_len
         shares = t.accumulation_steps * processes.world_size
         samples = len(data.train_samples)
-        tokens, why = automatic_tokens_per_step(samples * length, t.epochs, t.max_steps)
+        tokens, why = automatic_tokens_per_step(samples * length, epochs, t.max_steps)
         wanted = automatic_batch_size(tokens, length * shares, max(1, samples // shares), None)
         processes.beat("measuring how large a batch fits the memory", 3)
         beside = state = optimizer_bytes(model, t.optimizer_type)

@@ -163,13 +163,14 @@ def plan_run(
     trained = sum(parameter.numel() for parameter in trained_parameters(model).values())
     parameters = model.parameter_count() - (trained if t.lora_rank else 0)
 
-    # Each choice takes what it depends on: first a step's rows, then its tokens, the number of steps, and their time.
+    # Each choice takes what it depends on: passes, a step's rows, then its tokens, the number of steps, and their time.
     choices = Choices(t, found, ranks, hardware.device, say)
-    batch_size = choices.batch_size(model, data, hardware.autocast)
+    epochs = choices.epochs(data)
+    batch_size = choices.batch_size(model, data, epochs, hardware.autocast)
     order = data.order(t.seed, batch_size * ranks.world_size * t.accumulation_steps)
     tokens_per_step = order.rows_per_step * data.config.max_seq_len
     learning_rate = choices.learning_rate(parameters, tokens_per_step, data)
-    pace = {"rows_per_step": order.rows_per_step, "epochs": t.epochs, "max_steps": t.max_steps}
+    pace = {"rows_per_step": order.rows_per_step, "epochs": epochs, "max_steps": t.max_steps}
     total_steps = _total_steps(pace, order, done, checkpoint)
     warmup_steps = choices.warmup_steps(total_steps)
     flops_per_token = model.training_flops_per_token()
@@ -177,7 +178,7 @@ def plan_run(
     expected_seconds = run_seconds((total_steps - done["step"]) * tokens_per_step * flops_per_token, peak_flops)
     compiles = choices.compile(expected_seconds)
 
-    values = {"batch_size": batch_size, "learning_rate": learning_rate, "warmup_steps": warmup_steps}
+    values = {"epochs": epochs, "batch_size": batch_size, "learning_rate": learning_rate, "warmup_steps": warmup_steps}
     training = dataclasses.replace(t, **values, compile=compiles)
     return RunPlan(
         training=training,

@@ -21,6 +21,10 @@ MOST_SCALING = 4.0  # of the rate for larger or smaller steps, either way
 STEPS_OF_A_RUN = 600  # at least: more tokens make larger steps
 LEAST_TOKENS, MOST_TOKENS = 2048, 2**19  # of a step
 
+# Passes of `auto` (least, most), and the steps of LEAST_TOKENS that they should come to. Of texts up to four passes are
+# nearly as good as new texts (Muennighoff et al., 2023); of few chats many are needed (benchmarks/RESULTS.md).
+EPOCHS = {"texts": ((1, 4), STEPS_OF_A_RUN), "chats": ((3, 60), 200), "pairs": ((1, 1), 1)}
+
 LEAST_WARMUP, MOST_WARMUP = 10, 1000  # steps
 WARMUP_SHARE = 0.05  # of all steps
 
@@ -66,6 +70,18 @@ def automatic_warmup(total_steps: int) -> int:
     """Steps of the warm-up: 5 % of all, within 10 and 1,000, at most a quarter of a short run."""
     wanted = min(MOST_WARMUP, max(LEAST_WARMUP, round(WARMUP_SHARE * total_steps)))
     return min(wanted, total_steps // 4)
+
+
+def automatic_epochs(kind: str, epoch_tokens: int) -> tuple[int, str]:
+    """The passes over the training data, and why.
+
+    Args:
+        kind: of the data, a key of EPOCHS.
+        epoch_tokens: the training data's.
+    """
+    (least, most), steps = EPOCHS[kind]
+    wanted = math.ceil(steps * LEAST_TOKENS / epoch_tokens)
+    return max(least, min(most, wanted)), f"{least} to {most} over {kind}, more the fewer they are"
 
 
 def automatic_tokens_per_step(epoch_tokens: int, epochs: int, max_steps: int | None) -> tuple[int, str]:

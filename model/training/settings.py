@@ -79,7 +79,7 @@ ModelSettings = _model_section()
 class TrainingSettings:
     """Section `training`. A step is one optimizer step; intervals count steps."""
 
-    epochs: int = setting(15, "passes over the training samples", at_least=1)
+    epochs: int | Auto = setting(15, "passes over the training samples; auto: few, but many over few chats", at_least=1)
     max_steps: int | None = setting(None, "steps to train, whatever epochs says; null: epochs decide", at_least=1)
     batch_size: int | Auto = setting(
         32, "samples that a process reads at once; auto: to suit this run and the memory", at_least=1, at_most=2**20

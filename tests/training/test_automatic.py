@@ -11,8 +11,8 @@ from tests.tiny_runs import ONE_THREAD, assert_same_end, command, exit_code_here
 
 pytestmark = pytest.mark.long
 
-ALL_AUTO = {"batch_size": "auto", "learning_rate": "auto", "warmup_steps": "auto", "compile": "auto"}
-NAMES = ("batch_size", "learning_rate", "warmup_steps", "compile")
+NAMES = ("epochs", "batch_size", "learning_rate", "warmup_steps", "compile")
+ALL_AUTO = dict.fromkeys(NAMES, "auto")
 
 
 def test_what_auto_comes_to_is_printed_and_written_down(flags, tmp_path, capfd):
@@ -36,7 +36,7 @@ def test_auto_ends_with_the_same_bits_as_its_numbers_given(flags, tmp_path):
 
 
 def test_a_killed_run_of_auto_resumes_with_the_same_numbers_and_bits(flags, tmp_path, capfd):
-    changes = {**ALL_AUTO, "max_steps": None, "epochs": 2}
+    changes = {**ALL_AUTO, "max_steps": None}
     whole = train(flags(out_dir=tmp_path / "whole", **changes))
     last, killed = whole.progress.step, tmp_path / "killed"
     assert last > 8
@@ -54,7 +54,7 @@ def test_a_run_made_longer_keeps_its_numbers(flags, tmp_path):
     first = train(flags(**ALL_AUTO))
     before = [getattr(first.training, name) for name in NAMES]
     result = run([*command({"resume": "true", "out_dir": tmp_path / "out", "max_steps": 2000}), "--dry_run"])
-    assert result.returncode == 0 and f"batch_size {before[0]} (auto): as before" in result.stderr, result.stderr
+    assert result.returncode == 0 and f"batch_size {before[1]} (auto): as before" in result.stderr, result.stderr
     longer = train(flags(**ALL_AUTO | {"max_steps": 16, "resume": "true"}))
     assert [getattr(longer.training, name) for name in NAMES] == before
     assert load_torch(tmp_path / "out" / "checkpoint_step_16.pth")["chosen"] == dict(zip(NAMES, before, strict=True))

@@ -15,6 +15,7 @@ from model.training.recipe import (
     ADAPTERS_TIMES,
     TUNING_SHARE,
     automatic_batch_size,
+    automatic_epochs,
     automatic_learning_rate,
     automatic_tokens_per_step,
     automatic_warmup,
@@ -47,6 +48,17 @@ def test_the_rate_grows_with_the_batch_and_falls_with_the_model(optimizer_type):
 @pytest.mark.parametrize(("total", "warmup"), [(1, 0), (12, 3), (100, 10), (1600, 80), (10**6, 1000)])
 def test_warm_up_is_a_twentieth_within_limits(total, warmup):
     assert automatic_warmup(total) == warmup < total
+
+
+@pytest.mark.parametrize(
+    ("kind", "epoch_tokens", "epochs"),
+    [
+        ("chats", 600, 60), ("chats", 50_000, 9), ("chats", 10**6, 3), ("pairs", 600, 1), ("texts", 10**9, 1),
+        ("texts", 500_000, 3), ("texts", 1000, 4),
+    ],
+)  # fmt: skip
+def test_fewer_chats_are_read_more_often(kind, epoch_tokens, epochs):
+    assert automatic_epochs(kind, epoch_tokens)[0] == epochs
 
 
 @pytest.mark.parametrize(
