@@ -142,7 +142,7 @@ class Choices:
         free = free_memory(self._device, processes.local_world_size)
         measuring = "measuring how large a batch fits the memory"
         fits = rows_that_fit(
-            model, autocast, wanted, beside, free, t.document_mask, lambda: processes.beat(measuring, 3)
+            model, autocast, wanted, beside, free, t.document_mask or data.is_chat, lambda: processes.beat(measuring, 3)
         )
         fits = int(processes.smallest(fits))
         if fits == 0:
