@@ -456,4 +456,4 @@ def _with_context(config: LMConfig, max_seq_len: int | None, cache_dtype: torch.
 
 
 if __name__ == "__main__":
-    raise SystemExit("optimized_inference.py holds the TextGenerator that inference.py runs: python inference.py --interactive")
+    raise SystemExit('this is no script: generate with "python inference.py --interactive"')

@@ -486,4 +486,4 @@ class Trainer:
 
 
 if __name__ == "__main__":
-    raise SystemExit("optimized_pretrain.py holds the Trainer that train.py runs: python train.py --config config_demo.yaml")
+    raise SystemExit('this is no script: train with "python train.py --config config_demo.yaml"')
