@@ -6,33 +6,30 @@ python inference.py --batch_file prompts.txt
 """
 
 import argparse
-import codecs
 import contextlib
 import dataclasses
 import os
 import select
 import stat
 import sys
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from model.corpus.chats import as_messages, parse_chat
-from model.corpus.inspection import counts_text
-from model.corpus.jsonl import load_json, parse_line
-from model.corpus.reasons import REASONS
+from model.command import CommandParser, add_option, path_flag, print_text, run_command, say, true_or_false
+from model.corpus.inputs import read_prompts, read_questions, read_texts
 from model.errors import InputError, counted
 from model.generation.batch_results import open_results, write_result
 from model.generation.chat_loop import ANSWERS, CONTINUES, run_interactive, say_speed, show
+from model.generation.generation_config import DTYPE_NAMES, GenerationConfig
 from model.generation.judging import is_exact, judge_answers, judged_text
-from model.generation.scoring import Score
 from model.options import options_of, text_flag
 from model.storage.files import refuse_overwriting, refuse_overwriting_inputs
-from optimized_inference import DTYPE_NAMES, GenerationConfig, TextGenerator, load_generator
-from utils import CommandParser, add_option, path_flag, print_text, run_command, say, true_or_false
+
+if TYPE_CHECKING:
+    from optimized_inference import TextGenerator  # imports torch
 
 STDIN_SECONDS = 1.0  # without a byte, after which a line says what is waited for
-SHOWN = 5  # lines that were skipped, named one by one
 DEFAULT_PROMPT = "中国"
 MODES = ("prompt", "batch_file", "score_file", "judge")
 WRONG_SHOWN = 10  # answers
@@ -53,6 +50,8 @@ def main() -> int:
         refuse_overwriting_inputs({"output_file": arguments.output_file}, [path for path in inputs if path])
         if not arguments.resume:
             refuse_overwriting("output_file", arguments.output_file, "--resume continues it; or give another path")
+    from optimized_inference import load_generator  # imports torch: after everything that can fail early
+
     generator = load_generator(
         arguments.model_path,
         arguments.tokenizer_path,
@@ -202,7 +201,7 @@ def _add_sampling(text) -> None:
     cache.add_argument("--no_cache", dest="use_cache", action="store_false", help="the same as --use_cache false")
 
 
-def run_single(generator: TextGenerator, config: GenerationConfig, prompt: str, stream: bool) -> None:
+def run_single(generator: "TextGenerator", config: GenerationConfig, prompt: str, stream: bool) -> None:
     """Print the prompt and its continuation; with `stream`, as it comes."""
     generator.encode_prompt(prompt)  # an unusable prompt is refused before it is shown
     if stream:
@@ -213,64 +212,10 @@ def run_single(generator: TextGenerator, config: GenerationConfig, prompt: str, 
         print_text(prompt + generator.generate(prompt, config))
 
 
-def read_utf8(flag: str, path: Path) -> str:
-    """A text file's content.
-
-    Raises:
-        InputError: no such file, or not UTF-8; the message names the flag.
-    """
-    try:
-        return path.read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise InputError(f"{flag}: {path} cannot be read ({error.strerror})") from error
-    except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        raise InputError(f"{flag}: {path} is not UTF-8 (line {line}); save it as UTF-8") from error
-
-
-def read_texts(path: Path) -> list[str]:
-    """The texts to score: those of a JSONL, or any other file as one.
-
-    Lines of a JSONL that hold no text are skipped, named and counted.
-
-    Raises:
-        InputError: the file cannot be read, or it holds no text.
-    """
-    if path.suffix != ".jsonl":
-        texts, skipped = [read_utf8("score_file", path)], 0
-    else:
-        texts, skipped = _texts_of_lines(path)
-    if skipped and not texts:
-        raise InputError(f'score_file: none of {counted(skipped, "line")} of {path} is a {{"text": ...}}')
-    if not any(texts):
-        raise InputError(f"score_file: {path} holds no text")
-    return texts
-
-
-def _texts_of_lines(path: Path) -> tuple[list[str], int]:
-    """The texts of a JSONL, and how many lines hold none, blank ones not counted."""
-    try:
-        lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
-    except OSError as error:
-        raise InputError(f"score_file: {path} cannot be read ({error.strerror})") from error
-    texts, rejected = [], Counter()
-    for number, line in enumerate(lines, 1):
-        _, reason = parse_line(line)
-        if reason in (None, "empty"):
-            if line.strip():
-                texts.append(load_json(line)["text"])  # with the white space around it, unlike parse_line's
-            continue
-        rejected[reason] += 1
-        if rejected.total() <= SHOWN:
-            say(f"score_file: line {number} of {path} is skipped: {reason} ({REASONS[reason]})")
-    if rejected:
-        count = len(texts) + rejected.total()
-        say(f"score_file: {rejected.total():,} of {counted(count, 'line')} skipped: {counts_text(rejected)}")
-    return texts, rejected.total()
-
-
-def run_score(generator: TextGenerator, texts: list[str]) -> None:
+def run_score(generator: "TextGenerator", texts: list[str]) -> None:
     """Print the loss of all texts together."""
+    from model.generation.scoring import Score  # imports torch
+
     score = sum((generator.score(text) for text in texts), Score())
     print(
         f"{counted(len(texts), 'text')}, {counted(score.tokens, 'token')}, {counted(score.bytes, 'byte')}:"
@@ -279,28 +224,8 @@ def run_score(generator: TextGenerator, texts: list[str]) -> None:
     )
 
 
-def read_questions(path: Path) -> list[tuple[list[dict[str, str]], str, str]]:
-    """The history, the expected last answer and the group (the key `source`, if any) of each chat in a JSONL.
-
-    Raises:
-        InputError: the file cannot be read, or a line is no usable chat.
-    """
-    questions = []
-    for number, line in enumerate(read_utf8("judge", path).split("\n"), 1):
-        if line.strip():
-            chat, reason = parse_chat(line.encode())
-            if chat is None:
-                raise InputError(f"judge: line {number} of {path} is no chat to judge by: {REASONS[reason]}")
-            group = load_json(line).get("source", "")
-            messages = as_messages(chat)["messages"]
-            questions.append((messages[:-1], messages[-1]["content"], group if isinstance(group, str) else ""))
-    if not questions:
-        raise InputError(f"judge: {path} holds no chat")
-    return questions
-
-
 def run_judge(
-    generator: TextGenerator, config: GenerationConfig, questions: list[tuple[list[dict[str, str]], str, str]]
+    generator: "TextGenerator", config: GenerationConfig, questions: list[tuple[list[dict[str, str]], str, str]]
 ) -> None:
     """Answer each question, then print some wrong answers and the counts of each group and of all."""
     encoded, fitting = [], []
@@ -325,22 +250,8 @@ def run_judge(
         print_text((f"{name}: " if name is not None else "") + judged_text(judge_answers(texts, ends, expected)))
 
 
-def read_prompts(path: Path) -> list[tuple[int, str]]:
-    """Line number and text of each line that is not blank.
-
-    Raises:
-        InputError: no such file, not UTF-8, or no prompt inside.
-    """
-    text = read_utf8("batch_file", path)
-    lines = [(number, line.rstrip("\r")) for number, line in enumerate(text.split("\n"), 1)]
-    prompts = [(number, line) for number, line in lines if line.strip()]
-    if not prompts:
-        raise InputError(f"batch_file: {path} holds no prompt; write one per line")
-    return prompts
-
-
 def run_batch(
-    generator: TextGenerator, config: GenerationConfig, prompts: list[tuple[int, str]], arguments: argparse.Namespace
+    generator: "TextGenerator", config: GenerationConfig, prompts: list[tuple[int, str]], arguments: argparse.Namespace
 ) -> int:
     """Print each prompt and its continuation, and write them to the output file, as soon as they are done.
 
@@ -375,7 +286,7 @@ def run_batch(
 
 
 def batch_results(
-    generator: TextGenerator, config: GenerationConfig, prompts: list[tuple[int, str]], arguments: argparse.Namespace
+    generator: "TextGenerator", config: GenerationConfig, prompts: list[tuple[int, str]], arguments: argparse.Namespace
 ) -> Iterator[tuple[str, dict[str, str]]]:
     """Each prompt with {"text": its continuation}, or {"error": why it cannot be used}, in their order."""
     encoded: list[list[int]] = []

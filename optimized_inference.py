@@ -17,10 +17,10 @@ from torch import Tensor
 
 from model.errors import InputError
 from model.generation.engine import Engine
-from model.generation.generation_config import GenerationConfig
+from model.generation.generation_config import DTYPE_NAMES, GenerationConfig
 from model.generation.inference_model import compute_dtype
 from model.generation.rows import Rows
-from model.generation.sampling import Processor, sample
+from model.generation.sampling import Processor, processors_of, sample, warpers_of
 from model.generation.scoring import Score, token_losses
 from model.generation.speed import Speed, Stopwatch
 from model.kv_cache import cache_bytes
@@ -39,7 +39,6 @@ from utils import pick_device, pick_dtype, print_text, say
 BATCH_BYTES = 4 << 30  # for the keys and values of all texts in a batch
 CONTEXT_BYTES = 1 << 30  # for those of one text; a longer context needs --max_seq_len
 BATCH_SIZE = 16  # prompts that `batch_generate` continues at once
-DTYPE_NAMES = ("float32", "bfloat16", "float16", "int8")
 
 
 # ---------------------------------------------------------------------------------------------------------- the loop
@@ -90,7 +89,7 @@ def decode(
     """
     config.check_ids(rows.engine.config.vocab_size)
     rows.clear()
-    processors, warpers = config.processors(eos_ids), config.warpers()
+    processors, warpers = processors_of(config, eos_ids), warpers_of(config)
     waiting = iter(enumerate(prompts))
     while True:
         for number, prompt in itertools.islice(waiting, rows.free):

@@ -107,6 +107,8 @@ class Trainer:
         self.ema = MovingAverage(self.model, asked.ema_decay) if asked.use_ema else None
 
         with deterministic_kernels(self.device):  # what is measured here is measured with training's kernels
+            peak = utils.measure_matmul_flops(self.device, self.dtype, self.model.layer_shapes())
+            self.hardware = dataclasses.replace(self.hardware, peak_flops=peak)
             self.plan = plan_run(self.settings, self.data, self.model, self.hardware, self.resumed, processes, say)
             references = beginning.references(self.data, self.plan, processes, say)
         self.training = t = self.plan.training

@@ -3,12 +3,13 @@
 import contextlib
 import ctypes
 import inspect
+import math
 import os
 import platform
 import random
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from model.command import (  # noqa: F401 (the scripts' too)
@@ -107,7 +108,7 @@ def pick_dtype(asked: str, device):
 
 
 def choose_hardware(asked_device: str, asked_dtype: str, local_rank: int):
-    """The device and dtype to use, printed with the reasons, and the speed of its matrix products: a `plan.Hardware`.
+    """The device and dtype to use, printed with the reasons: a `plan.Hardware`, whose speed was not measured yet.
 
     Args:
         asked_device, asked_dtype: as in the settings.
@@ -129,7 +130,7 @@ def choose_hardware(asked_device: str, asked_dtype: str, local_rank: int):
         torch.cuda.set_device(device)
     autocast = contextlib.nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic kernels require it of cuBLAS
-    return Hardware(device, dtype, autocast, measure_matmul_flops(device, dtype))
+    return Hardware(device, dtype, autocast)
 
 
 def cpu_features() -> set[str]:
@@ -159,24 +160,36 @@ def keep_freed_memory() -> bool:
     return bool(mallopt(mmap_max, 0) and mallopt(trim_threshold, -1))
 
 
-def measure_matmul_flops(device, dtype, seconds: float = 0.3) -> float:
-    """FLOP/s of a large square matrix product on this device: the limit that MFU is measured against."""
+def measure_matmul_flops(device, dtype, weights: Iterable[tuple[int, int]] = (), seconds: float = 0.3) -> float:
+    """FLOP/s that matrix products reach on this device: the limit that MFU is measured against.
+
+    The best of square products and of those with weights of a model, since a processor's best shape differs: with AMX
+    a product of 1,024 reaches half of what a layer's does.
+
+    Args:
+        weights: shapes [outputs, inputs], which 2,048 rows are multiplied with.
+        seconds: to spend, about, shared among the shapes.
+    """
     import torch
+    import torch.nn.functional as F
 
     sizes = (256, 2048, 8192) if device.type == "cuda" else (256, 1024)
+    shapes = [(size, size, size) for size in sizes] + [(2048, *weight) for weight in weights]
     best = 0.0
-    for size in sizes:
-        if best and 2 * size**3 / best > seconds:
-            break  # emulated dtype, or a small GPU: the smaller product is enough
-        a = torch.randn(size, size, device=device, dtype=dtype)
-        a @ a  # a GPU's first product loads cuBLAS, for up to a second
+    for rows, outputs, inputs in sorted(shapes, key=math.prod):
+        flops = 2 * rows * outputs * inputs
+        if best and flops / best > seconds:
+            break  # emulated dtype, or a small GPU: the smaller products are enough
+        x = torch.randn(rows, inputs, device=device, dtype=dtype)
+        weight = torch.randn(outputs, inputs, device=device, dtype=dtype)
+        F.linear(x, weight)  # a GPU's first product loads cuBLAS, for up to a second
         synchronize(device)
-        end = time.perf_counter() + seconds / len(sizes)
+        end = time.perf_counter() + seconds / len(shapes)
         while time.perf_counter() < end:
             start = time.perf_counter()
-            a @ a
+            F.linear(x, weight)
             synchronize(device)
-            best = max(best, 2 * size**3 / (time.perf_counter() - start))
+            best = max(best, flops / (time.perf_counter() - start))
     return best
 
 

@@ -103,7 +103,7 @@ def print_profile(options: argparse.Namespace) -> None:
     steps.count = 1
     groups, profiled, events = step_groups(steps, options.vocab_size, options.rounds)
     whole = plain if steps.device.type == "cuda" else profiled  # profiling does not slow down the GPU itself
-    rate = utils.measure_matmul_flops(steps.device, getattr(torch, options.dtype))
+    rate = utils.measure_matmul_flops(steps.device, getattr(torch, options.dtype), contender.model.layer_shapes())
     groups[REST] = max(0.0, whole - sum(groups.values()))
 
     tokens = options.batch_size * options.max_seq_len

@@ -8,8 +8,8 @@ A step is forward, backward, clipping at 1.0, the optimizer's step and zero_grad
 and they take turns, one step per round (on a GPU ten in a row), so that other load on the machine affects all of them.
 MiniMind's folder is a checkout of its tag minimind-v1; transformers must be installed. Missing contenders are skipped.
 
-GFLOP/s: 6 FLOP per weight of the contender and token, plus causal attention. Limit: the rate of a large matrix product
-on this device in this dtype, also measured in every round.
+GFLOP/s: 6 FLOP per weight of the contender and token, plus causal attention. Limit: the best rate of large matrix
+products and of those with the layers' weights on this device in this dtype, also measured in every round.
 """
 
 import argparse
@@ -28,6 +28,7 @@ from worker import Worker, ready_workers, warn_if_busy
 
 import utils
 from model.errors import InputError
+from model.model import Transformer
 
 ROW = "{:30} {:>7} {:>8} {:>9} {:>9} {:>8} {:>7} {:>9} {:>9}"
 
@@ -111,12 +112,14 @@ def start(names: list[str], options: argparse.Namespace, keeps_freed_memory: boo
 def compare(workers: list[Contender], options: argparse.Namespace, title: str) -> None:
     """Let them take turns, and print a table."""
     device, dtype, rates = torch.device(options.device), getattr(torch, options.dtype), []
+    with torch.device("meta"):
+        shapes = Transformer(step_contenders.our_config(options)).layer_shapes()
     for worker in workers:
         worker.seconds.clear()
     for _ in range(options.rounds):
         for worker in workers:
             worker.step()
-        rates.append(utils.measure_matmul_flops(device, dtype))
+        rates.append(utils.measure_matmul_flops(device, dtype, shapes))
     rate, tokens = statistics.median(rates), options.batch_size * options.max_seq_len
     print(f"\n{title}; a large matrix product: {rate / 1e9:,.0f} GFLOP/s (best: {max(rates) / 1e9:,.0f})")
     print(ROW.format("", "weights", "first", "tok/s", "best", "GFLOP/s", "of the", "of the", "memory"))

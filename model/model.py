@@ -209,6 +209,10 @@ class Transformer(nn.Module):
         """Numbers in all parameters; a tied matrix counts once."""
         return sum(parameter.numel() for parameter in self.parameters())
 
+    def layer_shapes(self) -> set[tuple[int, int]]:
+        """The shapes [outputs, inputs] of the layers' matrices."""
+        return {tuple(parameter.shape) for parameter in self.layers.parameters() if parameter.dim() == 2}
+
     def training_flops_per_token(self) -> int:
         """Floating-point operations of forward and backward for one token of a full sample.
 

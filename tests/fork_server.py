@@ -7,7 +7,6 @@ what it forks is like a fresh process. It ends, and ends what it forked, when th
 
 import atexit
 import contextlib
-import functools
 import gc
 import importlib
 import json
@@ -45,9 +44,8 @@ def preload() -> None:
     load_tokenizer()
     # As in conftest.py: no curves, and the machine is measured once.
     model.runs.metrics.draw_curves = lambda events, path: None
-    utils.measure_matmul_flops = functools.cache(utils.measure_matmul_flops)
-    for dtype in (torch.float32, torch.bfloat16):
-        utils.measure_matmul_flops(torch.device("cpu"), dtype)
+    rates = {dtype: utils.measure_matmul_flops(torch.device("cpu"), dtype) for dtype in (torch.float32, torch.bfloat16)}
+    utils.measure_matmul_flops = lambda device, dtype, weights=(): rates[dtype]
 
 
 def serve(asked: socket.socket) -> dict:

@@ -1,24 +1,13 @@
-"""The options of sampling, and of when a text ends."""
+"""The options of sampling, and of when a text ends. Without torch, so that a command line is read at once."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from model.errors import InputError
-from model.generation.sampling import (
-    LogitBias,
-    MinNewTokens,
-    MinP,
-    NoRepeatNgram,
-    OutputPenalties,
-    Processor,
-    RepetitionPenalty,
-    Temperature,
-    TopK,
-    TopP,
-)
 from model.options import check_options, is_number, is_whole, setting
 
+DTYPE_NAMES = ("float32", "bfloat16", "float16", "int8")  # of the weights in memory
 GREEDY_BELOW = 1e-4  # a temperature below this means greedy: dividing by it could overflow
 
 
@@ -97,33 +86,3 @@ class GenerationConfig:
         unknown = [index for index in self.logit_bias or {} if index >= vocab_size]
         if unknown:
             raise InputError(f"logit_bias: id {unknown[0]} found, the vocabulary has the ids 0 to {vocab_size - 1}")
-
-    def processors(self, eos_ids: Sequence[int]) -> list[Processor]:
-        """The bias and the penalties, in transformers' order."""
-        processors: list[Processor] = []
-        if self.logit_bias:
-            processors.append(LogitBias(self.logit_bias))
-        if self.repetition_penalty != 1:
-            processors.append(RepetitionPenalty(self.repetition_penalty))
-        if self.no_repeat_ngram_size:
-            processors.append(NoRepeatNgram(self.no_repeat_ngram_size))
-        if self.min_new_tokens:
-            processors.append(MinNewTokens(self.min_new_tokens, eos_ids))
-        if self.presence_penalty or self.frequency_penalty:
-            processors.append(OutputPenalties(self.presence_penalty, self.frequency_penalty))
-        return processors
-
-    def warpers(self) -> list[Processor]:
-        """The warpers of the distribution to draw from, applied after the processors, in transformers' order."""
-        warpers: list[Processor] = []
-        if self.greedy:
-            return warpers
-        if self.temperature != 1:
-            warpers.append(Temperature(self.temperature))
-        if self.top_k:
-            warpers.append(TopK(self.top_k))
-        if self.top_p < 1:
-            warpers.append(TopP(self.top_p))
-        if self.min_p:
-            warpers.append(MinP(self.min_p))
-        return warpers

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from model.generation.generation_config import GenerationConfig
+
 PADDING = -1  # in `tokens`: no token here; left of the shorter rows of a batch
 
 Processor = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -166,6 +168,38 @@ class MinP:
     def __call__(self, logits: Tensor, *_: Tensor) -> Tensor:
         probabilities = logits.softmax(-1)
         return logits.masked_fill(probabilities < self.p * probabilities.amax(-1, keepdim=True), -torch.inf)
+
+
+def processors_of(config: GenerationConfig, eos_ids: Sequence[int]) -> list[Processor]:
+    """The bias and the penalties that a config asks for, in transformers' order."""
+    processors: list[Processor] = []
+    if config.logit_bias:
+        processors.append(LogitBias(config.logit_bias))
+    if config.repetition_penalty != 1:
+        processors.append(RepetitionPenalty(config.repetition_penalty))
+    if config.no_repeat_ngram_size:
+        processors.append(NoRepeatNgram(config.no_repeat_ngram_size))
+    if config.min_new_tokens:
+        processors.append(MinNewTokens(config.min_new_tokens, eos_ids))
+    if config.presence_penalty or config.frequency_penalty:
+        processors.append(OutputPenalties(config.presence_penalty, config.frequency_penalty))
+    return processors
+
+
+def warpers_of(config: GenerationConfig) -> list[Processor]:
+    """The warpers of the distribution to draw from, applied after the processors, in transformers' order."""
+    warpers: list[Processor] = []
+    if config.greedy:
+        return warpers
+    if config.temperature != 1:
+        warpers.append(Temperature(config.temperature))
+    if config.top_k:
+        warpers.append(TopK(config.top_k))
+    if config.top_p < 1:
+        warpers.append(TopP(config.top_p))
+    if config.min_p:
+        warpers.append(MinP(config.min_p))
+    return warpers
 
 
 def sample(

@@ -1,6 +1,7 @@
 """What a run will do, settled before its first step: one value, which the loop, the report and the dry run read."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ class Hardware:
     device: torch.device
     dtype: torch.dtype  # of the matrix products
     autocast: AbstractContextManager  # in which the model runs
-    peak_flops: float  # FLOP/s that matrix products reach here
+    peak_flops: float = math.nan  # FLOP/s that matrix products reach here; nan: not measured yet
 
 
 @dataclass(frozen=True)

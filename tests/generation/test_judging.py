@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from inference import read_questions, read_texts
+from model.corpus.inputs import read_questions, read_texts
 from model.errors import InputError
 from model.generation.judging import judge_answers, repeats
 

@@ -20,7 +20,9 @@ from model.generation.sampling import (
     Temperature,
     TopK,
     TopP,
+    processors_of,
     sample,
+    warpers_of,
 )
 from model.LMConfig import LMConfig
 from optimized_inference import GenerationConfig, decode
@@ -82,7 +84,7 @@ def test_composed_processors_equal_transformers():
     for seed in range(40):
         tokens, logits = random_case(seed)
         expected = chain(tokens, logits.clone())
-        for process in [*config.processors([2]), *config.warpers()]:
+        for process in [*processors_of(config, [2]), *warpers_of(config)]:
             logits = process(logits, tokens, tokens[:, PROMPT:])
         assert torch.equal(logits, expected)
 
@@ -140,7 +142,7 @@ def test_draws_follow_the_probabilities():
 @pytest.mark.parametrize("top_p", [1.0, 0.9, 0.5, 0.0])
 @pytest.mark.parametrize("min_p", [0.0, 0.05])
 def test_draws_from_the_top_k_follow_the_warpers(top_p, min_p):
-    warpers = GenerationConfig(temperature=0.7, top_k=8, top_p=top_p, min_p=min_p).warpers()
+    warpers = warpers_of(GenerationConfig(temperature=0.7, top_k=8, top_p=top_p, min_p=min_p))
     for seed in range(1, 10, 2):  # without ties: which of several equal logits TopP leaves is not determined
         _, logits = random_case(seed, rows=1)
         expected = logits

@@ -191,6 +191,21 @@ def test_help_lists_every_flag():
     assert not [name for name in FIELDS if f"--{name} " not in result.stdout and f"--{name}\n" not in result.stdout]
 
 
+@pytest.mark.parametrize("script", ["train.py", "inference.py", "optimized_data_processing.py"])
+def test_help_loads_no_torch(script):
+    """Which takes a second."""
+    code = f"""
+import runpy, sys
+sys.argv = [{script!r}, "--help"]
+try:
+    runpy.run_path({script!r}, run_name="__main__")
+finally:
+    print("torch" in sys.modules, file=sys.stderr)
+"""
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0 and result.stderr == "False\n", result.stderr
+
+
 def test_settings_are_checked_before_torch_is_loaded():
     code = "import sys, train; train.read_settings(['--optimizer_type', 'muon']); print('torch' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=600)
