@@ -118,7 +118,7 @@ WRONG = {
     "a negative rate": ({"training": {"learning_rate": -1}}, "learning_rate", "above 0"),
     "nan": ({"training": {"learning_rate": float("nan")}}, "learning_rate", "a number"),
     "another word than auto": ({"training": {"learning_rate": "automatic"}}, "learning_rate", "a number", "or auto"),
-    "auto where it is not offered": ({"training": {"epochs": "auto"}}, "epochs", "'auto' found, a whole number"),
+    "auto where it is not offered": ({"training": {"patience": "auto"}}, "patience", "'auto' found, a whole number"),
     "a number for compile": ({"training": {"compile": 1}}, "compile", "true or false or auto"),
     "null for a batch": ({"training": {"batch_size": None}}, "batch_size", "whole number", "or auto"),
     "an unknown choice": ({"training": {"dtype": "fp16"}}, "dtype", "float16"),
