@@ -38,7 +38,7 @@ from utils import pick_device, pick_dtype, print_text, say
 
 BATCH_BYTES = 4 << 30  # for the keys and values of all texts in a batch
 CONTEXT_BYTES = 1 << 30  # for those of one text; a longer context needs --max_seq_len
-BATCH_SIZE = 16  # prompts that `batch_generate` continues at once
+BATCH_SIZE = 64  # prompts that `batch_generate` continues at once: more gain little (benchmarks/RESULTS.md)
 
 
 # ---------------------------------------------------------------------------------------------------------- the loop
