@@ -11,6 +11,7 @@ python train.py --config config_demo.yaml --config config_demo_chat.yaml
 
 import argparse
 import dataclasses
+import math
 import os
 import signal
 import sys
@@ -352,7 +353,9 @@ def train(settings: Settings, beginning: "Beginning | None", processes: Processe
         return trainer.exit_code(outcome)
     best = out_dir / "best_model.pth"
     say(f"{outcome.replace('_', ' ')} after step {step:,}; metrics and curves are in {out_dir}")
-    say(f"final weights: {out_dir / trainer.final_name}; weights of the lowest loss: {best}")
+    is_measured = math.isfinite(trainer.progress.best_val_loss)
+    what = "weights of the lowest loss" if is_measured else "the same, since nothing was evaluated"
+    say(f"final weights: {out_dir / trainer.final_name}; {what}: {best}")
     inference = ["python", "inference.py", "--model_path", best]
     if trainer.data.is_chat:
         say(f"chat with it: {command_line(*inference, '--interactive')}")

@@ -135,9 +135,11 @@ def file_path(given: str | os.PathLike) -> str:
     """A path as the user means it: `~` at its beginning is the home folder.
 
     Raises:
-        ValueError: there is no such home; its text says what would be accepted.
+        ValueError: it is empty, or there is no such home; its text says what would be accepted.
     """
     text = os.fspath(given)
+    if not text:
+        raise ValueError("a path")
     expanded = os.path.expanduser(text)
     if expanded.startswith("~"):
         user = re.split(r"[\\/]", expanded)[0]

@@ -16,7 +16,7 @@ MAX_CSV_FIELD = 64 << 20  # characters
 
 def csv_header(head: bytes) -> list[str]:
     """The names of a CSV file's columns, from its first bytes; [] where its first line is no row."""
-    first = head.removeprefix(BOM).splitlines()[:1]
+    first = head.removeprefix(BOM).lstrip(b"\r\n").splitlines()[:1]
     try:
         return next(csv.reader([line.decode("utf-8", "replace") for line in first]), [])
     except csv.Error:
@@ -29,13 +29,13 @@ def names_chats(names: Sequence[str]) -> bool:
     return is_pair(row) or any(keys <= row.keys() for keys in KEYS_OF_FORM.values())
 
 
-def refuse_repeated(path: Path, names: Sequence[str]) -> None:
+def refuse_repeated(path: Path, names: Sequence[str], keys: Sequence[str] = PAIR_KEYS) -> None:
     """Refuse a table with two columns of one name, of which only one could be read.
 
     Raises:
         InputError: it has.
     """
-    if repeated := [name for name in PAIR_KEYS if names.count(name) > 1]:
+    if repeated := [name for name in keys if names.count(name) > 1]:
         raise InputError(f"input_path: {path} has {names.count(repeated[0])} columns {repeated[0]}; rename all but one")
 
 
@@ -120,7 +120,7 @@ def parquet_rows(path: Path, keys: Sequence[str]) -> Generator:
                     f"input_path: {path} has no column of a chat, such as messages; {found}; process files of texts and"
                     " of chats into one output each"
                 )
-            refuse_repeated(path, names)
+            refuse_repeated(path, names, keys)
             for batch in file.iter_batches(batch_size=128, columns=columns):
                 # to_pylist would raise for text that is not UTF-8
                 values = [column.cast(_with_bytes(column.type)).to_pylist() for column in batch.columns]

@@ -178,7 +178,7 @@ def _load_initial(settings: Settings, say: Callable[[str], None]) -> Beginning:
             f"warning: init_from {path}: these weights continue texts and do not answer; pairs teach which answer is"
             " preferred, so tune them on chats first (config_chat.yaml)"
         )
-    if model.max_seq_len > known and chat:
+    if model.max_seq_len > known and (chat or data.train_data_kind in ("chats", "pairs")):
         say(f"max_seq_len {known}: what these weights know; {model.max_seq_len} is more than chats can teach them")
         model.max_seq_len = known
     if model.max_seq_len > known:

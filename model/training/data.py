@@ -253,7 +253,7 @@ class TrainingData:
         elif len(self.val_samples) == 0:
             return (
                 f"val_data_path is null, and fewer than 100 {_kind(self.train)} are too few to hold some of them out:"
-                f" all {len(self.train.chats):,} are trained on, and nothing is validated"
+                " training reads all of them, and nothing is validated"
             )
         else:
             held_out, of_all = len(self.train.held_out_chats), f"{len(self.train.chats):,} {_kind(self.train)}"

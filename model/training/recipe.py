@@ -81,7 +81,8 @@ def automatic_epochs(kind: str, epoch_tokens: int) -> tuple[int, str]:
     """
     (least, most), steps = EPOCHS[kind]
     wanted = math.ceil(steps * LEAST_TOKENS / epoch_tokens)
-    return max(least, min(most, wanted)), f"{least} to {most} over {kind}, more the fewer they are"
+    why = f"{least} to {most} over {kind}, more the fewer they are" if least < most else f"{kind} are read once"
+    return max(least, min(most, wanted)), why
 
 
 def automatic_tokens_per_step(epoch_tokens: int, epochs: int, max_steps: int | None) -> tuple[int, str]:

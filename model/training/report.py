@@ -41,9 +41,10 @@ def describe(plan: RunPlan) -> list[str]:
     padding = plan.order.rows_per_step - plan.train_samples
     if padding > 0:
         most = max(1, plan.train_samples // (t.accumulation_steps * plan.world_size))
+        remedy = f"lower batch_size to {most:,}" if t.batch_size > most else "fewer processes would do"
         lines.append(
             f"batch_size: {padding:,} of the {plan.order.rows_per_step:,} rows of each step are padding, since an epoch"
-            f" has only {counted(plan.train_samples, 'sample')}; lower batch_size to {most:,}"
+            f" has only {counted(plan.train_samples, 'sample')}; {remedy}"
         )
     return lines
 

@@ -697,17 +697,17 @@ def test_the_results_before_an_error_are_kept(in_run_folder, tiny_config, tokeni
     (bad,) = encode_texts(tokenizer, ["z"])[0]
     model.tok_embeddings.weight.data[bad] = torch.nan
     config = GenerationConfig(do_sample=False, max_new_tokens=3, logit_bias={bad: -math.inf})
-    prompts = [*((n, f"中国{n}") for n in range(1, 20)), (20, "z"), (21, "长江")]
+    prompts = [*((n, f"中国{n}") for n in range(1, 68)), (68, "z"), (69, "长江")]
     arguments = argparse.Namespace(batch_file="p", output_file="results.jsonl", resume=False)
 
     with pytest.raises(InputError, match="not finite"):
         inference.run_batch(generator, config, prompts, arguments)
 
     kept = [json.loads(line) for line in (in_run_folder / "results.jsonl").read_bytes().splitlines()]
-    assert len(kept) == 16 and kept[0] == {"prompt": "中国1", "text": generator.generate("中国1", config)}
+    assert len(kept) == 64 and kept[0] == {"prompt": "中国1", "text": generator.generate("中国1", config)}
     said = capsys.readouterr()
-    assert "16 of 21 results are in results.jsonl; --resume continues there" in said.err
-    assert said.out.count("[16]") == 1 and "[17]" not in said.out
+    assert "64 of 69 results are in results.jsonl; --resume continues there" in said.err
+    assert said.out.count("[64]") == 1 and "[65]" not in said.out
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")

@@ -25,7 +25,7 @@ def test_a_script_without_its_libraries_is_one_line(script):
 
 
 @pytest.mark.parametrize(
-    ("script", "library", "package"), [("train", "yaml", "pyyaml"), ("inference", "torch", "torch")]
+    ("script", "library", "package"), [("train", "yaml", "pyyaml"), ("model.model", "torch", "torch")]
 )
 def test_the_missing_library_is_named_as_pip_knows_it(script, library, package, tmp_path):
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); sys.modules[{library!r}] = None; import {script}"
