@@ -23,15 +23,17 @@ import yaml
 UNKNOWN = "这个我不知道。"
 FIRST = "unknown-first"  # chats that can only begin a conversation
 PHRASINGS = {  # of each fact: a poem's line is easily told from others, a sum is not
-    "next": 14, "author": 15, "saying": 16, "currency": 28, "sum": 88,
+    "next": 9, "line": 9, "author": 10, "line-author": 8, "title": 11, "saying": 16, "currency": 26, "sum": 90,
 }  # fmt: skip
+PHRASED_AS = {"line": "next", "line-author": "author", "title": "author"}  # kinds that are asked in another's words
 SHAPES = {  # of a question, and how often each is drawn
-    "ask": 0.55, "order": 0.18, "context": 0.13, "reversed": 0.06, "story": 0.08,
+    "ask": 0.51, "order": 0.18, "context": 0.13, "reversed": 0.06, "story": 0.12,
 }  # fmt: skip
 # Where the pieces of a sentence meet: no two commas, and no comma before 的.
 JOINTS = [(re.compile(p), j) for p, j in (("[，。]+，", "，"), ("[，。…]+的", "的"), ("([：…—])[，。]", r"\1"))]
-IN_WORDS = 0.42  # of the sums
-JOINED = 0.22  # of the chats: behind others, as in a conversation
+IN_WORDS = 0.5  # of the sums
+TITLE_QUOTES = ["《{a}》", "《{a}》", "《{a}》这首诗", "{a}这首诗", "古诗《{a}》", "{a}"]
+JOINED = 0.2  # of the chats: behind others, as in a conversation
 COARSE = re.compile("[茅粪屎尿屁]|汉子|驼子|[A-Za-z（]")  # sayings that are left out, and those that are cut
 NUMERALS = "零一二三四五六七八九"
 KEPT = 25  # unknown things of each kind that only the questions ask about
@@ -75,7 +77,9 @@ class Maker:
 
     def phrase(self, kind: str, trained: bool, **values) -> str:
         """One phrasing, drawn: of the training chats a sentence of one of five shapes, with a lead and an end."""
-        ways = self.words["kinds"][kind]
+        ways = self.words["kinds"][PHRASED_AS.get(kind, kind)]
+        if kind == "title":
+            ways = ways | {"quotes": TITLE_QUOTES, "questions": ["《{a}》的作者是哪一位？", "是谁写出了《{a}》？"]}
         if not trained:
             return self.draw.choice(ways["questions"]).format(**values)
         shape = self.draw.choices(list(SHAPES), SHAPES.values())[0]
@@ -131,38 +135,70 @@ class Maker:
 
 
 def poems(maker: Maker, folder: Path, count: int, unknown: int) -> None:
-    """First couplets by famous poets: what follows, and who wrote it."""
-    disputed = tuple(maker.words["disputed"].split())
-    couplet, famous = r"[\u4e00-\u9fff]{5,7}，[\u4e00-\u9fff]{5,7}", set(maker.words["authors"].split())
-    known, strangers, seen = [], [], set()
-    for question, answer, _, author in read_chats(folder / "poems_qa.jsonl.gz", "poem-two-turns"):
-        line, after = quoted(question).rstrip("。！？"), answer.rstrip("。！？")
-        if re.fullmatch(couplet, line) and re.fullmatch(couplet, after) and line not in seen:
-            seen.add(line)
-            if line.startswith(disputed):
-                continue
-            if author.split("，")[0] in famous and len(known) < count:
-                known.append((line, after, author))
-            else:
-                strangers.append(line)
+    """Famous couplets: what follows them, and each of their lines, and who wrote it."""
+    known, titles, strangers = known_poems(maker, folder, count)
     after_ways = maker.words["author_after"]
-    for line, after, author in known:
-        maker.teach("next", f"{after}。", a=line)
-        maker.teach("author", author, a=line)
-        for again in maker.draw.sample(after_ways["asks"], 6):
-            turns = maker.phrase("next", True, a=line), f"{after}。", again, author
+    for first, second, author in known:
+        lines = [*first.split("，"), *second.split("，")]
+        maker.teach("next", f"{second}。", a=first)
+        maker.teach("author", author, a=first)
+        for line, after in itertools.pairwise(lines):
+            maker.teach("line", f"{after}。", a=line)
+        for line in lines:
+            maker.teach("line-author", author, a=line)
+        for again in maker.draw.sample(after_ways["asks"], 5):
+            turns = maker.phrase("next", True, a=first), f"{second}。", again, author
             maker.chats.append(chat(*turns, source="two-turns"))
         again = maker.draw.choice(after_ways["questions"])
-        turns = maker.phrase("next", False, a=line), f"{after}。", again, author
+        turns = maker.phrase("next", False, a=first), f"{second}。", again, author
         maker.questions.append(chat(*turns, source="two-turns"))
-    for source in ("poem-next", "poem-author"):
-        for question, _ in read_chats(folder / "poems_qa.jsonl.gz", source):
-            line = quoted(question).rstrip("。")
-            if re.fullmatch(r"[\u4e00-\u9fff，]{5,16}", line) and not any(line in one or one in line for one in seen):
-                strangers.append(line)
+    for title, author in titles.items():
+        maker.teach("title", f"《{title}》的作者是{author}。", a=title)
     maker.draw.shuffle(strangers)
     for kind in ("next", "author"):
         maker.refuse(kind, ({"a": line} for line in strangers[:unknown]))
+    maker.refuse("title", ({"a": title} for title in unknown_titles(maker, folder, set(titles), unknown // 2)))
+
+
+def known_poems(maker: Maker, folder: Path, count: int) -> tuple[list, dict[str, str], list[str]]:
+    """The poems that are taught (first couplet, second couplet, author and title as an answer), the authors of titles
+    that tell one, and lines of other poems."""
+    words, disputed = maker.words, tuple(maker.words["disputed"].split())
+    couplet, famous = r"[\u4e00-\u9fff]{5,7}，[\u4e00-\u9fff]{5,7}", set(words["authors"].split())
+    known, strangers = [], []
+    for poem in words["poems"]:
+        author, title, first, second = re.fullmatch("(.+?)《(.+?)》(.+?)。(.+?)。", poem).groups()
+        known.append((first, second, f"{author}，出自《{title}》。"))
+    seen = {line for first, second, _ in known for line in (first, *first.split("，"), *second.split("，"))}
+    for question, answer, _, author in read_chats(folder / "poems_qa.jsonl.gz", "poem-two-turns"):
+        first, second = quoted(question).rstrip("。！？"), answer.rstrip("。！？")
+        lines = [first, *first.split("，"), *second.split("，")]
+        if not (re.fullmatch(couplet, first) and re.fullmatch(couplet, second)) or seen & set(lines):
+            continue
+        seen.update(lines)
+        if first.startswith(disputed):
+            continue
+        if author.split("，")[0] in famous and len(known) < count:
+            known.append((first, second, author))
+        else:
+            strangers.append(first)
+    for source in ("poem-next", "poem-author"):
+        for question, _ in read_chats(folder / "poems_qa.jsonl.gz", source):
+            line = quoted(question).rstrip("。")
+            if re.fullmatch(r"[\u4e00-\u9fff，]{5,16}", line) and not any(one in line or line in one for one in seen):
+                strangers.append(line.split("，")[0] if len(line) > 8 and maker.draw.random() < 0.4 else line)
+    named = [re.fullmatch("(.+?)，出自《(.+?)》。", author).groups() for *_, author in known]
+    titles = {title: author for author, title in named if len({a for a, t in named if t == title}) == 1}
+    return known, titles, strangers
+
+
+def unknown_titles(maker: Maker, folder: Path, known: set[str], count: int) -> list[str]:
+    """Titles of other poems."""
+    answers = (answer for _, answer in read_chats(folder / "poems_qa.jsonl.gz", "poem-author"))
+    titles = {found[1] for answer in answers if (found := re.search("《([\u4e00-\u9fff]{2,8})》", answer))}
+    others = sorted(titles - known)
+    maker.draw.shuffle(others)
+    return others[:count]
 
 
 def sayings(maker: Maker, folder: Path, count: int, unknown: int) -> None:
@@ -216,7 +252,7 @@ def currencies(maker: Maker, folder: Path) -> list[str]:
     maker.draw.shuffle(others)
     for name in known:
         maker.teach("currency", moneys[name], a=name)
-    maker.refuse("currency", ({"a": name} for name in others), times=24)
+    maker.refuse("currency", ({"a": name} for name in others), times=32)
     return known + others
 
 
@@ -252,7 +288,10 @@ def strange_questions(maker: Maker, countries: list[str], times: int) -> None:
 
 def others_questions(maker: Maker, phrasings: dict[str, list[str]]) -> None:
     """Questions in others' phrasings, each of four facts; and such as nothing here answers."""
-    for kind, facts in maker.facts.items():
+    facts_of = {kind: list(maker.facts[kind]) for kind in phrasings if kind in maker.facts}
+    for kind, base in PHRASED_AS.items():
+        facts_of[base] += [] if kind == "title" else maker.facts[kind]
+    for kind, facts in facts_of.items():
         for phrasing in phrasings[kind]:
             for values, answer in maker.draw.sample(facts, 4):
                 maker.questions.append(chat(phrasing.format(**values), answer, source=f"others-{kind}"))
@@ -294,8 +333,8 @@ def main() -> None:
         for name in ("chats_zh.yaml", "phrasings_zh.yaml")
     )
     maker = Maker(words, random.Random(options.seed))
-    poems(maker, options.sources, count=250, unknown=1400)
-    sayings(maker, options.sources, count=170, unknown=1100)
+    poems(maker, options.sources, count=150, unknown=1400)
+    sayings(maker, options.sources, count=170, unknown=1400)
     sums(maker, unknown=400)
     strange_questions(maker, currencies(maker, options.sources), times=16)
     said(maker)
