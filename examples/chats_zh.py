@@ -23,7 +23,7 @@ import yaml
 UNKNOWN = "这个我不知道。"
 FIRST = "unknown-first"  # chats that can only begin a conversation
 PHRASINGS = {  # of each fact: a poem's line is easily told from others, a sum is not
-    "next": 9, "line": 9, "author": 10, "line-author": 8, "title": 11, "saying": 16, "currency": 26, "sum": 90,
+    "next": 9, "line": 8, "author": 10, "line-author": 8, "title": 11, "saying": 16, "currency": 26, "sum": 90,
 }  # fmt: skip
 PHRASED_AS = {"line": "next", "line-author": "author", "title": "author"}  # kinds that are asked in another's words
 SHAPES = {  # of a question, and how often each is drawn
@@ -146,8 +146,9 @@ def poems(maker: Maker, folder: Path, count: int, unknown: int) -> None:
             maker.teach("line", f"{after}。", a=line)
         for line in lines:
             maker.teach("line-author", author, a=line)
-        for again in maker.draw.sample(after_ways["asks"], 5):
-            turns = maker.phrase("next", True, a=first), f"{second}。", again, author
+        steps = [(first, second)] * 3 + list(itertools.pairwise(lines))
+        for (line, after), again in zip(steps, maker.draw.sample(after_ways["asks"], 6), strict=True):
+            turns = maker.phrase("next", True, a=line), f"{after}。", again, author
             maker.chats.append(chat(*turns, source="two-turns"))
         again = maker.draw.choice(after_ways["questions"])
         turns = maker.phrase("next", False, a=first), f"{second}。", again, author
