@@ -48,7 +48,9 @@ def main() -> int:
     if arguments.output_file is not None:
         folder = Path(arguments.output_file).parent
         if not folder.is_dir():
-            raise InputError(f"output_file: {arguments.output_file} cannot be written (no folder {folder}); make it first")
+            raise InputError(
+                f"output_file: {arguments.output_file} cannot be written (no folder {folder}); make it first"
+            )
         inputs = [arguments.batch_file, arguments.model_path, arguments.tokenizer_path]
         refuse_overwriting_inputs({"output_file": arguments.output_file}, [path for path in inputs if path])
         if not arguments.resume:
