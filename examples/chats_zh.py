@@ -289,9 +289,9 @@ def strange_questions(maker: Maker, countries: list[str], times: int) -> None:
 
 def others_questions(maker: Maker, phrasings: dict[str, list[str]]) -> None:
     """Questions in others' phrasings, each of four facts; and such as nothing here answers."""
-    facts_of = {kind: list(maker.facts[kind]) for kind in phrasings if kind in maker.facts}
-    for kind, base in PHRASED_AS.items():
-        facts_of[base] += [] if kind == "title" else maker.facts[kind]
+    facts_of = {kind: maker.facts[kind] for kind in phrasings if kind in maker.facts}
+    facts_of["next"] = maker.facts["next"] + maker.facts["line"]
+    facts_of["author"] = maker.facts["author"] + maker.facts["line-author"]  # a title would need other quotes
     for kind, facts in facts_of.items():
         for phrasing in phrasings[kind]:
             for values, answer in maker.draw.sample(facts, 4):

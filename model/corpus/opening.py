@@ -79,7 +79,8 @@ def recognise(path: Path, txt_documents: str = "file") -> tuple[str, str, bytes]
     """
     name, (packing, head) = str(path), _head(path)
     stem = name.lower().removesuffix(f".{packing}")
-    is_txt, is_csv = stem.endswith(".txt"), stem.endswith(".csv") and names_chats(csv_header(head))
+    columns = csv_header(head) if stem.endswith(".csv") else []
+    is_txt, is_csv = stem.endswith(".txt"), names_chats(columns)
     if not is_csv and (problem := unreadable(name, head)):
         raise InputError(f"input_path: {path} is {problem}")
     if packing and (head.startswith(PARQUET) or packing_of("", head)):
@@ -89,7 +90,7 @@ def recognise(path: Path, txt_documents: str = "file") -> tuple[str, str, bytes]
     if (encoding := encoding_of(head)) and (is_txt or is_csv or encoding == "utf-16"):
         raise WrongEncoding(f"input_path: {path} {describe_encoding(path, encoding)}", encoding)
     if is_csv:
-        refuse_repeated(path, csv_header(head))
+        refuse_repeated(path, columns)
         return "csv", packing, head
     form = "cr" if has_only_carriage_returns(head) else "jsonl"
     return txt_documents if is_txt else "array" if is_array(head) else form, packing, head

@@ -25,8 +25,7 @@ class PromptEncoder:
     ) -> None:
         self.tokenizer, self.context, self._say = tokenizer, context, say
         self.delimiters = delimiters(tokenizer) if begins_with_bos else Delimiters(None, tokenizer.eos_token_id)
-        self._said_no_template = False
-        self._said_left_out = False
+        self._said: set[str] = set()  # what is said once
 
     def encode_prompt(self, prompt: str) -> list[int]:
         """`<bos> ids`, as documents begin in training; without a bos `ids`, and where there are none, the eos.
@@ -73,20 +72,23 @@ class PromptEncoder:
         kept = kept_from(begin)
         if begin == begins[-1]:
             self.encode_chat(kept)  # refuses a last turn that leaves no room at all
-        if begin > system and not self._said_left_out:
-            self._say(
+        if begin > system:
+            self._say_once(
+                "left out",
                 f"context of {self.context} tokens: the {begin - system} oldest messages of the chat are left out, and"
-                " more as it goes on"
+                " more as it goes on",
             )
-            self._said_left_out = True
         return kept
+
+    def _say_once(self, what: str, line: str) -> None:
+        if what not in self._said:
+            self._said.add(what)
+            self._say(line)
 
     def _encode(self, history: Sequence[Message]) -> list[int]:
         contents = [message["content"] for message in history]
         if not self.tokenizer.chat_template:
-            if not self._said_no_template:
-                self._say("this tokenizer has no chat template: the chat is continued as plain text")
-                self._said_no_template = True
+            self._say_once("plain", "this tokenizer has no chat template: the chat is continued as plain text")
             return self._encode_start("\n".join(contents))
         return encode_chat(self.tokenizer, history)
 

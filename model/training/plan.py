@@ -170,17 +170,16 @@ def plan_run(
     batch_size = choices.batch_size(model, data, epochs, hardware.autocast)
     order = data.order(t.seed, batch_size * ranks.world_size * t.accumulation_steps)
     tokens_per_step = order.rows_per_step * data.config.max_seq_len
-    learning_rate = choices.learning_rate(parameters, tokens_per_step, data)
+    choices.learning_rate(parameters, tokens_per_step, data)
     pace = {"rows_per_step": order.rows_per_step, "epochs": epochs, "max_steps": t.max_steps}
     total_steps = _total_steps(pace, order, done, checkpoint)
-    warmup_steps = choices.warmup_steps(total_steps)
+    choices.warmup_steps(total_steps)
     flops_per_token = model.training_flops_per_token()
     peak_flops = ranks.smallest(hardware.peak_flops) * ranks.world_size  # the same on all processes
     expected_seconds = run_seconds((total_steps - done["step"]) * tokens_per_step * flops_per_token, peak_flops)
-    compiles = choices.compile(expected_seconds)
+    choices.compile(expected_seconds)
 
-    values = {"epochs": epochs, "batch_size": batch_size, "learning_rate": learning_rate, "warmup_steps": warmup_steps}
-    training = dataclasses.replace(t, **values, compile=compiles)
+    training = dataclasses.replace(t, **choices.made)  # the user's values, and those chosen where they said auto
     return RunPlan(
         training=training,
         chosen=choices.made,
