@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 from model.errors import InputError, OneLineError, ProcessLost, first_line, shown
-from model.runs.watchdog import Watchdog
+from model.runs.watchdog import FAREWELL_SECONDS, Watchdog
 
 T = TypeVar("T")
 
@@ -134,15 +134,27 @@ class Processes:
         return f"{rank} (machine {rank // self.local_world_size} of 0 to {machines - 1})" if machines > 1 else str(rank)
 
     def close(self) -> None:
-        """Leave the group."""
+        """Leave the group. Where rank 0 hosts the store, it waits a moment for the others, whose watchdogs ask it."""
+        failed = False
         if self._watchdog is not None:
             self._watchdog.stop()
+            failed = self._watchdog.failed
             self._watchdog = None
         if self._control is not None:
             import torch.distributed as dist
 
             dist.destroy_process_group()
+            if not failed and not self._store_of_launcher:
+                self._leave_store()
             self._control = self._keys = None
+
+    def _leave_store(self) -> None:
+        others = [f"left/{rank}" for rank in range(self.world_size) if rank != self.rank]
+        until = time.monotonic() + FAREWELL_SECONDS
+        with contextlib.suppress(RuntimeError):  # the store is gone: so is the reason to wait
+            self._keys.set(f"left/{self.rank}", "")
+            while self.is_main and not self._keys.check(others) and time.monotonic() < until:
+                time.sleep(0.01)
 
     def beat(self, doing: str, patience: float = 1.0) -> None:
         """Report progress to the watchdog, if there is one: what this process does next, and how many timeouts that

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
-FAREWELL_SECONDS = 5.0  # that a process has to end by itself after it learns that another one failed
+FAREWELL_SECONDS = 5.0  # that a process has to end by itself after another one failed or has finished
 START_PATIENCE = 3.0  # timeouts that may pass before the first beat, while imports, data and a checkpoint are read
 REQUEST_SECONDS = 10.0  # that the store may take to answer
 
@@ -73,6 +73,11 @@ class Watchdog:
     def heard(self) -> str | None:
         """What went wrong, as another process has said; None: nothing that this process knows of."""
         return self._heard
+
+    @property
+    def failed(self) -> bool:
+        """Whether this process has told the others, or heard from them, that something went wrong."""
+        return self._known is not None
 
     def stop(self) -> None:
         """The job is over."""

@@ -128,6 +128,11 @@ def test_no_word_in_an_error_makes_a_lost_process_of_it():
     assert ranks(body) == [(0, "None\n", "")] * 2
 
 
+def test_rank_0_leaves_last_with_the_store_that_the_others_ask():
+    body = "time.sleep(2.5 * rank)"  # a watchdog asks once a second
+    assert ranks(body) == [(0, "", "")] * 2
+
+
 def test_a_rank_that_never_comes_is_named_with_its_machine():
     alone = {"LOCAL_WORLD_SIZE": "1", "TEST_TIMEOUT": "2"}
     ((code, _, errors),) = ranks("", [alone])
