@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-CHUNK = 64  # queries that are looked at together, and so the share of the square above the diagonal that is computed
-HEADS = 16  # key heads that are: their scores (16 x 128 x 512 float32 are 4 MiB) stay in a CPU's cache
-LONGEST = 1024  # tokens: chunks keep their weights for the backward pass, T² / 2 a head; PyTorch's keeps none
+CHUNK_BYTES = 256  # of one row of queries that are looked at together: 64 in float32, 128 in 16 bits
+PIECE_BYTES = 4 * 2**20  # that the scores of one piece take: they stay in a CPU's cache
+SHORTEST = 64  # tokens: below, PyTorch's kernel
 
 
 def causal_attention(
@@ -31,7 +31,7 @@ def causal_attention(
             GPU computes all of the square; `torch.nn.attention.flex_attention` would skip the other documents there.
     """
     if in_chunks(q, q.shape[2], dropout):
-        return chunked_attention(q, k, v, documents)[0]
+        return chunked_attention(q, k, v, documents)
     if mask is None and documents is not None:
         mask = document_mask(documents)
     return pytorch_attention(q, k, v, mask, dropout, is_causal=mask is None)
@@ -80,7 +80,7 @@ def kernels_for_any_length(device: torch.device) -> contextlib.AbstractContextMa
 def in_chunks(x: Tensor, tokens: int, dropout: float) -> bool:
     """Whether attention over `tokens` tokens is computed in chunks: where its input `x` is trained on a CPU."""
     trains = torch.is_grad_enabled() and x.requires_grad
-    return trains and x.device.type == "cpu" and not dropout and CHUNK <= tokens <= LONGEST
+    return trains and x.device.type == "cpu" and not dropout and tokens >= SHORTEST
 
 
 def document_mask(documents: Tensor) -> Tensor:
@@ -107,121 +107,151 @@ def attention_written_out(
 # ------------------------------------------------------------------------------------------- in chunks, on a CPU
 
 
-def _blocks(heads: int, grouped: int, tokens: int, documents: Tensor | None):
-    """The pieces of the computation, one after another.
+def _pieces(q: Tensor, documents: Tensor | None):
+    """The pieces of the computation, one after another, for queries [B * H_kv, H / H_kv, T, D].
 
     Keys before the first document that any query of a piece belongs to are left out.
 
     Yields:
-        slice of key heads, of queries and of keys, where their weights begin in what is kept, and the weights' shape:
-        [key heads, grouped * queries, keys].
+        slices of key heads, of queries and of keys.
     """
-    begin, first = 0, 0
-    if documents is not None:  # [B, T]; where the document of each piece's first query begins, [B, chunks]
-        firsts = torch.searchsorted(documents.contiguous(), documents[:, ::CHUNK].contiguous())
+    heads, grouped, tokens, _ = q.shape
+    chunk, begin = CHUNK_BYTES // q.element_size(), 0
+    if documents is not None:  # [B, T]; where the document of each piece's first query begins, a list of chunks a row
+        firsts = torch.searchsorted(documents.contiguous(), documents[:, ::chunk].contiguous()).tolist()
         kv_heads = heads // len(documents)
-    for head in range(0, heads, HEADS):
-        some = min(HEADS, heads - head)
-        if documents is not None:
-            earliest = firsts[head // kv_heads : (head + some - 1) // kv_heads + 1].amin(0).tolist()
-        for query in range(0, tokens, CHUNK):
-            stop = min(query + CHUNK, tokens)
+    for number, query in enumerate(range(0, tokens, chunk)):
+        end = min(query + chunk, tokens)
+        most = max(1, PIECE_BYTES // (grouped * (end - query) * end * q.element_size()))
+        together = -(-heads // -(-heads // most))  # as evenly as it goes
+        for head in range(0, heads, together):
+            last = min(head + together, heads)
             if documents is not None:
-                first = earliest[query // CHUNK]
-            shape = (some, grouped * (stop - query), stop - first)
-            yield slice(head, head + some), slice(query, stop), slice(first, stop), begin, shape
-            begin += math.prod(shape)
+                begin = min(row[number] for row in firsts[head // kv_heads : (last - 1) // kv_heads + 1])
+            yield slice(head, last), slice(query, end), slice(begin, end)
+
+
+def _room_for_scores(q: Tensor) -> Tensor:
+    """Memory that any piece's scores fit into: allocated once, it stays in the cache."""
+    grouped, tokens = q.shape[1:3]
+    chunk = min(CHUNK_BYTES // q.element_size(), tokens)
+    return q.new_empty(max(PIECE_BYTES // q.element_size(), grouped * chunk * tokens))
+
+
+class _Weights:
+    """Computes the attention weights of one piece after another, the same in the forward and in the backward pass.
+
+    Args:
+        q: scaled queries [B * H_kv, H / H_kv, T, D].
+        k: keys [B * H_kv, T, D].
+        documents: int64 [B, T] or None.
+    """
+
+    def __init__(self, q: Tensor, k: Tensor, documents: Tensor | None) -> None:
+        self._q, self._k, self._room = q, k, _room_for_scores(q)
+        chunk = CHUNK_BYTES // q.element_size()
+        self._hidden = q.new_full((chunk, chunk), -torch.inf).triu(1)  # what lies after the query
+        self._own = None  # each token's document for every key head, [B * H_kv, 1, T]
+        if documents is not None:
+            self._own = documents.repeat_interleave(len(k) // len(documents), 0)[:, None]
+
+    def of(self, head: slice, query: slice, key: slice) -> tuple[Tensor, Tensor]:
+        """The piece's queries [heads, grouped * queries, D] and weights [heads, grouped * queries, keys]; these are
+        overwritten by the next call."""
+        queries = self._q[head, :, query].flatten(1, 2)
+        count = query.stop - query.start
+        weights = in_room(self._room, queries, key)
+        torch.bmm(queries, self._k[head, key].transpose(1, 2), out=weights)
+        by_query = weights.unflatten(1, (-1, count))
+        by_query[..., -count:] += self._hidden[:count, :count]
+        if self._own is not None:
+            by_query.masked_fill_(self._own[head, :, query, None] != self._own[head, :, None, key], -torch.inf)
+        return queries, torch.softmax(weights, -1, out=weights)
+
+
+def in_room(room: Tensor, queries: Tensor, key: slice) -> Tensor:
+    """The beginning of `room` as scores [heads, grouped * queries, keys]."""
+    shape = (*queries.shape[:2], key.stop - key.start)
+    return room[: math.prod(shape)].view(shape)
+
+
+def _by_key_head(q: Tensor, k: Tensor, *others: Tensor) -> list[Tensor]:
+    """q [B, H, T, D] -> [B * H_kv, H / H_kv, T, D]; k and the others [B, H_kv, T, D] -> [B * H_kv, T, D]."""
+    batch, heads, tokens, size = q.shape
+    kv_heads = k.shape[1]
+    queries = q.reshape(batch * kv_heads, heads // kv_heads, tokens, size)
+    return [queries, *(t.reshape(-1, tokens, size) for t in (k, *others))]
 
 
 @torch.library.custom_op("mateconv::chunked_attention", mutates_args=())
-def chunked_attention(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def chunked_attention(
+    q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None = None, pytorch_forward: bool = False
+) -> Tensor:
     """Causal attention in pieces small enough for the cache, skipping what lies above the diagonal.
 
+    The backward pass computes the weights again, which takes less time than reading T² / 2 numbers a head from memory.
     A custom operator, since `torch.compile` then leaves it whole. Query heads of one key head share one product.
 
     Args:
         documents: as `causal_attention` takes them.
+        pytorch_forward: PyTorch's kernel computes the forward pass, where there are no documents.
 
     Returns:
-        [B, H, T, D] and the attention weights, which the backward pass reads again.
+        [B, H, T, D]
     """
-    batch, heads, tokens, size = q.shape
-    kv_heads = k.shape[1]
-    grouped = heads // kv_heads
-    q = q.reshape(batch * kv_heads, grouped, tokens, size)
-    k, v = k.reshape(-1, tokens, size), v.reshape(-1, tokens, size)
+    if pytorch_forward and documents is None:
+        return pytorch_attention(q, k, v, is_causal=True).contiguous()
+    shape = q.shape
+    q, k, v = _by_key_head(q, k, v)
+    q = q * shape[-1] ** -0.5
     out = q.new_empty(q.shape)  # contiguous, as the fake kernel says; q of a single batch row is a strided view
-    kept = q.new_empty(_weights_kept(batch * kv_heads, grouped, tokens))
-    hidden = q.new_full((CHUNK, CHUNK), -torch.inf).triu(1)  # what lies after the query
-    if documents is not None:
-        own = documents.repeat_interleave(kv_heads, 0)[:, None]  # [B * H_kv, 1, T]
-    for head, query, key, begin, shape in _blocks(batch * kv_heads, grouped, tokens, documents):
-        count = query.stop - query.start
-        some = q[head, :, query].reshape(shape[0], shape[1], size)
-        scores = torch.bmm(some, k[head, key].transpose(1, 2)).mul_(size**-0.5)
-        by_query = scores.view(shape[0], grouped, count, -1)
-        by_query[..., -count:] += hidden[:count, :count]
-        if documents is not None:
-            by_query.masked_fill_(own[head, :, query, None] != own[head, :, None, key], -torch.inf)
-        weights = kept[begin : begin + scores.numel()].view(shape)
-        torch.softmax(scores, -1, out=weights)
-        out[head, :, query] = torch.bmm(weights, v[head, key]).view(shape[0], grouped, count, size)
-    return out.view(batch, heads, tokens, size), kept
-
-
-def _weights_kept(heads: int, grouped: int, tokens: int) -> int:
-    """Numbers that all pieces' weights take at most, whatever the documents."""
-    return sum(math.prod(shape) for *_, shape in _blocks(heads, grouped, tokens, None))
+    weights = _Weights(q, k, documents)
+    for head, query, key in _pieces(q, documents):
+        _, piece = weights.of(head, query, key)
+        out[head, :, query] = torch.bmm(piece, v[head, key]).unflatten(1, (-1, query.stop - query.start))
+    return out.view(shape)
 
 
 @torch.library.custom_op("mateconv::chunked_attention_backward", mutates_args=())
 def chunked_attention_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None, kept: Tensor
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of q, k and v, from that of the output [B, H, T, D]."""
-    batch, heads, tokens, size = q.shape
-    kv_heads = k.shape[1]
-    grouped = heads // kv_heads
-    q, grad = (t.reshape(batch * kv_heads, grouped, tokens, size) for t in (q, grad))
-    k, v = k.reshape(-1, tokens, size), v.reshape(-1, tokens, size)
-    grad_q, grad_k, grad_v = q.new_empty(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)  # contiguous
-    for head, query, key, begin, shape in _blocks(batch * kv_heads, grouped, tokens, documents):
-        some, some_grad = (t[head, :, query].reshape(shape[0], shape[1], size) for t in (q, grad))
-        weights = kept[begin : begin + math.prod(shape)].view(shape)
-        grad_v[head, key].baddbmm_(weights.transpose(1, 2), some_grad)
-        grad_weights = torch.bmm(some_grad, v[head, key].transpose(1, 2))
-        grad_scores = torch.ops.aten._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
-        grad_q[head, :, query] = torch.bmm(grad_scores, k[head, key]).view(shape[0], grouped, -1, size)
-        grad_k[head, key].baddbmm_(grad_scores.transpose(1, 2), some, alpha=size**-0.5)
-    return (
-        grad_q.mul_(size**-0.5).view(batch, heads, tokens, size),
-        grad_k.view(batch, kv_heads, tokens, size),
-        grad_v.view(batch, kv_heads, tokens, size),
-    )
+    shape, kv_shape, scale = q.shape, k.shape, q.shape[-1] ** -0.5
+    grad = _by_key_head(grad, k)[0]
+    q, k, v = _by_key_head(q, k, v)
+    q = q * scale
+    grad_q = q.new_empty(q.shape)  # contiguous
+    # Sums over all pieces: in 16 bits each would round.
+    grad_k, grad_v = (t.new_zeros(t.shape, dtype=torch.promote_types(t.dtype, torch.float32)) for t in (k, v))
+    weights, room = _Weights(q, k, documents), _room_for_scores(q)
+    for head, query, key in _pieces(q, documents):
+        queries, piece = weights.of(head, query, key)
+        piece_grad = grad[head, :, query].flatten(1, 2)
+        grad_v[head, key] += torch.bmm(piece.transpose(1, 2), piece_grad)
+        scores_grad = torch.bmm(piece_grad, v[head, key].transpose(1, 2), out=in_room(room, queries, key))
+        torch.ops.aten._softmax_backward_data.out(scores_grad, piece, -1, piece.dtype, grad_input=scores_grad)
+        grad_q[head, :, query] = torch.bmm(scores_grad, k[head, key]).unflatten(1, (-1, query.stop - query.start))
+        grad_k[head, key] += torch.bmm(scores_grad.transpose(1, 2), queries)
+    return grad_q.mul_(scale).view(shape), grad_k.to(k.dtype).view(kv_shape), grad_v.to(v.dtype).view(kv_shape)
 
 
 @chunked_attention.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    batch, heads, tokens, _ = q.shape
-    kv_heads = k.shape[1]
-    kept = _weights_kept(batch * kv_heads, heads // kv_heads, tokens)
-    return q.new_empty(q.shape), q.new_empty(kept)
+def _(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None = None, pytorch_forward: bool = False) -> Tensor:
+    return q.new_empty(q.shape)
 
 
 @chunked_attention_backward.register_fake
-def _(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None, kept: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-def _save(ctx, inputs: tuple[Tensor | None, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs, output[1])
-    ctx.mark_non_differentiable(output[1])
+def _save(ctx, inputs: tuple, output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:4])
 
 
-def _backward(ctx, grad: Tensor, _) -> tuple[Tensor, Tensor, Tensor, None]:
-    return *chunked_attention_backward(grad, *ctx.saved_tensors), None
+def _backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+    return *chunked_attention_backward(grad, *ctx.saved_tensors), None, None
 
 
 chunked_attention.register_autograd(_backward, setup_context=_save)

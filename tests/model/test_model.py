@@ -1,5 +1,7 @@
 """The model: MiniMind v1's shape and names, the numbers of transformers' Llama, and a cache that changes nothing."""
 
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -183,17 +185,37 @@ def test_impossible_shapes_are_all_named_at_once():
         LMConfig(dim=64, n_heads=4, n_kv_heads=3)
 
 
-@pytest.mark.parametrize("tokens, heads, kv_heads", [(64, 4, 4), (150, 4, 2), (100, 40, 20)])
+@pytest.mark.parametrize("tokens, heads, kv_heads", [(64, 4, 4), (150, 4, 2), (100, 40, 20), (1030, 6, 2)])
 def test_chunked_attention_equals_pytorchs_with_its_gradients(tokens, heads, kv_heads):
     q, k, v = (
         torch.randn(2, h, tokens, 8, dtype=torch.float64, requires_grad=True) for h in (heads, kv_heads, kv_heads)
     )
     grad = torch.randn(2, heads, tokens, 8, dtype=torch.float64)
-    ours, _ = chunked_attention(q, k, v)
+    ours = chunked_attention(q, k, v)
     theirs = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     torch.testing.assert_close(ours, theirs)
     for one, other in zip(*(torch.autograd.grad(out, (q, k, v), grad) for out in (ours, theirs)), strict=True):
         torch.testing.assert_close(one, other)
+
+
+def test_chunked_attention_in_bfloat16_is_as_close_as_pytorchs():
+    exact = [torch.randn(1, h, 700, 32, dtype=torch.float64, requires_grad=True) for h in (4, 2, 2)]
+    grad = torch.randn(1, 4, 700, 32, dtype=torch.float64)
+    rounded = [t.detach().bfloat16().requires_grad_() for t in exact]
+
+    def values(inputs, attention):
+        out = attention(*inputs)
+        return [out.detach(), *torch.autograd.grad(out, inputs, grad.to(out.dtype))]
+
+    pytorchs = functools.partial(F.scaled_dot_product_attention, is_causal=True, enable_gqa=True)
+    expected = values([t.detach().double().requires_grad_() for t in rounded], pytorchs)
+
+    def errors(attention):
+        found = values(rounded, attention)
+        return [float((a.double() - b).norm() / b.norm()) for a, b in zip(found, expected, strict=True)]
+
+    for ours, theirs in zip(errors(chunked_attention), errors(pytorchs), strict=True):
+        assert ours < 2.5 * theirs and ours < 0.007
 
 
 DOCUMENTS = [[1, 3, 60, 86], [130, 20], [150]]  # tokens of each document, in three samples of 150
@@ -207,7 +229,7 @@ def numbered(samples):
 def test_chunked_attention_within_documents_equals_each_document_alone(heads, kv_heads):
     q, k, v = (torch.randn(3, h, 150, 8, dtype=torch.float64, requires_grad=True) for h in (heads, kv_heads, kv_heads))
     grad, documents = torch.randn(3, heads, 150, 8, dtype=torch.float64), numbered(DOCUMENTS)
-    ours, _ = chunked_attention(q, k, v, documents)
+    ours = chunked_attention(q, k, v, documents)
     masked = F.scaled_dot_product_attention(q, k, v, attn_mask=document_mask(documents), enable_gqa=True)
     alone = []
     for row, lengths in enumerate(DOCUMENTS):
@@ -266,8 +288,8 @@ def test_the_operators_for_torch_compile_describe_their_outputs_as_they_are(batc
     q, k, v = (torch.randn(batch, 64, heads, 16).transpose(1, 2).requires_grad_() for heads in (4, 2, 2))
     for documents in (None, torch.zeros(batch, 64, dtype=torch.int64)):
         torch.library.opcheck(chunked_attention, (q, k, v, documents), test_utils="test_faketensor")
-        out, kept = chunked_attention(q, k, v, documents)
-        inputs = (torch.randn_like(out), *(t.detach() for t in (q, k, v)), documents, kept.detach())
+        out = chunked_attention(q, k, v, documents)
+        inputs = (torch.randn_like(out), *(t.detach() for t in (q, k, v)), documents)
         torch.library.opcheck(chunked_attention_backward, inputs, test_utils="test_faketensor")
     hidden, weight = torch.randn(batch * 64, 32, requires_grad=True), torch.randn(100, 32, requires_grad=True)
     targets = torch.randint(100, (batch * 64,))
