@@ -112,6 +112,7 @@ class Trainer:
             self.plan = plan_run(self.settings, self.data, self.model, self.hardware, self.resumed, processes, say)
             references = beginning.references(self.data, self.plan, processes, say)
         self.training = t = self.plan.training
+        self.model.training_attention = t.attention
         self.objective = choose_objective(self.data, self.plan, references)
         self.evaluator = Evaluator(self.objective, self.data, self.plan, processes, self._is_stop_asked)
 

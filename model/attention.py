@@ -1,5 +1,5 @@
-"""Causal attention, three ways that give the same numbers: PyTorch's kernels, a faster one for training on a CPU, and
-one written out to be read.
+"""Causal attention in ways that give the same numbers: PyTorch's kernels, in chunks for training on a CPU, both mixed,
+and written out to be read.
 """
 
 import contextlib
@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+WAYS = ("chunks", "mixed", "pytorch")  # mixed: PyTorch's forward pass, and the backward pass in chunks
 CHUNK_BYTES = 256  # of one row of queries that are looked at together: 64 in float32, 128 in 16 bits
-PIECE_BYTES = 4 * 2**20  # that the scores of one piece take: they stay in a CPU's cache
+PIECE_BYTES = 2 * 2**20  # that the scores of one piece take for each thread: they stay in a CPU's caches
 SHORTEST = 64  # tokens: below, PyTorch's kernel
 
 
@@ -22,6 +23,7 @@ def causal_attention(
     dropout: float = 0.0,
     documents: Tensor | None = None,
     mask: Tensor | None = None,
+    way: str = "pytorch",
 ) -> Tensor:
     """Position t sees 0 to t: q [B, H, T, D], k and v [B, H_kv, T, D] -> [B, H, T, D].
 
@@ -29,9 +31,10 @@ def causal_attention(
         documents: int64 [B, T], the number of each token's document, which never falls; t sees its own document only.
         mask: `document_mask(documents)`, where it is at hand already. PyTorch's flash kernels take no mask, so that a
             GPU computes all of the square; `torch.nn.attention.flex_attention` would skip the other documents there.
+        way: one of WAYS; all but PyTorch's for a CPU, without dropout.
     """
-    if in_chunks(q, q.shape[2], dropout):
-        return chunked_attention(q, k, v, documents)
+    if way != "pytorch":
+        return chunked_attention(q, k, v, documents, way == "mixed")
     if mask is None and documents is not None:
         mask = document_mask(documents)
     return pytorch_attention(q, k, v, mask, dropout, is_causal=mask is None)
@@ -77,10 +80,9 @@ def kernels_for_any_length(device: torch.device) -> contextlib.AbstractContextMa
     return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
 
 
-def in_chunks(x: Tensor, tokens: int, dropout: float) -> bool:
-    """Whether attention over `tokens` tokens is computed in chunks: where its input `x` is trained on a CPU."""
-    trains = torch.is_grad_enabled() and x.requires_grad
-    return trains and x.device.type == "cpu" and not dropout and tokens >= SHORTEST
+def has_ways(device: torch.device, tokens: int, dropout: float) -> bool:
+    """Whether training on `tokens` tokens there can go any of WAYS; else PyTorch's alone."""
+    return device.type == "cpu" and not dropout and tokens >= SHORTEST
 
 
 def document_mask(documents: Tensor) -> Tensor:
@@ -122,7 +124,7 @@ def _pieces(q: Tensor, documents: Tensor | None):
         kv_heads = heads // len(documents)
     for number, query in enumerate(range(0, tokens, chunk)):
         end = min(query + chunk, tokens)
-        most = max(1, PIECE_BYTES // (grouped * (end - query) * end * q.element_size()))
+        most = max(1, _scores_at_once(q) // (grouped * (end - query) * end))
         together = -(-heads // -(-heads // most))  # as evenly as it goes
         for head in range(0, heads, together):
             last = min(head + together, heads)
@@ -135,7 +137,11 @@ def _room_for_scores(q: Tensor) -> Tensor:
     """Memory that any piece's scores fit into: allocated once, it stays in the cache."""
     grouped, tokens = q.shape[1:3]
     chunk = min(CHUNK_BYTES // q.element_size(), tokens)
-    return q.new_empty(max(PIECE_BYTES // q.element_size(), grouped * chunk * tokens))
+    return q.new_empty(max(_scores_at_once(q), grouped * chunk * tokens))
+
+
+def _scores_at_once(q: Tensor) -> int:
+    return torch.get_num_threads() * PIECE_BYTES // q.element_size()
 
 
 class _Weights:

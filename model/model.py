@@ -17,7 +17,7 @@ from model.attention import (
     cached_attention,
     causal_attention,
     document_mask,
-    in_chunks,
+    has_ways,
     kernels_for_any_length,
 )
 from model.errors import InputError
@@ -93,9 +93,10 @@ class Attention(nn.Module):
         mask: Tensor | None = None,
         cache: KVCache | None = None,
         documents: Tensor | None = None,
+        way: str = "pytorch",
     ) -> Tensor:
         """x [B, T, dim] -> [B, T, dim]. Position t sees what `mask` allows; without mask and cache, 0 to t, as far as
-        they are of its document."""
+        they are of its document, computed that way (`causal_attention`)."""
         batch, tokens, _ = x.shape
         q = self.q_norm(self.wq(x).view(batch, tokens, self.n_heads, self.head_dim))
         k = self.k_norm(self.wk(x).view(batch, tokens, self.n_kv_heads, self.head_dim))
@@ -111,7 +112,7 @@ class Attention(nn.Module):
             is_causal, grouped = cache is None and mask is None, self.n_kv_heads < self.n_heads
             x = attention_written_out(q, k, v, mask, dropout, is_causal, grouped)
         elif cache is None:
-            x = causal_attention(q, k, v, dropout, documents, mask)
+            x = causal_attention(q, k, v, dropout, documents, mask, way)
         else:
             x = cached_attention(q, k, v, mask)
         x = self.wo(x.transpose(1, 2).reshape(batch, tokens, -1))
@@ -143,17 +144,22 @@ class TransformerBlock(nn.Module):
         self.attention_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
         self.ffn_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
 
-    def forward(self, x: Tensor, *position: Tensor | KVCache | None) -> Tensor:
+    def forward(self, x: Tensor, *position: Tensor | KVCache | str | None) -> Tensor:
         """x [B, T, dim] -> [B, T, dim]; `position` goes to the attention as it is."""
         x = x + self.attention(self.attention_norm(x), *position)
         return x + self.feed_forward(self.ffn_norm(x))
 
 
 class Transformer(nn.Module):
-    """A decoder-only language model of the shape that an LMConfig gives."""
+    """A decoder-only language model of the shape that an LMConfig gives.
+
+    Attributes:
+        training_attention: how a CPU computes attention where gradients are wanted, one of `attention.WAYS`.
+    """
 
     def __init__(self, config: LMConfig | None = None) -> None:
         super().__init__()
+        self.training_attention = "chunks"
         self.config = config = config or LMConfig()
         refuse_unknown(config, NETWORK_FIELDS, "the network")
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
@@ -240,11 +246,13 @@ class Transformer(nn.Module):
 
         dropout = self.config.dropout if self.training else 0.0
         x = F.dropout(self.tok_embeddings(tokens), dropout)
-        if documents is not None and not (self.config.flash_attn and in_chunks(x, count, dropout)):
+        trains = cache is None and torch.is_grad_enabled() and has_ways(x.device, count, dropout)
+        way = self.training_attention if trains else "pytorch"
+        if documents is not None and not (self.config.flash_attn and way != "pytorch"):
             mask = document_mask(documents)  # once for all layers; in chunks none is needed
         with kernels_for_any_length(self.device) if cache is not None else contextlib.nullcontext():
             for layer in self.layers:
-                x = layer(x, cos, sin, mask, cache, documents)
+                x = layer(x, cos, sin, mask, cache, documents, way)
         if cache is not None:
             cache.advance(count)
         return self.norm(x)

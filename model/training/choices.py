@@ -6,9 +6,11 @@ from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 
+from model.attention import has_ways
 from model.errors import InputError, counted
 from model.model import Transformer
 from model.options import parse_value
+from model.training.attention_trial import fastest_attention
 from model.training.data import TrainingData
 from model.training.memory import free_memory, rows_that_fit
 from model.training.optimizer import optimizer_bytes
@@ -101,7 +103,8 @@ class Choices:
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise InputError(f"{path}: its values for auto are invalid; use an older checkpoint") from error
         if checkpoint["environment"].get("device") != self._device.type:
-            values.pop("compile", None)  # what pays on one kind of device need not on another
+            for name in ("compile", "attention"):  # what pays on one kind of device need not on another
+                values.pop(name, None)
         return values
 
     def _settle(self, name: str, choose: Callable[[], tuple[V, str]]) -> V:
@@ -160,6 +163,22 @@ class Choices:
             rows,
             f"{batch_text(rows, t.accumulation_steps, processes.world_size)} x {length} tokens, {why}; {memory}",
         )
+
+    def attention(self, data: TrainingData, rows: int, dtype: torch.dtype) -> None:
+        """The fastest way for this machine and these shapes, tried; in chunks where documents are told apart, since
+        PyTorch's kernels then compute all of the square.
+
+        Args:
+            rows: samples that a process reads at once.
+            dtype: of the matrix products.
+        """
+        config = data.config
+        if not has_ways(self._device, config.max_seq_len, config.dropout) or not config.flash_attn:
+            self.made["attention"] = "pytorch"  # there is no choice
+        elif self._training.document_mask or data.is_chat:
+            self._settle("attention", lambda: ("chunks", "documents are told apart"))
+        else:
+            self._settle("attention", lambda: fastest_attention(config, rows, dtype))
 
     def learning_rate(self, parameters: int, tokens_per_step: int, data: TrainingData) -> float:
         """What suits the size of the model and of a step.

@@ -168,6 +168,7 @@ def plan_run(
     choices = Choices(t, found, ranks, hardware.device, say)
     epochs = choices.epochs(data)
     batch_size = choices.batch_size(model, data, epochs, hardware.autocast)
+    choices.attention(data, batch_size, hardware.dtype)
     order = data.order(t.seed, batch_size * ranks.world_size * t.accumulation_steps)
     tokens_per_step = order.rows_per_step * data.config.max_seq_len
     choices.learning_rate(parameters, tokens_per_step, data)

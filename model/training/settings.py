@@ -127,6 +127,11 @@ class TrainingSettings:
     compile: bool | Auto = setting(
         AUTO, "compile the model with torch.compile, which needs a C++ compiler; auto: if it pays"
     )
+    attention: str = setting(
+        AUTO,
+        "how a CPU computes attention: in chunks, by PyTorch's kernels, or mixed; auto: the fastest here",
+        choices=(AUTO, "chunks", "mixed", "pytorch"),
+    )
     device: str = setting("auto", "cuda, cuda:1, mps or cpu; auto: the best there is")
     ddp: bool = setting(False, "train in several processes, started by torchrun")
     ddp_timeout: float = setting(600.0, "seconds without progress after which several processes fail", above=0)

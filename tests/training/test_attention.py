@@ -1,0 +1,64 @@
+"""Which way of computing attention a run takes on a CPU."""
+
+import dataclasses
+import time
+
+import pytest
+import torch
+
+from model.attention import SHORTEST, WAYS
+from model.LMConfig import LMConfig
+from model.training import attention_trial
+from model.training.attention_trial import fastest_attention
+from model.training.settings import AUTO, TrainingSettings
+from tests.conftest import random_model
+
+
+def test_the_setting_offers_every_way():
+    (attention,) = (f for f in dataclasses.fields(TrainingSettings) if f.name == "attention")
+    assert set(attention.metadata["choices"]) == {AUTO, *WAYS}
+
+
+@pytest.mark.parametrize("documents", [False, True])
+def test_every_way_gives_the_same_loss_and_gradients(documents):
+    config = LMConfig(dim=64, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=100, max_seq_len=SHORTEST + 30)
+    model = random_model(config).train()
+    tokens, targets = torch.randint(100, (2, 2, config.max_seq_len), generator=torch.Generator().manual_seed(1))
+    numbers = torch.arange(config.max_seq_len).repeat(2, 1) // 40 if documents else None
+    found = {}
+    for way in WAYS:
+        model.training_attention = way
+        loss = model(tokens, targets, documents=numbers)
+        found[way] = (loss.detach(), *torch.autograd.grad(loss, [*model.parameters()]))
+    for way in ("chunks", "mixed"):
+        for one, other in zip(found[way], found["pytorch"], strict=True):
+            assert (one - other).norm() < 1e-5 * other.norm()
+    assert not torch.equal(found["chunks"][1], found["pytorch"][1])  # they are computed differently
+
+
+@pytest.mark.parametrize(
+    ("seconds", "fastest"),
+    [((1, 0.95, 0.95), "chunks"), ((1, 0.8, 0.9), "mixed"), ((1, 0.9, 0.8), "pytorch"), ((1, 2, 3), "chunks")],
+)
+def test_another_way_than_in_chunks_must_be_clearly_faster(monkeypatch, seconds, fastest):
+    monkeypatch.setattr(attention_trial, "BUSY", 0)
+    monkeypatch.setattr(attention_trial, "SECONDS", 0)
+    monkeypatch.setattr(attention_trial, "_seconds", lambda way, _: dict(zip(WAYS, seconds, strict=True))[way])
+    config = LMConfig(dim=64, n_layers=1, n_heads=4, n_kv_heads=2, max_seq_len=100)
+    assert fastest_attention(config, 2, torch.float32)[0] == fastest
+
+
+def test_times_taken_beside_other_work_decide_nothing(monkeypatch):
+    monkeypatch.setattr(attention_trial, "_seconds", lambda way, _: time.sleep(0.05) or {"chunks": 2}.get(way, 1))
+    config = LMConfig(dim=64, n_layers=1, n_heads=4, n_kv_heads=2, max_seq_len=100)
+    assert fastest_attention(config, 2, torch.float32) == ("chunks", "the machine is too busy to try others")
+
+
+def test_the_trial_leaves_the_random_numbers_alone(monkeypatch):
+    config = LMConfig(dim=64, n_layers=1, n_heads=4, n_kv_heads=2, max_seq_len=100)
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    monkeypatch.setattr(attention_trial, "BUSY", 0)
+    way, why = fastest_attention(config, 2, torch.float32)
+    assert way in WAYS and all(name in why for name in WAYS)
+    assert torch.equal(before, torch.get_rng_state())
