@@ -154,7 +154,7 @@ class TextGenerator:
 
     Args:
         model: moved to `device`; None leaves it where it is. It may be in training mode, and stays in its mode.
-        tokenizer: a `transformers` fast tokenizer with an eos token.
+        tokenizer: a `transformers` fast tokenizer with an eos token, or what `open_tokenizer` gives.
         int8: hold the matrices as int8 (weight-only, a scale for each row); on a CPU.
         compile: on a CPU, whether compiled code decodes. True waits until it is compiled; None uses it as soon as it
             exists, except with a seed, whose text must not depend on that.

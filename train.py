@@ -175,10 +175,10 @@ def _say_what_it_holds(target: Path, raw_data_path: str | None) -> None:
 def make_preview(settings: Settings):
     """A function that continues a few prompts with the model in training, or answers a few questions if it learns
     chats, to show what it has learned."""
-    from model.text.tokenization import end_ids, load_tokenizer
+    from model.text.tokenization import end_ids, open_tokenizer
     from optimized_inference import GenerationConfig, TextGenerator
 
-    tokenizer = load_tokenizer(settings.data.tokenizer_path)
+    tokenizer = open_tokenizer(settings.data.tokenizer_path)
     end_ids(tokenizer)  # a bad generation_config.json is reported now, not at the first evaluation
     manifest = read_manifest(settings.data.train_data_path)
     is_chat = manifest is not None and bool(manifest.chat)

@@ -103,6 +103,7 @@ def in_mateconv(weights):
     from model.generation.engine import Engine
     from model.generation.rows import Rows
     from model.model import Transformer
+    from model.text.tokenization import load_tokenizer
     from model.weights.load import fitting_tokenizer
     from optimized_inference import GenerationConfig, TextGenerator, decode
 
@@ -114,7 +115,7 @@ def in_mateconv(weights):
         logits = model(torch.tensor([ids]))[0].numpy()
         config = GenerationConfig(do_sample=False, repetition_penalty=1.0, max_new_tokens=NEW_TOKENS)
         new = [event.token for event in decode(Rows(Engine(model, compile=False), 1), [ids], config, [-1])]
-    return ids, logits, new, tokenizer.decode(new, skip_special_tokens=True)
+    return ids, logits, new, load_tokenizer(tokenizer.name_or_path).decode(new, skip_special_tokens=True)
 
 
 # --------------------------------------------------------------------------------------------------------- comparing

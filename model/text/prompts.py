@@ -14,7 +14,7 @@ class PromptEncoder:
     """Turns prompts and chats into ids. A control token that a user's text spells out stays text.
 
     Args:
-        tokenizer: a `transformers` fast tokenizer with an eos token.
+        tokenizer: a `transformers` fast tokenizer with an eos token, or what `open_tokenizer` gives.
         context: tokens that the model takes, answer included.
         begins_with_bos: a text begins behind the tokenizer's bos, as the documents that the model was trained on.
         say: takes a line on what was left out or assumed.

@@ -14,10 +14,19 @@ from model.LMConfig import MOST_TOKENS
 from model.storage.gguf_header import is_gguf
 from model.text.encoder import TextEncoder, check_growth, library_errors
 from model.text.gguf_tokenizer import unpacked_tokenizer
+from model.text.plain_tokenizer import CONTROL, PlainTokenizer
 from model.text.tokenizer_folder import check_sizes, read_ends, read_object
 
 BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")
 EMBEDDED_TOKENIZER = Path(__file__).parents[1] / "tokenizer"
+# Files beside tokenizer.json and tokenizer_config.json in which transformers finds parts of a tokenizer.
+OTHER_PARTS = (
+    "added_tokens.json",
+    "additional_chat_templates",
+    "chat_template.jinja",
+    "config.json",
+    "special_tokens_map.json",
+)
 
 
 @dataclass(frozen=True)
@@ -72,6 +81,36 @@ def load_tokenizer(path: str | Path | None = None):
     # We encode whole books at once, so the library's warning about the model's maximum length is noise.
     tokenizer.model_max_length = int(1e30)
     return tokenizer
+
+
+def open_tokenizer(path: str | Path | None = None):
+    """`load_tokenizer` for training and generating; of the embedded tokenizer, and of those that are trained here, a
+    `PlainTokenizer`, which gives the same without transformers.
+
+    Raises:
+        InputError: as `load_tokenizer`.
+    """
+    return _plain_tokenizer(_tokenizer_file(path).parent) or load_tokenizer(path)
+
+
+def _plain_tokenizer(folder: Path) -> PlainTokenizer | None:
+    """A folder's tokenizer, if it is configured as the embedded one is; the chat template may differ."""
+    config, embedded = _read_config(folder), _read_config(EMBEDDED_TOKENIZER)
+    template = config.get("chat_template")
+    if config | {"chat_template": None} != embedded | {"chat_template": None} or not isinstance(template, str | None):
+        return None
+    if any((folder / name).exists() for name in OTHER_PARTS):
+        return None
+    from tokenizers import Tokenizer
+
+    try:
+        with library_errors("damaged"):
+            backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    except InputError:  # `load_tokenizer` says why
+        return None
+    _check(folder, backend)
+    special = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
+    return PlainTokenizer(folder, backend, config) if {config[name] for name in CONTROL} <= special else None
 
 
 def _read_config(folder: Path) -> dict:

@@ -11,7 +11,7 @@ from model.errors import InputError, command_line, counted
 from model.storage.files import size_text
 from model.text.chat_template import template_sha256
 from model.text.token_bytes import token_bytes
-from model.text.tokenization import delimiters, load_tokenizer, tokenizer_sha256, vocabulary_size
+from model.text.tokenization import delimiters, open_tokenizer, tokenizer_sha256, vocabulary_size
 from model.token_file.chats import verify_companions
 from model.training.mixing import MixedDataset, MixedOrder
 from model.training.settings import DataSettings, Settings, TrainingSettings
@@ -102,7 +102,7 @@ class TrainingData:
 
     Attributes:
         config: LMConfig, the model's shape for this tokenizer.
-        tokenizer, tokenizer_sha256: the tokenizer, of `transformers`, and its hash.
+        tokenizer, tokenizer_sha256: the tokenizer, as `open_tokenizer` gives it, and its hash.
         token_bytes: TokenBytes, the bytes of text that ids stand for.
         delimiters: the tokens that begin and end a document.
         train, val: PretrainDataset; with texts that are mixed in, `train` is a MixedDataset.
@@ -122,7 +122,7 @@ class TrainingData:
     def __init__(self, settings: Settings, verify: bool, say: Callable[[str], None]) -> None:
         data, self._verify = settings.data, verify
         self._path = data.train_data_path
-        self.tokenizer = tokenizer = load_tokenizer(data.tokenizer_path)
+        self.tokenizer = tokenizer = open_tokenizer(data.tokenizer_path)
         self.tokenizer_sha256, self.delimiters = tokenizer_sha256(data.tokenizer_path), delimiters(tokenizer)
         self._sample_start = data.sample_start
         self._template = tokenizer.chat_template and tokenizer.get_chat_template()

@@ -6,7 +6,7 @@ from pathlib import Path
 from model.errors import InputError
 from model.text.tokenization import (
     EMBEDDED_TOKENIZER,
-    load_tokenizer,
+    open_tokenizer,
     tokenizer_folder,
     tokenizer_sha256,
     vocabulary_size,
@@ -41,13 +41,13 @@ def load_weights(path: str | Path, overrides: Mapping[str, float] | None = None)
 
 
 def fitting_tokenizer(path: Path, weights: Weights, tokenizer_path: str | Path | None):
-    """Load the given tokenizer, else the recorded one, else the embedded one.
+    """Open the given tokenizer, else the recorded one, else the embedded one.
 
     Raises:
         InputError: the weights were trained with another tokenizer, or its size differs from the embedding's.
     """
     folder, recorded = tokenizer_path or recorded_tokenizer(weights), weights.tokenizer_sha256
-    tokenizer = load_tokenizer(folder)
+    tokenizer = open_tokenizer(folder)
     shown = folder or EMBEDDED_TOKENIZER.name
     found = tokenizer_sha256(folder)
     if recorded is not None and found != recorded and not _holds_its_tokenizer(weights, folder):
