@@ -16,7 +16,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from model.command import CommandParser, add_option, path_flag, print_text, run_command, say, true_or_false
+from model.command import (
+    CommandParser,
+    add_option,
+    heavy_imports,
+    path_flag,
+    print_text,
+    run_command,
+    say,
+    true_or_false,
+)
 from model.corpus.inputs import read_prompts, read_questions, read_texts
 from model.errors import InputError, counted
 from model.generation.batch_results import open_results, write_result
@@ -55,7 +64,8 @@ def main() -> int:
         refuse_overwriting_inputs({"output_file": arguments.output_file}, [path for path in inputs if path])
         if not arguments.resume:
             refuse_overwriting("output_file", arguments.output_file, "--resume continues it; or give another path")
-    from optimized_inference import load_generator  # imports torch: after everything that can fail early
+    with heavy_imports():  # after everything that can fail early
+        from optimized_inference import load_generator
 
     generator = load_generator(
         arguments.model_path,

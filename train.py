@@ -34,6 +34,7 @@ from utils import (
     CommandParser,
     Processes,
     add_option,
+    heavy_imports,
     path_flag,
     pick_device,
     print_error,
@@ -69,8 +70,9 @@ def read_beginning(arguments: list[str]) -> tuple[Settings, "Beginning | None"]:
     training = settings.training
     if not training.resumes and training.init_from is None:
         return settings, None
-    from model.runs.beginning import Beginning, find_beginning, take_shape_of_checkpoint  # imports torch
-    from model.runs.resume import find_checkpoint
+    with heavy_imports():
+        from model.runs.beginning import Beginning, find_beginning, take_shape_of_checkpoint
+        from model.runs.resume import find_checkpoint
 
     if has_config or not training.resumes:
         return settings, find_beginning(settings, say)
@@ -114,7 +116,8 @@ def _read_command(arguments: list[str]) -> tuple[Settings, dict[str, str], bool]
 
 def _refuse_shape(flags: dict[str, str]) -> None:
     """Refuse flags that contradict the weights of init_from."""
-    from model.runs.beginning import refuse_shape  # imports torch
+    with heavy_imports():
+        from model.runs.beginning import refuse_shape
 
     refuse_shape(list(flags))
 
@@ -323,8 +326,11 @@ def main() -> int:
 
 def train(settings: Settings, beginning: "Beginning | None", processes: Processes, dry_run: bool) -> int:
     """Train, or only report what that would take; returns the exit code."""
-    from model.training.memory import is_out_of_memory
-    from optimized_pretrain import Trainer  # imports torch: after everything that can fail early
+    with heavy_imports():  # after everything that can fail early
+        import torch._dynamo  # noqa: F401 (optimizers import it when they are built)
+
+        from model.training.memory import is_out_of_memory
+        from optimized_pretrain import Trainer
 
     trainer = None
     try:

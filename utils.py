@@ -15,6 +15,7 @@ from pathlib import Path
 from model.command import (  # noqa: F401 (the scripts' too)
     CommandParser,
     add_option,
+    heavy_imports,
     path_flag,
     print_error,
     print_message,

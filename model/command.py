@@ -15,7 +15,7 @@ import os
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from model.errors import InputError, OneLineError, command_line, elided, first_line, one_line, printable, shown
 from model.options import accepted_types, file_path, from_text
@@ -55,6 +55,18 @@ def run_command(main: Callable[[], int | None]) -> None:
             print_fault(error)
             code = 1
     sys.exit(code)
+
+
+@contextlib.contextmanager
+def heavy_imports() -> Iterator[None]:
+    """Import torch and the like within the block: without searching their new objects for garbage, again and again,
+    which takes up to a third of the time. Later searches leave them out."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def open_missing_streams() -> None:

@@ -1,5 +1,6 @@
 """What reaches a terminal: messages on one line, generated text without anything that a terminal obeys."""
 
+import gc
 import importlib
 import os
 import subprocess
@@ -7,7 +8,7 @@ import sys
 
 import pytest
 
-from model.command import CommandParser, print_error, print_fault, print_message, run_command, screen
+from model.command import CommandParser, heavy_imports, print_error, print_fault, print_message, run_command, screen
 from model.errors import MOST_OF_MESSAGE, InputError, one_line, printable
 from model.options import text_flag
 from tests.conftest import ROOT
@@ -33,6 +34,14 @@ def test_an_error_shows_both_ends_of_a_long_path(capsys):
     assert line.endswith("xxx/config.yaml: there is no such file")
     print_error("/home/" + "x" * 250)
     assert capsys.readouterr().err.endswith("x" * 250 + "\n")
+
+
+def test_garbage_is_collected_again_after_heavy_imports():
+    frozen = gc.get_freeze_count()
+    with pytest.raises(ImportError), heavy_imports():
+        assert not gc.isenabled()
+        raise ImportError
+    assert gc.isenabled() and gc.get_freeze_count() > frozen
 
 
 @pytest.mark.parametrize(
