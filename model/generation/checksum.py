@@ -32,6 +32,6 @@ def _blocks(tensor: Tensor) -> Iterator[Tensor]:
     if whole:
         yield from data[:whole].view(torch.int64).view(-1, WIDTH).split(BLOCK)
     if whole < len(data):
-        rest = data.new_zeros(width)
-        rest[: len(data) - whole] = data[whole:]
-        yield rest.view(torch.int64)[None]
+        rest = data.new_zeros(WIDTH, dtype=torch.int64)  # as bytes it would wake torch's threads, which may be slow
+        rest.view(torch.uint8)[: len(data) - whole] = data[whole:]
+        yield rest[None]
