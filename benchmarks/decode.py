@@ -7,8 +7,9 @@
 
 llama.cpp takes part if llama-cpp-python is installed, here or for the interpreter that --llama_python names, and gguf
 is installed here. Every contender has its own process and they take turns, one text per round, so that other load on
-the machine affects all of them. first: milliseconds to the first token, which include reading the prompt. tok/s: the
-tokens after it over the time after it; medians over the rounds. GB/s: the weights' bytes, read once per step. Limit:
+the machine affects all of them. first: milliseconds that a text of one token takes, which include reading the prompt.
+tok/s: all new tokens over the time of whole texts; medians over the rounds. after: the tokens after the first one over
+the time after it. GB/s: the weights' bytes, read once per step after the first token. Limit:
 the rate at which a sum reads as many bytes, from a cache if they fit it, the best of five in every round. On a GPU
 transformers and MateConv take part, eager, greedy and sampling.
 """
@@ -44,12 +45,13 @@ NAMES = {
     "transformers": "transformers generate",
     "llama_cpp": "llama.cpp",
     "eager": "MateConv, eager",
+    "loop": "MateConv, compiled, ids alone",
     "compiled": "MateConv, compiled",
     "sampled": "MateConv, compiled, sampling",
     "sampled_eager": "MateConv, eager, sampling",
 }
 ON_A_GPU = ("transformers", "eager", "sampled_eager")
-ROW = "{:34} {:>8} {:>8} {:>8} {:>7} {:>9} {:>8} {:>8}   {}"
+ROW = "{:34} {:>9} {:>8} {:>8} {:>8} {:>7} {:>9} {:>8} {:>8}   {}"
 
 
 def read_options() -> argparse.Namespace:
@@ -84,8 +86,6 @@ def contenders(options: argparse.Namespace, form: str, batch: int) -> list[str]:
     absent = set()
     if form == "int8":
         absent.add("transformers")
-    if batch > 1:
-        absent.add("llama_cpp")
     return [name for name in options.only if name not in absent]
 
 
@@ -123,11 +123,10 @@ def compare(workers: list[Worker], order: dict, weight_bytes: int, options: argp
     limit = statistics.median(rates)
     table = f"{order['shape']}, {order['format']}, batch {order['batch']}"
     print(f"\n{table}; reading as many bytes: {limit / 1e9:.1f} GB/s")
-    columns = ("", "first", "tok/s", "best", "GB/s", "of limit", "of HF", "of llama", "text")
+    columns = ("", "first", "tok/s", "best", "after", "GB/s", "of limit", "of HF", "of llama", "text")
     print(ROW.format(*columns))
     speeds = {
-        name: [order["batch"] * (options.tokens - 1) / (seconds - first) for first, seconds, _ in texts]
-        for name, texts in answers.items()
+        name: [order["batch"] * options.tokens / seconds for _, seconds, _ in texts] for name, texts in answers.items()
     }
 
     def beside(name: str, peer: str) -> str:
@@ -141,13 +140,15 @@ def compare(workers: list[Worker], order: dict, weight_bytes: int, options: argp
         speed, ids = statistics.median(speeds[name]), texts[0][2]
         reference = reference or ids
         same = next((n for n, (a, b) in enumerate(zip(ids, reference, strict=True)) if a != b), len(ids))
-        read = speed / order["batch"] * weight_bytes
+        steps = statistics.median((options.tokens - 1) / (seconds - first) for first, seconds, _ in texts)
+        read = steps * weight_bytes
         print(
             ROW.format(
                 NAMES[name] + (f" {decode_contenders.LLAMA_FORMATS[order['format']]}" if name == "llama_cpp" else ""),
                 f"{first * 1000:.1f} ms",
                 f"{speed:,.0f}",
                 f"{max(speeds[name]):,.0f}",
+                f"{steps * order['batch']:,.0f}",
                 f"{read / 1e9:.1f}",
                 f"{read / limit:.0%}",
                 beside(name, "transformers"),

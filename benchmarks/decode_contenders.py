@@ -40,24 +40,47 @@ def our_model(order: argparse.Namespace):
 
 
 def ours(order: argparse.Namespace) -> Callable[[int], Written]:
-    """MateConv, as TextGenerator generates."""
+    """MateConv, by the call of `TextGenerator` that takes prompts' ids: `generate` and `batch_generate` encode theirs,
+    and do the same."""
+    from model.text.tokenization import load_tokenizer
+    from optimized_inference import GenerationConfig, TextGenerator
 
+    options = {"int8": order.format == "int8", "compile": order.kind in ("compiled", "sampled")}
+    generator = TextGenerator(our_model(order), load_tokenizer(), **options)
+    generator.eos_ids, generator.say = [-1], lambda line: None
+    settings = {} if order.kind.startswith("sampled") else {"do_sample": False, "repetition_penalty": 1.0}
+
+    def generate(tokens: int) -> list[int]:
+        config = GenerationConfig(max_new_tokens=tokens, **settings)
+        return generator.continued(prompts(order), config)[0].ids
+
+    return twice(generate)
+
+
+def our_loop(order: argparse.Namespace) -> Callable[[int], Written]:
+    """MateConv's loop of ids alone, compiled: without text, and without a look whether the weights have changed."""
     from model.generation.engine import Engine
     from model.generation.rows import Rows
     from optimized_inference import GenerationConfig, decode
 
-    model = our_model(order)
-    engine = Engine(model, order.format == "int8", order.kind in ("compiled", "sampled"))
-    settings = {} if order.kind.startswith("sampled") else {"do_sample": False, "repetition_penalty": 1.0}
-    rows, texts = Rows(engine, order.batch), prompts(order)
+    rows, texts = Rows(Engine(our_model(order), order.format == "int8", True), order.batch), prompts(order)
+
+    def generate(tokens: int) -> list[int]:
+        config = GenerationConfig(max_new_tokens=tokens, do_sample=False, repetition_penalty=1.0)
+        return [event.token for event in decode(rows, texts, config, [-1]) if event.number == 0]
+
+    return twice(generate)
+
+
+def twice(generate: Callable[[int], list[int]]) -> Callable[[int], Written]:
+    """A text of one token, and then the whole text, both timed; `generate` returns the first prompt's new ids."""
 
     def write(tokens: int) -> Written:
-        config = GenerationConfig(max_new_tokens=tokens, **settings)
-        start, first, ids = time.perf_counter(), None, []
-        for event in decode(rows, texts, config, [-1]):
-            first = first or time.perf_counter() - start
-            if event.number == 0:
-                ids.append(event.token)
+        start = time.perf_counter()
+        generate(1)
+        first = time.perf_counter() - start
+        start = time.perf_counter()
+        ids = generate(tokens)
         return first, time.perf_counter() - start, ids
 
     return write
@@ -78,49 +101,56 @@ def transformers(order: argparse.Namespace) -> Callable[[int], Written]:
     model = model.to(source.device, source.dtype)
     ids = torch.tensor(prompts(order), device=order.device)
 
-    def generate(tokens: int) -> list[list[int]]:
+    def generate(tokens: int) -> list[int]:
         options = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
         found = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, **options)
-        return found.tolist()  # which waits for a GPU
+        return found.tolist()[0][order.prompt :]  # which waits for a GPU
 
-    def write(tokens: int) -> Written:
-        start = time.perf_counter()
-        generate(1)
-        first = time.perf_counter() - start
-        start = time.perf_counter()
-        found = generate(tokens)
-        return first, time.perf_counter() - start, found[0][order.prompt :]
-
-    return write
+    return twice(generate)
 
 
 def llama_cpp(order: argparse.Namespace) -> Callable[[int], Written]:
-    """llama.cpp through llama-cpp-python's own calls, one prompt."""
-    import llama_cpp
+    """llama.cpp by its C functions, which llama-cpp-python passes on: its class `Llama` takes 15 to 20 % more."""
+    import llama_cpp as llama
     import numpy as np
 
-    path = str(Path(order.folder) / f"weights_{order.format}.gguf")
-    model = llama_cpp.Llama(
-        path, n_ctx=order.max_seq_len, n_threads=order.threads, n_threads_batch=order.threads, verbose=False
-    )
-    (prompt,) = prompts(order)
+    llama.llama_backend_init()
+    path = Path(order.folder) / f"weights_{order.format}.gguf"
+    model = llama.llama_model_load_from_file(str(path).encode(), llama.llama_model_default_params())
+    options = llama.llama_context_default_params()
+    options.n_seq_max, options.n_ctx = order.batch, order.batch * order.max_seq_len
+    options.n_outputs_max = order.batch
+    options.n_batch = max(options.n_batch, order.batch * order.prompt)
+    options.n_threads = options.n_threads_batch = order.threads
+    context = llama.llama_init_from_model(model, options)
+    memory, texts = llama.llama_get_memory(context), prompts(order)
+    batch = llama.llama_batch_init(order.batch * order.prompt, 0, 1)
 
-    def likeliest() -> int:
-        logits = llama_cpp.llama_get_logits_ith(model.ctx, -1)
-        return int(np.ctypeslib.as_array(logits, shape=(model.n_vocab(),)).argmax())
+    def likeliest(tokens: list[list[int]], position: int) -> list[int]:
+        """After some tokens of every text, from that position on."""
+        batch.n_tokens, ends = 0, []
+        for row, ids in enumerate(tokens):
+            for place, token in enumerate(ids):
+                n = batch.n_tokens
+                batch.token[n], batch.pos[n], batch.seq_id[n][0], batch.n_seq_id[n] = token, position + place, row, 1
+                batch.logits[n] = place == len(ids) - 1
+                batch.n_tokens = n + 1
+            ends.append(batch.n_tokens - 1)
+        if llama.llama_decode(context, batch) != 0:
+            raise RuntimeError("llama_decode failed")
+        rows = [llama.llama_get_logits_ith(context, end) for end in ends]
+        return [int(np.ctypeslib.as_array(row, shape=(order.vocab_size,)).argmax()) for row in rows]
 
-    def write(tokens: int) -> Written:
-        model.reset()
-        start = time.perf_counter()
-        model.eval(prompt)
-        ids = [likeliest()]
-        first = time.perf_counter() - start
-        for _ in range(tokens - 1):
-            model.eval(ids[-1:])
-            ids.append(likeliest())
-        return first, time.perf_counter() - start, ids
+    def generate(tokens: int) -> list[int]:
+        llama.llama_memory_clear(memory, True)
+        newest = likeliest(texts, 0)
+        written = newest[:1]
+        for position in range(order.prompt, order.prompt + tokens - 1):
+            newest = likeliest([[token] for token in newest], position)
+            written.append(newest[0])
+        return written
 
-    return write
+    return twice(generate)
 
 
 def write_gguf(folder: Path, formats: list[str]) -> None:
@@ -140,7 +170,7 @@ def serve(order: argparse.Namespace) -> None:
         import torch
 
         torch.set_num_threads(order.threads)
-    build = {"llama_cpp": llama_cpp, "transformers": transformers}.get(order.kind, ours)
+    build = {"llama_cpp": llama_cpp, "transformers": transformers, "loop": our_loop}.get(order.kind, ours)
     write = build(order)
     write(order.tokens)
     print(json.dumps("ready"), file=answers, flush=True)
