@@ -70,7 +70,7 @@ class UnusableChat(Exception):
 
 
 def parse_chat(
-    raw: bytes | memoryview, escapes: bool = True, read: "Callable[[dict], tuple[str, Chat]] | None" = None
+    raw: bytes, escapes: bool = True, read: "Callable[[dict], tuple[str, Chat]] | None" = None
 ) -> tuple[Chat | None, str]:
     """(chat, its form) of a line of JSONL, (None, a key of REASONS) for one that is no usable chat.
 

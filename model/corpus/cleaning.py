@@ -9,6 +9,7 @@ import itertools
 import re
 import unicodedata
 import zlib
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -64,8 +65,6 @@ class CleaningOptions:
     )
 
 
-GROUP_CHARACTERS = 4096  # of short texts that are searched together first
-
 # A text with more levels of HTML inside HTML (`&amp;amp;lt;` has three) than this was not written by anyone.
 MAX_PASSES = 10
 
@@ -79,6 +78,7 @@ _CONTROL = (
     r"\ud800-\udfff\ue000-\uf8ff\ufdd0-\ufdef\ufffe\uffff"  # lone surrogates, private use, noncharacters
     r"\U0001fffe-\U0010ffff"
 )
+_RARE_HAN = r"\U00020000-\U0002fffd\U00030000-\U0003fffd"  # in that range, but no suspects
 _NEWLINES = r"\r\x0b\x0c\x85\u2028\u2029"
 _SPACES = r"\xa0\u1680\u2000-\u200a\u202f\u205f"
 _FULL_WIDTH = {"alphanumeric": r"\uff10-\uff19\uff21-\uff3a\uff41-\uff5a", "all": r"\uff01-\uff5e"}
@@ -111,17 +111,33 @@ class Cleaner:
         if tidy:
             suspects += _NEWLINES + _SPACES + r"\u3000"
             self._steps.append((WHITESPACE, _tidy_whitespace))
-        pattern = re.compile(f"[{suspects}]" if suspects else "(?!)")
-        self._find_suspects, self._search_suspects = pattern.findall, pattern.search
+        pattern = re.compile(f"[{suspects}](?<![{_RARE_HAN}])" if suspects else "(?!)")
+        self._find_suspects = pattern.findall
+        # find(text, start) -> the next place that calls for a change, or -1
+        self._finders: list[Callable[[str, int], int]] = [_finding(pattern)]
+        if self._decode_html is not None:
+            self._finders += [_finding_string("&"), _finding_string("<")]
+        if tidy:
+            self._finders += [_finding_string(string) for string in (" \n", "\t\n", "\n\n\n")]
 
     def clean(self, text: str) -> tuple[str, int]:
         """The cleaned text, white space around it cut off, and the CHANGES that altered it, bit k for CHANGES[k].
 
         Takes time in proportion to the text's length, whatever the text.
         """
-        text, mask = text.strip(), 0
-        if not self.options.clean or self._is_clean(text):
-            return text, mask
+        (text,), (mask,) = self.clean_all([text])
+        return text, mask
+
+    def clean_all(self, texts: Sequence[str]) -> tuple[list[str], list[int]]:
+        """`clean` of each text: the texts and their masks. Clean ones cost little, however short they are."""
+        cleaned = [text.strip() for text in texts]
+        masks = [0] * len(cleaned)
+        for index in self._suspicious(cleaned) if self.options.clean else ():
+            cleaned[index], masks[index] = self._change(cleaned[index])
+        return cleaned, masks
+
+    def _change(self, text: str) -> tuple[str, int]:
+        mask = 0
         # One change can call for another: &amp;nbsp; holds an entity that holds a space, and removing a zero-width
         # space can bring a letter and its accent together. Only HTML nests without end, so after MAX_PASSES its
         # brackets go, and nothing is left that needs more than one pass, or two.
@@ -134,36 +150,21 @@ class Cleaner:
                 text = text.replace("&", "").replace("<", "").strip()
                 mask |= HTML
 
-    def clean_all(self, texts: Sequence[str]) -> tuple[list[str], list[int]]:
-        """`clean` of each text: the texts and their masks. Short ones that are clean cost a fifth of one by one."""
-        cleaned, masks, group, size = [], [], [], 0
-        for text in itertools.chain(texts, [None]):
-            if text is not None:
-                group.append(text.strip())
-                size += len(text)
-                if size < GROUP_CHARACTERS:
-                    continue
-            if not self.options.clean or (len(group) > 1 and self._is_clean("\n".join(group))):
-                cleaned += group
-                masks += [0] * len(group)
-            else:
-                for member in group:
-                    text, mask = self.clean(member)
-                    cleaned.append(text)
-                    masks.append(mask)
-            group, size = [], 0
-        return cleaned, masks
-
-    def _is_clean(self, text: str) -> bool:
-        """Whether the text holds nothing that any change looks for, so that `clean` would return it as it is."""
-        if self._search_suspects(text) is not None:
-            return False
-        if self._decode_html is not None and ("&" in text or "<" in text):
-            return False
-        if self.options.tidy_whitespace and (" \n" in text or "\n\n\n" in text or ("\t" in text and "\t\n" in text)):
-            return False
-        form = self.options.normalization
-        return form == "none" or unicodedata.is_normalized(form.upper(), text)
+    def _suspicious(self, texts: Sequence[str]) -> set[int]:
+        """Indices of the texts, stripped ones, that hold something that a change looks for; `_change` would return the
+        others as they are. All are searched together, since most hold nothing."""
+        joined, found = "\n".join(texts), set()
+        ends = [*itertools.accumulate(len(text) + 1 for text in texts)]
+        for find in self._finders:
+            place = find(joined, 0)
+            while place >= 0:
+                index = bisect_right(ends, place)
+                found.add(index)
+                place = find(joined, ends[index])
+        form = self.options.normalization.upper()
+        if form != "NONE" and not unicodedata.is_normalized(form, joined):
+            found.update(index for index, text in enumerate(texts) if not unicodedata.is_normalized(form, text))
+        return found
 
     def _pass(self, text: str) -> tuple[str, int]:
         mask = 0
@@ -207,6 +208,14 @@ def _problems(options: CleaningOptions) -> list[str]:
 def _replacing(characters: str, replacement) -> Callable[[str, str], str]:
     pattern = re.compile(f"[{characters}]")
     return lambda text, suspects: pattern.sub(replacement, text) if pattern.search(suspects) else text
+
+
+def _finding(pattern: re.Pattern) -> Callable[[str, int], int]:
+    return lambda text, start: match.start() if (match := pattern.search(text, start)) else -1
+
+
+def _finding_string(string: str) -> Callable[[str, int], int]:
+    return lambda text, start: text.find(string, start)
 
 
 def _without_control(match: re.Match) -> str:
@@ -357,11 +366,12 @@ def _repeats(text: str) -> bool:
 
     In a text that compresses eightfold most do, in ordinary prose none; this is ten times faster than compressing.
     """
-    found, step = 0, len(text) / PROBES
-    for number in range(PROBES):
-        start = int(number * step)
-        found += text.find(text[start : start + PROBE_CHARACTERS], start + 1) >= 0
-        if found + PROBES - 1 - number < PROBES // 2:  # even if all that are left were found
+    found, size, find = 0, len(text), text.find
+    for number in reversed(range(PROBES)):  # the last ones first: the less text follows, the faster
+        start = number * size // PROBES
+        if find(text[start : start + PROBE_CHARACTERS], start + 1) >= 0:
+            found += 1
+        elif found + number < PROBES // 2:  # even if all that are left were found
             return False
     return True
 

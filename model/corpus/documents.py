@@ -1,7 +1,7 @@
 """What a line becomes: a text, or a chat. `part_maker` treats both alike."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from operator import or_
@@ -12,7 +12,7 @@ import numpy as np
 from model.corpus.bulk_encoder import BulkEncoder, with_bos_and_eos
 from model.corpus.chats import ANSWERS, UNLEARNED, Chat, as_messages, canonical, contents_of, empty_reason, parse_chat
 from model.corpus.cleaning import Cleaner
-from model.corpus.jsonl import parse_line
+from model.corpus.jsonl import parse_lines
 from model.corpus.long_documents import cut_document, split_document
 from model.corpus.part_file import CHAT
 from model.text.chat_ids import ChatFormat
@@ -37,8 +37,8 @@ class Encoded:
 class Documents(Protocol):
     """How lines become documents of one kind, and documents tokens."""
 
-    def parse(self, raw: memoryview, escapes: bool) -> tuple[object, str | None]:
-        """(document, None) of a line, or (None, a key of REASONS)."""
+    def parse(self, lines: Sequence[bytes], escapes: bool) -> tuple[list, dict[int, str]]:
+        """The lines' documents, None for a bad line, and the reasons, keys of REASONS, by the bad lines' indices."""
 
     def clean(self, documents: Sequence, cleaner: Cleaner) -> tuple[list, list[int], list[tuple[int, int, str, str]]]:
         """The cleaned documents, the mask of what changed each, and (document, mask, before, after) of what changed."""
@@ -82,8 +82,8 @@ class TextDocuments:
         self.text_field, self.encoder, self.delimiters, self.dtype = text_field, encoder, delimiters, np.dtype(dtype)
         self.max_length, self.long_documents = max_length, long_documents
 
-    def parse(self, raw: memoryview, escapes: bool) -> tuple[str | None, str | None]:
-        return parse_line(raw, self.text_field, escapes)
+    def parse(self, lines: Sequence[bytes], escapes: bool) -> tuple[list[str | None], dict[int, str]]:
+        return parse_lines(lines, self.text_field, escapes)
 
     def clean(self, documents: Sequence[str], cleaner: Cleaner):
         cleaned, masks = cleaner.clean_all(documents)
@@ -158,12 +158,18 @@ class ChatDocuments:
         self.max_length, self.long_documents = max_length, long_documents
         self.forms: Counter = Counter()  # chats by their form (chats.FORMS), repeated ones too
 
-    def parse(self, raw: memoryview, escapes: bool) -> tuple[Chat | None, str | None]:
-        chat, form_or_reason = parse_chat(raw, escapes)
-        if chat is None:
-            return None, form_or_reason
-        self.forms[form_or_reason] += 1
-        return chat, None
+    def parse(
+        self, lines: Sequence[bytes], escapes: bool, parse_one: Callable = parse_chat
+    ) -> tuple[list[Chat | None], dict[int, str]]:
+        chats, reasons = [], {}
+        for index, raw in enumerate(lines):
+            chat, form_or_reason = parse_one(raw, escapes)
+            if chat is None:
+                reasons[index] = form_or_reason
+            else:
+                self.forms[form_or_reason] += 1
+            chats.append(chat)
+        return chats, reasons
 
     def clean(self, documents: Sequence[Chat], cleaner: Cleaner):
         before = contents_of(documents)

@@ -3,6 +3,7 @@
 import base64
 import contextlib
 import json
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -26,29 +27,36 @@ def load_json(raw: bytes | str):
     return json.loads(raw)
 
 
-def parse_line(
-    raw: bytes | memoryview, text_field: str = "text", escapes: bool = True
-) -> tuple[str | None, str | None]:
+def parse_line(raw: bytes, text_field: str = "text", escapes: bool = True) -> tuple[str | None, str | None]:
     """(text, None) for a good line, (None, a key of REASONS) for a bad one. White space around the text is cut off.
 
     `escapes`: whether the line may hold \\u escapes; see `holds_escapes`.
     """
-    if orjson is not None:
-        try:
-            text = orjson.loads(raw)[text_field].strip()
-        except (
-            ValueError,
-            LookupError,
-            TypeError,
-            AttributeError,
-        ):  # say why below; json also takes what orjson doesn't
-            pass
-        else:
-            return (text, None) if text else (None, "empty")  # it takes no lone surrogates
-    return _parse_with_json(raw, text_field, escapes)
+    (text,), reasons = parse_lines([raw], text_field, escapes)
+    return text, reasons.get(0)
 
 
-def parse_object(raw: bytes | memoryview) -> tuple[dict | None, str | None]:
+def parse_lines(
+    lines: Sequence[bytes], text_field: str, escapes: bool = True
+) -> tuple[list[str | None], dict[int, str]]:
+    """`parse_line` of each: the texts, None for a bad line, and the reasons by the bad lines' indices."""
+    texts, reasons = [], {}
+    for index, raw in enumerate(lines):
+        text = None
+        if orjson is not None:
+            try:
+                text = orjson.loads(raw)[text_field].strip()  # it takes no lone surrogates
+            except (ValueError, LookupError, TypeError, AttributeError):
+                pass
+        if not text:  # json says why; it also takes what orjson doesn't
+            text, reason = _parse_with_json(raw, text_field, escapes)
+            if text is None:
+                reasons[index] = reason
+        texts.append(text)
+    return texts, reasons
+
+
+def parse_object(raw: bytes) -> tuple[dict | None, str | None]:
     """(object, None) of a line of JSONL, (None, a key of REASONS) for one that holds none; by the `json` library."""
     try:
         content = str(raw, "utf-8")
@@ -61,7 +69,7 @@ def parse_object(raw: bytes | memoryview) -> tuple[dict | None, str | None]:
     return (value, None) if isinstance(value, dict) else (None, "not_an_object")
 
 
-def _parse_with_json(raw: bytes | memoryview, text_field: str, escapes: bool) -> tuple[str | None, str | None]:
+def _parse_with_json(raw: bytes, text_field: str, escapes: bool) -> tuple[str | None, str | None]:
     value, reason = parse_object(raw)
     if value is None:
         return None, reason
@@ -90,7 +98,7 @@ def holds_escapes(raw: bytes) -> bool:
     return False
 
 
-def reject_line(where: dict, reason: str, raw: bytes | memoryview | None) -> str:
+def reject_line(where: dict, reason: str, raw: bytes | None) -> str:
     """The line of the rejects file, ending in a newline: where the line was, why it was rejected, what it held.
 
     A raw line that is not UTF-8 is kept as base64, so that every byte of it is there.

@@ -346,7 +346,7 @@ class RawLines:
         self._sources, self._part_bytes, self._text_field = sources, part_bytes, text_field
         self._source, self._stream = -1, iter(())
 
-    def of_part(self, source: int, index: int, sha256: str) -> tuple[list[memoryview], list[int]]:
+    def of_part(self, source: int, index: int, sha256: str) -> tuple[list[bytes], list[int]]:
         """The part's lines without their ends, and their offsets.
 
         Raises:

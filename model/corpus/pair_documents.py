@@ -29,12 +29,9 @@ class PairDocuments:
         self.chats = ChatDocuments(encoder, chat_format, max_length, long_documents)
         self.forms = self.chats.forms
 
-    def parse(self, raw: memoryview, escapes: bool) -> tuple[Pair | None, str | None]:
-        messages, form_or_reason = parse_pair(raw, escapes)
-        if messages is None:
-            return None, form_or_reason
-        self.forms[form_or_reason] += 1
-        return halves(messages), None
+    def parse(self, lines: Sequence[bytes], escapes: bool) -> tuple[list[Pair | None], dict[int, str]]:
+        found, reasons = self.chats.parse(lines, escapes, parse_pair)
+        return [messages and halves(messages) for messages in found], reasons
 
     def clean(self, documents: Sequence[Pair], cleaner: Cleaner):
         cleaned, masks, changed = self.chats.clean([*chain.from_iterable(documents)], cleaner)

@@ -35,7 +35,7 @@ def is_pair(value: dict) -> bool:
     return CHOSEN in value and REJECTED in value and not value[CHOSEN] is value[REJECTED] is None
 
 
-def parse_pair(raw: bytes | memoryview, escapes: bool = True) -> tuple[Chat | None, str]:
+def parse_pair(raw: bytes, escapes: bool = True) -> tuple[Chat | None, str]:
     """(the messages of the chosen chat and those of the rejected one, "pairs") of a line of JSONL; (None, a key of
     REASONS) for one that is no usable pair. Both have as many messages: `halves` parts them."""
     return parse_chat(raw, escapes, read_pair)

@@ -102,16 +102,14 @@ class PartMaker:
 
     def _add_chunk(self, lines: list[bytes], first: int, oversized: bool, escapes: bool, columns: PartColumns) -> None:
         """Add the chunk that begins with the part's line `first`; `oversized`: its last line is too long."""
-        kind, documents, numbers, masks, texts = self.documents, [], [], None, None
-        for number, raw in enumerate(lines):
-            document, reason = kind.parse(raw, escapes)
-            if oversized and number == len(lines) - 1:
-                document, reason = None, "oversized"
-            if document is None:
-                columns.rejects.append((first + number, reason, raw))
-            else:
-                documents.append(document)
-                numbers.append(number)
+        kind, numbers, masks, texts = self.documents, [*range(len(lines))], None, None
+        documents, reasons = kind.parse(lines, escapes)
+        if oversized:
+            reasons[len(lines) - 1] = "oversized"
+        if reasons:
+            columns.rejects += [(first + number, reason, lines[number]) for number, reason in reasons.items()]
+            numbers = [number for number in numbers if number not in reasons]
+            documents = [documents[number] for number in numbers]
         if self.options.cleaning.clean:
             documents, numbers, masks, texts = self._clean(documents, numbers, lines, first, columns)
         if self.losses:
@@ -147,16 +145,15 @@ class PartMaker:
         cleaned, masks, changed = self.documents.clean(documents, self.cleaner)
         for index, mask, before, after in changed:
             columns.samples.add(mask, first + numbers[index], before, after)
-        kept, texts = [], self.documents.texts(cleaned)
-        for index, text in enumerate(texts):
-            emptied = self.documents.empty_reason(cleaned[index]) if masks[index] else None
-            reason = emptied or self.cleaner.reason_to_reject(text)
-            if reason is None:
-                kept.append(index)
-            else:
-                columns.rejects.append((first + numbers[index], reason, lines[numbers[index]]))
-        if len(kept) == len(cleaned):
+        texts = self.documents.texts(cleaned)
+        reasons = {index: reason for index, text in enumerate(texts) if (reason := self.cleaner.reason_to_reject(text))}
+        for index, *_ in changed:
+            if emptied := self.documents.empty_reason(cleaned[index]):
+                reasons[index] = emptied
+        if not reasons:
             return cleaned, numbers, masks, texts
+        columns.rejects += [(first + numbers[index], why, lines[numbers[index]]) for index, why in reasons.items()]
+        kept = [index for index in range(len(cleaned)) if index not in reasons]
         return tuple([values[index] for index in kept] for values in (cleaned, numbers, masks, texts))
 
     def _as_jsonl(self, documents: list) -> tuple[list, Encoded]:
@@ -192,9 +189,12 @@ def _table(
     if keyed is not None:
         keys = b"".join([hashlib.sha256(content).digest()[:16] for content in keyed])
         table["key"] = np.frombuffer(keys, "<u8").reshape(-1, 2)
-    table["utf8_bytes"] = [len(content) for content in contents]
-    table["characters"] = [len(text) for text in texts]
-    heads = [text[:HEAD].encode("utf-8") for text in texts]
+    table["utf8_bytes"] = [*map(len, contents)]
+    table["characters"] = [*map(len, texts)]
+    heads = [
+        content if len(content) <= HEAD else text[:HEAD].encode("utf-8")
+        for text, content in zip(texts, contents, strict=True)
+    ]
     table["han_share"] = count_han(heads) / np.clip(table["characters"], 1, HEAD)
     table["pieces"], table["is_long"] = encoded.pieces, encoded.is_long
     piece_ends = np.concatenate([[0], np.cumsum(encoded.piece_sizes)])

@@ -93,22 +93,13 @@ def _read_block(file: BinaryIO, position: int, end: int) -> Block | None:
     return Block(position, raw, size, digest.hexdigest(), oversized)
 
 
-def lines_of(block: Block) -> list[memoryview]:
-    """The block's lines, not copied, without their ends and without byte-order marks, which concatenated files may have
-    before any line."""
-    raw, content, lines = block.raw, memoryview(block.raw), []
-    start, has_marks = 0, BOM in block.raw
-    while start < len(raw):
-        if has_marks and raw.startswith(BOM, start):
-            start += len(BOM)
-            if start == len(raw):
-                break
-        end = raw.find(b"\n", start)
-        if end < 0:
-            end = len(raw)
-        lines.append(content[start:end])
-        start = end + 1
-    return lines
+def lines_of(block: Block) -> list[bytes]:
+    """The block's lines without their ends and without byte-order marks, which concatenated files may have before any
+    line."""
+    lines = block.raw.split(b"\n")
+    if lines[-1] in (b"", BOM):
+        lines.pop()
+    return [line.removeprefix(BOM) for line in lines] if BOM in block.raw else lines
 
 
 def line_offsets(block: Block) -> list[int]:

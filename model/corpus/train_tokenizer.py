@@ -76,7 +76,7 @@ class TrainingText:
                     self.characters += len(text)
                     yield text
 
-    def _parse(self, raw: memoryview) -> tuple[str | None, str | None]:
+    def _parse(self, raw: bytes) -> tuple[str | None, str | None]:
         """(text, None) of a line, or (None, why it has none)."""
         if self.format == "text":
             return parse_line(raw, self.text_field)
