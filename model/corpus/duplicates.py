@@ -32,13 +32,24 @@ def first_occurrences(keys_path: Path, first_path: Path) -> np.ndarray:
         known_keys, known = np.zeros((0, 2), dtype="<u8"), np.zeros(0, dtype=np.int64)  # of this slice, without repeats
         for keys, indexes in _slice_of_keys(keys_path, number, slices):
             keys, indexes = np.concatenate([known_keys, keys]), np.concatenate([known, indexes])
-            order = np.lexsort((keys[:, 1], keys[:, 0]))  # stable: equal keys stay in the documents' order
-            keys, indexes = keys[order], indexes[order]
-            starts = np.ones(len(keys), dtype=bool)
-            starts[1:] = (keys[1:] != keys[:-1]).any(axis=1)
-            firsts[indexes] = indexes[starts][np.cumsum(starts) - 1]
-            known_keys, known = keys[starts], indexes[starts]
+            order = np.argsort(keys[:, 0])  # ten times as fast as by both halves, and nearly always enough
+            ordered = keys.take(order, axis=0)
+            starts = _starts(ordered)
+            if not np.array_equal(starts, _starts(ordered[:, :1])):  # equal first halves, different second ones
+                order = np.lexsort((keys[:, 1], keys[:, 0]))
+                ordered = keys.take(order, axis=0)
+                starts = _starts(ordered)
+            indexes, places = indexes[order], np.flatnonzero(starts)
+            known_keys, known = ordered[places], np.minimum.reduceat(indexes, places)
+            firsts[indexes] = known[np.cumsum(starts) - 1]
     return firsts
+
+
+def _starts(ordered: np.ndarray) -> np.ndarray:
+    """Which rows differ from the row before: [N, columns] -> bool [N]."""
+    starts = np.ones(len(ordered), dtype=bool)
+    starts[1:] = np.logical_or.reduce([column[1:] != column[:-1] for column in ordered.T])
+    return starts
 
 
 def new_mapped(path: Path, count: int) -> np.ndarray:

@@ -67,9 +67,10 @@ class Statistics:
         self.utf8_bytes += int(table["utf8_bytes"].sum())
         self.han += float(table["han_share"].astype(np.float64) @ table["characters"])
         self.longer_than_max_length += int(table["is_long"].sum())
-        self.changed["documents"] += int((table["changes"] > 0).sum())
+        masks = np.bincount(table["changes"], minlength=1 << len(CHANGES))  # documents by which changes they had
+        self.changed["documents"] += int(masks[1:].sum())
         for number, name in enumerate(CHANGES):
-            self.changed[name] += int((table["changes"] >> number & 1).sum())
+            self.changed[name] += int(masks[np.arange(len(masks)) >> number & 1 > 0].sum())
         self._lengths_in_characters.add(table["characters"])
         self._shares.add(table["han_share"])
         if self.vocab_size:
