@@ -57,7 +57,8 @@ def test_a_run_made_longer_keeps_its_numbers(flags, tmp_path):
     assert result.returncode == 0 and f"batch_size {before[1]} (auto): as before" in result.stderr, result.stderr
     longer = train(flags(**ALL_AUTO | {"max_steps": 16, "resume": "true"}))
     assert [getattr(longer.training, name) for name in NAMES] == before
-    assert load_torch(tmp_path / "out" / "checkpoint_step_16.pth")["chosen"] == dict(zip(NAMES, before, strict=True))
+    chosen = load_torch(tmp_path / "out" / "checkpoint_step_16.pth")["chosen"]
+    assert chosen == dict(zip(NAMES, before, strict=True)) | {"attention": "pytorch"}  # too short for another way
 
 
 def test_two_processes_choose_the_same_and_share_the_step(flags, tmp_path):
