@@ -5,8 +5,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-WIDTH = 8191  # 64-bit words that are summed side by side; a prime, so that no row of a matrix repeats in it
-BLOCK = 64  # times that width; 4 MiB
+WIDTH = 1021  # 64-bit words that are summed side by side; a prime, so that no row of a matrix repeats in it
+BLOCK = 512  # times that width; 4 MiB
 FACTOR = 6364136223846793005  # odd, of Knuth's MMIX generator
 
 
