@@ -12,6 +12,7 @@ from model.training import attention_trial
 from model.training.attention_trial import fastest_attention
 from model.training.settings import AUTO, TrainingSettings
 from tests.conftest import random_model
+from tests.tiny_runs import exit_code_here, train
 
 
 def test_the_setting_offers_every_way():
@@ -62,3 +63,22 @@ def test_the_trial_leaves_the_random_numbers_alone(monkeypatch):
     way, why = fastest_attention(config, 2, torch.float32)
     assert way in WAYS and all(name in why for name in WAYS)
     assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.long
+def test_a_resumed_run_keeps_its_way(flags, tmp_path, monkeypatch, capfd):
+    trial = "model.training.choices.fastest_attention"
+    monkeypatch.setattr(trial, lambda *_: ("mixed", "it was tried"))
+    assert train(flags(max_seq_len=64, max_steps=4)).model.training_attention == "mixed"
+    monkeypatch.setattr(trial, lambda *_: ("pytorch", "the machine has changed its mind"))
+    resumed = train(flags(max_seq_len=64, max_steps=8, resume="true"))
+    assert resumed.training.attention == resumed.model.training_attention == "mixed"
+    told = capfd.readouterr().err
+    assert "attention mixed (auto): it was tried" in told and "attention mixed (auto): as before" in told
+    given = train(flags(max_seq_len=64, max_steps=4, attention="pytorch", out_dir=tmp_path / "given"))
+    assert given.model.training_attention == "pytorch" and "attention" not in capfd.readouterr().err
+
+
+def test_an_unknown_way_is_one_line(flags, capfd):
+    assert exit_code_here(flags(attention="flash")) == 2
+    assert "attention: 'flash' found, one of auto, chunks, mixed, pytorch expected" in capfd.readouterr().err
