@@ -91,15 +91,16 @@ def read_beginning(arguments: list[str]) -> tuple[Settings, "Beginning | None"]:
 
 def _read_command(arguments: list[str]) -> tuple[Settings, dict[str, str], bool]:
     """The settings that the command line gives, its flags for settings, and whether it names a config file."""
-    parser = CommandParser("--config", prog="train.py", description=__doc__.split("\n")[0], add_help=True)
+    usage = "%(prog)s [--config FILE ...] [--SETTING VALUE ...] [--dry_run] [--restarts N] [--nproc_per_node N]"
+    parser = CommandParser("--config", prog="train.py", usage=usage, description=__doc__.split("\n")[0], add_help=True)
     about = "config file (YAML); config.yaml explains every setting; several, each after --config, are trained in turn"
-    parser.add_argument("--config", type=path_flag, help=about)
-    parser.add_argument("--local-rank", "--local_rank", help="set by torch.distributed.launch")
+    parser.add_argument("--config", type=path_flag, metavar="FILE", help=about)
+    parser.add_argument("--local-rank", "--local_rank", metavar="N", help="set by torch.distributed.launch")
     add_launcher_flags(parser)
     for section, cls in SECTIONS.items():
         group = parser.add_argument_group(section)
         for field in dataclasses.fields(cls):
-            add_option(group, field, metavar="VALUE", as_text=True)
+            add_option(group, field, as_text=True)
     known, unknown = parser.parse_known_args(arguments)
     problems = parser.describe_unknown(unknown) if unknown else []
     flags = {name: value for name, value in vars(known).items() if name in FIELDS and value is not None}

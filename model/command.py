@@ -205,10 +205,20 @@ def add_option(
         type=str if as_text else typed,
         default=None if as_text else field.default,
         help=help.replace("%", "%%"),
-        metavar=metavar or ("true|false" if is_switch else field.name.upper()),
+        metavar=metavar or _placeholder(field),
         nargs="?" if is_switch else nargs,
         const=("true" if as_text else True) if is_switch else None,
     )
+
+
+def _placeholder(field: dataclasses.Field) -> str:
+    """What stands for an option's value in its help."""
+    kind, words, _ = accepted_types(field)
+    if field.metadata["choices"]:
+        return "NAME"
+    if kind is str:
+        return "PATH" if field.metadata["path"] else "TEXT"
+    return "|".join(("true|false" if kind is bool else "N", *words))
 
 
 def say(message: str) -> None:
