@@ -81,12 +81,9 @@ def read_options() -> argparse.Namespace:
     return options
 
 
-def contenders(options: argparse.Namespace, form: str, batch: int) -> list[str]:
+def contenders(options: argparse.Namespace, form: str) -> list[str]:
     """Who takes part in a table."""
-    absent = set()
-    if form == "int8":
-        absent.add("transformers")
-    return [name for name in options.only if name not in absent]
+    return [name for name in options.only if form != "int8" or name != "transformers"]  # which has no such weights
 
 
 def bandwidth(memory: torch.Tensor) -> float:
@@ -181,7 +178,7 @@ def measure(shape: str, options: argparse.Namespace) -> None:
                 order = {"shape": shape, "format": form, "batch": batch, "folder": folder}
                 order |= {"vocab_size": config.vocab_size, "max_seq_len": config.max_seq_len}
                 order |= {name: getattr(options, name) for name in ("prompt", "tokens", "threads", "device")}
-                workers = start(contenders(options, form, batch), order, options)
+                workers = start(contenders(options, form), order, options)
                 if workers:
                     compare(workers, order, weights * {"fp32": 4, "bf16": 2, "int8": 1}[form], options)
                 for worker in workers:

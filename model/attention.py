@@ -80,9 +80,9 @@ def kernels_for_any_length(device: torch.device) -> contextlib.AbstractContextMa
     return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
 
 
-def has_ways(device: torch.device, tokens: int, dropout: float) -> bool:
-    """Whether training on `tokens` tokens there can go any of WAYS; else PyTorch's alone."""
-    return device.type == "cpu" and not dropout and tokens >= SHORTEST
+def has_ways(flash_attn: bool, device: torch.device, tokens: int, dropout: float) -> bool:
+    """Whether training on `tokens` tokens there can go any of WAYS; else there is no choice."""
+    return flash_attn and device.type == "cpu" and not dropout and tokens >= SHORTEST
 
 
 def document_mask(documents: Tensor) -> Tensor:
@@ -118,7 +118,7 @@ def _pieces(q: Tensor, documents: Tensor | None):
         slices of key heads, of queries and of keys.
     """
     heads, grouped, tokens, _ = q.shape
-    chunk, begin = CHUNK_BYTES // q.element_size(), 0
+    chunk, begin = _chunk(q), 0
     if documents is not None:  # [B, T]; where the document of each piece's first query begins, a list of chunks a row
         firsts = torch.searchsorted(documents.contiguous(), documents[:, ::chunk].contiguous()).tolist()
         kv_heads = heads // len(documents)
@@ -133,15 +133,25 @@ def _pieces(q: Tensor, documents: Tensor | None):
             yield slice(head, last), slice(query, end), slice(begin, end)
 
 
-def _room_for_scores(q: Tensor) -> Tensor:
-    """Memory that any piece's scores fit into: allocated once, it stays in the cache."""
-    grouped, tokens = q.shape[1:3]
-    chunk = min(CHUNK_BYTES // q.element_size(), tokens)
-    return q.new_empty(max(_scores_at_once(q), grouped * chunk * tokens))
+def _chunk(q: Tensor) -> int:
+    """Queries of a head that are looked at together, at most."""
+    return min(CHUNK_BYTES // q.element_size(), q.shape[2])
 
 
 def _scores_at_once(q: Tensor) -> int:
     return torch.get_num_threads() * PIECE_BYTES // q.element_size()
+
+
+def _room_for_scores(q: Tensor) -> Tensor:
+    """Memory that any piece's scores fit into: allocated once, it stays in the cache."""
+    grouped, tokens = q.shape[1:3]
+    return q.new_empty(max(_scores_at_once(q), grouped * _chunk(q) * tokens))
+
+
+def _in_room(room: Tensor, queries: Tensor, key: slice) -> Tensor:
+    """The beginning of `room` as scores [heads, grouped * queries, keys]."""
+    shape = (*queries.shape[:2], key.stop - key.start)
+    return room[: math.prod(shape)].view(shape)
 
 
 class _Weights:
@@ -155,8 +165,7 @@ class _Weights:
 
     def __init__(self, q: Tensor, k: Tensor, documents: Tensor | None) -> None:
         self._q, self._k, self._room = q, k, _room_for_scores(q)
-        chunk = CHUNK_BYTES // q.element_size()
-        self._hidden = q.new_full((chunk, chunk), -torch.inf).triu(1)  # what lies after the query
+        self._hidden = q.new_full((_chunk(q), _chunk(q)), -torch.inf).triu(1)  # what lies after the query
         self._own = None  # each token's document for every key head, [B * H_kv, 1, T]
         if documents is not None:
             self._own = documents.repeat_interleave(len(k) // len(documents), 0)[:, None]
@@ -166,7 +175,7 @@ class _Weights:
         overwritten by the next call."""
         queries = self._q[head, :, query].flatten(1, 2)
         count = query.stop - query.start
-        weights = in_room(self._room, queries, key)
+        weights = _in_room(self._room, queries, key)
         torch.bmm(queries, self._k[head, key].transpose(1, 2), out=weights)
         by_query = weights.unflatten(1, (-1, count))
         by_query[..., -count:] += self._hidden[:count, :count]
@@ -175,18 +184,12 @@ class _Weights:
         return queries, torch.softmax(weights, -1, out=weights)
 
 
-def in_room(room: Tensor, queries: Tensor, key: slice) -> Tensor:
-    """The beginning of `room` as scores [heads, grouped * queries, keys]."""
-    shape = (*queries.shape[:2], key.stop - key.start)
-    return room[: math.prod(shape)].view(shape)
-
-
-def _by_key_head(q: Tensor, k: Tensor, *others: Tensor) -> list[Tensor]:
-    """q [B, H, T, D] -> [B * H_kv, H / H_kv, T, D]; k and the others [B, H_kv, T, D] -> [B * H_kv, T, D]."""
+def _by_key_head(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q [B, H, T, D] -> [B * H_kv, H / H_kv, T, D]; k and v [B, H_kv, T, D] -> [B * H_kv, T, D]."""
     batch, heads, tokens, size = q.shape
     kv_heads = k.shape[1]
     queries = q.reshape(batch * kv_heads, heads // kv_heads, tokens, size)
-    return [queries, *(t.reshape(-1, tokens, size) for t in (k, *others))]
+    return queries, k.reshape(-1, tokens, size), v.reshape(-1, tokens, size)
 
 
 @torch.library.custom_op("mateconv::chunked_attention", mutates_args=())
@@ -224,9 +227,8 @@ def chunked_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of q, k and v, from that of the output [B, H, T, D]."""
     shape, kv_shape, scale = q.shape, k.shape, q.shape[-1] ** -0.5
-    grad = _by_key_head(grad, k)[0]
     q, k, v = _by_key_head(q, k, v)
-    q = q * scale
+    q, grad = q * scale, grad.reshape(q.shape)
     grad_q = q.new_empty(q.shape)  # contiguous
     # Sums over all pieces: in 16 bits each would round.
     grad_k, grad_v = (t.new_zeros(t.shape, dtype=torch.promote_types(t.dtype, torch.float32)) for t in (k, v))
@@ -235,7 +237,7 @@ def chunked_attention_backward(
         queries, piece = weights.of(head, query, key)
         piece_grad = grad[head, :, query].flatten(1, 2)
         grad_v[head, key] += torch.bmm(piece.transpose(1, 2), piece_grad)
-        scores_grad = torch.bmm(piece_grad, v[head, key].transpose(1, 2), out=in_room(room, queries, key))
+        scores_grad = torch.bmm(piece_grad, v[head, key].transpose(1, 2), out=_in_room(room, queries, key))
         torch.ops.aten._softmax_backward_data.out(scores_grad, piece, -1, piece.dtype, grad_input=scores_grad)
         grad_q[head, :, query] = torch.bmm(scores_grad, k[head, key]).unflatten(1, (-1, query.stop - query.start))
         grad_k[head, key] += torch.bmm(scores_grad.transpose(1, 2), queries)

@@ -246,9 +246,10 @@ class Transformer(nn.Module):
 
         dropout = self.config.dropout if self.training else 0.0
         x = F.dropout(self.tok_embeddings(tokens), dropout)
-        trains = cache is None and torch.is_grad_enabled() and has_ways(x.device, count, dropout)
-        way = self.training_attention if trains else "pytorch"
-        if documents is not None and not (self.config.flash_attn and way != "pytorch"):
+        trains = cache is None and torch.is_grad_enabled()
+        chooses = trains and has_ways(self.config.flash_attn, x.device, count, dropout)
+        way = self.training_attention if chooses else "pytorch"
+        if documents is not None and way == "pytorch":
             mask = document_mask(documents)  # once for all layers; in chunks none is needed
         with kernels_for_any_length(self.device) if cache is not None else contextlib.nullcontext():
             for layer in self.layers:

@@ -149,12 +149,11 @@ class Processes:
             self._control = self._keys = None
 
     def _leave_store(self) -> None:
-        others = [f"left/{rank}" for rank in range(self.world_size) if rank != self.rank]
-        until = time.monotonic() + FAREWELL_SECONDS
-        with contextlib.suppress(RuntimeError):  # the store is gone: so is the reason to wait
+        with contextlib.suppress(RuntimeError):  # the store is gone, or another process does not leave
             self._keys.set(f"left/{self.rank}", "")
-            while self.is_main and not self._keys.check(others) and time.monotonic() < until:
-                time.sleep(0.01)
+            if self.is_main:
+                left = [f"left/{rank}" for rank in range(self.world_size)]
+                self._keys.wait(left, datetime.timedelta(seconds=FAREWELL_SECONDS))
 
     def beat(self, doing: str, patience: float = 1.0) -> None:
         """Report progress to the watchdog, if there is one: what this process does next, and how many timeouts that

@@ -173,8 +173,8 @@ class Choices:
             dtype: of the matrix products.
         """
         config = data.config
-        if not has_ways(self._device, config.max_seq_len, config.dropout) or not config.flash_attn:
-            self.made["attention"] = "pytorch"  # there is no choice
+        if not has_ways(config.flash_attn, self._device, config.max_seq_len, config.dropout):
+            self.made["attention"] = "pytorch"
         elif self._training.document_mask or data.is_chat:
             self._settle("attention", lambda: ("chunks", "documents are told apart"))
         else:
