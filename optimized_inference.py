@@ -4,8 +4,10 @@ From top to bottom: the loop (`decode`: token ids in, ids and text out), what a 
 model with its tokenizer from files (`load_generator`). `GenerationConfig` holds the options.
 """
 
+import contextlib
 import dataclasses
 import itertools
+import math
 import random
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -38,6 +40,7 @@ from utils import pick_device, pick_dtype, print_text, say
 
 BATCH_BYTES = 4 << 30  # for the keys and values of all texts in a batch
 CONTEXT_BYTES = 1 << 30  # for those of one text; a longer context needs --max_seq_len
+IDLE_BYTES = 256 << 20  # of keys and values that are kept from one batch to the next
 BATCH_SIZE = 64  # prompts that `batch_generate` continues at once: more gain little (benchmarks/RESULTS.md)
 
 
@@ -63,7 +66,6 @@ class Sample(NamedTuple):
     logprobs: list[float]  # of the ids; empty: not requested
 
 
-@torch.inference_mode()
 def decode(
     rows: Rows,
     prompts: Iterable[Sequence[int]],
@@ -101,13 +103,14 @@ def decode(
         if not rows.live:
             return
 
-        logits = rows.next_logits(config.use_cache)  # float32 [rows, V]
-        scores = processed(logits, processors, rows)
-        generators = None if config.greedy else [row.generator for row in rows.live]
-        chosen = sample(scores, generators, warpers)
-        logprobs = chosen_logprobs(logits, chosen) if config.logprobs else [None] * len(chosen)
+        with torch.inference_mode():  # not around a `yield`, where the caller's code runs
+            logits = rows.next_logits(config.use_cache)  # float32 [rows, V]
+            scores = processed(logits, processors, rows)
+            generators = None if config.greedy else [row.generator for row in rows.live]
+            chosen = sample(scores, generators, warpers)
+            logprobs = chosen_logprobs(logits, chosen) if config.logprobs else [None] * len(chosen)
+            rows.append(chosen, eos_ids)
 
-        rows.append(chosen, eos_ids)
         for row, token, logprob in zip(rows.live, chosen, logprobs, strict=True):
             kept = None if row.end == "eos" else token
             text = row.push(kept)  # may set row.end too: a stop string, repeats
@@ -131,13 +134,18 @@ def processed(logits: Tensor, processors: Sequence[Processor], rows: Rows) -> Te
         tokens, output = rows.written()
         for process in processors:
             scores = process(scores, tokens, output)
-    if not scores.amax(-1).isfinite().all():  # NaN counts as the largest
-        if not logits.amax(-1).isfinite().all():
+    if not _largest_are_finite(scores):
+        if not _largest_are_finite(logits):
             problem = "the weights give logits that are not finite: the training diverged, or the file is damaged"
         else:
             problem = "no token is left to choose: logit_bias, no_repeat_ngram_size or a penalty rules out all of them"
         raise InputError(problem)
     return scores
+
+
+def _largest_are_finite(scores: Tensor) -> bool:
+    """Whether each row's largest score is a finite number; NaN counts as the largest."""
+    return all(map(math.isfinite, scores.amax(-1).tolist()))
 
 
 def chosen_logprobs(logits: Tensor, chosen: Sequence[int]) -> list[float]:
@@ -202,6 +210,7 @@ class TextGenerator:
         self.end: str | None = None
         self._engine: Engine | None = None
         self._chat: Rows | None = None  # the row that remembers the chat so far
+        self._idle: Rows | None = None  # of the last batch, for the next: their memory is there already
 
     def generate(
         self,
@@ -243,14 +252,15 @@ class TextGenerator:
     ) -> Iterator[str]:
         """The texts that follow prompts' ids, in their order, each as soon as it and those before it are done."""
         texts, done, next_one = defaultdict(str), set(), 0
-        for event in self.events(prompts, config, self._rows(min(batch_size, len(prompts)))):
-            texts[event.number] += event.text
-            if event.end is not None:
-                done.add(event.number)
-            while next_one in done:
-                done.remove(next_one)
-                yield texts.pop(next_one)
-                next_one += 1
+        with self._rows(min(batch_size, len(prompts))) as rows:
+            for event in self.events(prompts, config, rows):
+                texts[event.number] += event.text
+                if event.end is not None:
+                    done.add(event.number)
+                while next_one in done:
+                    done.remove(next_one)
+                    yield texts.pop(next_one)
+                    next_one += 1
 
     def chat(
         self,
@@ -294,13 +304,17 @@ class TextGenerator:
             own_seeds: as `decode` takes it.
         """
         samples = [Sample("", "", [], []) for _ in prompts]
-        for event in self.events(prompts, config, self._rows(min(BATCH_SIZE, len(prompts))), own_seeds):
-            before = samples[event.number]
-            if event.token is not None:
-                before.ids.append(event.token)
-                if event.logprob is not None:
-                    before.logprobs.append(event.logprob)
-            samples[event.number] = before._replace(text=before.text + event.text, end=event.end or "")
+        pieces: list[list[str]] = [[] for _ in prompts]
+        with self._rows(min(BATCH_SIZE, len(prompts))) as rows:
+            for event in self.events(prompts, config, rows, own_seeds):
+                sample = samples[event.number]
+                pieces[event.number].append(event.text)
+                if event.token is not None:
+                    sample.ids.append(event.token)
+                    if event.logprob is not None:
+                        sample.logprobs.append(event.logprob)
+                if event.end is not None:
+                    samples[event.number] = sample._replace(text="".join(pieces[event.number]), end=event.end)
         return samples
 
     def score(self, text: str) -> Score:
@@ -347,14 +361,24 @@ class TextGenerator:
     def engine(self) -> Engine:
         """The engine for the model's present weights; a new one if they changed, which also forgets the chat."""
         if self._engine is None or not self._engine.fits(self.model, self.int8, self.compile):
-            self._engine, self._chat = Engine(self.model, self.int8, self.compile, self._say), None
+            self._engine, self._chat, self._idle = None, None, None  # freed before others are made
+            self._engine = Engine(self.model, self.int8, self.compile, self._say)
         return self._engine
 
-    def _rows(self, most: int) -> Rows:
+    @contextlib.contextmanager
+    def _rows(self, most: int) -> Iterator[Rows]:
         """Rows for `most` texts, or for as many as BATCH_BYTES of keys and values allow."""
         engine = self.engine()
-        fitting = BATCH_BYTES // (cache_bytes(engine.config, engine.dtype) * engine.config.max_seq_len)
-        return Rows(engine, max(1, min(most, fitting)))
+        text_bytes = cache_bytes(engine.config, engine.dtype) * engine.config.max_seq_len
+        capacity = max(1, min(most, BATCH_BYTES // text_bytes))
+        rows, self._idle = self._idle, None  # who comes meanwhile gets others
+        if rows is None or rows.engine is not engine or rows.capacity != capacity:
+            rows = Rows(engine, capacity)
+        try:
+            yield rows
+        finally:
+            if engine is self._engine and capacity * text_bytes <= IDLE_BYTES:
+                self._idle = rows
 
     def _whole_text(
         self, ids: list[int], config: GenerationConfig | None, emit: Callable[[str], None] | None, rows: Rows

@@ -111,8 +111,8 @@ class CompiledFiles(NamedTuple):
     def of(cls, model: Transformer, int8: bool, cache_dtype: torch.dtype) -> "CompiledFiles":
         """Those for a model of this shape and dtype, there or not."""
         return cls(
-            _kept_path("step", model.config, model.dtype, int8),
-            _kept_path("attention", model.config, cache_dtype, False),
+            kept_path("step", model.config, model.dtype, int8),
+            kept_path("attention", model.config, cache_dtype, False),
         )
 
     def exist(self) -> bool:
@@ -132,7 +132,7 @@ class CompiledFiles(NamedTuple):
         return Compiled(CompiledStep(self.step, model, int8), attention)
 
 
-def _kept_path(kind: str, config: LMConfig, dtype: torch.dtype, int8: bool) -> Path:
+def kept_path(kind: str, config: LMConfig, dtype: torch.dtype, int8: bool) -> Path:
     """The file that holds one kind of compiled code; its name is a hash of all that the code depends on."""
     shape = {**dataclasses.asdict(config), "dropout": 0, "flash_attn": True}
     parts = [json.dumps(shape), str(dtype), str(int8), torch.__version__, str(torch.get_num_threads()), _processor()]

@@ -25,6 +25,7 @@ from model.model import Transformer, TransformerBlock, apply_rope
 OPTIONS = {
     "realize_reads_threshold": 0,  # what several loops read is computed once, not in each of their iterations
     "aot_inductor.package_constants_in_so": False,  # the weights stay out of the file
+    "cpp.enable_floating_point_contract_flag": "fast",  # a product and the sum it goes into are one instruction
 }
 
 

@@ -49,7 +49,10 @@ class Engine:
             raise InputError(f"int8 and compiled code are for CPUs; the model is on {model.device}")
         self._weights = _identity(model)
         self._model, self._int8, self._compile, self._say = model, int8, compile, say
-        self._module = InferenceModel(model, int8) if on_cpu else model
+        self._module = model
+        if on_cpu:
+            self._module = InferenceModel(model, int8)
+            self._module.try_layouts(say)
         self._compiled: Compiled | None = None
         self._files: CompiledFiles | None = None  # None: there will be no compiled code
         self._compiler: Compiler | None = None  # while one runs

@@ -4,6 +4,7 @@ A token reads each weight once and computes little with it, so what counts is ho
 multiply the same vector are joined (query, key and value), and oneDNN holds each in the order in which it reads.
 """
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -11,13 +12,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.attention import cached_attention
-from model.generation.compiled_step import CompiledAttention
+from model.generation.compiled_step import CompiledAttention, kept_path
 from model.generation.decode_step import quantized
+from model.generation.layout_trial import faster_layout
 from model.kv_cache import KVCache
 from model.LMConfig import NETWORK_FIELDS, LMConfig, refuse_unknown
 from model.model import Transformer, TransformerBlock, turned
 
 PACKED_FOR = 32  # rows that oneDNN lays a matrix out for; as fast for 1 or 512, where one laid out for 1 is not
+
+WORTH_TRYING = 32 << 20  # bytes of weights; fewer are read from a cache, in no time
 
 Attend = Callable[["_Layer", Tensor], Tensor]  # [B, T, (H + 2 H_kv) * D] -> [B, T, H * D]
 
@@ -32,26 +36,41 @@ def packs(dtype: torch.dtype) -> bool:
 
 
 class Matrix:
-    """A weight [N, K] of x -> x Wᵀ + bias, packed by oneDNN where it can: a copy, two to three times as fast as
-    F.linear."""
+    """A weight [N, K] of x -> x Wᵀ + bias, packed by oneDNN where it can: a copy, up to three times as fast as
+    F.linear.
+
+    Attributes:
+        packed: None where oneDNN cannot.
+        plain: the weight as it was; None where it is not needed.
+        plain_for_one: F.linear multiplies a single row, since it is faster there (see `InferenceModel.try_layouts`).
+    """
 
     def __init__(self, weight: Tensor, dtype: torch.dtype, bias: Tensor | None = None) -> None:
-        weight = weight.to(dtype)
+        self.plain: Tensor | None = weight.to(dtype)
         self.bias = None if bias is None else bias.to(dtype)
-        self.packed = packs(dtype)
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_FOR) if self.packed else weight
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(self.plain, PACKED_FOR) if packs(dtype) else None
+        self.plain_for_one = False
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [..., K] -> x Wᵀ + bias [..., N]."""
-        if self.packed:
-            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
-        return F.linear(x, self.weight, self.bias)
+        if self._is_packed_for(x):
+            return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+        return F.linear(x, self.plain, self.bias)
 
     def silu(self, x: Tensor) -> Tensor:
         """silu(x Wᵀ + bias)."""
-        if self.packed:
-            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "swish", [], "")
+        if self._is_packed_for(x):
+            return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "swish", [], "")
         return F.silu(self(x))
+
+    def read_one_row(self, plain: bool) -> None:
+        """Set `plain_for_one`."""
+        self.plain_for_one = plain
+        if not plain and self.packed is not None:
+            self.plain = None  # frees its memory, if nothing else holds it
+
+    def _is_packed_for(self, x: Tensor) -> bool:
+        return self.packed is not None and not (self.plain_for_one and x.numel() == x.shape[-1])
 
 
 class Int8Matrix(Matrix):
@@ -65,6 +84,7 @@ class Int8Matrix(Matrix):
         self.int8, scale = quantized(weight)
         self.scale = scale.to(dtype)
         super().__init__(self.int8.to(dtype) * self.scale[:, None], dtype, bias)
+        self.read_one_row(plain=False)
 
     def __call__(self, x: Tensor) -> Tensor:
         if x.dtype == torch.bfloat16 and x.numel() == x.shape[-1]:
@@ -101,10 +121,30 @@ class InferenceModel:
         self.norm = model.norm.weight.detach().to(self.dtype)
         self.output = matrix(model.output.weight.detach(), self.dtype)
         self.turns = torch.complex(model.rope_cos, model.rope_sin)  # complex64 [max_seq_len, D / 2]
+        self.matrices = [self.output, *(matrix for layer in self.layers for matrix in layer.matrices)]
+        self.kept_layout = kept_path("layout", model.config, self.dtype, int8)
 
     @property
     def device(self) -> torch.device:
         return self.embedding.device
+
+    def try_layouts(self, say: Callable[[str], None]) -> None:
+        """Find out how one row is multiplied faster here, with plain or with packed weights."""
+        plain = False
+        kept_plain = [matrix.plain for matrix in self.matrices if matrix.plain is not None]
+        if packs(self.dtype) and sum(weight.nbytes for weight in kept_plain) >= WORTH_TRYING:
+            inputs = [torch.ones(1, matrix.plain.shape[1], dtype=self.dtype) for matrix in self.matrices]
+
+            def multiply(plain: bool) -> None:
+                for matrix, x in zip(self.matrices, inputs, strict=True):
+                    matrix.plain_for_one = plain
+                    matrix(x)
+
+            ways = {"packed": functools.partial(multiply, False), "plain": functools.partial(multiply, True)}
+            with torch.inference_mode():
+                plain = faster_layout(self.kept_layout, ways, say) == "plain"
+        for matrix in self.matrices:
+            matrix.read_one_row(plain)
 
     def hidden_states(self, tokens: Tensor, cache: KVCache, compiled: CompiledAttention | None = None) -> Tensor:
         """As Transformer.hidden_states: tokens int64 [B, T], which follow what the cache holds -> [B, T, dim].
@@ -167,6 +207,7 @@ class _Layer:
         self.w1 = matrix(feed_forward.w1.weight.detach(), dtype)
         self.w2 = matrix(feed_forward.w2.weight.detach(), dtype)
         self.w3 = matrix(feed_forward.w3.weight.detach(), dtype)
+        self.matrices = (self.wqkv, self.wo, self.w1, self.w2, self.w3)
 
     def __call__(self, x: Tensor, attend: Attend) -> Tensor:
         """x [B, T, dim] -> [B, T, dim]."""

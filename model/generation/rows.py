@@ -163,8 +163,12 @@ class Rows:
 
     def append(self, chosen: Sequence[int], eos_ids: Sequence[int]) -> None:
         """Append a token to each row, and set `end` of the rows that end with it."""
-        for place, (row, token) in enumerate(zip(self.live, chosen, strict=True)):
-            self._ids[place, row.length] = token
+        lengths = [row.length for row in self.live]
+        if len(lengths) == 1:
+            self._ids[0, lengths[0]] = chosen[0]
+        else:
+            self._ids[range(len(lengths)), lengths] = torch.tensor(chosen, device=self.device)
+        for row, token in zip(self.live, chosen, strict=True):
             row.length += 1
             if token in eos_ids:
                 row.end = "eos"

@@ -1,11 +1,13 @@
 """The forward pass on a CPU, packed and compiled, compared with the Transformer itself."""
 
+import functools
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from model.generation.compiled_step import sources_of
 from model.generation.decode_step import BatchAttention, DecodeStep, quantized
 from model.generation.engine import WORTH_COMPILING, Engine
 from model.generation.inference_model import InferenceModel, packs
+from model.generation.layout_trial import faster_layout
 from model.generation.rows import Rows
 from model.kv_cache import KVCache
 from model.LMConfig import LMConfig
@@ -89,6 +92,47 @@ def test_int8_is_within_half_a_step_of_the_weights_and_near_their_logits(tiny_co
         single = logits_of(reader, tiny_config, texts[:1], reader.dtype)  # one row: another kernel
     assert (found - exact).std() < 0.05 * exact.std()
     assert (single - exact[:1]).std() < 0.05 * exact.std()
+
+
+@pytest.mark.skipif(not packs(torch.float32), reason="oneDNN packs nothing here")
+@pytest.mark.parametrize("layout", ["plain", "packed"])
+def test_either_layout_reads_one_row(tiny_config, layout, monkeypatch):
+    model, (text, *_) = random_model(tiny_config), some_texts(tiny_config)
+    monkeypatch.setattr("model.generation.inference_model.WORTH_TRYING", 0)
+    monkeypatch.setattr("model.generation.inference_model.faster_layout", lambda *args: layout)
+    engine = Engine(model, compile=False)
+    for matrix in engine._module.matrices:
+        assert matrix.plain_for_one == (layout == "plain") == (matrix.plain is not None)
+    with torch.inference_mode():
+        found, expected = (logits_of(reader, tiny_config, [text]) for reader in (engine, model))
+    assert torch.allclose(found, expected, atol=1e-5)
+
+
+def test_a_layout_is_tried_once_and_packed_weights_stay_unless_another_is_clearly_faster(tmp_path, monkeypatch):
+    now, share = [0.0], [1.0]  # of the time, what this thread runs
+    clock = SimpleNamespace(perf_counter=lambda: now[0], thread_time=lambda: share[0] * now[0])
+    monkeypatch.setattr("model.generation.layout_trial.time", clock)
+
+    def ways(packed, plain):
+        def taking(seconds):
+            now[0] += seconds
+
+        return {"packed": functools.partial(taking, packed), "plain": functools.partial(taking, plain)}
+
+    lines = []
+    for packed, plain, expected in [(4, 1, "plain"), (1, 4, "packed"), (1.1, 1, "packed"), (1.3, 1, "plain")]:
+        kept = tmp_path / "new" / f"{packed}.json"
+        assert faster_layout(kept, ways(packed, plain), lines.append) == expected
+        assert lines.pop().startswith(f"weights: {expected} ones") and not lines
+        assert faster_layout(kept, ways(plain, packed), lines.append) == expected and not lines  # tries nothing
+    kept.write_text("{", "utf-8")
+    assert faster_layout(kept, ways(2, 1), lines.append) == "plain"
+    unwritable = tmp_path / "file" / "kept.json"
+    unwritable.parent.write_text("")
+    assert faster_layout(unwritable, ways(2, 1), lines.append) == "plain"
+    share[0] = 0.5
+    assert faster_layout(tmp_path / "busy.json", ways(2, 1), lines.append) == "packed"
+    assert not (tmp_path / "busy.json").exists()
 
 
 def test_an_engine_belongs_to_the_weights_that_it_was_made_of(tiny_model):

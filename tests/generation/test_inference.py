@@ -127,8 +127,25 @@ def test_int8_reserves_memory_for_keys_and_values_in_bfloat16(in_run_folder, mon
         generator = load_generator(dtype=dtype, compile=False)
         assert f"context {context} tokens of the model's 128" in capsys.readouterr().err
         assert generator.model.config.max_seq_len == context
-        assert generator._rows(99).capacity == rows
-        assert generator.engine().dtype == generator._rows(1)._cache.keys.dtype
+        with generator._rows(99) as many, generator._rows(1) as one:
+            assert many.capacity == rows
+            assert generator.engine().dtype == one._cache.keys.dtype
+
+
+def test_a_batch_takes_the_memory_of_the_one_before(generator, monkeypatch):
+    """Whatever that left in it: shorter and longer prompts, one batch within another, an abandoned one."""
+    prompts = ["春", "春风又绿江南岸", "子曰：学而时习之"]
+    alone = [generator.generate(prompt, GREEDY) for prompt in prompts]
+    assert generator.batch_generate(prompts, GREEDY) == alone
+    kept = generator._idle
+    assert kept is not None and kept.capacity == 3
+    first = next(texts := generator.completions([generator.encode_prompt(prompt) for prompt in prompts], GREEDY))
+    assert first == alone[0] and generator._idle is None
+    assert generator.batch_generate(prompts[::-1], GREEDY) == alone[::-1]  # while the other one waits
+    assert list(texts) == alone[1:] and generator._idle is kept
+    assert generator.batch_generate(prompts[:2], GREEDY) == alone[:2] and generator._idle is not kept
+    monkeypatch.setattr("optimized_inference.IDLE_BYTES", 0)
+    assert generator.batch_generate(prompts, GREEDY) == alone and generator._idle is None
 
 
 def test_rows_that_fill_the_context_end_and_the_others_continue(generator):

@@ -9,6 +9,7 @@ import torch
 import inference
 import model.convert
 from model.generation.judging import judge_answers
+from model.generation.rows import Rows
 from model.text.tokenization import EMBEDDED_TOKENIZER
 from model.token_file.manifest import learn_path
 from model.weights import load_weights
@@ -135,7 +136,7 @@ def test_transformers_answers_alike_token_by_token(run, generator, tmp_path):
         written = theirs.generate(torch.tensor([ids]), do_sample=False, repetition_penalty=1.0, max_new_tokens=12)
         new = written[0, len(ids) :].tolist()
         assert new[-1] == 2 and tokenizer.decode(new[:-1]) == FACTS[key]
-        ours = [event.token for event in generator.events([ids], GREEDY, generator._rows(1))]
+        ours = [event.token for event in generator.events([ids], GREEDY, Rows(generator.engine(), 1))]
         assert new[:-1] == ours[:-1] and ours[-1] is None
 
 
