@@ -67,6 +67,11 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", choices=NAMES, metavar="NAME", help=f"of {', '.join(NAMES)}")
     parser.add_argument("--together", action="store_true", help="warm up all contenders at the same time")
     parser.add_argument("--llama_python", default=sys.executable, metavar="FILE", help="a Python with llama-cpp-python")
+    parser.add_argument(
+        "--llama_plain",
+        action="store_true",
+        help="llama.cpp with the weights as in the file: its AMX code ends with SIGILL (code -4) on some machines",
+    )
     options = parser.parse_args()
     device = utils.pick_device(options.device)[0]
     options.device = str(device)
@@ -177,7 +182,7 @@ def measure(shape: str, options: argparse.Namespace) -> None:
             for batch in options.batches:
                 order = {"shape": shape, "format": form, "batch": batch, "folder": folder}
                 order |= {"vocab_size": config.vocab_size, "max_seq_len": config.max_seq_len}
-                order |= {name: getattr(options, name) for name in ("prompt", "tokens", "threads", "device")}
+                order |= {name: getattr(options, name) for name in ("prompt", "tokens", "threads", "device", "llama_plain")}
                 workers = start(contenders(options, form), order, options)
                 if workers:
                     compare(workers, order, weights * {"fp32": 4, "bf16": 2, "int8": 1}[form], options)

@@ -116,7 +116,9 @@ def llama_cpp(order: argparse.Namespace) -> Callable[[int], Written]:
 
     llama.llama_backend_init()
     path = Path(order.folder) / f"weights_{order.format}.gguf"
-    model = llama.llama_model_load_from_file(str(path).encode(), llama.llama_model_default_params())
+    loading = llama.llama_model_default_params()
+    loading.use_extra_bufts = not order.llama_plain
+    model = llama.llama_model_load_from_file(str(path).encode(), loading)
     options = llama.llama_context_default_params()
     options.n_seq_max, options.n_ctx = order.batch, order.batch * order.max_seq_len
     options.n_outputs_max = order.batch
