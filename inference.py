@@ -3,6 +3,7 @@
 python inference.py --model_path out/pretrain_512.pth --prompt "中国" --stream
 python inference.py --interactive
 python inference.py --batch_file prompts.txt
+python inference.py --serve
 """
 
 import argparse
@@ -13,6 +14,7 @@ import select
 import stat
 import sys
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -43,7 +45,9 @@ DEFAULT_PROMPT = "中国"
 MODES = ("prompt", "batch_file", "score_file", "judge")
 WRONG_SHOWN = 10  # answers
 # The options of GenerationConfig that are flags by the same name.
-SAMPLING = [name for name in options_of(GenerationConfig) if name not in ("do_sample", "logit_bias", "logprobs")]
+SAMPLING = [
+    name for name in options_of(GenerationConfig) if name not in ("do_sample", "logit_bias", "logprobs", "top_logprobs")
+]
 
 
 def main() -> int:
@@ -79,6 +83,8 @@ def main() -> int:
         say(CONTINUES)
     if generator.chat_format and (arguments.prompt is not None or arguments.batch_file is not None):
         say(ANSWERS)
+    if arguments.serve:
+        return run_server(generator, config, arguments)
     if arguments.batch_file is not None:
         return 2 if run_batch(generator, config, prompts, arguments) else 0
     if arguments.score_file is not None:
@@ -102,13 +108,16 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     """
     arguments = build_parser().parse_args(argv)
     given = {f"--{name}": getattr(arguments, name) is not None for name in MODES}
-    modes = [flag for flag, used in (given | {"--interactive": arguments.interactive}).items() if used]
+    given |= {"--interactive": arguments.interactive, "--serve": arguments.serve}
+    modes = [flag for flag, used in given.items() if used]
     if len(modes) > 1:
         raise InputError(f"{' and '.join(modes)} exclude each other: one mode at a time")
     if arguments.output_file is not None and arguments.batch_file is None:
         raise InputError("--output_file is for the results of --batch_file")
     if arguments.resume and arguments.output_file is None:
         raise InputError("--resume continues the --output_file of a batch that was interrupted; give that file too")
+    if arguments.serve and (missing := [name for name in ("starlette", "uvicorn") if find_spec(name) is None]):
+        raise InputError(f"--serve needs {' and '.join(missing)}: python -m pip install {' '.join(missing)}")
     if not modes and sys.stdin is not None and sys.stdin.isatty():
         arguments.interactive = True
     elif not modes and (text := piped_text()):
@@ -141,6 +150,13 @@ def piped_text() -> str:
         raise InputError("stdin: the prompt is not UTF-8; convert it, or give it with --prompt") from error
 
 
+def at_least_one(text: str) -> int:
+    """A flag's whole number above 0."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} found, a whole number of at least 1 expected")
+    return int(text)
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Every flag, its default and its help."""
     parser = CommandParser(
@@ -148,6 +164,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _add_modes(parser.add_argument_group("what to do (one of)"))
     _add_files(parser.add_argument_group("files and machine"))
+    _add_server(parser.add_argument_group("the server (--serve)"))
     _add_sampling(parser.add_argument_group("how to generate"))
     return parser
 
@@ -156,6 +173,9 @@ def _add_modes(mode) -> None:
     """What to do."""
     mode.add_argument("--prompt", type=text_flag, metavar="TEXT", help="continue this text once")
     mode.add_argument("--interactive", action="store_true", help="chat; exit, quit or q ends it, clear forgets it")
+    mode.add_argument(
+        "--serve", action="store_true", help="serve a web page and OpenAI's API until Ctrl-C (docs/serving.md)"
+    )
     mode.add_argument("--batch_file", type=path_flag, metavar="FILE", help="continue each line of a UTF-8 file")
     mode.add_argument(
         "--score_file",
@@ -202,6 +222,32 @@ def _add_files(files) -> None:
     )
 
 
+def _add_server(server) -> None:
+    """Where it listens, and who may call."""
+    server.add_argument("--host", default="127.0.0.1", help="address to listen at (default: 127.0.0.1, this machine)")
+    server.add_argument("--port", type=int, default=8000, metavar="N", help="(default: 8000; 0: any that is free)")
+    server.add_argument(
+        "--model_name", type=text_flag, metavar="NAME", help="the model's id (default: its file's name)"
+    )
+    server.add_argument("--rows", type=at_least_one, default=16, metavar="N", help="texts written together [16]")
+    server.add_argument("--queue", type=at_least_one, default=64, metavar="N", help="texts that may wait [64]")
+    server.add_argument(
+        "--api_key_file",
+        type=path_flag,
+        metavar="FILE",
+        help="holds the key that clients must send (or MATECONV_API_KEY)",
+    )
+    server.add_argument(
+        "--no_key", action="store_true", help="let others call without a key at an address like 0.0.0.0"
+    )
+    server.add_argument("--allowed_host", nargs="+", default=[], metavar="NAME", help="more names it may be called by")
+    server.add_argument("--cors_origin", nargs="+", default=[], metavar="URL", help="sites whose pages may call it")
+    server.add_argument("--any_model", action="store_true", help="answer whatever model a request names")
+    server.add_argument(
+        "--reproducible", action="store_true", help="one text at a time: the same seed gives the same text, always"
+    )
+
+
 def _add_sampling(text) -> None:
     """How to generate."""
     options = options_of(GenerationConfig)
@@ -225,6 +271,28 @@ def run_single(generator: "TextGenerator", config: GenerationConfig, prompt: str
         print()
     else:
         print_text(prompt + generator.generate(prompt, config))
+
+
+def run_server(generator: "TextGenerator", config: GenerationConfig, arguments: argparse.Namespace) -> int:
+    """Serve until Ctrl-C; returns the exit code."""
+    from model.serving.run import read_key, serve  # imports uvicorn
+    from model.weights.find import find_weights
+
+    name = arguments.model_name or find_weights(arguments.model_path)[0].stem
+    return serve(
+        generator,
+        name,
+        config,
+        host=arguments.host,
+        port=arguments.port,
+        rows=arguments.rows,
+        queue=arguments.queue,
+        api_key="" if arguments.no_key else read_key(arguments.api_key_file),
+        allowed_hosts=tuple(arguments.allowed_host),
+        origins=tuple(arguments.cors_origin),
+        any_model=arguments.any_model,
+        reproducible=arguments.reproducible,
+    )
 
 
 def run_score(generator: "TextGenerator", texts: list[str]) -> None:

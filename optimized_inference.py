@@ -7,22 +7,19 @@ model with its tokenizer from files (`load_generator`). `GenerationConfig` holds
 import contextlib
 import dataclasses
 import itertools
-import math
-import random
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from model.errors import InputError
+from model.generation.decoding import Decoding, Event
 from model.generation.engine import Engine
 from model.generation.generation_config import DTYPE_NAMES, GenerationConfig
 from model.generation.inference_model import compute_dtype
-from model.generation.rows import Rows
-from model.generation.sampling import Processor, processors_of, sample, warpers_of
+from model.generation.rows import Rows, fitting_rows, text_bytes
 from model.generation.scoring import Score, token_losses
 from model.generation.speed import Speed, Stopwatch
 from model.kv_cache import cache_bytes
@@ -38,23 +35,12 @@ from model.weights.find import find_weights
 from model.weights.load import fitting_tokenizer
 from utils import pick_device, pick_dtype, print_text, say
 
-BATCH_BYTES = 4 << 30  # for the keys and values of all texts in a batch
 CONTEXT_BYTES = 1 << 30  # for those of one text; a longer context needs --max_seq_len
 IDLE_BYTES = 256 << 20  # of keys and values that are kept from one batch to the next
 BATCH_SIZE = 64  # prompts that `batch_generate` continues at once: more gain little (benchmarks/RESULTS.md)
 
 
 # ---------------------------------------------------------------------------------------------------------- the loop
-
-
-class Event(NamedTuple):
-    """A step of one text: a new token, the text's end, or both."""
-
-    number: int  # of its prompt
-    token: int | None  # None: the eos, which is no part of the text
-    text: str  # the characters that this token completes; may be "", since a token often ends within a character
-    end: str | None  # why the text ends: "eos", "length", "context", "stop_string" or "repeats"; None: it continues
-    logprob: float | None  # of the chosen token, even an eos; None: not requested
 
 
 class Sample(NamedTuple):
@@ -74,10 +60,9 @@ def decode(
     new_text: Callable[[Sequence[int]], Text] | None = None,
     own_seeds: bool = False,
 ) -> Iterator[Event]:
-    """Continue any number of prompts (ids, each of 1 to max_seq_len - 1 tokens): the only decode loop there is.
+    """Continue any number of prompts (ids, each of 1 to max_seq_len - 1 tokens), as `Decoding` does.
 
-    A text ends at an eos, after `max_new_tokens`, when it fills the context, or when its `Text` ends it. Each prompt
-    gets the text that it would get alone, up to float rounding. The events of a text come in order, mixed with others'.
+    The events of a text come in order, mixed with others'.
 
     Args:
         rows: where the texts are generated, with its engine; cleared first.
@@ -90,68 +75,17 @@ def decode(
         InputError: the logits are not finite, or the settings leave no token to choose.
     """
     config.check_ids(rows.engine.config.vocab_size)
-    rows.clear()
-    processors, warpers = processors_of(config, eos_ids), warpers_of(config)
+    decoding = Decoding(rows, eos_ids, config.use_cache)
     waiting = iter(enumerate(prompts))
     while True:
         for number, prompt in itertools.islice(waiting, rows.free):
             # Compiled code may be ready by now; it then continues the other rows too.
             rows.compiled = rows.engine.choose_decoder(repeatable=config.seed is not None)
-            generator = None if config.greedy else new_generator(config.seed, number if own_seeds else 0)
             text = None if new_text is None else new_text(prompt)
-            rows.admit(number, prompt, config.max_new_tokens, generator, text)
+            decoding.admit(number, prompt, config, text, number if own_seeds else 0)
         if not rows.live:
             return
-
-        with torch.inference_mode():  # not around a `yield`, where the caller's code runs
-            logits = rows.next_logits(config.use_cache)  # float32 [rows, V]
-            scores = processed(logits, processors, rows)
-            generators = None if config.greedy else [row.generator for row in rows.live]
-            chosen = sample(scores, generators, warpers)
-            logprobs = chosen_logprobs(logits, chosen) if config.logprobs else [None] * len(chosen)
-            rows.append(chosen, eos_ids)
-
-        for row, token, logprob in zip(rows.live, chosen, logprobs, strict=True):
-            kept = None if row.end == "eos" else token
-            text = row.push(kept)  # may set row.end too: a stop string, repeats
-            yield Event(row.number, kept, text, row.end, logprob)
-        rows.drop_ended()
-
-
-def new_generator(seed: int | None, number: int) -> random.Random:
-    """The generator that a text draws from; without a seed, from fresh entropy."""
-    return random.Random(None if seed is None else (seed + number) % 2**63)  # noqa: S311
-
-
-def processed(logits: Tensor, processors: Sequence[Processor], rows: Rows) -> Tensor:
-    """logits float32 [rows, V] after the bias and the penalties.
-
-    Raises:
-        InputError: the logits are not finite, or no token is left.
-    """
-    scores = logits
-    if processors:
-        tokens, output = rows.written()
-        for process in processors:
-            scores = process(scores, tokens, output)
-    if not _largest_are_finite(scores):
-        if not _largest_are_finite(logits):
-            problem = "the weights give logits that are not finite: the training diverged, or the file is damaged"
-        else:
-            problem = "no token is left to choose: logit_bias, no_repeat_ngram_size or a penalty rules out all of them"
-        raise InputError(problem)
-    return scores
-
-
-def _largest_are_finite(scores: Tensor) -> bool:
-    """Whether each row's largest score is a finite number; NaN counts as the largest."""
-    return all(map(math.isfinite, scores.amax(-1).tolist()))
-
-
-def chosen_logprobs(logits: Tensor, chosen: Sequence[int]) -> list[float]:
-    """The log-probability of each row's token, as the model gives it."""
-    picked = torch.tensor(chosen, device=logits.device)[:, None]
-    return logits.log_softmax(-1).gather(1, picked)[:, 0].tolist()
+        yield from decoding.step()
 
 
 # -------------------------------------------------------------------------------------------------------------- text
@@ -369,15 +303,14 @@ class TextGenerator:
     def _rows(self, most: int) -> Iterator[Rows]:
         """Rows for `most` texts, or for as many as BATCH_BYTES of keys and values allow."""
         engine = self.engine()
-        text_bytes = cache_bytes(engine.config, engine.dtype) * engine.config.max_seq_len
-        capacity = max(1, min(most, BATCH_BYTES // text_bytes))
+        capacity = fitting_rows(engine, most)
         rows, self._idle = self._idle, None  # who comes meanwhile gets others
         if rows is None or rows.engine is not engine or rows.capacity != capacity:
             rows = Rows(engine, capacity)
         try:
             yield rows
         finally:
-            if engine is self._engine and capacity * text_bytes <= IDLE_BYTES:
+            if engine is self._engine and capacity * text_bytes(engine) <= IDLE_BYTES:
                 self._idle = rows
 
     def _whole_text(

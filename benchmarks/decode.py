@@ -50,6 +50,7 @@ NAMES = {
     "sampled": "MateConv, compiled, sampling",
     "sampled_eager": "MateConv, eager, sampling",
 }
+PASSED_ON = ("prompt", "tokens", "threads", "device", "llama_plain")  # to each contender
 ON_A_GPU = ("transformers", "eager", "sampled_eager")
 ROW = "{:34} {:>9} {:>8} {:>8} {:>8} {:>7} {:>9} {:>8} {:>8}   {}"
 
@@ -182,7 +183,9 @@ def measure(shape: str, options: argparse.Namespace) -> None:
             for batch in options.batches:
                 order = {"shape": shape, "format": form, "batch": batch, "folder": folder}
                 order |= {"vocab_size": config.vocab_size, "max_seq_len": config.max_seq_len}
-                order |= {name: getattr(options, name) for name in ("prompt", "tokens", "threads", "device", "llama_plain")}
+                order |= {
+                    name: getattr(options, name) for name in ("prompt", "tokens", "threads", "device", "llama_plain")
+                }
                 workers = start(contenders(options, form), order, options)
                 if workers:
                     compare(workers, order, weights * {"fp32": 4, "bf16": 2, "int8": 1}[form], options)

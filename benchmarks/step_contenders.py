@@ -67,10 +67,16 @@ def our_config(options: argparse.Namespace):
 
 
 def _ours(options: argparse.Namespace) -> Contender:
+    from model.attention import has_ways
     from model.model import Transformer
+    from model.training.attention_trial import fastest_attention
     from model.training.optimizer import build_optimizer
 
-    model = Transformer(our_config(options)).to(options.device)
+    config, device = our_config(options), torch.device(options.device)
+    model = Transformer(config).to(device)
+    if has_ways(config.flash_attn, device, config.max_seq_len, config.dropout):  # as a run of train.py chooses
+        model.training_attention, why = fastest_attention(config, options.batch_size, getattr(torch, options.dtype))
+        print(f"attention {model.training_attention}: {why}", file=sys.stderr)
     optimizer = build_optimizer(model, "adamw", LEARNING_RATE, WEIGHT_DECAY)
     flops = model.training_flops_per_token()
     return Contender(model, lambda m, x, y: m(x, y) / y.numel(), optimizer, flops, looks_first=True)

@@ -62,6 +62,7 @@ class GenerationConfig:
     )
     use_cache: bool = setting(True, "false: recompute all of the text for each token, slowly, to compare")
     logprobs: bool = setting(False, "tell each token's log-probability, as the model gives it before any of the above")
+    top_logprobs: int = setting(0, "tell this many of the likeliest tokens too, with theirs; 0: none", at_least=0)
     seed: int | None = setting(
         None, "equal seeds give equal text; null: different each time", at_least=0, at_most=2**63 - 1
     )

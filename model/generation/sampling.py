@@ -202,6 +202,23 @@ def warpers_of(config: GenerationConfig) -> list[Processor]:
     return warpers
 
 
+@dataclass(frozen=True)
+class Choice:
+    """How a text's tokens are chosen; texts that choose alike are processed together."""
+
+    processors: Sequence[Processor] = ()
+    warpers: Sequence[Processor] = ()
+    greedy: bool = True
+    logprobs: bool = False  # tell them
+    likely: int = 0  # likeliest tokens to tell
+
+    @classmethod
+    def of(cls, config: GenerationConfig, eos_ids: Sequence[int]) -> "Choice":
+        """What a config asks for."""
+        processors, warpers = processors_of(config, eos_ids), warpers_of(config)
+        return cls(processors, warpers, config.greedy, config.logprobs or config.top_logprobs > 0, config.top_logprobs)
+
+
 def sample(
     logits: Tensor, generators: Sequence[random.Random] | None = None, warpers: Sequence[Processor] = ()
 ) -> list[int]:

@@ -55,12 +55,16 @@ class ByteDetokenizer:
 
     def push(self, index: int) -> str:
         """The text that this token completes, often "". Control tokens and unknown ids add none."""
+        content = self.content(index)
+        self._begun = self._begun or bool(content)
+        return self._decoder.decode(content)
+
+    def content(self, index: int) -> bytes:
+        """The bytes that this token adds to the text so far; none for control tokens and unknown ids."""
         token = self._backend.id_to_token(index)
         if token is None or index in self._silent:
-            return ""
-        content = self._in_alphabet(token) if self._byte_level else self._in_context(index, token)
-        self._begun = True
-        return self._decoder.decode(content)
+            return b""
+        return self._in_alphabet(token) if self._byte_level else self._in_context(index, token)
 
     def flush(self) -> str:
         """The bytes still held back, as U+FFFD; the detokenizer is then ready for a new text."""
@@ -93,12 +97,16 @@ class WindowDetokenizer:
 
     def push(self, index: int) -> str:
         """The token's text; control tokens have none."""
-        if index in self._silent:
-            return ""
-        before = self._decode(self._window)
-        text = self._decode([*self._window, index])[len(before) :]
-        self._window = [*self._window, index][-WINDOW:]
+        text = self.content(index).decode("utf-8", "replace")
+        if index not in self._silent:
+            self._window = [*self._window, index][-WINDOW:]
         return text
+
+    def content(self, index: int) -> bytes:
+        """The bytes of the token's text after those so far."""
+        if index in self._silent:
+            return b""
+        return self._decode([*self._window, index])[len(self._decode(self._window)) :].encode("utf-8", "replace")
 
     def flush(self) -> str:
         """Always "": nothing is held back."""

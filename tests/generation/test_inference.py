@@ -121,7 +121,7 @@ def test_int8_reserves_memory_for_keys_and_values_in_bfloat16(in_run_folder, mon
     model = load_generator(dtype="bfloat16").model
     assert model.config.max_seq_len == 128
     monkeypatch.setattr("optimized_inference.CONTEXT_BYTES", 100 * cache_bytes(model.config, torch.bfloat16))
-    monkeypatch.setattr("optimized_inference.BATCH_BYTES", 4 * 100 * cache_bytes(model.config, torch.bfloat16))
+    monkeypatch.setattr("model.generation.rows.BATCH_BYTES", 4 * 100 * cache_bytes(model.config, torch.bfloat16))
     for dtype, context, rows in (("bfloat16", 100, 4), ("int8", 100, 4), ("float32", 50, 4)):
         capsys.readouterr()
         generator = load_generator(dtype=dtype, compile=False)

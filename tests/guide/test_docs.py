@@ -43,6 +43,7 @@ ELSEWHERE = {
     "python -m tests.reliability": ("tests/reliability/test_reliability.py", "python -m tests.reliability"),
     "python benchmarks/": ("benchmarks/RESULTS.md", "python benchmarks/"),
     "lm_eval": ("benchmarks/RESULTS.md", "`lm_eval`"),
+    "python inference.py --serve": ("tests/serving/conftest.py", '"inference.py", "--serve"'),
     "wandb login": ("tests/guide/test_guide.py", "--use_wandb"),
     "sbatch examples/slurm.sbatch": ("tests/guide/test_docs.py", "test_the_slurm_example"),
     "kubectl apply -f examples/kubernetes.yaml": ("tests/guide/test_docs.py", "test_the_kubernetes_example"),
@@ -398,7 +399,7 @@ def test_the_processing_tables_match_the_declarations(page):
 
 @pytest.mark.parametrize("page", ["docs/generation.md", "docs/zh/generation.md"])
 def test_the_sampling_table_matches_the_declaration(page):
-    in_python = {"do_sample", "logit_bias", "logprobs"}
+    in_python = {"do_sample", "logit_bias", "logprobs", "top_logprobs"}
     declared = fields(GenerationConfig, without=in_python)
     order = [cells[0].strip("`").removeprefix("--") for cells in rows(page)]
     check_table(page, {name: declared[name] for name in order if name in declared})
@@ -409,7 +410,7 @@ def test_the_sampling_table_matches_the_declaration(page):
 def test_every_flag_is_documented_and_every_documented_flag_exists(interpreter):
     pages = {
         "train.py": ["docs/settings.md", "docs/reliability.md"],
-        "inference.py": ["docs/generation.md"],
+        "inference.py": ["docs/generation.md", "docs/serving.md"],
         "optimized_data_processing.py": ["docs/data.md"],
         "-m model.convert": ["docs/weights.md"],
     }

@@ -12,7 +12,7 @@ ROWS = """
 train inference
 optimized_pretrain optimized_data_processing optimized_inference
 utils
-model.runs model.convert
+model.runs model.convert model.serving
 model.training model.weights model.generation
 model.dataset model.model model.corpus
 model.token_file model.text model.kv_cache

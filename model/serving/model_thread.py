@@ -1,0 +1,276 @@
+"""The thread that runs the model: the requests of all clients become rows of one decode loop."""
+
+import itertools
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+
+from model.errors import InputError, first_line
+from model.generation.decoding import Decoding, Event, told_logprobs
+from model.generation.engine import Engine
+from model.generation.generation_config import GenerationConfig
+from model.generation.prefixes import Prefixes
+from model.generation.rows import Rows, fitting_rows
+from model.kv_cache import KVCache
+from model.text.detokenize import Text, new_detokenizer
+
+PREFIX_BYTES = 256 << 20  # of keys and values that are kept of texts that ended
+PROMPT_TOKENS, PROMPT_TOKENS_ON_GPU = 256, 4096  # that a step reads at most, while others wait for it
+QUEUE_SECONDS = 60.0  # that a text may wait for a row
+WRITING_SECONDS = 600.0  # that it may take then
+
+
+class Busy(Exception):
+    """The queue is full."""
+
+
+class Told(NamedTuple):
+    """What happened to one of a request's texts."""
+
+    index: int  # of the text within its request
+    event: Event | None
+    error: Exception | None = None
+
+
+@dataclass(eq=False)
+class Writing:
+    """A request's texts while they are written.
+
+    Args:
+        deliver: called in the model's thread with what is new, after each step.
+    """
+
+    prompts: Sequence[Sequence[int]]  # one for each text
+    config: GenerationConfig
+    deliver: Callable[["Writing", list[Told]], None]
+    cached: list[int] = field(default_factory=list)  # tokens of each text's prompt that were not read again
+    cancelled: bool = False
+    submitted: float = field(default_factory=time.monotonic)
+    began: float | None = None  # when its first text got a row
+
+
+class _Waiting(NamedTuple):
+    writing: Writing
+    index: int
+    after: int | None  # the number of a text with the same prompt, which is read first
+
+
+@dataclass
+class Counts:
+    """Since the start; what /metrics tells."""
+
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    new_tokens: int = 0
+    steps: int = 0
+    cancelled: int = 0
+    step_seconds: float = 0.0
+
+
+class ModelThread(threading.Thread):
+    """Writes the texts of all requests, as many together as there are rows, in the order of their arrival.
+
+    Args:
+        generator: a TextGenerator; nobody else may use it meanwhile.
+        rows: texts that are written together, if memory holds so many.
+        queue: texts that may wait for a row.
+        on_fault: called when the thread ends because of an error.
+        reuses: keep texts' keys and values for others that begin alike.
+
+    Attributes:
+        fault: the error that ended the thread.
+    """
+
+    def __init__(
+        self, generator, rows: int, queue: int, on_fault: Callable[[], None] = lambda: None, reuses: bool = True
+    ) -> None:
+        super().__init__(name="model", daemon=True)
+        self.generator, self.queue_size, self.fault, self.counts = generator, queue, None, Counts()
+        engine = generator.engine()
+        self._rows = Rows(engine, fitting_rows(engine, rows), prefixes=Prefixes(PREFIX_BYTES) if reuses else None)
+        on_cpu = engine.device.type == "cpu"
+        self._decoding = Decoding(
+            self._rows,
+            generator.eos_ids,
+            prompt_tokens=PROMPT_TOKENS if on_cpu else PROMPT_TOKENS_ON_GPU,
+            on_error=self._refuse,
+        )
+        self._changed = threading.Condition()
+        self._waiting: deque[_Waiting] = deque()
+        self._running: dict[int, tuple[Writing, int]] = {}  # by number
+        self._errors: list[tuple[int, InputError]] = []
+        self._jobs: deque[Callable[[], None]] = deque()
+        self._numbers = itertools.count()
+        self._on_fault, self._closing = on_fault, False
+
+    @property
+    def waiting(self) -> int:
+        """Texts that wait for a row."""
+        return len(self._waiting)
+
+    @property
+    def running(self) -> int:
+        """Texts that have a row."""
+        return len(self._running)
+
+    @property
+    def seconds_per_text(self) -> float:
+        """A guess of how long a row stays taken."""
+        tokens = max(1, self.counts.new_tokens)
+        return max(1.0, self.counts.step_seconds / tokens * self.generator.model.config.max_seq_len / 4)
+
+    def submit(self, writing: Writing) -> None:
+        """Put a request's texts into the queue.
+
+        Raises:
+            Busy: it is full.
+        """
+        with self._changed:
+            if self.fault is not None:
+                raise RuntimeError("the model's thread has ended")
+            if len(self._waiting) >= self.queue_size:
+                raise Busy
+            first: dict[tuple[int, ...], int] = {}
+            writing.cached = [0] * len(writing.prompts)
+            for index, prompt in enumerate(writing.prompts):
+                key = tuple(prompt)
+                self._waiting.append(_Waiting(writing, index, first.get(key)))
+                first.setdefault(key, index)
+            self._changed.notify()
+
+    def cancel(self, writing: Writing) -> None:
+        """Let its texts end; their rows are free after the present step."""
+        with self._changed:
+            writing.cancelled = True
+            self._changed.notify()
+
+    def call(self, job: Callable[[], None]) -> None:
+        """Run something else in this thread, between two steps."""
+        with self._changed:
+            self._jobs.append(job)
+            self._changed.notify()
+
+    def close(self) -> None:
+        """End the thread after the present step."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
+
+    def run(self) -> None:
+        try:
+            while self._has_work():
+                self._drop_cancelled()
+                self._admit()
+                if self._rows.live:
+                    self._step()
+        except BaseException as error:  # whatever it is, nobody may wait for ever
+            self._fail(error)
+
+    def _has_work(self) -> bool:
+        """Wait until there is something to do; False: the thread is to end."""
+        with self._changed:
+            while not (self._closing or self._waiting or self._running or self._jobs):
+                self._changed.wait()
+            if self._closing:
+                return False
+            jobs = [self._jobs.popleft() for _ in range(len(self._jobs))]
+        for job in jobs:
+            job()
+        return True
+
+    def _drop_cancelled(self) -> None:
+        now = time.monotonic()
+        with self._changed:
+            waiting = list(self._waiting)
+            late = {
+                id(one.writing): one.writing
+                for one in waiting
+                if one.writing.began is None and now - one.writing.submitted > QUEUE_SECONDS
+            }
+            kept = [one for one in waiting if not one.writing.cancelled and id(one.writing) not in late]
+            if len(kept) < len(waiting):
+                self._waiting = deque(kept)
+        for writing in late.values():
+            writing.deliver(writing, [Told(0, None, TimeoutError("the server is too busy: no row became free"))])
+        for number, (writing, index) in list(self._running.items()):
+            slow = writing.began is not None and now - writing.began > WRITING_SECONDS
+            if writing.cancelled or slow:
+                self._decoding.cancel(number)
+                del self._running[number]
+                self.counts.cancelled += 1
+            if slow and not writing.cancelled:
+                writing.deliver(writing, [Told(index, None, TimeoutError(f"not done after {WRITING_SECONDS:.0f} s"))])
+
+    def _admit(self) -> None:
+        """Give free rows to the texts that wait longest."""
+        while self._rows.free:
+            with self._changed:
+                if not self._waiting:
+                    return
+                writing, index, after = self._waiting[0]
+                if after is not None and self._is_being_read(writing, after):
+                    return
+                self._waiting.popleft()
+            if writing.began is None:
+                writing.began = time.monotonic()
+            self._rows.compiled = self._rows.engine.choose_decoder(repeatable=False, more_to_come=True)
+            number, prompt, config = next(self._numbers), writing.prompts[index], writing.config
+            text = Text(new_detokenizer(self.generator.tokenizer, prompt), config.stop_strings, config.max_repeats)
+            self._running[number] = (writing, index)
+            writing.cached[index] = self._decoding.admit(number, prompt, config, text, seed_offset=index)
+            self.counts.prompt_tokens += len(prompt)
+            self.counts.cached_tokens += writing.cached[index]
+
+    def _is_being_read(self, writing: Writing, index: int) -> bool:
+        numbers = {number for number, running in self._running.items() if running == (writing, index)}
+        return any(row.is_new for row in self._rows.live if row.number in numbers)
+
+    def _step(self) -> None:
+        start = time.perf_counter()
+        events = self._decoding.step()
+        self.counts.steps += 1
+        self.counts.step_seconds += time.perf_counter() - start
+        told: dict[int, tuple[Writing, list[Told]]] = {}
+        found = [(event.number, event, None) for event in events]
+        found += [(number, None, error) for number, error in self._errors]
+        self._errors.clear()
+        for number, event, error in found:
+            writing, index = self._running[number]
+            if event is None or event.end is not None:
+                del self._running[number]
+            self.counts.new_tokens += event is not None and event.token is not None
+            told.setdefault(id(writing), (writing, []))[1].append(Told(index, event, error))
+        for writing, news in told.values():
+            writing.deliver(writing, news)
+
+    def _refuse(self, number: int, error: InputError) -> None:
+        self._errors.append((number, error))
+
+    def _fail(self, error: BaseException) -> None:
+        """Tell everybody, and end."""
+        with self._changed:
+            self.fault = error
+            writings = {id(writing): writing for writing, _ in self._running.values()}
+            writings |= {id(one.writing): one.writing for one in self._waiting}
+            self._waiting.clear()
+            self._running.clear()
+        for writing in writings.values():
+            writing.deliver(writing, [Told(0, None, RuntimeError(f"the model failed: {first_line(error)}"))])
+        self._on_fault()
+
+
+@torch.inference_mode()
+def prompt_logprobs(
+    engine: Engine, ids: Sequence[int], likely: int
+) -> list[tuple[float, list[tuple[int, float]] | None] | None]:
+    """The log-probability of each of a prompt's tokens given those before it, and the likeliest; None for the first."""
+    if len(ids) < 2:
+        return [None] * len(ids)
+    cache = KVCache(engine.config, 1, engine.config.max_seq_len, device=engine.device, dtype=engine.dtype)
+    hidden = engine.hidden_states(torch.tensor([list(ids[:-1])], device=engine.device), cache)[0]
+    return [None, *told_logprobs(engine.output(hidden).float(), ids[1:], likely)]

@@ -1,0 +1,152 @@
+"""Starts the server, and ends it: `python inference.py --serve`."""
+
+import hashlib
+import os
+import signal
+import socket
+import threading
+from pathlib import Path
+
+import uvicorn
+
+from model.command import say
+from model.errors import InputError
+from model.generation.checksum import checksum
+from model.generation.generation_config import GenerationConfig
+from model.serving.app import LOOPBACK, Limits, Server, make_app
+from model.serving.model_thread import ModelThread
+
+KEY_VARIABLE = "MATECONV_API_KEY"
+DRAIN_SECONDS = 30  # that running texts get after SIGTERM or Ctrl-C; a second signal ends them at once
+KEEP_ALIVE_SECONDS = 5
+
+
+def read_key(path: str | None) -> str | None:
+    """The API key: of a file, or the environment's; None: there is none.
+
+    Raises:
+        InputError: the file cannot be read, or holds no key.
+    """
+    if path is None:
+        return os.environ.get(KEY_VARIABLE) or None
+    try:
+        key = Path(path).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"api_key_file: {path} cannot be read ({error})") from error
+    if not key or not key.isascii() or any(character.isspace() for character in key):
+        raise InputError(f"api_key_file: {path} holds no key; one line of ASCII without spaces expected")
+    return key
+
+
+def bound_socket(host: str, port: int) -> socket.socket:
+    """A socket that listens there.
+
+    Raises:
+        InputError: the address is taken, or is none of this machine's.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except (OSError, OverflowError) as error:
+        raise InputError(f"{host}:{port} cannot be listened at ({error}); give another --host or --port") from error
+
+
+def serve(
+    generator,
+    model: str,
+    defaults: GenerationConfig,
+    host: str,
+    port: int,
+    rows: int,
+    queue: int,
+    api_key: str | None,
+    allowed_hosts: tuple[str, ...] = (),
+    origins: tuple[str, ...] = (),
+    any_model: bool = False,
+    reproducible: bool = False,
+) -> int:
+    """Serve until a signal ends it -> the exit code, 1 after a fault of the model's thread.
+
+    Args:
+        generator: a TextGenerator.
+        model: the id under which it is called.
+        rows: texts that are written together.
+        queue: texts that may wait.
+        reproducible: one text at a time, and nothing kept of earlier ones: the same seed gives the same text.
+    """
+    if host not in LOOPBACK and api_key is None:
+        raise InputError(
+            f"host {host}: others can reach it, so a key is needed: --api_key_file FILE or {KEY_VARIABLE}; or --no_key"
+        )
+    listening = bound_socket(host, port)
+
+    def stop() -> None:
+        web.should_exit = True
+
+    thread = ModelThread(generator, 1 if reproducible else rows, queue, on_fault=stop, reuses=not reproducible)
+    is_chat = bool(generator.chat_format) or (
+        generator.chat_format is None and bool(getattr(generator.tokenizer, "chat_template", None))
+    )
+    hosts = ("*",) if host in ("0.0.0.0", "::") else tuple({*LOOPBACK, host, *allowed_hosts})
+    limits = Limits(hosts, api_key or None, origins, any_model)
+    fingerprint = f"fp_{hashlib.sha256(checksum(generator.model)).hexdigest()[:10]}"
+    server = Server(thread, model, fingerprint, defaults, is_chat, limits)
+    config = uvicorn.Config(
+        make_app(server),
+        log_level="critical",  # requests may hold what is nobody's business
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
+        timeout_graceful_shutdown=DRAIN_SECONDS,
+        lifespan="off",
+        ws="none",
+    )
+    web = _Web(config, server)
+    shown = f"[{host}]" if ":" in host else host
+    say(f"serving {model} at http://{shown}:{listening.getsockname()[1]} (OpenAI's API under /v1); Ctrl-C ends it")
+    thread.start()
+    with listening:
+        web.run([listening])
+    thread.close()
+    thread.join(DRAIN_SECONDS)
+    if thread.fault is not None:
+        say(f"error: the model's thread ended: {type(thread.fault).__name__}: {thread.fault}")
+        return 1
+    return 0
+
+
+class _Web(uvicorn.Server):
+    """uvicorn's server, which ends with exit code 0 after a signal, and tells /health that it is ending."""
+
+    def __init__(self, config: uvicorn.Config, server: Server) -> None:
+        super().__init__(config)
+        self._server = server
+
+    def capture_signals(self):
+        return _Signals(self)
+
+    def handle_exit(self, number: int, frame) -> None:
+        if self.should_exit:
+            self.force_exit = True
+        else:
+            self._server.draining = self.should_exit = True
+            if self._server.thread.running:
+                say(f"ending: running texts get {DRAIN_SECONDS} s; once more ends them now")
+
+
+class _Signals:
+    """Signals go to the server while it runs."""
+
+    def __init__(self, web: _Web) -> None:
+        self._web = web
+        self._before: dict[int, object] = {}
+
+    def __enter__(self) -> None:
+        names = [name for name in ("SIGINT", "SIGTERM", "SIGBREAK") if hasattr(signal, name)]
+        if threading.current_thread() is threading.main_thread():
+            for number in (getattr(signal, name) for name in names):
+                self._before[number] = signal.signal(number, self._web.handle_exit)
+
+    def __exit__(self, *error) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,218 @@
+"""Bad requests, clients that go away, full queues, signals: right answers, and nobody else is harmed."""
+
+import http.client
+import json
+import os
+import re
+import signal
+import socket
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import psutil
+import pytest
+
+from tests.serving.conftest import call_server, events_of, running_server, wait_until
+
+TEXT, CHAT = "/v1/completions", "/v1/chat/completions"
+HELLO = [{"role": "user", "content": "你好"}]
+LONG = {"prompt": "春", "max_tokens": 120, "temperature": 0, "logit_bias": {"2": -100}}  # never ends by itself
+
+
+@pytest.mark.parametrize(
+    "method, path, body, headers, status",
+    [
+        ("POST", CHAT, b"{", {}, 400),
+        ("POST", CHAT, b"[]", {}, 400),
+        ("POST", CHAT, b"\xff\xfe", {}, 400),
+        ("POST", CHAT, b"", {}, 400),
+        ("POST", CHAT, b'{"messages": [], "temperature": NaN}', {}, 400),
+        ("POST", CHAT, b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", {}, 400),
+        ("POST", CHAT, b'{"seed": ' + b"9" * 5_000 + b"}", {}, 400),
+        ("POST", CHAT, b'{"temperature": 1e400}', {}, 400),
+        ("POST", CHAT, b" " * (1 << 20) + b"{}", {}, 413),
+        ("POST", CHAT, b"{}", {"Content-Type": "text/plain"}, 415),
+        ("POST", CHAT, b"a=b", {"Content-Type": "application/x-www-form-urlencoded"}, 415),
+        ("POST", CHAT, b"{}", {"Host": "evil.example"}, 403),
+        ("POST", CHAT, b"{}", {"Origin": "http://evil.example"}, 403),
+        ("OPTIONS", CHAT, None, {"Origin": "http://evil.example"}, 403),
+        ("GET", "/v1/models", None, {"Host": "evil.example:8000"}, 403),
+        ("GET", CHAT, None, {}, 405),
+        ("DELETE", "/v1/models", None, {}, 405),
+        ("GET", "/nothing", None, {}, 404),
+        ("GET", "/../../etc/passwd", None, {}, 404),
+        ("POST", "/", b"{}", {}, 405),
+    ],
+)
+def test_what_is_no_request_is_refused_in_openais_form(server, method, path, body, headers, status):
+    found = server.call(method, path, body, headers)
+    assert found[0] == status and found[2]["error"]["message"], found
+    assert "access-control-allow-origin" not in found[1]
+
+
+def test_hosts_of_this_machine_are_let_in(server):
+    for host in (f"localhost:{server.port}", "127.0.0.1", f"[::1]:{server.port}", f"LOCALHOST:{server.port}"):
+        assert server.call("GET", "/v1/models", None, {"Host": host})[0] == 200
+    own = {"Origin": f"http://127.0.0.1:{server.port}"}
+    assert server.call("POST", TEXT, {"prompt": "春", "max_tokens": 1}, own)[0] == 200
+
+
+def test_a_key_and_other_sites(weights_file, tmp_path):
+    (tmp_path / "key").write_text("sekret\n")
+    flags = ["--api_key_file", str(tmp_path / "key"), "--cors_origin", "https://chat.example", "--allowed_host", "box"]
+    with running_server(weights_file, *flags) as server:
+        assert server.call("GET", "/health")[0] == server.call("GET", "/")[0] == 200
+        for key in (None, "Bearer wrong", "Bearer ", "sekret1", "Bearer sekré"):
+            status, _, found = server.call("GET", "/v1/models", None, {} if key is None else {"Authorization": key})
+            assert status == 401 and found["error"]["code"] == "invalid_api_key"
+            assert "sekret" not in json.dumps(found)
+        own = {"Authorization": "Bearer sekret"}
+        assert server.call("GET", "/v1/models", None, own)[0] == 200
+        site = {"Origin": "https://chat.example"}
+        status, headers, _ = server.call("OPTIONS", CHAT, None, site | {"Access-Control-Request-Method": "POST"})
+        assert status == 204 and headers["access-control-allow-origin"] == "https://chat.example"
+        assert "Authorization" in headers["access-control-allow-headers"]
+        status, headers, _ = server.call("POST", TEXT, {"prompt": "春", "max_tokens": 1}, own | site)
+        assert status == 200 and headers["access-control-allow-origin"] == "https://chat.example"
+        assert "access-control-allow-credentials" not in headers
+        assert server.call("GET", "/v1/models", None, own | {"Host": "box:80"})[0] == 200
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_goes_away_frees_its_row(server, metric, stream):
+    before = metric("cancelled_total")
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
+    connection.request(
+        "POST", TEXT, json.dumps({**LONG, "n": 16, "stream": stream}), {"Content-Type": "application/json"}
+    )
+    wait_until(lambda: metric("requests_running") >= 1 or metric("cancelled_total") > before)
+    connection.sock.shutdown(socket.SHUT_RDWR)
+    connection.close()
+    wait_until(lambda: metric("requests_running") == metric("requests_waiting") == 0, 10)
+
+
+def test_a_full_queue_says_when_to_come_again(weights_file):
+    with running_server(weights_file, "--rows", "1", "--queue", "2") as server, ThreadPoolExecutor(12) as pool:
+        found = list(pool.map(lambda _: server.call("POST", TEXT, LONG), range(12)))
+        refused = [one for one in found if one[0] == 429]
+        assert refused and all(int(one[1]["retry-after"]) >= 1 for one in refused)
+        assert {one[0] for one in found} == {200, 429} and refused[0][2]["error"]["code"] == "queue_full"
+        assert server.call("POST", TEXT, LONG)[0] == 200
+
+
+def test_half_requests_and_idle_connections_harm_nobody(server, connect):
+    idle = [connect() for _ in range(200)]
+    half = connect()
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    half.sendall(head + b"Content-Length: 100\r\n\r\n{")
+    broken = connect()
+    broken.sendall(b"nonsense\r\n\r\n")
+    assert broken.recv(100).startswith(b"HTTP/1.1 400")
+    assert server.call("POST", TEXT, {"prompt": "春", "max_tokens": 2})[0] == 200
+    for connection in idle:
+        connection.close()
+
+
+def test_many_requests_leave_memory_as_it_is(server):
+    process = psutil.Process(server.process.pid)
+
+    def ask(n: int) -> int:
+        return server.call("POST", TEXT, {"prompt": f"春{n}", "max_tokens": 2})[0]
+
+    with ThreadPoolExecutor(8) as pool:
+        assert set(pool.map(ask, range(200))) == {200}
+        before = process.memory_info().rss
+        assert set(pool.map(ask, range(400))) == {200}
+    assert process.memory_info().rss - before < 30e6
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGTERM for other processes")
+def test_sigterm_lets_running_texts_end(weights_file):
+    with running_server(weights_file) as server:
+        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+        connection.request("POST", TEXT, json.dumps({**LONG, "stream": True}), {"Content-Type": "application/json"})
+        answer = connection.getresponse()
+        first = answer.read1(100)
+        server.process.send_signal(signal.SIGTERM)
+        text = (first + answer.read()).decode()
+        assert events_of(text)[-1] == "[DONE]" and '"finish_reason":"length"' in text
+        assert server.process.wait(30) == 0
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGKILL")
+def test_a_server_that_was_killed_starts_again_at_its_port(weights_file):
+    with running_server(weights_file) as server:
+        socket.create_connection(("127.0.0.1", server.port)).close()
+        server.process.kill()
+        server.process.wait()
+        with running_server(weights_file, "--port", str(server.port)) as again:
+            assert again.port == server.port
+
+
+def test_a_fault_of_the_model_ends_all_requests_and_the_process(weights_file, monkeypatch, capsys):
+    """In this process: the thread's step fails once."""
+    from model.generation.generation_config import GenerationConfig
+    from model.serving import run
+    from model.serving.model_thread import ModelThread
+    from optimized_inference import load_generator
+
+    step = ModelThread._step
+
+    def failing(self) -> None:
+        if self.counts.steps >= 3:
+            raise MemoryError("no memory for this")
+        step(self)
+
+    monkeypatch.setattr(ModelThread, "_step", failing)
+    found, answers = [], []
+    said = run.say
+    monkeypatch.setattr(run, "say", lambda line: (said(line), found.append(line)))
+    generator = load_generator(weights_file, compile=False)
+
+    def serve() -> None:
+        answers.append(
+            run.serve(generator, "tiny", GenerationConfig(), host="127.0.0.1", port=0, rows=4, queue=8, api_key=None)
+        )
+
+    server = threading.Thread(target=serve)
+    server.start()
+    wait_until(lambda: found)
+    port = int(re.search(r":(\d+) ", found[0])[1])
+    wait_until(lambda: call_server(port, "GET", "/health")[0] == 200)
+    with ThreadPoolExecutor(3) as pool:
+        statuses = list(pool.map(lambda _: call_server(port, "POST", TEXT, LONG), range(3)))
+    assert {status for status, _, _ in statuses} <= {500, 503} and statuses[0][2]["error"]["type"] == "server_error"
+    server.join(30)
+    assert answers == [1] and "MemoryError: no memory for this" in found[-1]
+
+
+def test_addresses_that_cannot_be_used_are_one_line(weights_file, tmp_path):
+    from tests import forks
+
+    def run(*flags):
+        command = [sys.executable, "inference.py", "--serve", "--model_path", str(weights_file), *flags]
+        done = forks.run(command, cwd=forks.ROOT, capture_output=True, text=True, encoding="utf-8", timeout=120)
+        return done.returncode, done.stderr.strip().splitlines()[-1]
+
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        code, line = run("--port", str(taken.getsockname()[1]))
+        assert code == 2 and line.startswith("error: 127.0.0.1:") and "--port" in line
+    code, line = run("--host", "0.0.0.0", "--port", "0")
+    assert code == 2 and "--api_key_file" in line
+    for flags in (("--port", "70000"), ("--host", "192.0.2.1"), ("--rows", "0"), ("--queue", "-1")):
+        code, line = run(*flags)
+        assert code == 2 and line.startswith("error: "), line
+    (tmp_path / "key").write_text("two words")
+    code, line = run("--api_key_file", str(tmp_path / "key"))
+    assert code == 2 and "holds no key" in line
+
+
+def test_no_prompt_is_logged(weights_file):
+    with running_server(weights_file) as server:
+        server.call("POST", TEXT, {"prompt": "绝密", "max_tokens": 2})
+        server.call("POST", TEXT, {"prompt": "绝密", "temperature": "绝密"})
+        time.sleep(0.2)
+        server.process.terminate()
+        assert "绝密" not in server.process.stderr.read()
