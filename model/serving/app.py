@@ -17,6 +17,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from model.command import print_fault
 from model.errors import InputError
 from model.generation.generation_config import GenerationConfig
 from model.serving.answers import Answer, Token, as_event, metrics, model_entry, to_json
@@ -445,4 +446,5 @@ async def _http_error(request: HttpRequest, error: HTTPException) -> Response:
 
 
 async def _fault(request: HttpRequest, error: Exception) -> Response:
+    print_fault(error)
     return _error(ApiError(500, f"a fault of the server: {type(error).__name__}"))

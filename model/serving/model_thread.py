@@ -48,10 +48,13 @@ class Writing:
     prompts: Sequence[Sequence[int]]  # one for each text
     config: GenerationConfig
     deliver: Callable[["Writing", list[Told]], None]
-    cached: list[int] = field(default_factory=list)  # tokens of each text's prompt that were not read again
+    cached: list[int] = field(init=False)  # tokens of each text's prompt that were not read again
     cancelled: bool = False
     submitted: float = field(default_factory=time.monotonic)
     began: float | None = None  # when its first text got a row
+
+    def __post_init__(self) -> None:
+        self.cached = [0] * len(self.prompts)
 
 
 class _Waiting(NamedTuple):
@@ -136,7 +139,6 @@ class ModelThread(threading.Thread):
             if len(self._waiting) >= self.queue_size:
                 raise Busy
             first: dict[tuple[int, ...], int] = {}
-            writing.cached = [0] * len(writing.prompts)
             for index, prompt in enumerate(writing.prompts):
                 key = tuple(prompt)
                 self._waiting.append(_Waiting(writing, index, first.get(key)))
