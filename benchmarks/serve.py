@@ -70,22 +70,12 @@ def make_weights(folder: Path, options: argparse.Namespace) -> None:
         for end in (0, 1, 2):  # no text ends by itself
             model.tok_embeddings.weight[end].zero_()
     sha256 = tokenizer_sha256(EMBEDDED_TOKENIZER)
-    template = {"template": CHAT, "end_ids": [2]}
-    save_weights(
-        folder / "bench.pth",
-        Weights(model.state_dict(), config, str(EMBEDDED_TOKENIZER), sha256, chat=template),
-    )
-    forms = {"llama": ["bench.gguf"], "transformers": ["bench_hf", "--to", "transformers"]}
+    save_weights(folder / "bench.pth", Weights(model.state_dict(), config, str(EMBEDDED_TOKENIZER), sha256))
+    forms = {"llama": ["bench.gguf"], "transformers": ["bench_hf"]}
     for name in set(options.only) & set(forms):
         target = [str(folder / forms[name][0]), *forms[name][1:]]
         command = [sys.executable, "-m", "model.convert", str(folder / "bench.pth"), *target]
         subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-
-
-CHAT = (
-    "{% for message in messages %}{{ '<s>' + message['role'] + '\\n' + message['content'] + '</s>\\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<s>assistant\\n' }}{% endif %}"
-)
 
 
 def command_of(name: str, folder: Path, port: int, options: argparse.Namespace) -> list[str]:

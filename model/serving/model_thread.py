@@ -157,6 +157,22 @@ class ModelThread(threading.Thread):
             self._jobs.append(job)
             self._changed.notify()
 
+    def end_all(self, error: Exception) -> None:
+        """End all texts, running and waiting, with an error, after the present step."""
+
+        def end() -> None:
+            with self._changed:
+                writings = {id(one.writing): one.writing for one in self._waiting}
+                self._waiting.clear()
+            writings |= {id(writing): writing for writing, _ in self._running.values()}
+            for number in list(self._running):
+                self._decoding.cancel(number)
+                del self._running[number]
+            for writing in writings.values():
+                writing.deliver(writing, [Told(0, None, error)])
+
+        self.call(end)
+
     def close(self) -> None:
         """End the thread after the present step."""
         with self._changed:

@@ -1,5 +1,6 @@
 """Starts the server, and ends it: `python inference.py --serve`."""
 
+import asyncio
 import hashlib
 import os
 import signal
@@ -18,6 +19,7 @@ from model.serving.model_thread import ModelThread
 
 KEY_VARIABLE = "MATECONV_API_KEY"
 DRAIN_SECONDS = 30  # that running texts get after SIGTERM or Ctrl-C; a second signal ends them at once
+TOLD_SECONDS = 2  # of these, to tell the texts that do not end
 KEEP_ALIVE_SECONDS = 5
 
 
@@ -124,6 +126,14 @@ class _Web(uvicorn.Server):
 
     def capture_signals(self):
         return _Signals(self)
+
+    async def shutdown(self, sockets=None) -> None:
+        """Let running texts end; those that do not are told so, before their connections are cut."""
+        late = asyncio.get_running_loop().call_later(
+            DRAIN_SECONDS - TOLD_SECONDS, self._server.thread.end_all, TimeoutError("the server has been shut down")
+        )
+        await super().shutdown(sockets)
+        late.cancel()
 
     def handle_exit(self, number: int, frame) -> None:
         if self.should_exit:

@@ -141,6 +141,40 @@ def test_sigterm_lets_running_texts_end(weights_file):
         assert server.process.wait(30) == 0
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGTERM for other processes")
+def test_texts_that_do_not_end_in_time_are_told_so(weights_file, monkeypatch):
+    """A server in this process, with half a second in place of half a minute."""
+    from model.generation.generation_config import GenerationConfig
+    from model.serving import run
+    from model.serving.model_thread import ModelThread
+    from optimized_inference import load_generator
+
+    monkeypatch.setattr(run, "DRAIN_SECONDS", 2.5)
+    step, webs, lines = ModelThread._step, [], []
+    monkeypatch.setattr(ModelThread, "_step", lambda self: (time.sleep(0.05), step(self)))
+    made = run._Web.__init__
+    monkeypatch.setattr(run._Web, "__init__", lambda web, *given: (made(web, *given), webs.append(web))[0])
+    monkeypatch.setattr(run, "say", lines.append)
+    options = {"host": "127.0.0.1", "port": 0, "rows": 2, "queue": 8, "api_key": None}
+    generator = load_generator(weights_file, compile=False)
+    serving = threading.Thread(target=run.serve, args=(generator, "tiny", GenerationConfig()), kwargs=options)
+    serving.start()
+    wait_until(lambda: lines)
+    port = int(re.search(r":(\d+) ", lines[0])[1])
+    wait_until(lambda: call_server(port, "GET", "/health")[0] == 200)
+    with ThreadPoolExecutor(4) as pool:
+        asked = [pool.submit(call_server, port, "POST", TEXT, {**LONG, "stream": n < 2}) for n in range(4)]
+        wait_until(lambda: webs[0]._server.thread.running == 2)
+        webs[0].handle_exit(signal.SIGTERM, None)
+        answers = [one.result() for one in asked]
+    serving.join(30)
+    assert not serving.is_alive()
+    for status, _, found in answers:
+        error = found["error"] if isinstance(found, dict) else events_of(found)[-1]["error"]
+        assert status == (503 if isinstance(found, dict) else 200)
+        assert error["message"] == "the server has been shut down"
+
+
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGKILL")
 def test_a_server_that_was_killed_starts_again_at_its_port(weights_file):
     with running_server(weights_file) as server:
