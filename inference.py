@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import os
 import select
+import socket
 import stat
 import sys
 from collections.abc import Iterator
@@ -35,6 +36,7 @@ from model.generation.chat_loop import ANSWERS, CONTINUES, run_interactive, say_
 from model.generation.generation_config import DTYPE_NAMES, GenerationConfig
 from model.generation.judging import is_exact, judge_answers, judged_text
 from model.options import options_of, text_flag
+from model.serving.address import bound_socket, read_key
 from model.storage.files import refuse_overwriting, refuse_overwriting_inputs
 
 if TYPE_CHECKING:
@@ -68,6 +70,10 @@ def main() -> int:
         refuse_overwriting_inputs({"output_file": arguments.output_file}, [path for path in inputs if path])
         if not arguments.resume:
             refuse_overwriting("output_file", arguments.output_file, "--resume continues it; or give another path")
+    key, listening = None, None
+    if arguments.serve:
+        key = read_key(arguments.api_key_file)
+        listening = bound_socket(arguments.host, arguments.port, key, arguments.no_key)
     with heavy_imports():  # after everything that can fail early
         from optimized_inference import load_generator
 
@@ -84,7 +90,7 @@ def main() -> int:
     if generator.chat_format and (arguments.prompt is not None or arguments.batch_file is not None):
         say(ANSWERS)
     if arguments.serve:
-        return run_server(generator, config, arguments)
+        return run_server(generator, config, arguments, listening, key)
     if arguments.batch_file is not None:
         return 2 if run_batch(generator, config, prompts, arguments) else 0
     if arguments.score_file is not None:
@@ -273,9 +279,15 @@ def run_single(generator: "TextGenerator", config: GenerationConfig, prompt: str
         print_text(prompt + generator.generate(prompt, config))
 
 
-def run_server(generator: "TextGenerator", config: GenerationConfig, arguments: argparse.Namespace) -> int:
+def run_server(
+    generator: "TextGenerator",
+    config: GenerationConfig,
+    arguments: argparse.Namespace,
+    listening: socket.socket,
+    key: str | None,
+) -> int:
     """Serve until Ctrl-C; returns the exit code."""
-    from model.serving.run import read_key, serve  # imports uvicorn
+    from model.serving.run import serve  # imports uvicorn
     from model.weights.find import find_weights
 
     name = arguments.model_name or find_weights(arguments.model_path)[0].stem
@@ -283,12 +295,11 @@ def run_server(generator: "TextGenerator", config: GenerationConfig, arguments: 
         generator,
         name,
         config,
-        host=arguments.host,
-        port=arguments.port,
+        listening,
         rows=arguments.rows,
         queue=arguments.queue,
-        api_key="" if arguments.no_key else read_key(arguments.api_key_file),
-        allowed_hosts=tuple(arguments.allowed_host),
+        api_key=key,
+        allowed_hosts=(arguments.host, *arguments.allowed_host),
         origins=tuple(arguments.cors_origin),
         any_model=arguments.any_model,
         reproducible=arguments.reproducible,

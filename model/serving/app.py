@@ -20,6 +20,7 @@ from starlette.routing import Route
 from model.command import print_fault
 from model.errors import InputError
 from model.generation.generation_config import GenerationConfig
+from model.serving.address import LOOPBACK
 from model.serving.answers import Answer, Token, as_event, metrics, model_entry, to_json
 from model.serving.model_thread import Busy, ModelThread, Told, Writing, prompt_logprobs
 from model.serving.requests import ApiError, Request, chat_request, completion_request, parse_json
@@ -34,7 +35,6 @@ MOST_BYTES = 1 << 20  # of a request's body
 DISCARDED = 16  # times as many bytes that are read of a body that is too large
 BODY_SECONDS = 30.0  # that a client may take to send it
 PING_SECONDS = 15.0  # of silence in a stream, after which a comment keeps it open
-LOOPBACK = ("localhost", "127.0.0.1", "[::1]", "::1")
 PAGE = Path(__file__).with_name("page.html")
 SECURITY = {"x-content-type-options": "nosniff", "referrer-policy": "no-referrer"}
 

@@ -2,66 +2,32 @@
 
 import asyncio
 import hashlib
-import os
 import signal
 import socket
 import threading
-from pathlib import Path
 
 import uvicorn
 
 from model.command import say
-from model.errors import InputError
 from model.generation.checksum import checksum
 from model.generation.generation_config import GenerationConfig
-from model.serving.app import LOOPBACK, Limits, Server, make_app
+from model.serving.address import LOOPBACK
+from model.serving.app import Limits, Server, make_app
 from model.serving.model_thread import ModelThread
 
-KEY_VARIABLE = "MATECONV_API_KEY"
 DRAIN_SECONDS = 30  # that running texts get after SIGTERM or Ctrl-C; a second signal ends them at once
 TOLD_SECONDS = 2  # of these, to tell the texts that do not end
 KEEP_ALIVE_SECONDS = 5
-
-
-def read_key(path: str | None) -> str | None:
-    """The API key: of a file, or the environment's; None: there is none.
-
-    Raises:
-        InputError: the file cannot be read, or holds no key.
-    """
-    if path is None:
-        return os.environ.get(KEY_VARIABLE) or None
-    try:
-        key = Path(path).read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"api_key_file: {path} cannot be read ({error})") from error
-    if not key or not key.isascii() or any(character.isspace() for character in key):
-        raise InputError(f"api_key_file: {path} holds no key; one line of ASCII without spaces expected")
-    return key
-
-
-def bound_socket(host: str, port: int) -> socket.socket:
-    """A socket that listens there.
-
-    Raises:
-        InputError: the address is taken, or is none of this machine's.
-    """
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        return socket.create_server((host, port), family=family, backlog=2048)
-    except (OSError, OverflowError) as error:
-        raise InputError(f"{host}:{port} cannot be listened at ({error}); give another --host or --port") from error
 
 
 def serve(
     generator,
     model: str,
     defaults: GenerationConfig,
-    host: str,
-    port: int,
+    listening: socket.socket,
     rows: int,
     queue: int,
-    api_key: str | None,
+    api_key: str | None = None,
     allowed_hosts: tuple[str, ...] = (),
     origins: tuple[str, ...] = (),
     any_model: bool = False,
@@ -72,15 +38,11 @@ def serve(
     Args:
         generator: a TextGenerator.
         model: the id under which it is called.
+        listening: has the address (`bound_socket`); it is closed at the end.
         rows: texts that are written together.
         queue: texts that may wait.
         reproducible: one text at a time, and nothing kept of earlier ones: the same seed gives the same text.
     """
-    if host not in LOOPBACK and api_key is None:
-        raise InputError(
-            f"host {host}: others can reach it, so a key is needed: --api_key_file FILE or {KEY_VARIABLE}; or --no_key"
-        )
-    listening = bound_socket(host, port)
 
     def stop() -> None:
         web.should_exit = True
@@ -89,6 +51,7 @@ def serve(
     is_chat = bool(generator.chat_format) or (
         generator.chat_format is None and bool(getattr(generator.tokenizer, "chat_template", None))
     )
+    host, port = listening.getsockname()[:2]
     hosts = ("*",) if host in ("0.0.0.0", "::") else tuple({*LOOPBACK, host, *allowed_hosts})
     limits = Limits(hosts, api_key or None, origins, any_model)
     fingerprint = f"fp_{hashlib.sha256(checksum(generator.model)).hexdigest()[:10]}"
@@ -105,7 +68,7 @@ def serve(
     )
     web = _Web(config, server)
     shown = f"[{host}]" if ":" in host else host
-    say(f"serving {model} at http://{shown}:{listening.getsockname()[1]} (OpenAI's API under /v1); Ctrl-C ends it")
+    say(f"serving {model} at http://{shown}:{port} (OpenAI's API under /v1); Ctrl-C ends it")
     thread.start()
     with listening:
         web.run([listening])

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 import psutil
 import pytest
 
+from model.serving.address import bound_socket
 from tests.serving.conftest import call_server, events_of, running_server, wait_until
 
 TEXT, CHAT = "/v1/completions", "/v1/chat/completions"
@@ -155,7 +156,7 @@ def test_texts_that_do_not_end_in_time_are_told_so(weights_file, monkeypatch):
     made = run._Web.__init__
     monkeypatch.setattr(run._Web, "__init__", lambda web, *given: (made(web, *given), webs.append(web))[0])
     monkeypatch.setattr(run, "say", lines.append)
-    options = {"host": "127.0.0.1", "port": 0, "rows": 2, "queue": 8, "api_key": None}
+    options = {"listening": bound_socket("127.0.0.1", 0, None), "rows": 2, "queue": 8}
     generator = load_generator(weights_file, compile=False)
     serving = threading.Thread(target=run.serve, args=(generator, "tiny", GenerationConfig()), kwargs=options)
     serving.start()
@@ -206,9 +207,8 @@ def test_a_fault_of_the_model_ends_all_requests_and_the_process(weights_file, mo
     generator = load_generator(weights_file, compile=False)
 
     def serve() -> None:
-        answers.append(
-            run.serve(generator, "tiny", GenerationConfig(), host="127.0.0.1", port=0, rows=4, queue=8, api_key=None)
-        )
+        listening = bound_socket("127.0.0.1", 0, None)
+        answers.append(run.serve(generator, "tiny", GenerationConfig(), listening, rows=4, queue=8))
 
     server = threading.Thread(target=serve)
     server.start()

@@ -1,0 +1,48 @@
+"""Where the server listens, and the key that its clients need: checked before a model is loaded."""
+
+import os
+import socket
+from pathlib import Path
+
+from model.errors import InputError
+
+LOOPBACK = ("localhost", "127.0.0.1", "[::1]", "::1")
+KEY_VARIABLE = "MATECONV_API_KEY"
+
+
+def read_key(path: str | None) -> str | None:
+    """The API key: of a file, or the environment's; None: there is none.
+
+    Raises:
+        InputError: the file cannot be read, or holds no key.
+    """
+    if path is None:
+        return os.environ.get(KEY_VARIABLE) or None
+    try:
+        key = Path(path).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"api_key_file: {path} cannot be read ({error})") from error
+    if not key or not key.isascii() or any(character.isspace() for character in key):
+        raise InputError(f"api_key_file: {path} holds no key; one line of ASCII without spaces expected")
+    return key
+
+
+def bound_socket(host: str, port: int, api_key: str | None, no_key: bool = False) -> socket.socket:
+    """A socket that has the address, and does not listen yet.
+
+    Raises:
+        InputError: the address is taken or none of this machine's; or others can reach it, and there is no key.
+    """
+    if host not in LOOPBACK and api_key is None and not no_key:
+        raise InputError(
+            f"host {host}: others can reach it, so a key is needed: --api_key_file FILE or {KEY_VARIABLE}; or --no_key"
+        )
+    bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    if os.name != "nt":  # where it would let two servers have the same port
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        bound.bind((host, port))
+    except (OSError, OverflowError) as error:
+        bound.close()
+        raise InputError(f"{host}:{port} cannot be listened at ({error}); give another --host or --port") from error
+    return bound
