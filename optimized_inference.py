@@ -1,6 +1,6 @@
-"""Generation: one decode loop for a single prompt, a stream, a batch and a chat.
+"""Generation: one decode loop for a single prompt, a stream, a batch, a chat and a server.
 
-From top to bottom: the loop (`decode`: token ids in, ids and text out), what a user calls (`TextGenerator`), and a
+From top to bottom: the loop (`decode`: token ids in, ids and text out, a `Decoding.step` at a time), what a user calls (`TextGenerator`), and a
 model with its tokenizer from files (`load_generator`). `GenerationConfig` holds the options.
 """
 
@@ -50,6 +50,7 @@ class Sample(NamedTuple):
     end: str  # as in Event
     ids: list[int]
     logprobs: list[float]  # of the ids; empty: not requested
+    likely: list[list[tuple[int, float]]]  # for each of them the likeliest ids and theirs; empty: not requested
 
 
 def decode(
@@ -237,7 +238,7 @@ class TextGenerator:
         Args:
             own_seeds: as `decode` takes it.
         """
-        samples = [Sample("", "", [], []) for _ in prompts]
+        samples = [Sample("", "", [], [], []) for _ in prompts]
         pieces: list[list[str]] = [[] for _ in prompts]
         with self._rows(min(BATCH_SIZE, len(prompts))) as rows:
             for event in self.events(prompts, config, rows, own_seeds):
@@ -247,6 +248,8 @@ class TextGenerator:
                     sample.ids.append(event.token)
                     if event.logprob is not None:
                         sample.logprobs.append(event.logprob)
+                    if event.likely is not None:
+                        sample.likely.append(event.likely)
                 if event.end is not None:
                     samples[event.number] = sample._replace(text="".join(pieces[event.number]), end=event.end)
         return samples
