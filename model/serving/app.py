@@ -34,7 +34,7 @@ PREFLIGHT = {
 MOST_BYTES = 1 << 20  # of a request's body
 DISCARDED = 16  # times as many bytes that are read of a body that is too large
 BODY_SECONDS = 30.0  # that a client may take to send it
-PING_SECONDS = 15.0  # of silence in a stream, after which a comment keeps it open
+PING_SECONDS = 15.0  # after which a comment keeps a silent stream open, again and again
 PAGE = Path(__file__).with_name("page.html")
 SECURITY = {"x-content-type-options": "nosniff", "referrer-policy": "no-referrer"}
 
@@ -258,7 +258,14 @@ async def _whole(server: Server, http: HttpRequest, answer: Answer, news: asynci
 async def _stream(server: Server, answer: Answer, news: asyncio.Queue, echoes) -> AsyncIterator[bytes]:
     """The answer in server-sent events; where it is closed early, its rows are freed."""
     count, done = len(answer.writing.prompts), 0 if answer.request.writes else len(answer.writing.prompts)
-    begun = [False] * count
+    begun, loop = [False] * count, asyncio.get_running_loop()
+
+    def ping() -> None:  # cheaper than a time limit for each piece
+        nonlocal timer
+        news.put_nowait([])
+        timer = loop.call_later(PING_SECONDS, ping)
+
+    timer = loop.call_later(PING_SECONDS, ping)
     try:
         for index in range(count):
             if (chunk := answer.begin(index)) is not None:
@@ -269,9 +276,8 @@ async def _stream(server: Server, answer: Answer, news: asyncio.Queue, echoes) -
             if not answer.request.writes:
                 yield as_event(answer.finish(index, "length"))
         while done < count:
-            try:
-                told = await asyncio.wait_for(news.get(), PING_SECONDS)
-            except asyncio.TimeoutError:
+            told = await news.get()
+            if not told:
                 yield b": ping\n\n"
                 continue
             while not news.empty():  # what came meanwhile goes with it
@@ -285,6 +291,7 @@ async def _stream(server: Server, answer: Answer, news: asyncio.Queue, echoes) -
     except _Failed as failed:
         yield as_event(_as_api_error(failed.error).body())
     finally:
+        timer.cancel()
         if done < count:
             server.thread.cancel(answer.writing)
 

@@ -151,6 +151,7 @@ def test_texts_that_do_not_end_in_time_are_told_so(weights_file, monkeypatch):
     from optimized_inference import load_generator
 
     monkeypatch.setattr(run, "DRAIN_SECONDS", 2.5)
+    monkeypatch.setattr("model.serving.app.PING_SECONDS", 0.02)
     step, webs, lines = ModelThread._step, [], []
     monkeypatch.setattr(ModelThread, "_step", lambda self: (time.sleep(0.05), step(self)))
     made = run._Web.__init__
@@ -171,6 +172,7 @@ def test_texts_that_do_not_end_in_time_are_told_so(weights_file, monkeypatch):
     serving.join(30)
     assert not serving.is_alive()
     for status, _, found in answers:
+        assert isinstance(found, dict) or "\n\n: ping\n\n" in found
         error = found["error"] if isinstance(found, dict) else events_of(found)[-1]["error"]
         assert status == (503 if isinstance(found, dict) else 200)
         assert error["message"] == "the server has been shut down"
