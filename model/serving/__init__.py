@@ -1,1 +1,1 @@
-"""The server: what a request may ask, the thread that runs the model, what is answered, and the page."""
+"""The server: what a request may ask, the loop that runs the model, what is answered, and the page."""

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from model.generation.decoding import Event
-from model.serving.model_thread import Writing
+from model.serving.model_loop import Writing
 from model.serving.requests import Request
 from model.text.detokenize import new_detokenizer
 

@@ -1,4 +1,4 @@
-"""The HTTP application: OpenAI's paths and the page, in front of the model's thread."""
+"""The HTTP application: OpenAI's paths and the page, in front of the model's loop."""
 
 import asyncio
 import hmac
@@ -22,7 +22,7 @@ from model.errors import InputError
 from model.generation.generation_config import GenerationConfig
 from model.serving.address import LOOPBACK
 from model.serving.answers import Answer, Token, as_event, metrics, model_entry, to_json
-from model.serving.model_thread import Busy, ModelThread, Told, Writing, prompt_logprobs
+from model.serving.model_loop import Busy, ModelLoop, Told, Writing, prompt_logprobs
 from model.serving.requests import ApiError, Request, chat_request, completion_request, parse_json
 from model.text.detokenize import new_detokenizer
 
@@ -53,7 +53,7 @@ class Limits:
 class Server:
     """What the paths' functions share."""
 
-    thread: ModelThread
+    loop: ModelLoop
     model: str  # its id
     fingerprint: str
     defaults: GenerationConfig
@@ -66,7 +66,7 @@ class Server:
 
     @property
     def prompts(self):
-        return self.thread.generator.prompts
+        return self.loop.generator.prompts
 
 
 def make_app(server: Server) -> "Guard":
@@ -80,8 +80,8 @@ def make_app(server: Server) -> "Guard":
         return _json(_entry(server))
 
     async def health(request: HttpRequest) -> Response:
-        if server.thread.fault is not None:
-            raise ApiError(503, "the model's thread has ended")
+        if server.loop.fault is not None:
+            raise ApiError(503, "the model has failed")
         if server.draining:
             raise ApiError(503, "the server is shutting down", retry_after=5)
         return _json({"status": "ok"})
@@ -175,7 +175,7 @@ class Guard:
 
 async def _answer(server: Server, http: HttpRequest, read: Callable) -> Response:
     """Check a request, let it be written, and answer it whole or as a stream."""
-    if server.draining or server.thread.fault is not None:
+    if server.draining or server.loop.fault is not None:
         raise ApiError(503, "the server is shutting down", retry_after=5)
     body = parse_json(await _body(http))
     if body.get("model") is not None:
@@ -186,7 +186,7 @@ async def _answer(server: Server, http: HttpRequest, read: Callable) -> Response
         server.encoding, read, body, server.prompts, server.defaults
     )
     try:
-        request.config.check_ids(server.thread.generator.model.config.vocab_size)
+        request.config.check_ids(server.loop.generator.model.config.vocab_size)
     except InputError as error:
         raise ApiError(400, str(error), "logit_bias") from None
     _check_ids(server, request)
@@ -199,14 +199,14 @@ async def _answer(server: Server, http: HttpRequest, read: Callable) -> Response
             writing.cancelled = True
 
     texts = [prompt for prompt in request.prompts for _ in range(request.n)]
-    writing = Writing(texts, request.config, deliver)
-    answer = Answer(request, writing, server.thread.generator.tokenizer, server.model, server.fingerprint)
+    writing = Writing(texts, request.config, deliver, request.stream)
+    answer = Answer(request, writing, server.loop.generator.tokenizer, server.model, server.fingerprint)
     echoes = await _echoes(server, answer) if request.echo else None
     if request.writes:
         try:
-            server.thread.submit(writing)
+            server.loop.submit(writing)
         except Busy:
-            wait = math.ceil(server.thread.seconds_per_text)
+            wait = math.ceil(server.loop.seconds_per_text)
             raise ApiError(429, "the queue is full; try again later", None, "queue_full", wait) from None
         except RuntimeError as error:
             raise ApiError(503, str(error)) from None
@@ -218,7 +218,7 @@ async def _answer(server: Server, http: HttpRequest, read: Callable) -> Response
 
 
 def _check_ids(server: Server, request: Request) -> None:
-    rows = server.thread.generator.model.config.vocab_size
+    rows = server.loop.generator.model.config.vocab_size
     if any(not 0 <= index < rows for prompt in request.prompts for index in prompt):
         raise ApiError(400, f"prompt: an id outside 0 to {rows - 1} found", "prompt")
 
@@ -250,7 +250,7 @@ async def _whole(server: Server, http: HttpRequest, answer: Answer, news: asynci
     finally:
         gone.cancel()
         if len(ends) < count:
-            server.thread.cancel(answer.writing)
+            server.loop.cancel(answer.writing)
     choices = [answer.choice(index, texts[index], tokens[index], ends[index]) for index in range(count)]
     return _json(answer.whole(choices), {"x-request-id": answer.id})
 
@@ -293,7 +293,7 @@ async def _stream(server: Server, answer: Answer, news: asyncio.Queue, echoes) -
     finally:
         timer.cancel()
         if done < count:
-            server.thread.cancel(answer.writing)
+            server.loop.cancel(answer.writing)
 
 
 class _Failed(Exception):
@@ -334,15 +334,15 @@ async def _echoes(server: Server, answer: Answer) -> list[tuple[str, list[Token]
 
             def job(prompt=prompt, done=done) -> None:
                 try:
-                    result = prompt_logprobs(server.thread.generator.engine(), prompt, request.likely)
+                    result = prompt_logprobs(server.loop.generator.engine(), prompt, request.likely)
                     loop.call_soon_threadsafe(done.set_result, result)
                 except Exception as error:  # it is told
                     loop.call_soon_threadsafe(done.set_exception, error)
 
-            server.thread.call(job)
+            server.loop.call(job)
             logprobs = [pair or (None, None) for pair in await done]
         tokens = [Token(index, *pair) for index, pair in zip(prompt, logprobs, strict=True)]
-        detokenizer = new_detokenizer(server.thread.generator.tokenizer)
+        detokenizer = new_detokenizer(server.loop.generator.tokenizer)
         text = "".join(map(detokenizer.push, prompt)) + ("" if request.writes else detokenizer.flush())
         found += [(text, tokens)] * request.n
     return found
@@ -397,10 +397,10 @@ def _entry(server: Server) -> dict:
 
 
 def _metrics(server: Server) -> list[tuple[str, str, str, float]]:
-    thread, counts = server.thread, server.thread.counts
+    loop, counts = server.loop, server.loop.counts
     rows = [
-        ("requests_running", "gauge", "texts being written", thread.running),
-        ("requests_waiting", "gauge", "texts that wait for a row", thread.waiting),
+        ("requests_running", "gauge", "texts being written", loop.running),
+        ("requests_waiting", "gauge", "texts that wait for a row", loop.waiting),
         ("prompt_tokens_total", "counter", "tokens of prompts", counts.prompt_tokens),
         ("cached_tokens_total", "counter", "of these, not read again", counts.cached_tokens),
         ("generated_tokens_total", "counter", "tokens written", counts.new_tokens),

@@ -1,6 +1,7 @@
 """Starts the server, and ends it: `python inference.py --serve`."""
 
 import asyncio
+import contextlib
 import hashlib
 import signal
 import socket
@@ -13,7 +14,7 @@ from model.generation.checksum import checksum
 from model.generation.generation_config import GenerationConfig
 from model.serving.address import LOOPBACK
 from model.serving.app import Limits, Server, make_app
-from model.serving.model_thread import ModelThread
+from model.serving.model_loop import ModelLoop
 
 DRAIN_SECONDS = 30  # that running texts get after SIGTERM or Ctrl-C; a second signal ends them at once
 TOLD_SECONDS = 2  # of these, to tell the texts that do not end
@@ -33,7 +34,7 @@ def serve(
     any_model: bool = False,
     reproducible: bool = False,
 ) -> int:
-    """Serve until a signal ends it -> the exit code, 1 after a fault of the model's thread.
+    """Serve until a signal ends it -> the exit code, 1 after a fault of the model.
 
     Args:
         generator: a TextGenerator.
@@ -47,7 +48,7 @@ def serve(
     def stop() -> None:
         web.should_exit = True
 
-    thread = ModelThread(generator, 1 if reproducible else rows, queue, on_fault=stop, reuses=not reproducible)
+    loop = ModelLoop(generator, 1 if reproducible else rows, queue, on_fault=stop, reuses=not reproducible)
     is_chat = bool(generator.chat_format) or (
         generator.chat_format is None and bool(getattr(generator.tokenizer, "chat_template", None))
     )
@@ -55,7 +56,7 @@ def serve(
     hosts = ("*",) if host in ("0.0.0.0", "::") else tuple({*LOOPBACK, host, *allowed_hosts})
     limits = Limits(hosts, api_key or None, origins, any_model)
     fingerprint = f"fp_{hashlib.sha256(checksum(generator.model)).hexdigest()[:10]}"
-    server = Server(thread, model, fingerprint, defaults, is_chat, limits)
+    server = Server(loop, model, fingerprint, defaults, is_chat, limits)
     config = uvicorn.Config(
         make_app(server),
         log_level="critical",  # requests may hold what is nobody's business
@@ -69,13 +70,21 @@ def serve(
     web = _Web(config, server)
     shown = f"[{host}]" if ":" in host else host
     say(f"serving {model} at http://{shown}:{port} (OpenAI's API under /v1); Ctrl-C ends it")
-    thread.start()
-    with listening:
-        web.run([listening])
-    thread.close()
-    thread.join(DRAIN_SECONDS)
-    if thread.fault is not None:
-        say(f"error: the model's thread ended: {type(thread.fault).__name__}: {thread.fault}")
+
+    def run_web() -> None:
+        try:
+            with listening:
+                web.run([listening])
+        finally:
+            loop.close()
+
+    serving = threading.Thread(target=run_web, name="web")
+    with _Signals(web):
+        serving.start()
+        loop.run()
+        serving.join()
+    if loop.fault is not None:
+        say(f"error: the model failed: {type(loop.fault).__name__}: {loop.fault}")
         return 1
     return 0
 
@@ -88,12 +97,12 @@ class _Web(uvicorn.Server):
         self._server = server
 
     def capture_signals(self):
-        return _Signals(self)
+        return contextlib.nullcontext()  # they come to the main thread, which is another
 
     async def shutdown(self, sockets=None) -> None:
         """Let running texts end; those that do not are told so, before their connections are cut."""
         late = asyncio.get_running_loop().call_later(
-            DRAIN_SECONDS - TOLD_SECONDS, self._server.thread.end_all, TimeoutError("the server has been shut down")
+            DRAIN_SECONDS - TOLD_SECONDS, self._server.loop.end_all, TimeoutError("the server has been shut down")
         )
         await super().shutdown(sockets)
         late.cancel()
@@ -103,7 +112,7 @@ class _Web(uvicorn.Server):
             self.force_exit = True
         else:
             self._server.draining = self.should_exit = True
-            if self._server.thread.running:
+            if self._server.loop.running:
                 say(f"ending: running texts get {DRAIN_SECONDS} s; once more ends them now")
 
 

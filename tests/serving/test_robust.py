@@ -147,13 +147,13 @@ def test_texts_that_do_not_end_in_time_are_told_so(weights_file, monkeypatch):
     """A server in this process, with half a second in place of half a minute."""
     from model.generation.generation_config import GenerationConfig
     from model.serving import run
-    from model.serving.model_thread import ModelThread
+    from model.serving.model_loop import ModelLoop
     from optimized_inference import load_generator
 
     monkeypatch.setattr(run, "DRAIN_SECONDS", 2.5)
     monkeypatch.setattr("model.serving.app.PING_SECONDS", 0.02)
-    step, webs, lines = ModelThread._step, [], []
-    monkeypatch.setattr(ModelThread, "_step", lambda self: (time.sleep(0.05), step(self)))
+    step, webs, lines = ModelLoop._step, [], []
+    monkeypatch.setattr(ModelLoop, "_step", lambda self: (time.sleep(0.05), step(self)))
     made = run._Web.__init__
     monkeypatch.setattr(run._Web, "__init__", lambda web, *given: (made(web, *given), webs.append(web))[0])
     monkeypatch.setattr(run, "say", lines.append)
@@ -166,7 +166,7 @@ def test_texts_that_do_not_end_in_time_are_told_so(weights_file, monkeypatch):
     wait_until(lambda: call_server(port, "GET", "/health")[0] == 200)
     with ThreadPoolExecutor(4) as pool:
         asked = [pool.submit(call_server, port, "POST", TEXT, {**LONG, "stream": n < 2}) for n in range(4)]
-        wait_until(lambda: webs[0]._server.thread.running == 2)
+        wait_until(lambda: webs[0]._server.loop.running == 2)
         webs[0].handle_exit(signal.SIGTERM, None)
         answers = [one.result() for one in asked]
     serving.join(30)
@@ -192,17 +192,17 @@ def test_a_fault_of_the_model_ends_all_requests_and_the_process(weights_file, mo
     """In this process: the thread's step fails once."""
     from model.generation.generation_config import GenerationConfig
     from model.serving import run
-    from model.serving.model_thread import ModelThread
+    from model.serving.model_loop import ModelLoop
     from optimized_inference import load_generator
 
-    step = ModelThread._step
+    step = ModelLoop._step
 
     def failing(self) -> None:
         if self.counts.steps >= 3:
             raise MemoryError("no memory for this")
         step(self)
 
-    monkeypatch.setattr(ModelThread, "_step", failing)
+    monkeypatch.setattr(ModelLoop, "_step", failing)
     found, answers = [], []
     said = run.say
     monkeypatch.setattr(run, "say", lambda line: (said(line), found.append(line)))

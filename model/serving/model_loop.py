@@ -1,4 +1,9 @@
-"""The thread that runs the model: the requests of all clients become rows of one decode loop."""
+"""The loop that runs the model: the requests of all clients become rows of one decode loop.
+
+It has the main thread, and the web server another one: OpenMP keeps a pool of threads for each thread that uses it, and
+one for the thread that loaded the model and another for a thread that runs it would be more threads than cores, which
+no longer spin at barriers: a compiled step then took a third more time.
+"""
 
 import itertools
 import threading
@@ -22,6 +27,7 @@ from model.text.detokenize import Text, new_detokenizer
 PREFIX_BYTES = 256 << 20  # of keys and values that are kept of texts that ended
 PROMPT_TOKENS, PROMPT_TOKENS_ON_GPU = 256, 4096  # that a step reads at most, while others wait for it
 QUEUE_SECONDS = 60.0  # that a text may wait for a row
+TELLING_SECONDS = 0.03  # between two pieces of a text
 WRITING_SECONDS = 600.0  # that it may take then
 
 
@@ -42,14 +48,16 @@ class Writing:
     """A request's texts while they are written.
 
     Args:
-        deliver: called in the model's thread with what is new, after each step.
+        deliver: called in the model's thread with what is new.
     """
 
     prompts: Sequence[Sequence[int]]  # one for each text
     config: GenerationConfig
     deliver: Callable[["Writing", list[Told]], None]
+    streams: bool = False  # somebody reads along: the first piece is told at once
     cached: list[int] = field(init=False)  # tokens of each text's prompt that were not read again
     cancelled: bool = False
+    begun: bool = False  # something was told
     submitted: float = field(default_factory=time.monotonic)
     began: float | None = None  # when its first text got a row
 
@@ -75,24 +83,23 @@ class Counts:
     step_seconds: float = 0.0
 
 
-class ModelThread(threading.Thread):
+class ModelLoop:
     """Writes the texts of all requests, as many together as there are rows, in the order of their arrival.
 
     Args:
         generator: a TextGenerator; nobody else may use it meanwhile.
         rows: texts that are written together, if memory holds so many.
         queue: texts that may wait for a row.
-        on_fault: called when the thread ends because of an error.
+        on_fault: called when the loop ends because of an error.
         reuses: keep texts' keys and values for others that begin alike.
 
     Attributes:
-        fault: the error that ended the thread.
+        fault: the error that ended the loop.
     """
 
     def __init__(
         self, generator, rows: int, queue: int, on_fault: Callable[[], None] = lambda: None, reuses: bool = True
     ) -> None:
-        super().__init__(name="model", daemon=True)
         self.generator, self.queue_size, self.fault, self.counts = generator, queue, None, Counts()
         engine = generator.engine()
         self._rows = Rows(engine, fitting_rows(engine, rows), prefixes=Prefixes(PREFIX_BYTES) if reuses else None)
@@ -107,6 +114,8 @@ class ModelThread(threading.Thread):
         self._waiting: deque[_Waiting] = deque()
         self._running: dict[int, tuple[Writing, int]] = {}  # by number
         self._errors: list[tuple[int, InputError]] = []
+        self._news: dict[int, tuple[Writing, list[Told]]] = {}  # that was not told yet
+        self._told = 0.0  # when
         self._jobs: deque[Callable[[], None]] = deque()
         self._numbers = itertools.count()
         self._on_fault, self._closing = on_fault, False
@@ -135,7 +144,7 @@ class ModelThread(threading.Thread):
         """
         with self._changed:
             if self.fault is not None:
-                raise RuntimeError("the model's thread has ended")
+                raise RuntimeError("the model has failed")
             if len(self._waiting) >= self.queue_size:
                 raise Busy
             first: dict[tuple[int, ...], int] = {}
@@ -152,7 +161,7 @@ class ModelThread(threading.Thread):
             self._changed.notify()
 
     def call(self, job: Callable[[], None]) -> None:
-        """Run something else in this thread, between two steps."""
+        """Run something else in the model's thread, between two steps."""
         with self._changed:
             self._jobs.append(job)
             self._changed.notify()
@@ -174,12 +183,13 @@ class ModelThread(threading.Thread):
         self.call(end)
 
     def close(self) -> None:
-        """End the thread after the present step."""
+        """Let `run` return after the present step."""
         with self._changed:
             self._closing = True
             self._changed.notify()
 
     def run(self) -> None:
+        """Write texts until `close`, or a fault."""
         try:
             while self._has_work():
                 self._drop_cancelled()
@@ -190,10 +200,10 @@ class ModelThread(threading.Thread):
             self._fail(error)
 
     def _has_work(self) -> bool:
-        """Wait until there is something to do; False: the thread is to end."""
+        """Wait until there is something to do; False: the loop is to end."""
         with self._changed:
             while not (self._closing or self._waiting or self._running or self._jobs):
-                self._changed.wait()
+                self._changed.wait(1)  # Windows serves no Ctrl-C within a longer one
             if self._closing:
                 return False
             jobs = [self._jobs.popleft() for _ in range(len(self._jobs))]
@@ -253,7 +263,7 @@ class ModelThread(threading.Thread):
         events = self._decoding.step()
         self.counts.steps += 1
         self.counts.step_seconds += time.perf_counter() - start
-        told: dict[int, tuple[Writing, list[Told]]] = {}
+        urgent, now = False, time.monotonic()
         found = [(event.number, event, None) for event in events]
         found += [(number, None, error) for number, error in self._errors]
         self._errors.clear()
@@ -261,10 +271,21 @@ class ModelThread(threading.Thread):
             writing, index = self._running[number]
             if event is None or event.end is not None:
                 del self._running[number]
+                urgent = True
             self.counts.new_tokens += event is not None and event.token is not None
-            told.setdefault(id(writing), (writing, []))[1].append(Told(index, event, error))
-        for writing, news in told.values():
-            writing.deliver(writing, news)
+            self._news.setdefault(id(writing), (writing, []))[1].append(Told(index, event, error))
+            if writing.streams and not writing.begun:
+                urgent = writing.begun = True
+        if urgent or now - self._told > TELLING_SECONDS:
+            self._tell(now)
+
+    def _tell(self, now: float) -> None:
+        """Hand over what is new. Each time wakes the other thread, which takes a core from the model's: so a text's
+        first piece goes at once, and its last, and what is between in pieces that a reader does not notice."""
+        self._told, news = now, self._news
+        self._news = {}
+        for writing, told in news.values():
+            writing.deliver(writing, told)
 
     def _refuse(self, number: int, error: InputError) -> None:
         self._errors.append((number, error))
