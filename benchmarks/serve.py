@@ -40,6 +40,7 @@ from model.weights import Weights, save_weights
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = ("ours", "llama", "transformers")
+OURS = "bench"  # the model's name at our server
 STARTS = 120  # seconds that a server may take
 ROW = "{:>7} {:14} {:>9} {:>12} {:>12} {:>12} {:>8}"
 WORDS = "春风又绿江南岸明月何时照我还床前看光疑是地上霜举头望低思故乡"
@@ -88,6 +89,7 @@ def command_of(name: str, folder: Path, port: int, options: argparse.Namespace) 
     if name == "llama":
         threads = str(torch.get_num_threads())
         flags = ["--n_threads", threads, "--n_threads_batch", threads, "--n_ctx", "512", "--chat_format", "chatml"]
+        flags += ["--interrupt_requests", "false"]  # else a new request ends the one that is being answered
         return [options.llama_python, "-m", "llama_cpp.server", "--model", str(folder / "bench.gguf"), *flags, *at]
     flags = ["--device", "cpu", "--dtype", options.dtype]
     flags += ["--continuous-batching"] if options.transformers_batching else []
@@ -134,10 +136,11 @@ async def ask(port: int, model: str, prompt: str, tokens: int) -> tuple[float, f
         "messages": [{"role": "user", "content": prompt}],
         "max_tokens": tokens,
         "temperature": 0,
-        "repetition_penalty": 1.0,
         "stream": True,
         "stream_options": {"include_usage": True},
     }
+    if model == OURS:  # whose default is not 1
+        body["repetition_penalty"] = 1.0
     content = json.dumps(body).encode()
     start = time.perf_counter()
     reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1 << 20)
@@ -210,7 +213,7 @@ def main() -> None:
                 ports[server] = stack.enter_context(running(server, folder, options))
             except (InputError, OSError) as error:
                 print(f"{server} is left out: {error}")
-        models = {server: str(folder / "bench_hf") if server == "transformers" else "bench" for server in ports}
+        models = {"ours": OURS, "llama": "llama", "transformers": str(folder / "bench_hf")}
         for server, port in ports.items():  # warm up, and compile
             asyncio.run(load(port, models[server], 2, options, 99))
         print(ROW.format("clients", "server", "tok/s", "first, p50", "first, p99", "of the best", "of ours"))
