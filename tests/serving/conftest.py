@@ -39,7 +39,8 @@ def weights_file(tmp_path_factory, tokenizer_folder):
 @contextlib.contextmanager
 def running_server(weights_file, *flags, log=subprocess.DEVNULL):
     """`inference.py --serve` on a free port -> its process, host, port, and `call`."""
-    command = [sys.executable, "inference.py", "--serve", "--port", "0", "--model_path", str(weights_file), *flags]
+    command = [sys.executable, "inference.py", "--serve", "--port", "0", "--model_path", str(weights_file)]
+    command += ["--compile", "false", *flags]  # else a compiler runs beside the tests that follow
     process = forks.Popen(command, cwd=forks.ROOT, stdout=log, stderr=subprocess.PIPE, text=True, encoding="utf-8")
     lines = []
     try:
