@@ -1,7 +1,7 @@
 """Generation: one decode loop for a single prompt, a stream, a batch, a chat and a server.
 
-From top to bottom: the loop (`decode`: token ids in, ids and text out, a `Decoding.step` at a time), what a user calls (`TextGenerator`), and a
-model with its tokenizer from files (`load_generator`). `GenerationConfig` holds the options.
+From top to bottom: the loop (`decode`: token ids in, ids and text out, a `Decoding.step` at a time), what a user calls
+(`TextGenerator`), and a model with its tokenizer from files (`load_generator`). `GenerationConfig` holds the options.
 """
 
 import contextlib

@@ -56,7 +56,8 @@ class ByteDetokenizer:
     def push(self, index: int) -> str:
         """The text that this token completes, often "". Control tokens and unknown ids add none."""
         content = self.content(index)
-        self._begun = self._begun or bool(content)
+        if index not in self._silent and self._backend.id_to_token(index) is not None:
+            self._begun = True
         return self._decoder.decode(content)
 
     def content(self, index: int) -> bytes:

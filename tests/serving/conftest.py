@@ -54,7 +54,7 @@ def running_server(weights_file, *flags, log=subprocess.DEVNULL):
         wait_until(lambda: call_server(port, "GET", "/health")[0] == 200)
         yield SimpleNamespace(process=process, port=port, call=lambda *args, **more: call_server(port, *args, **more))
     finally:
-        if process.poll() is None:
+        with contextlib.suppress(ProcessLookupError):  # it has ended by now
             process.send_signal(signal.SIGKILL if hasattr(signal, "SIGKILL") else signal.SIGTERM)
         process.wait()
         process.stderr.close()
