@@ -183,9 +183,7 @@ def measure(shape: str, options: argparse.Namespace) -> None:
             for batch in options.batches:
                 order = {"shape": shape, "format": form, "batch": batch, "folder": folder}
                 order |= {"vocab_size": config.vocab_size, "max_seq_len": config.max_seq_len}
-                order |= {
-                    name: getattr(options, name) for name in ("prompt", "tokens", "threads", "device", "llama_plain")
-                }
+                order |= {name: getattr(options, name) for name in PASSED_ON}
                 workers = start(contenders(options, form), order, options)
                 if workers:
                     compare(workers, order, weights * {"fp32": 4, "bf16": 2, "int8": 1}[form], options)

@@ -72,10 +72,9 @@ def make_weights(folder: Path, options: argparse.Namespace) -> None:
             model.tok_embeddings.weight[end].zero_()
     sha256 = tokenizer_sha256(EMBEDDED_TOKENIZER)
     save_weights(folder / "bench.pth", Weights(model.state_dict(), config, str(EMBEDDED_TOKENIZER), sha256))
-    forms = {"llama": ["bench.gguf"], "transformers": ["bench_hf"]}
+    forms = {"llama": "bench.gguf", "transformers": "bench_hf"}
     for name in set(options.only) & set(forms):
-        target = [str(folder / forms[name][0]), *forms[name][1:]]
-        command = [sys.executable, "-m", "model.convert", str(folder / "bench.pth"), *target]
+        command = [sys.executable, "-m", "model.convert", str(folder / "bench.pth"), str(folder / forms[name])]
         subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 

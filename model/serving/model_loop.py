@@ -171,16 +171,20 @@ class ModelLoop:
 
         def end() -> None:
             with self._changed:
-                writings = {id(one.writing): one.writing for one in self._waiting}
+                writings = self._writings()
                 self._waiting.clear()
-            writings |= {id(writing): writing for writing, _ in self._running.values()}
             for number in list(self._running):
                 self._decoding.cancel(number)
                 del self._running[number]
-            for writing in writings.values():
+            for writing in writings:
                 writing.deliver(writing, [Told(0, None, error)])
 
         self.call(end)
+
+    def _writings(self) -> list[Writing]:
+        """All that wait or run."""
+        writings = [*(one.writing for one in self._waiting), *(writing for writing, _ in self._running.values())]
+        return list({id(writing): writing for writing in writings}.values())
 
     def close(self) -> None:
         """Let `run` return after the present step."""
@@ -294,11 +298,10 @@ class ModelLoop:
         """Tell everybody, and end."""
         with self._changed:
             self.fault = error
-            writings = {id(writing): writing for writing, _ in self._running.values()}
-            writings |= {id(one.writing): one.writing for one in self._waiting}
+            writings = self._writings()
             self._waiting.clear()
             self._running.clear()
-        for writing in writings.values():
+        for writing in writings:
             writing.deliver(writing, [Told(0, None, RuntimeError(f"the model failed: {first_line(error)}"))])
         self._on_fault()
 

@@ -2,12 +2,12 @@
 
 import dataclasses
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from model.errors import InputError, shown
 from model.generation.generation_config import GenerationConfig
+from model.options import is_number, is_whole
 from model.text.chat_template import valid_text
 from model.text.prompts import Message, PromptEncoder
 from model.text.tokenization import encode_texts
@@ -106,8 +106,7 @@ class _Fields:
         value = self.get(name, default)
         if name not in self:
             return default
-        fits = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        if not fits or not least <= value <= most or (above and value == least):
+        if not is_number(value) or not least <= value <= most or (above and value == least):
             limits = f"above {least:g} and at most {most:g}" if above else f"from {least:g} to {most:g}"
             raise ApiError(400, f"{name}: {shown(value)} found, a number {limits} expected", name)
         return float(value)
@@ -119,7 +118,7 @@ class _Fields:
         value = self.get(name)
         if isinstance(value, float) and value.is_integer():
             value = int(value)
-        if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+        if not is_whole(value) or not least <= value <= most:
             raise ApiError(400, f"{name}: {shown(value)} found, a whole number from {least} to {most} expected", name)
         return value
 
@@ -255,7 +254,7 @@ def _logit_bias(fields: _Fields) -> dict[int, float]:
         raise ApiError(400, f"logit_bias: {shown(value)} found, {expected}", "logit_bias")
     biases = {}
     for index, bias in value.items():
-        fits = isinstance(bias, int | float) and not isinstance(bias, bool) and -100 <= bias <= 100
+        fits = is_number(bias) and -100 <= bias <= 100
         if not (index.isascii() and index.isdigit() and len(index) < 10 and fits):
             raise ApiError(400, f"logit_bias: {shown(index)}: {shown(bias)} found, {expected}", "logit_bias")
         biases[int(index)] = float(bias)
@@ -334,11 +333,7 @@ def _completion_ids(fields: _Fields, prompts: PromptEncoder) -> tuple[tuple[int,
 
 
 def _are_ids(value) -> bool:
-    return (
-        isinstance(value, list)
-        and bool(value)
-        and all(isinstance(index, int) and not isinstance(index, bool) for index in value)
-    )
+    return isinstance(value, list) and bool(value) and all(map(is_whole, value))
 
 
 def _fitting(ids: list[int], prompts: PromptEncoder, param: str) -> tuple[int, ...]:

@@ -246,6 +246,7 @@ def test_a_begun_answer_is_continued(server, generator):
         (CHAT, {"messages": HELLO, "temperature": 2.1}, "temperature"),
         (CHAT, {"messages": HELLO, "temperature": "hot"}, "temperature"),
         (CHAT, {"messages": HELLO, "temperature": True}, "temperature"),
+        (CHAT, {"messages": HELLO, "temperature": 10**400}, "temperature"),
         (CHAT, {"messages": HELLO, "top_p": 0}, "top_p"),
         (CHAT, {"messages": HELLO, "n": 0}, "n"),
         (CHAT, {"messages": HELLO, "n": 17}, "n"),
