@@ -36,7 +36,7 @@ from model.generation.chat_loop import ANSWERS, CONTINUES, run_interactive, say_
 from model.generation.generation_config import DTYPE_NAMES, GenerationConfig
 from model.generation.judging import is_exact, judge_answers, judged_text
 from model.options import options_of, text_flag
-from model.serving.address import bound_socket, read_key
+from model.serving.address import LOOPBACK, bound_socket, read_key
 from model.storage.files import refuse_overwriting, refuse_overwriting_inputs
 
 if TYPE_CHECKING:
@@ -287,23 +287,15 @@ def run_server(
     key: str | None,
 ) -> int:
     """Serve until Ctrl-C; returns the exit code."""
-    from model.serving.run import serve  # imports uvicorn
+    from model.serving.app import Limits  # imports starlette
+    from model.serving.run import serve
     from model.weights.find import find_weights
 
     name = arguments.model_name or find_weights(arguments.model_path)[0].stem
-    return serve(
-        generator,
-        name,
-        config,
-        listening,
-        rows=arguments.rows,
-        queue=arguments.queue,
-        api_key=key,
-        allowed_hosts=(arguments.host, *arguments.allowed_host),
-        origins=tuple(arguments.cors_origin),
-        any_model=arguments.any_model,
-        reproducible=arguments.reproducible,
-    )
+    hosts = (*LOOPBACK, arguments.host, *arguments.allowed_host)
+    limits = Limits(hosts, key, tuple(arguments.cors_origin), arguments.any_model)
+    rows, queue = arguments.rows, arguments.queue
+    return serve(generator, name, config, listening, rows, queue, limits, arguments.reproducible)
 
 
 def run_score(generator: "TextGenerator", texts: list[str]) -> None:

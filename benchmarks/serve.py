@@ -1,14 +1,18 @@
 """The server under load, beside others' on the same weights: tokens a second, and how long the first token takes.
 
-    python benchmarks/serve.py --llama_python ../llama/bin/python
+    python benchmarks/serve.py --llama_server ../llama.cpp/build/bin/llama-server
+    python benchmarks/serve.py --only ours llama_python --llama_python ../llama/bin/python
     python benchmarks/serve.py --clients 1 16 --only ours --tokens 64
 
 Each client sends chats one after the other, as streams, greedily; every prompt differs. The servers take turns at each
-number of clients, so that other load on the machine affects all of them. llama: llama-cpp-python's server, of the
-interpreter that --llama_python names (which needs `llama-cpp-python[server]`); it writes one text at a time.
-transformers: `transformers serve`, with continuous batching where --transformers_batching asks for it. Both get the
-weights of MiniMind v1's shape that ours gets, in their form. direct: our `TextGenerator.generate` without a server, for
-one client.
+number of clients, so that other load on the machine affects all of them.
+
+- llama_server: llama.cpp's own, with a slot for each client.
+- llama_python: llama-cpp-python's, which writes one text at a time; of the interpreter that --llama_python names.
+- transformers: `transformers serve`, with continuous batching unless --plain_transformers.
+- direct: our `TextGenerator.chat` without a server, for one client.
+
+All get the same weights of MiniMind v1's shape, each in its form.
 """
 
 import argparse
@@ -39,7 +43,7 @@ from model.text.tokenization import EMBEDDED_TOKENIZER, tokenizer_sha256
 from model.weights import Weights, save_weights
 
 ROOT = Path(__file__).resolve().parent.parent
-NAMES = ("ours", "llama", "transformers")
+NAMES = ("ours", "llama_server", "llama_python", "transformers")
 OURS = "bench"  # the model's name at our server
 STARTS = 120  # seconds that a server may take
 ROW = "{:>7} {:14} {:>9} {:>12} {:>12} {:>12} {:>8}"
@@ -53,8 +57,9 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", choices=NAMES, default=list(NAMES), help="[all]")
     for name, default in {"tokens": 128, "requests": 2, "rounds": 2}.items():
         parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"[{default}]")
+    parser.add_argument("--llama_server", default="llama-server", metavar="FILE", help="llama.cpp's server")
     parser.add_argument("--llama_python", default=sys.executable, metavar="FILE", help="a Python with llama-cpp-python")
-    parser.add_argument("--transformers_batching", action="store_true", help="transformers serve --continuous_batching")
+    parser.add_argument("--plain_transformers", action="store_true", help="without its --continuous-batching")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="[float32]")
     return parser.parse_args()
 
@@ -72,26 +77,29 @@ def make_weights(folder: Path, options: argparse.Namespace) -> None:
             model.tok_embeddings.weight[end].zero_()
     sha256 = tokenizer_sha256(EMBEDDED_TOKENIZER)
     save_weights(folder / "bench.pth", Weights(model.state_dict(), config, str(EMBEDDED_TOKENIZER), sha256))
-    forms = {"llama": "bench.gguf", "transformers": "bench_hf"}
-    for name in set(options.only) & set(forms):
-        command = [sys.executable, "-m", "model.convert", str(folder / "bench.pth"), str(folder / forms[name])]
+    forms = {"llama_server": "bench.gguf", "llama_python": "bench.gguf", "transformers": "bench_hf"}
+    for form in {forms[name] for name in options.only if name in forms}:
+        command = [sys.executable, "-m", "model.convert", str(folder / "bench.pth"), str(folder / form)]
         subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
 def command_of(name: str, folder: Path, port: int, options: argparse.Namespace) -> list[str]:
     """How a server is started."""
     at = ["--host", "127.0.0.1", "--port", str(port)]
+    threads, rows = str(torch.get_num_threads()), str(min(64, max(options.clients)))
     if name == "ours":
-        rows = str(min(64, max(options.clients)))
         flags = ["--dtype", options.dtype, "--compile", "--rows", rows, "--queue", "256", "--any_model"]
         return [sys.executable, "inference.py", "--serve", "--model_path", str(folder / "bench.pth"), *flags, *at]
-    if name == "llama":
-        threads = str(torch.get_num_threads())
+    if name == "llama_server":
+        flags = ["--threads", threads, "--threads-batch", threads, "--chat-template", "chatml", "--no-webui"]
+        flags += ["--parallel", rows, "--ctx-size", str(512 * int(rows))]
+        return [options.llama_server, "--model", str(folder / "bench.gguf"), *flags, *at]
+    if name == "llama_python":
         flags = ["--n_threads", threads, "--n_threads_batch", threads, "--n_ctx", "512", "--chat_format", "chatml"]
         flags += ["--interrupt_requests", "false"]  # else a new request ends the one that is being answered
         return [options.llama_python, "-m", "llama_cpp.server", "--model", str(folder / "bench.gguf"), *flags, *at]
     flags = ["--device", "cpu", "--dtype", options.dtype]
-    flags += ["--continuous-batching"] if options.transformers_batching else []
+    flags += [] if options.plain_transformers else ["--continuous-batching"]
     program = Path(sys.executable).with_name("transformers")
     return [str(program), "serve", str(folder / "bench_hf"), *flags, *at]
 
@@ -212,7 +220,7 @@ def main() -> None:
                 ports[server] = stack.enter_context(running(server, folder, options))
             except (InputError, OSError) as error:
                 print(f"{server} is left out: {error}")
-        models = {"ours": OURS, "llama": "llama", "transformers": str(folder / "bench_hf")}
+        models = dict.fromkeys(NAMES, "any") | {"ours": OURS, "transformers": str(folder / "bench_hf")}
         for server, port in ports.items():  # warm up, and compile
             asyncio.run(load(port, models[server], 2, options, 99))
         print(ROW.format("clients", "server", "tok/s", "first, p50", "first, p99", "of the best", "of ours"))

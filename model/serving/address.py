@@ -6,7 +6,7 @@ from pathlib import Path
 
 from model.errors import InputError
 
-LOOPBACK = ("localhost", "127.0.0.1", "[::1]", "::1")
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
 KEY_VARIABLE = "MATECONV_API_KEY"
 
 

@@ -43,7 +43,7 @@ SECURITY = {"x-content-type-options": "nosniff", "referrer-policy": "no-referrer
 class Limits:
     """Who may call the server."""
 
-    hosts: tuple[str, ...] = LOOPBACK  # names in the Host header; ("*",): any
+    hosts: tuple[str, ...] = LOOPBACK  # names and addresses, without brackets, in the Host header; ("*",): any
     api_key: str | None = None
     origins: tuple[str, ...] = ()  # other sites' pages that may call it
     any_model: bool = False  # a request may name any model
@@ -151,7 +151,7 @@ class Guard:
     def _check(self, scope, headers: dict[bytes, str], origin: str | None, allowed: bool) -> None:
         limits, host = self.server.limits, headers.get(b"host", "")
         name = host.rsplit(":", 1)[0] if not host.endswith("]") else host
-        if "*" not in limits.hosts and name.lower() not in limits.hosts:
+        if "*" not in limits.hosts and name.lower().strip("[]") not in limits.hosts:
             raise ApiError(403, f"the Host header names {name!r}; --allowed_host lets it in")
         own = {f"http://{host}", f"https://{host}"}
         if origin is not None and origin not in own and not allowed:
@@ -225,33 +225,22 @@ def _check_ids(server: Server, request: Request) -> None:
 
 async def _whole(server: Server, http: HttpRequest, answer: Answer, news: asyncio.Queue, echoes) -> Response:
     """The answer in one piece; a client that goes away frees its rows."""
-    count = len(answer.writing.prompts)
-    texts, tokens, ends = [""] * count, [[] for _ in range(count)], {}
-    for index in range(count if echoes else 0):
-        texts[index], tokens[index] = echoes[index][0], list(echoes[index][1])
-    if not answer.request.writes:
-        ends = dict.fromkeys(range(count), "length")
-    gone = asyncio.ensure_future(_gone(http))
+    count, unwritten = len(answer.writing.prompts), None if answer.request.writes else "length"
+    pieces = {index: _Piece(*(echoes[index] if echoes else ("", [])), unwritten) for index in range(count)}
+    gone, ended = asyncio.ensure_future(_gone(http)), False
     try:
-        while len(ends) < count:
+        while not (ended := all(piece.end for piece in pieces.values())):
             waiting = asyncio.ensure_future(news.get())
             await asyncio.wait({waiting, gone}, return_when=asyncio.FIRST_COMPLETED)
             if not waiting.done():
                 waiting.cancel()
                 return Response(status_code=499)  # nginx's for a client that went away; nobody reads it
-            for index, event, error in waiting.result():
-                if error is not None:
-                    raise _as_api_error(error)
-                if (token := answer.note(index, event)) is not None:
-                    tokens[index].append(token)
-                texts[index] += event.text
-                if event.end is not None:
-                    ends[index] = event.end
+            _gather(answer, waiting.result(), pieces)
     finally:
         gone.cancel()
-        if len(ends) < count:
+        if not ended:
             server.loop.cancel(answer.writing)
-    choices = [answer.choice(index, texts[index], tokens[index], ends[index]) for index in range(count)]
+    choices = [answer.choice(index, piece.text, piece.tokens, piece.end) for index, piece in pieces.items()]
     return _json(answer.whole(choices), {"x-request-id": answer.id})
 
 
@@ -288,38 +277,49 @@ async def _stream(server: Server, answer: Answer, news: asyncio.Queue, echoes) -
         if answer.request.include_usage:
             yield as_event(answer.last_chunk())
         yield b"data: [DONE]\n\n"
-    except _Failed as failed:
-        yield as_event(_as_api_error(failed.error).body())
+    except ApiError as error:
+        yield as_event(error.body())
     finally:
         timer.cancel()
         if done < count:
             server.loop.cancel(answer.writing)
 
 
-class _Failed(Exception):
-    """A text could not be written."""
+@dataclass
+class _Piece:
+    """What a text got since something was told of it."""
 
-    def __init__(self, error: Exception) -> None:
-        self.error = error
+    text: str = ""
+    tokens: list[Token] = field(default_factory=list)
+    end: str | None = None
+
+
+def _gather(answer: Answer, told: list[Told], pieces: dict[int, _Piece]) -> dict[int, _Piece]:
+    """Add what happened to the pieces, by text.
+
+    Raises:
+        ApiError: a text could not be written.
+    """
+    for index, event, error in told:
+        if error is not None:
+            raise _as_api_error(error)
+        piece = pieces.setdefault(index, _Piece())
+        if (token := answer.note(index, event)) is not None:
+            piece.tokens.append(token)
+        piece.text += event.text
+        piece.end = piece.end or event.end
+    return pieces
 
 
 def _chunks(answer: Answer, told: list[Told], begun: list[bool]) -> list[dict]:
     """The chunks for what is new: for each text one with all that it got, and its last."""
-    chunks, texts, tokens, ends = [], {}, {}, {}
-    for index, event, error in told:
-        if error is not None:
-            raise _Failed(error)
-        token = answer.note(index, event)
-        texts[index] = texts.get(index, "") + event.text
-        tokens.setdefault(index, []).extend([] if token is None else [token])
-        if event.end is not None:
-            ends[index] = event.end
-    for index, text in texts.items():
-        if text or tokens[index] and (answer.request.logprobs or answer.request.token_ids):
-            chunks.append(answer.piece(index, text, tokens[index], first=not begun[index]))
+    chunks = []
+    for index, piece in _gather(answer, told, {}).items():
+        if piece.text or piece.tokens and (answer.request.logprobs or answer.request.token_ids):
+            chunks.append(answer.piece(index, piece.text, piece.tokens, first=not begun[index]))
             begun[index] = True
-        if index in ends:
-            chunks.append(answer.finish(index, ends[index]))
+        if piece.end is not None:
+            chunks.append(answer.finish(index, piece.end))
     return chunks
 
 
@@ -344,7 +344,7 @@ async def _echoes(server: Server, answer: Answer) -> list[tuple[str, list[Token]
         tokens = [Token(index, *pair) for index, pair in zip(prompt, logprobs, strict=True)]
         detokenizer = new_detokenizer(server.loop.generator.tokenizer)
         text = "".join(map(detokenizer.push, prompt)) + ("" if request.writes else detokenizer.flush())
-        found += [(text, tokens)] * request.n
+        found += [(text, list(tokens)) for _ in range(request.n)]
     return found
 
 

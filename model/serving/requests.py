@@ -9,7 +9,7 @@ from model.errors import InputError, shown
 from model.generation.generation_config import GenerationConfig
 from model.options import is_number, is_whole
 from model.text.chat_template import valid_text
-from model.text.prompts import Message, PromptEncoder
+from model.text.prompts import Message, PromptEncoder, TooLong
 from model.text.tokenization import encode_texts
 
 MOST_TEXTS = 64  # of one request: prompts times n
@@ -282,10 +282,10 @@ def _chat_ids(fields: _Fields, prompts: PromptEncoder) -> tuple[int, ...]:
             history = prompts.fit_history(history, prompts.context // 4)
         ids = prompts.encode_chat(history)
         if begun:
-            ids = [*ids, *encode_texts(prompts.tokenizer, [begun])[0]]
+            ids = prompts.fitting("chat", [*ids, *encode_texts(prompts.tokenizer, [begun])[0]])
     except InputError as error:
         raise _unusable(error, "messages") from None
-    return _fitting(ids, prompts, "messages")
+    return tuple(ids)
 
 
 def _message(number: int, message) -> Message:
@@ -319,16 +319,13 @@ def _completion_ids(fields: _Fields, prompts: PromptEncoder) -> tuple[tuple[int,
         raise ApiError(400, f"prompt: {len(prompt)} prompts found, at most {MOST_TEXTS} expected", "prompt")
     found = []
     for one in prompt:
-        if isinstance(one, str):
-            try:
-                ids = prompts.encode_prompt(one)
-            except InputError as error:
-                raise _unusable(error, "prompt") from None
-        elif _are_ids(one):
-            ids = one
-        else:
+        if not isinstance(one, str) and not _are_ids(one):
             raise ApiError(400, f"prompt: {shown(one)} found, a text or ids expected", "prompt")
-        found.append(_fitting(ids, prompts, "prompt"))
+        try:
+            ids = prompts.encode_prompt(one) if isinstance(one, str) else prompts.fitting("prompt", one)
+        except InputError as error:
+            raise _unusable(error, "prompt") from None
+        found.append(tuple(ids))
     return tuple(found)
 
 
@@ -336,18 +333,5 @@ def _are_ids(value) -> bool:
     return isinstance(value, list) and bool(value) and all(map(is_whole, value))
 
 
-def _fitting(ids: list[int], prompts: PromptEncoder, param: str) -> tuple[int, ...]:
-    if len(ids) >= prompts.context:
-        raise ApiError(
-            400,
-            f"{param}: {len(ids)} tokens found, the model's context of {prompts.context} takes at most"
-            f" {prompts.context - 1}; shorten it",
-            param,
-            "context_length_exceeded",
-        )
-    return tuple(ids)
-
-
 def _unusable(error: InputError, param: str) -> ApiError:
-    code = "context_length_exceeded" if "context" in str(error) else None
-    return ApiError(400, str(error), param, code)
+    return ApiError(400, str(error), param, "context_length_exceeded" if isinstance(error, TooLong) else None)

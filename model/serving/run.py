@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import hashlib
 import signal
 import socket
@@ -12,7 +13,6 @@ import uvicorn
 from model.command import say
 from model.generation.checksum import checksum
 from model.generation.generation_config import GenerationConfig
-from model.serving.address import LOOPBACK
 from model.serving.app import Limits, Server, make_app
 from model.serving.model_loop import ModelLoop
 
@@ -28,10 +28,7 @@ def serve(
     listening: socket.socket,
     rows: int,
     queue: int,
-    api_key: str | None = None,
-    allowed_hosts: tuple[str, ...] = (),
-    origins: tuple[str, ...] = (),
-    any_model: bool = False,
+    limits: Limits,
     reproducible: bool = False,
 ) -> int:
     """Serve until a signal ends it -> the exit code, 1 after a fault of the model.
@@ -39,7 +36,7 @@ def serve(
     Args:
         generator: a TextGenerator.
         model: the id under which it is called.
-        listening: has the address (`bound_socket`); it is closed at the end.
+        listening: has the address (`bound_socket`), a name more that it may be called by; it is closed at the end.
         rows: texts that are written together.
         queue: texts that may wait.
         reproducible: one text at a time, and nothing kept of earlier ones: the same seed gives the same text.
@@ -49,25 +46,12 @@ def serve(
         web.should_exit = True
 
     loop = ModelLoop(generator, 1 if reproducible else rows, queue, on_fault=stop, reuses=not reproducible)
-    is_chat = bool(generator.chat_format) or (
-        generator.chat_format is None and bool(getattr(generator.tokenizer, "chat_template", None))
-    )
     host, port = listening.getsockname()[:2]
-    hosts = ("*",) if host in ("0.0.0.0", "::") else tuple({*LOOPBACK, host, *allowed_hosts})
-    limits = Limits(hosts, api_key or None, origins, any_model)
+    hosts = ("*",) if host in ("0.0.0.0", "::") else (*limits.hosts, host)
     fingerprint = f"fp_{hashlib.sha256(checksum(generator.model)).hexdigest()[:10]}"
-    server = Server(loop, model, fingerprint, defaults, is_chat, limits)
-    config = uvicorn.Config(
-        make_app(server),
-        log_level="critical",  # requests may hold what is nobody's business
-        access_log=False,
-        server_header=False,
-        timeout_keep_alive=KEEP_ALIVE_SECONDS,
-        timeout_graceful_shutdown=DRAIN_SECONDS,
-        lifespan="off",
-        ws="none",
-    )
-    web = _Web(config, server)
+    limits = dataclasses.replace(limits, hosts=hosts)
+    server = Server(loop, model, fingerprint, defaults, _chats(generator), limits)
+    web = _Web(server)
     shown = f"[{host}]" if ":" in host else host
     say(f"serving {model} at http://{shown}:{port} (OpenAI's API under /v1); Ctrl-C ends it")
 
@@ -89,10 +73,27 @@ def serve(
     return 0
 
 
+def _chats(generator) -> bool:
+    """The weights were tuned on chats; where they do not say, the tokenizer has a template."""
+    if generator.chat_format is None:
+        return bool(getattr(generator.tokenizer, "chat_template", None))
+    return bool(generator.chat_format)
+
+
 class _Web(uvicorn.Server):
     """uvicorn's server, which ends with exit code 0 after a signal, and tells /health that it is ending."""
 
-    def __init__(self, config: uvicorn.Config, server: Server) -> None:
+    def __init__(self, server: Server) -> None:
+        config = uvicorn.Config(
+            make_app(server),
+            log_level="critical",  # requests may hold what is nobody's business
+            access_log=False,
+            server_header=False,
+            timeout_keep_alive=KEEP_ALIVE_SECONDS,
+            timeout_graceful_shutdown=DRAIN_SECONDS,
+            lifespan="off",
+            ws="none",
+        )
         super().__init__(config)
         self._server = server
 

@@ -10,6 +10,10 @@ from model.text.tokenization import Delimiters, delimiters, encode_texts
 Message = dict[str, str]  # {"role": ..., "content": ...}
 
 
+class TooLong(InputError):
+    """A prompt leaves no room for a token in the model's context."""
+
+
 class PromptEncoder:
     """Turns prompts and chats into ids. A control token that a user's text spells out stays text.
 
@@ -31,9 +35,10 @@ class PromptEncoder:
         """`<bos> ids`, as documents begin in training; without a bos `ids`, and where there are none, the eos.
 
         Raises:
-            InputError: the prompt is no valid text, or leaves no room for a token in the context.
+            InputError: the prompt is no valid text.
+            TooLong: it leaves no room for a token in the context.
         """
-        return self._fitting("prompt", self._encode_start(valid_text("the prompt", prompt)))
+        return self.fitting("prompt", self._encode_start(valid_text("the prompt", prompt)))
 
     def encode_chat(self, history: Sequence[Message]) -> list[int]:
         """A history's ids, up to where the answer begins, in the tokenizer's chat template.
@@ -41,9 +46,10 @@ class PromptEncoder:
         Without a template, the contents as one plain text.
 
         Raises:
-            InputError: the history is empty or malformed, the template refuses it, or it leaves no room for a token.
+            InputError: the history is empty or malformed, or the template refuses it.
+            TooLong: it leaves no room for a token.
         """
-        return self._fitting("chat", self._encode(check_history(history)))
+        return self.fitting("chat", self._encode(check_history(history)))
 
     def fit_history(self, history: Sequence[Message], room: int) -> list[Message]:
         """The history without its oldest turns, as far as it would leave less than `room` tokens for the answer.
@@ -80,6 +86,20 @@ class PromptEncoder:
             )
         return kept
 
+    def fitting(self, what: str, ids: list[int]) -> list[int]:
+        """The ids, if they leave room for a token in the context.
+
+        Args:
+            what: they are of, for the message.
+
+        Raises:
+            TooLong: they do not.
+        """
+        if len(ids) >= self.context:
+            most = f"the model's context of {self.context} takes at most {self.context - 1}"
+            raise TooLong(f"the {what} has {len(ids)} tokens, {most}; shorten it")
+        return ids
+
     def _say_once(self, what: str, line: str) -> None:
         if what not in self._said:
             self._said.add(what)
@@ -96,9 +116,3 @@ class PromptEncoder:
         """Ids of a document that begins with this text."""
         ids = [*self.delimiters.opening, *encode_texts(self.tokenizer, [text])[0]]
         return ids or [self.delimiters.before_text]
-
-    def _fitting(self, what: str, ids: list[int]) -> list[int]:
-        if len(ids) >= self.context:
-            most = f"the model's context of {self.context} takes at most {self.context - 1}"
-            raise InputError(f"the {what} has {len(ids)} tokens, {most}; shorten it")
-        return ids

@@ -1,5 +1,6 @@
 """Bad requests, clients that go away, full queues, signals: right answers, and nobody else is harmed."""
 
+import contextlib
 import http.client
 import json
 import os
@@ -20,6 +21,30 @@ from tests.serving.conftest import call_server, events_of, running_server, wait_
 TEXT, CHAT = "/v1/completions", "/v1/chat/completions"
 HELLO = [{"role": "user", "content": "你好"}]
 LONG = {"prompt": "春", "max_tokens": 120, "temperature": 0, "logit_bias": {"2": -100}}  # never ends by itself
+
+
+@contextlib.contextmanager
+def served_here(weights_file, monkeypatch):
+    """A server with two rows in a thread of this process -> its port, and uvicorn's server; it is ended."""
+    from model.generation.generation_config import GenerationConfig
+    from model.serving import run
+    from model.serving.app import Limits
+    from optimized_inference import load_generator
+
+    webs, lines, made = [], [], run._Web.__init__
+    monkeypatch.setattr(run._Web, "__init__", lambda web, *given: (made(web, *given), webs.append(web))[0])
+    monkeypatch.setattr(run, "say", lines.append)
+    generator, listening = load_generator(weights_file, compile=False), bound_socket("127.0.0.1", 0, None)
+    given = (generator, "tiny", GenerationConfig(), listening, 2, 8, Limits())
+    serving = threading.Thread(target=run.serve, args=given)
+    serving.start()
+    wait_until(lambda: lines)
+    port = int(re.search(r":(\d+) ", lines[0])[1])
+    wait_until(lambda: call_server(port, "GET", "/health")[0] == 200)
+    yield port, webs[0]
+    webs[0].should_exit = True
+    serving.join(30)
+    assert not serving.is_alive()
 
 
 @pytest.mark.parametrize(
@@ -62,7 +87,8 @@ def test_hosts_of_this_machine_are_let_in(server):
 
 def test_a_key_and_other_sites(weights_file, tmp_path):
     (tmp_path / "key").write_text("sekret\n")
-    flags = ["--api_key_file", str(tmp_path / "key"), "--cors_origin", "https://chat.example", "--allowed_host", "box"]
+    flags = ["--api_key_file", str(tmp_path / "key"), "--cors_origin", "https://chat.example"]
+    flags += ["--allowed_host", "box", "fd00::7"]
     with running_server(weights_file, *flags) as server:
         assert server.call("GET", "/health")[0] == server.call("GET", "/")[0] == 200
         for key in (None, "Bearer wrong", "Bearer ", "sekret1", "Bearer sekré"):
@@ -78,7 +104,8 @@ def test_a_key_and_other_sites(weights_file, tmp_path):
         status, headers, _ = server.call("POST", TEXT, {"prompt": "春", "max_tokens": 1}, own | site)
         assert status == 200 and headers["access-control-allow-origin"] == "https://chat.example"
         assert "access-control-allow-credentials" not in headers
-        assert server.call("GET", "/v1/models", None, own | {"Host": "box:80"})[0] == 200
+        for host in ("box:80", "[fd00::7]:80", "[fd00::7]"):
+            assert server.call("GET", "/v1/models", None, own | {"Host": host})[0] == 200
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -116,6 +143,17 @@ def test_half_requests_and_idle_connections_harm_nobody(server, connect):
         connection.close()
 
 
+def test_a_body_that_comes_too_slowly_is_given_up(weights_file, monkeypatch):
+    """A server in this process, with half a second in place of half a minute."""
+    monkeypatch.setattr("model.serving.app.BODY_SECONDS", 0.5)
+    with served_here(weights_file, monkeypatch) as (port, _), socket.create_connection(("127.0.0.1", port)) as slow:
+        slow.settimeout(30)
+        head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        slow.sendall(head + b"Content-Length: 100\r\n\r\n{")
+        assert call_server(port, "POST", TEXT, {"prompt": "春", "max_tokens": 2})[0] == 200
+        assert slow.recv(1000).startswith(b"HTTP/1.1 408")
+
+
 def test_many_requests_leave_memory_as_it_is(server):
     process = psutil.Process(server.process.pid)
 
@@ -145,32 +183,17 @@ def test_sigterm_lets_running_texts_end(weights_file):
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGTERM for other processes")
 def test_texts_that_do_not_end_in_time_are_told_so(weights_file, monkeypatch):
     """A server in this process, with half a second in place of half a minute."""
-    from model.generation.generation_config import GenerationConfig
-    from model.serving import run
     from model.serving.model_loop import ModelLoop
-    from optimized_inference import load_generator
 
-    monkeypatch.setattr(run, "DRAIN_SECONDS", 2.5)
+    monkeypatch.setattr("model.serving.run.DRAIN_SECONDS", 2.5)
     monkeypatch.setattr("model.serving.app.PING_SECONDS", 0.02)
-    step, webs, lines = ModelLoop._step, [], []
+    step = ModelLoop._step
     monkeypatch.setattr(ModelLoop, "_step", lambda self: (time.sleep(0.05), step(self)))
-    made = run._Web.__init__
-    monkeypatch.setattr(run._Web, "__init__", lambda web, *given: (made(web, *given), webs.append(web))[0])
-    monkeypatch.setattr(run, "say", lines.append)
-    options = {"listening": bound_socket("127.0.0.1", 0, None), "rows": 2, "queue": 8}
-    generator = load_generator(weights_file, compile=False)
-    serving = threading.Thread(target=run.serve, args=(generator, "tiny", GenerationConfig()), kwargs=options)
-    serving.start()
-    wait_until(lambda: lines)
-    port = int(re.search(r":(\d+) ", lines[0])[1])
-    wait_until(lambda: call_server(port, "GET", "/health")[0] == 200)
-    with ThreadPoolExecutor(4) as pool:
+    with served_here(weights_file, monkeypatch) as (port, web), ThreadPoolExecutor(4) as pool:
         asked = [pool.submit(call_server, port, "POST", TEXT, {**LONG, "stream": n < 2}) for n in range(4)]
-        wait_until(lambda: webs[0]._server.loop.running == 2)
-        webs[0].handle_exit(signal.SIGTERM, None)
+        wait_until(lambda: web._server.loop.running == 2)
+        web.handle_exit(signal.SIGTERM, None)
         answers = [one.result() for one in asked]
-    serving.join(30)
-    assert not serving.is_alive()
     for status, _, found in answers:
         assert isinstance(found, dict) or "\n\n: ping\n\n" in found
         error = found["error"] if isinstance(found, dict) else events_of(found)[-1]["error"]
@@ -192,6 +215,7 @@ def test_a_fault_of_the_model_ends_all_requests_and_the_process(weights_file, mo
     """In this process: the thread's step fails once."""
     from model.generation.generation_config import GenerationConfig
     from model.serving import run
+    from model.serving.app import Limits
     from model.serving.model_loop import ModelLoop
     from optimized_inference import load_generator
 
@@ -210,7 +234,7 @@ def test_a_fault_of_the_model_ends_all_requests_and_the_process(weights_file, mo
 
     def serve() -> None:
         listening = bound_socket("127.0.0.1", 0, None)
-        answers.append(run.serve(generator, "tiny", GenerationConfig(), listening, rows=4, queue=8))
+        answers.append(run.serve(generator, "tiny", GenerationConfig(), listening, 4, 8, Limits()))
 
     server = threading.Thread(target=serve)
     server.start()
