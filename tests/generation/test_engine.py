@@ -133,6 +133,11 @@ def test_a_layout_is_tried_once_and_packed_weights_stay_unless_another_is_clearl
     share[0] = 0.5
     assert faster_layout(tmp_path / "busy.json", ways(2, 1), lines.append) == "packed"
     assert not (tmp_path / "busy.json").exists()
+    monkeypatch.setenv("MATECONV_LAYOUT", "packed")
+    assert faster_layout(kept, ways(2, 1), lines.append) == "packed"
+    monkeypatch.setenv("MATECONV_LAYOUT", "loose")
+    with pytest.raises(InputError, match="packed or plain expected"):
+        faster_layout(kept, ways(2, 1), lines.append)
 
 
 def test_an_engine_belongs_to_the_weights_that_it_was_made_of(tiny_model):
