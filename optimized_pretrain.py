@@ -12,6 +12,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import gc
 import math
 import os
 from collections.abc import Callable, Mapping
@@ -21,7 +22,6 @@ import numpy as np
 import torch
 
 import utils
-from model.dataset import PretrainDataset
 from model.errors import InputError, ProcessLost, TrainingDiverged
 from model.lora import merged
 from model.model import Transformer
@@ -85,9 +85,11 @@ class Trainer:
         self.stop_vote = StopVote(processes.all_sum, alone=processes.world_size == 1)
         self.files: RunFiles | None = None  # on rank 0, once it trains
         self.progress, self.clock, self.is_estimate_checked = Progress(), Clock(), False
+        self.ahead = -1, None  # a position in the data, and its first micro-batch
         asked = self.settings.training
         self.hardware = utils.choose_hardware(asked.device, asked.dtype, processes.local_rank)
         self.device, self.dtype, self.autocast = self.hardware.device, self.hardware.dtype, self.hardware.autocast
+        self.reads_ahead = self.device.type == "cuda"  # another device would compute nothing meanwhile
         processes.start(self.device, asked.ddp_timeout, self._give_up)
         dtype = str(self.dtype).removeprefix("torch.")
         processes.check_same("dtype", dtype, "set dtype float32, which every machine computes")
@@ -181,7 +183,8 @@ class Trainer:
         if progress.step == 0:
             with self.clock.evaluation():
                 self._measure_before()
-        with utils.progress_bar(self.plan.total_steps, progress.step, self.processes.is_main) as bar:
+        show_bar = utils.progress_bar(self.plan.total_steps, progress.step, self.processes.is_main)
+        with show_bar as bar, utils.garbage_left():
             while True:
                 # First evaluate, save or end at the step that was reached, then take the next one: so a resumed run
                 # first finishes what it was stopped in.
@@ -204,6 +207,7 @@ class Trainer:
                 done, stop_asked = self.plan.is_done(progress.step, progress.samples), result.stop_asked
                 if result.fault is None and self._is_due(t.log_interval, done):
                     self._log(result, bar)
+                    gc.collect()
 
     def _advance(self) -> StepResult | None:
         """Take a step and count it; None: a signal to stop came within it, see `_train_step`."""
@@ -252,7 +256,7 @@ class Trainer:
                 utils.restore_random_state(random_state)
                 return None
             self._beat("reading the batch")
-            batch = self._local_batch(self.data.train, samples, micro)
+            batch = self._local_batch(samples, micro)
             self._beat("the gradients")
             # The backward pass of the last micro-batch exchanges the gradients, once per step.
             sync = self.processes.world_size == 1 or micro == t.accumulation_steps - 1
@@ -265,10 +269,13 @@ class Trainer:
             sums += found.detach()
         self._beat("the end")
         self.scaler.unscale_(self.optimizer)
-        grad_norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), t.grad_clip or math.inf))
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), t.grad_clip or math.inf)
+        self._read_ahead(samples)
+        # All that is decided on in one copy from the device: the only one of a step that waits for it.
+        grad_norm, *sums = torch.cat((norm[None], sums)).tolist()
 
         # Summed over ranks: ranks with bad gradients, stop signals, the loss and what is measured beside it.
-        mine = [float(not math.isfinite(grad_norm)), float(self.stop_signal.count), *sums.tolist()]
+        mine = [float(not math.isfinite(grad_norm)), float(self.stop_signal.count), *sums]
         bad_gradients, stop_signals, *totals = self.processes.all_sum(mine)
         loss, *measured = (total / terms for total in totals)
         measured = dict(zip(self.objective.names, measured, strict=True))
@@ -291,9 +298,19 @@ class Trainer:
         timeouts = 1.0 if self.clock.steps else FIRST_STEP_TIMEOUTS
         self.processes.beat(f"{doing} of step {self.progress.step + 1}", timeouts)
 
-    def _local_batch(self, data: PretrainDataset, samples: np.ndarray, micro: int):
-        """This rank's rows of micro-batch `micro`, as the objective reads them."""
-        return self.objective.read(data, self.plan.samples_of(self.processes.rank, samples, micro))
+    def _local_batch(self, samples: np.ndarray, micro: int):
+        """This rank's rows of micro-batch `micro`, as the objective reads them, if they were not read ahead."""
+        position, batch = self.ahead
+        if micro == 0 and position == self.progress.samples:
+            self.ahead = -1, None
+            return batch
+        return self.objective.read(self.data.train, self.plan.samples_of(self.processes.rank, samples, micro))
+
+    def _read_ahead(self, samples: np.ndarray) -> None:
+        """While a GPU computes this step's gradients, read and copy the next step's first micro-batch."""
+        position = self.progress.samples + len(samples)
+        if self.reads_ahead and not self.plan.is_done(self.progress.step + 1, position):
+            self.ahead = position, self._local_batch(self.plan.order.next_step(position), 0)
 
     # -------------------------------------------------------------------------------------------------- evaluation
 

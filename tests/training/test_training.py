@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from model.dataset import PretrainDataset
 from model.errors import InputError, TrainingDiverged
@@ -183,6 +184,49 @@ def test_accumulation_equals_the_large_batch(flags, tmp_path):
     train(flags(dtype="float32", batch_size=2, accumulation_steps=4, out_dir=tmp_path / "small"))
     for (_, large), (_, small) in zip(losses(tmp_path / "large"), losses(tmp_path / "small"), strict=True):
         assert small == pytest.approx(large, abs=1e-5)
+
+
+@pytest.mark.parametrize("options", [{"optimizer_type": "muon"}, {"optimizer_type": "adamw", "accumulation_steps": 3}])
+def test_a_step_waits_for_the_device_once(flags, options, monkeypatch):
+    trainer = Trainer(build_settings({}, flags(**options)), Processes())
+    trainer._advance()  # which makes the optimizer's state
+    waits, tolist = [], torch.Tensor.tolist
+
+    class Waits(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.aten._local_scalar_dense.default:  # item(), float(), a condition
+                waits.append(func)
+            return func(*args, **(kwargs or {}))
+
+    read = trainer.objective.read
+    monkeypatch.setattr(trainer.objective, "read", lambda *given: unwatched(read, *given))
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: waits.append("tolist") or tolist(tensor))
+    with Waits():
+        trainer._train_step()
+    assert waits == ["tolist"]
+
+
+def unwatched(function, *given):
+    """A call whose operations no mode sees: a batch is made of numbers on the CPU."""
+    with torch.utils._python_dispatch._disable_current_modes():
+        return function(*given)
+
+
+@pytest.mark.long
+def test_reading_ahead_changes_no_bit_and_reads_the_same(flags, tmp_path, read_samples):
+    ends = []
+    for ahead in (False, True):
+        options = {"max_steps": None, "epochs": 3, "batch_size": 150, "accumulation_steps": 2, "eval_interval": 3}
+        trainer = Trainer(build_settings({}, flags(**options, out_dir=tmp_path / str(ahead))), Processes())
+        trainer.reads_ahead = ahead
+        hook = trainer.model.norm.weight.register_hook(lambda gradient: gradient * torch.nan)
+        trainer._advance()  # a step that is skipped uses up its samples
+        hook.remove()
+        assert trainer.train() == "finished" and trainer.progress.skipped_steps == 1
+        ends.append((dict(trainer.model.state_dict()), losses(tmp_path / str(ahead)), sorted(read_samples)))
+        read_samples.clear()
+    assert_equal(*(weights for weights, *_ in ends))
+    assert ends[0][1:] == ends[1][1:]
 
 
 @pytest.mark.long
