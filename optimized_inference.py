@@ -81,7 +81,8 @@ def decode(
     while True:
         for number, prompt in itertools.islice(waiting, rows.free):
             # Compiled code may be ready by now; it then continues the other rows too.
-            rows.compiled = rows.engine.choose_decoder(repeatable=config.seed is not None)
+            repeatable, several = config.seed is not None, rows.capacity > 1
+            rows.compiled = rows.engine.choose_decoder(repeatable, several=several)
             text = None if new_text is None else new_text(prompt)
             decoding.admit(number, prompt, config, text, number if own_seeds else 0)
         if not rows.live:

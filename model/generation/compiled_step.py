@@ -17,6 +17,8 @@ import subprocess
 import sys
 import tempfile
 import weakref
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,7 +27,7 @@ from torch import Tensor
 
 from model.children import OWN_GROUP, when_parent_ends
 from model.generation import decode_step
-from model.generation.decode_step import DecodeStep, compile_attention, compile_step
+from model.generation.decode_step import DecodeStep, compile_attention, compile_group, compile_step
 from model.kv_cache import SPARE, KVCache
 from model.LMConfig import LMConfig
 from model.model import Transformer
@@ -40,6 +42,7 @@ class CompiledStep:
 
     Attributes:
         owner: the Rows whose text it holds; set by them.
+        tensors: the weights, by name.
     """
 
     def __init__(self, path: Path, model: Transformer, int8: bool = False) -> None:
@@ -48,13 +51,11 @@ class CompiledStep:
         self.owner: object = None
         self.keys = torch.zeros(config.n_layers, config.n_kv_heads, config.head_dim, slots)
         self.values = torch.zeros(config.n_layers, config.n_kv_heads, slots, config.head_dim)
-        for layer, keys, values in zip(step.layers, self.keys, self.values, strict=True):
-            layer.keys, layer.values = keys, values
+        for cache, keys, values in zip(step.caches, self.keys, self.values, strict=True):
+            cache.keys, cache.values = keys, values
         self._places = torch.zeros(config.max_seq_len)
-        self._function = _loaded(path)
-        tensors = dict(step.named_buffers(remove_duplicate=False))
-        self._tensors = {name: tensors[name] for name in self._function.get_constant_fqns()}  # it keeps only pointers
-        self._function.load_constants(self._tensors, use_inactive=False, check_full_update=True, user_managed=True)
+        self.tensors = dict(step.named_buffers(remove_duplicate=False))  # compiled code keeps only pointers
+        self._function = _loaded(path, self.tensors)
 
     def copy_from(self, cache: KVCache, begin: int, end: int) -> None:
         """Copy slots begin:end of row 0 of a cache."""
@@ -72,6 +73,31 @@ class CompiledStep:
         return logits
 
 
+class CompiledGroup:
+    """A compiled GroupStep with a model's weights.
+
+    Args:
+        rows: texts of the group.
+        tensors: the weights, which a CompiledStep has.
+    """
+
+    def __init__(self, path: Path, rows: int, config: LMConfig, tensors: dict[str, Tensor]) -> None:
+        self.rows, self._tensors = rows, tensors
+        self._places = torch.arange(config.max_seq_len)
+        self._function = _loaded(path, tensors)
+
+    def __call__(self, tokens: Tensor, cache: KVCache) -> Tensor:
+        """The logits that follow a token of each of the cache's first rows: int64 [n] -> float32 [n, V]. The cache has
+        `rows` rows, which hold the tokens afterwards."""
+        texts = len(tokens)
+        empty = self.rows - texts
+        positions = torch.tensor(cache.lengths[:texts] + [cache.capacity - 1] * empty)
+        tokens = torch.cat((tokens, tokens.new_zeros(empty))) if empty else tokens
+        layers = [layer for pair in zip(cache.keys, cache.values, strict=True) for layer in pair]
+        places = self._places[: max(cache.lengths[:texts]) + 1]
+        return self._function.boxed_run([tokens, positions, places, *layers])[0][:texts]
+
+
 class CompiledAttention:
     """A compiled BatchAttention, for all layers."""
 
@@ -86,9 +112,14 @@ class CompiledAttention:
         return self._function.boxed_run([qkv, cos, sin, positions, self._places[: longest + 1], keys, values])[0]
 
 
-def _loaded(path: Path):
+def _loaded(path: Path, tensors: Mapping[str, Tensor] | None = None):
+    """A compiled function, which uses these tensors where they are: they must be kept."""
     # What torch._inductor.aoti_load_package wraps: importing that takes a second, and its wrapper 50 µs a call.
-    return torch._C._aoti.AOTIModelPackageLoader(str(path), "model", False, 1, -1)
+    function = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", False, 1, -1)
+    if tensors is not None:
+        own = {name: tensors[name] for name in function.get_constant_fqns()}
+        function.load_constants(own, use_inactive=False, check_full_update=True, user_managed=True)
+    return function
 
 
 class Compiled(NamedTuple):
@@ -96,44 +127,65 @@ class Compiled(NamedTuple):
 
     step: CompiledStep  # for one text
     attention: CompiledAttention  # for several
+    groups: tuple[CompiledGroup, ...] = ()  # for a few, the smallest first
+    most: int = 1  # texts that groups continue faster than oneDNN's products with `attention`
+
+    def group_logits(self, tokens: Tensor, cache: KVCache) -> Tensor:
+        """The logits that follow a token of each of a cache's first rows, by groups: int64 [n] -> float32 [n, V]. The
+        cache has rows for whole groups; its lengths stay."""
+        parts, begin = [], 0
+        while begin < len(tokens):
+            left = len(tokens) - begin
+            group = next((group for group in self.groups if group.rows >= left), self.groups[-1])
+            parts.append(group(tokens[begin : begin + group.rows], cache.part(begin, begin + group.rows)))
+            begin += group.rows
+        return torch.cat(parts)
 
 
 # ---------------------------------------------------------------------------------------------------- the files
 
 
-class CompiledFiles(NamedTuple):
-    """Where the compiled code for a shape is kept, for this machine and these versions of the code and of PyTorch."""
+SINGLE = ("step", "attention")  # kinds of compiled code
+GROUPS = {f"group{rows}": rows for rows in (4, 8)}  # kinds, and their texts
 
-    step: Path
-    attention: Path
+
+@dataclass(frozen=True)
+class CompiledFiles:
+    """Where kinds of compiled code for a shape are kept, there or not, for this machine and these versions of the code
+    and of PyTorch."""
+
+    paths: tuple[tuple[str, Path], ...]
 
     @classmethod
-    def of(cls, model: Transformer, int8: bool, cache_dtype: torch.dtype) -> "CompiledFiles":
-        """Those for a model of this shape and dtype, there or not."""
-        return cls(
-            kept_path("step", model.config, model.dtype, int8),
-            kept_path("attention", model.config, cache_dtype, False),
-        )
+    def of(
+        cls, model: Transformer, int8: bool, cache_dtype: torch.dtype, kinds: Iterable[str] = SINGLE
+    ) -> "CompiledFiles":
+        """Those for a model of this shape and dtype."""
+        paths = []
+        for kind in kinds:
+            attends_only = kind == "attention"
+            dtype = f"{cache_dtype}" if attends_only else f"{model.dtype}, {cache_dtype}"
+            paths.append((kind, kept_path(kind, model.config, dtype, int8 and not attends_only)))
+        return cls(tuple(paths))
+
+    @property
+    def folder(self) -> Path:
+        return self.paths[0][1].parent
 
     def exist(self) -> bool:
-        return all(os.path.exists(path) for path in self)  # False for a folder that may not be read
+        return all(os.path.exists(path) for _, path in self.paths)  # False for a folder that may not be read
 
     def delete(self) -> None:
-        for path in self:
+        for _, path in self.paths:
             path.unlink(missing_ok=True)
 
-    def load(self, model: Transformer, int8: bool) -> Compiled:
-        """The code, bound to a model's weights.
 
-        Raises:
-            RuntimeError or OSError: a file is damaged.
-        """
-        attention = CompiledAttention(self.attention, model)
-        return Compiled(CompiledStep(self.step, model, int8), attention)
+def kept_path(kind: str, config: LMConfig, dtype: torch.dtype | str, int8: bool) -> Path:
+    """The file that holds one kind of compiled code; its name is a hash of all that the code depends on.
 
-
-def kept_path(kind: str, config: LMConfig, dtype: torch.dtype, int8: bool) -> Path:
-    """The file that holds one kind of compiled code; its name is a hash of all that the code depends on."""
+    Args:
+        dtype: those of the weights and the cache.
+    """
     shape = {**dataclasses.asdict(config), "dropout": 0, "flash_attn": True}
     parts = [json.dumps(shape), str(dtype), str(int8), torch.__version__, str(torch.get_num_threads()), _processor()]
     parts += [text for _, text in sorted(sources_of(decode_step.__name__).items())]
@@ -187,14 +239,13 @@ class Compiler:
     """
 
     def __init__(self, model: Transformer, int8: bool, cache_dtype: torch.dtype, files: CompiledFiles) -> None:
-        files.step.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        files.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         job = {
             "config": dataclasses.asdict(model.config),
             "dtype": str(model.dtype).removeprefix("torch."),
             "cache_dtype": str(cache_dtype).removeprefix("torch."),
             "int8": int8,
-            "step": str(files.step),
-            "attention": str(files.attention),
+            "paths": {kind: str(path) for kind, path in files.paths},
             "threads": torch.get_num_threads(),
             "parent": os.getpid(),
         }
@@ -256,9 +307,18 @@ def _main() -> None:
         os.nice(10)
     torch.set_num_threads(job["threads"])
     with contextlib.suppress(KeyboardInterrupt):
-        config, dtype = LMConfig(**job["config"]), getattr(torch, job["dtype"])
-        compile_attention(config, getattr(torch, job["cache_dtype"]), Path(job["attention"]))
-        compile_step(config, dtype, job["int8"], Path(job["step"]))
+        config, int8 = LMConfig(**job["config"]), job["int8"]
+        dtype, cache_dtype = (getattr(torch, job[name]) for name in ("dtype", "cache_dtype"))
+        for kind, name in job["paths"].items():
+            path = Path(name)
+            if path.exists():  # another process was faster
+                continue
+            if kind == "attention":
+                compile_attention(config, cache_dtype, path)
+            elif kind == "step":
+                compile_step(config, dtype, int8, path)
+            else:
+                compile_group(config, dtype, int8, cache_dtype, GROUPS[kind], path)
 
 
 if __name__ == "__main__":

@@ -3,15 +3,17 @@
 The decode step becomes one C++ function, so that a token costs little beyond reading the weights. Each product is
 written as a multiplication and a sum over a row of the weight: torch.compile's C++ backend turns each into a loop that
 streams the weight from memory, and puts all loops of the step into one parallel region. In eager PyTorch the same
-would need a temporary as large as the weight. For several texts oneDNN's products are faster; what PyTorch lacks is a
-fast kernel for the attention of many short queries.
+would need a temporary as large as the weight. A few texts share each loop, in groups of a fixed size: left open, the
+size would end up as the innermost loop. For more texts oneDNN's products are faster; what PyTorch lacks there is a fast
+kernel for the attention of many short queries.
 
-Both are compiled for a shape, not for its weights, which they find in the model's own memory: `compiled_step.py`
+All are compiled for a shape, not for its weights, which they find in the model's own memory: `compiled_step.py`
 keeps and runs the result.
 """
 
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -36,6 +38,19 @@ def quantized(weight: Tensor) -> tuple[Tensor, Tensor]:
     return (weight / scale[:, None]).round().to(torch.int8), scale
 
 
+def _loads_bytes_slowly() -> bool:
+    """Compiled code for AVX2 loads eight numbers of 8 bits by way of memory, which takes ten times as long as what they
+    are loaded for; AVX-512 has masks for it."""
+    return torch.backends.cpu.get_cpu_capability() == "AVX2"
+
+
+def in_words(weight: Tensor) -> Tensor:
+    """int8 [N, K] -> float32 [N, K / 4] that are never computed with: byte j of word k, from the lowest, is column
+    j K / 4 + k. Floats are loaded whole, and shifts take the bytes out."""
+    rows, columns = weight.shape
+    return weight.view(rows, 4, columns // 4).transpose(1, 2).contiguous().view(torch.float32).view(rows, -1)
+
+
 def _normed(x: Tensor, gain: Tensor, eps: float) -> Tensor:
     """RMSNorm in float32."""
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * gain.float()
@@ -48,26 +63,35 @@ def _weighted(scores: Tensor, values: Tensor) -> Tensor:
 
 
 class _Matrix(nn.Module):
-    """x [K] -> x Wᵀ + bias [N] in float32, of weights of any type."""
+    """x [K] or [G, K] -> x Wᵀ + bias [N] or [G, N] in float32, of weights of any type."""
 
     def __init__(self, linear: nn.Linear, int8: bool) -> None:
         super().__init__()
         weight, scale = linear.weight.detach(), None
         if int8:
             weight, scale = quantized(weight)
-        self.register_buffer("weight", weight)
+        self.has_words = int8 and _loads_bytes_slowly() and weight.shape[1] % 4 == 0
+        self.register_buffer("weight", in_words(weight) if self.has_words else weight)
         self.register_buffer("scale", scale)
         self.register_buffer("bias", None if linear.bias is None else linear.bias.detach())
 
     def forward(self, x: Tensor) -> Tensor:
-        y = (self.weight.float() * x).sum(-1)
+        if x.dim() == 2:  # a sum for each text, in one loop over the weight
+            return torch.stack([self(row) for row in x])
+        y = (self._products_of_words(x) if self.has_words else self.weight.float() * x).sum(-1)
         if self.scale is not None:
             y = y * self.scale
         return y if self.bias is None else y + self.bias.float()
 
+    def _products_of_words(self, x: Tensor) -> Tensor:
+        """Summed over the bytes of each word: [N, K / 4]."""
+        words, (first, second, third, fourth) = self.weight.view(torch.int32), x.view(4, -1)
+        y = ((words << 24) >> 24).float() * first + ((words << 16) >> 24).float() * second
+        return y + ((words << 8) >> 24).float() * third + (words >> 24).float() * fourth
+
 
 class _Layer(nn.Module):
-    """A TransformerBlock for one token of one text."""
+    """A TransformerBlock for one token each of one text [dim] or of a group [G, dim]."""
 
     def __init__(self, block: TransformerBlock, config: LMConfig, int8: bool) -> None:
         super().__init__()
@@ -81,40 +105,23 @@ class _Layer(nn.Module):
         if config.qk_norm:
             self.register_buffer("q_norm", block.attention.q_norm.weight.detach())
             self.register_buffer("k_norm", block.attention.k_norm.weight.detach())
-        slots = config.max_seq_len + SPARE
-        device = block.attention_norm.weight.device
-        self.register_buffer("keys", torch.zeros(config.n_kv_heads, config.head_dim, slots, device=device))
-        self.register_buffer("values", torch.zeros(config.n_kv_heads, slots, config.head_dim, device=device))
 
-    def forward(self, x: Tensor, position: Tensor, tokens: int, cos: Tensor, sin: Tensor) -> Tensor:
-        """x float32 [dim] -> [dim]; position int64 [1], cos and sin [D / 2]."""
-        eps = self.config.norm_eps
-        x = x + self._attention(_normed(x, self.attention_norm, eps), position, tokens, cos, sin)
+    def forward(self, x: Tensor, attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
+        """x float32 -> the same shape; `attend` takes queries [..., H, D], keys and values [..., H_kv, D]."""
+        eps, head_dim = self.config.norm_eps, self.config.head_dim
+        h = _normed(x, self.attention_norm, eps)
+        q, k, v = (matrix(h).unflatten(-1, (-1, head_dim)) for matrix in (self.wq, self.wk, self.wv))
+        if self.config.qk_norm:
+            q, k = _normed(q, self.q_norm, eps), _normed(k, self.k_norm, eps)
+        x = x + self.wo(attend(q, k, v))
         h = _normed(x, self.ffn_norm, eps)
         return x + self.w2(F.silu(self.w1(h)) * self.w3(h))
 
-    def _attention(self, h: Tensor, position: Tensor, tokens: int, cos: Tensor, sin: Tensor) -> Tensor:
-        kv_heads, head_dim = self.config.n_kv_heads, self.config.head_dim
-        q = self.wq(h).view(-1, head_dim)  # [H, D]
-        k, v = self.wk(h).view(kv_heads, head_dim), self.wv(h).view(kv_heads, head_dim)  # [H_kv, D] each
-        if self.config.qk_norm:
-            eps = self.config.norm_eps
-            q, k = _normed(q, self.q_norm, eps), _normed(k, self.k_norm, eps)
-        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
-        self.keys.index_copy_(2, position, k[:, :, None])
-        self.values.index_copy_(1, position, v[:, None])
 
-        q = q.view(kv_heads, -1, head_dim, 1) * head_dim**-0.5  # [H_kv, H / H_kv, D, 1]
-        scores = (self.keys[:, None, :, :tokens] * q).sum(2)  # [H_kv, H / H_kv, S]
-        heads = _weighted(scores, self.values[:, None, :tokens])  # [H_kv, H / H_kv, D]
-        return self.wo(heads.flatten())
-
-
-class DecodeStep(nn.Module):
-    """The Transformer for the next token of one text; activations, keys and values in float32.
+class _Network(nn.Module):
+    """A Transformer's weights, which it shares with the model.
 
     Args:
-        model: whose weights it shares.
         int8: hold the matrices, except the embedding, as int8 (a copy).
     """
 
@@ -129,6 +136,28 @@ class DecodeStep(nn.Module):
         self.register_buffer("rope_cos", model.rope_cos)
         self.register_buffer("rope_sin", model.rope_sin)
 
+    def logits(self, x: Tensor) -> Tensor:
+        """What the last layer gives, [dim] or [G, dim] -> float32 [V] or [G, V]."""
+        return self.output(_normed(x, self.norm, self.config.norm_eps))
+
+
+class _Cache(nn.Module):
+    """One layer's keys and values of one text, float32, the keys with the slots last."""
+
+    def __init__(self, config: LMConfig, device: torch.device) -> None:
+        super().__init__()
+        slots = config.max_seq_len + SPARE
+        self.register_buffer("keys", torch.zeros(config.n_kv_heads, config.head_dim, slots, device=device))
+        self.register_buffer("values", torch.zeros(config.n_kv_heads, slots, config.head_dim, device=device))
+
+
+class DecodeStep(_Network):
+    """The Transformer for the next token of one text; activations, keys and values in float32."""
+
+    def __init__(self, model: Transformer, int8: bool = False) -> None:
+        super().__init__(model, int8)
+        self.caches = nn.ModuleList(_Cache(model.config, model.norm.weight.device) for _ in model.layers)
+
     def forward(self, token: Tensor, position: Tensor, places: Tensor) -> Tensor:
         """The logits that follow a token, float32 [V]. Its keys and values go into the caches.
 
@@ -139,9 +168,69 @@ class DecodeStep(nn.Module):
         """
         x = self.embedding[token][0].float()
         cos, sin = self.rope_cos[position], self.rope_sin[position]  # [1, D / 2]
-        for layer in self.layers:
-            x = layer(x, position, places.shape[0], cos, sin)
-        return self.output(_normed(x, self.norm, self.config.norm_eps))
+        kv_heads, head_dim, tokens = self.config.n_kv_heads, self.config.head_dim, places.shape[0]
+        for layer, cache in zip(self.layers, self.caches, strict=True):
+
+            def attend(q: Tensor, k: Tensor, v: Tensor, cache: _Cache = cache) -> Tensor:
+                q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+                cache.keys.index_copy_(2, position, k[:, :, None])
+                cache.values.index_copy_(1, position, v[:, None])
+                q = q.view(kv_heads, -1, head_dim, 1) * head_dim**-0.5  # [H_kv, H / H_kv, D, 1]
+                scores = (cache.keys[:, None, :, :tokens] * q).sum(2)  # [H_kv, H / H_kv, S]
+                return _weighted(scores, cache.values[:, None, :tokens]).flatten()  # of [H_kv, H / H_kv, D]
+
+            x = layer(x, attend)
+        return self.logits(x)
+
+
+def _attended(
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, places: Tensor, keys: Tensor,
+    values: Tensor,
+) -> Tensor:  # fmt: skip
+    """The heads' outputs [B, H * D] for a token each of several texts; the new keys and values go into the caches.
+
+    Args:
+        q: float32 [B, 1, H, D]
+        k, v: float32 [B, 1, H_kv, D]
+        cos, sin: float32 [B, 1, 1, D / 2], of the positions.
+        positions: int64 [B], of the tokens.
+        places: int64 [S], 0 to the largest position.
+        keys, values: [B, H_kv, C, D], C more than S.
+    """
+    rows, tokens, kv_heads, head_dim = q.shape[0], places.shape[0], k.shape[2], k.shape[3]
+    q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+    row = torch.arange(rows)
+    keys[row, :, positions] = k[:, 0].type_as(keys)
+    values[row, :, positions] = v[:, 0].type_as(values)
+
+    q = q.view(rows, kv_heads, -1, 1, head_dim) * head_dim**-0.5  # [B, H_kv, H / H_kv, 1, D]
+    scores = (keys[:, :, None, :tokens].float() * q).sum(-1)  # [B, H_kv, H / H_kv, S]
+    scores = torch.where(places <= positions[:, None, None, None], scores, -torch.inf)
+    heads = _weighted(scores, values[:, :, None, :tokens].float())  # [B, H_kv, H / H_kv, D]
+    return heads.view(rows, -1)
+
+
+class GroupStep(_Network):
+    """The Transformer for the next token of each of a fixed number of texts; keys and values in caches of any type."""
+
+    def forward(self, tokens: Tensor, positions: Tensor, places: Tensor, caches: list[Tensor]) -> Tensor:
+        """The logits that follow, float32 [G, V]. The tokens' keys and values go into the caches.
+
+        Args:
+            tokens, positions: int64 [G]. A position past the context: a row without a text.
+            places: int64 [S], 0 to the largest position of a text.
+            caches: keys and values [G, H_kv, C, D] of each layer in turn.
+        """
+        x = self.embedding[tokens].float()
+        turns = positions.clamp(max=self.config.max_seq_len - 1)
+        cos, sin = (table[turns][:, None, None] for table in (self.rope_cos, self.rope_sin))  # [G, 1, 1, D / 2]
+        for layer, keys, values in zip(self.layers, caches[::2], caches[1::2], strict=True):
+
+            def attend(q: Tensor, k: Tensor, v: Tensor, keys: Tensor = keys, values: Tensor = values) -> Tensor:
+                return _attended(q[:, None], k[:, None], v[:, None], cos, sin, positions, places, keys, values)
+
+            x = layer(x, attend)
+        return self.logits(x)
 
 
 class BatchAttention(nn.Module):
@@ -160,23 +249,10 @@ class BatchAttention(nn.Module):
 
         Args:
             qkv: [B, 1, (H + 2 H_kv) * D], without qk_norm.
-            cos, sin: float32 [B, 1, 1, D / 2], of the positions.
-            positions: int64 [B], of the tokens.
-            places: int64 [S], 0 to the largest position.
-            keys, values: [B, H_kv, C, D], C more than S.
+            cos, sin, positions, places, keys, values: as `_attended` takes them.
         """
-        rows, tokens = qkv.shape[0], places.shape[0]
-        q, k, v = qkv.float().view(rows, 1, -1, self.head_dim).split(self.heads, dim=2)
-        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
-        row = torch.arange(rows)
-        keys[row, :, positions] = k[:, 0].type_as(keys)
-        values[row, :, positions] = v[:, 0].type_as(values)
-
-        q = q.view(rows, self.heads[1], -1, 1, self.head_dim) * self.head_dim**-0.5  # [B, H_kv, H / H_kv, 1, D]
-        scores = (keys[:, :, None, :tokens].float() * q).sum(-1)  # [B, H_kv, H / H_kv, S]
-        scores = torch.where(places <= positions[:, None, None, None], scores, -torch.inf)
-        heads = _weighted(scores, values[:, :, None, :tokens].float())  # [B, H_kv, H / H_kv, D]
-        return heads.view(rows, 1, -1).type_as(qkv)
+        q, k, v = qkv.float().view(qkv.shape[0], 1, -1, self.head_dim).split(self.heads, dim=2)
+        return _attended(q, k, v, cos, sin, positions, places, keys, values)[:, None].type_as(qkv)
 
 
 def compile_step(config: LMConfig, dtype: torch.dtype, int8: bool, path: Path) -> None:
@@ -186,6 +262,20 @@ def compile_step(config: LMConfig, dtype: torch.dtype, int8: bool, path: Path) -
     token, position = (torch.zeros(1, dtype=torch.int64) for _ in range(2))  # one tensor twice would be one input
     tokens = torch.export.Dim("tokens", min=2, max=config.max_seq_len)
     _compile(step.to_empty(device="cpu"), (token, position, torch.zeros(9)), (None, None, {0: tokens}), path)
+
+
+def compile_group(
+    config: LMConfig, dtype: torch.dtype, int8: bool, cache_dtype: torch.dtype, rows: int, path: Path
+) -> None:
+    """The same for a group of texts, which takes longer."""
+    with torch.device("meta"):
+        step = GroupStep(Transformer(config).to(dtype), int8)
+    shape = (rows, config.n_kv_heads, config.max_seq_len + SPARE, config.head_dim)
+    caches = [torch.zeros(shape, dtype=cache_dtype) for _ in range(2 * config.n_layers)]
+    tokens, positions = (torch.zeros(rows, dtype=torch.int64) for _ in range(2))
+    example = (tokens, positions, torch.arange(min(9, config.max_seq_len)), caches)
+    by_token = {0: torch.export.Dim("tokens", min=2, max=config.max_seq_len)}
+    _compile(step.to_empty(device="cpu"), example, (None, None, by_token, [None] * len(caches)), path)
 
 
 def compile_attention(config: LMConfig, dtype: torch.dtype, path: Path) -> None:

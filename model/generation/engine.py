@@ -3,22 +3,35 @@
 `Engine.__init__` chooses packed or int8 weights, `Engine.choose_decoder` eager or compiled code.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from model.errors import InputError, first_line
+from model.errors import InputError
 from model.generation.checksum import checksum
-from model.generation.compiled_step import NO_COMPILER, Compiled, CompiledAttention, CompiledFiles, Compiler
+from model.generation.compiled_step import (
+    GROUPS,
+    SINGLE,
+    Compiled,
+    CompiledAttention,
+    CompiledFiles,
+    CompiledGroup,
+    CompiledStep,
+    kept_path,
+)
 from model.generation.inference_model import InferenceModel
-from model.kv_cache import KVCache
+from model.generation.kept_code import KeptCode
+from model.generation.trial import fastest_way
+from model.kv_cache import SPARE, KVCache
 from model.LMConfig import LMConfig
 from model.model import Transformer
 
-WORTH_COMPILING = 500  # eager steps, after which more are likely to follow
-ATTEMPTS = 2  # at compiling in the background; the first may have been killed
+WORTH_COMPILING = 500  # steps that compiled code would have made faster, after which more are likely to follow
+TRIED_TEXTS = (4, 8, 16, 32)  # with which groups are tried; for more, products of all are faster everywhere
+TRIED_LENGTH = 32  # tokens
 
 
 class Engine:
@@ -53,21 +66,15 @@ class Engine:
         if on_cpu:
             self._module = InferenceModel(model, int8)
             self._module.try_layouts(say)
-        self._compiled: Compiled | None = None
-        self._files: CompiledFiles | None = None  # None: there will be no compiled code
-        self._compiler: Compiler | None = None  # while one runs
-        self._attempts = 0
-        self._eager_steps = 0
+        self._slow_steps = 0
+        self._single: KeptCode[Compiled] | None = None  # None: there will be no compiled code
         if on_cpu and compile is not False:
-            self._files = CompiledFiles.of(model, int8, self.dtype)
-            if compile and not self._files.exist():
-                say("compiling the decode step, once for this shape and machine: half a minute or so")
-                try:
-                    problem = self._new_compiler().wait()
-                except OSError as error:
-                    problem = first_line(error)
-                if problem is not None:
-                    raise InputError(f"compile: the decode step cannot be compiled ({problem}); omit --compile")
+            self._single = KeptCode(self._files(SINGLE), "the decode step", self._load_single, self._job(), say)
+            self._groups = KeptCode(
+                self._files(GROUPS), "the step of several texts", self._load_groups, self._job(), say
+            )
+            if compile:
+                self._single.make("half a minute or so")
 
     def fits(self, model: Transformer, int8: bool, compile: bool | None) -> bool:
         """Whether this engine has that model's present weights and these settings; reads all weights once."""
@@ -95,9 +102,9 @@ class Engine:
         Args:
             compiled_attention: for a batch of several rows with one token each; None: eager attention.
         """
+        self._slow_steps += tokens.shape[1] == 1
         if compiled_attention is not None:
             return self._module.hidden_states(tokens, cache, compiled_attention)
-        self._eager_steps += tokens.shape[1] == 1
         with evaluating(self._module):
             return self._module.hidden_states(tokens, cache)
 
@@ -105,58 +112,72 @@ class Engine:
         """hidden [..., dim] -> logits [..., V]."""
         return self._module.output(hidden)
 
-    def choose_decoder(self, repeatable: bool, more_to_come: bool = False) -> Compiled | None:
+    def choose_decoder(self, repeatable: bool, more_to_come: bool = False, several: bool = False) -> Compiled | None:
         """The compiled code, or None for eager code. Loads compiled code that exists, and starts compiling if it pays.
 
         Args:
             repeatable: the text must not depend on whether compiled code exists yet.
             more_to_come: many tokens will follow, as in a chat: compiling pays.
+            several: for several texts at once too.
+
+        Raises:
+            InputError: the code for several is to be waited for, and cannot be compiled.
         """
-        if self._files is None or (repeatable and not self._compile):
+        if self._single is None or (repeatable and not self._compile):
             return None
-        if self._compiled is None:
-            self._poll_compiler()
-            if self._files is not None and self._compiler is None:
-                if self._files.exist():
-                    self._load()
-                elif self._attempts < ATTEMPTS and (more_to_come or self._eager_steps >= WORTH_COMPILING):
-                    self._compile_in_background()
-        return self._compiled
+        worth_it = more_to_come or self._slow_steps >= WORTH_COMPILING
+        if (single := self._single.get(worth_it)) is None or not several:
+            return single
+        if self._compile:
+            self._groups.make("a minute and a half or so")
+        return self._groups.get(worth_it) or single
 
-    def _poll_compiler(self) -> None:
-        """Take note of a background compiler that has ended; after its last failure, give up compiled code."""
-        if self._compiler is None or self._compiler.running:
-            return
-        problem, self._compiler = self._compiler.problem(), None
-        if problem is not None:
-            self._note_failure(problem, last=problem == NO_COMPILER or self._attempts == ATTEMPTS)
+    def _files(self, kinds: Iterable[str]) -> CompiledFiles:
+        return CompiledFiles.of(self._model, self._int8, self.dtype, kinds)
 
-    def _compile_in_background(self) -> None:
-        self._attempts += 1
-        try:
-            self._compiler = self._new_compiler()
-        except OSError as error:  # a cache that cannot be written, no memory for a process
-            self._note_failure(first_line(error), last=True)
-            return
-        if self._attempts == 1:
-            self._say("decoding: eager; a faster, compiled step is being made in the background and kept for later")
+    def _job(self) -> tuple[Transformer, bool, torch.dtype]:
+        """What a Compiler is given, beside the files."""
+        return self._model, self._int8, self.dtype
 
-    def _note_failure(self, problem: str, last: bool) -> None:
-        self._say(f"decoding: eager; compiling the step failed ({problem}){'' if last else ', trying once more'}")
-        if last:
-            self._files = None
+    def _load_single(self, files: CompiledFiles) -> Compiled:
+        paths = dict(files.paths)
+        attention = CompiledAttention(paths["attention"], self._model)
+        return Compiled(CompiledStep(paths["step"], self._model, self._int8), attention)
 
-    def _new_compiler(self) -> Compiler:
-        return Compiler(self._model, self._int8, self.dtype, self._files)
+    def _load_groups(self, files: CompiledFiles) -> Compiled:
+        single = self._single.get()
+        tensors = single.step.tensors
+        groups = tuple(CompiledGroup(path, GROUPS[kind], self.config, tensors) for kind, path in files.paths)
+        code = single._replace(groups=groups)
+        return code._replace(most=self._most_in_groups(code))
 
-    def _load(self) -> None:
-        try:
-            self._compiled = self._files.load(self._model, self._int8)
-            self._say(f"decoding: a compiled step, kept in {self._files.step.parent}")
-        except (RuntimeError, OSError) as error:  # damaged; eager code does the same
-            self._say(f"decoding: eager; the compiled step cannot be used and is deleted ({first_line(error)})")
-            self._files.delete()
-            self._files = None
+    def _most_in_groups(self, code: Compiled) -> int:
+        """Up to how many texts groups are faster than products of all texts at once, found by trying."""
+        cache = KVCache(self.config, max(TRIED_TEXTS), self.config.max_seq_len + SPARE, dtype=self.dtype)
+        lengths = [min(TRIED_LENGTH, self.config.max_seq_len - 1)] * max(TRIED_TEXTS)
+
+        def at_once(tokens: Tensor) -> None:
+            part = cache.part(0, len(tokens))
+            part.lengths = lengths[: len(tokens)]
+            self.output(self._module.hidden_states(tokens[:, None], part, code.attention)[:, -1])
+
+        def in_groups(tokens: Tensor) -> None:
+            cache.lengths = lengths
+            code.group_logits(tokens, cache)
+
+        most, dtypes = 1, f"{self._model.dtype}, {self.dtype}"
+        for texts in TRIED_TEXTS:
+            kept, tokens = kept_path(f"texts{texts}", self.config, dtypes, self._int8), torch.zeros(texts).long()
+            ways = {name: partial(way, tokens) for name, way in (("at once", at_once), ("in groups", in_groups))}
+            tell = partial(self._tell_texts, texts)
+            with torch.inference_mode():
+                if fastest_way(kept, ways, tell) == "at once":
+                    break
+            most = texts
+        return most
+
+    def _tell_texts(self, texts: int, way: str, times: str) -> None:
+        self._say(f"decoding: {texts} texts {way} ({times})")
 
 
 @contextmanager

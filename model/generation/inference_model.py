@@ -5,6 +5,7 @@ multiply the same vector are joined (query, key and value), and oneDNN holds eac
 """
 
 import functools
+import os
 from collections.abc import Callable
 
 import torch
@@ -12,15 +13,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.attention import cached_attention
+from model.errors import InputError, shown
 from model.generation.compiled_step import CompiledAttention, kept_path
 from model.generation.decode_step import quantized
-from model.generation.layout_trial import faster_layout
+from model.generation.trial import fastest_way
 from model.kv_cache import KVCache
 from model.LMConfig import NETWORK_FIELDS, LMConfig, refuse_unknown
 from model.model import Transformer, TransformerBlock, turned
 
 PACKED_FOR = 32  # rows that oneDNN lays a matrix out for; as fast for 1 or 512, where one laid out for 1 is not
 
+ASKED = "MATECONV_LAYOUT"
 WORTH_TRYING = 32 << 20  # bytes of weights; fewer are read from a cache, in no time
 
 Attend = Callable[["_Layer", Tensor], Tensor]  # [B, T, (H + 2 H_kv) * D] -> [B, T, H * D]
@@ -129,8 +132,15 @@ class InferenceModel:
         return self.embedding.device
 
     def try_layouts(self, say: Callable[[str], None]) -> None:
-        """Find out how one row is multiplied faster here, with plain or with packed weights."""
-        plain = False
+        """Find out how one row is multiplied faster here, with plain or with packed weights; the environment's variable
+        MATECONV_LAYOUT decides instead.
+
+        Raises:
+            InputError: it names neither.
+        """
+        asked, plain = os.environ.get(ASKED) or None, False
+        if asked not in (None, "plain", "packed"):
+            raise InputError(f"{ASKED}: {shown(asked)} found, plain or packed expected; or leave it unset")
         kept_plain = [matrix.plain for matrix in self.matrices if matrix.plain is not None]
         if packs(self.dtype) and sum(weight.nbytes for weight in kept_plain) >= WORTH_TRYING:
             inputs = [torch.ones(1, matrix.plain.shape[1], dtype=self.dtype) for matrix in self.matrices]
@@ -141,8 +151,12 @@ class InferenceModel:
                     matrix(x)
 
             ways = {"packed": functools.partial(multiply, False), "plain": functools.partial(multiply, True)}
+
+            def tell(way: str, times: str) -> None:
+                say(f"weights: {way} ones read one text's row ({times}); kept in {self.kept_layout.parent}")
+
             with torch.inference_mode():
-                plain = faster_layout(self.kept_layout, ways, say) == "plain"
+                plain = (asked or fastest_way(self.kept_layout, ways, tell)) == "plain"
         for matrix in self.matrices:
             matrix.read_one_row(plain)
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model.generation.compiled_step import Compiled, CompiledStep
+from model.generation.compiled_step import GROUPS, Compiled, CompiledStep
 from model.generation.engine import Engine
 from model.generation.prefixes import FEWEST, Prefixes, common
 from model.generation.sampling import PADDING, Choice
@@ -73,7 +73,9 @@ class Rows:
         self.live: list[Row] = []
         self.compiled: Compiled | None = None
         self._compiled_len = 0  # slots of row 0 that the compiled step's own cache holds too
-        self._cache = KVCache(engine.config, capacity, context + SPARE, device=engine.device, dtype=engine.dtype)
+        whole = max(GROUPS.values()) if capacity > 1 and engine.device.type == "cpu" else 1  # rows for whole groups
+        places = -(-capacity // whole) * whole
+        self._cache = KVCache(engine.config, places, context + SPARE, device=engine.device, dtype=engine.dtype)
         self._ids = torch.full((capacity, context), PADDING, device=engine.device)
 
     @property
@@ -152,13 +154,15 @@ class Rows:
             prompt_tokens: most tokens of new texts to run; None: all.
         """
         if not use_cache:
-            self._cache.lengths = [0] * self.capacity
+            self._cache.lengths = [0] * len(self._cache.lengths)
             return self._forward_eager(0, [row.length for row in self.live])
         first_new = sum(not row.is_new for row in self.live)
         if len(self.live) == first_new == 1 and self.compiled is not None:
             return self._forward_compiled(self.compiled.step)
         logits = []
-        if first_new:
+        if self.compiled is not None and 1 < first_new <= self.compiled.most:
+            logits.append(self._forward_groups(self.compiled, first_new))
+        elif first_new:
             logits.append(self._forward_eager(0, self._lacking(0, first_new)))
         if first_new < len(self.live):
             counts = _within(self._lacking(first_new, len(self.live)), prompt_tokens)
@@ -178,6 +182,14 @@ class Rows:
         step.copy_from(self._cache, self._compiled_len, cached)
         self._compiled_len = cached + 1
         return step(self._ids[0, cached : cached + 1], self._cache)[None]
+
+    def _forward_groups(self, compiled: Compiled, texts: int) -> Tensor:
+        """Run the newest token of each of the first texts -> logits float32 [texts, V]."""
+        lengths = self._cache.lengths[:texts]
+        self._compiled_len = min(self._compiled_len, lengths[0])
+        logits = compiled.group_logits(self._ids[range(texts), lengths], self._cache)
+        self._cache.lengths[:texts] = [length + 1 for length in lengths]
+        return logits
 
     def _forward_eager(self, begin: int, new: Sequence[int]) -> Tensor:
         """Run the next new[n] tokens of live[begin + n] -> logits of the next token of those that have no more, float32

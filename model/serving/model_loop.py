@@ -110,6 +110,7 @@ class ModelLoop:
             prompt_tokens=PROMPT_TOKENS if on_cpu else PROMPT_TOKENS_ON_GPU,
             on_error=self._refuse,
         )
+        self._choose_decoder()  # which compiles now what the first requests would wait for
         self._changed = threading.Condition()
         self._waiting: deque[_Waiting] = deque()
         self._running: dict[int, tuple[Writing, int]] = {}  # by number
@@ -119,6 +120,10 @@ class ModelLoop:
         self._jobs: deque[Callable[[], None]] = deque()
         self._numbers = itertools.count()
         self._on_fault, self._closing = on_fault, False
+
+    def _choose_decoder(self) -> None:
+        several = self._rows.capacity > 1
+        self._rows.compiled = self._rows.engine.choose_decoder(repeatable=False, more_to_come=True, several=several)
 
     @property
     def waiting(self) -> int:
@@ -250,7 +255,7 @@ class ModelLoop:
                 self._waiting.popleft()
             if writing.began is None:
                 writing.began = time.monotonic()
-            self._rows.compiled = self._rows.engine.choose_decoder(repeatable=False, more_to_come=True)
+            self._choose_decoder()
             number, prompt, config = next(self._numbers), writing.prompts[index], writing.config
             text = Text(new_detokenizer(self.generator.tokenizer, prompt), config.stop_strings, config.max_repeats)
             self._running[number] = (writing, index)

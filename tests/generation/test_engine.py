@@ -14,13 +14,13 @@ import torch
 
 from model.errors import InputError
 from model.generation.checksum import WIDTH, _blocks
-from model.generation.compiled_step import sources_of
-from model.generation.decode_step import BatchAttention, DecodeStep, quantized
+from model.generation.compiled_step import CompiledGroup, sources_of
+from model.generation.decode_step import BatchAttention, DecodeStep, GroupStep, in_words, quantized
 from model.generation.engine import WORTH_COMPILING, Engine
 from model.generation.inference_model import InferenceModel, packs
-from model.generation.layout_trial import faster_layout
 from model.generation.rows import Rows
-from model.kv_cache import KVCache
+from model.generation.trial import fastest_way
+from model.kv_cache import SPARE, KVCache
 from model.LMConfig import LMConfig
 from model.model import TransformerBlock, apply_rope
 from optimized_inference import GenerationConfig, TextGenerator, decode
@@ -99,7 +99,7 @@ def test_int8_is_within_half_a_step_of_the_weights_and_near_their_logits(tiny_co
 def test_either_layout_reads_one_row(tiny_config, layout, monkeypatch):
     model, (text, *_) = random_model(tiny_config), some_texts(tiny_config)
     monkeypatch.setattr("model.generation.inference_model.WORTH_TRYING", 0)
-    monkeypatch.setattr("model.generation.inference_model.faster_layout", lambda *args: layout)
+    monkeypatch.setenv("MATECONV_LAYOUT", layout)
     engine = Engine(model, compile=False)
     for matrix in engine._module.matrices:
         assert matrix.plain_for_one == (layout == "plain") == (matrix.plain is not None)
@@ -108,10 +108,10 @@ def test_either_layout_reads_one_row(tiny_config, layout, monkeypatch):
     assert torch.allclose(found, expected, atol=1e-5)
 
 
-def test_a_layout_is_tried_once_and_packed_weights_stay_unless_another_is_clearly_faster(tmp_path, monkeypatch):
+def test_a_way_is_tried_once_and_the_first_stays_unless_another_is_clearly_faster(tmp_path, monkeypatch):
     now, share = [0.0], [1.0]  # of the time, what this thread runs
     clock = SimpleNamespace(perf_counter=lambda: now[0], thread_time=lambda: share[0] * now[0])
-    monkeypatch.setattr("model.generation.layout_trial.time", clock)
+    monkeypatch.setattr("model.generation.trial.time", clock)
 
     def ways(packed, plain):
         def taking(seconds):
@@ -119,25 +119,30 @@ def test_a_layout_is_tried_once_and_packed_weights_stay_unless_another_is_clearl
 
         return {"packed": functools.partial(taking, packed), "plain": functools.partial(taking, plain)}
 
-    lines = []
+    told = []
+
+    def say(way, times):
+        told.append((way, times))
+
     for packed, plain, expected in [(4, 1, "plain"), (1, 4, "packed"), (1.1, 1, "packed"), (1.3, 1, "plain")]:
         kept = tmp_path / "new" / f"{packed}.json"
-        assert faster_layout(kept, ways(packed, plain), lines.append) == expected
-        assert lines.pop().startswith(f"weights: {expected} ones") and not lines
-        assert faster_layout(kept, ways(plain, packed), lines.append) == expected and not lines  # tries nothing
+        assert fastest_way(kept, ways(packed, plain), say) == expected
+        assert told.pop()[0] == expected and not told
+        assert fastest_way(kept, ways(plain, packed), say) == expected and not told  # tries nothing
     kept.write_text("{", "utf-8")
-    assert faster_layout(kept, ways(2, 1), lines.append) == "plain"
+    assert fastest_way(kept, ways(2, 1), say) == "plain"
     unwritable = tmp_path / "file" / "kept.json"
     unwritable.parent.write_text("")
-    assert faster_layout(unwritable, ways(2, 1), lines.append) == "plain"
+    assert fastest_way(unwritable, ways(2, 1), say) == "plain"
     share[0] = 0.5
-    assert faster_layout(tmp_path / "busy.json", ways(2, 1), lines.append) == "packed"
+    assert fastest_way(tmp_path / "busy.json", ways(2, 1), say) == "packed"
     assert not (tmp_path / "busy.json").exists()
-    monkeypatch.setenv("MATECONV_LAYOUT", "packed")
-    assert faster_layout(kept, ways(2, 1), lines.append) == "packed"
+
+
+def test_a_layout_that_there_is_not_is_one_line(tiny_model, monkeypatch):
     monkeypatch.setenv("MATECONV_LAYOUT", "loose")
-    with pytest.raises(InputError, match="packed or plain expected"):
-        faster_layout(kept, ways(2, 1), lines.append)
+    with pytest.raises(InputError, match="'loose' found, plain or packed expected"):
+        Engine(tiny_model, compile=False)
 
 
 def test_an_engine_belongs_to_the_weights_that_it_was_made_of(tiny_model):
@@ -231,6 +236,11 @@ def steps(kept, monkeypatch):
     return kept
 
 
+def leave_out_groups(engine):
+    """Let products of all texts and compiled attention continue several texts."""
+    engine._groups.make = engine._groups.get = lambda *given: None
+
+
 def ids_of(model, prompts, config=GREEDY, rows=None):
     """The ids that a Transformer, an engine, or the engine of `rows` adds to each prompt."""
     engine = model if isinstance(model, Engine) else Engine(model, compile=False)
@@ -252,9 +262,9 @@ def test_the_step_comes_in_the_background_and_not_for_a_seed(tiny_model, tokeniz
     long = GenerationConfig(do_sample=False, max_new_tokens=100)
     for _ in range(WORTH_COMPILING // 100 + 3):
         generator.generate("中国", long)
-    assert "being made in the background" in capsys.readouterr().err
+    assert "being compiled in the background" in capsys.readouterr().err
     deadline = time.monotonic() + HUNG
-    while "a compiled step, kept in" not in (said := capsys.readouterr().err) and time.monotonic() < deadline:
+    while "the decode step, compiled, kept in" not in (said := capsys.readouterr().err) and time.monotonic() < deadline:
         time.sleep(1)  # the compiler has the lowest priority
         assert generator.generate("中国", GREEDY) == expected
     assert str(folder) in said
@@ -278,7 +288,7 @@ def test_the_compiled_step_writes_what_the_eager_one_writes(tiny_config, steps, 
         assert len(said) == 1 and "compiling" in said[0]
     prompts = [[1, 17, 200], [1, *range(30, 80)], [1, 5]]
     compiled = ids_of(engine, prompts)
-    assert "a compiled step" in said[-1]
+    assert "the decode step, compiled" in said[-1]
 
     if not int8:  # int8's other numbers are bfloat16 in the eager step, float32 in this one
         assert compiled == ids_of(model, prompts)
@@ -290,6 +300,7 @@ def test_the_compiled_step_writes_what_the_eager_one_writes(tiny_config, steps, 
     assert compiled == ids_of(model, prompts)
 
     if not int8:
+        leave_out_groups(engine)
         assert ids_of(engine, prompts, rows=Rows(engine, 3)) == compiled
 
     full = ids_of(engine, [[1, 2]], GenerationConfig(do_sample=False, max_new_tokens=500))
@@ -297,10 +308,66 @@ def test_the_compiled_step_writes_what_the_eager_one_writes(tiny_config, steps, 
     assert len(full[0]) == config.max_seq_len - 2
 
 
+@pytest.mark.parametrize("avx2", [True, False])
+@pytest.mark.parametrize(("variant", "int8"), [({}, False), ({}, True), ({"qk_norm": True, "qkv_bias": True}, True)])
+def test_a_group_step_gives_what_a_step_for_one_text_gives(tiny_config, variant, int8, avx2, monkeypatch):
+    """As modules, not compiled; rows without a text harm nobody, and only the caches' new slots change."""
+    monkeypatch.setattr("model.generation.decode_step._loads_bytes_slowly", lambda: avx2)
+    config = LMConfig(**{**vars(tiny_config), **variant})
+    model = random_model(config)
+    group, kept = GroupStep(model, int8), KVCache(config, 4, config.max_seq_len + SPARE)
+    tokens, lengths = torch.tensor([7, 200, 9, 0]), [5, 40, 1]
+    for buffer in (kept.keys, kept.values):
+        buffer.normal_(generator=torch.Generator().manual_seed(0))
+    before = kept.keys.clone(), kept.values.clone()
+    positions = torch.tensor([*lengths, kept.capacity - 1])
+    caches = [layer for pair in zip(kept.keys, kept.values, strict=True) for layer in pair]
+    with torch.no_grad():
+        found = group(tokens, positions, torch.arange(max(lengths) + 1), caches)
+        for row, length in enumerate(lengths):
+            step = DecodeStep(model, int8)
+            for cache, keys, values in zip(step.caches, *(buffer[:, row] for buffer in before), strict=True):
+                cache.keys[:], cache.values[:] = keys.transpose(-1, -2), values
+            expected = step(tokens[row : row + 1], torch.tensor([length]), torch.zeros(length + 1))
+            assert torch.allclose(found[row], expected, atol=1e-5)
+            assert torch.allclose(kept.keys[0, row, :, length], step.caches[0].keys[..., length], atol=1e-5)
+    for old, new in zip(before, (kept.keys, kept.values), strict=True):
+        changed = (old != new).any(-1).any(0).any(1)  # [rows, slots]
+        assert [slots.nonzero()[:, 0].tolist() for slots in changed] == [[length] for length in positions.tolist()]
+
+
+def test_words_hold_the_bytes_of_a_matrix():
+    weight = torch.randint(-128, 128, (3, 20), dtype=torch.int8)
+    words = in_words(weight).view(torch.int32)
+    assert words.shape == (3, 5)
+    parts = [(words << (24 - 8 * byte)) >> 24 for byte in range(4)]
+    assert torch.equal(torch.cat(parts, 1), weight.int())
+
+
+@pytest.mark.long
+@needs_compiler
+def test_texts_in_compiled_groups_are_those_that_they_are_alone(tiny_model, steps, monkeypatch):
+    monkeypatch.setattr("model.generation.engine.GROUPS", {"group4": 4})
+    monkeypatch.setattr("model.generation.engine.fastest_way", lambda *given: "in groups")
+    said, groups = [], []
+    engine = Engine(tiny_model, False, True, said.append)
+    prompts = [[1, *range(30, 30 + 7 * n), 5] for n in range(11)]
+    expected = ids_of(tiny_model, prompts, GenerationConfig(do_sample=False, max_new_tokens=20))
+    call = CompiledGroup.__call__
+    monkeypatch.setattr(CompiledGroup, "__call__", lambda *given: (groups.append(len(given[1])), call(*given))[1])
+    for rows in (6, 11):  # with few rows, texts take the places of others and are read while others are written
+        assert (
+            ids_of(engine, prompts, GenerationConfig(do_sample=False, max_new_tokens=20), Rows(engine, rows))
+            == expected
+        )
+    assert {1, 2, 3, 4} <= set(groups) and "the step of several texts, compiled" in said[-1]
+
+
 @pytest.mark.long
 @needs_compiler
 def test_a_chat_continues_where_the_compiled_step_stopped(tiny_model, steps):
     engine, config = Engine(tiny_model, False, True), GenerationConfig(do_sample=False, max_new_tokens=8)
+    leave_out_groups(engine)
     rows, other = Rows(engine, 1, remembers=True), Rows(engine, 2)
     history = [1, 17, 200]
     for _ in range(4):
@@ -314,7 +381,7 @@ def test_a_chat_continues_where_the_compiled_step_stopped(tiny_model, steps):
 @needs_compiler
 def test_a_damaged_compiled_step_is_reported_and_not_used(tiny_model, tokenizer, steps, capsys):
     TextGenerator(tiny_model, tokenizer, compile=True).engine()  # there by now, or compiled here
-    path, _ = Engine(tiny_model, False, None)._files
+    path = dict(Engine(tiny_model, False, None)._single.files.paths)["step"]
     whole = path.read_bytes()
     try:
         path.write_bytes(whole[: len(whole) // 2])
@@ -332,12 +399,12 @@ def test_a_killed_compiler_is_started_once_more_and_ctrl_c_does_not_reach_it(tin
     engine = Engine(tiny_model, say=said.append)
     for expected in ("signal 9), trying once more", "signal 9)"):
         assert engine.choose_decoder(repeatable=False, more_to_come=True) is None
-        process = engine._compiler._process
+        process = engine._single.compiler._process
         assert os.getsid(process.pid) == process.pid != os.getsid(0)
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         assert engine.choose_decoder(repeatable=False) is None and said[-1].endswith(expected)
-    assert engine.choose_decoder(repeatable=False, more_to_come=True) is None and engine._compiler is None
+    assert engine.choose_decoder(repeatable=False, more_to_come=True) is None and engine._single.compiler is None
 
 
 STARTS_A_COMPILER = """
@@ -368,8 +435,8 @@ def test_a_compiler_that_fails_twice_is_left_alone(tiny_model, tmp_path, monkeyp
     engine = Engine(tiny_model, say=said.append)
     for _ in range(5):
         assert engine.choose_decoder(repeatable=False, more_to_come=True) is None
-        if engine._compiler is not None:
-            engine._compiler._process.wait()
+        if engine._single.compiler is not None:
+            engine._single.compiler._process.wait()
     assert [line.count("failed (exit code 1)") for line in said] == [0, 1, 1] and "once more" not in said[-1]
 
 
@@ -380,7 +447,7 @@ def test_a_cache_that_cannot_be_written_is_one_line(tiny_model, tmp_path, monkey
     engine = Engine(tiny_model, say=said.append)
     for _ in range(2):
         assert engine.choose_decoder(repeatable=False, more_to_come=True) is None
-    assert len(said) == 1 and "compiling the step failed" in said[0]
+    assert len(said) == 1 and "compiling the decode step failed" in said[0]
     with pytest.raises(InputError, match="compile: the decode step cannot be compiled .*; omit --compile"):
         Engine(tiny_model, compile=True)
 
