@@ -36,7 +36,7 @@ from model.generation.chat_loop import ANSWERS, CONTINUES, run_interactive, say_
 from model.generation.generation_config import DTYPE_NAMES, GenerationConfig
 from model.generation.judging import is_exact, judge_answers, judged_text
 from model.options import options_of, text_flag
-from model.serving.address import LOOPBACK, bound_socket, read_key
+from model.serving.address import LOOPBACK, bound_socket, checked_origins, read_key
 from model.storage.files import refuse_overwriting, refuse_overwriting_inputs
 
 if TYPE_CHECKING:
@@ -73,6 +73,7 @@ def main() -> int:
     key, listening = None, None
     if arguments.serve:
         key = read_key(arguments.api_key_file)
+        arguments.cors_origin = checked_origins(arguments.cors_origin)
         listening = bound_socket(arguments.host, arguments.port, key, arguments.no_key)
     with heavy_imports():  # after everything that can fail early
         from optimized_inference import load_generator
@@ -293,7 +294,7 @@ def run_server(
 
     name = arguments.model_name or find_weights(arguments.model_path)[0].stem
     hosts = (*LOOPBACK, arguments.host, *arguments.allowed_host)
-    limits = Limits(hosts, key, tuple(arguments.cors_origin), arguments.any_model)
+    limits = Limits(hosts, key, arguments.cors_origin, arguments.any_model)
     rows, queue = arguments.rows, arguments.queue
     return serve(generator, name, config, listening, rows, queue, limits, arguments.reproducible)
 

@@ -166,8 +166,21 @@ class Rows:
             logits.append(self._forward_eager(0, self._lacking(0, first_new)))
         if first_new < len(self.live):
             counts = _within(self._lacking(first_new, len(self.live)), prompt_tokens)
-            logits.append(self._forward_eager(first_new, counts))
+            logits += [self._forward_eager(begin, some) for begin, some in self._parts(first_new, counts)]
         return torch.cat(logits)
+
+    def _parts(self, begin: int, counts: Sequence[int]) -> list[tuple[int, list[int]]]:
+        """Parts of the rows from `begin` on that one pass can read: padded to its longest count, none of a part's rows
+        reaches past the context."""
+        context, parts, known = self.engine.config.max_seq_len, [], 0
+        for place, count in enumerate(counts, begin):
+            known = max(known, self._cache.lengths[place])
+            if parts and known + max([*parts[-1][1], count]) <= context:
+                parts[-1][1].append(count)
+            else:
+                parts.append((place, [count]))
+                known = self._cache.lengths[place]
+        return parts
 
     def _lacking(self, begin: int, end: int) -> list[int]:
         """How many tokens the cache lacks of each of live[begin:end]."""

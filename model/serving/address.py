@@ -1,10 +1,12 @@
 """Where the server listens, and the key that its clients need: checked before a model is loaded."""
 
 import os
+import re
 import socket
+from collections.abc import Iterable
 from pathlib import Path
 
-from model.errors import InputError
+from model.errors import InputError, shown
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 KEY_VARIABLE = "MATECONV_API_KEY"
@@ -25,6 +27,21 @@ def read_key(path: str | None) -> str | None:
     if not key or not key.isascii() or any(character.isspace() for character in key):
         raise InputError(f"api_key_file: {path} holds no key; one line of ASCII without spaces expected")
     return key
+
+
+def checked_origins(origins: Iterable[str]) -> tuple[str, ...]:
+    """Sites whose pages may call, as browsers name them.
+
+    Raises:
+        InputError: one is neither scheme://host, with a port where it is not the scheme's own, nor *.
+    """
+    for origin in origins:
+        if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/?#\s]+", origin):
+            raise InputError(
+                f"cors_origin: {shown(origin)} found, such as https://chat.example or http://localhost:3000 expected,"
+                " without a slash at the end; or *"
+            )
+    return tuple(origins)
 
 
 def bound_socket(host: str, port: int, api_key: str | None, no_key: bool = False) -> socket.socket:

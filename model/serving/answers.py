@@ -7,8 +7,9 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from model.generation.decoding import Event
+from model.generation.generation_config import GenerationConfig
 from model.serving.model_loop import Writing
-from model.serving.requests import Request
+from model.serving.requests import Request, asked_tokens
 from model.text.detokenize import new_detokenizer
 
 FINISH_REASONS = {"eos": "stop", "stop_string": "stop", "repeats": "stop", "length": "length", "context": "length"}
@@ -57,9 +58,9 @@ class Answer:
         self.first: float | None = None
         self.last = time.monotonic()
 
-    def note(self, index: int, event: Event) -> Token | None:
-        """Count an event -> its token, None for an end without one."""
-        self.last = time.monotonic()
+    def note(self, index: int, event: Event, at: float) -> Token | None:
+        """Count an event of that time -> its token, None for an end without one."""
+        self.last = at
         if self.first is None:
             self.first = self.last
         if event.token is None:
@@ -72,7 +73,7 @@ class Answer:
     def whole(self, choices: Sequence[dict]) -> dict:
         """The answer to a request without `stream`."""
         name = "chat.completion" if self.request.is_chat else "text_completion"
-        return {**self._head(name), "choices": list(choices), "usage": self.usage(), "timings": self.timings()}
+        return {**self._head(name), "choices": list(choices), **self._sums()}
 
     def choice(self, index: int, text: str, tokens: Sequence[Token], end: str) -> dict:
         """One whole text."""
@@ -104,7 +105,7 @@ class Answer:
 
     def last_chunk(self) -> dict:
         """The chunk with the usage, after all texts."""
-        return {**self._chunk(None), "usage": self.usage(), "timings": self.timings()}
+        return {**self._chunk(None), **self._sums()}
 
     # ------------------------------------------------------------------------------------------------------- parts
 
@@ -131,6 +132,10 @@ class Answer:
             return {}
         prompt = {"prompt_token_ids": list(self.writing.prompts[index])} if first else {}
         return {"token_ids": [token.id for token in tokens], **prompt}
+
+    def _sums(self) -> dict:
+        left_out = {"left_out_messages": self.request.left_out} if self.request.left_out else {}
+        return {"usage": self.usage(), "timings": self.timings(), **left_out}
 
     def usage(self) -> dict:
         """Tokens read and written; a prompt with several texts counts once."""
@@ -205,15 +210,23 @@ def _name(token: dict) -> str:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in content)
 
 
-def model_entry(name: str, created: int, context: int, is_chat: bool) -> dict:
-    """A model in /v1/models."""
+def model_entry(name: str, created: int, context: int, is_chat: bool, defaults: GenerationConfig) -> dict:
+    """A model in /v1/models; of our own, what the page shows: what a request gets that does not ask otherwise."""
     entry = {"id": name, "object": "model", "created": created, "owned_by": "mateconv"}
-    return {**entry, "max_model_len": context, "chat": is_chat}
+    names = ("top_p", "top_k", "repetition_penalty", "presence_penalty", "frequency_penalty")
+    sampling = {name: getattr(defaults, name) for name in names}
+    sampling |= {
+        "temperature": 0 if defaults.greedy else defaults.temperature,
+        "stop": list(defaults.stop_strings),
+    }
+    if (most := asked_tokens(defaults)) is not None:
+        sampling["max_tokens"] = most
+    return {**entry, "max_model_len": context, "chat": is_chat, "sampling": sampling}
 
 
 def metrics(values: Iterable[tuple[str, str, str, float]]) -> str:
     """Prometheus' text of (name, kind, help, value)."""
     lines = []
     for name, kind, help, value in values:
-        lines += [f"# HELP mateconv_{name} {help}", f"# TYPE mateconv_{name} {kind}", f"mateconv_{name} {value:g}"]
+        lines += [f"# HELP mateconv_{name} {help}", f"# TYPE mateconv_{name} {kind}", f"mateconv_{name} {value:.15g}"]
     return "\n".join(lines) + "\n"

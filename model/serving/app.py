@@ -3,6 +3,7 @@
 import asyncio
 import hmac
 import math
+import re
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable
@@ -22,19 +23,17 @@ from model.errors import InputError
 from model.generation.generation_config import GenerationConfig
 from model.serving.address import LOOPBACK
 from model.serving.answers import Answer, Token, as_event, metrics, model_entry, to_json
-from model.serving.model_loop import Busy, ModelLoop, Told, Writing, prompt_logprobs
+from model.serving.model_loop import Busy, Job, ModelLoop, Told, Writing, prompt_logprobs
 from model.serving.requests import ApiError, Request, chat_request, completion_request, parse_json
 from model.text.detokenize import new_detokenizer
 
-PREFLIGHT = {
-    "access-control-allow-methods": "GET, POST",
-    "access-control-allow-headers": "Authorization, Content-Type",
-    "access-control-max-age": "600",
-}
+PREFLIGHT = {"access-control-allow-methods": "GET, POST", "access-control-max-age": "600"}
+CALLERS_HEADERS = "Authorization, Content-Type"  # and what a client of OpenAI's tells of itself: x-stainless-…
 MOST_BYTES = 1 << 20  # of a request's body
 DISCARDED = 16  # times as many bytes that are read of a body that is too large
 BODY_SECONDS = 30.0  # that a client may take to send it
 PING_SECONDS = 15.0  # after which a comment keeps a silent stream open, again and again
+GONE = 499  # nginx's status for a client that went away; nobody reads it
 PAGE = Path(__file__).with_name("page.html")
 SECURITY = {"x-content-type-options": "nosniff", "referrer-policy": "no-referrer"}
 
@@ -145,7 +144,10 @@ class Guard:
         except ApiError as error:
             return await _error(error)(scope, receive, counted)
         if scope["method"] == "OPTIONS" and allowed:
-            return await Response(status_code=204, headers=PREFLIGHT)(scope, receive, counted)
+            named = headers.get(b"access-control-request-headers", "")
+            names = named if re.fullmatch(r"[\w, -]{1,2000}", named, re.ASCII) else CALLERS_HEADERS
+            preflight = PREFLIGHT | {"access-control-allow-headers": names}
+            return await Response(status_code=204, headers=preflight)(scope, receive, counted)
         await self.app(scope, receive, counted)
 
     def _check(self, scope, headers: dict[bytes, str], origin: str | None, allowed: bool) -> None:
@@ -159,8 +161,9 @@ class Guard:
         if scope["method"] == "OPTIONS":
             return
         if limits.api_key is not None and scope["path"] not in ("/", "/health"):
-            given = headers.get(b"authorization", "").removeprefix("Bearer ")
-            if not hmac.compare_digest(given.encode("latin-1"), limits.api_key.encode()):
+            scheme, _, given = headers.get(b"authorization", "").partition(" ")
+            same = hmac.compare_digest(given.strip().encode("latin-1"), limits.api_key.encode())
+            if scheme.lower() != "bearer" or not same:
                 raise ApiError(
                     401, "the API key is wrong or missing: Authorization: Bearer KEY", None, "invalid_api_key"
                 )
@@ -201,15 +204,17 @@ async def _answer(server: Server, http: HttpRequest, read: Callable) -> Response
     texts = [prompt for prompt in request.prompts for _ in range(request.n)]
     writing = Writing(texts, request.config, deliver, request.stream)
     answer = Answer(request, writing, server.loop.generator.tokenizer, server.model, server.fingerprint)
-    echoes = await _echoes(server, answer) if request.echo else None
-    if request.writes:
-        try:
+    try:
+        echoes = await _unless_gone(http, _echoes(server, answer)) if request.echo else None
+        if request.writes:
             server.loop.submit(writing)
-        except Busy:
-            wait = math.ceil(server.loop.seconds_per_text)
-            raise ApiError(429, "the queue is full; try again later", None, "queue_full", wait) from None
-        except RuntimeError as error:
-            raise ApiError(503, str(error)) from None
+    except Busy:
+        wait = math.ceil(server.loop.seconds_per_text)
+        raise ApiError(429, "the queue is full; try again later", None, "queue_full", wait) from None
+    except ClientDisconnect:
+        return Response(status_code=GONE)
+    except (RuntimeError, TimeoutError) as error:
+        raise ApiError(503, str(error)) from None
     if request.stream:
         stream = _stream(server, answer, news, echoes)
         headers = {"cache-control": "no-store", "x-accel-buffering": "no", "x-request-id": answer.id}
@@ -234,7 +239,7 @@ async def _whole(server: Server, http: HttpRequest, answer: Answer, news: asynci
             await asyncio.wait({waiting, gone}, return_when=asyncio.FIRST_COMPLETED)
             if not waiting.done():
                 waiting.cancel()
-                return Response(status_code=499)  # nginx's for a client that went away; nobody reads it
+                return Response(status_code=GONE)
             _gather(answer, waiting.result(), pieces)
     finally:
         gone.cancel()
@@ -300,11 +305,11 @@ def _gather(answer: Answer, told: list[Told], pieces: dict[int, _Piece]) -> dict
     Raises:
         ApiError: a text could not be written.
     """
-    for index, event, error in told:
+    for index, event, error, at in told:
         if error is not None:
             raise _as_api_error(error)
         piece = pieces.setdefault(index, _Piece())
-        if (token := answer.note(index, event)) is not None:
+        if (token := answer.note(index, event, at)) is not None:
             piece.tokens.append(token)
         piece.text += event.text
         piece.end = piece.end or event.end
@@ -332,20 +337,47 @@ async def _echoes(server: Server, answer: Answer) -> list[tuple[str, list[Token]
         if request.logprobs:
             done = loop.create_future()
 
-            def job(prompt=prompt, done=done) -> None:
+            def fail(error: Exception, done=done) -> None:
+                loop.call_soon_threadsafe(_settle, done, done.set_exception, error)
+
+            def job(prompt=prompt, done=done, fail=fail) -> None:
+                if done.cancelled():  # its client has gone away
+                    return
                 try:
                     result = prompt_logprobs(server.loop.generator.engine(), prompt, request.likely)
-                    loop.call_soon_threadsafe(done.set_result, result)
+                    loop.call_soon_threadsafe(_settle, done, done.set_result, result)
                 except Exception as error:  # it is told
-                    loop.call_soon_threadsafe(done.set_exception, error)
+                    fail(error)
 
-            server.loop.call(job)
+            server.loop.call(Job(job, fail))
             logprobs = [pair or (None, None) for pair in await done]
         tokens = [Token(index, *pair) for index, pair in zip(prompt, logprobs, strict=True)]
         detokenizer = new_detokenizer(server.loop.generator.tokenizer)
         text = "".join(map(detokenizer.push, prompt)) + ("" if request.writes else detokenizer.flush())
         found += [(text, list(tokens)) for _ in range(request.n)]
     return found
+
+
+def _settle(future: asyncio.Future, settle: Callable, value) -> None:
+    if not future.done():
+        settle(value)
+
+
+async def _unless_gone(http: HttpRequest, doing):
+    """What a coroutine returns, which is cancelled once the client has gone away.
+
+    Raises:
+        ClientDisconnect: it has.
+    """
+    task, gone = asyncio.ensure_future(doing), asyncio.ensure_future(_gone(http))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientDisconnect
+        return task.result()
+    finally:
+        task.cancel()
+        gone.cancel()
 
 
 async def _gone(http: HttpRequest) -> None:
@@ -393,7 +425,7 @@ def _check_model(server: Server, name) -> None:
 
 
 def _entry(server: Server) -> dict:
-    return model_entry(server.model, server.started, server.prompts.context, server.is_chat)
+    return model_entry(server.model, server.started, server.prompts.context, server.is_chat, server.defaults)
 
 
 def _metrics(server: Server) -> list[tuple[str, str, str, float]]:
@@ -448,7 +480,11 @@ async def _api_error(request: HttpRequest, error: ApiError) -> Response:
 
 
 async def _http_error(request: HttpRequest, error: HTTPException) -> Response:
-    message = {404: "there is no such path", 405: f"the method {request.method} is not for this path"}
+    paths = "/v1/models, /v1/chat/completions and /v1/completions"
+    message = {
+        404: f"there is no such path; there are {paths}",
+        405: f"the method {request.method} is not for this path",
+    }
     return _error(ApiError(error.status_code, message.get(error.status_code, str(error.detail))))
 
 

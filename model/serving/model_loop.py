@@ -41,6 +41,7 @@ class Told(NamedTuple):
     index: int  # of the text within its request
     event: Event | None
     error: Exception | None = None
+    at: float = 0.0  # when, of time.monotonic
 
 
 @dataclass(eq=False)
@@ -63,6 +64,13 @@ class Writing:
 
     def __post_init__(self) -> None:
         self.cached = [0] * len(self.prompts)
+
+
+class Job(NamedTuple):
+    """Something else that runs in the model's thread, between two steps."""
+
+    run: Callable[[], None]
+    fail: Callable[[Exception], None] = lambda error: None  # called instead, where it does not come to that
 
 
 class _Waiting(NamedTuple):
@@ -117,7 +125,7 @@ class ModelLoop:
         self._errors: list[tuple[int, InputError]] = []
         self._news: dict[int, tuple[Writing, list[Told]]] = {}  # that was not told yet
         self._told = 0.0  # when
-        self._jobs: deque[Callable[[], None]] = deque()
+        self._jobs: deque[Job] = deque()
         self._numbers = itertools.count()
         self._on_fault, self._closing = on_fault, False
 
@@ -145,12 +153,11 @@ class ModelLoop:
         """Put a request's texts into the queue.
 
         Raises:
-            Busy: it is full.
+            Busy: it is full. An empty one takes a request of any size.
         """
         with self._changed:
-            if self.fault is not None:
-                raise RuntimeError("the model has failed")
-            if len(self._waiting) >= self.queue_size:
+            self._check_running()
+            if self._waiting and len(self._waiting) + len(writing.prompts) > self.queue_size + self._rows.free:
                 raise Busy
             first: dict[tuple[int, ...], int] = {}
             for index, prompt in enumerate(writing.prompts):
@@ -165,26 +172,46 @@ class ModelLoop:
             writing.cancelled = True
             self._changed.notify()
 
-    def call(self, job: Callable[[], None]) -> None:
-        """Run something else in the model's thread, between two steps."""
+    def call(self, job: Job) -> None:
+        """Run something else between two steps, each time one.
+
+        Raises:
+            Busy: too many wait.
+        """
         with self._changed:
+            self._check_running()
+            if len(self._jobs) >= self.queue_size:
+                raise Busy
             self._jobs.append(job)
             self._changed.notify()
+
+    def _check_running(self) -> None:
+        if self.fault is not None:
+            raise RuntimeError("the model has failed")
 
     def end_all(self, error: Exception) -> None:
         """End all texts, running and waiting, with an error, after the present step."""
 
         def end() -> None:
-            with self._changed:
-                writings = self._writings()
-                self._waiting.clear()
             for number in list(self._running):
                 self._decoding.cancel(number)
-                del self._running[number]
-            for writing in writings:
-                writing.deliver(writing, [Told(0, None, error)])
+            self._tell_all(error)
 
-        self.call(end)
+        with self._changed:
+            self._jobs.appendleft(Job(end))
+            self._changed.notify()
+
+    def _tell_all(self, error: Exception) -> None:
+        """Tell everybody who waits, or whose text runs, of an error."""
+        with self._changed:
+            writings = self._writings()
+            jobs = list(self._jobs)
+            for waiting in (self._waiting, self._running, self._jobs):
+                waiting.clear()
+        for writing in writings:
+            writing.deliver(writing, [Told(0, None, error)])
+        for job in jobs:
+            job.fail(error)
 
     def _writings(self) -> list[Writing]:
         """All that wait or run."""
@@ -215,9 +242,9 @@ class ModelLoop:
                 self._changed.wait(1)  # Windows serves no Ctrl-C within a longer one
             if self._closing:
                 return False
-            jobs = [self._jobs.popleft() for _ in range(len(self._jobs))]
-        for job in jobs:
-            job()
+            job = self._jobs.popleft() if self._jobs else None
+        if job is not None:
+            job.run()
         return True
 
     def _drop_cancelled(self) -> None:
@@ -282,7 +309,7 @@ class ModelLoop:
                 del self._running[number]
                 urgent = True
             self.counts.new_tokens += event is not None and event.token is not None
-            self._news.setdefault(id(writing), (writing, []))[1].append(Told(index, event, error))
+            self._news.setdefault(id(writing), (writing, []))[1].append(Told(index, event, error, now))
             if writing.streams and not writing.begun:
                 urgent = writing.begun = True
         if urgent or now - self._told > TELLING_SECONDS:
@@ -303,11 +330,7 @@ class ModelLoop:
         """Tell everybody, and end."""
         with self._changed:
             self.fault = error
-            writings = self._writings()
-            self._waiting.clear()
-            self._running.clear()
-        for writing in writings:
-            writing.deliver(writing, [Told(0, None, RuntimeError(f"the model failed: {first_line(error)}"))])
+        self._tell_all(RuntimeError(f"the model failed: {first_line(error)}"))
         self._on_fault()
 
 
@@ -320,4 +343,8 @@ def prompt_logprobs(
         return [None] * len(ids)
     cache = KVCache(engine.config, 1, engine.config.max_seq_len, device=engine.device, dtype=engine.dtype)
     hidden = engine.hidden_states(torch.tensor([list(ids[:-1])], device=engine.device), cache)[0]
-    return [None, *told_logprobs(engine.output(hidden).float(), ids[1:], likely)]
+    told: list[tuple[float, list[tuple[int, float]] | None] | None] = [None]
+    for begin in range(0, len(hidden), PROMPT_TOKENS):  # the logits of a long prompt may be gigabytes
+        end = begin + PROMPT_TOKENS
+        told += told_logprobs(engine.output(hidden[begin:end]).float(), ids[begin + 1 : end + 1], likely)
+    return told

@@ -66,6 +66,7 @@ class Request:
     likely: int = 0  # tokens beside the chosen one
     token_ids: bool = False  # tell them too
     writes: bool = True  # False: only reads the prompt (max_tokens 0)
+    left_out: int = 0  # messages of a chat, the oldest, that its context has no room for
 
 
 def parse_json(body: bytes) -> dict:
@@ -137,14 +138,20 @@ def chat_request(body: Mapping, prompts: PromptEncoder, defaults: GenerationConf
     """
     fields = _Fields(body)
     _refuse_unsupported(fields)
-    ids = _chat_ids(fields, prompts)
+    ids, left_out = _chat_ids(fields, prompts)
     logprobs = fields.flag("logprobs")
     likely = fields.whole("top_logprobs", 0, 0, MOST_LIKELY)
     if likely and not logprobs:
         raise ApiError(400, "top_logprobs needs logprobs: true", "top_logprobs")
     name = "max_completion_tokens" if "max_completion_tokens" in fields else "max_tokens"
-    most = fields.whole(name, prompts.context, 1, 10**9)
-    return _request(fields, True, (ids,), min(most, prompts.context), logprobs, likely, prompts, defaults)
+    most = min(fields.whole(name, asked_tokens(defaults) or prompts.context, 1, 10**9), prompts.context)
+    request = _request(fields, True, (ids,), most, logprobs, likely, prompts, defaults)
+    return dataclasses.replace(request, left_out=left_out)
+
+
+def asked_tokens(defaults: GenerationConfig) -> int | None:
+    """The new tokens that the server was told to write at most; None: nobody said."""
+    return None if defaults.max_new_tokens == GenerationConfig().max_new_tokens else defaults.max_new_tokens
 
 
 def completion_request(body: Mapping, prompts: PromptEncoder, defaults: GenerationConfig) -> Request:
@@ -159,7 +166,7 @@ def completion_request(body: Mapping, prompts: PromptEncoder, defaults: Generati
         logprobs, likely = fields.flag("logprobs"), 0
     else:
         logprobs, likely = "logprobs" in fields, fields.whole("logprobs", 0, 0, MOST_LIKELY)
-    most = fields.whole("max_tokens", COMPLETION_TOKENS, 0, 10**9)
+    most = fields.whole("max_tokens", asked_tokens(defaults) or COMPLETION_TOKENS, 0, 10**9)
     ids = _completion_ids(fields, prompts)
     return _request(fields, False, ids, min(most, prompts.context), logprobs, likely, prompts, defaults)
 
@@ -223,7 +230,7 @@ def _config(fields: _Fields, most: int, logprobs: bool, likely: int, defaults: G
 
 def _refuse_unsupported(fields: _Fields) -> None:
     for name in UNSUPPORTED:
-        if fields.get(name):
+        if fields.get(name) and not (name == "best_of" and fields.get(name) == 1):
             raise ApiError(400, f"{name} is not supported", name)
     form = fields.get("response_format")
     if form is not None and (not isinstance(form, dict) or form.get("type", "text") != "text"):
@@ -261,31 +268,31 @@ def _logit_bias(fields: _Fields) -> dict[int, float]:
     return biases
 
 
-def _chat_ids(fields: _Fields, prompts: PromptEncoder) -> tuple[int, ...]:
-    """The prompt of a chat's next answer."""
+def _chat_ids(fields: _Fields, prompts: PromptEncoder) -> tuple[tuple[int, ...], int]:
+    """The prompt of a chat's next answer, and how many of the messages it leaves out."""
     messages = fields.get("messages")
     if not isinstance(messages, list) or not messages:
         raise ApiError(400, f"messages: {shown(messages)} found, a list of messages expected", "messages")
     if len(messages) > MOST_MESSAGES:
         raise ApiError(400, f"messages: {len(messages)} found, at most {MOST_MESSAGES} expected", "messages")
     history = [_message(n, message) for n, message in enumerate(messages)]
-    begun = ""
-    if fields.flag("continue_final_message"):
+    begun: list[int] = []
+    name = "continue_final_message"
+    if fields.flag(name):
         if history[-1]["role"] != "assistant" or len(history) < 2:
-            raise ApiError(400, "continue_final_message: the last message must be the assistant's, after another")
-        begun = history.pop()["content"]
+            raise ApiError(400, f"{name}: the last message must be the assistant's, after another", name)
+        begun = encode_texts(prompts.tokenizer, [history.pop()["content"]])[0]
     truncation = fields.get("truncation", "disabled")
     if truncation not in ("auto", "disabled"):
         raise ApiError(400, f"truncation: {shown(truncation)} found, auto or disabled expected", "truncation")
     try:
+        told = len(history)
         if truncation == "auto":  # the oldest turns are left out
-            history = prompts.fit_history(history, prompts.context // 4)
-        ids = prompts.encode_chat(history)
-        if begun:
-            ids = prompts.fitting("chat", [*ids, *encode_texts(prompts.tokenizer, [begun])[0]])
+            history = prompts.fit_history(history, prompts.context // 4 + len(begun))
+        ids = prompts.fitting("chat", [*prompts.encode_chat(history), *begun])
     except InputError as error:
         raise _unusable(error, "messages") from None
-    return tuple(ids)
+    return tuple(ids), told - len(history)
 
 
 def _message(number: int, message) -> Message:
@@ -301,7 +308,9 @@ def _message(number: int, message) -> Message:
     if isinstance(content, list):
         if not all(isinstance(part, dict) and part.get("type") == "text" for part in content):
             raise ApiError(400, f"{where}.content: only parts of type text are supported", where)
-        content = "".join(str(part.get("text", "")) for part in content)
+        if not all(isinstance(part.get("text"), str) for part in content):
+            raise ApiError(400, f"{where}.content: a part's text is missing or no text", where)
+        content = "".join(part["text"] for part in content)
     try:
         return {"role": ROLES[message["role"]], "content": valid_text(f"{where}.content", content)}
     except InputError as error:

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import dataclasses
 import hashlib
+import logging
 import signal
 import socket
 import threading
@@ -11,6 +12,7 @@ import threading
 import uvicorn
 
 from model.command import say
+from model.errors import InputError
 from model.generation.checksum import checksum
 from model.generation.generation_config import GenerationConfig
 from model.serving.app import Limits, Server, make_app
@@ -19,6 +21,7 @@ from model.serving.model_loop import ModelLoop
 DRAIN_SECONDS = 30  # that running texts get after SIGTERM or Ctrl-C; a second signal ends them at once
 TOLD_SECONDS = 2  # of these, to tell the texts that do not end
 KEEP_ALIVE_SECONDS = 5
+BACKLOG = 2048  # connections that wait to be accepted
 
 
 def serve(
@@ -40,6 +43,9 @@ def serve(
         rows: texts that are written together.
         queue: texts that may wait.
         reproducible: one text at a time, and nothing kept of earlier ones: the same seed gives the same text.
+
+    Raises:
+        InputError: another server has begun to listen there meanwhile.
     """
 
     def stop() -> None:
@@ -47,6 +53,10 @@ def serve(
 
     loop = ModelLoop(generator, 1 if reproducible else rows, queue, on_fault=stop, reuses=not reproducible)
     host, port = listening.getsockname()[:2]
+    try:
+        listening.listen(BACKLOG)
+    except OSError as error:
+        raise InputError(f"{host}:{port} cannot be listened at ({error}); give another --port") from error
     hosts = ("*",) if host in ("0.0.0.0", "::") else (*limits.hosts, host)
     fingerprint = f"fp_{hashlib.sha256(checksum(generator.model)).hexdigest()[:10]}"
     limits = dataclasses.replace(limits, hosts=hosts)
@@ -55,10 +65,14 @@ def serve(
     shown = f"[{host}]" if ":" in host else host
     say(f"serving {model} at http://{shown}:{port} (OpenAI's API under /v1); Ctrl-C ends it")
 
+    faults: list[Exception] = []
+
     def run_web() -> None:
         try:
             with listening:
                 web.run([listening])
+        except Exception as error:
+            faults.append(error)
         finally:
             loop.close()
 
@@ -69,8 +83,9 @@ def serve(
         serving.join()
     if loop.fault is not None:
         say(f"error: the model failed: {type(loop.fault).__name__}: {loop.fault}")
-        return 1
-    return 0
+    for error in faults:
+        say(f"error: the web server failed: {type(error).__name__}: {error}")
+    return 1 if faults or loop.fault is not None else 0
 
 
 def _chats(generator) -> bool:
@@ -87,6 +102,7 @@ class _Web(uvicorn.Server):
         config = uvicorn.Config(
             make_app(server),
             log_level="critical",  # requests may hold what is nobody's business
+            backlog=BACKLOG,
             access_log=False,
             server_header=False,
             timeout_keep_alive=KEEP_ALIVE_SECONDS,
@@ -95,6 +111,7 @@ class _Web(uvicorn.Server):
             ws="none",
         )
         super().__init__(config)
+        logging.getLogger("asyncio").setLevel(logging.ERROR)  # a client that goes away is no news
         self._server = server
 
     def capture_signals(self):

@@ -1,5 +1,6 @@
 """Texts of different requests, written together: pieces of prompts, cancelled texts, kept prefixes, own settings."""
 
+import dataclasses
 import random
 
 import numpy as np
@@ -85,6 +86,26 @@ def test_a_step_reads_no_more_of_prompts_than_it_may(engine):
         decoding.admit(number, [5] * length, GREEDY)
     steps = [[event.number for event in decoding.step()] for _ in range(4)]
     assert steps == [[0], [0], [0, 1], [0, 1, 2]]
+
+
+@pytest.mark.parametrize("known", [0, 90])
+def test_prompts_that_are_partly_known_are_read_beside_long_ones(engine, known):
+    """Padded to the longest, a part's rows would reach past the context of 128."""
+    config = GenerationConfig(do_sample=False, max_new_tokens=3)
+    prompts = [[1, *[5] * 74], [1, *[6] * 79], [1, *[7] * 79], [1, *[5] * 110]]
+    expected = [alone(engine, prompt, config) for prompt in prompts]
+    rows = Rows(engine, 4, prefixes=Prefixes(1 << 24) if known else None)
+    decoding = Decoding(rows, [], prompt_tokens=128)
+    if known:  # of the last one
+        decoding.admit(9, prompts[3][:known], dataclasses.replace(config, max_new_tokens=1))
+        decoding.step()
+    found = {number: decoding.admit(number, prompt, config) for number, prompt in enumerate(prompts)}
+    assert found[3] == (known and known)
+    texts = [[] for _ in prompts]
+    while rows.live:
+        for event in decoding.step():
+            texts[event.number].append(event.token)
+    assert texts == expected
 
 
 def test_settings_that_leave_no_token_end_their_text_alone(engine):

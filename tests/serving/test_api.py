@@ -41,6 +41,8 @@ def test_models_and_health(server):
     status, _, found = server.call("GET", "/v1/models")
     created = found["data"][0].pop("created")
     entry = {"id": "tiny", "object": "model", "owned_by": "mateconv", "max_model_len": 128, "chat": True}
+    penalties = {"repetition_penalty": 1.1, "presence_penalty": 0.0, "frequency_penalty": 0.0}
+    entry["sampling"] = {"temperature": 0.8, "top_p": 0.9, "top_k": 50, **penalties, "stop": []}
     assert status == 200 and found == {"object": "list", "data": [entry]}
     assert server.call("GET", "/v1/models/tiny")[2] == {**entry, "created": created}
     status, _, found = server.call("GET", "/v1/models/other")
@@ -229,7 +231,31 @@ def test_a_begun_answer_is_continued(server, generator):
     ]
     long.append(HELLO[0])
     assert server.call("POST", CHAT, {"messages": long})[0] == 400
-    assert server.call("POST", CHAT, {"messages": long, "truncation": "auto", "max_tokens": 4})[0] == 200
+    told = server.call("POST", CHAT, {"messages": long, "truncation": "auto", "max_tokens": 4})
+    left_out = told[2]["left_out_messages"]
+    assert told[0] == 200 and 0 < left_out < len(long)
+    # A begun answer takes room too.
+    long.append({"role": "assistant", "content": "好" * 20})
+    body = {"messages": long, "truncation": "auto", "max_tokens": 4, "continue_final_message": True}
+    told = server.call("POST", CHAT, body)
+    assert told[0] == 200 and told[2]["left_out_messages"] > left_out
+
+
+def test_the_flags_are_what_a_request_gets_that_asks_for_nothing_else(weights_file):
+    flags = ["--max_new_tokens", "7", "--greedy", "--stop_strings", "\x01", "--cors_origin", "https://chat.example"]
+    with running_server(weights_file, *flags) as server:
+        sampling = server.call("GET", "/v1/models")[2]["data"][0]["sampling"]
+        assert (sampling["temperature"], sampling["max_tokens"], sampling["stop"]) == (0, 7, ["\x01"])
+        bias = {"logit_bias": {"2": -100}}
+        texts = [server.call("POST", TEXT, {"prompt": "春", **bias})[2] for _ in range(2)]
+        assert texts[0]["choices"] == texts[1]["choices"] and texts[0]["usage"]["completion_tokens"] == 7
+        assert server.call("POST", CHAT, {"messages": HELLO, **bias})[2]["usage"]["completion_tokens"] == 7
+        asks = {
+            "Access-Control-Request-Method": "POST",
+            "Access-Control-Request-Headers": "content-type, x-stainless-os",
+        }
+        status, headers, _ = server.call("OPTIONS", CHAT, None, {"Origin": "https://chat.example", **asks})
+        assert status == 204 and headers["access-control-allow-headers"] == "content-type, x-stainless-os"
 
 
 @pytest.mark.parametrize(
@@ -240,6 +266,9 @@ def test_a_begun_answer_is_continued(server, generator):
         (CHAT, {"messages": ["你好"]}, "messages[0]"),
         (CHAT, {"messages": [{"role": "robot", "content": "x"}]}, "messages[0]"),
         (CHAT, {"messages": [{"role": "user", "content": 5}]}, "messages[0]"),
+        (CHAT, {"messages": [{"role": "user", "content": [{"type": "text", "text": None}]}]}, "messages[0]"),
+        (CHAT, {"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages[0]"),
+        (CHAT, {"messages": HELLO, "continue_final_message": True}, "continue_final_message"),
         (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0]"),
         (CHAT, {"messages": HELLO * 501}, "messages"),
         (CHAT, {"messages": [{"role": "user", "content": "好" * 500}]}, "messages"),
@@ -265,7 +294,6 @@ def test_a_begun_answer_is_continued(server, generator):
         (CHAT, {"messages": HELLO, "seed": 1.5}, "seed"),
         (CHAT, {"messages": HELLO, "tools": [{"type": "function"}]}, "tools"),
         (CHAT, {"messages": HELLO, "response_format": {"type": "json_object"}}, "response_format"),
-        (CHAT, {"messages": HELLO, "continue_final_message": True}, None),
         (TEXT, {"prompt": 5}, "prompt"),
         (TEXT, {"prompt": []}, "prompt"),
         (TEXT, {"prompt": [300]}, "prompt"),

@@ -279,9 +279,9 @@ def test_export_and_import(visit, tmp_path):
     kept = json.loads((tmp_path / "chats.json").read_text(encoding="utf-8"))["conversations"]
     assert [[message["content"] for message in chat["messages"]][0] for chat in kept] == ["second", "first"]
     other = visit()
-    for _ in range(2):  # what is there already is not added again
+    for count in (2, 0):  # what is there already is not added again
         other.set_input_files("#import-file", tmp_path / "chats.json")
-        expect(other.locator("#notice-text")).to_have_text("Imported 2 conversations.")
+        expect(other.locator("#notice-text")).to_have_text(f"Imported {count} conversations.")
         other.click("#notice-close")
     assert other.locator("#chats .open").all_inner_texts() == ["second", "first"]
     other.locator("#chats .open").nth(0).click()
@@ -291,6 +291,22 @@ def test_export_and_import(visit, tmp_path):
         other.set_input_files("#import-file", {"name": "x.json", "mimeType": "application/json", "buffer": content})
         expect(other.locator("#notice-text")).to_contain_text(why)
     assert other.locator("#chats .open").count() == 2
+
+
+def test_settings_begin_as_the_server_s_flags_and_what_is_changed_stays(visit, weights_file):
+    with running_server(weights_file, "--greedy", "--max_new_tokens", "9", "--stop_strings", "完") as server:
+        page = visit(server.port)
+        values = {"temperature": "0", "max_tokens": "9", "stop_strings": "完"}
+        assert {name: page.input_value(f"#set-{name}") for name in values} == values
+        set_number(page, max_tokens=11)
+        page.reload()
+        expect_ready(page)
+        values["max_tokens"] = "11"
+        assert {name: page.input_value(f"#set-{name}") for name in values} == values
+        sent = ask(page, "春风")
+        assert (sent["temperature"], sent["max_tokens"], sent["stop"]) == (0, 11, ["完"])
+        page.click("#reset")
+        assert page.input_value("#set-max_tokens") == "9"
 
 
 def test_settings_reach_the_request(visit):
@@ -308,6 +324,7 @@ def test_settings_reach_the_request(visit):
         "truncation": "auto",
         "stream": True,
         "stream_options": {"include_usage": True},
+        "return_token_ids": True,
         "temperature": 1.25,
         "stop": ["完", "\n\n"],
         **numbers,
@@ -326,12 +343,13 @@ def test_the_oldest_turns_of_a_long_conversation_are_left_out(visit):
     ask(page, "风" * 1200)
     assert len(shown(page)) == 2 and page.locator(".failed").count() == 0
     assert page.locator(".facts").last.inner_text().startswith("5 tokens")
+    assert "the 2 oldest messages no longer fit" in page.locator(".facts").last.inner_text()
 
 
 def test_an_error_is_told_and_can_be_tried_again(visit):
     page = visit(expected="400", greedy=5)
     ask(page, "春" * 4000)
-    assert "failed: the chat has " in page.locator(".failed").inner_text()
+    assert "failed: The text is longer than the model’s context." in page.locator(".failed").inner_text()
     press(page, "Edit", "user")
     page.fill(".editing textarea", "春")
     request_of(page, lambda: page.press(".editing textarea", "Enter"))
@@ -416,10 +434,19 @@ def test_text_is_continued_as_the_api_does(visit, server):
     assert sent["prompt"] == "春风" and "truncation" not in sent
     text = answer_to(server, sent)
     assert page.locator("#continuation").text_content() == text
+    sent = request_of(page, lambda: page.click("#continue"))  # goes on where the text ended
+    longer, added = page.locator("#continuation").text_content(), answer_to(server, sent)
+    assert longer.startswith(text.removesuffix("\ufffd")) and longer.endswith(added) and len(longer) > len(text)
     page.fill("#set-stop_strings", text[10:13])
-    sent = request_of(page, lambda: page.click("#continue"))
+    sent = request_of(page, lambda: page.click("#continuation-foot button:text('Regenerate')"))
     until = page.locator("#continuation").text_content()
     assert until == answer_to(server, sent) == text[: text.find(text[10:13])]
+    page.fill("#text-prompt", "春")  # what was written of another text goes
+    assert page.locator("#result").is_hidden()
+    page.fill("#text-prompt", "春风")
+    page.fill("#set-stop_strings", text[10:13])
+    sent = request_of(page, lambda: page.click("#continue"))
+    assert sent["prompt"] == "春风" and page.locator("#continuation").text_content() == until
     page.click("#use-as-prompt")
     prompt = "春风" + until.removesuffix("\ufffd")  # half a character would mislead the model
     assert page.input_value("#text-prompt") == prompt and page.locator("#result").is_hidden()
@@ -469,6 +496,8 @@ def test_a_wrong_key_asks_for_one(visit, weights_file, tmp_path):
             with page.expect_response("**/v1/models") as answered:
                 page.press("#key", "Enter")
             assert answered.value.status == (401 if key == "wrong" else 200)
+            if key == "wrong":
+                expect(page.locator("#key-hint")).to_contain_text("This key is wrong")
         expect_ready(page)
         expect(dialog).to_be_hidden()
         set_number(page, max_tokens=5)

@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 import psutil
 import pytest
 
+from model.errors import InputError
 from model.serving.address import bound_socket
 from tests.serving.conftest import call_server, events_of, running_server, wait_until
 
@@ -95,6 +96,8 @@ def test_a_key_and_other_sites(weights_file, tmp_path):
             status, _, found = server.call("GET", "/v1/models", None, {} if key is None else {"Authorization": key})
             assert status == 401 and found["error"]["code"] == "invalid_api_key"
             assert "sekret" not in json.dumps(found)
+        own = {"Authorization": "bearer sekret"}
+        assert server.call("GET", "/v1/models", None, own)[0] == 200
         own = {"Authorization": "Bearer sekret"}
         assert server.call("GET", "/v1/models", None, own)[0] == 200
         site = {"Origin": "https://chat.example"}
@@ -248,6 +251,68 @@ def test_a_fault_of_the_model_ends_all_requests_and_the_process(weights_file, mo
     assert answers == [1] and "MemoryError: no memory for this" in found[-1]
 
 
+def test_other_work_of_the_model_is_counted_and_told_of_a_fault(weights_file):
+    from model.serving.model_loop import Busy, Job, ModelLoop
+    from optimized_inference import load_generator
+
+    loop, told = ModelLoop(load_generator(weights_file, compile=False), 2, 3), []
+    for _ in range(3):
+        loop.call(Job(lambda: told.append("ran"), told.append))
+    with pytest.raises(Busy):
+        loop.call(Job(lambda: None))
+    assert loop._has_work() and told == ["ran"]  # one between two steps
+    loop._fail(MemoryError("gone"))
+    assert [str(one) for one in told[1:]] == ["the model failed: gone"] * 2
+    with pytest.raises(RuntimeError, match="the model has failed"):
+        loop.call(Job(lambda: None))
+
+
+def test_an_echo_whose_client_goes_away_is_not_read(server, metric):
+    body = {"prompt": [[1] + [5] * 100] * 64, "max_tokens": 0, "echo": True, "logprobs": 20}
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
+    connection.request("POST", TEXT, json.dumps(body), {"Content-Type": "application/json"})
+    time.sleep(0.1)
+    connection.sock.shutdown(socket.SHUT_RDWR)
+    connection.close()
+    wait_until(lambda: metric("responses_499_total") > 0, 10)
+
+
+def test_a_request_of_more_texts_than_the_queue_holds_waits_for_an_empty_one(weights_file):
+    from model.generation.generation_config import GenerationConfig
+    from model.serving.model_loop import Busy, ModelLoop, Writing
+    from optimized_inference import load_generator
+
+    loop = ModelLoop(load_generator(weights_file, compile=False), 2, 3)
+    for texts in (1, 1, 3):  # two rows are free, and three may wait
+        loop.submit(Writing([[1]] * texts, GenerationConfig(), lambda *told: None))
+    with pytest.raises(Busy):
+        loop.submit(Writing([[1]], GenerationConfig(), lambda *told: None))
+    loop = ModelLoop(loop.generator, 2, 3)
+    loop.submit(Writing([[1]] * 60, GenerationConfig(), lambda *told: None))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="two sockets cannot have one port there")
+def test_of_two_servers_that_begin_at_once_one_says_so(weights_file):
+    from model.generation.generation_config import GenerationConfig
+    from model.serving import run
+    from model.serving.app import Limits
+    from optimized_inference import load_generator
+
+    with bound_socket("127.0.0.1", 0, None) as first:
+        port = first.getsockname()[1]
+        with bound_socket("127.0.0.1", port, None) as second:
+            first.listen()
+            generator = load_generator(weights_file, compile=False)
+            with pytest.raises(InputError, match=f"127.0.0.1:{port} cannot be listened at"):
+                run.serve(generator, "tiny", GenerationConfig(), second, 2, 8, Limits())
+
+
+def test_large_numbers_are_told_whole():
+    from model.serving.answers import metrics
+
+    assert "mateconv_tokens_total 12345678" in metrics([("tokens_total", "counter", "", 12345678)]).splitlines()
+
+
 def test_addresses_that_cannot_be_used_are_one_line(weights_file, tmp_path):
     from tests import forks
 
@@ -261,7 +326,8 @@ def test_addresses_that_cannot_be_used_are_one_line(weights_file, tmp_path):
         assert code == 2 and line.startswith("error: 127.0.0.1:") and "--port" in line
     code, line = run("--host", "0.0.0.0", "--port", "0")
     assert code == 2 and "--api_key_file" in line
-    for flags in (("--port", "70000"), ("--host", "192.0.2.1"), ("--rows", "0"), ("--queue", "-1")):
+    unusable = [("--port", "70000"), ("--host", "192.0.2.1"), ("--rows", "0"), ("--queue", "-1")]
+    for flags in [*unusable, ("--cors_origin", "chat.example"), ("--cors_origin", "https://chat.example/")]:
         code, line = run(*flags)
         assert code == 2 and line.startswith("error: "), line
     (tmp_path / "key").write_text("two words")
