@@ -76,18 +76,23 @@ class _Matrix(nn.Module):
         self.register_buffer("bias", None if linear.bias is None else linear.bias.detach())
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dim() == 2:  # a sum for each text, in one loop over the weight
-            return torch.stack([self(row) for row in x])
-        y = (self._products_of_words(x) if self.has_words else self.weight.float() * x).sum(-1)
+        # What is read once is computed where it is read, for every row of the weight again; so x is read twice.
+        if x.dim() == 1:
+            half = len(self.weight) // 2
+            y = torch.cat((self._sums(self.weight[:half], x), self._sums(self.weight[half:], x)))
+        else:  # a sum for each text, in one loop over the weight
+            y = torch.stack([self._sums(self.weight, x[row]) for row in range(len(x))])
         if self.scale is not None:
             y = y * self.scale
         return y if self.bias is None else y + self.bias.float()
 
-    def _products_of_words(self, x: Tensor) -> Tensor:
-        """Summed over the bytes of each word: [N, K / 4]."""
-        words, (first, second, third, fourth) = self.weight.view(torch.int32), x.view(4, -1)
+    def _sums(self, weight: Tensor, x: Tensor) -> Tensor:
+        """Rows of the weight, and x [K] -> their products."""
+        if not self.has_words:
+            return (weight.float() * x).sum(-1)
+        words, (first, second, third, fourth) = weight.view(torch.int32), x.view(4, -1)
         y = ((words << 24) >> 24).float() * first + ((words << 16) >> 24).float() * second
-        return y + ((words << 8) >> 24).float() * third + (words >> 24).float() * fourth
+        return (y + ((words << 8) >> 24).float() * third + (words >> 24).float() * fourth).sum(-1)
 
 
 class _Layer(nn.Module):
