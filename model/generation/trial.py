@@ -9,11 +9,13 @@ from model.errors import InputError
 from model.storage.files import read_json, write_json
 
 ROUNDS = 3
-CLEARLY = 1.2  # times faster than the first way another must be
+CLEARLY = 1.2
 BUSY = 0.8  # of its time that this thread must have had to decide anything
 
 
-def fastest_way(kept: Path, ways: dict[str, Callable[[], object]], say: Callable[[str, str], None]) -> str:
+def fastest_way(
+    kept: Path, ways: dict[str, Callable[[], object]], say: Callable[[str, str], None], clearly: float = CLEARLY
+) -> str:
     """The fastest of some ways, the first unless another is clearly faster.
 
     The result is kept in a file, since ways differ in the last bit: a text with a seed stays the same.
@@ -22,6 +24,7 @@ def fastest_way(kept: Path, ways: dict[str, Callable[[], object]], say: Callable
         kept: names what the choice depends on.
         ways: by their names.
         say: called with the way and the times when something was tried.
+        clearly: times faster than the first way another must be.
     """
     names = list(ways)
     try:
@@ -40,7 +43,7 @@ def fastest_way(kept: Path, ways: dict[str, Callable[[], object]], say: Callable
     if time.thread_time() - ran < BUSY * (time.perf_counter() - start):
         return names[0]
     fastest = min(names, key=lambda name: seconds[name])
-    if seconds[names[0]] < CLEARLY * seconds[fastest]:
+    if seconds[names[0]] < clearly * seconds[fastest]:
         fastest = names[0]
     _keep(kept, fastest)
     say(fastest, ", ".join(f"{name} {1000 * seconds[name]:.3g} ms" for name in names))
