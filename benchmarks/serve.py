@@ -19,6 +19,7 @@ import argparse
 import asyncio
 import contextlib
 import json
+import math
 import os
 import socket
 import statistics
@@ -191,17 +192,23 @@ async def load(port: int, model: str, clients: int, options: argparse.Namespace,
     }
 
 
-def direct(folder: Path, options: argparse.Namespace) -> float:
-    """Tokens a second of `TextGenerator.chat`, alone."""
+def direct(folder: Path, options: argparse.Namespace):
+    """Measures `TextGenerator.chat` as `load` does a server, alone."""
     from optimized_inference import GenerationConfig, load_generator
 
     generator = load_generator(folder / "bench.pth", dtype=options.dtype, compile=True)
-    config, rates = GenerationConfig(do_sample=False, repetition_penalty=1.0, max_new_tokens=options.tokens), []
-    for n in range(6):
-        start = time.perf_counter()
-        generator.chat([{"role": "user", "content": WORDS[n : n + 24]}], config)
-        rates.append(generator.speed.tokens / (time.perf_counter() - start))
-    return statistics.median(rates[1:])
+    config = GenerationConfig(do_sample=False, repetition_penalty=1.0, max_new_tokens=options.tokens)
+
+    def measure(salt: int) -> dict[str, float]:
+        tokens, start = 0, time.perf_counter()
+        for n in range(options.requests):
+            first = (7 * salt + 3 * n) % 8
+            generator.chat([{"role": "user", "content": WORDS[first : first + 24]}], config)
+            tokens += generator.speed.tokens
+        return {"rate": tokens / (time.perf_counter() - start), "first": math.nan, "late": math.nan}
+
+    measure(99)
+    return measure
 
 
 def main() -> None:
@@ -224,14 +231,15 @@ def main() -> None:
         for server, port in ports.items():  # warm up, and compile
             asyncio.run(load(port, models[server], 2, options, 99))
         print(ROW.format("clients", "server", "tok/s", "first, p50", "first, p99", "of the best", "of ours"))
+        alone = direct(folder, options) if "ours" in ports and 1 in options.clients else None
         for clients in options.clients:
-            found = {server: [] for server in ports}
+            found = {server: [] for server in [*ports, *(["direct"] if alone and clients == 1 else [])]}
             for salt in range(options.rounds):
                 for server, port in ports.items():
                     found[server].append(asyncio.run(load(port, models[server], clients, options, salt)))
+                if "direct" in found:
+                    found["direct"].append(alone(salt))
             report(clients, found)
-        if "ours" in ports:
-            print(f"direct, one text after another: {direct(folder, options):,.0f} tok/s")
 
 
 def report(clients: int, found: dict[str, list[dict[str, float]]]) -> None:
@@ -240,7 +248,7 @@ def report(clients: int, found: dict[str, list[dict[str, float]]]) -> None:
         server: {name: statistics.median(one[name] for one in all_) for name in all_[0]}
         for server, all_ in found.items()
     }
-    best_other = max((one["rate"] for server, one in medians.items() if server != "ours"), default=0.0)
+    best_other = max((one["rate"] for server, one in medians.items() if server not in ("ours", "direct")), default=0.0)
     ours = medians.get("ours", {}).get("rate", 0.0)
     for server, one in medians.items():
         print(
@@ -248,8 +256,7 @@ def report(clients: int, found: dict[str, list[dict[str, float]]]) -> None:
                 clients,
                 server,
                 f"{one['rate']:,.0f}",
-                f"{1000 * one['first']:,.0f} ms",
-                f"{1000 * one['late']:,.0f} ms",
+                *("-" if math.isnan(one[name]) else f"{1000 * one[name]:,.0f} ms" for name in ("first", "late")),
                 f"{one['rate'] / best_other:.2f}" if best_other else "-",
                 f"{one['rate'] / ours:.2f}" if ours else "-",
             ),

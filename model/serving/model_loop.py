@@ -27,7 +27,8 @@ from model.text.detokenize import Text, new_detokenizer
 PREFIX_BYTES = 256 << 20  # of keys and values that are kept of texts that ended
 PROMPT_TOKENS, PROMPT_TOKENS_ON_GPU = 256, 4096  # that a step reads at most, while others wait for it
 QUEUE_SECONDS = 60.0  # that a text may wait for a row
-TELLING_SECONDS = 0.03  # between two pieces of a text
+TELLING_SECONDS = 0.03  # between two pieces of a text, where few are written
+MOST_TELLING_SECONDS = 0.1
 WRITING_SECONDS = 600.0  # that it may take then
 
 
@@ -312,12 +313,14 @@ class ModelLoop:
             self._news.setdefault(id(writing), (writing, []))[1].append(Told(index, event, error, now))
             if writing.streams and not writing.begun:
                 urgent = writing.begun = True
-        if urgent or now - self._told > TELLING_SECONDS:
+        interval = min(MOST_TELLING_SECONDS, TELLING_SECONDS * max(1, len(self._running) / 4))
+        if urgent or now - self._told > interval:
             self._tell(now)
 
     def _tell(self, now: float) -> None:
         """Hand over what is new. Each time wakes the other thread, which takes a core from the model's: so a text's
-        first piece goes at once, and its last, and what is between in pieces that a reader does not notice."""
+        first piece goes at once, and its last, and what is between in pieces that a reader does not notice, larger ones
+        where many texts are written."""
         self._told, news = now, self._news
         self._news = {}
         for writing, told in news.values():
