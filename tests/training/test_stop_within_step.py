@@ -41,11 +41,11 @@ def test_a_dropped_step_leaves_nothing_behind(flags, tmp_path, monkeypatch, case
     trainer = Trainer(build_settings({}, flags(**options)), Processes())
     read = trainer._local_batch
 
-    def read_with_signal(data, samples, micro):
-        if data is trainer.data.train and (trainer.progress.step, micro) == (step, 2):
+    def read_with_signal(samples, micro):
+        if (trainer.progress.step, micro) == (step, 2):
             os.kill(os.getpid(), signal.SIGTERM)
             wait_for(lambda: trainer.stop_signal.count)  # another thread counts it
-        return read(data, samples, micro)
+        return read(samples, micro)
 
     monkeypatch.setattr(trainer, "_local_batch", read_with_signal)
     assert trainer.train() == "interrupted" and trainer.progress.step == step
