@@ -25,13 +25,14 @@ from model.generation.compiled_step import (
 from model.generation.inference_model import InferenceModel
 from model.generation.kept_code import KeptCode
 from model.generation.trial import fastest_way
-from model.kv_cache import SPARE, KVCache
+from model.kv_cache import SPARE, KVCache, cache_bytes
 from model.LMConfig import LMConfig
 from model.model import Transformer
 
 WORTH_COMPILING = 500  # steps that compiled code would have made faster, after which more are likely to follow
 TRIED_TEXTS = (4, 8, 16, 32)  # with which groups are tried; for more, products of all are faster everywhere
 TRIED_LENGTH = 32  # tokens
+TRIED_BYTES = 1 << 30  # of keys and values
 CLEARLY = 1.05  # times faster groups must be
 
 
@@ -130,7 +131,7 @@ class Engine:
         if (single := self._single.get(worth_it)) is None or not several:
             return single
         if self._compile:
-            self._groups.make("a minute and a half or so")
+            self._groups.make("a minute or a few")
         return self._groups.get(worth_it) or single
 
     def _files(self, kinds: Iterable[str]) -> CompiledFiles:
@@ -154,8 +155,11 @@ class Engine:
 
     def _most_in_groups(self, code: Compiled) -> int:
         """Up to how many texts groups are faster than products of all texts at once, found by trying."""
-        cache = KVCache(self.config, max(TRIED_TEXTS), self.config.max_seq_len + SPARE, dtype=self.dtype)
-        lengths = [min(TRIED_LENGTH, self.config.max_seq_len - 1)] * max(TRIED_TEXTS)
+        slots = self.config.max_seq_len + SPARE
+        fitting = max(TRIED_TEXTS[0], TRIED_BYTES // (cache_bytes(self.config, self.dtype) * slots))
+        tried = [texts for texts in TRIED_TEXTS if texts <= fitting]
+        cache = KVCache(self.config, tried[-1], slots, dtype=self.dtype)
+        lengths = [min(TRIED_LENGTH, self.config.max_seq_len - 1)] * tried[-1]
 
         def at_once(tokens: Tensor) -> None:
             part = cache.part(0, len(tokens))
@@ -167,7 +171,7 @@ class Engine:
             code.group_logits(tokens, cache)
 
         most, dtypes = 1, f"{self._model.dtype}, {self.dtype}"
-        for texts in TRIED_TEXTS:
+        for texts in tried:
             kept, tokens = kept_path(f"texts{texts}", self.config, dtypes, self._int8), torch.zeros(texts).long()
             ways = {name: partial(way, tokens) for name, way in (("at once", at_once), ("in groups", in_groups))}
             tell = partial(self._tell_texts, texts)

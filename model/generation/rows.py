@@ -73,8 +73,7 @@ class Rows:
         self.live: list[Row] = []
         self.compiled: Compiled | None = None
         self._compiled_len = 0  # slots of row 0 that the compiled step's own cache holds too
-        whole = max(GROUPS.values()) if capacity > 1 and engine.device.type == "cpu" else 1  # rows for whole groups
-        places = -(-capacity // whole) * whole
+        places = _for_whole_groups(capacity) if capacity > 1 and engine.device.type == "cpu" else capacity
         self._cache = KVCache(engine.config, places, context + SPARE, device=engine.device, dtype=engine.dtype)
         self._ids = torch.full((capacity, context), PADDING, device=engine.device)
 
@@ -285,6 +284,13 @@ class Rows:
             self._ids[target] = self._ids[source]
             if target == 0:
                 self._compiled_len = 0
+
+
+def _for_whole_groups(texts: int) -> int:
+    """Rows that the groups of so many texts take."""
+    sizes = sorted(GROUPS.values())
+    size = next((size for size in sizes if size >= texts), sizes[-1])
+    return -(-texts // size) * size
 
 
 def _within(counts: Sequence[int], most: int | None) -> list[int]:
