@@ -211,7 +211,6 @@ def garbage_left() -> Iterator[None]:
     """Python collects no garbage by itself meanwhile: looking through all objects of torch takes a fifth of a second,
     in which a GPU waits. `gc.collect()` then only looks through what is new."""
     enabled = gc.isenabled()
-    gc.collect()
     gc.freeze()  # what is here now is not looked through again
     gc.disable()
     try:

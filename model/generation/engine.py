@@ -3,7 +3,7 @@
 `Engine.__init__` chooses packed or int8 weights, `Engine.choose_decoder` eager or compiled code.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 
@@ -71,10 +71,9 @@ class Engine:
         self._slow_steps = 0
         self._single: KeptCode[Compiled] | None = None  # None: there will be no compiled code
         if on_cpu and compile is not False:
-            self._single = KeptCode(self._files(SINGLE), "the decode step", self._load_single, self._job(), say)
-            self._groups = KeptCode(
-                self._files(GROUPS), "the step of several texts", self._load_groups, self._job(), say
-            )
+            job = model, int8, self.dtype
+            self._single = KeptCode(job, SINGLE, "the decode step", self._load_single, say)
+            self._groups = KeptCode(job, GROUPS, "the step of several texts", self._load_groups, say)
             if compile:
                 self._single.make("half a minute or so")
 
@@ -133,13 +132,6 @@ class Engine:
         if self._compile:
             self._groups.make("a minute or a few")
         return self._groups.get(worth_it) or single
-
-    def _files(self, kinds: Iterable[str]) -> CompiledFiles:
-        return CompiledFiles.of(self._model, self._int8, self.dtype, kinds)
-
-    def _job(self) -> tuple[Transformer, bool, torch.dtype]:
-        """What a Compiler is given, beside the files."""
-        return self._model, self._int8, self.dtype
 
     def _load_single(self, files: CompiledFiles) -> Compiled:
         paths = dict(files.paths)

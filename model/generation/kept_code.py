@@ -1,10 +1,13 @@
 """Compiled code of a model: loaded where it is kept, else made in the background."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Generic, TypeVar
+
+import torch
 
 from model.errors import InputError, first_line
 from model.generation.compiled_step import NO_COMPILER, CompiledFiles, Compiler
+from model.model import Transformer
 
 T = TypeVar("T")
 
@@ -15,22 +18,23 @@ class KeptCode(Generic[T]):
     """Some compiled code of a model.
 
     Args:
-        files: that hold it.
+        job: the model, whether its matrices are int8, and the dtype of the cache.
+        kinds: of compiled code (see `CompiledFiles`).
         what: names it in messages.
         load: makes of the files what is called. Raises RuntimeError or OSError: a file is damaged.
-        job: what a `Compiler` takes beside the files.
         say: called with a line on each choice.
     """
 
     def __init__(
         self,
-        files: CompiledFiles,
+        job: tuple[Transformer, bool, torch.dtype],
+        kinds: Iterable[str],
         what: str,
         load: Callable[[CompiledFiles], T],
-        job: tuple,
         say: Callable[[str], None],
     ) -> None:
-        self.files, self._what, self._load_files, self._job, self._say = files, what, load, job, say
+        self.files = CompiledFiles.of(*job, kinds)
+        self._job, self._what, self._load_files, self._say = job, what, load, say
         self.compiler: Compiler | None = None  # while one runs in the background
         self._loaded: T | None = None
         self._attempts, self._given_up = 0, False
@@ -94,8 +98,7 @@ class KeptCode(Generic[T]):
         self._given_up = last
 
     def _new_compiler(self) -> Compiler:
-        model, int8, cache_dtype = self._job
-        return Compiler(model, int8, cache_dtype, self.files)
+        return Compiler(*self._job, self.files)
 
     def _load(self) -> None:
         try:

@@ -9,6 +9,7 @@ from pathlib import Path
 from model.errors import InputError, shown
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
+BACKLOG = 2048  # connections that wait to be accepted
 KEY_VARIABLE = "MATECONV_API_KEY"
 
 
@@ -61,5 +62,21 @@ def bound_socket(host: str, port: int, api_key: str | None, no_key: bool = False
         bound.bind((host, port))
     except (OSError, OverflowError) as error:
         bound.close()
-        raise InputError(f"{host}:{port} cannot be listened at ({error}); give another --host or --port") from error
+        raise _refused(host, port, error) from error
     return bound
+
+
+def listen(bound: socket.socket) -> None:
+    """Let a socket listen.
+
+    Raises:
+        InputError: another one that has the same address listens already.
+    """
+    try:
+        bound.listen(BACKLOG)
+    except OSError as error:
+        raise _refused(*bound.getsockname()[:2], error) from error
+
+
+def _refused(host: str, port: int, error: Exception) -> InputError:
+    return InputError(f"{host}:{port} cannot be listened at ({error}); give another --host or --port")

@@ -106,7 +106,7 @@ def make_app(server: Server) -> "Guard":
         Route("/v1/chat/completions", chat, methods=["POST"]),
         Route("/v1/completions", complete, methods=["POST"]),
     ]
-    handlers = {ApiError: _api_error, HTTPException: _http_error, Exception: _fault}
+    handlers = {ApiError: _api_error, HTTPException: _http_error, ClientDisconnect: _client_gone, Exception: _fault}
     return Guard(Starlette(routes=routes, exception_handlers=handlers), server)
 
 
@@ -211,8 +211,6 @@ async def _answer(server: Server, http: HttpRequest, read: Callable) -> Response
     except Busy:
         wait = math.ceil(server.loop.seconds_per_text)
         raise ApiError(429, "the queue is full; try again later", None, "queue_full", wait) from None
-    except ClientDisconnect:
-        return Response(status_code=GONE)
     except (RuntimeError, TimeoutError) as error:
         raise ApiError(503, str(error)) from None
     if request.stream:
@@ -229,21 +227,25 @@ def _check_ids(server: Server, request: Request) -> None:
 
 
 async def _whole(server: Server, http: HttpRequest, answer: Answer, news: asyncio.Queue, echoes) -> Response:
-    """The answer in one piece; a client that goes away frees its rows."""
+    """The answer in one piece; a client that goes away frees its rows.
+
+    Raises:
+        ClientDisconnect: it has.
+    """
     count, unwritten = len(answer.writing.prompts), None if answer.request.writes else "length"
     pieces = {index: _Piece(*(echoes[index] if echoes else ("", [])), unwritten) for index in range(count)}
-    gone, ended = asyncio.ensure_future(_gone(http)), False
+
+    def ended() -> bool:
+        return all(piece.end for piece in pieces.values())
+
+    async def gather() -> None:
+        while not ended():
+            _gather(answer, await news.get(), pieces)
+
     try:
-        while not (ended := all(piece.end for piece in pieces.values())):
-            waiting = asyncio.ensure_future(news.get())
-            await asyncio.wait({waiting, gone}, return_when=asyncio.FIRST_COMPLETED)
-            if not waiting.done():
-                waiting.cancel()
-                return Response(status_code=GONE)
-            _gather(answer, waiting.result(), pieces)
+        await _unless_gone(http, gather())
     finally:
-        gone.cancel()
-        if not ended:
+        if not ended():
             server.loop.cancel(answer.writing)
     choices = [answer.choice(index, piece.text, piece.tokens, piece.end) for index, piece in pieces.items()]
     return _json(answer.whole(choices), {"x-request-id": answer.id})
@@ -477,6 +479,10 @@ def _as_api_error(error: Exception) -> ApiError:
 
 async def _api_error(request: HttpRequest, error: ApiError) -> Response:
     return _error(error)
+
+
+async def _client_gone(request: HttpRequest, error: ClientDisconnect) -> Response:
+    return Response(status_code=GONE)
 
 
 async def _http_error(request: HttpRequest, error: HTTPException) -> Response:

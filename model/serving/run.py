@@ -12,16 +12,15 @@ import threading
 import uvicorn
 
 from model.command import say
-from model.errors import InputError
 from model.generation.checksum import checksum
 from model.generation.generation_config import GenerationConfig
+from model.serving.address import BACKLOG, listen
 from model.serving.app import Limits, Server, make_app
 from model.serving.model_loop import ModelLoop
 
 DRAIN_SECONDS = 30  # that running texts get after SIGTERM or Ctrl-C; a second signal ends them at once
 TOLD_SECONDS = 2  # of these, to tell the texts that do not end
 KEEP_ALIVE_SECONDS = 5
-BACKLOG = 2048  # connections that wait to be accepted
 
 
 def serve(
@@ -53,10 +52,7 @@ def serve(
 
     loop = ModelLoop(generator, 1 if reproducible else rows, queue, on_fault=stop, reuses=not reproducible)
     host, port = listening.getsockname()[:2]
-    try:
-        listening.listen(BACKLOG)
-    except OSError as error:
-        raise InputError(f"{host}:{port} cannot be listened at ({error}); give another --port") from error
+    listen(listening)
     hosts = ("*",) if host in ("0.0.0.0", "::") else (*limits.hosts, host)
     fingerprint = f"fp_{hashlib.sha256(checksum(generator.model)).hexdigest()[:10]}"
     limits = dataclasses.replace(limits, hosts=hosts)
