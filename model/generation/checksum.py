@@ -1,60 +1,47 @@
 """A checksum of a model's weights, which shows that they changed."""
 
-import functools
-import math
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 WIDTH = 1021  # 64-bit words that are summed side by side; a prime, so that no row of a matrix repeats in it
-BLOCK = 512  # times that width; 4 MiB
+GROUP, BLOCK = 8, 64  # rows of WIDTH that are summed at once, and such groups: many small sums keep all threads at work
 FACTOR = 6364136223846793005  # odd, of Knuth's MMIX generator
 
 
 @torch.no_grad()
 def checksum(model: torch.nn.Module) -> bytes:
     """A hash of all weights that depends on their order. It takes about as long as reading them once."""
-    device = next(model.parameters()).device
-    total = torch.zeros(WIDTH, dtype=torch.int64, device=device)
-    summed = _faster_sum() if device.type == "cpu" else _torch_sum
+    sums, rests = [], []
     for parameter in model.parameters():
-        for block in _blocks(parameter):
-            total = total * FACTOR + summed(block)  # modulo 2**64
-    return total.cpu().numpy().tobytes()
+        data = parameter.detach().contiguous().view(-1).view(torch.uint8)
+        whole = len(data) // (8 * WIDTH) * (8 * WIDTH)
+        rests.append(data[whole:])
+        sums += _block_sums(_words(data[:whole]))
+    rest = torch.cat(rests)
+    rest = torch.cat((rest, rest.new_zeros(-len(rest) % (8 * WIDTH))))
+    sums = torch.cat([*sums, *_block_sums(_words(rest))])
+    factors = torch.tensor([_signed(pow(FACTOR, n, 2**64)) for n in range(len(sums))], device=sums.device)
+    return (sums * factors[:, None]).sum(0).cpu().numpy().tobytes()  # modulo 2**64
 
 
-def _torch_sum(block: Tensor) -> Tensor:
-    return block.sum(0)
+def _words(data: Tensor) -> Tensor:
+    """Bytes -> int64 [rows, WIDTH]"""
+    aligned = data.clone() if data.storage_offset() % 8 else data
+    return aligned.view(torch.int64).view(-1, WIDTH)
 
 
-def _numpy_sum(block: Tensor) -> Tensor:
-    return torch.from_numpy(block.numpy().sum(0))
-
-
-@functools.cache
-def _faster_sum() -> Callable[[Tensor], Tensor]:
-    """Of a block's rows, on this CPU: PyTorch's takes 60 % of NumPy's time on an Intel, twice as much on an AMD."""
-    block, seconds = torch.ones(BLOCK, WIDTH, dtype=torch.int64), {_numpy_sum: math.inf, _torch_sum: math.inf}
-    for _ in range(4):
-        for way in seconds:
-            start = time.perf_counter()
-            way(block)
-            seconds[way] = min(seconds[way], time.perf_counter() - start)
-    return min(seconds, key=seconds.__getitem__)
-
-
-def _blocks(tensor: Tensor) -> Iterator[Tensor]:
-    """A tensor's bytes as int64 [BLOCK or less, WIDTH] each, the last one padded with zeros."""
-    data = tensor.detach().contiguous().view(-1).view(torch.uint8)
-    if data.storage_offset() % 8:
-        data = data.clone()
-    width = 8 * WIDTH
-    whole = len(data) // width * width
+def _block_sums(rows: Tensor) -> Iterator[Tensor]:
+    """The sums of blocks of rows, int64 [1, WIDTH] each."""
+    whole = len(rows) // GROUP * GROUP
     if whole:
-        yield from data[:whole].view(torch.int64).view(-1, WIDTH).split(BLOCK)
-    if whole < len(data):
-        rest = data.new_zeros(WIDTH, dtype=torch.int64)  # as bytes it would wake torch's threads, which may be slow
-        rest.view(torch.uint8)[: len(data) - whole] = data[whole:]
-        yield rest[None]
+        for block in rows[:whole].view(-1, GROUP, WIDTH).sum(1).split(BLOCK):
+            yield block.sum(0, keepdim=True)
+    if whole < len(rows):
+        yield rows[whole:].sum(0, keepdim=True)
+
+
+def _signed(number: int) -> int:
+    """The same 64 bits as a signed number."""
+    return number - 2**64 if number >= 2**63 else number

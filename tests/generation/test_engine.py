@@ -9,11 +9,12 @@ import sys
 import time
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 from model.errors import InputError
-from model.generation.checksum import WIDTH, _blocks
+from model.generation.checksum import BLOCK, FACTOR, GROUP, WIDTH, checksum
 from model.generation.compiled_step import CompiledGroup, sources_of
 from model.generation.decode_step import BatchAttention, DecodeStep, GroupStep, in_words, quantized
 from model.generation.engine import WORTH_COMPILING, Engine
@@ -181,12 +182,32 @@ def test_any_change_of_a_weight_is_seen(tiny_model, change, dtype):
     assert engine.fits(model, False, None)
 
 
-def test_weights_on_a_gpu_have_the_same_checksum(tiny_model):
-    for parameter in tiny_model.parameters():
-        for block in _blocks(parameter):
-            assert torch.equal(block.sum(0), torch.from_numpy(block.numpy().sum(0)))  # as on a GPU, and as on a CPU
-    whole = torch.randn(3 * WIDTH)
-    assert sum(block.numel() for block in _blocks(whole[1:])) == 2 * WIDTH  # 8 bytes each, and padding
+ROW = 2 * WIDTH  # float32
+
+
+@pytest.mark.parametrize("sizes", [(5,), (ROW - 1, 3), (7 * ROW, ROW + 1), ((GROUP * BLOCK + GROUP + 3) * ROW + 9, 40)])
+def test_the_checksum_is_of_sums_of_blocks_each_times_a_power_of_the_factor(sizes):
+    torch.manual_seed(0)
+    model = torch.nn.ParameterList(torch.randn(size + 1)[1:] for size in sizes)  # not at a multiple of 8 bytes
+    blocks, rest = [], b""
+    for parameter in model:
+        data = parameter.detach().numpy().tobytes()
+        words = np.frombuffer(data[: len(data) // (8 * WIDTH) * (8 * WIDTH)], np.uint64).reshape(-1, WIDTH)
+        rest += data[words.nbytes :]
+        groups = len(words) // GROUP * GROUP
+        blocks += [words[at : min(at + GROUP * BLOCK, groups)] for at in range(0, groups, GROUP * BLOCK)]
+        blocks += [words[groups:]]
+    words = np.frombuffer(rest + bytes(-len(rest) % (8 * WIDTH)), np.uint64).reshape(-1, WIDTH)
+    groups = len(words) // GROUP * GROUP
+    blocks += [words[:groups], words[groups:]]
+    total, factor = [0] * WIDTH, 1
+    for block in (block for block in blocks if len(block)):
+        total = [(one + factor * int(two)) % 2**64 for one, two in zip(total, block.sum(0), strict=True)]
+        factor = factor * FACTOR % 2**64
+    assert checksum(model) == np.array(total, np.uint64).tobytes()
+    with torch.no_grad():
+        model[0][-1] = torch.nextafter(model[0][-1], torch.tensor(9.0))
+    assert checksum(model) != np.array(total, np.uint64).tobytes()
 
 
 @pytest.mark.long
