@@ -3,9 +3,10 @@
 One loop trains on one CPU, one GPU or many nodes. It can stop at any time and resume with the same weights, bit for
 bit, as if it had never stopped (on the same machine, versions, threads and number of processes).
 
-`_train_step` is the arithmetic of one step; what it minimizes is the `objective`'s. Around it, `__init__` sets up (what
-the run will do is its `plan`), `_loop` decides when to evaluate, save and end, `_count` and `_log` record, and `_beat`
-reports to the watchdog.
+`_train_step` and `_update` are the arithmetic of one step; what it minimizes is the `objective`'s. A GPU gets the next
+step before this one's loss is read, so that it never waits (`_advance`). Around it, `__init__` sets up (what the run
+will do is its `plan`), `_loop` decides when to evaluate, save and end, `_count` and `_log` record, and `_beat` reports
+to the watchdog.
 """
 
 import contextlib
@@ -18,7 +19,6 @@ import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-import numpy as np
 import torch
 
 import utils
@@ -35,7 +35,13 @@ from model.runs.status import outcome_of
 from model.training.clock import Clock
 from model.training.config_file import load_settings  # noqa: F401 (for callers of Trainer)
 from model.training.data import TrainingData
-from model.training.divergence import difference_of_weights, fault_of_step, limit_reached, weights_norm
+from model.training.divergence import (
+    difference_of_weights,
+    fault_of_step,
+    limit_reached,
+    spike_limit,
+    weights_norm,
+)
 from model.training.evaluation import Evaluator
 from model.training.memory import check_memory
 from model.training.moving_average import MovingAverage
@@ -45,6 +51,7 @@ from model.training.plan import plan_run
 from model.training.progress import Progress, StepResult
 from model.training.report import bar_text, describe, evaluation_lines, measured_lines, position, step_metrics
 from model.training.settings import Settings
+from model.training.step import DeviceVerdict, Step, read_numbers, runs_ahead
 from model.weights import Weights
 from utils import Processes, deterministic_kernels, say
 
@@ -85,11 +92,9 @@ class Trainer:
         self.stop_vote = StopVote(processes.all_sum, alone=processes.world_size == 1)
         self.files: RunFiles | None = None  # on rank 0, once it trains
         self.progress, self.clock, self.is_estimate_checked = Progress(), Clock(), False
-        self.ahead = -1, None  # a position in the data, and its first micro-batch
         asked = self.settings.training
         self.hardware = utils.choose_hardware(asked.device, asked.dtype, processes.local_rank)
         self.device, self.dtype, self.autocast = self.hardware.device, self.hardware.dtype, self.hardware.autocast
-        self.reads_ahead = self.device.type == "cuda"  # another device would compute nothing meanwhile
         processes.start(self.device, asked.ddp_timeout, self._give_up)
         dtype = str(self.dtype).removeprefix("torch.")
         processes.check_same("dtype", dtype, "set dtype float32, which every machine computes")
@@ -120,6 +125,8 @@ class Trainer:
 
         self.optimizer = build_optimizer(self.model, t.optimizer_type, t.learning_rate, t.weight_decay, self.dtype)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+        self.verdict = DeviceVerdict(self.device, processes) if runs_ahead(self.device, self.optimizer) else None
+        self.in_flight: Step | None = None  # launched ahead, and not read yet
         utils.seed_everything(t.seed + 1 + processes.rank)  # dropout differs between ranks
         if self.resumed is not None:
             self._restore(self.resumed.content)
@@ -189,7 +196,7 @@ class Trainer:
                 # First evaluate, save or end at the step that was reached, then take the next one: so a resumed run
                 # first finishes what it was stopped in.
                 interrupted = self._is_due(t.eval_interval, done) and not self._evaluate_and_keep_best()
-                if interrupted or (stop_asked and not done):
+                if interrupted or (stop_asked and not done and self.in_flight is None):
                     self._save_checkpoint(interrupted=True)
                     return "interrupted"
                 stops_early = t.early_stopping and progress.evaluations_without_gain >= t.patience
@@ -200,21 +207,39 @@ class Trainer:
                     self._save_final()
                     return "finished" if done else "early_stopping"
 
-                if (result := self._advance()) is None:
+                if (result := self._advance(last=stop_asked)) is None:
                     stop_asked = True
                     continue
                 bar.update(progress.step - bar.n)
-                done, stop_asked = self.plan.is_done(progress.step, progress.samples), result.stop_asked
+                done = self.plan.is_done(progress.step, progress.samples)
+                stop_asked = stop_asked or result.stop_asked
                 if result.fault is None and self._is_due(t.log_interval, done):
                     self._log(result, bar)
                     gc.collect()
 
-    def _advance(self) -> StepResult | None:
-        """Take a step and count it; None: a signal to stop came within it, see `_train_step`."""
-        result = self._train_step()
-        if result is not None:
-            self._count(result)
+    def _advance(self, last: bool = False) -> StepResult | None:
+        """Take a step and count it; None: a signal to stop came within it, see `_train_step`.
+
+        A device that runs ahead has the next step by then, launched before this one's numbers are read. If this one
+        turns out unusable, the device did not take the next one either (`DeviceVerdict`), which is then launched again,
+        since its learning rate and number are this one's now. So the bits are those of reading each step at once.
+
+        Args:
+            last: launch none after it.
+        """
+        step, self.in_flight = self.in_flight or self._train_step(), None
+        if step is None:
+            return None
+        if self.verdict is not None and not last and not self._needs_weights_after(step):
+            self.in_flight = self._train_step(step)
+        result = self._finished(step)
+        self._count(result)
         return result
+
+    def _needs_weights_after(self, step: Step) -> bool:
+        """Whether an evaluation, a save or the end comes between this step and the next."""
+        t, number = self.training, step.number + 1
+        return self.plan.is_done(number, step.end) or number % t.eval_interval == 0 or number % t.save_interval == 0
 
     def _is_due(self, interval: int, at_the_end: bool) -> bool:
         return self.progress.step > 0 and (self.progress.step % interval == 0 or at_the_end)
@@ -238,17 +263,25 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------------------------ a step
 
-    def _train_step(self) -> StepResult | None:
-        """One optimizer step. The micro-batches of all ranks count as one batch, however many there are.
+    def _train_step(self, after: Step | None = None) -> Step | None:
+        """Compute the gradients of one step; where the device runs ahead, it also takes it if it can be used.
+
+        The micro-batches of all ranks count as one batch, however many there are.
 
         None: a signal to stop came between two micro-batches, and everything is as it was before the step.
+
+        Args:
+            after: the step before, which was launched and not counted yet; None: it was counted.
         """
         t = self.training
-        samples = self.plan.order.next_step(self.progress.samples)
+        number = self.progress.step if after is None else after.number + 1
+        position = self.progress.samples if after is None else after.end
+        samples = self.plan.order.next_step(position)
         # Of all ranks: the divisor of the summed loss.
         terms = max(1, self.objective.count(self.data.train, samples))
-        random_state = utils.random_state() if t.accumulation_steps > 1 else None  # dropout's
-
+        may_be_undone = t.accumulation_steps > 1 or after is not None
+        random_state = utils.random_state() if may_be_undone else None  # dropout's
+        loss_scale = [tensor.clone() for tensor in self._loss_scale()]
         sums = torch.zeros(1 + len(self.objective.names), device=self.device)  # the loss first
         for micro in range(t.accumulation_steps):
             if self.stop_vote.drops_step(micro, self.stop_signal.count > 0):
@@ -256,7 +289,7 @@ class Trainer:
                 utils.restore_random_state(random_state)
                 return None
             self._beat("reading the batch")
-            batch = self._local_batch(samples, micro)
+            batch = self.objective.read(self.data.train, self.plan.samples_of(self.processes.rank, samples, micro))
             self._beat("the gradients")
             # The backward pass of the last micro-batch exchanges the gradients, once per step.
             sync = self.processes.world_size == 1 or micro == t.accumulation_steps - 1
@@ -270,47 +303,81 @@ class Trainer:
         self._beat("the end")
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), t.grad_clip or math.inf)
-        self._read_ahead(samples)
-        # All that is decided on in one copy from the device: the only one of a step that waits for it.
-        grad_norm, *sums = torch.cat((norm[None], sums)).tolist()
-
-        # Summed over ranks: ranks with bad gradients, stop signals, the loss and what is measured beside it.
-        mine = [float(not math.isfinite(grad_norm)), float(self.stop_signal.count), *sums]
-        bad_gradients, stop_signals, *totals = self.processes.all_sum(mine)
-        loss, *measured = (total / terms for total in totals)
-        measured = dict(zip(self.objective.names, measured, strict=True))
-        fault = fault_of_step(loss, bad_gradients == 0, self.progress.recent_losses, t.spike_threshold)
-        lr = self.plan.schedule.at(self.progress.step)
-        set_rates(self.optimizer, t.optimizer_type, lr, self.progress.step)
-        if fault is None:
-            self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        if fault is None and self.ema is not None:
-            self.ema.update_parameters(self.model)
+
+        recent = self.progress.recent_losses[: -1 if after is None else None]
+        told = norm, sums, self.stop_signal.count
+        if self.verdict is None:
+            numbers = functools.partial(read_numbers, *told, self.processes)
+        else:
+            numbers = self.verdict.judge(*told, terms, spike_limit(recent, t.spike_threshold))
+        step = Step(
+            number=number,
+            position=position,
+            samples=samples,
+            terms=terms,
+            lr=self.plan.schedule.at(number),
+            recent_losses=recent,
+            random_state=random_state,
+            loss_scale=loss_scale,
+            ema_updates=0 if self.ema is None else int(self.ema.n_averaged),
+            numbers=numbers,
+        )
+        if self.verdict is not None:
+            self._update(step, self.verdict.veto)
+            self.optimizer.zero_grad(set_to_none=True)
+        return step
+
+    def _update(self, step: Step, veto: torch.Tensor | None = None) -> None:
+        """Change the weights.
+
+        Args:
+            veto: on the device, 1 where they must stay as they are.
+        """
+        set_rates(self.optimizer, self.training.optimizer_type, step.lr, step.number)
+        self.optimizer.found_inf = veto
+        self.optimizer.step()
+        if self.ema is not None:
+            self.ema.update_parameters(self.model, veto)
+
+    def _finished(self, step: Step) -> StepResult:
+        """What a step did, once it is known; takes it, if that was not done before."""
+        grad_norm, bad_gradients, stop_signals, *totals = step.numbers()
+        loss, *measured = (total / step.terms for total in totals)
+        measured = dict(zip(self.objective.names, measured, strict=True))
+        fault = fault_of_step(loss, bad_gradients == 0, step.recent_losses, self.training.spike_threshold)
+        if self.verdict is None:
+            if fault is None:
+                self._update(step)
+            self.optimizer.zero_grad(set_to_none=True)
+        elif fault is not None:
+            self._take_back(step)
         overflow = self.scaler.is_enabled() and math.isfinite(loss) and bad_gradients > 0
-        read = self.data.train.count_tokens(samples)
-        about = len(samples), read, terms, loss, measured
-        return StepResult(*about, grad_norm, lr, fault, overflow, stop_signals > 0)
+        read = self.data.train.count_tokens(step.samples)
+        about = len(step.samples), read, step.terms, loss, measured
+        return StepResult(*about, grad_norm, step.lr, fault, overflow, stop_signals > 0)
+
+    def _take_back(self, step: Step) -> None:
+        """Undo what a step that the device did not take, and the one launched after it, changed beside the weights."""
+        following, self.in_flight = self.in_flight, None
+        if following is not None:
+            utils.restore_random_state(following.random_state)
+            for now, before in zip(self._loss_scale(), following.loss_scale, strict=True):
+                now.copy_(before)
+        if self.ema is not None:
+            self.ema.n_averaged.fill_(step.ema_updates)
+        self.verdict.reset()
+
+    def _loss_scale(self) -> tuple[torch.Tensor, ...]:
+        """float16's loss scale and the steps since it grew; nothing before the first step, or in another dtype."""
+        scaler = self.scaler
+        begun = scaler.is_enabled() and scaler._scale is not None
+        return (scaler._scale, scaler._growth_tracker) if begun else ()
 
     def _beat(self, doing: str) -> None:
         """Report to the watchdog what this rank does next."""
         timeouts = 1.0 if self.clock.steps else FIRST_STEP_TIMEOUTS
         self.processes.beat(f"{doing} of step {self.progress.step + 1}", timeouts)
-
-    def _local_batch(self, samples: np.ndarray, micro: int):
-        """This rank's rows of micro-batch `micro`, as the objective reads them, if they were not read ahead."""
-        position, batch = self.ahead
-        if micro == 0 and position == self.progress.samples:
-            self.ahead = -1, None
-            return batch
-        return self.objective.read(self.data.train, self.plan.samples_of(self.processes.rank, samples, micro))
-
-    def _read_ahead(self, samples: np.ndarray) -> None:
-        """While a GPU computes this step's gradients, read and copy the next step's first micro-batch."""
-        position = self.progress.samples + len(samples)
-        if self.reads_ahead and not self.plan.is_done(self.progress.step + 1, position):
-            self.ahead = position, self._local_batch(self.plan.order.next_step(position), 0)
 
     # -------------------------------------------------------------------------------------------------- evaluation
 

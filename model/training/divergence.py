@@ -22,18 +22,25 @@ def fault_of_step(loss: float, grad_is_finite: bool, recent: list[float], spike_
     Args:
         loss: of all processes' batches, nats per token.
         grad_is_finite: whether the gradient's norm is finite on every process.
-        recent: losses of the last steps, see `remember`.
+        recent: losses of earlier steps, see `remember`; without the very last one, which is not known yet where steps
+            are launched ahead.
         spike_threshold: standard deviations; 0: spikes are not detected.
     """
     if not math.isfinite(loss):
         return f"the loss is {loss}"
     if not grad_is_finite:
         return "the gradient is not finite"
-    if spike_threshold and len(recent) >= MIN_WINDOW:
+    if loss > spike_limit(recent, spike_threshold):
         mean, deviation = np.mean(recent), np.std(recent)
-        if deviation and loss > mean + spike_threshold * deviation:
-            return f"the loss spiked to {loss:.3f}, {(loss - mean) / deviation:.0f} deviations above {mean:.3f}"
+        return f"the loss spiked to {loss:.3f}, {(loss - mean) / deviation:.0f} deviations above {mean:.3f}"
     return None
+
+
+def spike_limit(recent: list[float], spike_threshold: float) -> float:
+    """The highest loss that is no spike; infinite where none is. Arguments as `fault_of_step`'s."""
+    if not spike_threshold or len(recent) < MIN_WINDOW or not np.std(recent):
+        return math.inf
+    return float(np.mean(recent) + spike_threshold * np.std(recent))
 
 
 def limit_reached(overflows: int, skipped: int, max_skipped_steps: int) -> str | None:

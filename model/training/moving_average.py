@@ -22,11 +22,17 @@ class MovingAverage(AveragedModel):
         self.requires_grad_(False)
 
     @torch.no_grad()
-    def update_parameters(self, model: nn.Module) -> None:
-        """Count the weights in; the first ones are taken as they are."""
+    def update_parameters(self, model: nn.Module, veto: torch.Tensor | None = None) -> None:
+        """Count the weights in; the first ones are taken as they are.
+
+        Args:
+            veto: on the weights' device, 1 where they must not be counted in; the caller then restores `n_averaged`.
+        """
         updates = int(self.n_averaged)
         weight = 1 - min(self.decay, (1 + updates) / (10 + updates)) if updates else 1.0
         pairs = zip(self.module.parameters(), model.parameters(), strict=True)
         own, theirs = zip(*((own, theirs) for own, theirs in pairs if theirs.requires_grad), strict=True)
+        if veto is not None:
+            theirs = [torch.where(veto > 0, *pair) for pair in zip(own, theirs, strict=True)]
         torch._foreach_lerp_(own, theirs, weight)
         self.n_averaged += 1

@@ -1,6 +1,7 @@
 """Muon for the matrices of the layers, AdamW for all else, as one optimizer."""
 
 from collections import defaultdict
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -41,7 +42,11 @@ class Muon(torch.optim.Optimizer):
     """Steps of one size in every direction of a matrix (Jordan, 2024); other parameters are AdamW's.
 
     An update of Muon is scaled to the root mean square of one of AdamW's, 0.2, so that both share a learning rate and a
-    weight decay (Liu et al., 2025). Matrices of one shape are processed together.
+    weight decay (Liu et al., 2025). Matrices of one shape are processed together, and their momentum is one tensor, of
+    which the state of each is a part.
+
+    As in torch's fused optimizers, a step changes nothing where the attribute `found_inf`, a float32 scalar on the
+    device, is 1; so a device can leave out a step by itself.
 
     Args:
         groups: parameter groups with names; those with "muon": True hold matrices; the others are AdamW's.
@@ -64,6 +69,8 @@ class Muon(torch.optim.Optimizer):
         defaults["fused"] = True  # of AdamW; a loaded state then has its step on the device of the parameters
         super().__init__(groups, defaults)
         self.dtype = dtype
+        self.found_inf: Tensor | None = None
+        self._step_supports_amp_scaling = True  # torch's name for heeding found_inf
 
     @torch.no_grad()
     def step(self, closure=None) -> None:
@@ -74,22 +81,35 @@ class Muon(torch.optim.Optimizer):
                 (self._step_muon if group["muon"] else self._step_adamw)(group, with_gradient)
 
     def _step_muon(self, group: dict, parameters: list[Tensor]) -> None:
-        lr, momentum = group["lr"] * group["lr_scale"], group["momentum"]
-        for p in parameters:
-            if not self.state[p]:
-                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-        gradients = [p.grad for p in parameters]
-        buffers = [self.state[p]["momentum_buffer"] for p in parameters]
-        torch._foreach_lerp_(buffers, gradients, 1 - momentum)
-        directions = torch._foreach_lerp(gradients, buffers, momentum)
-        torch._foreach_mul_(parameters, 1 - lr * group["weight_decay"])
+        lr, momentum, veto = group["lr"] * group["lr_scale"], group["momentum"], self.found_inf
+        decay = 1 - lr * group["weight_decay"]
+        torch._foreach_mul_(parameters, decay if veto is None else torch.where(veto > 0, 1.0, decay))
         by_shape = defaultdict(list)
-        for p, direction in zip(parameters, directions, strict=True):
-            by_shape[p.shape].append((p, direction))
-        for shape, pairs in by_shape.items():
-            some, their_directions = zip(*pairs, strict=True)
-            updates = orthogonalized(torch.stack(their_directions), self.dtype)
+        for p in parameters:
+            by_shape[p.shape].append(p)
+        for shape, some in by_shape.items():
+            gradients, buffers = torch.stack([p.grad for p in some]), self._momentum(some)
+            if veto is not None:  # the momentum of itself and itself is itself
+                gradients = torch.where(veto > 0, buffers, gradients)
+            buffers.lerp_(gradients, 1 - momentum)
+            updates = orthogonalized(gradients.lerp_(buffers, momentum), self.dtype)
+            if veto is not None:
+                updates = updates.masked_fill_(veto > 0, 0.0)
             torch._foreach_add_(some, updates.unbind(0), alpha=-lr * 0.2 * max(shape) ** 0.5)
+
+    def _momentum(self, parameters: Sequence[Tensor]) -> Tensor:
+        """The momentum of matrices of one shape [N, rows, columns], whose parts their states are from now on."""
+        states = [self.state[p] for p in parameters]
+        views = [state.get("momentum_buffer") for state in states]
+        whole = None if views[0] is None else views[0]._base
+        is_whole = whole is not None and len(whole) == len(views)
+        if is_whole and all(view is not None and view._base is whole for view in views):
+            return whole
+        parts = [torch.zeros_like(p) if view is None else view for p, view in zip(parameters, views, strict=True)]
+        whole = torch.stack(parts)
+        for state, part in zip(states, whole.unbind(0), strict=True):
+            state["momentum_buffer"] = part
+        return whole
 
     def _step_adamw(self, group: dict, parameters: list[Tensor]) -> None:
         for p in parameters:
@@ -103,6 +123,7 @@ class Muon(torch.optim.Optimizer):
             *([self.state[p][key] for p in parameters] for key in ("exp_avg", "exp_avg_sq")),
             max_exp_avg_sqs=[],
             state_steps=[self.state[p]["step"] for p in parameters],
+            found_inf=self.found_inf,
             fused=group["fused"],
             amsgrad=False,
             beta1=beta1,

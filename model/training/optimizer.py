@@ -3,8 +3,9 @@
 A new one is a function that builds it and an entry there: settings, `auto`, the memory estimate, each step's values and
 the check of a checkpoint take what they need from the entry. Supported are optimizers whose state is, per parameter, a
 number of tensors of the parameter's shape and dtype, and a step count. Not supported: factored state (Adafactor), 8-bit
-state, and optimizers whose step needs a closure (LBFGS). torch is imported where an optimizer is built, so that
-settings are checked without it.
+state, and optimizers whose step needs a closure (LBFGS). One that heeds `found_inf`, as torch's fused ones do, lets a
+GPU run ahead of the host (`step.py`). torch is imported where an optimizer is built, so that settings are checked
+without it.
 """
 
 from collections.abc import Callable, Mapping

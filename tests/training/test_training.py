@@ -21,8 +21,7 @@ from model.errors import InputError, TrainingDiverged
 from model.loss import IGNORE_INDEX
 from model.storage.archive import load_torch
 from model.text.tokenization import load_tokenizer
-from model.training.optimizer import OPTIMIZERS, OptimizerKind, decay_groups, momentum_at
-from model.training.schedule import SHAPES
+from model.training.optimizer import momentum_at
 from model.training.settings import build_settings
 from optimized_pretrain import Trainer
 from tests import forks
@@ -187,7 +186,9 @@ def test_accumulation_equals_the_large_batch(flags, tmp_path):
 
 
 @pytest.mark.parametrize("options", [{"optimizer_type": "muon"}, {"optimizer_type": "adamw", "accumulation_steps": 3}])
-def test_a_step_waits_for_the_device_once(flags, options, monkeypatch):
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_step_waits_for_the_device_once_and_launching_the_next_never(flags, options, ahead, monkeypatch):
+    monkeypatch.setenv("MATECONV_RUN_AHEAD", str(int(ahead)))
     trainer = Trainer(build_settings({}, flags(**options)), Processes())
     trainer._advance()  # which makes the optimizer's state
     waits, tolist = [], torch.Tensor.tolist
@@ -201,8 +202,13 @@ def test_a_step_waits_for_the_device_once(flags, options, monkeypatch):
     read = trainer.objective.read
     monkeypatch.setattr(trainer.objective, "read", lambda *given: unwatched(read, *given))
     monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: waits.append("tolist") or tolist(tensor))
-    with Waits():
-        trainer._train_step()
+    if ahead:
+        with Waits():
+            following = trainer._train_step(trainer.in_flight)
+        assert waits == [] and trainer._finished(following).fault is None  # which reads
+    else:
+        with Waits():
+            trainer._advance()
     assert waits == ["tolist"]
 
 
@@ -210,23 +216,6 @@ def unwatched(function, *given):
     """A call whose operations no mode sees: a batch is made of numbers on the CPU."""
     with torch.utils._python_dispatch._disable_current_modes():
         return function(*given)
-
-
-@pytest.mark.long
-def test_reading_ahead_changes_no_bit_and_reads_the_same(flags, tmp_path, read_samples):
-    ends = []
-    for ahead in (False, True):
-        options = {"max_steps": None, "epochs": 3, "batch_size": 150, "accumulation_steps": 2, "eval_interval": 3}
-        trainer = Trainer(build_settings({}, flags(**options, out_dir=tmp_path / str(ahead))), Processes())
-        trainer.reads_ahead = ahead
-        hook = trainer.model.norm.weight.register_hook(lambda gradient: gradient * torch.nan)
-        trainer._advance()  # a step that is skipped uses up its samples
-        hook.remove()
-        assert trainer.train() == "finished" and trainer.progress.skipped_steps == 1
-        ends.append((dict(trainer.model.state_dict()), losses(tmp_path / str(ahead)), sorted(read_samples)))
-        read_samples.clear()
-    assert_equal(*(weights for weights, *_ in ends))
-    assert ends[0][1:] == ends[1][1:]
 
 
 @pytest.mark.long
@@ -328,23 +317,6 @@ RESUMED = {
     "across epochs": {"batch_size": 200, "lr_scheduler": "linear", "early_stopping": "true", "patience": 3},
     "new entries of the registries": {"optimizer_type": "sgd", "lr_scheduler": "constant", "learning_rate": 0.1},
 }
-
-
-def sgd(parameters, learning_rate, weight_decay, dtype):
-    return torch.optim.SGD(decay_groups(parameters, weight_decay), lr=learning_rate, momentum=0.9)
-
-
-@pytest.fixture
-def new_entries(monkeypatch):
-    """An optimizer and a schedule that the program lacks: each is a function and an entry."""
-    kind = OptimizerKind(
-        sgd,
-        state=lambda name, parameter: ("momentum_buffer",),
-        numbers=("lr", "momentum"),
-        per_step=lambda step: {"momentum": 0.8 + step / 100},
-    )
-    monkeypatch.setitem(OPTIMIZERS, "sgd", kind)
-    monkeypatch.setitem(SHAPES, "constant", lambda progress: 1.0)
 
 
 @pytest.mark.long
@@ -456,11 +428,11 @@ def test_train_again_after_a_stop_trains_to_the_end(flags, tmp_path):
     trainer = Trainer(build_settings({}, flags()), Processes())
     step = trainer._train_step
 
-    def stopped():
+    def stopped(after=None):
         os.kill(os.getpid(), signal.SIGINT)
         wait_for(lambda: trainer.stop_signal.count)  # another thread counts it
         trainer._train_step = step
-        return step()
+        return step(after)
 
     trainer._train_step = stopped
     assert trainer.train() == "interrupted" and trainer.progress.step == 1
