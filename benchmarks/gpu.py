@@ -86,7 +86,8 @@ def checks(options: argparse.Namespace, work: Path) -> list[Part]:
         Part("resume", "do killed and resumed runs end with the same bits", 240,
              [python("-m", "tests.reliability.device_resume", options.device)], "resume.log"),
         Part("training_tests", "do the tests of training pass here", 240,
-             [[*pytest, *in_parallel, "tests/training/test_training.py", "-k", "not two_processes"]],
+             [[*pytest, *in_parallel, "tests/training/test_training.py", "tests/training/test_running_ahead.py", "-k",
+               "not two_processes and not two_ranks"]],
              "training_tests.log"),
     ]  # fmt: skip
 

@@ -14,12 +14,13 @@ from model.runs.processes import Processes
 
 def runs_ahead(device: torch.device, optimizer: torch.optim.Optimizer) -> bool:
     """Whether a device gets a step before the last one was read: a CPU would compute nothing meanwhile, and MPS has no
-    float64. MATECONV_RUN_AHEAD=1 has a CPU do so too, for tests.
+    float64. For tests, MATECONV_RUN_AHEAD=1 has a CPU do so too, and 0 has a GPU not do so.
 
     The optimizer has to leave out a step by `found_inf`, which the device itself sets, as torch's fused ones do.
     """
-    gains = device.type == "cuda" or (device.type == "cpu" and os.environ.get("MATECONV_RUN_AHEAD") == "1")
-    return gains and getattr(optimizer, "_step_supports_amp_scaling", False)
+    asked = os.environ.get("MATECONV_RUN_AHEAD", str(int(device.type == "cuda")))
+    able = device.type in ("cpu", "cuda") and getattr(optimizer, "_step_supports_amp_scaling", False)
+    return able and asked == "1"
 
 
 @dataclass(frozen=True)

@@ -168,10 +168,29 @@ def test_the_rate_of_products_is_no_artefact():
     assert 0.5 < measure_matmul_flops(DEVICE, torch.float32) / rate < 2
 
 
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="CUDA says where it waits")
+@pytest.mark.parametrize("options", [{"optimizer_type": "muon", "use_ema": "true"}, {"accumulation_steps": 2}])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_launching_a_step_waits_for_nothing(data, tmp_path, options, dtype):
+    flags = data.flags(tmp_path / "out", device=DEVICE, dtype=dtype, **options)
+    trainer = Trainer(build_settings({}, flags), Processes())
+    trainer._advance()  # which makes the optimizer's state
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        following = trainer._train_step(trainer.in_flight)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert trainer._finished(following).loss > 0
+
+
 @pytest.fixture
-def train(tmp_path):
+def data(tmp_path):
+    return make_data(tmp_path / "data")
+
+
+@pytest.fixture
+def train(tmp_path, data):
     """Train as the flags say, and return the losses of each step."""
-    data = make_data(tmp_path / "data")
 
     def run(name, **changes):
         flags = data.flags(tmp_path / name, **changes)
