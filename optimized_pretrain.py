@@ -111,6 +111,7 @@ class Trainer:
             say(memory)
         utils.seed_everything(asked.seed)
         self.model = beginning.build_model(self.config, asked).to(self.device)
+        self.model.checkpointing = asked.activation_checkpointing
         self.ema = MovingAverage(self.model, asked.ema_decay) if asked.use_ema else None
 
         with deterministic_kernels(self.device):  # what is measured here is measured with training's kernels

@@ -7,10 +7,12 @@ Plain PyTorch over a plain dataclass. Parameters carry Meta's Llama names, so Mi
 
 import contextlib
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from model.attention import (
     attention_written_out,
@@ -144,10 +146,19 @@ class TransformerBlock(nn.Module):
         self.attention_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
         self.ffn_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
 
-    def forward(self, x: Tensor, *position: Tensor | KVCache | str | None) -> Tensor:
+    def forward(self, x: Tensor, *position: Tensor | KVCache | str | None, keeps_feed_forward: bool = True) -> Tensor:
         """x [B, T, dim] -> [B, T, dim]; `position` goes to the attention as it is."""
         x = x + self.attention(self.attention_norm(x), *position)
-        return x + self.feed_forward(self.ffn_norm(x))
+        return x + (self._fed(x) if keeps_feed_forward else self.recomputed(self._fed, x))
+
+    def _fed(self, x: Tensor) -> Tensor:
+        return self.feed_forward(self.ffn_norm(x))
+
+    def recomputed(self, function: Callable[..., Tensor], *inputs: Tensor | KVCache | str | None) -> Tensor:
+        """The result of a part of this block, of which the backward pass finds the inputs alone and computes the rest
+        again: activation checkpointing (Chen et al., 2016). The gradients' bits stay."""
+        draws = self.training and self.feed_forward.dropout > 0
+        return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=draws)
 
 
 class Transformer(nn.Module):
@@ -155,11 +166,13 @@ class Transformer(nn.Module):
 
     Attributes:
         training_attention: how a CPU computes attention where gradients are wanted, one of `attention.WAYS`.
+        checkpointing: what the backward pass computes again, instead of its being kept: "none"; "selective", the
+            feed-forward, whose activations are the largest; "full", the layers.
     """
 
     def __init__(self, config: LMConfig | None = None) -> None:
         super().__init__()
-        self.training_attention = "chunks"
+        self.training_attention, self.checkpointing = "chunks", "none"
         self.config = config = config or LMConfig()
         refuse_unknown(config, NETWORK_FIELDS, "the network")
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
@@ -251,9 +264,14 @@ class Transformer(nn.Module):
         way = self.training_attention if chooses else "pytorch"
         if documents is not None and way == "pytorch":
             mask = document_mask(documents)  # once for all layers; in chunks none is needed
+        checkpointing = self.checkpointing if trains else "none"
         with kernels_for_any_length(self.device) if cache is not None else contextlib.nullcontext():
             for layer in self.layers:
-                x = layer(x, cos, sin, mask, cache, documents, way)
+                inputs = x, cos, sin, mask, cache, documents, way
+                if checkpointing == "full":
+                    x = layer.recomputed(layer, *inputs)
+                else:
+                    x = layer(*inputs, keeps_feed_forward=checkpointing == "none")
         if cache is not None:
             cache.advance(count)
         return self.norm(x)

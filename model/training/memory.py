@@ -33,7 +33,7 @@ class StepMemory:
     weights: int  # with the moving average's
     gradients: int
     optimizer: int
-    activations: int  # what the forward pass keeps for the backward pass
+    activations: int  # what the forward pass keeps for the backward pass, which may compute a layer's others again
 
     @property
     def together(self) -> int:
@@ -57,6 +57,7 @@ def step_memory(
             model = Transformer(dataclasses.replace(config, n_layers=layers)).train()
             if training.lora_rank:
                 add_adapters(model, training.lora_rank, training.lora_alpha)
+            model.checkpointing = training.activation_checkpointing
             parameters = sum(parameter.nbytes for parameter in model.parameters())
             state = optimizer_bytes(model, training.optimizer_type)
             activations = saved_bytes(model, rows, autocast, training.document_mask)
@@ -102,6 +103,8 @@ def check_memory(
         remedy = f"lower max_seq_len ({config.max_seq_len:,})"
     else:
         remedy = f"lower batch_size ({rows:,}) and raise accumulation_steps, or lower max_seq_len"
+    if memory.activations >= state and training.activation_checkpointing != "full":
+        remedy += ", or set activation_checkpointing full"
     swap = psutil.swap_memory().free if device.type == "cpu" else 0
     if memory.together > free + swap:
         raise InputError(f"out of memory: {found}; {remedy}")

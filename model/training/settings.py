@@ -132,6 +132,12 @@ class TrainingSettings:
         "how a CPU computes attention: in chunks, by PyTorch's kernels, or mixed; auto: the fastest here",
         choices=(AUTO, "chunks", "mixed", "pytorch"),
     )
+    activation_checkpointing: str = setting(
+        "none",
+        "compute activations again in the backward pass instead of keeping them: of the feed-forward (selective) or of"
+        " whole layers (full); less memory, more time, the same bits",
+        choices=("none", "selective", "full"),
+    )
     device: str = setting("auto", "cuda, cuda:1, mps or cpu; auto: the best there is")
     ddp: bool = setting(False, "train in several processes, started by torchrun")
     ddp_timeout: float = setting(600.0, "seconds without progress after which several processes fail", above=0)

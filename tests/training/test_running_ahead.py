@@ -79,23 +79,26 @@ def test_bits_and_metrics_are_those_of_reading_each_step_at_once(flags, tmp_path
 
 
 @pytest.mark.long
-def test_a_signal_while_a_step_is_in_flight_saves_that_step_too(flags, tmp_path, ahead):
+@pytest.mark.parametrize("micro", [0, 2])
+def test_a_signal_while_a_step_is_in_flight_saves_that_step(flags, tmp_path, micro, ahead):
     ahead(True)
-    options = {"use_ema": "true", "eval_interval": 12, "save_interval": 12}
+    options = {"accumulation_steps": 3, "dropout": 0.1, "use_ema": "true", "eval_interval": 12, "save_interval": 12}
     train(flags(out_dir=tmp_path / "whole", **options))
     trainer = Trainer(build_settings({}, flags(**options)), Processes())
-    launch = trainer._train_step
+    read, reads = trainer.objective.read, []
 
-    def stopped(after=None):
-        if after is not None and after.number == 4:
+    def read_with_signal(data, samples):
+        if divmod(len(reads), 3) == (5, micro):  # of the sixth step, while the fifth is in flight
+            assert trainer.progress.step == 4
             os.kill(os.getpid(), signal.SIGTERM)
             wait_for(lambda: trainer.stop_signal.count)
-        return launch(after)
+        reads.append(samples)
+        return read(data, samples)
 
-    trainer._train_step = stopped
+    trainer.objective.read = read_with_signal
     assert trainer.train() == "interrupted" and trainer.in_flight is None
-    saved = load_torch(tmp_path / "out" / "checkpoint_interrupted.pth")
-    assert saved["progress"]["step"] == trainer.progress.step == len(losses(tmp_path / "out")) < 12
+    saved = load_torch(tmp_path / "out" / "checkpoint_interrupted.pth")["progress"]["step"]
+    assert saved == len(losses(tmp_path / "out")) == (5 if micro < 2 else 6)  # else no other micro-batch comes after it
     train(flags(resume="true", **options))
     assert_same_end(tmp_path / "whole", tmp_path / "out")
 

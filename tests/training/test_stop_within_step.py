@@ -39,15 +39,16 @@ def test_a_dropped_step_leaves_nothing_behind(flags, tmp_path, monkeypatch, case
     train(flags(out_dir=tmp_path / "whole", **options))
     torch.set_num_threads(1)
     trainer = Trainer(build_settings({}, flags(**options)), Processes())
-    read = trainer._local_batch
+    read, reads = trainer.objective.read, []
 
-    def read_with_signal(samples, micro):
-        if (trainer.progress.step, micro) == (step, 2):
+    def read_with_signal(data, samples):
+        if divmod(len(reads), LONG["accumulation_steps"]) == (step, 2):
             os.kill(os.getpid(), signal.SIGTERM)
             wait_for(lambda: trainer.stop_signal.count)  # another thread counts it
-        return read(samples, micro)
+        reads.append(samples)
+        return read(data, samples)
 
-    monkeypatch.setattr(trainer, "_local_batch", read_with_signal)
+    monkeypatch.setattr(trainer.objective, "read", read_with_signal)
     assert trainer.train() == "interrupted" and trainer.progress.step == step
     interrupted = tmp_path / "out" / "checkpoint_interrupted.pth"
     if step:
