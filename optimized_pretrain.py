@@ -95,6 +95,9 @@ class Trainer:
         asked = self.settings.training
         self.hardware = utils.choose_hardware(asked.device, asked.dtype, processes.local_rank)
         self.device, self.dtype, self.autocast = self.hardware.device, self.hardware.dtype, self.hardware.autocast
+        self.kernels = functools.partial(deterministic_kernels, self.device, asked.deterministic)
+        if not asked.deterministic and self.device.type != "cpu":
+            say("deterministic false: a resumed run may differ from an uninterrupted one in the last bits")
         processes.start(self.device, asked.ddp_timeout, self._give_up)
         dtype = str(self.dtype).removeprefix("torch.")
         processes.check_same("dtype", dtype, "set dtype float32, which every machine computes")
@@ -114,7 +117,7 @@ class Trainer:
         self.model.checkpointing = asked.activation_checkpointing
         self.ema = MovingAverage(self.model, asked.ema_decay) if asked.use_ema else None
 
-        with deterministic_kernels(self.device):  # what is measured here is measured with training's kernels
+        with self.kernels():  # what is measured here is measured with training's kernels
             peak = utils.measure_matmul_flops(self.device, self.dtype, self.model.layer_shapes())
             self.hardware = dataclasses.replace(self.hardware, peak_flops=peak)
             self.plan = plan_run(self.settings, self.data, self.model, self.hardware, self.resumed, processes, say)
@@ -295,7 +298,7 @@ class Trainer:
             # The backward pass of the last micro-batch exchanges the gradients, once per step.
             sync = self.processes.world_size == 1 or micro == t.accumulation_steps - 1
             grad_sync = contextlib.nullcontext() if sync else self.train_model.no_sync()
-            with grad_sync, deterministic_kernels(self.device):
+            with grad_sync, self.kernels():
                 with self.autocast:
                     found = self.objective.loss(self.train_model, batch)
                 # The loss is a sum; DistributedDataParallel averages its gradients over the ranks.
@@ -393,14 +396,14 @@ class Trainer:
         Args:
             model: what `build_evaluated_model` returned; None: it is built.
         """
-        with deterministic_kernels(self.device):
+        with self.kernels():
             return self.evaluator.measure(self.build_evaluated_model() if model is None else model)
 
     def _measure_before(self) -> None:
         """Before the first step: the losses of the weights of `init_from`, and of the texts that may be forgotten."""
         begins_with_weights = self.settings.training.init_from is not None and len(self.plan.val_samples) > 0
         model = self.build_evaluated_model()
-        with deterministic_kernels(self.device):
+        with self.kernels():
             measured = (self.evaluator.measure if begins_with_weights else self.evaluator.measure_texts)(model)
         if not measured or self.files is None:
             return

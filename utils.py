@@ -222,15 +222,18 @@ def garbage_left() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def deterministic_kernels(device) -> Iterator[None]:
+def deterministic_kernels(device, wanted: bool = True) -> Iterator[None]:
     """On a CUDA GPU, use kernels that give the same bits each time. By default, gradients of attention and, when
     compiled, of the embedding are summed in whatever order threads arrive, and cuBLAS may choose another algorithm.
 
     CUBLAS_WORKSPACE_CONFIG must be set before this process's first matrix product there, see `choose_hardware`.
+
+    Args:
+        wanted: False: leave everything as it is.
     """
     import torch
 
-    if device.type != "cuda":
+    if device.type != "cuda" or not wanted:
         yield
         return
     options = torch.utils.deterministic

@@ -183,6 +183,23 @@ def test_launching_a_step_waits_for_nothing(data, tmp_path, options, dtype):
     assert trainer._finished(following).loss > 0
 
 
+@pytest.mark.parametrize("wanted", [True, False])
+def test_deterministic_says_which_kernels_training_uses(data, tmp_path, wanted, capfd, monkeypatch):
+    trainer = Trainer(
+        build_settings({}, data.flags(tmp_path / "out", device=DEVICE, deterministic=wanted)), Processes()
+    )
+    assert ("deterministic false" in capfd.readouterr().err) is (DEVICE.type != "cpu" and not wanted)
+    used, loss = [], trainer.objective.loss
+
+    def noted(model, batch):
+        used.append(torch.are_deterministic_algorithms_enabled())
+        return loss(model, batch)
+
+    monkeypatch.setattr(trainer.objective, "loss", noted)
+    trainer._advance()
+    assert set(used) == {DEVICE.type == "cuda" and wanted}
+
+
 @pytest.fixture
 def data(tmp_path):
     return make_data(tmp_path / "data")
