@@ -122,7 +122,8 @@ def open_data(
     Raises:
         InputError: they do not, or a file is missing or damaged.
     """
-    data = TrainingData(settings, verify=processes.local_rank == 0, say=say)
+    order = {} if resumed is None else {"order": resumed.content["data"]["order"]}
+    data = TrainingData(settings, verify=processes.local_rank == 0, say=say, **order)
     data.agree(processes.decided)
     if data.is_chat:
         settings.training.document_mask = True

@@ -6,18 +6,21 @@ from pathlib import Path
 
 import numpy as np
 
-from model.dataset import VERIFY_BYTES, PretrainDataset, SampleOrder, verify_tokens
+from model.dataset import VERIFY_BYTES, PretrainDataset, SampleRange, verify_tokens
 from model.errors import InputError, command_line, counted
 from model.storage.files import size_text
 from model.text.chat_template import template_sha256
 from model.text.token_bytes import token_bytes
 from model.text.tokenization import delimiters, open_tokenizer, tokenizer_sha256, vocabulary_size
 from model.token_file.chats import verify_companions
-from model.training.mixing import MixedDataset, MixedOrder
+from model.training.mixing import MixedDataset
+from model.training.order import SampleOrder, Source
 from model.training.settings import DataSettings, Settings, TrainingSettings
+from model.training.sorted_order import SortedOrder
 
 # What a token file holds: data processing's name for it.
 FORMAT_OF_KIND = {"texts": "text", "chats": "chat", "pairs": "pairs"}
+ORDERS = {"feistel": SampleOrder, "philox": SortedOrder}  # of samples, by the name that a checkpoint has for it
 MOST_HELD_OUT_TEXTS = 100  # samples that tell what is forgotten
 TEXT_HEAD = 4096  # bytes that show whether a file is text
 
@@ -107,19 +110,20 @@ class TrainingData:
         delimiters: the tokens that begin and end a document.
         train, val: PretrainDataset; with texts that are mixed in, `train` is a MixedDataset.
         chat: of chats, what weights that learn them record: `template`, `template_sha256` and `end_ids`; else empty.
-        train_samples, val_samples: which of their samples to use, int64.
-        mixed_samples, mix_share: the samples of texts that are mixed in, int64, and their share; none, and 0.
+        train_samples, val_samples: which of their samples to use, a SampleRange and int64.
+        sources: what an epoch reads: `train_samples`, and of texts that are mixed in their samples.
         texts, held_out_texts: these texts, a PretrainDataset, and the samples of it that are not trained on, int64.
         fingerprint, validation: identify the training and the validation data.
 
     Args:
         verify: read the token files through, as one process of each machine does.
+        order: of the samples, one of ORDERS.
 
     Raises:
         InputError: a file is missing, is text, its bytes have changed, or they do not fit together.
     """
 
-    def __init__(self, settings: Settings, verify: bool, say: Callable[[str], None]) -> None:
+    def __init__(self, settings: Settings, verify: bool, say: Callable[[str], None], order: str = "feistel") -> None:
         data, self._verify = settings.data, verify
         self._path = data.train_data_path
         self.tokenizer = tokenizer = open_tokenizer(data.tokenizer_path)
@@ -140,19 +144,19 @@ class TrainingData:
         if data.val_data_path is not None:
             self.val = self._open(data.val_data_path, say, "val_data_path")
             self._check_same_kind(data.train_data_path, data.val_data_path)
-            self.train_samples, self.val_samples = np.arange(len(self.train)), np.arange(len(self.val))
+            self.train_samples, self.val_samples = SampleRange(len(self.train)), np.arange(len(self.val))
         else:
             self.val = self.train
             self.train_samples, self.val_samples = self.train.hold_out()
             say(self._held_out_line())
-        self.mixed_samples, self.held_out_texts, self.mix_share = np.arange(0), np.arange(0), 0.0
+        self.sources, self.held_out_texts = [Source(self.train_samples, len(self.train_samples))], np.arange(0)
         if data.mix_data_path is not None:
             self._mix(data, say)
         if settings.training.early_stopping and len(self.val_samples) == 0:
             say("early_stopping: there are no validation samples, so training will not stop early")
-        self.fingerprint = train.fingerprint() | {"training_samples": len(self.train_samples)}
+        self.fingerprint = train.fingerprint() | {"training_samples": len(self.train_samples), "order": order}
         if self.is_chat:
-            self.fingerprint |= {"mix_share": self.mix_share}
+            self.fingerprint |= {"mix_share": 0.0 if data.mix_data_path is None else data.mix_share}
         if data.mix_data_path is not None:
             self.fingerprint |= {f"mix_{name}": value for name, value in self.texts.fingerprint().items()}
         self.validation = self.val.fingerprint() | {"validation_samples": len(self.val_samples)}
@@ -230,22 +234,21 @@ class TrainingData:
                 f"mix_data_path: texts are mixed into chats, but train_data_path {data.train_data_path} holds {kind};"
                 " omit mix_data_path"
             )
-        self.texts, self.mix_share = self._open(data.mix_data_path, say, "mix_data_path"), data.mix_share
+        self.texts, share = self._open(data.mix_data_path, say, "mix_data_path"), data.mix_share
         if self.texts.chats is not None:
             found = f"{data.mix_data_path} holds {_kind(self.texts)}"
             raise InputError(f"mix_data_path: {found}, a token file of texts expected")
         texts, self.held_out_texts = self.texts.hold_out()
         most = MOST_HELD_OUT_TEXTS
         self.held_out_texts = self.held_out_texts[:: -(-len(self.held_out_texts) // most) or 1]
-        self.mixed_samples = texts + len(self.train)
+        per_epoch = max(1, round(len(self.train_samples) * share / (1 - share)))
+        self.sources.append(Source(dataclasses.replace(texts, begin=len(self.train)), per_epoch))
         self.train = MixedDataset(self.train, self.texts)
-        say(f"mix_data_path: {data.mix_share:.1%} of the samples are texts of {data.mix_data_path}, wholly learned")
+        say(f"mix_data_path: {share:.1%} of the samples are texts of {data.mix_data_path}, wholly learned")
 
     def order(self, seed: int, rows_per_step: int) -> SampleOrder:
         """The order in which training reads its samples."""
-        if len(self.mixed_samples):
-            return MixedOrder(self.train_samples, self.mixed_samples, self.mix_share, seed, rows_per_step)
-        return SampleOrder(self.train_samples, seed, rows_per_step)
+        return ORDERS[self.fingerprint["order"]](self.sources, seed, rows_per_step)
 
     def _held_out_line(self) -> str:
         if not self.is_chat:

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from model.dataset import PretrainDataset, SampleOrder, epoch_order
+from model.dataset import PretrainDataset
 
 
 class MixedDataset:
@@ -53,39 +53,3 @@ class MixedDataset:
             if len(own):
                 numbers[places] = part.number_runs(own, len(own))
         return numbers
-
-
-class MixedOrder(SampleOrder):
-    """The order of chats with texts spread evenly among them, a pure function of (seed, epoch) as well.
-
-    An epoch reads every sample of the chats once. Of the texts it reads the next `share` of their order, from which
-    a later epoch continues: they pass once before any of them is read again.
-
-    Args:
-        samples: of the chats, int64.
-        texts: of the texts, int64.
-        share: of the texts in all samples, 0 to 1.
-    """
-
-    def __init__(self, samples: np.ndarray, texts: np.ndarray, share: float, seed: int, rows_per_step: int) -> None:
-        super().__init__(samples, seed, rows_per_step)
-        self._texts, self._texts_per_epoch = texts, max(1, round(len(samples) * share / (1 - share)))
-        self.per_epoch = len(samples) + self._texts_per_epoch
-        self._counted = [0]  # tokens that the texts of the first N epochs predict
-
-    def _texts_of(self, epoch: int) -> np.ndarray:
-        places = epoch * self._texts_per_epoch + np.arange(self._texts_per_epoch)
-        passes, places = np.divmod(places, len(self._texts))
-        orders = {number: epoch_order(len(self._texts), self.seed, number) for number in np.unique(passes).tolist()}
-        found = [orders[number][places[passes == number]] for number in orders]
-        return self._texts[np.concatenate(found)]
-
-    def _order_of(self, epoch: int) -> np.ndarray:
-        own, texts = super()._order_of(epoch), self._texts_of(epoch)
-        places = [(np.arange(len(samples)) + 0.5) / len(samples) for samples in (own, texts)]
-        return np.concatenate((own, texts))[np.argsort(np.concatenate(places), kind="stable")]
-
-    def _count_epochs(self, epochs: int, dataset: PretrainDataset) -> int:
-        while len(self._counted) <= epochs:
-            self._counted.append(self._counted[-1] + dataset.count_targets(self._texts_of(len(self._counted) - 1)))
-        return super()._count_epochs(epochs, dataset) + self._counted[epochs]
