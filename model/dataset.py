@@ -44,7 +44,7 @@ class SampleRange:
 
     def numbers(self) -> np.ndarray:
         """All of them, int64 [count]."""
-        return self[np.arange(self.count)]
+        return self[np.arange(self.count, dtype=np.int64)]
 
 
 class PretrainDataset:

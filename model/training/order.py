@@ -6,7 +6,8 @@ from typing import NamedTuple
 import numpy as np
 
 from model.dataset import PretrainDataset, SampleRange
-from model.training.permutation import derived_keys, permuted
+from model.errors import InputError
+from model.training.permutation import MOST_PLACES, derived_keys, permuted
 
 COUNTED = 1 << 16  # samples whose tokens are counted at once
 
@@ -33,13 +34,18 @@ class SampleOrder:
     Args:
         sources: at least one.
         rows_per_step: samples of a step.
+
+    Raises:
+        InputError: there are more than MOST_PLACES samples.
     """
 
     def __init__(self, sources: Sequence[Source], seed: int, rows_per_step: int) -> None:
         self.sources, self.seed, self.rows_per_step = sources, seed, rows_per_step
-        self._sizes = np.array([len(source.samples) for source in sources])  # int64 [sources]
-        self._per_epoch = np.array([source.per_epoch for source in sources])
+        self._sizes = np.array([len(source.samples) for source in sources], dtype=np.int64)  # [sources]
+        self._per_epoch = np.array([source.per_epoch for source in sources], dtype=np.int64)
         self.per_epoch = int(self._per_epoch.sum())  # samples
+        if (most := max(self.per_epoch, int(self._sizes.sum()))) > MOST_PLACES:
+            raise InputError(f"{most:,} samples of training data, at most {MOST_PLACES:,} expected; raise max_seq_len")
         self._counted = 0, 0  # a position, and the tokens that the samples before it predict
 
     @property
@@ -56,7 +62,7 @@ class SampleOrder:
     def next_step(self, position: int) -> np.ndarray:
         """The samples of the step that begins at `position`, int64; the last step of an epoch may have fewer rows."""
         left = self.per_epoch - position % self.per_epoch
-        return self.samples_at(position + np.arange(min(self.rows_per_step, left)))
+        return self.samples_at(position + np.arange(min(self.rows_per_step, left), dtype=np.int64))
 
     def samples_at(self, positions: np.ndarray) -> np.ndarray:
         """The samples that are read at these positions, int64 [N] as they are."""
@@ -77,7 +83,9 @@ class SampleOrder:
             return position * dataset.seq_len
         begin, tokens = self._counted if self._counted[0] <= position else (0, 0)
         for first in range(begin, position, COUNTED):
-            tokens += dataset.count_targets(self.samples_at(np.arange(first, min(first + COUNTED, position))))
+            tokens += dataset.count_targets(
+                self.samples_at(np.arange(first, min(first + COUNTED, position), dtype=np.int64))
+            )
         self._counted = position, tokens
         return tokens
 
