@@ -1,6 +1,7 @@
 """The order in which training reads its samples, computed for the samples that are asked for."""
 
 from collections.abc import Sequence
+from fractions import Fraction
 from typing import NamedTuple
 
 import numpy as np
@@ -88,6 +89,16 @@ class SampleOrder:
             )
         self._counted = position, tokens
         return tokens
+
+
+def apportioned(total: int, weights: Sequence[float]) -> list[int]:
+    """Whole numbers in proportion to weights that add up to `total` (by largest remainders), but at least 1 each."""
+    exact = [Fraction(weight) * total / sum(map(Fraction, weights)) for weight in weights]
+    counts = [int(share) for share in exact]
+    largest_first = sorted(range(len(exact)), key=lambda number: counts[number] - exact[number])
+    for number in largest_first[: total - sum(counts)]:
+        counts[number] += 1
+    return [max(1, count) for count in counts]
 
 
 def spread(places: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

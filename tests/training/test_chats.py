@@ -187,7 +187,7 @@ def test_what_is_forgotten_is_measured_before_tuning_and_at_each_evaluation(chat
     found = [event for event in events(tmp_path / "out") if "text_bits_per_byte" in event]
     assert [event["step"] for event in found] == [0, 4] and "val_loss" not in found[0]
     held_out = trainer.data.held_out_texts
-    texts = trainer.data.sources[1].samples.numbers() - len(trainer.data.train._of_chats)
+    texts = trainer.data.sources[1].samples.numbers() - len(trainer.data.train.parts[0])
     assert sorted([*held_out, *texts]) == [*range(len(trainer.data.texts))]
     inputs, targets = trainer.data.texts.batch(held_out, rows=len(held_out))
     with torch.no_grad():

@@ -144,7 +144,7 @@ def test_a_run_of_an_earlier_version_goes_on_in_its_order(flags, tmp_path, monke
         PretrainDataset, "batch", lambda self, samples, rows: batches.append([*samples]) or batch(self, samples, rows)
     )
     trainer = train(flags(resume="true", eval_interval=12))
-    samples = trainer.data.train_samples
+    samples = trainer.data.sources[0].samples
     expected = samples[epoch_order(len(samples), 42, 0)][16:48]
     assert sum(batches[:8], []) == expected.tolist()  # steps 5 to 12, of 4 samples each
     assert load_torch(out / "checkpoint_step_12.pth")["data"]["order"] == "philox"
