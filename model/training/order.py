@@ -1,5 +1,6 @@
 """The order in which training reads its samples, computed for the samples that are asked for."""
 
+import functools
 from collections.abc import Sequence
 from fractions import Fraction
 from typing import NamedTuple
@@ -42,10 +43,10 @@ class SampleOrder:
 
     def __init__(self, sources: Sequence[Source], seed: int, rows_per_step: int) -> None:
         self.sources, self.seed, self.rows_per_step = sources, seed, rows_per_step
-        self._sizes = np.array([len(source.samples) for source in sources], dtype=np.int64)  # [sources]
-        self._per_epoch = np.array([source.per_epoch for source in sources], dtype=np.int64)
+        self._per_epoch = np.array([source.per_epoch for source in sources], dtype=np.int64)  # [sources]
         self.per_epoch = int(self._per_epoch.sum())  # samples
-        if (most := max(self.per_epoch, int(self._sizes.sum()))) > MOST_PLACES:
+        self._key = functools.lru_cache(maxsize=64)(functools.partial(_key, seed))
+        if (most := max(self.per_epoch, *(len(source.samples) for source in sources))) > MOST_PLACES:
             raise InputError(f"{most:,} samples of training data, at most {MOST_PLACES:,} expected; raise max_seq_len")
         self._counted = 0, 0  # a position, and the tokens that the samples before it predict
 
@@ -68,14 +69,15 @@ class SampleOrder:
     def samples_at(self, positions: np.ndarray) -> np.ndarray:
         """The samples that are read at these positions, int64 [N] as they are."""
         epochs, places = np.divmod(positions, self.per_epoch)
-        numbers, places = spread(places, self._per_epoch)  # of sources, and places within them
-        sizes = self._sizes[numbers]
-        passes, places = np.divmod(epochs * self._per_epoch[numbers] + places, sizes)
-        places = permuted(places, sizes, derived_keys(self.seed, numbers, passes))
+        numbers, places = spread(places, self._per_epoch)  # of sources, and what an epoch has read of each before
         found = np.empty_like(places)
-        for number in np.unique(numbers):
-            its = numbers == number
-            found[its] = self.sources[number].samples[places[its]]
+        for number, (samples, per_epoch) in enumerate(self.sources):
+            its = np.flatnonzero(numbers == number)
+            passes, within = np.divmod(epochs[its] * per_epoch + places[its], len(samples))
+            for one_pass in np.unique(passes).tolist():
+                of_pass = passes == one_pass
+                key = self._key(number, one_pass)
+                found[its[of_pass]] = samples[permuted(within[of_pass], len(samples), key)]
         return found
 
     def count_targets(self, position: int, dataset: PretrainDataset) -> int:
@@ -89,6 +91,11 @@ class SampleOrder:
             )
         self._counted = position, tokens
         return tokens
+
+
+def _key(seed: int, number: int, one_pass: int) -> np.ndarray:
+    """The key of a source's order in one of its passes: uint64 [1]."""
+    return derived_keys(seed, np.array([number]), np.array([one_pass]))
 
 
 def apportioned(total: int, weights: Sequence[float]) -> list[int]:

@@ -60,7 +60,7 @@ def test_the_last_sample_of_three_terabytes_is_read_and_reached_by_the_order(hug
 def test_a_run_on_three_terabytes_is_planned_and_steps(huge_file, flags, tokenizer_folder, capfd):
     if (manifest := read_manifest(huge_file)) is not None:
         write_manifest(huge_file, dataclasses.replace(manifest, tokenizer_sha256=tokenizer_sha256(tokenizer_folder)))
-    options = {"train_data_path": huge_file, "max_seq_len": SEQ_LEN, "max_steps": None, "epochs": 2}
+    options = {"train_data_path": huge_file, "max_seq_len": SEQ_LEN, "max_steps": None, "epochs": 2, "compile": "false"}
     assert exit_code_here(flags(**options), "--dry_run") == 0
     out, said = capfd.readouterr()
     samples = len(PretrainDataset(huge_file, SEQ_LEN, vocab_size=300).hold_out()[0])

@@ -176,7 +176,10 @@ WRONG = {
     "nothing of what version 4 added": (lambda c: c.pop("chat"), "chat is missing"),
     "nothing of what version 5 added": (lambda c: c.pop("context"), "context is missing"),
     "nothing of what version 6 added": (lambda c: c["data"].pop("order"), "data.order is None"),
-    "an order that this program lacks": (lambda c: c["data"].update(order=["mine"]), "data.order is ['mine'], one of"),
+    "an order that this program lacks": (
+        lambda c: c["data"].update(order=["mine"]),
+        r"data.order is \[.mine.\], one of",
+    ),
     "a context below that of the samples": (lambda c: c.update(context=8), "context is 8, max_seq_len 16"),
     "a context of nobody": (lambda c: c.update(context=2**40), "max_seq_len"),
     "another version": (lambda c: c.update(format_version=1), "version 1"),
