@@ -7,6 +7,7 @@ another as `<bos> ids <eos>` (`ids <eos>` where the tokenizer has no bos). Its m
 """
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +21,6 @@ from model.token_file.manifest import learn_path, manifest_path, read_manifest
 from model.token_file.packing import find_documents, pack_documents
 from model.token_file.token_layout import find_layout
 
-VERIFY_BYTES = 8 << 30  # larger token files are not verified before training: 8 GiB take some ten seconds
 BLOCK_BYTES = 16 << 20
 
 
@@ -235,8 +235,11 @@ def number_documents(
     return begins.cumsum(1)
 
 
-def verify_tokens(dataset: PretrainDataset) -> str:
+def verify_tokens(dataset: PretrainDataset, between_blocks: Callable[[], None] = lambda: None) -> str:
     """Read a whole token file, before hours are spent on it; returns its SHA-256 (hex).
+
+    Args:
+        between_blocks: called after each block; what it raises ends the reading.
 
     Raises:
         InputError: it is not the file that its manifest describes; it holds an id that the model has no embedding for,
@@ -254,6 +257,7 @@ def verify_tokens(dataset: PretrainDataset) -> str:
                     place = int(np.argmax(ids >= dataset.vocab_size))
                     outside = int(ids[place]), read // dtype.itemsize + place
                 read += count
+                between_blocks()
     except OSError as error:
         raise InputError(f"{path}: cannot be read past byte {read:,} ({error.strerror})") from error
     sha256 = digest.hexdigest()

@@ -7,22 +7,23 @@ from pathlib import Path
 
 import numpy as np
 
-from model.dataset import VERIFY_BYTES, PretrainDataset, SampleRange, verify_tokens
+from model.dataset import PretrainDataset, SampleRange
 from model.errors import InputError, command_line, counted
 from model.storage.files import size_text
 from model.text.chat_template import template_sha256
 from model.text.token_bytes import token_bytes
 from model.text.tokenization import delimiters, open_tokenizer, tokenizer_sha256, vocabulary_size
-from model.token_file.chats import verify_companions
 from model.training.joined import JoinedDataset
 from model.training.order import SampleOrder, Source, apportioned
 from model.training.settings import DataSettings, Settings, TrainingSettings
 from model.training.sorted_order import SortedOrder
 from model.training.token_files import files_text, find_token_files
+from model.training.verification import verify
 
 # What a token file holds: data processing's name for it.
 FORMAT_OF_KIND = {"texts": "text", "chats": "chat", "pairs": "pairs"}
 ORDERS = {"feistel": SampleOrder, "philox": SortedOrder}  # of samples, by the name that a checkpoint has for it
+VERIFY_BYTES = 8 << 30  # of token files that are verified before training, which takes some ten seconds
 MOST_HELD_OUT_TEXTS = 100  # samples that tell what is forgotten
 TEXT_HEAD = 4096  # bytes that show whether a file is text
 
@@ -121,6 +122,7 @@ class TrainingData:
         val_samples: which samples of `val` to use, int64.
         texts, held_out_texts: these texts, a PretrainDataset, and the samples of it that are not trained on, int64.
         fingerprint, validation: identify the training and the validation data.
+        unverified: the token files that are too large to be verified here, for a `BackgroundVerification`.
 
     Args:
         verify: read the token files through, as one process of each machine does.
@@ -131,7 +133,8 @@ class TrainingData:
     """
 
     def __init__(self, settings: Settings, verify: bool, say: Callable[[str], None], order: str = "feistel") -> None:
-        data, self._verify = settings.data, verify
+        data = settings.data
+        self.unverified, self._verify, self._verified_bytes = [], verify, 0
         self.tokenizer = tokenizer = open_tokenizer(data.tokenizer_path)
         self.tokenizer_sha256, self.delimiters = tokenizer_sha256(data.tokenizer_path), delimiters(tokenizer)
         self._sample_start = data.sample_start
@@ -344,12 +347,12 @@ class TrainingData:
         if dataset.manifest is None:
             only = f"only that its ids are below {config.vocab_size} (vocab_size) can be checked"
             say(f"{path}: no manifest beside it; read as {dataset.layout.origin}; {only}")
-        if self._verify and dataset.tokens.nbytes <= VERIFY_BYTES:
-            dataset.verified_sha256 = verify_tokens(dataset)
-            if dataset.chats is not None:
-                verify_companions(dataset.path, dataset.manifest)
+        if self._verify and self._verified_bytes + dataset.tokens.nbytes <= VERIFY_BYTES:
+            self._verified_bytes += dataset.tokens.nbytes
+            verify(dataset)
         elif self._verify:
-            say(f"{path}: {size_text(dataset.tokens.nbytes)} are too large to be verified before training")
+            self.unverified.append(dataset)
+            say(f"{path}: {size_text(dataset.tokens.nbytes)}, which are verified while training takes its first steps")
         return dataset
 
     def validation_turns(self, most: int) -> list[tuple[list[int], list[int]]]:
