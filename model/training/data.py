@@ -328,7 +328,7 @@ class TrainingData:
         self.fingerprint, self.validation = decided(lambda: mine)
         for here, there in zip(mine, (self.fingerprint, self.validation), strict=True):
             if different := [key for key in there if here[key] != there[key] and here[key] is not None]:
-                found = "; ".join(f"{key} {there[key]} on rank 0, {here[key]} here" for key in different[:4])
+                found = "; ".join(f"{key} {there[key]} on rank 0, {here[key]} here" for key in different)
                 raise InputError(f"train_data_path, val_data_path: other files than rank 0's ({found})")
 
     def _open(self, path: str, say: Callable[[str], None], name: str = "train_data_path") -> PretrainDataset:

@@ -11,11 +11,11 @@ from model.dataset import PretrainDataset, SampleRange
 from model.errors import InputError
 from model.training.permutation import MOST_PLACES, derived_keys, permuted
 
-COUNTED = 1 << 16  # samples whose tokens are counted at once
+BLOCK = 1 << 12  # positions whose samples are found together: of a few, NumPy's own time would be most
 
 
 class Source(NamedTuple):
-    """Samples of one token file, and how many of them an epoch reads."""
+    """Samples that have a share of their own in the data, and how many of them an epoch reads."""
 
     samples: SampleRange
     per_epoch: int  # at least 1
@@ -45,7 +45,7 @@ class SampleOrder:
         self.sources, self.seed, self.rows_per_step = sources, seed, rows_per_step
         self._per_epoch = np.array([source.per_epoch for source in sources], dtype=np.int64)  # [sources]
         self.per_epoch = int(self._per_epoch.sum())  # samples
-        self._key = functools.lru_cache(maxsize=64)(functools.partial(_key, seed))
+        self._block = functools.lru_cache(maxsize=2)(self._samples_of_block)
         if (most := max(self.per_epoch, *(len(source.samples) for source in sources))) > MOST_PLACES:
             raise InputError(f"{most:,} samples of training data, at most {MOST_PLACES:,} expected; raise max_seq_len")
         self._counted = 0, 0  # a position, and the tokens that the samples before it predict
@@ -63,8 +63,13 @@ class SampleOrder:
 
     def next_step(self, position: int) -> np.ndarray:
         """The samples of the step that begins at `position`, int64; the last step of an epoch may have fewer rows."""
-        left = self.per_epoch - position % self.per_epoch
-        return self.samples_at(position + np.arange(min(self.rows_per_step, left), dtype=np.int64))
+        rows = min(self.rows_per_step, self.per_epoch - position % self.per_epoch)
+        first, last = position // BLOCK, (position + rows - 1) // BLOCK
+        samples = np.concatenate([self._block(number) for number in range(first, last + 1)])
+        return samples[position - first * BLOCK :][:rows]
+
+    def _samples_of_block(self, number: int) -> np.ndarray:
+        return self.samples_at(np.arange(number * BLOCK, (number + 1) * BLOCK, dtype=np.int64))
 
     def samples_at(self, positions: np.ndarray) -> np.ndarray:
         """The samples that are read at these positions, int64 [N] as they are."""
@@ -76,7 +81,7 @@ class SampleOrder:
             passes, within = np.divmod(epochs[its] * per_epoch + places[its], len(samples))
             for one_pass in np.unique(passes).tolist():
                 of_pass = passes == one_pass
-                key = self._key(number, one_pass)
+                key = derived_keys(self.seed, np.array([number]), np.array([one_pass]))
                 found[its[of_pass]] = samples[permuted(within[of_pass], len(samples), key)]
         return found
 
@@ -85,17 +90,12 @@ class SampleOrder:
         if dataset.packing is None:
             return position * dataset.seq_len
         begin, tokens = self._counted if self._counted[0] <= position else (0, 0)
-        for first in range(begin, position, COUNTED):
-            tokens += dataset.count_targets(
-                self.samples_at(np.arange(first, min(first + COUNTED, position), dtype=np.int64))
-            )
+        while begin < position:
+            end = min(position, (begin // BLOCK + 1) * BLOCK)
+            tokens += dataset.count_targets(self._block(begin // BLOCK)[begin % BLOCK :][: end - begin])
+            begin = end
         self._counted = position, tokens
         return tokens
-
-
-def _key(seed: int, number: int, one_pass: int) -> np.ndarray:
-    """The key of a source's order in one of its passes: uint64 [1]."""
-    return derived_keys(seed, np.array([number]), np.array([one_pass]))
 
 
 def apportioned(total: int, weights: Sequence[float]) -> list[int]:

@@ -3,14 +3,8 @@
 import numpy as np
 
 MOST_PLACES = 2**40
-SMALL = 2**16  # places
-
-# SplitMix64's numbers, the multipliers and shifts those of David Stafford's Mix13. They are arrays without dimensions,
-# for which NumPy takes half the time that it takes for scalars: of a batch its own time is what counts.
-GOLDEN_GAMMA = np.array(0x9E3779B97F4A7C15, dtype=np.uint64)  # 2**64 / golden ratio, odd
-MULTIPLIERS = [np.array(number, dtype=np.uint64) for number in (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)]
-SHIFTS = [np.array(number, dtype=np.uint64) for number in (30, 27, 31)]
-HALF = np.array(32, dtype=np.uint64)  # of the bits of a hash
+ROUNDS = 16  # as many as a handful of places need until each of their permutations is equally likely
+GOLDEN_GAMMA = np.uint64(0x9E3779B97F4A7C15)  # 2**64 / golden ratio, odd
 
 
 def permuted(places: np.ndarray, size: int, keys: np.ndarray) -> np.ndarray:
@@ -30,18 +24,14 @@ def permuted(places: np.ndarray, size: int, keys: np.ndarray) -> np.ndarray:
     """
     rows = 2 * int(np.ceil(np.sqrt(size) / 2))  # even: odd bases would yield even permutations only
     columns = -(-size // rows)
-    # Each round key has its row. Few places need more rounds until every permutation of them is equally likely.
-    rounds = np.arange(1, 17 if size < SMALL else 9, dtype=np.uint64)[:, None]
-    round_keys = keys + GOLDEN_GAMMA * rounds  # [rounds, 1 or N]
-    found = _encrypted(places, rows, columns, round_keys)
+    found = _encrypted(places, rows, columns, keys)
     while len(outside := np.flatnonzero(found >= size)):
-        inside = round_keys[:, outside] if len(keys) > 1 else round_keys
-        found[outside] = _encrypted(found[outside], rows, columns, inside)
+        found[outside] = _encrypted(found[outside], rows, columns, keys[outside] if len(keys) > 1 else keys)
     return found
 
 
 def derived_keys(seed: int, *numbers: np.ndarray) -> np.ndarray:
-    """A key for each row of numbers, such as (file, pass): uint64 [N].
+    """A key for each row of numbers, such as (source, pass): uint64 [N].
 
     Args:
         seed: 0 to 2**64 - 1.
@@ -53,23 +43,25 @@ def derived_keys(seed: int, *numbers: np.ndarray) -> np.ndarray:
     return _mixed(keys + GOLDEN_GAMMA)
 
 
-def _encrypted(places: np.ndarray, rows: int, columns: int, round_keys: np.ndarray) -> np.ndarray:
+def _encrypted(places: np.ndarray, rows: int, columns: int, keys: np.ndarray) -> np.ndarray:
     """One pass through the network, for places below rows * columns: int64 [N]."""
-    rows, columns = np.array(rows, dtype=np.uint64), np.array(columns, dtype=np.uint64)
+    rows, columns = np.uint64(rows), np.uint64(columns)
     left, right = np.divmod(places.astype(np.uint64), columns)
-    for key, next_key in zip(round_keys[::2], round_keys[1::2], strict=True):
-        left += _mixed(key ^ right) >> HALF
-        left %= rows
-        right += _mixed(next_key ^ left) >> HALF
-        right %= columns
+    for _ in range(ROUNDS // 2):
+        keys = keys + GOLDEN_GAMMA
+        left = (left + _digest(keys, right)) % rows
+        keys = keys + GOLDEN_GAMMA
+        right = (right + _digest(keys, left)) % columns
     return (left * columns + right).astype(np.int64)
 
 
+def _digest(keys: np.ndarray, digits: np.ndarray) -> np.ndarray:
+    """A hash of 32 bits, to which a digit can be added without overflow: uint64 [N]."""
+    return _mixed(keys ^ digits) >> np.uint64(32)
+
+
 def _mixed(values: np.ndarray) -> np.ndarray:
-    """SplitMix64's finalizer, which writes over its argument: uint64 [N]."""
-    values ^= values >> SHIFTS[0]
-    values *= MULTIPLIERS[0]
-    values ^= values >> SHIFTS[1]
-    values *= MULTIPLIERS[1]
-    values ^= values >> SHIFTS[2]
-    return values
+    """SplitMix64's finalizer, with the constants of David Stafford's Mix13: uint64 [N]."""
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
