@@ -52,6 +52,7 @@ from model.training.progress import Progress, StepResult
 from model.training.report import bar_text, describe, evaluation_lines, measured_lines, position, step_metrics
 from model.training.settings import Settings
 from model.training.step import DeviceVerdict, Step, read_numbers, runs_ahead
+from model.training.verification import BackgroundVerification
 from model.weights import Weights
 from utils import Processes, deterministic_kernels, say
 
@@ -106,6 +107,7 @@ class Trainer:
         self.resumed = beginning.checkpoint
         self.environment = environment(processes.world_size, self.dtype, self.device)
         self.data = open_data(self.settings, self.resumed, self.environment, processes, say)
+        self.verification = BackgroundVerification(self.data.unverified, say)
         self.config = self.data.config
         # Chats shorter than what the weights know do not unlearn the rest.
         self.context = max(self.config.max_seq_len, beginning.context if self.data.is_chat else 0)
@@ -163,6 +165,7 @@ class Trainer:
         self.stop_signal.install()
         try:
             self._open_files()
+            self.verification.start()
             outcome = self._loop()
             self.processes.barrier()  # rank 0 has written everything
             self._tell_status(outcome, self.exit_code(outcome))
@@ -172,6 +175,7 @@ class Trainer:
                 raise lost from error
             raise
         finally:
+            self.verification.close()
             if self.files is not None:
                 self.files.close()
             self.stop_signal.restore()
@@ -424,6 +428,7 @@ class Trainer:
         if len(self.plan.val_samples) == 0 or progress.last_evaluation == progress.step:
             return True
         with self.clock.evaluation():
+            self._wait_until_verified()
             model = self.build_evaluated_model()  # once for all that follows: with LoRA it takes time and memory
             if (measured := self.evaluate(model)) is None:
                 return False
@@ -459,8 +464,20 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------------------------ saving
 
+    def _wait_until_verified(self) -> None:
+        """Before weights or a checkpoint are saved: what they were trained on is whole. After a signal to stop the run
+        does not wait, since it reads the files again when it resumes.
+
+        Raises:
+            InputError: a token file is damaged.
+        """
+        beat = functools.partial(self.processes.beat, "verifying the token files")
+        self.verification.wait(beat, lambda: self.stop_signal.count > 0)
+
     def _save_checkpoint(self, interrupted: bool = False) -> None:
         """Copy the state, for a thread to write it; an interrupted run waits until it is written."""
+        if not interrupted:
+            self._wait_until_verified()
         self.processes.beat(f"saving at step {self.progress.step}")
         states = self.processes.gather((utils.random_state(), weights_norm(self.model)))
         self.progress.seconds = self.clock.run_seconds
@@ -499,6 +516,7 @@ class Trainer:
         return Weights(evaluated.state_dict(), config, *tokenizer, chat=self.data.chat)
 
     def _save_final(self) -> None:
+        self._wait_until_verified()
         if self.files is not None:
             weights = self._weights(self.build_evaluated_model())
             self.files.save_final(self.final_name, weights, self.progress.best_val_loss)
@@ -510,10 +528,11 @@ class Trainer:
 
         Raises:
             TrainingDiverged: too many steps in a row were skipped, or a save's weights were not finite.
-            InputError: too many saves failed.
+            InputError: too many saves failed, or a token file is damaged.
         """
         self.clock.count_step(result.read)
         self.progress.count_step(result)
+        self.verification.check()
         if result.fault is not None:
             self._report_skip(result)
         if self.files is not None:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from model.corpus.job_folder import job_path
-from model.errors import InputError, ProcessLost, command_line
+from model.errors import InputError, ProcessLost, command_line, counted
 from model.interrupts import interrupt
 from model.token_file.manifest import read_manifest
 from model.training.config_file import read_config
@@ -30,6 +30,7 @@ from model.training.settings import (
     Settings,
     build_settings,
 )
+from model.training.token_files import find_token_files, first_manifest, is_one_file
 from utils import (
     CommandParser,
     Processes,
@@ -132,6 +133,9 @@ def prepare_data_if_missing(settings: Settings) -> None:
     from model.training.data import FORMAT_OF_KIND, data_command, refuse_text  # imports torch
 
     data = settings.data
+    if not is_one_file(data.train_data_path):
+        _refuse_to_make_several(data)
+        return
     target = Path(data.train_data_path)
     refuse_text("train_data_path", data.train_data_path)
     if target.is_dir():
@@ -159,6 +163,16 @@ def prepare_data_if_missing(settings: Settings) -> None:
         raise InputError(*problems) from error
 
 
+def _refuse_to_make_several(data: DataSettings) -> None:
+    """Of several token files, make none: all of them must be there."""
+    paths = sum(find_token_files(data.train_data_path, leave_out=(data.val_data_path, data.mix_data_path)), [])
+    if data.raw_data_path is not None:
+        raise InputError(
+            f"raw_data_path: it makes one token file, but train_data_path names {len(paths)}; omit raw_data_path"
+        )
+    say(f"train_data_path: {counted(len(paths), 'token file')}, from {paths[0]} to {paths[-1]}")
+
+
 def _say_what_it_holds(target: Path, raw_data_path: str | None) -> None:
     """Print what an existing token file was made from, and warn where raw_data_path is another file."""
     manifest = read_manifest(target)
@@ -184,7 +198,7 @@ def make_preview(settings: Settings):
 
     tokenizer = open_tokenizer(settings.data.tokenizer_path)
     end_ids(tokenizer)  # a bad generation_config.json is reported now, not at the first evaluation
-    manifest = read_manifest(settings.data.train_data_path)
+    manifest = first_manifest(settings.data.train_data_path)
     is_chat = manifest is not None and bool(manifest.chat)
     chat = {"template": tokenizer.chat_template, "end_ids": manifest.chat["end_ids"]} if is_chat else None
 
@@ -378,16 +392,19 @@ def prepare_data_for_all(settings: Settings, processes: Processes) -> None:
         InputError: as `prepare_data_if_missing`, or this process's machine has no such file.
         ProcessLost: rank 0 has failed.
     """
-    target = Path(settings.data.train_data_path)
+    given = settings.data.train_data_path
+    target = Path(given) if is_one_file(given) else None  # several are not made
     if processes.world_size > 1:
         device, _ = pick_device(settings.training.device, processes.local_rank)
         processes.start(device, settings.training.ddp_timeout, _end_process)
     timeouts = DATA_SECONDS / settings.training.ddp_timeout
-    if not processes.is_main and not target.exists():
+    if not processes.is_main and target is not None and not target.exists():
         print_message(f"[rank {processes.rank}] waiting for rank 0, which makes {target}")
-    with processes.main_first(f"making {target}", timeouts):
+    with processes.main_first(f"making {given}", timeouts):
         if processes.is_main:
             prepare_data_if_missing(settings)
+        elif target is None:
+            find_token_files(given)
         elif not target.exists():
             raise InputError(
                 f"train_data_path: rank 0 has {target}, rank {processes.rank} on another machine does not; use a folder"

@@ -206,7 +206,7 @@ def add_option(
         default=None if as_text else field.default,
         help=help.replace("%", "%%"),
         metavar=metavar or _placeholder(field),
-        nargs="?" if is_switch else nargs,
+        nargs="?" if is_switch else "+" if field.metadata["several"] else nargs,
         const=("true" if as_text else True) if is_switch else None,
     )
 

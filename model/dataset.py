@@ -1,4 +1,4 @@
-"""A token file as samples, and the order in which training reads them.
+"""A token file as samples.
 
 A token file `X.bin` is headerless little-endian uint16 (uint32 when the largest id needs it), documents one after
 another as `<bos> ids <eos>` (`ids <eos>` where the tokenizer has no bos). Its manifest `X.json` describes it
@@ -7,6 +7,8 @@ another as `<bos> ids <eos>` (`ids <eos>` where the tokenizer has no bos). Its m
 """
 
 import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +21,30 @@ from model.token_file.manifest import learn_path, manifest_path, read_manifest
 from model.token_file.packing import find_documents, pack_documents
 from model.token_file.token_layout import find_layout
 
-VERIFY_BYTES = 8 << 30  # larger token files are not verified before training: 8 GiB take some ten seconds
 BLOCK_BYTES = 16 << 20
+
+
+@dataclass(frozen=True)
+class SampleRange:
+    """The numbers of consecutive samples, of which one is left out after each `run`; none if `run` is None.
+
+    Of a file of any size it takes no memory.
+    """
+
+    count: int
+    begin: int = 0
+    run: int | None = None
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, places: np.ndarray) -> np.ndarray:
+        """The samples at these places, int64 [N] as they are."""
+        return self.begin + places + (0 if self.run is None else places // self.run)
+
+    def numbers(self) -> np.ndarray:
+        """All of them, int64 [count]."""
+        return self[np.arange(self.count, dtype=np.int64)]
 
 
 class PretrainDataset:
@@ -113,8 +137,8 @@ class PretrainDataset:
         """Tokens that the model reads of these samples, whether it predicts them or not; without padding."""
         return len(samples) * self.seq_len if self.packing is None else int(self.packing.tokens[samples].sum())
 
-    def hold_out(self) -> tuple[np.ndarray, np.ndarray]:
-        """Set samples aside for validation: (for training, held out), int64 indices; see `hold_out`.
+    def hold_out(self) -> tuple[SampleRange, np.ndarray]:
+        """Set samples aside for validation: (for training, held out); see `hold_out`.
 
         Of chats whole ones, which are packed apart from the others; of fewer than 100 chats none, since a chat that is
         held out is one that the model never learns.
@@ -123,9 +147,9 @@ class PretrainDataset:
             return hold_out(len(self))
         training, held_out = hold_out(len(self.chats), fewest=100)
         self.held_out_chats = held_out
-        packed = self.chats.pack(self.seq_len, training)
+        packed = self.chats.pack(self.seq_len, training.numbers())
         self.packing = packed.followed_by(self.chats.pack(self.seq_len, held_out)) if len(held_out) else packed
-        return np.arange(len(packed.targets)), np.arange(len(packed.targets), len(self))
+        return SampleRange(len(packed.targets)), np.arange(len(packed.targets), len(self))
 
     def _runs(self, sample: int) -> list[tuple[int, int]]:
         """Where the tokens of a sample lie: (start, length) of each run."""
@@ -211,8 +235,11 @@ def number_documents(
     return begins.cumsum(1)
 
 
-def verify_tokens(dataset: PretrainDataset) -> str:
+def verify_tokens(dataset: PretrainDataset, between_blocks: Callable[[], None] = lambda: None) -> str:
     """Read a whole token file, before hours are spent on it; returns its SHA-256 (hex).
+
+    Args:
+        between_blocks: called after each block; what it raises ends the reading.
 
     Raises:
         InputError: it is not the file that its manifest describes; it holds an id that the model has no embedding for,
@@ -230,6 +257,7 @@ def verify_tokens(dataset: PretrainDataset) -> str:
                     place = int(np.argmax(ids >= dataset.vocab_size))
                     outside = int(ids[place]), read // dtype.itemsize + place
                 read += count
+                between_blocks()
     except OSError as error:
         raise InputError(f"{path}: cannot be read past byte {read:,} ({error.strerror})") from error
     sha256 = digest.hexdigest()
@@ -244,72 +272,14 @@ def verify_tokens(dataset: PretrainDataset) -> str:
     return sha256
 
 
-def hold_out(samples: int, fewest: int = 2) -> tuple[np.ndarray, np.ndarray]:
-    """Set a fixed share of the samples aside for validation: (for training, held out), int64 indices.
+def hold_out(samples: int, fewest: int = 2) -> tuple[SampleRange, np.ndarray]:
+    """Set a fixed share of the samples aside for validation: (for training, held out), the latter int64 indices.
 
     One in a hundred, at most 1,000, spread evenly over the file and the same whatever the seed, so that runs compare.
     Fewer than `fewest` samples give none.
     """
     if samples < fewest:
-        return np.arange(samples), np.arange(0)
+        return SampleRange(samples), np.arange(0)
     stride = max(100, -(-samples // 1000)) if samples >= 100 else samples
     held_out = np.arange(stride - 1, samples, stride)
-    return np.delete(np.arange(samples), held_out), held_out
-
-
-def epoch_order(samples: int, seed: int, epoch: int) -> np.ndarray:
-    """The order of the samples in one epoch: a permutation, int64 [samples], and a pure function of its arguments.
-
-    It sorts a Philox stream (Salmon et al., 2011). NumPy guarantees that stream, but not its shuffles, across versions,
-    so a run resumes in the same order after an update.
-    """
-    stream = np.random.Philox(key=np.array([seed, epoch], dtype=np.uint64)).random_raw(samples)
-    return np.argsort(stream, kind="stable")
-
-
-class SampleOrder:
-    """Which samples each step reads: the next slice of the epoch's permutation, for all processes together.
-
-    The position in the data is one number, the samples read so far by all processes. So resuming is exact, and the
-    order does not depend on how many processes share a step.
-    """
-
-    def __init__(self, samples: np.ndarray, seed: int, rows_per_step: int) -> None:
-        self.samples, self.seed, self.rows_per_step = samples, seed, rows_per_step
-        self.per_epoch = len(samples)  # samples
-        self._epoch, self._order = -1, np.arange(0)
-
-    @property
-    def steps_per_epoch(self) -> int:
-        return -(-self.per_epoch // self.rows_per_step)
-
-    def steps_left(self, position: int, epochs: int) -> int:
-        """Steps from `position` to the end of `epochs` epochs."""
-        epoch, start = divmod(position, self.per_epoch)
-        if epoch >= epochs:
-            return 0
-        return -(-(self.per_epoch - start) // self.rows_per_step) + (epochs - epoch - 1) * self.steps_per_epoch
-
-    def next_step(self, position: int) -> np.ndarray:
-        """The samples of the step that begins at `position`; the last step of an epoch may have fewer rows."""
-        epoch, start = divmod(position, self.per_epoch)
-        return self._samples_of(epoch)[start : start + self.rows_per_step]
-
-    def count_targets(self, position: int, dataset: PretrainDataset) -> int:
-        """Tokens that all samples before `position` predict, over all epochs."""
-        if dataset.packing is None:
-            return position * dataset.seq_len
-        epoch, start = divmod(position, self.per_epoch)
-        begun = dataset.count_targets(self._samples_of(epoch)[:start])
-        return self._count_epochs(epoch, dataset) + begun
-
-    def _count_epochs(self, epochs: int, dataset: PretrainDataset) -> int:
-        return epochs * dataset.count_targets(self.samples)
-
-    def _samples_of(self, epoch: int) -> np.ndarray:
-        if epoch != self._epoch:
-            self._epoch, self._order = epoch, self._order_of(epoch)
-        return self._order
-
-    def _order_of(self, epoch: int) -> np.ndarray:
-        return self.samples[epoch_order(len(self.samples), self.seed, epoch)]
+    return SampleRange(samples - len(held_out), run=stride - 1), held_out

@@ -31,6 +31,7 @@ def setting(
     at_most: float | None = None,
     below: float | None = None,
     path: bool = False,
+    several: bool = False,
     accepts: tuple[Callable[[typing.Any], bool], str] | None = None,
 ):
     """A dataclass field with what the flag's help says and what values are accepted.
@@ -39,10 +40,11 @@ def setting(
         choices: the texts that are accepted, where not all are; a registry may grow later.
         at_least, above, at_most, below: limits of a number.
         path: the text names a file or folder, where `~` is the home folder.
+        several: a list of such values is accepted too, and the flag takes several words.
         accepts: in place of the limits, whether a value can be used, and in words which can.
     """
     limits = {"at_least": at_least, "above": above, "at_most": at_most, "below": below}
-    more = {"choices": choices, "path": path, "accepts": accepts}
+    more = {"choices": choices, "path": path, "several": several, "accepts": accepts}
     return dataclasses.field(default=default, metadata={"help": help, **limits, **more})
 
 
@@ -71,12 +73,16 @@ def accepted_types(field: dataclasses.Field) -> tuple[type, tuple[str, ...], boo
 
 
 def parse_value(field: dataclasses.Field, value):
-    """Turn a YAML value or a flag's text into the option's type.
+    """Turn a YAML value or a flag's text into the option's type; a list of one into that one.
 
     Raises:
         ValueError: its text says what would be accepted.
     """
-    kind, words, optional = accepted_types(field)
+    if isinstance(value, list | tuple) and field.metadata["several"]:
+        values = [parse_value(field, one) for one in value]
+        if not values or (len(values) > 1 and not all(isinstance(one, accepted_types(field)[0]) for one in values)):
+            raise ValueError(expected(field))
+        return values if len(values) > 1 else values[0]
     return checked_value(field, from_text(field, value) if isinstance(value, str) else value)
 
 
@@ -162,6 +168,8 @@ def expected(field: dataclasses.Field) -> str:
         text += f" and at most {limits['at_most']:,}"
     if limits["below"] is not None:
         text += f" and below {limits['below']:,}"
+    if limits["several"]:
+        text += ", or a list of them"
     return " or ".join([text, *words, *(["null"] if optional else [])])
 
 

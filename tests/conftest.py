@@ -193,7 +193,8 @@ def flags(tmp_path, token_file, tokenizer_folder):
 
     def build(**changes):
         paths = {"train_data_path": token_file, "tokenizer_path": tokenizer_folder, "out_dir": tmp_path / "out"}
-        return {name: str(value) for name, value in (TINY | paths | changes).items() if value is not None}
+        given = {name: value for name, value in (TINY | paths | changes).items() if value is not None}
+        return {name: [*map(str, v)] if isinstance(v, list) else str(v) for name, v in given.items()}
 
     return build
 

@@ -68,7 +68,10 @@ def refused(flags, capfd, *more) -> str:
 
 def command(flags: dict, *more: str) -> list[str]:
     """The command that trains with these flags."""
-    return [sys.executable, str(ROOT / "train.py"), *(f"--{name}={value}" for name, value in flags.items()), *more]
+    words = []
+    for name, value in flags.items():
+        words += [f"--{name}", *value] if isinstance(value, list) else [f"--{name}={value}"]
+    return [sys.executable, str(ROOT / "train.py"), *words, *more]
 
 
 def run(arguments: list, **options) -> subprocess.CompletedProcess:

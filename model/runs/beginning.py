@@ -18,12 +18,13 @@ from model.runs.processes import Processes
 from model.runs.resume import check_checkpoint, find_checkpoint
 from model.text.tokenization import EMBEDDED_TOKENIZER, tokenizer_folder, tokenizer_sha256
 from model.text.tokenizer_folder import same_tokenizer
-from model.token_file.manifest import Manifest, read_manifest
+from model.token_file.manifest import Manifest
 from model.training.choices import FoundCheckpoint
 from model.training.data import TrainingData
 from model.training.plan import RunPlan
 from model.training.reference import find_references, weights_sha256
 from model.training.settings import ADAPTERS_NEED_WEIGHTS, ModelSettings, Settings, TrainingSettings
+from model.training.token_files import first_manifest
 from model.weights import Weights, load_weights
 from model.weights.find import find_weights
 from model.weights.load import fitting_tokenizer, recorded_tokenizer
@@ -122,7 +123,8 @@ def open_data(
     Raises:
         InputError: they do not, or a file is missing or damaged.
     """
-    data = TrainingData(settings, verify=processes.local_rank == 0, say=say)
+    order = {} if resumed is None else {"order": resumed.content["data"]["order"]}
+    data = TrainingData(settings, verify=processes.local_rank == 0, say=say, **order)
     data.agree(processes.decided)
     if data.is_chat:
         settings.training.document_mask = True
@@ -165,7 +167,7 @@ def _load_initial(settings: Settings, say: Callable[[str], None]) -> Beginning:
     if weights.inferred:
         say(weights.inferred)
     fitting_tokenizer(path, weights, data.tokenizer_path)
-    manifest = read_manifest(data.train_data_path)
+    manifest = first_manifest(data.train_data_path)
     data.tokenizer_path = data.tokenizer_path or _folder_of(weights, manifest)
     taken = "training begins with these weights"
     if _take_shape(model, weights.config):

@@ -16,7 +16,7 @@ from torch.optim.swa_utils import AveragedModel
 from model.errors import InputError, first_line, shown
 from model.lora import adapters_of, checked_adapters, is_adapter
 from model.storage.archive import is_finite
-from model.training.data import TrainingData
+from model.training.data import ORDERS, TrainingData
 from model.training.optimizer import load_optimizer_state
 from model.training.optimizer import state_problem as optimizer_problem
 from model.training.plan import RunPlan
@@ -24,8 +24,8 @@ from model.training.progress import Progress
 from model.training.settings import SECTIONS, Settings
 from model.weights.shapes import check_shapes, read_shape
 
-CHECKPOINT_VERSION = 5
-READABLE_VERSIONS = (2, 3, 4, 5)
+CHECKPOINT_VERSION = 6
+READABLE_VERSIONS = (2, 3, 4, 5, 6)
 NONE = type(None)
 KINDS = {  # the keys of a checkpoint and what lies under them
     "format_version": int,
@@ -37,7 +37,7 @@ KINDS = {  # the keys of a checkpoint and what lies under them
     "tokenizer_sha256": str,
     "chat": dict,  # of a tuning run: see `Weights.chat`; else empty
     "adapters": dict,  # of LoRA: see `lora.adapters_of`; else empty. `model` and `ema` then hold A and B too
-    "data": dict,  # the training data: tokens, dtype, sha256, seq_len, sample_start, training_samples
+    "data": dict,  # the training data: tokens, dtype, sha256, seq_len, sample_start, training_samples, order
     "validation": dict,  # the same of the validation data, with validation_samples
     "pace": dict,  # what total_steps was computed from: rows_per_step, epochs, max_steps
     "total_steps": int,
@@ -116,6 +116,7 @@ def add_defaults(content: dict) -> None:
     later = (
         ("progress", "overflows_in_a_row", 0),
         ("data", "sample_start", "packed"),
+        ("data", "order", "philox"),
         ("validation", "sample_start", "packed"),
     )
     for key, name, value in later:
@@ -157,6 +158,7 @@ def state_problem(path: Path, content: Mapping) -> str | None:
         return f"settings lacks a section, {', '.join(SECTIONS)} expected"
     return (
         _progress_problem(path, content["progress"])
+        or _order_problem(content["data"])
         or _weights_problem(content)
         or _optimizer_problem(content)
         or _scaler_problem(content["scaler"])
@@ -184,6 +186,11 @@ def _progress_problem(path: Path, progress: Mapping) -> str | None:
     if named and int(named[1]) != progress["step"]:
         return f"it is of step {progress['step']}, not of the step in its name"
     return None
+
+
+def _order_problem(data: Mapping) -> str | None:
+    order = data.get("order")
+    return None if order in [*ORDERS] else f"data.order is {shown(order)}, one of {', '.join(ORDERS)} expected"
 
 
 def _weights_problem(content: Mapping) -> str | None:

@@ -18,6 +18,7 @@ from model.training.data import TrainingData
 from model.training.settings import TrainingSettings
 from model.weights.shapes import read_shape
 
+MOST_DIFFERENCES = 4  # shown; the rest is counted
 NO_ADAPTERS = {"lora_rank": 0, "lora_alpha": None}
 # Settings that may change on resuming without being reported.
 OF_THE_PLACE = {"resume", "resume_from", "out_dir", "device", "ddp"}
@@ -137,7 +138,9 @@ def check_fits(path: Path, checkpoint: Mapping, mine: Mapping[str, Mapping], opt
             if here[key] != there.get(key) and key not in unknown
         ]
         if different:
-            raise InputError(f"{path} was made with another {title}: {'; '.join(different)}; {remedies[name]}")
+            more = f"; and {len(different) - MOST_DIFFERENCES:,} more" if len(different) > MOST_DIFFERENCES else ""
+            found = "; ".join(different[:MOST_DIFFERENCES]) + more
+            raise InputError(f"{path} was made with another {title}: {found}; {remedies[name]}")
     before = checkpoint["settings"]["training"]["optimizer_type"]
     if before != optimizer_type:
         raise InputError(

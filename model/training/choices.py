@@ -121,7 +121,7 @@ class Choices:
     def epochs(self, data: TrainingData) -> int:
         """What the kind of data and their number call for."""
         kind = "pairs" if data.is_pairs else "chats" if data.is_chat else "texts"
-        tokens = len(data.train_samples) * data.config.max_seq_len
+        tokens = data.training_samples * data.config.max_seq_len
         return self._settle("epochs", lambda: automatic_epochs(kind, tokens))
 
     def batch_size(self, model: Transformer, data: TrainingData, epochs: int, autocast) -> int:
@@ -135,7 +135,7 @@ class Choices:
     def _choose_batch_size(self, model: Transformer, data: TrainingData, epochs: int, autocast) -> tuple[int, str]:
         t, processes, length = self._training, self._processes, data.config.max_seq_len
         shares = t.accumulation_steps * processes.world_size
-        samples = len(data.train_samples)
+        samples = data.training_samples
         tokens, why = automatic_tokens_per_step(samples * length, epochs, t.max_steps)
         wanted = automatic_batch_size(tokens, length * shares, max(1, samples // shares), None)
         processes.beat("measuring how large a batch fits the memory", 3)

@@ -1,23 +1,29 @@
 """What a run trains and validates on: the tokenizer, the token files, and which of their samples are for what."""
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
-from model.dataset import VERIFY_BYTES, PretrainDataset, SampleOrder, verify_tokens
+from model.dataset import PretrainDataset, SampleRange
 from model.errors import InputError, command_line, counted
 from model.storage.files import size_text
 from model.text.chat_template import template_sha256
 from model.text.token_bytes import token_bytes
 from model.text.tokenization import delimiters, open_tokenizer, tokenizer_sha256, vocabulary_size
-from model.token_file.chats import verify_companions
-from model.training.mixing import MixedDataset, MixedOrder
+from model.training.joined import JoinedDataset
+from model.training.order import SampleOrder, Source, apportioned
 from model.training.settings import DataSettings, Settings, TrainingSettings
+from model.training.sorted_order import SortedOrder
+from model.training.token_files import files_text, find_token_files
+from model.training.verification import verify
 
 # What a token file holds: data processing's name for it.
 FORMAT_OF_KIND = {"texts": "text", "chats": "chat", "pairs": "pairs"}
+ORDERS = {"feistel": SampleOrder, "philox": SortedOrder}  # of samples, by the name that a checkpoint has for it
+VERIFY_BYTES = 8 << 30  # of token files that are verified before training, which takes some ten seconds
 MOST_HELD_OUT_TEXTS = 100  # samples that tell what is forgotten
 TEXT_HEAD = 4096  # bytes that show whether a file is text
 
@@ -97,6 +103,10 @@ def _kind(dataset: PretrainDataset) -> str:
     return "pairs" if dataset.chats.are_pairs else "chats"
 
 
+def _joined(parts: list[PretrainDataset | JoinedDataset]) -> PretrainDataset | JoinedDataset:
+    return parts[0] if len(parts) == 1 else JoinedDataset(parts)
+
+
 class TrainingData:
     """Opens the tokenizer and the token files, and holds samples out for validation if no file is given for it.
 
@@ -105,23 +115,26 @@ class TrainingData:
         tokenizer, tokenizer_sha256: the tokenizer, as `open_tokenizer` gives it, and its hash.
         token_bytes: TokenBytes, the bytes of text that ids stand for.
         delimiters: the tokens that begin and end a document.
-        train, val: PretrainDataset; with texts that are mixed in, `train` is a MixedDataset.
+        train, val: PretrainDataset; JoinedDataset of several files, or, `train`, of chats and texts that are mixed in.
         chat: of chats, what weights that learn them record: `template`, `template_sha256` and `end_ids`; else empty.
-        train_samples, val_samples: which of their samples to use, int64.
-        mixed_samples, mix_share: the samples of texts that are mixed in, int64, and their share; none, and 0.
+        sources: which samples of `train` to train on, and how many of them an epoch reads, for each share that is set.
+        training_samples: how many samples there are to train on, without texts that are mixed in.
+        val_samples: which samples of `val` to use, int64.
         texts, held_out_texts: these texts, a PretrainDataset, and the samples of it that are not trained on, int64.
         fingerprint, validation: identify the training and the validation data.
+        unverified: the token files that are too large to be verified here, for a `BackgroundVerification`.
 
     Args:
         verify: read the token files through, as one process of each machine does.
+        order: of the samples, one of ORDERS.
 
     Raises:
         InputError: a file is missing, is text, its bytes have changed, or they do not fit together.
     """
 
-    def __init__(self, settings: Settings, verify: bool, say: Callable[[str], None]) -> None:
-        data, self._verify = settings.data, verify
-        self._path = data.train_data_path
+    def __init__(self, settings: Settings, verify: bool, say: Callable[[str], None], order: str = "feistel") -> None:
+        data = settings.data
+        self.unverified, self._verify, self._verified_bytes = [], verify, 0
         self.tokenizer = tokenizer = open_tokenizer(data.tokenizer_path)
         self.tokenizer_sha256, self.delimiters = tokenizer_sha256(data.tokenizer_path), delimiters(tokenizer)
         self._sample_start = data.sample_start
@@ -130,32 +143,75 @@ class TrainingData:
         self.config = settings.lm_config(tokens)
         self.token_bytes = token_bytes(tokenizer, self.config.vocab_size)
 
-        for name in ("train_data_path", "val_data_path", "mix_data_path"):
+        for name in ("val_data_path", "mix_data_path"):
             refuse_text(name, getattr(data, name))
-        self.train = train = self._trained = self._open(data.train_data_path, say)
+        entries = self._open_training(data, say)
+        self.train = train = self._trained = _joined(entries)
         self._check_kind(data, settings.training.dpo_beta)
         if train.chats is None and settings.training.init_from is not None:
-            say(f"{data.train_data_path} holds texts, not chats: all tokens are learned, and the model continues texts")
-        self.chat = {} if self.train.chats is None else self._chat(data.train_data_path, self.train)
-        if data.val_data_path is not None:
-            self.val = self._open(data.val_data_path, say, "val_data_path")
-            self._check_same_kind(data.train_data_path, data.val_data_path)
-            self.train_samples, self.val_samples = np.arange(len(self.train)), np.arange(len(self.val))
-        else:
-            self.val = self.train
-            self.train_samples, self.val_samples = self.train.hold_out()
-            say(self._held_out_line())
-        self.mixed_samples, self.held_out_texts, self.mix_share = np.arange(0), np.arange(0), 0.0
+            say(f"{self._path} holds texts, not chats: all tokens are learned, and the model continues texts")
+        self.chat = {} if train.chats is None else self._chat(self._path, train)
+        self._divide(entries, data, say)
+        self.held_out_texts = np.arange(0)
         if data.mix_data_path is not None:
             self._mix(data, say)
         if settings.training.early_stopping and len(self.val_samples) == 0:
             say("early_stopping: there are no validation samples, so training will not stop early")
-        self.fingerprint = train.fingerprint() | {"training_samples": len(self.train_samples)}
+        self.fingerprint = train.fingerprint() | {"training_samples": self.training_samples, "order": order}
+        if isinstance(train, JoinedDataset):
+            self.fingerprint |= {"samples_per_epoch": [source.per_epoch for source in self.sources[: len(entries)]]}
         if self.is_chat:
-            self.fingerprint |= {"mix_share": self.mix_share}
+            self.fingerprint |= {"mix_share": 0.0 if data.mix_data_path is None else data.mix_share}
         if data.mix_data_path is not None:
             self.fingerprint |= {f"mix_{name}": value for name, value in self.texts.fingerprint().items()}
         self.validation = self.val.fingerprint() | {"validation_samples": len(self.val_samples)}
+
+    def _open_training(self, data: DataSettings, say: Callable[[str], None]) -> list[PretrainDataset | JoinedDataset]:
+        """The dataset of each entry of train_data_path; without weights all of them are one.
+
+        Raises:
+            InputError: a file cannot be used, or there are several and one holds chats.
+        """
+        entries = find_token_files(data.train_data_path, leave_out=(data.val_data_path, data.mix_data_path))
+        paths = sum(entries, [])
+        self._path = files_text(paths)  # for messages
+        for path in paths:
+            refuse_text("train_data_path", path)
+        opened = [[self._open(path, say) for path in its] for its in entries]
+        for dataset in sum(opened, []):
+            if dataset.chats is not None and len(paths) > 1:
+                raise InputError(
+                    f"train_data_path: {dataset.path} holds {_kind(dataset)}, but of {len(paths)} token files each must"
+                    " hold texts; make one file of all chats (optimized_data_processing.py reads several inputs)"
+                )
+        return [_joined(its) for its in (opened if data.train_data_weights is not None else [sum(opened, [])])]
+
+    def _divide(
+        self, entries: list[PretrainDataset | JoinedDataset], data: DataSettings, say: Callable[[str], None]
+    ) -> None:
+        """Settle which samples are trained on, in which shares, and which are validated on."""
+        begins = [0, *itertools.accumulate(map(len, entries[:-1]))]  # the number of each one's first sample
+        if data.val_data_path is not None:
+            self.val = self._open(data.val_data_path, say, "val_data_path")
+            self._check_same_kind(data.val_data_path)
+            training = [SampleRange(len(entry)) for entry in entries]
+            self.val_samples = np.arange(len(self.val))
+        else:
+            self.val = self.train
+            training, held_out = zip(*(entry.hold_out() for entry in entries), strict=True)
+            self.val_samples = np.concatenate([own + begin for own, begin in zip(held_out, begins, strict=True)])
+            say(self._held_out_line())
+        self.training_samples = sum(map(len, training))
+        per_epoch = [len(samples) for samples in training]
+        if len(entries) > 1:
+            per_epoch = apportioned(self.training_samples, data.train_data_weights)
+            for path, samples, count in zip(data.train_data_path, training, per_epoch, strict=True):
+                share, passes = count / self.training_samples, count / len(samples)
+                say(f"train_data_weights: {share:.1%} of the samples are of {path}, read {passes:.2f} times an epoch")
+        self.sources = [
+            Source(dataclasses.replace(samples, begin=begin), count)
+            for samples, begin, count in zip(training, begins, per_epoch, strict=True)
+        ]
 
     @property
     def is_chat(self) -> bool:
@@ -201,19 +257,19 @@ class TrainingData:
         found, expected = _kind(self.train), data.train_data_kind
         if expected not in (None, found):
             raise InputError(
-                f"train_data_path: {data.train_data_path} holds {found}, but train_data_kind is {expected}; make it of"
+                f"train_data_path: {self._path} holds {found}, but train_data_kind is {expected}; make it of"
                 f" {expected} ({data_command(expected)}), or set train_data_kind to {found} or null"
             )
         if found != "pairs" and dpo_beta != TrainingSettings.dpo_beta:
             raise InputError(
-                f"dpo_beta: {dpo_beta:g} is of pairs, but train_data_path {data.train_data_path} holds {found}; omit it"
+                f"dpo_beta: {dpo_beta:g} is of pairs, but train_data_path {self._path} holds {found}; omit it"
             )
 
-    def _check_same_kind(self, train_path: str, val_path: str) -> None:
+    def _check_same_kind(self, val_path: str) -> None:
         kinds = [_kind(data) for data in (self.train, self.val)]
         if kinds[0] != kinds[1]:
             raise InputError(
-                f"val_data_path: {val_path} holds {kinds[1]}, train_data_path {train_path} holds {kinds[0]}; give a"
+                f"val_data_path: {val_path} holds {kinds[1]}, train_data_path {self._path} holds {kinds[0]}; give a"
                 f" token file of {kinds[0]}, or null"
             )
         if self.is_chat:
@@ -227,25 +283,24 @@ class TrainingData:
         """
         if (kind := _kind(self.train)) != "chats":
             raise InputError(
-                f"mix_data_path: texts are mixed into chats, but train_data_path {data.train_data_path} holds {kind};"
+                f"mix_data_path: texts are mixed into chats, but train_data_path {self._path} holds {kind};"
                 " omit mix_data_path"
             )
-        self.texts, self.mix_share = self._open(data.mix_data_path, say, "mix_data_path"), data.mix_share
+        self.texts, share = self._open(data.mix_data_path, say, "mix_data_path"), data.mix_share
         if self.texts.chats is not None:
             found = f"{data.mix_data_path} holds {_kind(self.texts)}"
             raise InputError(f"mix_data_path: {found}, a token file of texts expected")
         texts, self.held_out_texts = self.texts.hold_out()
         most = MOST_HELD_OUT_TEXTS
         self.held_out_texts = self.held_out_texts[:: -(-len(self.held_out_texts) // most) or 1]
-        self.mixed_samples = texts + len(self.train)
-        self.train = MixedDataset(self.train, self.texts)
-        say(f"mix_data_path: {data.mix_share:.1%} of the samples are texts of {data.mix_data_path}, wholly learned")
+        per_epoch = max(1, round(self.training_samples * share / (1 - share)))
+        self.sources.append(Source(dataclasses.replace(texts, begin=len(self.train)), per_epoch))
+        self.train = JoinedDataset([self.train, self.texts])
+        say(f"mix_data_path: {share:.1%} of the samples are texts of {data.mix_data_path}, wholly learned")
 
     def order(self, seed: int, rows_per_step: int) -> SampleOrder:
         """The order in which training reads its samples."""
-        if len(self.mixed_samples):
-            return MixedOrder(self.train_samples, self.mixed_samples, self.mix_share, seed, rows_per_step)
-        return SampleOrder(self.train_samples, seed, rows_per_step)
+        return ORDERS[self.fingerprint["order"]](self.sources, seed, rows_per_step)
 
     def _held_out_line(self) -> str:
         if not self.is_chat:
@@ -292,12 +347,12 @@ class TrainingData:
         if dataset.manifest is None:
             only = f"only that its ids are below {config.vocab_size} (vocab_size) can be checked"
             say(f"{path}: no manifest beside it; read as {dataset.layout.origin}; {only}")
-        if self._verify and dataset.tokens.nbytes <= VERIFY_BYTES:
-            dataset.verified_sha256 = verify_tokens(dataset)
-            if dataset.chats is not None:
-                verify_companions(dataset.path, dataset.manifest)
+        if self._verify and self._verified_bytes + dataset.tokens.nbytes <= VERIFY_BYTES:
+            self._verified_bytes += dataset.tokens.nbytes
+            verify(dataset)
         elif self._verify:
-            say(f"{path}: {size_text(dataset.tokens.nbytes)} are too large to be verified before training")
+            self.unverified.append(dataset)
+            say(f"{path}: {size_text(dataset.tokens.nbytes)}, which are verified while training takes its first steps")
         return dataset
 
     def validation_turns(self, most: int) -> list[tuple[list[int], list[int]]]:

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from model.dataset import SampleOrder
 from model.LMConfig import LMConfig
 from model.model import Transformer
 from model.storage.archive import tensor_bytes
@@ -17,6 +16,7 @@ from model.training.choices import Choices, FoundCheckpoint, Ranks
 from model.training.data import TrainingData
 from model.training.memory import trained_bytes
 from model.training.optimizer import optimizer_bytes, trained_parameters
+from model.training.order import SampleOrder
 from model.training.recipe import rough_duration_text, run_seconds
 from model.training.schedule import Schedule, plan_schedule
 from model.training.settings import Settings, TrainingSettings

@@ -35,7 +35,19 @@ class DataSettings:
     tokenizer_path: str | None = setting(
         None, "folder of the tokenizer; null: the embedded one, model/tokenizer", path=True
     )
-    train_data_path: str = setting("./dataset/pretrain_data.bin", "token file to train on", path=True)
+    train_data_path: str | list[str] = setting(
+        "./dataset/pretrain_data.bin",
+        "token file to train on; or several of texts, globs too, that are read as one",
+        path=True,
+        several=True,
+    )
+    train_data_weights: float | list[float] | None = setting(
+        None,
+        "shares in the samples, relative to each other, of each path or glob of train_data_path; null: by their tokens",
+        above=0,
+        at_most=1e9,
+        several=True,
+    )
     train_data_kind: str | None = setting(
         None,
         "what train_data_path has to hold: texts, chats or pairs (of answers); null: what it holds decides",
@@ -254,7 +266,7 @@ def build_settings(
 def _merge_section(settings: Settings, section: str, values: Mapping, source: str, problems: list[str]) -> None:
     for name, value in values.items():
         if SECTION_OF.get(name) == section:
-            if FIELDS[name].metadata["path"] and isinstance(value, str) and (wrong := _eaten_by_escapes(value)):
+            if FIELDS[name].metadata["path"] and (wrong := _eaten_by_escapes(value)):
                 problems.append(f"{source}: {section}.{name}: {shown(value)} found, {wrong} expected ({ESCAPES})")
             else:
                 _assign(settings, name, value, f"{source}: {section}.{name}", problems)
@@ -267,8 +279,17 @@ def _merge_section(settings: Settings, section: str, values: Mapping, source: st
             problems.append(f"{source}: {section}.{written} is unknown; {nearest}")
 
 
-def _eaten_by_escapes(path: str) -> str | None:
+def as_list(value) -> list:
+    """The values of a setting that takes several: one, or a list of them."""
+    return value if isinstance(value, list) else [value]
+
+
+def _eaten_by_escapes(value) -> str | None:
     """What to expect of a path that YAML's escapes left a trace in: "C:\\temp\\new.bin" with its tab and newline."""
+    return next((wrong for path in as_list(value) if isinstance(path, str) and (wrong := _trace(path))), None)
+
+
+def _trace(path: str) -> str | None:
     if EATEN.search(path):
         return "a path without control characters"
     return "a path with / or \\ after the drive's colon" if DRIVE_ALONE.match(path) else None
@@ -296,6 +317,10 @@ def _impossible_combinations(settings: Settings) -> list[str]:
         problems.append(
             f"mix_share: {data.mix_share} of no texts; set mix_data_path to a token file of texts, or omit mix_share"
         )
+    if data.train_data_weights is not None:
+        weights, paths = len(as_list(data.train_data_weights)), len(as_list(data.train_data_path))
+        if weights != paths:
+            problems.append(f"train_data_weights: {weights} found, but train_data_path has {paths}; give one for each")
     if (parameters := _least_parameters(settings.model)) > MOST_PARAMETERS:
         problems.append(f"dim, n_layers: {parameters:,} parameters or more, at most {MOST_PARAMETERS:,} expected")
     if not training.resumes:  # else the checkpoint has the weights, and its adapters are compared with these

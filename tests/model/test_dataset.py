@@ -1,4 +1,4 @@
-"""The token file and the order of samples."""
+"""The token file and its samples."""
 
 import json
 
@@ -8,8 +8,6 @@ import torch
 
 from model.dataset import (
     PretrainDataset,
-    SampleOrder,
-    epoch_order,
     hold_out,
     number_documents,
     verify_tokens,
@@ -230,29 +228,16 @@ def test_a_damaged_manifest_is_one_clear_line(tmp_path, text):
         PretrainDataset(path, seq_len=8, vocab_size=100)
 
 
-def test_the_order_is_a_permutation_and_never_changes():
-    order = epoch_order(1000, seed=42, epoch=0)
-    assert sorted(order) == list(range(1000))
-    assert order[:8].tolist() == [219, 322, 311, 675, 377, 174, 866, 100]  # of the release; a change breaks resuming
-    assert not np.array_equal(order, epoch_order(1000, seed=42, epoch=1))
-    assert not np.array_equal(order, epoch_order(1000, seed=43, epoch=0))
-
-
-def test_an_epoch_reads_each_sample_once_and_the_next_begins_afresh():
-    order, position, epochs = SampleOrder(np.arange(100, 123), seed=1, rows_per_step=5), 0, []
-    for _ in range(2):
-        read = []
-        for _ in range(order.steps_per_epoch):
-            samples = order.next_step(position)
-            position += len(samples)
-            read += samples.tolist()
-        epochs.append(read)
-    assert [sorted(read) for read in epochs] == [list(range(100, 123))] * 2 and epochs[0] != epochs[1]
-    assert SampleOrder(np.arange(100, 123), 1, 5).next_step(30).tolist() == epochs[1][7:12]
-
-
 @pytest.mark.parametrize(("samples", "expected"), [(1, 0), (2, 1), (50, 1), (100, 1), (5_000, 50), (7_000_000, 1000)])
 def test_a_small_share_is_held_out_for_validation(samples, expected):
     train, held_out = hold_out(samples)
-    assert len(held_out) == expected
-    assert sorted([*train, *held_out]) == list(range(samples)) if samples <= 5000 else len(train) == samples - expected
+    assert len(held_out) == expected and len(train) == samples - expected
+    if samples <= 5000:
+        assert sorted([*train.numbers(), *held_out]) == list(range(samples))
+
+
+def test_holding_out_of_a_huge_file_takes_no_memory():
+    samples = 2_400_000_000
+    train, held_out = hold_out(samples)
+    last = train[np.array([len(train) - 1])]
+    assert len(train) == samples - 1000 and last == samples - 2 and held_out[-1] == samples - 1

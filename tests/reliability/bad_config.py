@@ -150,7 +150,7 @@ CONFIGS: list[tuple[str | bytes, ...]] = [
     ('data:\n  tokenizer_path: "to\\0k"\n', "data.tokenizer_path"),
     ('data:\n  raw_data_path: "r\\0"\n', "data.raw_data_path"),
     (f"training:\n  out_dir: {'o' * 9000}\n", "training.out_dir"),
-    ("data:\n  train_data_path: [a.bin, b.bin]\n", "data.train_data_path"),
+    ("data:\n  train_data_path: [a.bin, [b.bin]]\n", "data.train_data_path"),
     ("data:\n  train_data_path: {a: b}\n", "data.train_data_path"),
     ("data:\n  tokenizer_path: 7\n", "data.tokenizer_path"),
     ("data: {train_data_path: train.bin}\ntraining: {device: tpu}\n", "device"),

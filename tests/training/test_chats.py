@@ -12,7 +12,6 @@ from model.storage.archive import load_torch
 from model.text.tokenization import load_tokenizer, tokenizer_sha256
 from model.token_file.manifest import ends_path, learn_path, manifest_path
 from model.training.config_file import read_config
-from model.training.mixing import MixedOrder
 from model.training.settings import build_settings
 from model.weights import load_weights
 from optimized_pretrain import Trainer
@@ -86,6 +85,7 @@ def test_samples_hold_whole_chats_and_predict_the_learned_tokens_only(dataset, t
 def test_held_out_chats_are_whole_and_not_trained_on(dataset):
     before = dataset.count_targets(np.arange(len(dataset)))
     training, held_out = dataset.hold_out()
+    training = training.numbers()
     assert len(dataset.held_out_chats) == 1 and len(held_out) == 1
     assert sorted([*training, *held_out]) == list(range(len(dataset)))
     assert dataset.count_targets(training) + dataset.count_targets(held_out) == before
@@ -169,19 +169,6 @@ def test_accumulation_and_two_processes_compute_what_one_batch_does(chat_flags, 
     assert evaluated[0] == pytest.approx(evaluated[1], abs=1e-5)
 
 
-def test_texts_are_spread_among_the_chats_and_pass_once_before_any_is_read_again():
-    order = MixedOrder(np.arange(90), 90 + np.arange(35), share=0.1, seed=3, rows_per_step=10)
-    assert order.per_epoch == 100
-    epochs = [np.concatenate([order.next_step(100 * epoch + 10 * step) for step in range(10)]) for epoch in range(7)]
-    for samples in epochs:
-        assert sorted(samples[samples < 90]) == list(range(90))
-        assert all(1 <= (samples[begin : begin + 20] >= 90).sum() <= 3 for begin in range(0, 100, 20))
-    texts = np.concatenate([samples[samples >= 90] for samples in epochs])
-    assert sorted(texts[:35]) == sorted(texts[35:70]) == list(range(90, 125)) and (texts[:35] != texts[35:70]).any()
-    again = MixedOrder(np.arange(90), 90 + np.arange(35), share=0.1, seed=3, rows_per_step=10)
-    assert again.next_step(340).tolist() == epochs[3][40:50].tolist()
-
-
 @pytest.mark.long
 def test_a_run_that_resumes_is_judged_with_its_checkpoints_settings(chat_flags, tmp_path, token_file, capfd):
     train(chat_flags(mix_data_path=token_file, mix_share=0.3, max_steps=4, save_interval=2))
@@ -200,7 +187,8 @@ def test_what_is_forgotten_is_measured_before_tuning_and_at_each_evaluation(chat
     found = [event for event in events(tmp_path / "out") if "text_bits_per_byte" in event]
     assert [event["step"] for event in found] == [0, 4] and "val_loss" not in found[0]
     held_out = trainer.data.held_out_texts
-    assert not set(held_out + len(trainer.data.train._of_chats)) & set(trainer.data.mixed_samples)
+    texts = trainer.data.sources[1].samples.numbers() - len(trainer.data.train.parts[0])
+    assert sorted([*held_out, *texts]) == [*range(len(trainer.data.texts))]
     inputs, targets = trainer.data.texts.batch(held_out, rows=len(held_out))
     with torch.no_grad():
         loss = float(trainer.model(inputs, targets)) / targets.numel()

@@ -151,7 +151,9 @@ def test_pairs_are_packed_whole_and_held_out_whole(dataset):
         assert len(numbers) % 2 == 0 and (numbers[::2] % 2 == 0).all() and (numbers[1::2] == numbers[::2] + 1).all()
         assert sum(length for _, length in dataset._runs(sample)) <= CONTEXT + 1
     training, held_out = dataset.hold_out()
-    found = [set(answers_of(dataset, samples, len(samples)).ravel()) - {-1} for samples in (training, held_out)]
+    found = [
+        set(answers_of(dataset, samples, len(samples)).ravel()) - {-1} for samples in (training.numbers(), held_out)
+    ]
     assert not found[0] & found[1] and found[0] | found[1] == set(range(2 * len(PAIRS)))
     assert found[1] == {198, 199}  # the hundredth pair
     assert dataset.chats.chosen(dataset.held_out_chats).tolist() == [198]

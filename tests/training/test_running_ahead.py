@@ -50,7 +50,7 @@ def spoil(trainer: Trainer, bad: dict[int, str]) -> None:
             return found + zero.sqrt()  # 0, and its derivative is not a number
         return found * {"loss": torch.nan, "spike": 50.0, None: 1.0}[problem]
 
-    object.__setattr__(order, "next_step", noted)
+    order.next_step = noted
     objective.loss = spoiled
 
 

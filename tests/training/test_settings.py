@@ -98,6 +98,19 @@ def test_auto_in_a_config_file_is_a_word(tmp_path):
     assert (training.learning_rate, training.batch_size, training.compile) == ("auto", "auto", False)
 
 
+@pytest.mark.parametrize("paths", [["a.bin"], ["a.bin", "b*.bin"]])
+def test_several_token_files_are_a_list_in_the_file_and_several_words_of_the_flag(tmp_path, paths):
+    from train import read_settings
+
+    (tmp_path / "c.yaml").write_text(f"data:\n  train_data_path: {paths}\n  train_data_weights: [3, 1e-1]\n")
+    expected = paths if len(paths) > 1 else paths[0]
+    flags = ["--train_data_weights", "3", "1e-1"][: len(paths) + 1]
+    assert read_settings(["--train_data_path", *paths, *flags]).data.train_data_path == expected
+    if len(paths) > 1:
+        data = read_settings(["--config", str(tmp_path / "c.yaml")]).data
+        assert (data.train_data_path, data.train_data_weights) == (paths, [3.0, 0.1])
+
+
 @pytest.mark.parametrize(("arguments", "expected"), [([], "auto"), (["--compile"], True), (["--compile", "no"], False)])
 def test_a_bare_compile_flag_means_true(arguments, expected):
     from train import read_settings
@@ -123,7 +136,15 @@ WRONG = {
     "null for a batch": ({"training": {"batch_size": None}}, "batch_size", "whole number", "or auto"),
     "an unknown choice": ({"training": {"dtype": "fp16"}}, "dtype", "float16"),
     "null where a value is needed": ({"training": {"epochs": None}}, "epochs", "whole number"),
-    "a list for text": ({"data": {"train_data_path": ["a"]}}, "train_data_path", "text"),
+    "a list for text": ({"data": {"val_data_path": ["a"]}}, "val_data_path", "text"),
+    "an empty list": ({"data": {"train_data_path": []}}, "train_data_path: [] found, text, or a list of them"),
+    "a list in a list": ({"data": {"train_data_path": ["a", ["b", "c"]]}}, "train_data_path", "text, or a list"),
+    "null in a list": ({"data": {"train_data_weights": [1, None]}}, "train_data_weights", "above 0", "or a list"),
+    "a weight of nothing": ({"data": {"train_data_weights": [1, 0]}}, "train_data_weights", "above 0"),
+    "a weight too few": (
+        {"data": {"train_data_path": ["a", "b", "c"], "train_data_weights": [1, 2]}},
+        "train_data_weights: 2 found, but train_data_path has 3",
+    ),
     "heads that do not divide": ({"model": {"n_heads": 16, "n_kv_heads": 5}}, "n_kv_heads", "divide"),
     "a dim that heads do not divide": ({"model": {"dim": 100}}, "dim", "multiple of"),
     "dropout of 1": ({"model": {"dropout": 1.0}}, "dropout", "below 1"),

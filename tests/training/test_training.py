@@ -100,7 +100,7 @@ def read_samples(monkeypatch):
 def test_epochs_read_every_training_sample_once_and_no_held_out_one(flags, read_samples):
     options = {"batch_size": 300, "eval_interval": 99, "save_interval": 99}
     trainer = train(flags(max_steps=None, epochs=2, **options))
-    samples, steps = sorted(trainer.data.train_samples), trainer.plan.order.steps_per_epoch
+    samples, steps = trainer.data.sources[0].samples.numbers().tolist(), trainer.plan.order.steps_per_epoch
     assert len(samples) % 300 and trainer.progress.step == 2 * steps  # the last step of an epoch is a shorter one
     for epoch in (read_samples[:steps], read_samples[steps : 2 * steps]):
         assert sorted(sum(epoch, [])) == samples
@@ -112,13 +112,13 @@ def test_epochs_read_every_training_sample_once_and_no_held_out_one(flags, read_
 def test_with_samples_from_documents_an_epoch_predicts_all_but_the_first_token_of_each(flags, tmp_path):
     options = {"sample_start": "document", "document_mask": "true", "max_seq_len": 96, "batch_size": 50}
     trainer = train(flags(max_steps=None, epochs=2, eval_interval=99, save_interval=99, **options))
-    data, train_samples, held_out = trainer.data.train, trainer.data.train_samples, trainer.data.val_samples
+    data, train_samples, held_out = trainer.data.train, trainer.data.sources[0].samples, trainer.data.val_samples
     predicted = np.sort(data.batch(np.arange(len(data)), rows=len(data))[1].flatten().numpy())
     tokens = np.asarray(data.tokens)
     assert predicted[predicted != IGNORE_INDEX].tolist() == np.sort(tokens[tokens != 1]).tolist()
     in_epoch = len(tokens) - data.manifest.documents - data.count_targets(held_out)
     assert [event["tokens"] for event in events(tmp_path / "out")][-1] == 2 * in_epoch
-    assert data.count_targets(train_samples) == in_epoch
+    assert data.count_targets(train_samples.numbers()) == in_epoch
 
     loss = trainer.evaluate()["val_loss"]  # on the held-out samples, each document alone
     total, rows = 0.0, data.batch(held_out, rows=len(held_out))
@@ -466,7 +466,7 @@ def test_with_another_batch_size_the_rate_still_falls_until_the_end(flags, tmp_p
     steps = first.plan.order.steps_per_epoch
     out = tmp_path / "out"
     resumed = train(flags(**options, batch_size=batch_size, resume_from=out / f"checkpoint_step_{steps}.pth"))
-    assert resumed.progress.step == steps + -(-len(resumed.data.train_samples) // batch_size)
+    assert resumed.progress.step == steps + -(-resumed.data.training_samples // batch_size)
     rates = [event["lr"] for event in events(out) if "lr" in event]
     assert rates[-1] == pytest.approx(3e-4) and rates[-2] > rates[-1]
 

@@ -38,7 +38,7 @@ def checkpoint_content(step=5, started="20260101T120000", optimizer_type="adamw"
     return {
         "format_version": CHECKPOINT_VERSION, "started": started, "settings": settings.as_dict(),
         "config": dataclasses.asdict(CONFIG), "context": CONFIG.max_seq_len,
-        "tokenizer_path": None, "tokenizer_sha256": "abc", "data": {},
+        "tokenizer_path": None, "tokenizer_sha256": "abc", "data": {"order": "feistel"},
         "validation": {}, "pace": {}, "total_steps": 10, "chosen": {}, "chat": {}, "adapters": {},
         "progress": dataclasses.asdict(Progress(step=step)),
         "model": model.state_dict(), "ema": None, "ema_updates": 0, "optimizer": optimizer.state_dict(), "scaler": {},
@@ -175,13 +175,18 @@ WRONG = {
     "a random state that is none": (lambda c: c["random_states"][0].update(torch=torch.ones(3)), "random_states"),
     "nothing of what version 4 added": (lambda c: c.pop("chat"), "chat is missing"),
     "nothing of what version 5 added": (lambda c: c.pop("context"), "context is missing"),
+    "nothing of what version 6 added": (lambda c: c["data"].pop("order"), "data.order is None"),
+    "an order that this program lacks": (
+        lambda c: c["data"].update(order=["mine"]),
+        r"data.order is \[.mine.\], one of",
+    ),
     "a context below that of the samples": (lambda c: c.update(context=8), "context is 8, max_seq_len 16"),
     "a context of nobody": (lambda c: c.update(context=2**40), "max_seq_len"),
     "another version": (lambda c: c.update(format_version=1), "version 1"),
 }
 
 
-@pytest.mark.parametrize("version", [2, 3, 4])
+@pytest.mark.parametrize("version", [2, 3, 4, 5])
 def test_a_checkpoint_of_an_earlier_version_gets_what_came_later(tmp_path, version):
     content = checkpoint_content() | {"format_version": version, "data": {"tokens": 9}}
     for key in ("chosen", "chat", "adapters", "context"):
@@ -190,7 +195,7 @@ def test_a_checkpoint_of_an_earlier_version_gets_what_came_later(tmp_path, versi
     save_torch(tmp_path / "checkpoint_step_5.pth", content)
     loaded = load_checkpoint(tmp_path / "checkpoint_step_5.pth")
     assert loaded["chosen"] == loaded["chat"] == loaded["adapters"] == {} and loaded["context"] == 16
-    assert loaded["data"] == {"tokens": 9, "sample_start": "packed"}
+    assert loaded["data"] == {"tokens": 9, "sample_start": "packed", "order": "philox"}
     assert loaded["progress"]["overflows_in_a_row"] == 0
 
 
