@@ -78,12 +78,14 @@ def parse_value(field: dataclasses.Field, value):
     Raises:
         ValueError: its text says what would be accepted.
     """
-    if isinstance(value, list | tuple) and field.metadata["several"]:
-        values = [parse_value(field, one) for one in value]
-        if not values or (len(values) > 1 and not all(isinstance(one, accepted_types(field)[0]) for one in values)):
-            raise ValueError(expected(field))
-        return values if len(values) > 1 else values[0]
-    return checked_value(field, from_text(field, value) if isinstance(value, str) else value)
+    if not (isinstance(value, list | tuple) and field.metadata["several"]):
+        return checked_value(field, from_text(field, value) if isinstance(value, str) else value)
+    if not value or any(isinstance(one, list | tuple) for one in value):
+        raise ValueError(expected(field))
+    values = [parse_value(field, one) for one in value]
+    if len(values) > 1 and None in values:
+        raise ValueError(expected(field))
+    return values if len(values) > 1 else values[0]
 
 
 def from_text(field: dataclasses.Field, text: str):

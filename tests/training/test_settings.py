@@ -139,6 +139,7 @@ WRONG = {
     "a list for text": ({"data": {"val_data_path": ["a"]}}, "val_data_path", "text"),
     "an empty list": ({"data": {"train_data_path": []}}, "train_data_path: [] found, text, or a list of them"),
     "a list in a list": ({"data": {"train_data_path": ["a", ["b", "c"]]}}, "train_data_path", "text, or a list"),
+    "a list of one in a list": ({"data": {"train_data_path": ["a", ["b"]]}}, "train_data_path", "text, or a list"),
     "null in a list": ({"data": {"train_data_weights": [1, None]}}, "train_data_weights", "above 0", "or a list"),
     "a weight of nothing": ({"data": {"train_data_weights": [1, 0]}}, "train_data_weights", "above 0"),
     "a weight too few": (
