@@ -261,8 +261,8 @@ def add_launcher_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--on",
         metavar="GPUS",
-        help="with --dry_run: measure nothing, but reckon what the run would take on GPUs that need not be here, as"
-        " 8xH100 or 2x8xH100 (nodes x GPUs)",
+        help="with --dry_run: measure nothing; compute what the run would take on GPUs that need not be here, such as"
+        " 8xH100 or, nodes x GPUs, 2x8xH100",
     )
 
 
@@ -411,7 +411,7 @@ def print_forecast(launcher: argparse.Namespace, arguments: list[str]) -> int:
     if not launcher.dry_run:
         raise InputError(f"--on {launcher.on}: it trains nothing, and goes with --dry_run only; add that, or omit --on")
     if "WORLD_SIZE" in os.environ or launcher.nproc_per_node is not None:
-        raise InputError("--on: it reckons in this process for any number of GPUs; omit torchrun and --nproc_per_node")
+        raise InputError("--on: one process computes it for any number of GPUs; omit torchrun and --nproc_per_node")
     settings, _, has_config = _read_command(arguments)
     if settings.training.init_from is not None or (settings.training.resumes and not has_config):
         raise InputError(
@@ -419,7 +419,8 @@ def print_forecast(launcher: argparse.Namespace, arguments: list[str]) -> int:
             " --resume, and give the shape (dim, n_layers …)"
         )
     with heavy_imports():
-        from model.training.forecast_report import forecast_lines, forecast_run
+        from model.training.forecast_report import forecast_lines
+        from model.training.run_forecast import forecast_run
 
     lines = forecast_lines(forecast_run(settings, cluster, say), settings.data.train_data_path)
     print("\n".join(["", *lines]))

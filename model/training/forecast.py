@@ -226,7 +226,13 @@ class Forecast:
         return self.computing + self.updating + self.waiting
 
     @property
+    def worst_seconds(self) -> float:
+        """Of a step in which no exchange hides behind computing."""
+        return self.computing + self.updating + self.exchanging
+
+    @property
     def together(self) -> int:
+        """Bytes."""
         return self.memory.together + self.buffers
 
 

@@ -1,129 +1,15 @@
 """The page that `train.py --config … --dry_run --on 8xH100` prints."""
 
-import copy
-import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
 
-import torch
-
-from model.LMConfig import LMConfig
 from model.storage.files import size_text
-from model.text.tokenization import open_tokenizer, vocabulary_size
-from model.training.absent_gpu import AbsentGPU
-from model.training.data import TrainingData
-from model.training.devices import Cluster
-from model.training.forecast import (
-    LINK_REACHED,
-    WRITER_BANDWIDTH,
-    Forecast,
-    ModelCost,
-    forecast,
-    made_to_fit,
-    model_cost,
-    reached_share,
-    ways_on,
-)
+from model.training.forecast import LINK_REACHED, WRITER_BANDWIDTH, Forecast, reached_share
 from model.training.memory import CLOSE
-from model.training.plan import Hardware
-from model.training.recipe import (
-    MOST_TOKENS,
-    automatic_batch_size,
-    automatic_epochs,
-    automatic_tokens_per_step,
-    batch_text,
-    count_text,
-    duration_text,
-    rough_duration_text,
-)
+from model.training.recipe import batch_text, count_text, duration_text, rough_duration_text
 from model.training.report import aligned, model_text
-from model.training.settings import AUTO, Settings, TrainingSettings
+from model.training.run_forecast import RunForecast
 
 NO_GAIN = 1.05  # a way that is slower by less is chosen where it is simpler
-
-
-@dataclass(frozen=True)
-class RunForecast:
-    """What a run would take on a cluster, one forecast for each way."""
-
-    cluster: Cluster
-    config: LMConfig
-    training: TrainingSettings  # with the batch_size and the epochs that are assumed where they are auto
-    cost: ModelCost
-    steps: int | None  # None: nothing says how many
-    forecasts: list[Forecast]
-
-    @property
-    def tokens_per_step(self) -> int:
-        t = self.training
-        return t.batch_size * t.accumulation_steps * self.cluster.gpus * self.config.max_seq_len
-
-    @property
-    def checkpoint_bytes(self) -> int:
-        memory = self.cost.memory
-        return memory.weights + memory.average + memory.optimizer
-
-
-def forecast_run(settings: Settings, cluster: Cluster, say: Callable[[str], None]) -> RunForecast:
-    """Forecast a run from its settings and, if it is there, its token file; nothing is made or written.
-
-    Args:
-        say: prints one line for the user.
-
-    Raises:
-        InputError: the tokenizer or the token file cannot be used.
-    """
-    settings = copy.deepcopy(settings)
-    data = TrainingData(settings, verify=False, say=say) if Path(settings.data.train_data_path).exists() else None
-    if data is None:
-        config = settings.lm_config(vocabulary_size(open_tokenizer(settings.data.tokenizer_path)))
-    else:
-        config = data.config
-        settings.training.document_mask |= data.is_chat
-    training = settings.training
-    dtype = getattr(torch, training.dtype)
-    if dtype == torch.bfloat16 and not cluster.device.has_bfloat16:
-        dtype = torch.float16
-    cost = model_cost(config, training, Hardware(torch.device("cuda"), dtype, AbsentGPU(dtype)))
-    training = _without_auto(training, cluster, cost, config.max_seq_len, data)
-    micro_batches, length = training.accumulation_steps, config.max_seq_len
-    return RunForecast(
-        cluster=cluster,
-        config=config,
-        training=training,
-        cost=cost,
-        steps=_steps(training, cluster, data),
-        forecasts=[
-            forecast(way, cluster, cost, training.batch_size, micro_batches, length) for way in ways_on(cluster)
-        ],
-    )
-
-
-def _without_auto(
-    training: TrainingSettings, cluster: Cluster, cost: ModelCost, length: int, data: TrainingData | None
-) -> TrainingSettings:
-    """The epochs and the batch_size that `auto` would come to there; without data, for the largest step."""
-    epochs, samples = training.epochs, MOST_TOKENS if data is None else len(data.train_samples)
-    if epochs == AUTO:
-        kind = "texts" if data is None or not data.is_chat else "pairs" if data.is_pairs else "chats"
-        epochs, _ = automatic_epochs(kind, samples * length)
-    rows = training.batch_size
-    if rows == AUTO:
-        shares = training.accumulation_steps * cluster.gpus
-        tokens = MOST_TOKENS
-        if data is not None:
-            tokens, _ = automatic_tokens_per_step(samples * length, epochs, training.max_steps)
-        fits = max(forecast(way, cluster, cost, 1, 1, length).most_rows for way in ways_on(cluster) if way.exists)
-        rows = automatic_batch_size(tokens, length * shares, max(1, samples // shares), fits)
-    return dataclasses.replace(training, epochs=epochs, batch_size=rows)
-
-
-def _steps(training: TrainingSettings, cluster: Cluster, data: TrainingData | None) -> int | None:
-    if training.max_steps is not None or data is None:
-        return training.max_steps
-    rows_per_step = training.batch_size * training.accumulation_steps * cluster.gpus
-    return data.order(training.seed, rows_per_step).steps_left(0, training.epochs)
 
 
 def forecast_lines(run: RunForecast, data_path: str) -> list[str]:
@@ -180,44 +66,35 @@ def _run_rows(run: RunForecast, data_path: str) -> list[tuple[str, str]]:
 
 
 def _table(run: RunForecast) -> list[str]:
-    """The ways side by side."""
-    forecasts, gpus = run.forecasts, run.cluster.gpus
-
-    def row(name: str, of: Callable[[Forecast], str]) -> tuple[str, ...]:
-        return (name, *map(of, forecasts))
-
-    def size(of: Callable[[Forecast], float]) -> Callable[[Forecast], str]:
-        return lambda f: size_text(of(f))
-
-    def seconds(of: Callable[[Forecast], float]) -> Callable[[Forecast], str]:
-        return lambda f: f"{of(f):.3g} s"
-
-    rows = [
-        row("each GPU holds", lambda f: f.way.name + ("" if f.way.exists else "*")),
-        row("  weights", size(lambda f: f.memory.weights)),
-        row("  gradients", size(lambda f: f.memory.gradients)),
-        row("  optimizer", size(lambda f: f.memory.optimizer)),
-        *([row("  moving average", size(lambda f: f.memory.average))] if run.training.use_ema else []),
-        *([row("  for the exchange", size(lambda f: f.buffers))] if gpus > 1 else []),
-        row("  activations", size(lambda f: f.memory.activations)),
-        row("  together", size(lambda f: f.together)),
-        row(f"fits in {CLOSE:.0%} of it", lambda f: "yes" if f.fits else "no"),
-        row("largest batch_size", lambda f: f"{f.most_rows:,}"),
-        row("a step", lambda f: ""),
-        *([row("  sent by a GPU", size(lambda f: f.sent))] if gpus > 1 else []),
-        *([row("  exchange", seconds(lambda f: f.exchanging))] if gpus > 1 else []),
-        *([row("  not hidden", seconds(lambda f: f.waiting))] if gpus > 1 else []),
-        row("  computing", seconds(lambda f: f.computing)),
-        row("  update", seconds(lambda f: f.updating)),
-        row("  together", seconds(lambda f: f.step_seconds)),
-        row("tokens/s", lambda f: count_text(run.tokens_per_step / f.step_seconds)),
+    """The ways side by side: a row for each name, with what it is of each way."""
+    several, averages, ends = run.cluster.gpus > 1, run.training.use_ema, run.steps is not None
+    rows: list[tuple[bool, str, Callable[[Forecast], str]]] = [  # whether to show it, its name, its cells
+        (True, "each GPU holds", lambda f: f.way.name + ("" if f.way.exists else "*")),
+        (True, "  weights", lambda f: size_text(f.memory.weights)),
+        (True, "  gradients", lambda f: size_text(f.memory.gradients)),
+        (True, "  optimizer", lambda f: size_text(f.memory.optimizer)),
+        (averages, "  moving average", lambda f: size_text(f.memory.average)),
+        (several, "  for the exchange", lambda f: size_text(f.buffers)),
+        (True, "  activations", lambda f: size_text(f.memory.activations)),
+        (True, "  together", lambda f: size_text(f.together)),
+        (True, f"fits in {CLOSE:.0%} of memory", lambda f: "yes" if f.fits else "no"),
+        (True, "largest batch_size", lambda f: f"{f.most_rows:,}"),
+        (True, "a step", lambda f: ""),
+        (several, "  sent by a GPU", lambda f: size_text(f.sent)),
+        (several, "  exchange", lambda f: f"{f.exchanging:.3g} s"),
+        (True, "  computing", lambda f: f"{f.computing:.3g} s"),
+        (True, "  update", lambda f: f"{f.updating:.3g} s"),
+        (True, "  together", lambda f: f"{f.step_seconds:.3g} s"),
+        (several, "  if nothing overlaps", lambda f: f"{f.worst_seconds:.3g} s"),
+        (True, "tokens/s", lambda f: count_text(run.tokens_per_step / f.step_seconds)),
+        (ends, "the run", lambda f: rough_duration_text(run.steps * f.step_seconds)),
+        (ends and several, "  if nothing overlaps", lambda f: rough_duration_text(run.steps * f.worst_seconds)),
     ]
-    if run.steps is not None:
-        rows.append(row("the run", lambda f: rough_duration_text(run.steps * f.step_seconds)))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    cells = [(name, *map(of, run.forecasts)) for is_shown, name, of in rows if is_shown]
+    first, *widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return [
-        "  ".join([name.ljust(widths[0]), *(c.rjust(w) for c, w in zip(cells, widths[1:], strict=True))]).rstrip()
-        for name, *cells in rows
+        "  ".join([name.ljust(first), *(cell.rjust(width) for cell, width in zip(row, widths, strict=True))]).rstrip()
+        for name, *row in cells
     ]
 
 
@@ -241,9 +118,7 @@ def _checkpoint_line(run: RunForecast) -> str:
 
 def _choice_lines(run: RunForecast) -> list[str]:
     """Which way to choose and why; and which in this version, where it cannot train so."""
-    length = run.config.max_seq_len
-    able = [made_to_fit(found, run.cluster, run.cost, length) for found in run.forecasts]
-    able = [found for found in able if found is not None]
+    able = run.able
     if not able:
         return [f"choose a smaller model or larger GPUs: in no way does one sample fit {CLOSE:.0%} of their memory"]
     best = _simplest_of_fastest(able)
@@ -266,21 +141,24 @@ def _fit_text(found: Forecast, run: RunForecast) -> str:
 
 
 def _simplest_of_fastest(able: list[Forecast]) -> Forecast:
-    """The first way that is nearly as fast as the fastest one: they stand in the order of what they need."""
-    fastest = min(found.step_seconds for found in able)
-    return next(found for found in able if found.step_seconds <= NO_GAIN * fastest)
+    """The first way that is nearly as fast as the fastest one: the simplest ones come first.
+
+    They are compared as if nothing overlapped: how much does, only the machine itself can tell.
+    """
+    fastest = min(found.worst_seconds for found in able)
+    return next(found for found in able if found.worst_seconds <= NO_GAIN * fastest)
 
 
 def _reasons(chosen: Forecast, able: list[Forecast], run: RunForecast) -> list[str]:
     """Why this way: that it fits, and what is wrong with each simpler one."""
     reasons = [_fit_text(chosen, run)]
-    by_name = {found.way.name: found for found in able}
-    for asked in run.forecasts[: [found.way for found in run.forecasts].index(chosen.way)]:
-        other = by_name.get(asked.way.name)
-        if other is None:
-            reasons.append(f"{asked.way.name} fits with no batch_size")
+    able_ways = {found.way: found for found in able}
+    ways = [found.way for found in run.forecasts]
+    for way in ways[: ways.index(chosen.way)]:
+        if way in able_ways:
+            reasons.append(f"{way.name} takes {able_ways[way].worst_seconds / chosen.worst_seconds - 1:.0%} longer")
         else:
-            reasons.append(f"{other.way.name} takes {other.step_seconds / chosen.step_seconds - 1:.0%} longer")
+            reasons.append(f"{way.name} fits with no batch_size")
     if len(able) > 1 and chosen is able[0]:
         reasons.append(f"no other way is more than {NO_GAIN - 1:.0%} faster")
     return reasons

@@ -172,7 +172,7 @@ trainer.processes.close()
 
 @pytest.mark.long
 @pytest.mark.parametrize("processes", [2, 4])
-def test_gradients_are_exchanged_in_as_many_bytes_as_were_reckoned(flags, processes):
+def test_gradients_are_exchanged_in_as_many_bytes_as_were_said(flags, processes):
     """In what DistributedDataParallel hands over exactly; and as each process writes it, by Linux's count."""
     shape = {"dim": 256, "n_layers": 2, "n_heads": 8, "n_kv_heads": 4, "max_seq_len": 32}
     given = flags(**shape, accumulation_steps=2, ddp="true", device="cpu", dtype="float32", attention="pytorch")
@@ -242,7 +242,7 @@ def test_the_page_says_what_fits_and_what_to_choose(flags, tmp_path, capfd):
     lines = {line.split("  ")[0].strip(): line.split() for line in told.splitlines()}
     assert "6,738,415,616" in told and "16 x H100: 2 nodes of 8" in told
     assert lines["each GPU holds"][-4:] == ["ddp", "optimizer*", "full*", "hybrid*"]
-    assert lines["fits in 80% of it"][-4:] == ["no", "no", "yes", "no"]
+    assert lines["fits in 80% of memory"][-4:] == ["no", "no", "yes", "no"]
     assert "*: not in this version" in told and "choose full: it fits (" in told
     assert "in this version: none of them fits" in told
     assert not (tmp_path / "out").exists()
