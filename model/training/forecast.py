@@ -1,4 +1,4 @@
-"""What a run would take on GPUs that are not here: memory, exchanged bytes and time for each way of sharing it out.
+"""What training would take on GPUs that are not here: memory, exchanged bytes and time, for each way to divide it.
 
 Nothing is measured or trained, and no memory is taken for the model. Counts of bytes are exact; times are paper: the
 device's data sheet times the shares below.
@@ -27,8 +27,8 @@ REACHED = {26.9e6: 0.13, 108.7e6: 0.25, 8e9: 0.35}
 # Of a link's data sheet. NVIDIA expects 46 to 48 of 50 GB/s a port of its own tests (NVIDIA/nccl-tests#290); the
 # collectives of a training step are smaller and wait for the slowest GPU. A judgement.
 LINK_REACHED = 0.75
-# Seconds from one GPU to the next in a ring, within a node and between nodes, as NCCL reckons for large messages
-# (hwLat in its src/graph/tuning.cc, protocol Simple).
+# Seconds from one GPU to the next in a ring, within a node and between nodes, as NCCL's own tuning assumes for
+# large messages (hwLat in its src/graph/tuning.cc, protocol Simple).
 LINK_HOP, NETWORK_HOP = 3.4e-6, 14e-6
 BUCKET_BYTES = 25 * 2**20  # that DistributedDataParallel exchanges at once
 BACKWARD = 2 / 3  # of a micro-batch's computing: behind it an exchange of gradients can hide
@@ -37,7 +37,7 @@ WRITER_BANDWIDTH = 2e9  # bytes/s that one process writes to a good disk or netw
 
 @dataclass(frozen=True)
 class Way:
-    """A way to share out the memory of training.
+    """A way to divide the memory of training among GPUs.
 
     Attributes:
         shards: GPUs that share one copy of the weights and gradients.
@@ -81,8 +81,8 @@ class ModelCost:
 
     @property
     def copies(self) -> int:
-        """Bytes of the weights in the dtype of the products, which autocast keeps from the forward pass on."""
-        return self.parameters * self.itemsize if self.itemsize < 4 else 0
+        """Bytes of activations however many rows there are: the weights' copies in 16 bits, which autocast keeps."""
+        return self.memory.activations - self.activations_per_row
 
     @property
     def update_bytes(self) -> int:

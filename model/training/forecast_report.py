@@ -5,11 +5,11 @@ from collections.abc import Callable
 from model.storage.files import size_text
 from model.training.forecast import LINK_REACHED, WRITER_BANDWIDTH, Forecast, reached_share
 from model.training.memory import CLOSE
-from model.training.recipe import batch_text, count_text, duration_text, rough_duration_text
+from model.training.recipe import batch_text, count_text, duration_text
 from model.training.report import aligned, model_text
 from model.training.run_forecast import RunForecast
 
-NO_GAIN = 1.05  # a way that is slower by less is chosen where it is simpler
+NO_GAIN = 1.1  # a way that is slower by less is chosen where it is simpler
 
 
 def forecast_lines(run: RunForecast, data_path: str) -> list[str]:
@@ -87,8 +87,8 @@ def _table(run: RunForecast) -> list[str]:
         (True, "  together", lambda f: f"{f.step_seconds:.3g} s"),
         (several, "  if nothing overlaps", lambda f: f"{f.worst_seconds:.3g} s"),
         (True, "tokens/s", lambda f: count_text(run.tokens_per_step / f.step_seconds)),
-        (ends, "the run", lambda f: rough_duration_text(run.steps * f.step_seconds)),
-        (ends and several, "  if nothing overlaps", lambda f: rough_duration_text(run.steps * f.worst_seconds)),
+        (ends, "the run", lambda f: duration_text(run.steps * f.step_seconds)),
+        (ends and several, "  if nothing overlaps", lambda f: duration_text(run.steps * f.worst_seconds)),
     ]
     cells = [(name, *map(of, run.forecasts)) for is_shown, name, of in rows if is_shown]
     first, *widths = [max(map(len, column)) for column in zip(*cells, strict=True)]

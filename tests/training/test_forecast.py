@@ -14,7 +14,7 @@ from model.errors import InputError
 from model.LMConfig import LMConfig
 from model.training.absent_gpu import AbsentGPU
 from model.training.devices import DEVICES, Cluster, Device, parse_cluster
-from model.training.forecast import LINK_REACHED, WAYS, exchanges, forecast, model_cost, ways_on
+from model.training.forecast import LINK_REACHED, WAYS, exchanges, forecast, made_to_fit, model_cost, ways_on
 from model.training.memory import CLOSE, saved_bytes
 from model.training.moving_average import MovingAverage
 from model.training.muon import orthogonalization_flops, orthogonalized
@@ -139,6 +139,38 @@ def test_the_largest_micro_batch_fits_and_one_row_more_does_not():
     assert most > 1 and [f.fits for f in fits] == [True, False] and fits[1].most_rows == most
     assert fits[0].together <= CLOSE * 4e9 < fits[1].together
     assert forecast(WAY["ddp"], Cluster(1, 1, Device(1e8, 1e12, 1e11, 1e10, 0), "tiny"), cost, 1, 1, 512).most_rows == 0
+
+
+def test_what_does_not_fit_is_made_to_in_smaller_micro_batches_of_the_same_step():
+    cost, small = cost_of(), Cluster(1, 2, Device(4e9, 1e12, 1e11, 1e10, 0), "small")
+    most = forecast(WAY["ddp"], small, cost, 1, 1, 512).most_rows
+    asked = forecast(WAY["ddp"], small, cost, 4 * most, 3, 512)
+    made = made_to_fit(asked, small, cost, 512)
+    assert not asked.fits and made.fits and (made.rows, made.micro_batches) == (most, 12)
+    assert made.computing == pytest.approx(asked.computing) and made.exchanging == asked.exchanging
+    assert made_to_fit(made, small, cost, 512) is made
+    tiny = Cluster(1, 2, Device(1e8, 1e12, 1e11, 1e10, 0), "tiny")
+    assert made_to_fit(forecast(WAY["ddp"], tiny, cost, 8, 1, 512), tiny, cost, 512) is None
+
+
+def test_a_gpu_that_is_not_here_keeps_no_square_of_scores():
+    """Four times the tokens take four times the memory, but for a mask, which is a square."""
+
+    def growth(**values):
+        short, long = (cost_of(GPU, LMConfig(max_seq_len=n), **values).activations_per_row for n in (512, 2048))
+        return long / short
+
+    assert growth() == pytest.approx(4, rel=1e-3) and growth(document_mask="true") > 4.3
+
+
+@pytest.mark.parametrize(
+    ("config", "rows", "peak"),
+    [(LMConfig(), 32, 4.9e9), (LMConfig(dim=768, n_layers=16, max_seq_len=1024), 16, 12.1e9)],
+)
+def test_the_peak_that_was_measured_on_an_h100_lies_within_the_fifth_that_is_left_free(config, rows, peak):
+    """benchmarks/RESULTS.md, eager, AdamW: in its table the peak of a step."""
+    together = forecast(WAY["ddp"], on(1, 1), cost_of(GPU, config), rows, 1, config.max_seq_len).together
+    assert together < peak < together / CLOSE
 
 
 # -------------------------------------------------------------------------------------------------------- the exchange
