@@ -4,6 +4,7 @@ Nothing is measured or trained, and no memory is taken for the model. Counts of 
 device's data sheet times the shares below.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -92,25 +93,26 @@ class ModelCost:
 
 
 def model_cost(config: LMConfig, training: TrainingSettings, hardware: Hardware) -> ModelCost:
-    """Count a model without building it.
+    """Count a model without building it: all its layers but the first take as much as the second one.
 
     Args:
         training: without LoRA, whose adapters are not counted.
         hardware: a GPU need not be here, see `AbsentGPU`.
     """
-    with torch.device("meta"):
-        model = Transformer(config)
-    parameters = model.parameter_count()
-    layer = sum(parameter.numel() for parameter in model.layers[0].parameters())
-    matrices = [p.shape for name, p in model.named_parameters() if is_hidden_matrix(name, p)]
+    with torch.device("meta"):  # tensors that have shapes and no memory
+        first, second = (Transformer(dataclasses.replace(config, n_layers=layers)) for layers in (1, 2))
+    more = config.n_layers - 1
+    layer = second.parameter_count() - first.parameter_count()
+    flops = first.training_flops_per_token(), second.training_flops_per_token()
+    matrices = [p.shape for name, p in first.named_parameters() if is_hidden_matrix(name, p)]
     of_muon = matrices if training.optimizer_type == "muon" else []
     one, two = (step_memory(config, training, rows, hardware.device, hardware.autocast) for rows in (1, 2))
     return ModelCost(
-        parameters=parameters,
-        flops_per_token=model.training_flops_per_token(),
-        update_flops=sum(orthogonalization_flops(*shape) for shape in of_muon),
+        parameters=first.parameter_count() + more * layer,
+        flops_per_token=flops[0] + more * (flops[1] - flops[0]),
+        update_flops=config.n_layers * sum(orthogonalization_flops(*shape) for shape in of_muon),
         layers=config.n_layers,
-        largest_part=max(layer, parameters - config.n_layers * layer),
+        largest_part=max(layer, first.parameter_count() - layer),
         itemsize=hardware.dtype.itemsize,
         memory=one,
         activations_per_row=two.activations - one.activations,

@@ -12,13 +12,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from model.errors import InputError
 from model.LMConfig import LMConfig
+from model.model import Transformer
 from model.training.absent_gpu import AbsentGPU
 from model.training.devices import DEVICES, Cluster, Device, parse_cluster
 from model.training.forecast import LINK_REACHED, WAYS, exchanges, forecast, made_to_fit, model_cost, ways_on
 from model.training.memory import CLOSE, saved_bytes
 from model.training.moving_average import MovingAverage
 from model.training.muon import orthogonalization_flops, orthogonalized
-from model.training.optimizer import build_optimizer
+from model.training.optimizer import build_optimizer, is_hidden_matrix
 from model.training.plan import Hardware
 from model.training.settings import build_settings
 from tests.conftest import ROOT, random_model
@@ -115,6 +116,16 @@ def test_on_one_device_every_kind_of_memory_is_that_of_the_real_tensors(tiny_con
     assert found.memory.average == sum(p.nbytes for p in average.module.parameters())
     assert found.memory.activations == saved_bytes(model, 3, autocast, False)
     assert found.buffers == 0 and found.together == found.memory.together
+
+
+@pytest.mark.parametrize("changes", [{}, {"tie_embeddings": False, "qk_norm": True, "qkv_bias": True}])
+def test_parameters_and_flops_are_those_of_the_model(changes):
+    config = LMConfig(dim=96, n_layers=5, n_heads=4, n_kv_heads=2, **changes)
+    model, cost = Transformer(config), cost_of(config=config, optimizer_type="muon")
+    assert (cost.parameters, cost.flops_per_token) == (model.parameter_count(), model.training_flops_per_token())
+    matrices = [p.shape for name, p in model.named_parameters() if is_hidden_matrix(name, p)]
+    assert cost.update_flops == sum(orthogonalization_flops(*shape) for shape in matrices)
+    assert cost.largest_part == config.dim * config.vocab_size * (1 if config.tie_embeddings else 2) + config.dim
 
 
 def test_each_way_divides_what_it_says():
@@ -280,6 +291,25 @@ def test_the_page_says_what_fits_and_what_to_choose(flags, tmp_path, capfd):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("gpus", "changes", "says"),
+    [
+        ("125x8xH100", SEVEN_B, "choose hybrid: with batch_size 2 and accumulation_steps 2, the same step, it fits ("),
+        ("8xT4", SEVEN_B, "choose a smaller model or larger GPUs: in no way does one sample fit 80% of their memory"),
+        ("8xT4", {}, "dtype       float16, since it has no bfloat16"),
+        ("8xT4", {"dtype": "float32"}, "float32; the FLOP/s are of 16 bits"),
+        ("H100", {}, "\nit fits ("),
+        ("8xAscend910B", {}, "this version does not train on Ascend910B"),
+        ("2x8x80GB,989TF,3350GB/s,450GB/s,50GB/s", {}, "16 x 80GB,989TF,3350GB/s,450GB/s,50GB/s: 2 nodes of 8"),
+    ],
+)
+def test_what_the_page_says_of_other_gpus(flags, capfd, gpus, changes, says):
+    assert exit_code_here(flags(**changes), "--dry_run", f"--on={gpus}") == 0
+    told = capfd.readouterr().out
+    assert says in told and ("for the exchange" in told) == (gpus != "H100")
+
+
+@pytest.mark.long
 def test_a_machine_that_could_not_hold_the_model_describes_it(flags):
     """A 7B model takes 108 GB with AdamW; the page less than what torch itself takes."""
     script = "import resource, sys; sys.argv = sys.argv[1:]; import train; from utils import run_command\n"
@@ -291,6 +321,7 @@ def test_a_machine_that_could_not_hold_the_model_describes_it(flags):
     assert kilobytes < 2e6
 
 
+@pytest.mark.long
 def test_steps_come_from_the_data_or_from_max_steps_or_are_unknown(flags, tmp_path, capfd):
     def steps(**changes):
         assert exit_code_here(flags(**changes), "--dry_run", "--on=H100") == 0
