@@ -198,9 +198,9 @@ def exchanges(way: Way, cluster: Cluster, cost: ModelCost, micro_batches: int) -
             made.append(gather(group, cost.memory.weights, cost.layers + 1, window=0))
         return made
     is_whole = shards == cluster.gpus
-    group, calls = all_gpus(cluster) if is_whole else within_node(cluster), micro_batches * (cost.layers + 1)
-    cast = cost.parameters * cost.itemsize
-    made = [gather(group, 2 * micro_batches * cast, 2 * calls, 1), gather(group, micro_batches * gradients, calls, 1)]
+    group = all_gpus(cluster) if is_whole else within_node(cluster)
+    size = 2 * cost.parameters * cost.itemsize + gradients  # of a micro-batch: weights twice, gradients
+    made = [gather(group, micro_batches * size, micro_batches * 3 * (cost.layers + 1), window=1)]
     if not is_whole:
         made.append(all_reduce(between_nodes(cluster), gradients / shards, cost.layers + 1, after_backward))
     return made
