@@ -89,7 +89,7 @@ def start_two_ranks(arguments: list, **options) -> list:
 
 
 def start_ranks(count: int, arguments: list, **options) -> list:
-    """Start a command as so many ranks that no launcher watches."""
+    """Start a command `count` times, as ranks that no launcher watches."""
     group = {
         "WORLD_SIZE": str(count),
         "LOCAL_WORLD_SIZE": str(count),

@@ -1,4 +1,4 @@
-"""GPUs as their data sheets have them, and `--on 2x8xH100`: so many of them, that need not be here."""
+"""GPUs as their data sheets describe them, and what `--on 2x8xH100` stands for."""
 
 import difflib
 import re
@@ -47,8 +47,8 @@ def _device(memory: float, tflops: float, memory_bandwidth: float, link: float, 
 # GeForce: the architecture whitepapers (Ampere GA102, Ada, Blackwell), products that are summed in float32. Links: half
 # of the printed sum of both directions of NVLink, Infinity Fabric or HCCS, or else PCIe x16. Networks are no property
 # of a GPU: 50 GB/s are a 400 Gb/s port for each GPU, as in DGX H100 and MI300X nodes; A100 25, as in DGX A100; V100
-# 6.25, four 100 Gb/s ports for eight GPUs, as in DGX-1; 1.25 is 10 Gb/s Ethernet, assumed where no vendor connects
-# nodes. Huawei prints no data sheet: Ascend 910B3 as its users report it.
+# 6.25, four 100 Gb/s ports for eight GPUs, as in DGX-1. L40S 12.5 (100 Gb/s) and 1.25 (10 Gb/s Ethernet) are assumed.
+# Huawei prints no data sheet: Ascend 910B3 as its users report it.
 DEVICES = {
     "B200": _device(180, 2250, 8000, 900, 50),
     "H200": _device(141, 989, 4800, 450, 50),

@@ -239,7 +239,7 @@ class Forecast:
 
 
 def forecast(way: Way, cluster: Cluster, cost: ModelCost, rows: int, micro_batches: int, seq_len: int) -> Forecast:
-    """What training so takes.
+    """What training takes this way.
 
     Args:
         rows: samples of a micro-batch on each GPU.

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from model.storage.files import size_text
-from model.training.forecast import LINK_REACHED, WRITER_BANDWIDTH, Forecast, reached_share
+from model.training.forecast import LINK_REACHED, WRITER_BANDWIDTH, Forecast, Way, reached_share
 from model.training.memory import CLOSE
 from model.training.recipe import batch_text, count_text, duration_text
 from model.training.report import aligned, model_text
@@ -118,18 +118,46 @@ def _checkpoint_line(run: RunForecast) -> str:
 
 def _choice_lines(run: RunForecast) -> list[str]:
     """Which way to choose and why; and which in this version, where it cannot train so."""
-    able = run.able
-    if not able:
-        return [f"choose a smaller model or larger GPUs: in no way does one sample fit {CLOSE:.0%} of their memory"]
-    best = _simplest_of_fastest(able)
+    fitting, ways = run.fitting, [found.way for found in run.forecasts]
+    if not fitting:
+        return [f"choose a smaller model or larger GPUs: no way fits one sample into {CLOSE:.0%} of their memory"]
+    best = _simplest_of_fastest(fitting)
     if run.cluster.gpus == 1:
         return [_fit_text(best, run)]
-    lines = [f"choose {best.way.name}: {'; '.join(_reasons(best, able, run))}"]
+    lines = [f"choose {_choice_text(fitting, ways, run)}"]
     if not best.way.exists:
-        ours = [found for found in able if found.way.exists]
-        fitting = f"{ours[0].way.name}: {'; '.join(_reasons(ours[0], ours[:1], run))}" if ours else "none of them fits"
-        lines.append(f"in this version: {fitting}")
+        ours = [found for found in fitting if found.way.exists]
+        our_ways = [way for way in ways if way.exists]
+        lines.append(f"in this version: {_choice_text(ours, our_ways, run) if ours else 'none of them fits'}")
     return lines
+
+
+def _simplest_of_fastest(fitting: list[Forecast]) -> Forecast:
+    """The first way that is nearly as fast as the fastest one: the simplest ones come first.
+
+    They are compared as if nothing overlapped: how much does, only the machine itself can tell.
+    """
+    fastest = min(found.worst_seconds for found in fitting)
+    return next(found for found in fitting if found.worst_seconds <= NO_GAIN * fastest)
+
+
+def _choice_text(fitting: list[Forecast], ways: list[Way], run: RunForecast) -> str:
+    """The way to choose: that it fits, and what is wrong with each simpler one.
+
+    Args:
+        fitting: those to choose from, at least one.
+        ways: those that are considered, the simplest ones first; some of them may not fit.
+    """
+    chosen, by_way = _simplest_of_fastest(fitting), {found.way: found for found in fitting}
+    reasons = [_fit_text(chosen, run)]
+    for way in ways[: ways.index(chosen.way)]:
+        if way in by_way:
+            reasons.append(f"{way.name} takes {by_way[way].worst_seconds / chosen.worst_seconds - 1:.0%} longer")
+        else:
+            reasons.append(f"{way.name} does not fit with any batch_size")
+    if len(fitting) > 1 and chosen is fitting[0]:
+        reasons.append(f"no other way is more than {NO_GAIN - 1:.0%} faster")
+    return f"{chosen.way.name}: {'; '.join(reasons)}"
 
 
 def _fit_text(found: Forecast, run: RunForecast) -> str:
@@ -138,27 +166,3 @@ def _fit_text(found: Forecast, run: RunForecast) -> str:
         return f"it fits ({held})"
     smaller = f"with batch_size {found.rows:,} and accumulation_steps {found.micro_batches:,}"
     return f"{smaller}, the same step, it fits ({held})"
-
-
-def _simplest_of_fastest(able: list[Forecast]) -> Forecast:
-    """The first way that is nearly as fast as the fastest one: the simplest ones come first.
-
-    They are compared as if nothing overlapped: how much does, only the machine itself can tell.
-    """
-    fastest = min(found.worst_seconds for found in able)
-    return next(found for found in able if found.worst_seconds <= NO_GAIN * fastest)
-
-
-def _reasons(chosen: Forecast, able: list[Forecast], run: RunForecast) -> list[str]:
-    """Why this way: that it fits, and what is wrong with each simpler one."""
-    reasons = [_fit_text(chosen, run)]
-    able_ways = {found.way: found for found in able}
-    ways = [found.way for found in run.forecasts]
-    for way in ways[: ways.index(chosen.way)]:
-        if way in able_ways:
-            reasons.append(f"{way.name} takes {able_ways[way].worst_seconds / chosen.worst_seconds - 1:.0%} longer")
-        else:
-            reasons.append(f"{way.name} fits with no batch_size")
-    if len(able) > 1 and chosen is able[0]:
-        reasons.append(f"no other way is more than {NO_GAIN - 1:.0%} faster")
-    return reasons

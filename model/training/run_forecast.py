@@ -41,11 +41,11 @@ class RunForecast:
         return t.batch_size * t.accumulation_steps * self.cluster.gpus * self.config.max_seq_len
 
     @property
-    def able(self) -> list[Forecast]:
-        """The ways that can train this, in smaller micro-batches where those of the settings do not fit."""
+    def fitting(self) -> list[Forecast]:
+        """The ways that fit, in smaller micro-batches where those of the settings do not fit."""
         length = self.config.max_seq_len
-        fitting = [made_to_fit(found, self.cluster, self.cost, length) for found in self.forecasts]
-        return [found for found in fitting if found is not None]
+        made = [made_to_fit(found, self.cluster, self.cost, length) for found in self.forecasts]
+        return [found for found in made if found is not None]
 
     @property
     def checkpoint_bytes(self) -> int:

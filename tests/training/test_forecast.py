@@ -295,7 +295,7 @@ def test_the_page_says_what_fits_and_what_to_choose(flags, tmp_path, capfd):
     ("gpus", "changes", "says"),
     [
         ("125x8xH100", SEVEN_B, "choose hybrid: with batch_size 2 and accumulation_steps 2, the same step, it fits ("),
-        ("8xT4", SEVEN_B, "choose a smaller model or larger GPUs: in no way does one sample fit 80% of their memory"),
+        ("8xT4", SEVEN_B, "choose a smaller model or larger GPUs: no way fits one sample into 80% of their memory"),
         ("8xT4", {}, "dtype       float16, since it has no bfloat16"),
         ("8xT4", {"dtype": "float32"}, "float32; the FLOP/s are of 16 bits"),
         ("H100", {}, "\nit fits ("),
