@@ -310,6 +310,7 @@ def test_what_the_page_says_of_other_gpus(flags, capfd, gpus, changes, says):
 
 
 @pytest.mark.long
+@pytest.mark.skipif(sys.platform == "win32", reason="its Python has no module resource")
 def test_a_machine_that_could_not_hold_the_model_describes_it(flags):
     """A 7B model takes 108 GB with AdamW; the page less than what torch itself takes."""
     script = "import resource, sys; sys.argv = sys.argv[1:]; import train; from utils import run_command\n"
