@@ -5,6 +5,7 @@ python train.py --config config.yaml --learning_rate 1e-3 --use_ema
 python train.py --resume
 python train.py --config config.yaml --restarts 10 --nproc_per_node 2
 python train.py --config config.yaml --dry_run
+python train.py --config config.yaml --dry_run --on 8xH100
 python train.py --config config.yaml --init_from model.gguf
 python train.py --config config_demo.yaml --config config_demo_chat.yaml
 """
@@ -23,6 +24,7 @@ from model.errors import InputError, ProcessLost, command_line, counted
 from model.interrupts import interrupt
 from model.token_file.manifest import read_manifest
 from model.training.config_file import read_config
+from model.training.devices import parse_cluster
 from model.training.settings import (
     FIELDS,
     SECTIONS,
@@ -270,6 +272,12 @@ def add_launcher_flags(parser: argparse.ArgumentParser) -> None:
         help="do not train: measure a few steps and print the memory, FLOPs and time that the run will take; out_dir"
         " stays as it is",
     )
+    group.add_argument(
+        "--on",
+        metavar="GPUS",
+        help="with --dry_run: measure nothing; compute what the run would take on GPUs that need not be here, such as"
+        " 8xH100 or, nodes x GPUs, 2x8xH100",
+    )
 
 
 def start_processes(restarts: int, nproc_per_node: int | None, arguments: list[str]) -> int:
@@ -321,6 +329,8 @@ def main() -> int:
     parser = CommandParser("--config", prog="train.py", add_help=False)
     add_launcher_flags(parser)
     launcher, arguments = parser.parse_known_args(sys.argv[1:])
+    if launcher.on is not None:
+        return print_forecast(launcher, arguments)
     if launcher.dry_run and launcher.nproc_per_node is not None:
         return start_processes(0, launcher.nproc_per_node, [*arguments, "--dry_run"])
     if not launcher.dry_run and (launcher.restarts or launcher.nproc_per_node is not None):
@@ -410,6 +420,28 @@ def prepare_data_for_all(settings: Settings, processes: Processes) -> None:
                 f"train_data_path: rank 0 has {target}, rank {processes.rank} on another machine does not; use a folder"
                 " that all machines share, or copy the file and its .json"
             )
+
+
+def print_forecast(launcher: argparse.Namespace, arguments: list[str]) -> int:
+    """Print what the run would take on GPUs that need not be here; returns the exit code."""
+    cluster = parse_cluster(launcher.on)
+    if not launcher.dry_run:
+        raise InputError(f"--on {launcher.on}: it trains nothing, and goes with --dry_run only; add that, or omit --on")
+    if "WORLD_SIZE" in os.environ or launcher.nproc_per_node is not None:
+        raise InputError("--on: one process computes it for any number of GPUs; omit torchrun and --nproc_per_node")
+    settings, _, has_config = _read_command(arguments)
+    if settings.training.init_from is not None or (settings.training.resumes and not has_config):
+        raise InputError(
+            "--on: it reads the model's shape from the settings, not from weights or checkpoints; omit --init_from and"
+            " --resume, and give the shape (dim, n_layers …)"
+        )
+    with heavy_imports():
+        from model.training.forecast_report import forecast_lines
+        from model.training.run_forecast import forecast_run
+
+    lines = forecast_lines(forecast_run(settings, cluster, say), settings.data.train_data_path)
+    print("\n".join(["", *lines]))
+    return 0
 
 
 def _end_process(message: str) -> None:

@@ -88,14 +88,19 @@ def torchrun(flags: dict, launcher: str = "torch.distributed.run") -> subprocess
 
 def start_two_ranks(arguments: list, **options) -> list:
     """Start a command twice, as two ranks that no launcher watches."""
+    return start_ranks(2, arguments, **options)
+
+
+def start_ranks(count: int, arguments: list, **options) -> list:
+    """Start a command `count` times, as ranks that no launcher watches."""
     group = {
-        "WORLD_SIZE": "2",
-        "LOCAL_WORLD_SIZE": "2",
+        "WORLD_SIZE": str(count),
+        "LOCAL_WORLD_SIZE": str(count),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(forks.free_port()),
     }
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "encoding": "utf-8"}
-    environments = [ONE_THREAD | group | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
+    environments = [ONE_THREAD | group | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
     return [forks.Popen(arguments, env=environment, **pipes, **options) for environment in environments]
 
 

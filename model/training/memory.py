@@ -30,14 +30,15 @@ MOST_ROWS = 2**20  # of a batch, as in the settings
 class StepMemory:
     """Bytes that one process holds when the forward pass of a training step ends. Its peak is higher."""
 
-    weights: int  # with the moving average's
+    weights: int
+    average: int  # of the weights, where one is kept
     gradients: int
     optimizer: int
     activations: int  # what the forward pass keeps for the backward pass, which may compute a layer's others again
 
     @property
     def together(self) -> int:
-        return self.weights + self.gradients + self.optimizer + self.activations
+        return self.weights + self.average + self.gradients + self.optimizer + self.activations
 
 
 def step_memory(
@@ -65,7 +66,7 @@ def step_memory(
     parameters, trained, state, activations = (
         one + (two - one) * (config.n_layers - 1) for one, two in zip(*sizes, strict=True)
     )
-    return StepMemory(parameters + (trained if training.use_ema else 0), trained, state, activations)
+    return StepMemory(parameters, trained if training.use_ema else 0, trained, state, activations)
 
 
 def trained_bytes(model: nn.Module) -> int:

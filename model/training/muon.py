@@ -38,6 +38,12 @@ def orthogonalized(matrices: Tensor, dtype: torch.dtype) -> Tensor:
     return (x if wide else x.mT).to(matrices.dtype)
 
 
+def orthogonalization_flops(rows: int, columns: int) -> int:
+    """Floating-point operations of `orthogonalized` for one matrix; a product of [m, n] and [n, m] takes 2 m² n."""
+    small, large = sorted((rows, columns))
+    return len(POLYNOMIALS) * (4 * small**2 * large + 2 * small**3)
+
+
 class Muon(torch.optim.Optimizer):
     """Steps of one size in every direction of a matrix (Jordan, 2024); other parameters are AdamW's.
 

@@ -8,6 +8,7 @@ import torch
 
 from model.dataset import PretrainDataset
 from model.errors import counted
+from model.LMConfig import LMConfig
 from model.storage.files import free_bytes, size_text
 from model.training.clock import EVALUATION_SHARE
 from model.training.memory import free_memory, step_memory
@@ -159,16 +160,25 @@ def dry_run(plan: RunPlan, measure: Callable[[float, int], float]) -> list[str]:
         *_time_rows(plan, tokens_per_second, first_seconds),
         *_disk_rows(plan),
     ]
+    return aligned(rows)
+
+
+def aligned(rows: list[tuple[str, str]]) -> list[str]:
+    """A line for each name and value, the values one below the other."""
     width = max(len(name) for name, _ in rows)
     return [f"{name:<{width}}  {value}".rstrip() for name, value in rows]
 
 
-def _model_rows(plan: RunPlan) -> list[tuple[str, str]]:
-    config = plan.config
+def model_text(config: LMConfig, parameters: int) -> str:
+    """The size and the shape of a model."""
     embedding = config.vocab_size * config.dim * (1 if config.tie_embeddings else 2)
     shape = f"{counted(config.n_layers, 'layer')} of {config.dim}, {config.vocab_size:,} tokens"
     shape += f", context {config.max_seq_len}"
-    rows = [("parameters", f"{plan.parameters:,}, {embedding:,} of them in embedding and output ({shape})")]
+    return f"{parameters:,}, {embedding:,} of them in embedding and output ({shape})"
+
+
+def _model_rows(plan: RunPlan) -> list[tuple[str, str]]:
+    rows = [("parameters", model_text(plan.config, plan.parameters))]
     return rows + ([("lora", _adapters_text(plan))] if plan.training.lora_rank else [])
 
 
@@ -180,7 +190,8 @@ def _memory_rows(plan: RunPlan) -> list[tuple[str, str]]:
         measured = f"; measured peak {size_text(torch.cuda.max_memory_allocated(device))}"
     free = size_text(free_memory(device, plan.local_world_size))
     return [
-        ("memory:  weights", size_text(memory.weights) + (", with the moving average's" if t.use_ema else "")),
+        ("memory:  weights", size_text(memory.weights)),
+        *([("         moving average", size_text(memory.average))] if t.use_ema else []),
         ("         gradients", size_text(memory.gradients)),
         ("         optimizer", size_text(memory.optimizer)),
         (

@@ -6,6 +6,7 @@ What cannot run here (it needs a network, a cluster or minutes) is in ELSEWHERE,
 
 import ast
 import dataclasses
+import itertools
 import json
 import re
 import shlex
@@ -213,6 +214,22 @@ def test_what_the_evaluation_page_shows_is_what_scoring_prints(page, home, inter
     answer = interpreter.run(["inference.py", "--model_path", "out/best_model.pth", "--score_file", "my_text.txt"])
     shown = next(text for language, text in blocks(page) if language == "text").strip()
     assert without_numbers(shown) in map(without_numbers, answer["stdout"].splitlines()), answer["stderr"]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("page", ["docs/scaling.md", "docs/zh/scaling.md"])
+def test_the_scaling_page_shows_what_is_printed(page, home, interpreter):
+    """But for what another version of PyTorch may count or print in another way."""
+    found = blocks(page)
+    pairs = [(command, shown) for (_, command), (kind, shown) in itertools.pairwise(found) if kind == "text"]
+    for command, shown in pairs:
+        answer = interpreter.run(shlex.split(command)[1:])
+        assert answer["code"] == 0, answer["stderr"]
+        counted = ("  activations", "  together", "largest", "choose", "fits")
+        for line, printed in zip(shown.splitlines(), answer["stdout"].strip("\n").splitlines(), strict=True):
+            is_same = without_numbers if line.startswith(counted) else str
+            assert is_same(printed).split() == is_same(line).split()
+    assert len(pairs) == 4
 
 
 def without_numbers(line: str) -> str:

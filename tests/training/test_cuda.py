@@ -15,6 +15,8 @@ from model.generation.checksum import checksum
 from model.generation.engine import Engine
 from model.generation.rows import Rows
 from model.LMConfig import LMConfig
+from model.training.absent_gpu import AbsentGPU
+from model.training.memory import saved_bytes, step_memory
 from model.training.settings import build_settings
 from optimized_inference import GenerationConfig, decode
 from optimized_pretrain import Trainer
@@ -233,3 +235,15 @@ def test_a_run_resumes_on_another_device(train, optimizer_type, tmp_path):
         train(name, device=first, **options)
         (tmp_path / name / "checkpoint_step_12.pth").unlink()
         assert train(name, device=second, resume="true", **options) == pytest.approx(whole, abs=1e-3)
+
+
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="these are a GPU's kernels")
+@pytest.mark.parametrize("document_mask", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_what_a_step_keeps_is_known_where_no_gpu_is(dtype, document_mask):
+    """But for the attention's random states and the like, of a few bytes."""
+    training = build_settings({}, {"document_mask": str(document_mask)}).training
+    expected = step_memory(CONFIG, training, 3, torch.device("cuda"), AbsentGPU(dtype))
+    model, autocast = random_model(CONFIG).to(DEVICE).train(), torch.autocast("cuda", dtype, dtype != torch.float32)
+    with deterministic_kernels(DEVICE):
+        assert saved_bytes(model, 3, autocast, document_mask) == pytest.approx(expected.activations, rel=0.01)

@@ -1,0 +1,50 @@
+"""The kernels of a GPU for fake tensors, where no GPU need be: what they keep for the backward pass can be counted."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+flash_attention = torch.ops.aten._scaled_dot_product_flash_attention
+efficient_attention = torch.ops.aten._scaled_dot_product_efficient_attention
+
+
+class AbsentGPU(TorchFunctionMode):
+    """A context in which fake tensors on "cuda" go through autocast and fused attention, as real ones would.
+
+    Without a GPU, `torch.autocast` disables itself, and PyTorch would choose the attention that keeps all T x T scores.
+
+    Args:
+        dtype: of the matrix products.
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self._autocast = torch.autocast("cuda", dtype, enabled=False)
+        self._autocast._enabled = dtype != torch.float32  # a private name
+
+    def __enter__(self):
+        self._autocast.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error) -> None:
+        super().__exit__(*error)
+        self._autocast.__exit__(*error)
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is F.scaled_dot_product_attention:
+            return _attention(*args, **kwargs)
+        return function(*args, **(kwargs or {}))
+
+
+def _attention(
+    q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, dropout_p: float, is_causal: bool, enable_gqa: bool
+) -> Tensor:
+    """What PyTorch chooses with deterministic kernels: flash attention, but for masks and float32, which it lacks."""
+    q, k = q.to(v.dtype), k.to(v.dtype)  # autocast's part
+    if attn_mask is None and v.dtype != torch.float32:
+        return flash_attention(q, k, v, dropout_p, is_causal)[0]
+    bias = None
+    if attn_mask is not None:  # as numbers, once for all heads
+        bias = torch.zeros_like(attn_mask, dtype=v.dtype).expand(-1, q.shape[1], -1, -1)
+    return efficient_attention(q, k, v, bias, True, dropout_p, is_causal)[0]

@@ -1,0 +1,296 @@
+"""What training would take on GPUs that are not here: memory, exchanged bytes and time, for each way to divide it.
+
+Nothing is measured or trained, and no memory is taken for the model. Counts of bytes are exact; times are paper: the
+device's data sheet times the shares below.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from model.LMConfig import LMConfig
+from model.model import Transformer
+from model.training.devices import Cluster
+from model.training.memory import CLOSE, MOST_ROWS, StepMemory, step_memory
+from model.training.muon import orthogonalization_flops
+from model.training.optimizer import is_hidden_matrix
+from model.training.plan import Hardware
+from model.training.settings import TrainingSettings
+
+# The share of a data sheet's FLOP/s that training reaches, by parameters of the model; between them it is interpolated.
+# The first two were measured on an H200, compiled (benchmarks/RESULTS.md; an H100 reached 10 and 23 %). The last is
+# torchtitan's claim for Llama 8B on 8 H100s (benchmarks/llama3_h100_202412), counted as mfu is here.
+REACHED = {26.9e6: 0.13, 108.7e6: 0.25, 8e9: 0.35}
+# Of a link's data sheet. NVIDIA expects 46 to 48 of 50 GB/s a port of its own tests (NVIDIA/nccl-tests#290); the
+# collectives of a training step are smaller and wait for the slowest GPU. A judgement.
+LINK_REACHED = 0.75
+# Seconds from one GPU to the next in a ring, within a node and between nodes, as NCCL's own tuning assumes for
+# large messages (hwLat in its src/graph/tuning.cc, protocol Simple).
+LINK_HOP, NETWORK_HOP = 3.4e-6, 14e-6
+BUCKET_BYTES = 25 * 2**20  # that DistributedDataParallel exchanges at once
+BACKWARD = 2 / 3  # of a micro-batch's computing: behind it an exchange of gradients can hide
+WRITER_BANDWIDTH = 2e9  # bytes/s that one process writes to a good disk or network file system. A judgement.
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way to divide the memory of training among GPUs.
+
+    Attributes:
+        shards: GPUs that share one copy of the weights and gradients.
+        state_shards: that share one copy of the optimizer's state and the moving average.
+        exists: whether this version can train so.
+    """
+
+    name: str
+    about: str
+    shards: Callable[[Cluster], int]
+    state_shards: Callable[[Cluster], int]
+    exists: bool = False
+
+
+WAYS = (
+    Way("ddp", "all of it on each GPU", lambda c: 1, lambda c: 1, exists=True),
+    Way("optimizer", "optimizer state and moving average divided by all GPUs", lambda c: 1, lambda c: c.gpus),
+    Way("full", "weights and gradients too", lambda c: c.gpus, lambda c: c.gpus),
+    Way("hybrid", "as full within a node; nodes are replicas", lambda c: c.gpus_per_node, lambda c: c.gpus_per_node),
+)
+
+
+def ways_on(cluster: Cluster) -> list[Way]:
+    """The ways that differ there: `hybrid` is `full` on one node, and `ddp` where a node has one GPU."""
+    differs = {"ddp": True, "hybrid": cluster.nodes > 1 and cluster.gpus_per_node > 1}
+    return [way for way in WAYS if differs.get(way.name, cluster.gpus > 1)]
+
+
+@dataclass(frozen=True)
+class ModelCost:
+    """What of a model decides memory, exchange and time. Bytes are those of one process that trains alone."""
+
+    parameters: int
+    flops_per_token: int
+    update_flops: int  # of the optimizer's matrix products in a step
+    layers: int
+    largest_part: int  # parameters of what is gathered at once: a layer, or embedding and output
+    itemsize: int  # bytes of a number in the matrix products
+    memory: StepMemory  # activations: of the first row
+    activations_per_row: int  # of each further one
+
+    @property
+    def copies(self) -> int:
+        """Bytes of activations however many rows there are: the weights' copies in 16 bits, which autocast keeps."""
+        return self.memory.activations - self.activations_per_row
+
+    @property
+    def update_bytes(self) -> int:
+        """What an update reads and writes: gradients once, weights, the optimizer's state and the average twice."""
+        m = self.memory
+        return 3 * m.gradients + 2 * (m.optimizer + m.average)
+
+
+def model_cost(config: LMConfig, training: TrainingSettings, hardware: Hardware) -> ModelCost:
+    """Count a model without building it: all its layers but the first take as much as the second one.
+
+    Args:
+        training: without LoRA, whose adapters are not counted.
+        hardware: a GPU need not be here, see `AbsentGPU`.
+    """
+    with torch.device("meta"):  # tensors that have shapes and no memory
+        first, second = (Transformer(dataclasses.replace(config, n_layers=layers)) for layers in (1, 2))
+    more = config.n_layers - 1
+    layer = second.parameter_count() - first.parameter_count()
+    flops = first.training_flops_per_token(), second.training_flops_per_token()
+    matrices = [p.shape for name, p in first.named_parameters() if is_hidden_matrix(name, p)]
+    of_muon = matrices if training.optimizer_type == "muon" else []
+    one, two = (step_memory(config, training, rows, hardware.device, hardware.autocast) for rows in (1, 2))
+    return ModelCost(
+        parameters=first.parameter_count() + more * layer,
+        flops_per_token=flops[0] + more * (flops[1] - flops[0]),
+        update_flops=config.n_layers * sum(orthogonalization_flops(*shape) for shape in of_muon),
+        layers=config.n_layers,
+        largest_part=max(layer, first.parameter_count() - layer),
+        itemsize=hardware.dtype.itemsize,
+        memory=one,
+        activations_per_row=two.activations - one.activations,
+    )
+
+
+@dataclass(frozen=True)
+class Group:
+    """GPUs that exchange data with each other."""
+
+    size: int
+    bandwidth: float  # bytes/s that each of them sends
+    hop: float  # seconds from one to the next in a ring
+
+
+def within_node(cluster: Cluster) -> Group:
+    return Group(cluster.gpus_per_node, cluster.device.link, LINK_HOP)
+
+
+def between_nodes(cluster: Cluster) -> Group:
+    """One GPU of each node; the groups of all the GPUs of a node work at the same time."""
+    return Group(cluster.nodes, cluster.device.network, NETWORK_HOP)
+
+
+def all_gpus(cluster: Cluster) -> Group:
+    """NCCL's rings enter and leave a node through all of its ports, so that a GPU has the bandwidth of all of them."""
+    if cluster.nodes == 1:
+        return within_node(cluster)
+    size, device = cluster.gpus_per_node, cluster.device
+    hop = ((size - 1) * LINK_HOP + NETWORK_HOP) / size
+    return Group(cluster.gpus, min(device.link, size * device.network), hop)
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """What each GPU sends in a step."""
+
+    bytes: float
+    seconds: float
+    window: float  # the share of a step's computing behind which it can hide
+
+    def exposed(self, computing: float) -> float:
+        """Seconds for which the GPU waits."""
+        return max(0.0, self.seconds - self.window * computing)
+
+
+def gather(group: Group, size: float, calls: int, window: float) -> Exchange:
+    """Every GPU gets the others' shares; or the other way round, sums of what all have are scattered: the same bytes.
+
+    Args:
+        size: bytes of the whole.
+        calls: in which they are exchanged.
+        window: as of Exchange.
+    """
+    sent = size * (group.size - 1) / group.size
+    return Exchange(sent, _seconds(group, sent, calls * (group.size - 1)), window)
+
+
+def all_reduce(group: Group, size: float, calls: int, window: float) -> Exchange:
+    """Sums of what all have, for all: scattered and gathered. Along a tree, so that many GPUs need few hops."""
+    sent = 2 * size * (group.size - 1) / group.size
+    return Exchange(sent, _seconds(group, sent, calls * 2 * math.ceil(math.log2(group.size))), window)
+
+
+def _seconds(group: Group, sent: float, hops: int) -> float:
+    return sent / (LINK_REACHED * group.bandwidth) + hops * group.hop
+
+
+def exchanges(way: Way, cluster: Cluster, cost: ModelCost, micro_batches: int) -> list[Exchange]:
+    """What is exchanged in a step.
+
+    Divided weights are gathered for the forward and again for the backward pass of each micro-batch, whose gradients
+    are scattered; replicas exchange gradients once a step, and gather the weights that each has updated a share of.
+    """
+    gradients, shards = cost.memory.gradients, way.shards(cluster)
+    after_backward = BACKWARD / micro_batches
+    if cluster.gpus == 1:
+        return []
+    if shards == 1:
+        group, calls = all_gpus(cluster), math.ceil(gradients / BUCKET_BYTES)
+        made = [all_reduce(group, gradients, calls, after_backward)]
+        if way.state_shards(cluster) > 1:
+            made.append(gather(group, cost.memory.weights, cost.layers + 1, window=0))
+        return made
+    is_whole = shards == cluster.gpus
+    group = all_gpus(cluster) if is_whole else within_node(cluster)
+    size = 2 * cost.parameters * cost.itemsize + gradients  # of a micro-batch: weights twice, gradients
+    made = [gather(group, micro_batches * size, micro_batches * 3 * (cost.layers + 1), window=1)]
+    if not is_whole:
+        made.append(all_reduce(between_nodes(cluster), gradients / shards, cost.layers + 1, after_backward))
+    return made
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What one way of training takes on each GPU."""
+
+    way: Way
+    rows: int  # samples of a micro-batch
+    micro_batches: int  # of a step
+    memory: StepMemory
+    buffers: int  # bytes for the exchange: DistributedDataParallel's copy of the gradients, or gathered weights
+    most_rows: int  # of a micro-batch that fits
+    fits: bool
+    sent: float  # bytes that a GPU sends in a step
+    exchanging: float  # seconds
+    computing: float
+    updating: float
+    waiting: float  # seconds of the exchange that do not hide behind computing
+
+    @property
+    def step_seconds(self) -> float:
+        return self.computing + self.updating + self.waiting
+
+    @property
+    def worst_seconds(self) -> float:
+        """Of a step in which no exchange hides behind computing."""
+        return self.computing + self.updating + self.exchanging
+
+    @property
+    def together(self) -> int:
+        """Bytes."""
+        return self.memory.together + self.buffers
+
+
+def forecast(way: Way, cluster: Cluster, cost: ModelCost, rows: int, micro_batches: int, seq_len: int) -> Forecast:
+    """What training takes this way.
+
+    Args:
+        rows: samples of a micro-batch on each GPU.
+        micro_batches: of a step, on each GPU.
+        seq_len: tokens of a sample.
+    """
+    shards, state_shards = way.shards(cluster), way.state_shards(cluster)
+    whole, device = cost.memory, cluster.device
+    first_row = whole.activations - (cost.copies if shards > 1 else 0)  # gathered copies are not kept
+    memory = StepMemory(
+        weights=-(-whole.weights // shards),
+        average=-(-whole.average // state_shards),
+        gradients=-(-whole.gradients // shards),
+        optimizer=-(-whole.optimizer // state_shards),
+        activations=first_row + (rows - 1) * cost.activations_per_row,
+    )
+    buffers = 0
+    if shards > 1:
+        buffers = 2 * cost.largest_part * (cost.itemsize + 4)  # two parts: their weights, and gradients in float32
+    elif cluster.gpus > 1:
+        buffers = whole.gradients  # gradient_as_bucket_view is off
+    together = memory.together + buffers
+    most_rows = rows + math.floor((CLOSE * device.memory - together) / cost.activations_per_row)
+    reached = reached_share(cost.parameters) * device.flops
+    computing = micro_batches * rows * seq_len * cost.flops_per_token / reached
+    made = exchanges(way, cluster, cost, micro_batches)
+    return Forecast(
+        way=way,
+        rows=rows,
+        micro_batches=micro_batches,
+        memory=memory,
+        buffers=buffers,
+        most_rows=max(0, min(most_rows, MOST_ROWS)),
+        fits=together <= CLOSE * device.memory,
+        sent=sum(exchange.bytes for exchange in made),
+        exchanging=sum(exchange.seconds for exchange in made),
+        computing=computing,
+        updating=(cost.update_bytes / device.memory_bandwidth + cost.update_flops / reached) / state_shards,
+        waiting=sum(exchange.exposed(computing) for exchange in made),
+    )
+
+
+def made_to_fit(found: Forecast, cluster: Cluster, cost: ModelCost, seq_len: int) -> Forecast | None:
+    """The same step in smaller micro-batches, where those given do not fit; None: not even one sample fits."""
+    if found.fits:
+        return found
+    samples = found.rows * found.micro_batches
+    rows = max((rows for rows in range(1, min(found.most_rows, samples) + 1) if samples % rows == 0), default=0)
+    return forecast(found.way, cluster, cost, rows, samples // rows, seq_len) if rows else None
+
+
+def reached_share(parameters: int) -> float:
+    """The share of a device's FLOP/s that a model of this size is expected to reach, see REACHED."""
+    return float(np.interp(math.log(parameters), [math.log(size) for size in REACHED], list(REACHED.values())))
