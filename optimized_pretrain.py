@@ -166,13 +166,13 @@ class Trainer:
             self.stop_signal.restore()
 
     def _open_files(self) -> None:
-        """On rank 0: claim the run's folder, and start the tracker."""
+        """On rank 0: claim the run's folder, and start the trackers."""
         with self.processes.main_first():
             if self.processes.is_main:
                 beat = functools.partial(self.processes.beat, "writing to the disk")
                 self.files = RunFiles(self.settings, self.plan, self.resumed, say, beat)
         if self.files is not None:
-            self.files.start_tracker(self.settings)
+            self.files.start_trackers(self.settings)
 
     def _loop(self) -> str:
         t, progress = self.training, self.progress

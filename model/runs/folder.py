@@ -12,6 +12,8 @@ import yaml
 from filelock import FileLock, Timeout  # a requirement of torch itself
 
 from model.errors import InputError, shown
+from model.runs.event_file import EVENT_FILES
+from model.runs.trackers import RUN_FILES
 from model.storage.archive import DAMAGE, digest_is_right
 from model.storage.files import TEMPORARY_SUFFIX, free_bytes, is_being_written, replacing, size_text
 from model.training.plan import RunSpace
@@ -22,7 +24,7 @@ STARTED = "# started "  # the first line of out/config.yaml
 CHECKPOINTS = ("checkpoint_step_*.pth", INTERRUPTED)
 RESULTS = (
     "pretrain_*.pth", "pretrain_*.json", "sft_*.pth", "sft_*.json", "dpo_*.pth", "dpo_*.json",
-    "best_model.pth", "best_model.json", "metrics.jsonl", "curves.png", "wandb_run.json", "status.json",
+    "best_model.pth", "best_model.json", "metrics.jsonl", "curves.png", EVENT_FILES, *RUN_FILES, "status.json",
 )  # fmt: skip
 
 
@@ -125,6 +127,14 @@ def now() -> str:
     return datetime.datetime.now().strftime(TIME_FORMAT)
 
 
+def unix_time(written: str) -> float | None:
+    """Seconds since 1970 of a time as runs write it; None where it is none."""
+    try:
+        return datetime.datetime.strptime(written, TIME_FORMAT).timestamp()
+    except (ValueError, OverflowError, OSError):
+        return None
+
+
 def step_checkpoint(out_dir: Path, step: int) -> Path:
     """`out/checkpoint_step_{N}.pth`."""
     return out_dir / f"checkpoint_step_{step}.pth"
@@ -220,7 +230,8 @@ def leave_line(out_dir: Path, step: int) -> Path | None:
         path.rename(target / path.name)
     for path in _files(out_dir, *RESULTS):
         shutil.copy2(path, target / path.name)
-    (out_dir / "wandb_run.json").unlink(missing_ok=True)  # wandb takes no step twice: it sees the new line as a new run
+    for name in RUN_FILES:  # trackers take no step twice: they see the new line as a new run
+        (out_dir / name).unlink(missing_ok=True)
     return target
 
 

@@ -15,6 +15,7 @@ from model.runs.folder import (
     is_within,
     prune_checkpoints,
     step_checkpoint,
+    unix_time,
     write_config,
 )
 from model.runs.metrics import MetricsLog
@@ -74,17 +75,17 @@ class RunFiles:
             self._say(f"init_from: {source} is now {settings.training.init_from}")
         self.started = new_run or resumed.content["started"]  # when the run started
         self._status, self._told = Status(self.out_dir, plan.world_size, plan.total_steps), 0.0
-        self.metrics = MetricsLog(self.out_dir, plan.steps_done, self._say)
+        self.metrics = MetricsLog(self.out_dir, plan.steps_done, self._say, unix_time(self.started))
         self._saver = BackgroundSaver(self._say)
         self._saved = path.name if path is not None else None  # the newest checkpoint on the disk
         self.tell("running", plan.steps_done)
         write_config(self.out_dir, self.started, plan.resolved(settings))
 
-    def start_tracker(self, settings: Settings) -> None:
-        """Send the metrics to a tracker too, if that is set."""
+    def start_trackers(self, settings: Settings) -> None:
+        """Send the metrics to the trackers that are set."""
         log = settings.logging
-        if log.use_wandb:
-            self.metrics.start_wandb(log.wandb_project, log.wandb_run_name, settings.as_dict(), self.out_dir)
+        for name in log.trackers:
+            self.metrics.start_tracker(name, log.wandb_project, log.wandb_run_name, settings.as_dict(), self.out_dir)
 
     def save_checkpoint(self, content: dict, interrupted: bool = False) -> None:
         """Copy a checkpoint's content, for a thread to write it, read it back and then remove older ones.

@@ -159,9 +159,17 @@ class TrainingSettings:
 class LoggingSettings:
     """Section `logging`."""
 
-    use_wandb: bool = setting(False, "send the metrics to Weights & Biases; offline if it cannot be reached")
-    wandb_project: str = setting("MateConv-Pretrain", "project in wandb")
-    wandb_run_name: str | None = setting(None, "name of the run in wandb; null: wandb chooses one")
+    tracker: list[str] | None = setting(
+        None, "trackers to send the metrics to, one or several; null: none", choices=("wandb", "swanlab", "trackio")
+    )
+    use_wandb: bool = setting(False, "send the metrics to Weights & Biases, as --tracker wandb does")
+    wandb_project: str = setting("MateConv-Pretrain", "project in the trackers")
+    wandb_run_name: str | None = setting(None, "name of the run in the trackers; null: they choose one")
+
+    @property
+    def trackers(self) -> list[str]:
+        """The trackers that are set, each once."""
+        return list(dict.fromkeys([*(self.tracker or []), *(["wandb"] if self.use_wandb else [])]))
 
 
 @dataclass

@@ -473,7 +473,7 @@ def test_a_start_that_fails_leaves_the_folder_to_the_next_one(flags, tmp_path, b
     options = flags(max_steps=1, use_wandb="true")
     trainer = Trainer(build_settings({}, options), Processes())
     if broken == "wandb":
-        monkeypatch.setattr("model.runs.metrics.MetricsLog.start_wandb", lambda *_: 1 / 0)
+        monkeypatch.setattr("model.runs.metrics.MetricsLog.start_tracker", lambda *_: 1 / 0)
     else:
         (tmp_path / "out" / "config.yaml").mkdir(parents=True)
     before = signal.getsignal(signal.SIGTERM)
