@@ -32,6 +32,7 @@ from model.runs.resume import environment
 from model.runs.run_files import RunFiles
 from model.runs.signals import StopVote
 from model.runs.status import outcome_of
+from model.runs.time_limit import TimeLimit
 from model.training.clock import Clock
 from model.training.config_file import load_settings  # noqa: F401 (for callers of Trainer)
 from model.training.data import TrainingData
@@ -48,7 +49,7 @@ from model.training.settings import Settings
 from model.weights import Weights
 from utils import Processes, deterministic_kernels, say
 
-EXIT_CODES = {"finished": 0, "early_stopping": 0, "interrupted": 130}
+EXIT_CODES = {"finished": 0, "early_stopping": 0, "time_limit": 0, "interrupted": 130}
 FIRST_STEP_TIMEOUTS = 3  # the first step may compile kernels: it may take this many times ddp_timeout
 
 
@@ -141,7 +142,7 @@ class Trainer:
     # ---------------------------------------------------------------------------------------------------- the loop
 
     def train(self) -> str:
-        """Train until the end; returns how it ended: "finished", "early_stopping" or "interrupted".
+        """Train until the end; returns how it ended: "finished", "early_stopping", "time_limit" or "interrupted".
 
         Raises:
             TrainingDiverged: too many steps in a row could not be used.
@@ -152,7 +153,8 @@ class Trainer:
         self.stop_signal.install()
         try:
             self._open_files()
-            outcome = self._loop()
+            with self._time_limit():
+                outcome = self._loop()
             self.processes.barrier()  # rank 0 has written everything
             self._tell_status(outcome, self.exit_code(outcome))
             return outcome
@@ -174,6 +176,16 @@ class Trainer:
         if self.files is not None:
             self.files.start_trackers(self.settings)
 
+    def _time_limit(self) -> contextlib.AbstractContextManager:
+        """On rank 0: ask to stop, as a signal would, when max_hours are over. All ranks stop at the same step."""
+        if self.files is None:
+            return contextlib.nullcontext()
+        return TimeLimit(self.training.max_hours, self.files.seconds_to_save, self.stop_signal.expire)
+
+    def _why_stopped(self) -> str:
+        """How a run that was asked to stop has ended, the same on all ranks."""
+        return "interrupted" if self.processes.any(self.stop_signal.signals) else "time_limit"
+
     def _loop(self) -> str:
         t, progress = self.training, self.progress
         self.clock = Clock(progress.seconds)
@@ -191,7 +203,7 @@ class Trainer:
                 interrupted = self._is_due(t.eval_interval, done) and not self._evaluate_and_keep_best()
                 if interrupted or (stop_asked and not done):
                     self._save_checkpoint(interrupted=True)
-                    return "interrupted"
+                    return self._why_stopped()
                 stops_early = t.early_stopping and progress.evaluations_without_gain >= t.patience
                 if self._is_due(t.save_interval, done or stops_early) and saved_step != progress.step:
                     self._save_checkpoint()

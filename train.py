@@ -281,19 +281,25 @@ def start_processes(restarts: int, nproc_per_node: int | None, arguments: list[s
 
 
 def train_in_turn(configs: list[str], arguments: list[str]) -> int:
-    """Train with each config file in turn, each in a separate process, until one fails; returns its exit code."""
+    """Train with each config file in turn, each in a separate process, until one fails or its max_hours are over;
+    returns its exit code."""
     if "WORLD_SIZE" in os.environ:
         raise InputError("--config: several found, one expected under torchrun; omit it, and use --nproc_per_node")
+    from model.runs.status import read_status
     from model.runs.supervisor import Supervisor
 
     runs = [[*arguments, f"--config={path}"] for path in configs]
     # Bad input is reported before anything starts.
     folders = [Path(read_settings(run).training.out_dir) for run in runs]
-    for path, run, out_dir in zip(configs, runs, folders, strict=True):
+    for number, (path, run, out_dir) in enumerate(zip(configs, runs, folders, strict=True), 1):
         say(f"--config {path}")
         command = [sys.executable, str(Path(__file__).resolve()), *run]
         if (code := Supervisor(command, command, out_dir, 0, say).run()) != 0:
             return code
+        if (read_status(out_dir) or {}).get("state") == "time_limit" and configs[number:]:
+            rest = ", ".join(configs[number:])
+            say(f"--config {rest}: not trained yet; give the same command again, with --resume")
+            return 0
     return 0
 
 
@@ -353,11 +359,12 @@ def train(settings: Settings, beginning: "Beginning | None", processes: Processe
     finally:
         processes.close()
     step, out_dir = trainer.progress.step, Path(settings.training.out_dir)
-    if outcome == "interrupted":
+    if outcome in ("interrupted", "time_limit"):
         several = processes.world_size > 1
         launcher = ["torchrun", f"--nproc_per_node={processes.world_size}"] if several else ["python"]
         command = command_line(*launcher, "train.py", "--resume", "--out_dir", out_dir)
-        say(f"stopped after step {step:,}; resume with: {command}")
+        why = f", since max_hours {settings.training.max_hours:g} are over" if outcome == "time_limit" else ""
+        say(f"stopped after step {step:,}{why}; resume with: {command}")
         return trainer.exit_code(outcome)
     best = out_dir / "best_model.pth"
     say(f"{outcome.replace('_', ' ')} after step {step:,}; metrics and curves are in {out_dir}")

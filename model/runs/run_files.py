@@ -154,6 +154,10 @@ class RunFiles:
         if self._status.checkpoint != self._saved or time.monotonic() - self._told > STATUS_SECONDS:
             self.tell("running", step)
 
+    def seconds_to_save(self) -> float:
+        """What the end of a session needs, judged by its longest save so far."""
+        return self._saver.longest
+
     def tell(self, state: str, step: int, exit_code: int | None = None, message: str | None = None) -> None:
         """Write status.json."""
         self._told = time.monotonic()

@@ -81,6 +81,11 @@ class TrainingSettings:
 
     epochs: int | Auto = setting(15, "passes over the training samples; auto: few, but many over few chats", at_least=1)
     max_steps: int | None = setting(None, "steps to train, whatever epochs says; null: epochs decide", at_least=1)
+    max_hours: float | None = setting(
+        None,
+        "stop and save, to be resumed, when training has lasted this long in this session; null: no limit",
+        above=0,
+    )
     batch_size: int | Auto = setting(
         32, "samples that a process reads at once; auto: to suit this run and the memory", at_least=1, at_most=2**20
     )
