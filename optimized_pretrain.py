@@ -155,6 +155,8 @@ class Trainer:
             self._open_files()
             with self._time_limit():
                 outcome = self._loop()
+            if self.files is not None:
+                self.files.finish_copies()
             self.processes.barrier()  # rank 0 has written everything
             self._tell_status(outcome, self.exit_code(outcome))
             return outcome

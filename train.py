@@ -72,15 +72,18 @@ def read_beginning(arguments: list[str]) -> tuple[Settings, "Beginning | None"]:
         return settings, None
     with heavy_imports():
         from model.runs.beginning import Beginning, find_beginning, take_shape_of_checkpoint
+        from model.runs.folder import is_in
         from model.runs.resume import find_checkpoint
 
     if has_config or not training.resumes:
         return settings, find_beginning(settings, say)
     if (checkpoint := find_checkpoint(training, say)) is None:
-        raise InputError(f"--resume: no checkpoint in {training.out_dir}; start the run again without --resume")
+        where = " or ".join(filter(None, (training.out_dir, training.copy_to)))
+        raise InputError(f"--resume: no checkpoint in {where}; start the run again without --resume")
     path, content = checkpoint
     saved = content["settings"]
-    place = {"out_dir": str(path.parent), "resume_from": None, "resume": True}
+    out_dir = training.out_dir if is_in(path, training.copy_to) else str(path.parent)
+    place = {"out_dir": out_dir, "resume_from": None, "resume": True}
     settings = build_settings(saved | {"training": saved["training"] | place}, flags, str(path))
     say(f"settings: those saved in {path}" + (f", and {', '.join(f'--{name}' for name in flags)}" if flags else ""))
     if settings.training.init_from is not None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from model.errors import OneLineError
+from model.runs.copying import CHECKPOINT, CLOSE_SECONDS, Copier
 from model.runs.folder import (
     INTERRUPTED,
     begin_run,
@@ -65,7 +66,8 @@ class RunFiles:
 
     def _begin(self, settings: Settings, plan: RunPlan, resumed: FoundCheckpoint | None) -> None:
         path = resumed.path if resumed is not None else None
-        new_run, moved = begin_run(self.out_dir, path, plan.steps_done, self._say)
+        copy_to = settings.training.copy_to
+        new_run, moved = begin_run(self.out_dir, path, plan.steps_done, copy_to, self._say)
         source = settings.training.init_from
         if moved is not None and source is not None and is_within(source, self.out_dir):
             # It was read before it was moved. Its new place is recorded, for a restart before the first checkpoint.
@@ -80,6 +82,9 @@ class RunFiles:
         self._saved = path.name if path is not None else None  # the newest checkpoint on the disk
         self.tell("running", plan.steps_done)
         write_config(self.out_dir, self.started, plan.resolved(settings))
+        self._copier: Copier | None = None
+        if copy_to is not None:
+            self._copier = Copier(self.out_dir, Path(copy_to), self.started, plan.steps_done, self._say)
 
     def start_trackers(self, settings: Settings) -> None:
         """Send the metrics to the trackers that are set."""
@@ -98,6 +103,8 @@ class RunFiles:
 
         def write(copied: dict) -> None:
             save_torch(path, copied)
+            if self._copier is not None:
+                self._copier.offer(CHECKPOINT, path.name)
             if not interrupted:
                 prune_checkpoints(self.out_dir, self._keep_last, step)
             self._saved = path.name
@@ -115,6 +122,8 @@ class RunFiles:
 
         def write(copied: dict) -> None:
             save_weights(path, weights.with_state(copied))
+            if self._copier is not None:
+                self._copier.offer(name, path.with_suffix(".json").name, name)
 
         self._saver.submit(name, weights.state_dict, write, self._waiting)
 
@@ -155,8 +164,13 @@ class RunFiles:
             self.tell("running", step)
 
     def seconds_to_save(self) -> float:
-        """What the end of a session needs, judged by its longest save so far."""
-        return self._saver.longest
+        """What the end of a session needs, judged by its longest save and copy so far."""
+        return self._saver.longest + (self._copier.longest if self._copier is not None else 0.0)
+
+    def finish_copies(self) -> None:
+        """Wait, for a limited time, until what was saved is copied to copy_to, and say what is not."""
+        if self._copier is not None:
+            self._copier.finish(self._waiting)
 
     def tell(self, state: str, step: int, exit_code: int | None = None, message: str | None = None) -> None:
         """Write status.json."""
@@ -169,4 +183,6 @@ class RunFiles:
         with contextlib.suppress(OneLineError):  # it was reported
             self._saver.wait()
         self._saver.close()
+        if self._copier is not None:  # nothing is left to copy unless the run failed
+            self._copier.finish(seconds=CLOSE_SECONDS)
         self._lock.release()

@@ -6,6 +6,7 @@ from the dataclasses below. Flags beat the file, the file beats the defaults. Al
 
 import dataclasses
 import difflib
+import os
 import re
 import typing
 from collections.abc import Mapping, Sequence
@@ -153,6 +154,12 @@ class TrainingSettings:
     resume: bool = setting(False, "resume from the newest whole checkpoint in out_dir")
     resume_from: str | None = setting(None, "resume from this checkpoint", path=True)
     out_dir: str = setting("out", "folder for checkpoints, metrics and curves", path=True)
+    copy_to: str | None = setting(
+        None,
+        "another folder, such as a mounted drive, that gets copies of the newest checkpoint and of the weights; resume"
+        " looks there where out_dir has no checkpoint; null: none",
+        path=True,
+    )
 
     @property
     def resumes(self) -> bool:
@@ -300,6 +307,8 @@ def _impossible_combinations(settings: Settings) -> list[str]:
         problems.append(
             f"mix_share: {data.mix_share} of no texts; set mix_data_path to a token file of texts, or omit mix_share"
         )
+    if training.copy_to is not None and os.path.abspath(training.copy_to) == os.path.abspath(training.out_dir):
+        problems.append(f"copy_to: {training.copy_to} is out_dir; give another folder, best on another disk")
     if (parameters := _least_parameters(settings.model)) > MOST_PARAMETERS:
         problems.append(f"dim, n_layers: {parameters:,} parameters or more, at most {MOST_PARAMETERS:,} expected")
     if not training.resumes:  # else the checkpoint has the weights, and its adapters are compared with these
