@@ -4,8 +4,11 @@ A file is a row of records, each framed as in TFRecord: length (uint64), its CRC
 The data is one protobuf message `Event` (tensorflow/core/util/event.proto), of which this writes what scalars need.
 """
 
+import contextlib
 import math
+import os
 import struct
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,9 +16,23 @@ EVENT_FILES = "events.out.tfevents.*.mateconv"  # TensorBoard finds them by how 
 VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5  # protobuf's wire types
 
 
-def event_file(folder: Path, seconds: float) -> Path:
-    """The file of a session that begins at this Unix time: TensorBoard reads a folder's files in the order of names."""
-    return folder / EVENT_FILES.replace("*", f"{int(seconds):010}")
+def event_files(folder: Path) -> list[Path]:
+    """The files of a run's sessions, in their order, which is that of their names and that of TensorBoard's reading."""
+    return sorted(path for path in folder.glob(EVENT_FILES) if path.name.split(".")[3].isdecimal())
+
+
+def next_event_file(folder: Path) -> Path:
+    """The file of a session that begins now: the Unix time is in its name, or one that is later than all others."""
+    seconds = max([int(time.time()), *(int(path.name.split(".")[3]) + 1 for path in event_files(folder))])
+    return folder / EVENT_FILES.replace("*", f"{seconds:010}")
+
+
+def withdraw(files: list[Path]) -> None:
+    """Take back the files of earlier sessions: the last one becomes empty, since a TensorBoard that has read it goes on
+    to the next only if it is still there; the others are removed."""
+    for path in files:
+        with contextlib.suppress(OSError):
+            os.truncate(path, 0) if path == files[-1] else path.unlink()
 
 
 class EventEncoder:
@@ -41,9 +58,9 @@ class EventEncoder:
             self._step, self._names = event["step"], {"step"}
         scalars = {name: value for name, value in event.items() if value is not None and name not in self._names}
         self._names |= scalars.keys()
-        time = self._began + _number(event.get("elapsed") or 0.0)
+        seconds = self._began + _number(event.get("elapsed") or 0.0)
         values = b"".join(_field(1, BYTES, _scalar(name, value)) for name, value in scalars.items())
-        return _record(_field(1, FIXED64, time) + _field(2, VARINT, event["step"]) + _field(5, BYTES, values))
+        return _record(_field(1, FIXED64, seconds) + _field(2, VARINT, event["step"]) + _field(5, BYTES, values))
 
 
 def _scalar(name: str, value: float) -> bytes:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from model.errors import command_line
-from model.runs.event_file import EVENT_FILES, EventEncoder, event_file
+from model.runs.event_file import EventEncoder, event_files, next_event_file, withdraw
 from model.runs.metrics_file import AppendedFile, end_of_step, read_metrics
 from model.runs.tracker_process import TrackerProcess, close_trackers
 from model.runs.trackers import TRACKERS, kept_run_id
@@ -52,15 +52,13 @@ class MetricsLog:
     def _start_event_file(self, out_dir: Path, step: int) -> AppendedFile:
         """This session's file for TensorBoard, which begins with what metrics.jsonl holds, and so replaces the files of
         earlier sessions."""
-        events = AppendedFile(event_file(out_dir, time.time()), lambda: 0, self._say, unit="events")
-        earlier, logged = [path for path in out_dir.glob(EVENT_FILES) if path != events.path], []
+        earlier, logged = event_files(out_dir), []
+        events = AppendedFile(next_event_file(out_dir), lambda: 0, self._say, unit="events")
         with contextlib.suppress(OSError):
             logged = [event for event in read_metrics(self.path) if event["step"] <= step]
         events.append(self._encoder.head(), *map(self._encoder.record, logged))
         if logged and events.path.exists():
-            for path in earlier:
-                with contextlib.suppress(OSError):
-                    path.unlink()
+            withdraw(earlier)
         return events
 
     def start_tracker(self, name: str, project: str, run_name: str | None, settings: dict, folder: Path) -> None:
