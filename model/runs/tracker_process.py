@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from model.children import OWN_GROUP
-from model.errors import command_line, first_line
+from model.errors import InputError, command_line, first_line
 from model.runs.metrics_file import parse_event
 from model.runs.trackers import TRACKERS, SentSteps, send_later
 
@@ -43,7 +43,10 @@ class TrackerProcess:
     """
 
     def __init__(self, name: str, metrics: Path, options: dict, say: Callable[[str], None]) -> None:
-        self._name, self._options, self._say, self._left = name, options, say, False
+        self._name, self._options, self._say = name, options, say
+        self._is_begun = self._left = (
+            False  # whether the tracker has said where the run is; whether nobody waits for it
+        )
         code = f"import sys; sys.path[:] = {sys.path!r}; from model.runs.tracker_process import main; main()"
         pipe = subprocess.PIPE
         self._process = subprocess.Popen(
@@ -62,6 +65,7 @@ class TrackerProcess:
         """Show the process's lines to the user, and its end if it ends without a word."""
         with self._process.stdout:
             for line in self._process.stdout:
+                self._is_begun = True
                 if not self._left:
                     self._say(line.decode(errors="replace").rstrip())
         if (code := self._process.wait()) and not self._left:
@@ -79,7 +83,7 @@ class TrackerProcess:
         self._reader.join(max(0.0, end - time.monotonic()))
         self._left = True
         if self._reader.is_alive():
-            command = TRACKERS[self._name].unsent(self._options)
+            command = TRACKERS[self._name].unsent(self._options) if self._is_begun else None
             rest = f"send the rest with: {command_line(*command)}" if command else send_later(self._options)
             unfinished = f"not finished after {CLOSE_SECONDS:g} s; it continues for up to {GRACE_SECONDS} s"
             self._say(f"{self._name}: {unfinished}; if that is too short, {rest}")
@@ -125,14 +129,34 @@ class MetricsTail:
                 self._row |= {key: value for key, value in event.items() if value is not None}
 
 
-def send(order: dict, ended: threading.Event, killed: Callable[[], bool], tell: Callable[[str], None]) -> None:
+class RunEnd:
+    """The end of the run, as this process hears of it on stdin."""
+
+    def __init__(self) -> None:
+        self.came, self.killed = threading.Event(), False  # killed: without a word
+        self.unheard = False  # whether the training no longer shows our lines
+        threading.Thread(target=self._wait, daemon=True).start()
+
+    def _wait(self) -> None:
+        self.killed = sys.stdin.buffer.readline() != b"finish\n"
+        self.came.set()
+        time.sleep(CLOSE_SECONDS / 2)
+        self.unheard = True
+        time.sleep(GRACE_SECONDS - CLOSE_SECONDS / 2)
+        os._exit(3)
+
+
+def send(order: dict, end: RunEnd, tell: Callable[[str], None]) -> None:
     """Send metrics.jsonl from the first step that the tracker lacks, also of earlier sessions, until the run ends.
+
+    The last step of a run that was killed may be half: it comes again when the run is resumed.
 
     Args:
         order: see above.
-        ended: set when the run has ended.
-        killed: whether it ended without a word; its last step, which may be half, comes again when it is resumed.
         tell: shows one line to the user.
+
+    Raises:
+        InputError: the tracker began, offline, when nobody could be told any more where it keeps the run.
     """
     from filelock import FileLock  # a requirement of torch itself
 
@@ -141,19 +165,22 @@ def send(order: dict, ended: threading.Event, killed: Callable[[], bool], tell: 
     folder.mkdir(exist_ok=True)
     with FileLock(folder / ".lock", timeout=2 * GRACE_SECONDS):  # the session before may still be sending
         sent = SentSteps(Path(options["dir"]) / f"{name}_run.json", options["id"])
-        tracker, tail = TRACKERS[name](options, tell), MetricsTail(Path(order["metrics"]))
+        tracker, tail = TRACKERS[name](options), MetricsTail(Path(order["metrics"]))
+        if tracker.is_offline and end.unheard:
+            raise InputError("no connection before the run ended")  # the next session sends all of it
+        tell(f"{name}: {tracker.where}")
         newest = settled = max(tracker.first_step - 1, sent.last)
         look, last_round = time.monotonic() + SETTLE_SECONDS, False
         while not last_round:
-            last_round = ended.wait(POLL_SECONDS)
-            for row in tail.rows(last=last_round and not killed()):
+            last_round = end.came.wait(POLL_SECONDS)
+            for row in tail.rows(last=last_round and not end.killed):
                 if row["step"] > newest:
                     tracker.log(row, row["step"])
                     newest = row["step"]
             if time.monotonic() > look:
                 sent.keep(settled)
                 look, settled = time.monotonic() + SETTLE_SECONDS, newest
-        tracker.finish(failed=killed())
+        tracker.finish(failed=end.killed)
         sent.keep(newest)
 
 
@@ -169,17 +196,8 @@ def main() -> None:
             print(line, file=shown, flush=True)
 
     order = json.loads(sys.stdin.buffer.readline())
-    ended, last_word = threading.Event(), []
-
-    def wait_for_the_end() -> None:
-        last_word.append(sys.stdin.buffer.readline())
-        ended.set()
-        time.sleep(GRACE_SECONDS)
-        os._exit(3)
-
-    threading.Thread(target=wait_for_the_end, daemon=True).start()
     try:
-        send(order, ended, lambda: last_word != [b"finish\n"], tell)
+        send(order, RunEnd(), tell)
     except BaseException as error:  # SystemExit too
         name, reason = order["tracker"], first_line(error).rstrip(". ")
         tell(f"{name}: {reason}; the run continues without {name}; {send_later(order['options'])}")

@@ -20,16 +20,15 @@ from model.storage.files import write_json
 class Wandb:
     """Weights & Biases, offline where there is no login or no network.
 
-    Args:
-        tell: shows one line to the user.
-
     Attributes:
         first_step: the first one that the tracker lacks, as far as it knows.
+        is_offline: whether the user has to send what it keeps.
+        where: to find the run, for the user.
     """
 
     package = "wandb"
 
-    def __init__(self, options: dict, tell: Callable[[str], None]) -> None:
+    def __init__(self, options: dict) -> None:
         import wandb
 
         quiet, why = wandb.Settings(init_timeout=20, console="off"), ""
@@ -41,11 +40,11 @@ class Wandb:
             why = f"{first_line(error).rstrip('. ')}; "
             self._run = wandb.init(**options, mode="offline", settings=quiet)
         self.first_step = getattr(self._run, "starting_step", 0)
-        if why or getattr(self._run, "offline", False):
+        self.is_offline = bool(why) or getattr(self._run, "offline", False)
+        self.where = getattr(self._run, "url", None) or "begun"
+        if self.is_offline:
             kept = getattr(getattr(self._run, "settings", None), "sync_dir", None) or Path(options["dir"]) / "wandb"
-            tell(f"wandb: {why}the run is kept offline; send it later with: {command_line('wandb', 'sync', kept)}")
-        elif getattr(self._run, "url", None):
-            tell(f"wandb: {self._run.url}")
+            self.where = f"{why}the run is kept offline; send it later with: {command_line('wandb', 'sync', kept)}"
 
     def log(self, row: dict, step: int) -> None:
         """Send one step's numbers."""
@@ -73,7 +72,7 @@ class SwanLab:
 
     package = "swanlab>=0.10,<0.11"
 
-    def __init__(self, options: dict, tell: Callable[[str], None]) -> None:
+    def __init__(self, options: dict) -> None:
         import swanlab
 
         probes = ("hardware", "runtime", "requirements", "conda", "git", "swanlab", "monitor")
@@ -88,10 +87,10 @@ class SwanLab:
             why = f"{first_line(error).rstrip('. ')}; "
             self._run = swanlab.init(**begin, mode="offline")
         self.first_step = 0  # it does not say
-        if why or self._run.mode == "offline":
-            tell(f"swanlab: {why}the run is kept offline; send it later with: {command_line(*self.unsent(options))}")
-        elif self._run.mode == "online":
-            tell(f"swanlab: {self._run.url}")
+        self.is_offline = self._run.mode == "offline"
+        self.where = self._run.url if self._run.mode == "online" else "begun"
+        if self.is_offline:
+            self.where = f"{why}the run is kept offline; send it later with: {command_line(*self.unsent(options))}"
 
     def log(self, row: dict, step: int) -> None:
         """Send one step's numbers."""
@@ -119,7 +118,7 @@ class Trackio:
 
     package = "trackio"
 
-    def __init__(self, options: dict, tell: Callable[[str], None]) -> None:
+    def __init__(self, options: dict) -> None:
         import trackio
 
         name = "-".join(filter(None, (options["name"], options["id"])))
@@ -127,9 +126,9 @@ class Trackio:
         self._run = trackio.init(
             options["project"], name, config=options["config"], resume="allow", private=True, embed=False, **hardware
         )
-        self.first_step = getattr(self._run, "_next_step", 0)
+        self.first_step, self.is_offline = getattr(self._run, "_next_step", 0), False
         show = command_line("trackio", "show", "--project", options["project"])
-        tell(f"trackio: run {name} in {os.environ['TRACKIO_DIR']}; with TRACKIO_DIR set to that, see it with: {show}")
+        self.where = f"run {name} in {os.environ['TRACKIO_DIR']}; with TRACKIO_DIR set to that, see it with: {show}"
 
     def log(self, row: dict, step: int) -> None:
         """Send one step's numbers."""

@@ -2,8 +2,9 @@
 $FAKE_TRACKER_FAULT says.
 
 "init raises", "log stalls": what the place does; the places are import, init, log and finish. It "raises", "stalls" for
-ten minutes, "exits" as sys.exit does, or "dies" as from a segmentation fault. And they do what no good library does:
-they seed the global random generators, and leave a thread that is no daemon and a hook at the exit, which take as long.
+ten minutes, "is slow", "exits" as sys.exit does, or "dies" as from a segmentation fault. And they do what no good
+library does: they seed the global random generators, and leave a thread that is no daemon and a hook at the exit, which
+take as long as a stall.
 """
 
 import atexit
@@ -43,6 +44,8 @@ def disturb(place: str) -> None:
     if FAULT == f"{place} stalls":
         time.sleep(STALL)
         record(id=None, stalled=place)
+    if FAULT == f"{place} is slow":
+        time.sleep(2)
     if FAULT == f"{place} exits":
         sys.exit(1)
     if FAULT == f"{place} dies":

@@ -134,6 +134,27 @@ def test_without_a_key_swanlab_is_kept_offline_and_a_line_says_how_to_send_it(tm
     ]
 
 
+@pytest.mark.long
+def test_what_is_kept_offline_after_the_end_is_sent_by_the_next_session(tmp_path, said, fake_trackers, monkeypatch):
+    """Nobody would be told where it is kept."""
+    received = fake_trackers("init is slow", key="")
+    log = MetricsLog(tmp_path, 0, said.append)
+    log.start_tracker("swanlab", "project", None, {}, tmp_path)
+    log.write({"step": 1, "loss": 2.0})
+    process = log._trackers[0]._process
+    monkeypatch.setattr("model.runs.tracker_process.CLOSE_SECONDS", 0.1)
+    log.close()
+    assert len(said) == 1 and said[0].endswith(f"send the rest with: python train.py --resume --out_dir {tmp_path}")
+    process.wait()
+    assert sent(received()) == []
+    monkeypatch.setattr("model.runs.tracker_process.CLOSE_SECONDS", 60)
+    received = fake_trackers()
+    again = MetricsLog(tmp_path, 1, said.append)
+    again.start_tracker("swanlab", "project", None, {}, tmp_path)
+    again.close()
+    assert sent(received()) == [(1, False)] and received()[-2]["id"] == received()[0]["id"]
+
+
 @pytest.mark.parametrize("user", [None, "mine"])
 def test_trackio_is_kept_in_the_runs_folder_unless_the_user_says_where(
     tmp_path, said, fake_trackers, monkeypatch, user
