@@ -47,12 +47,14 @@ class Copier:
     def __init__(self, out_dir: Path, folder: Path, started: str, step: int, say: Callable[[str], None]) -> None:
         self.out_dir, self.folder, self.longest = out_dir, folder, 0.0
         self._started, self._step, self._say = started, step, say
-        self._is_prepared = self._is_finished = False
+        self._is_prepared = False
+        self._is_finished = False  # nothing more is offered: the thread ends with what waits
         self._changed = threading.Condition()  # guards the three below; each maps a kind to the names of its files
         self._waiting: dict[str, tuple[str, ...]] = {}
         self._copying: dict[str, tuple[str, ...]] = {}
         self._failed: dict[str, tuple[str, ...]] = {}
-        threading.Thread(target=self._work, name="copier", daemon=True).start()
+        self._thread = threading.Thread(target=self._work, name="copier", daemon=True)
+        self._thread.start()
 
     def offer(self, kind: str, *names: str) -> None:
         """Copy these files of the run's folder next; they take the place of those of their kind that still wait."""
@@ -70,8 +72,9 @@ class Copier:
         """
         if self._is_finished:
             return
-        self._is_finished, seconds = True, FINISH_SECONDS if seconds is None else seconds
+        seconds = FINISH_SECONDS if seconds is None else seconds
         with self._changed:
+            self._is_finished = True
             self._waiting, self._failed = self._failed | self._waiting, {}
             self._changed.notify_all()
         begin, is_told = time.monotonic(), False
@@ -87,6 +90,8 @@ class Copier:
             self._waiting, self._failed = {}, {}
         if left:
             self._say(f"copy_to: {self.folder} lacks {', '.join(left)}; copy them from {self.out_dir}")
+        else:
+            self._thread.join()
 
     def _unfinished(self) -> bool:
         with self._changed:
@@ -97,7 +102,9 @@ class Copier:
             with self._changed:
                 self._copying = {}
                 self._changed.notify_all()
-                self._changed.wait_for(lambda: self._waiting)
+                self._changed.wait_for(lambda: self._waiting or self._is_finished)
+                if not self._waiting:
+                    return
                 kind = next(iter(self._waiting))
                 names = self._waiting.pop(kind)
                 self._copying = {kind: names}
@@ -109,7 +116,8 @@ class Copier:
                     if is_latest:
                         self._failed[kind] = names
                 if is_latest:
-                    self._say(f"copy_to: {names[-1]} is not copied: {error}; the next save tries again")
+                    again = "" if self._is_finished else "; the next save tries again"
+                    self._say(f"copy_to: {names[-1]} is not copied: {error}{again}")
 
     def _copy(self, kind: str, names: tuple[str, ...]) -> None:
         self._prepare()

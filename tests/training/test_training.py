@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from model.dataset import PretrainDataset
 from model.errors import InputError, TrainingDiverged
 from model.loss import IGNORE_INDEX
+from model.runs.event_file import EVENT_FILES
 from model.storage.archive import load_torch
 from model.text.tokenization import load_tokenizer
 from model.training.optimizer import OPTIMIZERS, OptimizerKind, decay_groups, momentum_at
@@ -52,11 +53,12 @@ from utils import Processes
 @pytest.mark.curves
 def test_a_run_leaves_weights_checkpoints_metrics_curves_and_its_settings(flags, tmp_path):
     threads = set(threading.enumerate())
-    trainer = train(flags(use_ema="true"))
-    assert not [thread for thread in set(threading.enumerate()) - threads if thread.name == "saver"]
+    trainer = train(flags(use_ema="true", copy_to=tmp_path / "copy"))
+    assert not [thread for thread in set(threading.enumerate()) - threads if thread.name in ("saver", "copier")]
     out = tmp_path / "out"
     assert trainer.outcome == "finished"
-    assert {path.name for path in out.iterdir()} - {".lock"} == {
+    (for_tensorboard,) = out.glob(EVENT_FILES)
+    assert {path.name for path in out.iterdir()} - {".lock", for_tensorboard.name} == {
         "best_model.json", "best_model.pth", "pretrain_32.json", "pretrain_32.pth", "checkpoint_step_4.pth",
         "checkpoint_step_8.pth", "checkpoint_step_12.pth", "config.yaml", "curves.png", "metrics.jsonl", "status.json",
     }  # fmt: skip
