@@ -5,6 +5,7 @@ The data is one protobuf message `Event` (tensorflow/core/util/event.proto), of 
 """
 
 import contextlib
+import functools
 import math
 import os
 import struct
@@ -65,7 +66,12 @@ class EventEncoder:
 
 def _scalar(name: str, value: float) -> bytes:
     """Summary.Value: a tag and a float32."""
-    return _field(1, BYTES, name.encode()) + _field(2, FIXED32, _number(value))
+    return _tag(name) + _field(2, FIXED32, _number(value))
+
+
+@functools.cache
+def _tag(name: str) -> bytes:
+    return _field(1, BYTES, name.encode())
 
 
 def _number(value: float) -> float:
@@ -93,6 +99,7 @@ def _float32(value: float) -> bytes:
         return struct.pack("<f", math.copysign(math.inf, value))
 
 
+@functools.lru_cache
 def _varint(value: int) -> bytes:
     encoded, value = bytearray(), value & 0xFFFFFFFFFFFFFFFF
     while value > 127:
