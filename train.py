@@ -365,7 +365,9 @@ def train(settings: Settings, beginning: "Beginning | None", processes: Processe
     if outcome in ("interrupted", "time_limit"):
         several = processes.world_size > 1
         launcher = ["torchrun", f"--nproc_per_node={processes.world_size}"] if several else ["python"]
-        command = command_line(*launcher, "train.py", "--resume", "--out_dir", out_dir)
+        copy_to = settings.training.copy_to
+        copy = [] if copy_to is None else ["--copy_to", copy_to]
+        command = command_line(*launcher, "train.py", "--resume", "--out_dir", out_dir, *copy)
         why = f", since max_hours {settings.training.max_hours:g} are over" if outcome == "time_limit" else ""
         say(f"stopped after step {step:,}{why}; resume with: {command}")
         return trainer.exit_code(outcome)

@@ -109,7 +109,7 @@ def two_ranks(flags: dict) -> subprocess.CompletedProcess:
 
 
 def python(code, **options):
-    """Run Python text in a process of its own, with the project to import from; returns what it printed, as JSON."""
+    """Run Python text in a separate process, with the project to import from; returns what it printed, as JSON."""
     options = {"capture_output": True, "text": True, "timeout": HUNG, "env": ONE_THREAD} | options
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, **options)
     assert result.returncode == 0, result.stderr

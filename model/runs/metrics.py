@@ -110,17 +110,20 @@ class MetricsLog:
         now = time.monotonic()
         self._next_drawing = now + (now - began) / DRAWING_SHARE
 
-    def close(self) -> None:
+    def close(self, is_whole: bool = True) -> None:
         """Write what is pending, draw the last curves and end the trackers' runs.
 
         Waits for the trackers at most `tracker_process.CLOSE_SECONDS`.
+
+        Args:
+            is_whole: as for `close_trackers`.
         """
         self._lines.close()
         self._events.close()
         if self._stale:
             self.draw_curves()
         trackers, self._trackers = self._trackers, []
-        close_trackers(trackers)
+        close_trackers(trackers, is_whole)
 
 
 def draw_curves(events: list[dict], path: Path) -> None:

@@ -174,12 +174,12 @@ class RunFiles:
 
     def tell(self, state: str, step: int, exit_code: int | None = None, message: str | None = None) -> None:
         """Write status.json."""
-        self._told = time.monotonic()
+        self._state, self._told = state, time.monotonic()
         self._status.write(state, step, self._saved, exit_code, message)
 
     def close(self) -> None:
         """Finish the writes under way, and release the folder."""
-        self.metrics.close()
+        self.metrics.close(is_whole=self._state not in ("interrupted", "time_limit"))
         with contextlib.suppress(OneLineError):  # it was reported
             self._saver.wait()
         self._saver.close()

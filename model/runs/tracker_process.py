@@ -4,7 +4,8 @@ Training shares nothing with this process but a file and two pipes. So whatever 
 draw from a global random generator, a hook at the exit, cannot reach the training. (In a thread it could.)
 
 In: one line of JSON on stdin, {"tracker": name, "metrics": path, "options": …}, and when the run has ended the line
-`finish`. If stdin ends without it, the run was killed. Out: each line on stdout is one to show to the user.
+`finish`, or `stop` if it may be resumed and its last step may get an evaluation then. If stdin ends without a line, the
+run was killed. Out: each line on stdout is one to show to the user.
 """
 
 import contextlib
@@ -72,9 +73,9 @@ class TrackerProcess:
             ended = f"{self._name}: its process ended with code {code}"
             self._say(f"{ended}; the run continues without {self._name}; {send_later(self._options)}")
 
-    def finish(self) -> None:
-        """Tell the process that the run has ended; it sends what is left and ends by itself."""
-        self._tell("finish")
+    def finish(self, is_whole: bool) -> None:
+        """Tell the process that the run has ended; it sends what is left, and the last step only if that is whole."""
+        self._tell("finish" if is_whole else "stop")
         with contextlib.suppress(OSError):
             self._process.stdin.close()
 
@@ -89,10 +90,14 @@ class TrackerProcess:
             self._say(f"{self._name}: {unfinished}; if that is too short, {rest}")
 
 
-def close_trackers(trackers: list[TrackerProcess]) -> None:
-    """End the runs of all trackers, and wait for them `CLOSE_SECONDS` at most."""
+def close_trackers(trackers: list[TrackerProcess], is_whole: bool) -> None:
+    """End the runs of all trackers, and wait for them `CLOSE_SECONDS` at most.
+
+    Args:
+        is_whole: whether the last step has all its events; if not, the next session sends it.
+    """
     for tracker in trackers:
-        tracker.finish()
+        tracker.finish(is_whole)
     end = time.monotonic() + CLOSE_SECONDS
     for tracker in trackers:
         tracker.leave(end)
@@ -133,12 +138,14 @@ class RunEnd:
     """The end of the run, as this process hears of it on stdin."""
 
     def __init__(self) -> None:
-        self.came, self.killed = threading.Event(), False  # killed: without a word
+        self.came = threading.Event()
+        self.killed = self.is_whole = False  # whether it came without a word; whether the last step has all its events
         self.unheard = False  # whether the training no longer shows our lines
         threading.Thread(target=self._wait, daemon=True).start()
 
     def _wait(self) -> None:
-        self.killed = sys.stdin.buffer.readline() != b"finish\n"
+        word = sys.stdin.buffer.readline().strip()
+        self.killed, self.is_whole = word == b"", word == b"finish"
         self.came.set()
         time.sleep(CLOSE_SECONDS / 2)
         self.unheard = True
@@ -148,8 +155,6 @@ class RunEnd:
 
 def send(order: dict, end: RunEnd, tell: Callable[[str], None]) -> None:
     """Send metrics.jsonl from the first step that the tracker lacks, also of earlier sessions, until the run ends.
-
-    The last step of a run that was killed may be half: it comes again when the run is resumed.
 
     Args:
         order: see above.
@@ -173,7 +178,7 @@ def send(order: dict, end: RunEnd, tell: Callable[[str], None]) -> None:
         look, last_round = time.monotonic() + SETTLE_SECONDS, False
         while not last_round:
             last_round = end.came.wait(POLL_SECONDS)
-            for row in tail.rows(last=last_round and not end.killed):
+            for row in tail.rows(last=last_round and end.is_whole):
                 if row["step"] > newest:
                     tracker.log(row, row["step"])
                     newest = row["step"]

@@ -1,7 +1,7 @@
-"""Trackers that show a run's metrics: one class each. They run in processes of their own, see `tracker_process`.
+"""Trackers that show a run's metrics: one class each. Each runs in a separate process, see `tracker_process`.
 
-A tracker is begun with options: `project`, `name` (or None), `config`, `dir` (the run's folder) and `id`; the same id
-continues the same run. Whatever its library raises may pass.
+A tracker begins with options: `project`, `name` (or None), `config`, `dir` (the run's folder) and `id`; the same id
+continues the same run. It may raise whatever its library raises.
 """
 
 import contextlib

@@ -283,6 +283,18 @@ def test_the_next_session_sends_what_a_killed_tracker_lacks(tmp_path, said, fake
     assert len({event["id"] for event in received()}) == 1
 
 
+@pytest.mark.parametrize("name", TRACKERS)
+def test_an_evaluation_that_a_stop_cut_short_comes_with_its_step_later(tmp_path, said, fake_trackers, name):
+    received = fake_trackers()
+    for session, events_of_session in enumerate(([{"loss": 2.0}], [{"val_loss": 3.0}]), 1):
+        log = MetricsLog(tmp_path, 4, said.append)
+        log.start_tracker(name, "project", None, {}, tmp_path)
+        for event in events_of_session:
+            log.write({"step": 4} | event)
+        log.close(is_whole=session == 2)
+        assert sent(received()) == ([] if session == 1 else [(4, True)])
+
+
 @pytest.mark.long
 def test_what_another_run_was_sent_does_not_count(tmp_path, said, fake_trackers, monkeypatch):
     received = fake_trackers()
