@@ -5,10 +5,12 @@ reaches the training: each is a line, and the next save tries again.
 """
 
 import hashlib
+import io
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 from model.errors import InputError
 from model.runs.folder import (
@@ -153,6 +155,12 @@ class Copier:
             (self.folder / INTERRUPTED).unlink(missing_ok=True)
 
 
+def _opened(source: Path) -> BinaryIO:
+    """A file to read from. Weights are read at once: Windows replaces no file that is open, and the next best weights
+    must not wait for a slow folder. A checkpoint has a name that no other one takes."""
+    return open(source, "rb") if source.name.startswith("checkpoint_") else io.BytesIO(source.read_bytes())
+
+
 def copy_checked(source: Path, target: Path) -> None:
     """Copy a file under another name, read the copy back, and only then give it its name.
 
@@ -167,7 +175,7 @@ def copy_checked(source: Path, target: Path) -> None:
         if file_sha256(written) != sha256.hexdigest():
             raise InputError(f"{target}: what was read back is not what was written")
 
-    with open(source, "rb") as original, replacing(target, source.stat().st_size, check) as copy:
+    with _opened(source) as original, replacing(target, source.stat().st_size, check) as copy:
         while block := original.read(BLOCK_BYTES):
             sha256.update(block)
             copy.write(block)

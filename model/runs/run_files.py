@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from model.errors import OneLineError
-from model.runs.copying import CHECKPOINT, CLOSE_SECONDS, Copier
+from model.runs.copying import CHECKPOINT, CLOSE_SECONDS, FINISH_SECONDS, Copier
 from model.runs.folder import (
     INTERRUPTED,
     begin_run,
@@ -165,7 +165,8 @@ class RunFiles:
 
     def seconds_to_save(self) -> float:
         """What the end of a session needs, judged by its longest save and copy so far."""
-        return self._saver.longest + (self._copier.longest if self._copier is not None else 0.0)
+        copying = 0.0 if self._copier is None else min(self._copier.longest, FINISH_SECONDS)
+        return self._saver.longest + copying
 
     def finish_copies(self) -> None:
         """Wait, for a limited time, until what was saved is copied to copy_to, and say what is not."""

@@ -45,9 +45,8 @@ class TrackerProcess:
 
     def __init__(self, name: str, metrics: Path, options: dict, say: Callable[[str], None]) -> None:
         self._name, self._options, self._say = name, options, say
-        self._is_begun = self._left = (
-            False  # whether the tracker has said where the run is; whether nobody waits for it
-        )
+        self._is_begun = False  # whether the tracker has said where the run is
+        self._left = False  # whether the training waits no more
         code = f"import sys; sys.path[:] = {sys.path!r}; from model.runs.tracker_process import main; main()"
         pipe = subprocess.PIPE
         self._process = subprocess.Popen(

@@ -94,7 +94,7 @@ class SwanLab:
 
     def log(self, row: dict, step: int) -> None:
         """Send one step's numbers."""
-        self._run.log({name: value for name, value in row.items() if name != "step"}, step=step)
+        self._run.log(_without_step(row), step=step)
 
     def finish(self, failed: bool) -> None:
         """Send the rest and end the run; never returns where the server falls silent."""
@@ -129,10 +129,12 @@ class Trackio:
         self.first_step, self.is_offline = getattr(self._run, "_next_step", 0), False
         show = command_line("trackio", "show", "--project", options["project"])
         self.where = f"run {name} in {os.environ['TRACKIO_DIR']}; with TRACKIO_DIR set to that, see it with: {show}"
+        if elsewhere := [name for name in ("TRACKIO_SPACE_ID", "TRACKIO_SERVER_URL") if os.environ.get(name)]:
+            self.where = f"run {name} where {elsewhere[0]} says"
 
     def log(self, row: dict, step: int) -> None:
         """Send one step's numbers."""
-        self._run.log({name: value for name, value in row.items() if name != "step"}, step=step)
+        self._run.log(_without_step(row), step=step)
 
     def finish(self, failed: bool) -> None:
         """Write the rest and end the run."""
@@ -147,6 +149,10 @@ class Trackio:
     def unsent(options: Mapping) -> list | None:
         """None: what is not in the database is in metrics.jsonl alone."""
         return None
+
+
+def _without_step(row: dict) -> dict:
+    return {name: value for name, value in row.items() if name != "step"}
 
 
 TRACKERS = {"wandb": Wandb, "swanlab": SwanLab, "trackio": Trackio}
