@@ -106,8 +106,7 @@ def _read_command(arguments: list[str]) -> tuple[Settings, dict[str, str], bool]
             add_option(group, field, as_text=True)
     known, unknown = parser.parse_known_args(arguments)
     problems = parser.describe_unknown(unknown) if unknown else []
-    given = {name: value for name, value in vars(known).items() if name in FIELDS and value is not None}
-    flags = {name: " ".join(value) if isinstance(value, list) else value for name, value in given.items()}
+    flags = {name: value for name, value in vars(known).items() if name in FIELDS and value is not None}
     values = {} if known.config is None else read_config(known.config)
     has_config = known.config is not None
     settings = build_settings(values, flags, known.config or "config", problems, checkpoint_follows=not has_config)

@@ -196,7 +196,7 @@ def add_option(
         except ValueError as error:
             raise argparse.ArgumentTypeError(f"{shown(text)} found, {error} expected") from None
 
-    choices, kind = field.metadata["choices"], accepted_types(field)[0]
+    choices, is_switch = field.metadata["choices"], accepted_types(field)[0] is bool
     help = field.metadata["help"] + (f" ({', '.join(choices)})" if choices else "")
     if field.default not in (None, ()):
         help += f" [{str(field.default).lower() if isinstance(field.default, bool) else field.default}]"
@@ -206,8 +206,8 @@ def add_option(
         default=None if as_text else field.default,
         help=help.replace("%", "%%"),
         metavar=metavar or _placeholder(field),
-        nargs={bool: "?", list: "+"}.get(kind, nargs),
-        const=("true" if as_text else True) if kind is bool else None,
+        nargs="?" if is_switch else "+" if field.metadata["several"] else nargs,
+        const=("true" if as_text else True) if is_switch else None,
     )
 
 

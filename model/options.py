@@ -18,7 +18,7 @@ MOST = 10**12  # of a whole number without a limit: their products stay within 6
 LONGEST_TEXT = 4096  # characters: Linux takes no longer path
 NULLS = ("null", "none", "~")  # mean None in a flag
 _BOOLEANS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
-_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text", list: "a list of texts"}
+_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 
 
 def setting(
@@ -31,6 +31,7 @@ def setting(
     at_most: float | None = None,
     below: float | None = None,
     path: bool = False,
+    several: bool = False,
     accepts: tuple[Callable[[typing.Any], bool], str] | None = None,
 ):
     """A dataclass field with what the flag's help says and what values are accepted.
@@ -39,10 +40,11 @@ def setting(
         choices: the texts that are accepted, where not all are; a registry may grow later.
         at_least, above, at_most, below: limits of a number.
         path: the text names a file or folder, where `~` is the home folder.
+        several: a list of such values is accepted too, and the flag takes several words.
         accepts: in place of the limits, whether a value can be used, and in words which can.
     """
     limits = {"at_least": at_least, "above": above, "at_most": at_most, "below": below}
-    more = {"choices": choices, "path": path, "accepts": accepts}
+    more = {"choices": choices, "path": path, "several": several, "accepts": accepts}
     return dataclasses.field(default=default, metadata={"help": help, **limits, **more})
 
 
@@ -65,20 +67,25 @@ def check_options(values) -> list[str]:
 def accepted_types(field: dataclasses.Field) -> tuple[type, tuple[str, ...], bool]:
     """What an option's type hint accepts: the kind of its values, words beside them, and whether null."""
     parts = typing.get_args(field.type) or (field.type,)
-    kinds = [typing.get_origin(part) or part for part in parts]  # list[str] counts as list
-    kind = next(part for part in kinds if isinstance(part, type) and part is not type(None))
+    kind = next(part for part in parts if isinstance(part, type) and part is not type(None))
     words = tuple(word for part in parts if typing.get_origin(part) is typing.Literal for word in typing.get_args(part))
     return kind, words, type(None) in parts
 
 
 def parse_value(field: dataclasses.Field, value):
-    """Turn a YAML value or a flag's text into the option's type.
+    """Turn a YAML value or a flag's text into the option's type; a list of one into that one.
 
     Raises:
         ValueError: its text says what would be accepted.
     """
-    kind, words, optional = accepted_types(field)
-    return checked_value(field, from_text(field, value) if isinstance(value, str) else value)
+    if not (isinstance(value, list | tuple) and field.metadata["several"]):
+        return checked_value(field, from_text(field, value) if isinstance(value, str) else value)
+    if not value or any(isinstance(one, list | tuple) for one in value):
+        raise ValueError(expected(field))
+    values = [parse_value(field, one) for one in value]
+    if len(values) > 1 and None in values:
+        raise ValueError(expected(field))
+    return values if len(values) > 1 else values[0]
 
 
 def from_text(field: dataclasses.Field, text: str):
@@ -93,8 +100,6 @@ def from_text(field: dataclasses.Field, text: str):
         return None
     if word in words:
         return word
-    if kind is list:
-        return text.split()
     if kind is str:
         return file_path(text) if field.metadata["path"] else text_flag(text)
     try:
@@ -127,7 +132,7 @@ def checked_value(field: dataclasses.Field, value):
         return value
     if limits["path"] and isinstance(value, str | os.PathLike):
         value = file_path(value)
-    if not _IS[kind](value) or not _is_choice(kind, value, limits["choices"]) or not _within(value, limits):
+    if not _IS[kind](value) or (limits["choices"] and value not in limits["choices"]) or not _within(value, limits):
         raise ValueError(expected(field))
     if kind is int and limits["at_most"] is None and value > MOST:
         raise ValueError(f"{expected(field)} and at most {MOST:,}")
@@ -156,8 +161,7 @@ def expected(field: dataclasses.Field) -> str:
     if limits["accepts"]:
         return limits["accepts"][1]
     kind, words, optional = accepted_types(field)
-    several = "one or several of" if kind is list else "one of"
-    text = f"{several} {', '.join(limits['choices'])}" if limits["choices"] else _NAMES[kind]
+    text = f"one of {', '.join(limits['choices'])}" if limits["choices"] else _NAMES[kind]
     if limits["at_least"] is not None:
         text += f" of at least {limits['at_least']:g}"
     if limits["above"] is not None:
@@ -166,11 +170,9 @@ def expected(field: dataclasses.Field) -> str:
         text += f" and at most {limits['at_most']:,}"
     if limits["below"] is not None:
         text += f" and below {limits['below']:,}"
+    if limits["several"]:
+        text += ", or a list of them"
     return " or ".join([text, *words, *(["null"] if optional else [])])
-
-
-def _is_choice(kind: type, value, choices: Collection[str]) -> bool:
-    return not choices or all(part in choices for part in (value if kind is list else [value]))
 
 
 def _within(value, limits: Mapping) -> bool:
@@ -199,15 +201,5 @@ def _is_text(value) -> bool:
     return isinstance(value, str) and bool(value.strip()) and "\0" not in value and len(value) <= LONGEST_TEXT
 
 
-def _are_texts(value) -> bool:
-    return isinstance(value, list | tuple) and len(value) > 0 and all(map(_is_text, value))
-
-
-_IS = {
-    bool: lambda value: isinstance(value, bool),
-    int: is_whole,
-    float: is_number,
-    str: _is_text,
-    list: _are_texts,
-}
+_IS = {bool: lambda value: isinstance(value, bool), int: is_whole, float: is_number, str: _is_text}
 _FROM_TEXT = {bool: _BOOLEANS.__getitem__, int: int, float: float}  # YAML reads 3e-4, without a point, as text

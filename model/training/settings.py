@@ -171,8 +171,11 @@ class TrainingSettings:
 class LoggingSettings:
     """Section `logging`."""
 
-    tracker: list[str] | None = setting(
-        None, "trackers to send the metrics to, one or several; null: none", choices=("wandb", "swanlab", "trackio")
+    tracker: str | list[str] | None = setting(
+        None,
+        "trackers to send the metrics to, one or several; null: none",
+        choices=("wandb", "swanlab", "trackio"),
+        several=True,
     )
     use_wandb: bool = setting(False, "send the metrics to Weights & Biases, as --tracker wandb does")
     wandb_project: str = setting("MateConv-Pretrain", "project in the trackers")
@@ -181,7 +184,8 @@ class LoggingSettings:
     @property
     def trackers(self) -> list[str]:
         """The trackers that are set, each once."""
-        return list(dict.fromkeys([*(self.tracker or []), *(["wandb"] if self.use_wandb else [])]))
+        named = [self.tracker] if isinstance(self.tracker, str) else self.tracker or []
+        return list(dict.fromkeys([*named, *(["wandb"] if self.use_wandb else [])]))
 
 
 @dataclass
