@@ -185,6 +185,19 @@ def test_a_folder_that_fails_ends_no_run_and_is_tried_again(flags, tmp_path, mon
 
 
 @pytest.mark.long
+def test_a_folder_that_never_answers_holds_no_step_and_the_end_for_a_limited_time(flags, tmp_path, monkeypatch, capfd):
+    train(flags(out_dir=tmp_path / "whole"))
+    go_on = threading.Event()
+    monkeypatch.setattr("model.runs.copying.copy_checked", lambda source, target: go_on.wait(600))
+    monkeypatch.setattr("model.runs.copying.FINISH_SECONDS", 0.5)
+    assert train(flags(copy_to=tmp_path / "copy")).outcome == "finished"
+    go_on.set()
+    (told,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("copy_to: ")]
+    assert all(name in told for name in (*WEIGHTS, "checkpoint_step_12.pth", str(tmp_path / "out")))
+    assert_same_end(tmp_path / "whole", tmp_path / "out")
+
+
+@pytest.mark.long
 @posix_only
 def test_a_full_disk_is_named_and_ends_no_run(flags, tmp_path):
     from tests.reliability.disks import can_mount
