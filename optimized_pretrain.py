@@ -32,6 +32,7 @@ from model.runs.resume import environment
 from model.runs.run_files import RunFiles
 from model.runs.signals import StopVote
 from model.runs.status import outcome_of
+from model.runs.time_limit import TimeLimit
 from model.training.clock import Clock
 from model.training.config_file import load_settings  # noqa: F401 (for callers of Trainer)
 from model.training.data import TrainingData
@@ -56,7 +57,7 @@ from model.training.verification import BackgroundVerification
 from model.weights import Weights
 from utils import Processes, deterministic_kernels, say
 
-EXIT_CODES = {"finished": 0, "early_stopping": 0, "interrupted": 130}
+EXIT_CODES = {"finished": 0, "early_stopping": 0, "time_limit": 0, "interrupted": 130}
 FIRST_STEP_TIMEOUTS = 3  # the first step may compile kernels: it may take this many times ddp_timeout
 
 
@@ -154,7 +155,7 @@ class Trainer:
     # ---------------------------------------------------------------------------------------------------- the loop
 
     def train(self) -> str:
-        """Train until the end; returns how it ended: "finished", "early_stopping" or "interrupted".
+        """Train until the end; returns how it ended: "finished", "early_stopping", "time_limit" or "interrupted".
 
         Raises:
             TrainingDiverged: too many steps in a row could not be used.
@@ -166,7 +167,10 @@ class Trainer:
         try:
             self._open_files()
             self.verification.start()
-            outcome = self._loop()
+            with self._time_limit():
+                outcome = self._loop()
+            if self.files is not None:
+                self.files.finish_copies()
             self.processes.barrier()  # rank 0 has written everything
             self._tell_status(outcome, self.exit_code(outcome))
             return outcome
@@ -181,13 +185,23 @@ class Trainer:
             self.stop_signal.restore()
 
     def _open_files(self) -> None:
-        """On rank 0: claim the run's folder, and start the tracker."""
+        """On rank 0: claim the run's folder, and start the trackers."""
         with self.processes.main_first():
             if self.processes.is_main:
                 beat = functools.partial(self.processes.beat, "writing to the disk")
                 self.files = RunFiles(self.settings, self.plan, self.resumed, say, beat)
         if self.files is not None:
-            self.files.start_tracker(self.settings)
+            self.files.start_trackers(self.settings)
+
+    def _time_limit(self) -> contextlib.AbstractContextManager:
+        """On rank 0: ask to stop, as a signal would, when max_hours are over. All ranks stop at the same step."""
+        if self.files is None:
+            return contextlib.nullcontext()
+        return TimeLimit(self.training.max_hours, self.files.seconds_to_save, self.stop_signal.expire)
+
+    def _why_stopped(self) -> str:
+        """How a run that was asked to stop has ended, the same on all ranks."""
+        return "interrupted" if self.processes.any(self.stop_signal.signals) else "time_limit"
 
     def _loop(self) -> str:
         t, progress = self.training, self.progress
@@ -206,7 +220,7 @@ class Trainer:
                 interrupted = self._is_due(t.eval_interval, done) and not self._evaluate_and_keep_best()
                 if interrupted or (stop_asked and not done and self.in_flight is None):
                     self._save_checkpoint(interrupted=True)
-                    return "interrupted"
+                    return self._why_stopped()
                 stops_early = t.early_stopping and progress.evaluations_without_gain >= t.patience
                 if self._is_due(t.save_interval, done or stops_early) and saved_step != progress.step:
                     self._save_checkpoint()

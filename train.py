@@ -75,15 +75,18 @@ def read_beginning(arguments: list[str]) -> tuple[Settings, "Beginning | None"]:
         return settings, None
     with heavy_imports():
         from model.runs.beginning import Beginning, find_beginning, take_shape_of_checkpoint
+        from model.runs.folder import is_in
         from model.runs.resume import find_checkpoint
 
     if has_config or not training.resumes:
         return settings, find_beginning(settings, say)
     if (checkpoint := find_checkpoint(training, say)) is None:
-        raise InputError(f"--resume: no checkpoint in {training.out_dir}; start the run again without --resume")
+        where = " or ".join(filter(None, (training.out_dir, training.copy_to)))
+        raise InputError(f"--resume: no checkpoint in {where}; start the run again without --resume")
     path, content = checkpoint
     saved = content["settings"]
-    place = {"out_dir": str(path.parent), "resume_from": None, "resume": True}
+    out_dir = training.out_dir if is_in(path, training.copy_to) else str(path.parent)
+    place = {"out_dir": out_dir, "resume_from": None, "resume": True}
     settings = build_settings(saved | {"training": saved["training"] | place}, flags, str(path))
     say(f"settings: those saved in {path}" + (f", and {', '.join(f'--{name}' for name in flags)}" if flags else ""))
     if settings.training.init_from is not None:
@@ -302,19 +305,25 @@ def start_processes(restarts: int, nproc_per_node: int | None, arguments: list[s
 
 
 def train_in_turn(configs: list[str], arguments: list[str]) -> int:
-    """Train with each config file in turn, each in a separate process, until one fails; returns its exit code."""
+    """Train with each config file in turn, each in a separate process, until one fails or its max_hours are over;
+    returns its exit code."""
     if "WORLD_SIZE" in os.environ:
         raise InputError("--config: several found, one expected under torchrun; omit it, and use --nproc_per_node")
+    from model.runs.status import read_status
     from model.runs.supervisor import Supervisor
 
     runs = [[*arguments, f"--config={path}"] for path in configs]
     # Bad input is reported before anything starts.
     folders = [Path(read_settings(run).training.out_dir) for run in runs]
-    for path, run, out_dir in zip(configs, runs, folders, strict=True):
+    for number, (path, run, out_dir) in enumerate(zip(configs, runs, folders, strict=True), 1):
         say(f"--config {path}")
         command = [sys.executable, str(Path(__file__).resolve()), *run]
         if (code := Supervisor(command, command, out_dir, 0, say).run()) != 0:
             return code
+        if (read_status(out_dir) or {}).get("state") == "time_limit" and configs[number:]:
+            rest = ", ".join(configs[number:])
+            say(f"--config {rest}: not trained yet; give the same command again, with --resume")
+            return 0
     return 0
 
 
@@ -376,11 +385,14 @@ def train(settings: Settings, beginning: "Beginning | None", processes: Processe
     finally:
         processes.close()
     step, out_dir = trainer.progress.step, Path(settings.training.out_dir)
-    if outcome == "interrupted":
+    if outcome in ("interrupted", "time_limit"):
         several = processes.world_size > 1
         launcher = ["torchrun", f"--nproc_per_node={processes.world_size}"] if several else ["python"]
-        command = command_line(*launcher, "train.py", "--resume", "--out_dir", out_dir)
-        say(f"stopped after step {step:,}; resume with: {command}")
+        copy_to = settings.training.copy_to
+        copy = [] if copy_to is None else ["--copy_to", copy_to]
+        command = command_line(*launcher, "train.py", "--resume", "--out_dir", out_dir, *copy)
+        why = f", since max_hours {settings.training.max_hours:g} are over" if outcome == "time_limit" else ""
+        say(f"stopped after step {step:,}{why}; resume with: {command}")
         return trainer.exit_code(outcome)
     best = out_dir / "best_model.pth"
     say(f"{outcome.replace('_', ' ')} after step {step:,}; metrics and curves are in {out_dir}")

@@ -116,6 +116,14 @@ def two_ranks(flags: dict) -> subprocess.CompletedProcess:
     return finish_ranks(start_two_ranks(command(flags, "--ddp")))
 
 
+def python(code, **options):
+    """Run Python text in a separate process, with the project to import from; returns what it printed, as JSON."""
+    options = {"capture_output": True, "text": True, "timeout": HUNG, "env": ONE_THREAD} | options
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, **options)
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
+
+
 def wait_for(condition, process: subprocess.Popen | None = None) -> None:
     """Wait until the condition holds; fail if the process ends before."""
     end = time.monotonic() + HUNG

@@ -101,7 +101,8 @@ def find_beginning(settings: Settings, say: Callable[[str], None]) -> Beginning:
             take_shape_of_checkpoint(settings, *checkpoint)
         return Beginning(checkpoint)
     if settings.training.resume:
-        say(f"resume: no checkpoint in {settings.training.out_dir}, so training starts from the beginning")
+        where = " or ".join(filter(None, (settings.training.out_dir, settings.training.copy_to)))
+        say(f"resume: no checkpoint in {where}, so training starts from the beginning")
         _take_moved_source(settings.training, say)
     return _load_initial(settings, say)
 

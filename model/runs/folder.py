@@ -12,6 +12,8 @@ import yaml
 from filelock import FileLock, Timeout  # a requirement of torch itself
 
 from model.errors import InputError, shown
+from model.runs.event_file import EVENT_FILES
+from model.runs.trackers import RUN_FILES
 from model.storage.archive import DAMAGE, digest_is_right
 from model.storage.files import TEMPORARY_SUFFIX, free_bytes, is_being_written, replacing, size_text
 from model.training.plan import RunSpace
@@ -20,35 +22,48 @@ INTERRUPTED = "checkpoint_interrupted.pth"
 TIME_FORMAT = "%Y%m%dT%H%M%S"
 STARTED = "# started "  # the first line of out/config.yaml
 CHECKPOINTS = ("checkpoint_step_*.pth", INTERRUPTED)
+COPIED_BESIDE = ("metrics.jsonl", *RUN_FILES)  # with each checkpoint that is copied (`copy_to`): the run's history
 RESULTS = (
     "pretrain_*.pth", "pretrain_*.json", "sft_*.pth", "sft_*.json", "dpo_*.pth", "dpo_*.json",
-    "best_model.pth", "best_model.json", "metrics.jsonl", "curves.png", "wandb_run.json", "status.json",
+    "best_model.pth", "best_model.json", "metrics.jsonl", "curves.png", EVENT_FILES, *RUN_FILES, "status.json",
 )  # fmt: skip
 
 
 def begin_run(
-    out_dir: Path, resumed_from: Path | None, step: int, say: Callable[[str], None]
+    out_dir: Path, resumed_from: Path | None, step: int, copy_to: str | None, say: Callable[[str], None]
 ) -> tuple[str | None, Path | None]:
     """Set aside what another run, or another line of this one, left in a claimed folder.
 
     Args:
         resumed_from: the checkpoint that the run resumes from; None where it starts from the beginning.
         step: the step that it resumes at.
+        copy_to: the folder of this run's copies.
 
     Returns:
-        when the run started: None where it resumes the run in this folder; and where the files of an earlier run are
-        now: None where there were none.
+        when the run started: None where it resumes the run in this folder, or its copy; and where the files of an
+        earlier run are now: None where there were none.
     """
-    if resumed_from is not None and resumed_from.resolve().parent == out_dir.resolve():
+    if resumed_from is not None and is_in(resumed_from, out_dir):
         if (moved := leave_line(out_dir, step)) is not None:
             say(f"out_dir: the checkpoints past step {step:,}, and a copy of the results, are now in {moved}")
         return None, None
     if (moved := move_earlier_run(out_dir)) is not None:
         say(f"out_dir: {out_dir} held another run; its files are now in {moved}")
-    if resumed_from is not None and (resumed_from.parent / "best_model.pth").exists():
+    if resumed_from is None:
+        return now(), moved
+    is_copy = is_in(resumed_from, copy_to)
+    if (resumed_from.parent / "best_model.pth").exists():
         for name in ("best_model.pth", "best_model.json"):  # the best weights so far come along into the new folder
             shutil.copy2(resumed_from.parent / name, out_dir / name)
-    return now(), moved
+    for name in COPIED_BESIDE if is_copy else ():
+        if (resumed_from.parent / name).exists():
+            shutil.copy2(resumed_from.parent / name, out_dir / name)
+    return None if is_copy else now(), moved
+
+
+def is_in(file: Path, folder: str | Path | None) -> bool:
+    """Whether a file lies in a folder, however the folder is written; False without one."""
+    return folder is not None and file.resolve().parent == Path(folder).resolve()
 
 
 def is_within(path: str | Path, out_dir: Path) -> bool:
@@ -92,10 +107,15 @@ def claim(out_dir: Path) -> FileLock:
         raise InputError(f"out_dir: another process is training into {out_dir}; give another folder") from None
     except OSError as error:
         raise InputError(f"out_dir: cannot write to {out_dir} ({error.strerror})") from error
-    for path in out_dir.glob(f"*{TEMPORARY_SUFFIX}"):  # of a process that was killed while it wrote one
+    remove_unfinished(out_dir)
+    return lock
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove the temporary files that a process left which was killed while it wrote them."""
+    for path in folder.glob(f"*{TEMPORARY_SUFFIX}"):
         if not path.is_dir() and not is_being_written(path):
             path.unlink(missing_ok=True)
-    return lock
 
 
 def _refuse_file(out_dir: Path) -> None:
@@ -123,6 +143,14 @@ def started_at(out_dir: Path) -> str | None:
 def now() -> str:
     """The time as runs write it."""
     return datetime.datetime.now().strftime(TIME_FORMAT)
+
+
+def unix_time(written: str) -> float | None:
+    """Seconds since 1970 of a time as runs write it; None where it is none."""
+    try:
+        return datetime.datetime.strptime(written, TIME_FORMAT).timestamp()
+    except (ValueError, OverflowError, OSError):
+        return None
 
 
 def step_checkpoint(out_dir: Path, step: int) -> Path:
@@ -164,7 +192,8 @@ def prune_checkpoints(out_dir: Path, keep_last: int, verified: int) -> None:
     """
     old = [path for step, path in checkpoints_by_step(out_dir) if step < verified]
     for path in old[: max(0, len(old) - (keep_last - 1))]:
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(PermissionError):  # on Windows, while it is being copied: the next save removes it
+            path.unlink(missing_ok=True)
     (out_dir / INTERRUPTED).unlink(missing_ok=True)
 
 
@@ -220,7 +249,8 @@ def leave_line(out_dir: Path, step: int) -> Path | None:
         path.rename(target / path.name)
     for path in _files(out_dir, *RESULTS):
         shutil.copy2(path, target / path.name)
-    (out_dir / "wandb_run.json").unlink(missing_ok=True)  # wandb takes no step twice: it sees the new line as a new run
+    for name in RUN_FILES:  # trackers take no step twice: they see the new line as a new run
+        (out_dir / name).unlink(missing_ok=True)
     return target
 
 

@@ -1,16 +1,19 @@
-"""What a run records: metrics.jsonl, curves.png, and wandb if set. None of it can end or change a run."""
+"""What a run records: metrics.jsonl, TensorBoard's event file, curves.png, and what trackers are sent. None of it can
+end or change a run."""
 
+import contextlib
 import importlib.util
 import json
 import math
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-from model.runs.metrics_file import append_lines, end_of_step, read_metrics
-from model.runs.tracker_process import TrackerProcess
-from model.runs.trackers import WANDB_RUN, wandb_run_id
+from model.errors import command_line
+from model.runs.event_file import EventEncoder, event_files, next_event_file, withdraw
+from model.runs.metrics_file import AppendedFile, end_of_step, read_metrics
+from model.runs.tracker_process import TrackerProcess, close_trackers
+from model.runs.trackers import TRACKERS, kept_run_id
 from model.storage.files import replacing
 
 FIRST_DRAWING = 10.0  # seconds after a run's start; a shorter run draws once, at its end
@@ -18,70 +21,72 @@ DRAWING_SHARE = 0.05  # of a run's time, at most, for its picture
 
 
 class MetricsLog:
-    """Appends one JSON object per event to `metrics.jsonl`, from which another process sends it to a tracker.
+    """Appends one JSON object per event to `metrics.jsonl`, from which other processes send it to trackers, and its
+    scalars to TensorBoard's event file.
 
-    Nothing here raises: what the system refuses is reported once, and lines are kept until they can be written.
+    Nothing here raises: what the system refuses is reported once, and kept until it can be written.
 
     Args:
         out_dir: the run's folder.
         step: that the run resumes from; later events are dropped, since they come again.
-        say: prints one line for the user; called from another thread too.
+        say: prints one line for the user; called from other threads too.
+        began: Unix time at which the run began; None: now.
     """
 
-    def __init__(self, out_dir: Path, step: int, say: Callable[[str], None]) -> None:
+    def __init__(self, out_dir: Path, step: int, say: Callable[[str], None], began: float | None = None) -> None:
         self.path = out_dir / "metrics.jsonl"
         self.curves = out_dir / "curves.png"
         self._say = say
-        self._step = step
-        self._end: int | None = None  # bytes of the file that count; None: unknown yet
-        self._pending: list[bytes] = []  # lines that are not in the file yet
-        self._refused = self._not_drawn = False  # whether the last attempt failed, and was reported
-        self._tracker: TrackerProcess | None = None
+        self._lines = AppendedFile(self.path, lambda: end_of_step(self.path, step), say)
+        self._lines.append()
+        self._encoder = EventEncoder(time.time() if began is None else began)
+        self._events = self._start_event_file(out_dir, step)
+        self._trackers: list[TrackerProcess] = []
         self._stale = False  # whether the picture lacks the latest evaluation
+        self._not_drawn = False  # whether the last drawing failed, and was reported
         self._next_drawing = time.monotonic() + FIRST_DRAWING
         self._can_draw = importlib.util.find_spec("matplotlib") is not None
         if not self._can_draw:
             say("curves.png is not drawn: matplotlib is not installed (pip install matplotlib)")
-        self._append_pending()
 
-    def start_wandb(self, project: str, run_name: str | None, settings: dict, folder: Path) -> None:
-        """Send the events to wandb from now on: to a new run there or, if this run was resumed, to the same."""
-        spec = importlib.util.find_spec("wandb")
+    def _start_event_file(self, out_dir: Path, step: int) -> AppendedFile:
+        """This session's file for TensorBoard, which begins with what metrics.jsonl holds, and so replaces the files of
+        earlier sessions."""
+        earlier, logged = event_files(out_dir), []
+        events = AppendedFile(next_event_file(out_dir), lambda: 0, self._say, unit="events")
+        with contextlib.suppress(OSError):
+            logged = [event for event in read_metrics(self.path) if event["step"] <= step]
+        events.append(self._encoder.head(), *map(self._encoder.record, logged))
+        if logged and events.path.exists():
+            withdraw(earlier)
+        return events
+
+    def start_tracker(self, name: str, project: str, run_name: str | None, settings: dict, folder: Path) -> None:
+        """Send the events to a tracker from now on: to a new run there or, if this run was resumed, to the same.
+
+        Args:
+            name: one of `TRACKERS`.
+            project, run_name: there; without a name the tracker chooses one.
+            settings: of the run, to be shown there.
+            folder: the run's, in which the tracker keeps its files.
+        """
+        spec = importlib.util.find_spec(name)
         if spec is None or spec.origin is None:  # a mere folder of that name has no origin
-            self._say("use_wandb: wandb is not installed (pip install wandb); the run continues without it")
+            install = command_line("pip", "install", TRACKERS[name].package)
+            self._say(f"{name}: not installed ({install}); the run continues without it")
             return
-        run_id = os.environ.get("WANDB_RUN_ID") or wandb_run_id(folder / WANDB_RUN, self._say)
+        run_id = kept_run_id(folder, name, self._say)
         options = {"project": project, "name": run_name, "config": settings, "dir": str(folder), "id": run_id}
         try:
-            self._tracker = TrackerProcess("wandb", self.path, options, folder, self._say)
+            self._trackers.append(TrackerProcess(name, self.path, options, self._say))
         except OSError as error:
-            self._say(f"use_wandb: its process cannot be started ({error}); the run continues without it")
+            self._say(f"{name}: its process cannot be started ({error}); the run continues without it")
 
     def write(self, event: dict) -> None:
         """Append one event, which must hold `step`. A number that is not finite becomes null: JSON has none."""
         event = {key: value if math.isfinite(value) else None for key, value in event.items()}
-        self._pending.append(json.dumps(event).encode() + b"\n")
-        self._append_pending()
-
-    def _append_pending(self) -> None:
-        """Write all pending lines, or none of them if the system refuses one."""
-        try:
-            if self._end is None:
-                self._end = end_of_step(self.path, self._step)
-            if self._pending or self.path.exists():
-                self._end = append_lines(self.path, self._end, b"".join(self._pending))
-        except OSError as error:
-            if not self._refused:
-                reason = error.strerror or str(error)
-                self._say(
-                    f"{self.path}: cannot be written ({reason}); training continues, and its lines are kept for later"
-                )
-            self._refused = True
-            return
-        if self._refused:
-            self._say(f"{self.path}: can be written again; the {len(self._pending)} lines kept so far are in it")
-        self._refused = False
-        self._pending.clear()
+        self._lines.append(json.dumps(event).encode() + b"\n")
+        self._events.append(self._encoder.record(event))
 
     def update_curves(self) -> None:
         """Draw `curves.png` if DRAWING_SHARE of the time allows it; `close` draws what this left out."""
@@ -105,20 +110,20 @@ class MetricsLog:
         now = time.monotonic()
         self._next_drawing = now + (now - began) / DRAWING_SHARE
 
-    def close(self) -> None:
-        """Write the pending lines, draw the last curves and end the tracker's run.
+    def close(self, is_whole: bool = True) -> None:
+        """Write what is pending, draw the last curves and end the trackers' runs.
 
-        Waits for the tracker at most `tracker_process.CLOSE_SECONDS`.
+        Waits for the trackers at most `tracker_process.CLOSE_SECONDS`.
+
+        Args:
+            is_whole: as for `close_trackers`.
         """
-        if self._pending:
-            self._append_pending()
-        if self._pending:
-            self._say(f"{self.path}: still cannot be written; its last {len(self._pending)} lines are lost")
+        self._lines.close()
+        self._events.close()
         if self._stale:
             self.draw_curves()
-        tracker, self._tracker = self._tracker, None
-        if tracker is not None:
-            tracker.close()
+        trackers, self._trackers = self._trackers, []
+        close_trackers(trackers, is_whole)
 
 
 def draw_curves(events: list[dict], path: Path) -> None:

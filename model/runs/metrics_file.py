@@ -2,7 +2,55 @@
 
 import contextlib
 import json
+from collections.abc import Callable
 from pathlib import Path
+
+
+class AppendedFile:
+    """A file that a run appends to. Nothing here raises: what the system refuses is reported once, and kept until it
+    can be written.
+
+    Args:
+        path: of the file.
+        find_end: returns how many bytes of it count; called once, when the system allows it.
+        say: prints one line for the user.
+        unit: what is appended, in the plural.
+    """
+
+    def __init__(self, path: Path, find_end: Callable[[], int], say: Callable[[str], None], unit: str = "lines"):
+        self.path, self._find_end, self._say, self._unit = path, find_end, say, unit
+        self._end: int | None = None  # bytes of the file that count; None: unknown yet
+        self._pending: list[bytes] = []  # what is not in the file yet
+        self._refused = False  # whether the last attempt failed, and was reported
+
+    def append(self, *pieces: bytes) -> None:
+        """Write these and all that is pending, or none of it if the system refuses a part."""
+        self._pending += pieces
+        try:
+            if self._end is None:
+                self._end = self._find_end()
+            if self._pending or self.path.exists():
+                self._end = append_lines(self.path, self._end, b"".join(self._pending))
+        except OSError as error:
+            if not self._refused:
+                reason = error.strerror or str(error)
+                self._say(
+                    f"{self.path}: cannot be written ({reason}); training continues, and its {self._unit} are kept for"
+                    " later"
+                )
+            self._refused = True
+            return
+        if self._refused:
+            self._say(f"{self.path}: can be written again; the {len(self._pending)} {self._unit} kept so far are in it")
+        self._refused = False
+        self._pending.clear()
+
+    def close(self) -> None:
+        """Try a last time to write what is pending."""
+        if self._pending:
+            self.append()
+        if self._pending:
+            self._say(f"{self.path}: still cannot be written; its last {len(self._pending)} {self._unit} are lost")
 
 
 def end_of_step(path: Path, step: int) -> int:

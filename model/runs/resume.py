@@ -1,6 +1,7 @@
 """Which checkpoint a run resumes from, and whether it belongs to this model, tokenizer and data."""
 
 import dataclasses
+import os
 import platform
 import re
 from collections.abc import Callable, Mapping
@@ -21,7 +22,7 @@ from model.weights.shapes import read_shape
 MOST_DIFFERENCES = 4  # shown; the rest is counted
 NO_ADAPTERS = {"lora_rank": 0, "lora_alpha": None}
 # Settings that may change on resuming without being reported.
-OF_THE_PLACE = {"resume", "resume_from", "out_dir", "device", "ddp"}
+OF_THE_PLACE = {"resume", "resume_from", "out_dir", "copy_to", "max_hours", "device", "ddp"}
 
 
 def load_checkpoint(path: Path) -> dict:
@@ -71,12 +72,31 @@ def find_checkpoint(training: TrainingSettings, say: Callable[[str], None]) -> F
     if not training.resume:
         return None
     found = newest_checkpoint(Path(training.out_dir))
+    if found is None and training.copy_to is not None:
+        found = _newest_copy(Path(training.copy_to))
     if found is None:
         return None
     path, content, passed_over = found
     for problem in passed_over:
         say(f"resume: passed over {problem}")
     return FoundCheckpoint(path, content)
+
+
+def _newest_copy(folder: Path) -> tuple[Path, dict, list[str]] | None:
+    """As `newest_checkpoint`, for a folder that may not be readable: to begin anew would then lose the run.
+
+    Raises:
+        InputError: as there; or the folder cannot be read.
+    """
+    try:
+        if folder.name in os.listdir(folder.parent):
+            os.listdir(folder)  # `glob` may find nothing where nothing can be read
+        return newest_checkpoint(folder)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise InputError(
+            f"copy_to: {folder} cannot be read ({reason}); mount it, or omit --resume to begin a new run"
+        ) from error
 
 
 def check_checkpoint(

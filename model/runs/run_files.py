@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from model.errors import OneLineError
+from model.runs.copying import CHECKPOINT, CLOSE_SECONDS, FINISH_SECONDS, Copier
 from model.runs.folder import (
     INTERRUPTED,
     begin_run,
@@ -15,6 +16,7 @@ from model.runs.folder import (
     is_within,
     prune_checkpoints,
     step_checkpoint,
+    unix_time,
     write_config,
 )
 from model.runs.metrics import MetricsLog
@@ -64,7 +66,8 @@ class RunFiles:
 
     def _begin(self, settings: Settings, plan: RunPlan, resumed: FoundCheckpoint | None) -> None:
         path = resumed.path if resumed is not None else None
-        new_run, moved = begin_run(self.out_dir, path, plan.steps_done, self._say)
+        copy_to = settings.training.copy_to
+        new_run, moved = begin_run(self.out_dir, path, plan.steps_done, copy_to, self._say)
         source = settings.training.init_from
         if moved is not None and source is not None and is_within(source, self.out_dir):
             # It was read before it was moved. Its new place is recorded, for a restart before the first checkpoint.
@@ -74,17 +77,20 @@ class RunFiles:
             self._say(f"init_from: {source} is now {settings.training.init_from}")
         self.started = new_run or resumed.content["started"]  # when the run started
         self._status, self._told = Status(self.out_dir, plan.world_size, plan.total_steps), 0.0
-        self.metrics = MetricsLog(self.out_dir, plan.steps_done, self._say)
+        self.metrics = MetricsLog(self.out_dir, plan.steps_done, self._say, unix_time(self.started))
         self._saver = BackgroundSaver(self._say)
         self._saved = path.name if path is not None else None  # the newest checkpoint on the disk
         self.tell("running", plan.steps_done)
         write_config(self.out_dir, self.started, plan.resolved(settings))
+        self._copier: Copier | None = None
+        if copy_to is not None:
+            self._copier = Copier(self.out_dir, Path(copy_to), self.started, plan.steps_done, self._say)
 
-    def start_tracker(self, settings: Settings) -> None:
-        """Send the metrics to a tracker too, if that is set."""
+    def start_trackers(self, settings: Settings) -> None:
+        """Send the metrics to the trackers that are set."""
         log = settings.logging
-        if log.use_wandb:
-            self.metrics.start_wandb(log.wandb_project, log.wandb_run_name, settings.as_dict(), self.out_dir)
+        for name in log.trackers:
+            self.metrics.start_tracker(name, log.wandb_project, log.wandb_run_name, settings.as_dict(), self.out_dir)
 
     def save_checkpoint(self, content: dict, interrupted: bool = False) -> None:
         """Copy a checkpoint's content, for a thread to write it, read it back and then remove older ones.
@@ -97,6 +103,8 @@ class RunFiles:
 
         def write(copied: dict) -> None:
             save_torch(path, copied)
+            if self._copier is not None:
+                self._copier.offer(CHECKPOINT, path.name)
             if not interrupted:
                 prune_checkpoints(self.out_dir, self._keep_last, step)
             self._saved = path.name
@@ -114,6 +122,8 @@ class RunFiles:
 
         def write(copied: dict) -> None:
             save_weights(path, weights.with_state(copied))
+            if self._copier is not None:
+                self._copier.offer(name, path.with_suffix(".json").name, name)
 
         self._saver.submit(name, weights.state_dict, write, self._waiting)
 
@@ -153,15 +163,27 @@ class RunFiles:
         if self._status.checkpoint != self._saved or time.monotonic() - self._told > STATUS_SECONDS:
             self.tell("running", step)
 
+    def seconds_to_save(self) -> float:
+        """What the end of a session needs, judged by its longest save and copy so far."""
+        copying = 0.0 if self._copier is None else min(self._copier.longest, FINISH_SECONDS)
+        return self._saver.longest + copying
+
+    def finish_copies(self) -> None:
+        """Wait, for a limited time, until what was saved is copied to copy_to, and say what is not."""
+        if self._copier is not None:
+            self._copier.finish(self._waiting)
+
     def tell(self, state: str, step: int, exit_code: int | None = None, message: str | None = None) -> None:
         """Write status.json."""
-        self._told = time.monotonic()
+        self._state, self._told = state, time.monotonic()
         self._status.write(state, step, self._saved, exit_code, message)
 
     def close(self) -> None:
         """Finish the writes under way, and release the folder."""
-        self.metrics.close()
+        self.metrics.close(is_whole=self._state not in ("interrupted", "time_limit"))
         with contextlib.suppress(OneLineError):  # it was reported
             self._saver.wait()
         self._saver.close()
+        if self._copier is not None:  # nothing is left to copy unless the run failed
+            self._copier.finish(seconds=CLOSE_SECONDS)
         self._lock.release()

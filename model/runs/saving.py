@@ -34,6 +34,7 @@ class BackgroundSaver:
         self._jobs = queue.Queue()
         self._free = threading.Semaphore(MAX_WAITING)
         self._advised = False  # about slow saves, once
+        self.longest = 0.0  # seconds that a save took
         self._thread = threading.Thread(target=self._work, name="saver", daemon=True)
         self._thread.start()
 
@@ -121,6 +122,7 @@ class BackgroundSaver:
                 begin = time.monotonic()
                 write(content)
                 self._failures.pop(kind, None)
+                self.longest = max(self.longest, time.monotonic() - begin)
                 self._advise(time.monotonic() - begin)
             except InputError as error:
                 self._failures[kind] = self._failures.get(kind, 0) + 1

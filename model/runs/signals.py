@@ -15,7 +15,7 @@ SECONDS_BETWEEN_VOTES = 2.0  # roughly, of several ranks within a long step
 
 
 class StopSignal:
-    """Counts the signals that ask to stop, so that training stops where it loses nothing.
+    """Counts the signals that ask to stop, and the end of its time, so that training stops where it loses nothing.
 
     A second signal changes nothing: torchrun sends each worker two of them. The third Ctrl-C ends a single process
     without a checkpoint of its last steps: KeyboardInterrupt in the main thread.
@@ -27,13 +27,23 @@ class StopSignal:
     """
 
     def __init__(self) -> None:
-        self.count = 0
+        self.signals = 0  # that came
+        self.is_time_over = False  # see `expire`
         self._installed = 0  # how often
         self._leaves_at_once, self._raised = False, threading.Event()  # KeyboardInterrupt: asked for, raised
         self._before: dict[int, object] = {}  # handlers to restore, by signal
         self._pipe: tuple[int, int] | None = None  # the system writes the number of each signal into it
         self._wakeup_before = -1
         self._receiver: threading.Thread | None = None
+
+    @property
+    def count(self) -> int:
+        """How often it was asked to stop."""
+        return self.signals + self.is_time_over
+
+    def expire(self) -> None:
+        """Ask to stop because the time is over; from any thread."""
+        self.is_time_over = True
 
     def install(self) -> None:
         """Take over SIGINT, SIGTERM and SIGHUP (Ctrl-Break on Windows); nohup's ignored SIGHUP stays ignored.
@@ -43,7 +53,8 @@ class StopSignal:
         self._installed += 1
         if self._installed > 1:
             return
-        self.count, self._leaves_at_once = 0, False  # a notebook may train again after a stop
+        self.signals, self.is_time_over = 0, False  # a notebook may train again after a stop
+        self._leaves_at_once = False
         self._raised.clear()
         numbers = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
         for number in numbers:
@@ -87,11 +98,11 @@ class StopSignal:
             raise KeyboardInterrupt
 
     def _remember(self, number: int) -> None:
-        self.count += 1
-        if self.count == 1 and os.environ.get("RANK", "0") == "0":
+        self.signals += 1
+        if self.signals == 1 and os.environ.get("RANK", "0") == "0":
             with contextlib.suppress(OSError):  # `tee` gets the same Ctrl-C, and then nobody reads this
                 os.write(2, b"\nstopping and saving (Ctrl-C two more times: stop without saving)\n")
-        if number == signal.SIGINT and self.count >= 3 and "WORLD_SIZE" not in os.environ:
+        if number == signal.SIGINT and self.signals >= 3 and "WORLD_SIZE" not in os.environ:
             self._leaves_at_once = True
             if MASKS:
                 _thread.interrupt_main()

@@ -13,7 +13,7 @@ from model.errors import InputError, TrainingDiverged, one_line
 from model.storage.files import write_json
 
 STATUS_FILE = "status.json"
-STATES = ("running", "finished", "early_stopping", "interrupted", "diverged", "failed")
+STATES = ("running", "finished", "early_stopping", "time_limit", "interrupted", "diverged", "failed")
 MAX_STATUS_BYTES = 1_000_000
 MOST_OF_REASON = 1000  # characters of the message
 

@@ -8,9 +8,7 @@ of everything before it, which `torch.load` and other readers of the format skip
 replaces the old one, and every byte is checked before anything is loaded.
 """
 
-import contextlib
 import hashlib
-import os
 import pickle
 import re
 import struct
@@ -25,7 +23,7 @@ import torch
 
 from model.errors import InputError, first_line, shown
 from model.storage.archive_checks import TRAILER_BYTES, check_records, check_tensors, named_tensors, other_kind
-from model.storage.files import replacing
+from model.storage.files import drop_from_cache, replacing
 
 TRAILER_PREFIX, DIGEST_BYTES = b"MateConv sha256 ", 64
 
@@ -68,10 +66,7 @@ class _HashingWriter:
 
 
 def _read_back(path: Path) -> None:
-    with contextlib.suppress(AttributeError, OSError), open(path, "rb") as file:
-        os.posix_fadvise(
-            file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED
-        )  # read from the disk, not from the cache; Linux only
+    drop_from_cache(path)
     if not digest_is_right(path):
         raise InputError(f"{path}: what was read back is not what was written; the disk is failing")
 

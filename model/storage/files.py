@@ -111,6 +111,12 @@ def _host() -> str:
     return hashlib.sha256(platform.node().encode()).hexdigest()[:4]  # in two containers, a pid means two processes
 
 
+def drop_from_cache(path: Path) -> None:
+    """Let the next reading of a file come from the disk and not from the system's cache; on Linux only."""
+    with contextlib.suppress(AttributeError, OSError), open(path, "rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 def flush_to_disk(file: IO) -> None:
     """Return once everything written to a file is on the disk.
 

@@ -6,6 +6,7 @@ from the dataclasses below. Flags beat the file, the file beats the defaults. Al
 
 import dataclasses
 import difflib
+import os
 import re
 import typing
 from collections.abc import Mapping, Sequence
@@ -93,6 +94,11 @@ class TrainingSettings:
 
     epochs: int | Auto = setting(15, "passes over the training samples; auto: few, but many over few chats", at_least=1)
     max_steps: int | None = setting(None, "steps to train, whatever epochs says; null: epochs decide", at_least=1)
+    max_hours: float | None = setting(
+        None,
+        "stop and save, to be resumed, when training has lasted this long in this session; null: no limit",
+        above=0,
+    )
     batch_size: int | Auto = setting(
         32, "samples that a process reads at once; auto: to suit this run and the memory", at_least=1, at_most=2**20
     )
@@ -169,6 +175,12 @@ class TrainingSettings:
     resume: bool = setting(False, "resume from the newest whole checkpoint in out_dir")
     resume_from: str | None = setting(None, "resume from this checkpoint", path=True)
     out_dir: str = setting("out", "folder for checkpoints, metrics and curves", path=True)
+    copy_to: str | None = setting(
+        None,
+        "another folder, such as a mounted drive, that gets copies of the newest checkpoint and of the weights; resume"
+        " looks there where out_dir has no checkpoint; null: none",
+        path=True,
+    )
 
     @property
     def resumes(self) -> bool:
@@ -180,9 +192,21 @@ class TrainingSettings:
 class LoggingSettings:
     """Section `logging`."""
 
-    use_wandb: bool = setting(False, "send the metrics to Weights & Biases; offline if it cannot be reached")
-    wandb_project: str = setting("MateConv-Pretrain", "project in wandb")
-    wandb_run_name: str | None = setting(None, "name of the run in wandb; null: wandb chooses one")
+    tracker: str | list[str] | None = setting(
+        None,
+        "trackers to send the metrics to, one or several; null: none",
+        choices=("wandb", "swanlab", "trackio"),
+        several=True,
+    )
+    use_wandb: bool = setting(False, "send the metrics to Weights & Biases, as --tracker wandb does")
+    wandb_project: str = setting("MateConv-Pretrain", "project in the trackers")
+    wandb_run_name: str | None = setting(None, "name of the run in the trackers; null: they choose one")
+
+    @property
+    def trackers(self) -> list[str]:
+        """The trackers that are set, each once."""
+        named = [self.tracker] if isinstance(self.tracker, str) else self.tracker or []
+        return list(dict.fromkeys([*named, *(["wandb"] if self.use_wandb else [])]))
 
 
 @dataclass
@@ -321,6 +345,8 @@ def _impossible_combinations(settings: Settings) -> list[str]:
         weights, paths = len(as_list(data.train_data_weights)), len(as_list(data.train_data_path))
         if weights != paths:
             problems.append(f"train_data_weights: {weights} found, but train_data_path has {paths}; give one for each")
+    if training.copy_to is not None and os.path.abspath(training.copy_to) == os.path.abspath(training.out_dir):
+        problems.append(f"copy_to: {training.copy_to} is out_dir; give another folder, best on another disk")
     if (parameters := _least_parameters(settings.model)) > MOST_PARAMETERS:
         problems.append(f"dim, n_layers: {parameters:,} parameters or more, at most {MOST_PARAMETERS:,} expected")
     if not training.resumes:  # else the checkpoint has the weights, and its adapters are compared with these

@@ -46,6 +46,8 @@ ELSEWHERE = {
     "lm_eval": ("benchmarks/RESULTS.md", "`lm_eval`"),
     "python inference.py --serve": ("tests/serving/conftest.py", '"inference.py", "--serve"'),
     "wandb login": ("tests/guide/test_guide.py", "--use_wandb"),
+    "swanlab login": ("tests/runs/test_trackers.py", "SWANLAB_API_KEY"),
+    "tensorboard --logdir": ("tests/runs/test_event_file.py", "event_accumulator"),
     "sbatch examples/slurm.sbatch": ("tests/guide/test_docs.py", "test_the_slurm_example"),
     "kubectl apply -f examples/kubernetes.yaml": ("tests/guide/test_docs.py", "test_the_kubernetes_example"),
     "torchrun --nproc_per_node=2 train.py": ("tests/guide/test_guide.py", "torchrun --nproc_per_node=2 train.py"),
@@ -60,7 +62,7 @@ ELSEWHERE = {
 FOREIGN_FLAGS = {  # of pip, pytest, torchrun, lm_eval, git …
     *("--nnodes", "--node_rank", "--rdzv_backend", "--rdzv_endpoint", "--rdzv_id", "--standalone"),
     *("--max-restarts", "--model", "--model_args", "--tasks", "--include_path", "--weights", "--fast", "--only"),
-    *("--no-deps", "--target", "--llama_python", "--check", "--help"),
+    *("--logdir", "--no-deps", "--target", "--llama_python", "--check", "--help"),
 }
 
 

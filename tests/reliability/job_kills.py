@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 
 from tests.reliability.harness import Counts, Data, finish, last_line, make_data, run_cases, start
-from tests.reliability.states import differences, left_lying, logged, state_of
+from tests.reliability.states import differences, file_names, left_lying, logged, state_of
 
 STEPS, INTERVAL, ACCUMULATION = 12, 4, 2
 FLAGS = {
@@ -88,7 +88,7 @@ def compare(whole: Path, out: Path, last: int = STEPS) -> list[str]:
     for weights in ("pretrain_32.pth", "best_model.pth"):
         if not (out / weights).exists() or (out / weights).read_bytes() != (whole / weights).read_bytes():
             problems.append(f"{weights} differs")
-    files = [{path.name for path in folder.iterdir()} - {".lock"} for folder in (whole, out)]
+    files = [file_names(folder) - {".lock"} for folder in (whole, out)]
     if files[0] != files[1]:
         problems.append(f"files that should not be there, or are not: {', '.join(sorted(files[0] ^ files[1]))}")
     status = json.loads((out / "status.json").read_text()) if (out / "status.json").exists() else {}

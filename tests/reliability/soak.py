@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.reliability.harness import Counts, Job, last_line, make_data, run_cases, start
-from tests.reliability.states import left_lying
+from tests.reliability.states import file_names, left_lying
 
 TITLE = "A long run does not grow"
 KEEP_LAST, MAX_GROWTH = 3, 1.05
@@ -127,6 +127,5 @@ def describe(samples: list[Sample], steps: int) -> str:
 def file_problems(out: Path, steps: int, save_interval: int) -> list[str]:
     """Whether exactly the files lie there that should."""
     kept = {f"checkpoint_step_{steps - number * save_interval}.pth" for number in range(KEEP_LAST)}
-    there = {path.name for path in out.iterdir()}
-    wrong = sorted((there - {"curves.png"}) ^ (kept | ALWAYS))
+    wrong = sorted((file_names(out) - {"curves.png"}) ^ (kept | ALWAYS))
     return [f"{name} is there or missing" for name in wrong] + [f"left lying: {name}" for name in left_lying(out)]

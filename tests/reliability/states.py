@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 
+from model.runs.event_file import EVENT_FILES
+
 # Not part of what training goes on from: when and where the run was, and with what settings for its place.
 OUTSIDE_THE_STATE = {"started", "settings", "environment", "tokenizer_path", "format_version"}
 
@@ -81,6 +83,11 @@ def logged(out_dir: Path) -> list[tuple]:
 def losses(out_dir: Path) -> dict[int, float]:
     """The training loss of each step."""
     return {event["step"]: event["loss"] for event in events(out_dir) if "loss" in event}
+
+
+def file_names(out_dir: Path) -> set[str]:
+    """The files in a run's folder, without those for TensorBoard, which have a time in their names."""
+    return {path.name for path in out_dir.iterdir()} - {path.name for path in out_dir.glob(EVENT_FILES)}
 
 
 def left_lying(out_dir: Path) -> list[str]:

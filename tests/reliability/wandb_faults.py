@@ -34,7 +34,7 @@ def run(scale: str, folder: Path) -> Counts:
         name = fault.replace(" ", "_")
         without, out = folder / f"{name}_without", folder / name
         its_seconds = timed(data.flags(without, **FLAGS))[1]
-        environment = {"FAKE_WANDB_FAULT": fault, "FAKE_WANDB_LOG": folder / f"{name}.jsonl"}
+        environment = {"FAKE_TRACKER_FAULT": fault, "FAKE_TRACKER_LOG": folder / f"{name}.jsonl"}
         fake = ("tests.reliability.wandb_faults:use_fake", {})
         job, seconds = timed(data.flags(out, use_wandb="true", **FLAGS), environment=environment, setup=fake)
         added[fault] = seconds - its_seconds
@@ -66,11 +66,11 @@ def problems(out: Path, without: Path, job: Job) -> Iterable[str]:
         yield "the full state is not the same"
     if logged(without) != logged(out):
         yield "metrics.jsonl is not the same"
-    told = [line for line in job.stderr().splitlines() if line.startswith("use_wandb") and "https" not in line]
+    told = [line for line in job.stderr().splitlines() if line.startswith("wandb: ") and "https" not in line]
     if len(told) != 1 or "Traceback" in job.stderr():
         yield f"{len(told)} lines about it, not 1: {last_line(job)}"
 
 
 def use_fake() -> None:
     """Put the tests' fake wandb before the real one; called in the training process."""
-    sys.path.insert(0, str(ROOT / "tests" / "fake_wandb"))
+    sys.path.insert(0, str(ROOT / "tests" / "fake_trackers"))

@@ -32,7 +32,7 @@ def read(tmp_path, text: str):
 
 
 def test_every_setting_that_names_a_file_is_a_path():
-    named = [name for name in FIELDS if name.endswith(("_path", "_dir", "_from"))]
+    named = [name for name in FIELDS if name.endswith(("_path", "_dir", "_from", "_to"))]
     assert sorted(PATHS) == sorted(named)
 
 

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from model.dataset import PretrainDataset
 from model.errors import InputError, TrainingDiverged
 from model.loss import IGNORE_INDEX
+from model.runs.event_file import EVENT_FILES
 from model.storage.archive import load_torch
 from model.text.tokenization import load_tokenizer
 from model.training.optimizer import momentum_at
@@ -51,11 +52,12 @@ from utils import Processes
 @pytest.mark.curves
 def test_a_run_leaves_weights_checkpoints_metrics_curves_and_its_settings(flags, tmp_path):
     threads = set(threading.enumerate())
-    trainer = train(flags(use_ema="true"))
-    assert not [thread for thread in set(threading.enumerate()) - threads if thread.name == "saver"]
+    trainer = train(flags(use_ema="true", copy_to=tmp_path / "copy"))
+    assert not [thread for thread in set(threading.enumerate()) - threads if thread.name in ("saver", "copier")]
     out = tmp_path / "out"
     assert trainer.outcome == "finished"
-    assert {path.name for path in out.iterdir()} - {".lock"} == {
+    (for_tensorboard,) = out.glob(EVENT_FILES)
+    assert {path.name for path in out.iterdir()} - {".lock", for_tensorboard.name} == {
         "best_model.json", "best_model.pth", "pretrain_32.json", "pretrain_32.pth", "checkpoint_step_4.pth",
         "checkpoint_step_8.pth", "checkpoint_step_12.pth", "config.yaml", "curves.png", "metrics.jsonl", "status.json",
     }  # fmt: skip
@@ -445,7 +447,7 @@ def test_a_start_that_fails_leaves_the_folder_to_the_next_one(flags, tmp_path, b
     options = flags(max_steps=1, use_wandb="true")
     trainer = Trainer(build_settings({}, options), Processes())
     if broken == "wandb":
-        monkeypatch.setattr("model.runs.metrics.MetricsLog.start_wandb", lambda *_: 1 / 0)
+        monkeypatch.setattr("model.runs.metrics.MetricsLog.start_tracker", lambda *_: 1 / 0)
     else:
         (tmp_path / "out" / "config.yaml").mkdir(parents=True)
     before = signal.getsignal(signal.SIGTERM)
