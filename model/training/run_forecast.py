@@ -22,6 +22,7 @@ from model.training.recipe import (
     automatic_tokens_per_step,
 )
 from model.training.settings import AUTO, Settings, TrainingSettings
+from model.training.token_files import is_one_file
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,9 @@ def forecast_run(settings: Settings, cluster: Cluster, say: Callable[[str], None
         InputError: the tokenizer or the token file cannot be used.
     """
     settings = copy.deepcopy(settings)
-    data = TrainingData(settings, verify=False, say=say) if Path(settings.data.train_data_path).exists() else None
+    path = settings.data.train_data_path
+    is_missing = is_one_file(path) and not Path(path).exists()
+    data = None if is_missing else TrainingData(settings, verify=False, say=say)
     if data is None:
         config = settings.lm_config(vocabulary_size(open_tokenizer(settings.data.tokenizer_path)))
     else:
@@ -92,7 +95,7 @@ def _without_auto(
     training: TrainingSettings, cluster: Cluster, cost: ModelCost, length: int, data: TrainingData | None
 ) -> TrainingSettings:
     """The epochs and the batch_size that `auto` would come to there; without data, for the largest step."""
-    epochs, samples = training.epochs, MOST_TOKENS if data is None else len(data.train_samples)
+    epochs, samples = training.epochs, MOST_TOKENS if data is None else data.training_samples
     if epochs == AUTO:
         kind = "texts" if data is None or not data.is_chat else "pairs" if data.is_pairs else "chats"
         epochs, _ = automatic_epochs(kind, samples * length)
