@@ -20,7 +20,7 @@ from model.weights.shapes import read_shape
 
 NO_ADAPTERS = {"lora_rank": 0, "lora_alpha": None}
 # Settings that may change on resuming without being reported.
-OF_THE_PLACE = {"resume", "resume_from", "out_dir", "device", "ddp"}
+OF_THE_PLACE = {"resume", "resume_from", "out_dir", "device", "ddp", "shard"}
 
 
 def load_checkpoint(path: Path) -> dict:

@@ -1,10 +1,12 @@
 """What `auto` resolves to in a run's settings: chosen once by the recipe, printed with the reason, kept on resuming."""
 
+import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple, Protocol, TypeVar
 
 import torch
+from torch import Tensor
 
 from model.attention import has_ways
 from model.errors import InputError, counted
@@ -12,8 +14,7 @@ from model.model import Transformer
 from model.options import parse_value
 from model.training.attention_trial import fastest_attention
 from model.training.data import TrainingData
-from model.training.memory import free_memory, rows_that_fit
-from model.training.optimizer import optimizer_bytes
+from model.training.memory import free_memory, rows_that_fit, state_bytes
 from model.training.recipe import (
     ADAPTERS_TIMES,
     PREFERENCE_SHARE,
@@ -21,6 +22,7 @@ from model.training.recipe import (
     automatic_batch_size,
     automatic_epochs,
     automatic_learning_rate,
+    automatic_shard,
     automatic_tokens_per_step,
     automatic_warmup,
     batch_text,
@@ -58,6 +60,19 @@ class Ranks(Protocol):
 
     def beat(self, doing: str, patience: float) -> None:
         """Report progress to the watchdog."""
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0."""
+
+    def sum_on_device(self, numbers: Tensor) -> None:
+        """Add a tensor up over all processes, in place."""
+
+    def gather_on_device(self, part: Tensor, whole: Tensor) -> Callable[[], None]:
+        """Start to gather the processes' parts; returns what waits for them."""
+
+    def send_to_main(self, source: int, part: Tensor | None, target: Tensor | None) -> None:
+        """Copy a tensor of one process into one of rank 0."""
 
 
 class Choices:
@@ -102,6 +117,7 @@ class Choices:
             values = {name: parse_value(FIELDS[name], value) for name, value in chosen.items()}
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise InputError(f"{path}: its values for auto are invalid; use an older checkpoint") from error
+        values.pop("shard", None)  # which changes no bits, and the number of ranks may be another now
         if checkpoint["environment"].get("device") != self._device.type:
             for name in ("compile", "attention"):  # what pays on one kind of device need not on another
                 values.pop(name, None)
@@ -124,24 +140,45 @@ class Choices:
         tokens = len(data.train_samples) * data.config.max_seq_len
         return self._settle("epochs", lambda: automatic_epochs(kind, tokens))
 
-    def batch_size(self, model: Transformer, data: TrainingData, epochs: int, autocast) -> int:
+    def shard(self, model: Transformer) -> int:
+        """What ranks share, where there are several; returns among how many the optimizer is shared."""
+        t, ranks = self._training, self._processes.world_size
+        if ranks == 1:
+            if t.shard == "optimizer":
+                self._say("shard optimizer: there is one process, so nothing is shared")
+            self.made["shard"] = "none"
+            return 1
+        state = state_bytes(model, t)
+        choose = functools.partial(automatic_shard, t.optimizer_type, state, self._free_memory(), ranks)
+        return ranks if self._settle("shard", choose) == "optimizer" else 1
+
+    def _free_memory(self) -> int:
+        """Bytes that any process may still take."""
+        return int(self._processes.smallest(free_memory(self._device, self._processes.local_world_size)))
+
+    def batch_size(self, model: Transformer, data: TrainingData, epochs: int, autocast, shards: int) -> int:
         """What the number of tokens calls for, as far as memory allows, measured on the model.
+
+        Args:
+            shards: ranks that share the optimizer.
 
         Raises:
             InputError: not even one sample fits.
         """
-        return self._settle("batch_size", lambda: self._choose_batch_size(model, data, epochs, autocast))
+        return self._settle("batch_size", lambda: self._choose_batch_size(model, data, epochs, autocast, shards))
 
-    def _choose_batch_size(self, model: Transformer, data: TrainingData, epochs: int, autocast) -> tuple[int, str]:
+    def _choose_batch_size(
+        self, model: Transformer, data: TrainingData, epochs: int, autocast, shards: int
+    ) -> tuple[int, str]:
         t, processes, length = self._training, self._processes, data.config.max_seq_len
-        shares = t.accumulation_steps * processes.world_size
+        parts = t.accumulation_steps * processes.world_size
         samples = len(data.train_samples)
         tokens, why = automatic_tokens_per_step(samples * length, epochs, t.max_steps)
-        wanted = automatic_batch_size(tokens, length * shares, max(1, samples // shares), None)
+        wanted = automatic_batch_size(tokens, length * parts, max(1, samples // parts), None)
         processes.beat("measuring how large a batch fits the memory", 3)
-        beside = state = optimizer_bytes(model, t.optimizer_type)
-        if self._device.type != "cuda":  # the copy that is being saved takes the same memory
-            beside += state + sum(parameter.nbytes for parameter in model.parameters())
+        beside = state_bytes(model, t, shards)
+        if self._device.type != "cuda":  # the copy that is being saved takes memory too: of the whole state
+            beside += state_bytes(model, t) + sum(parameter.nbytes for parameter in model.parameters())
         free = free_memory(self._device, processes.local_world_size)
         measuring = "measuring how large a batch fits the memory"
         fits = rows_that_fit(
@@ -153,7 +190,7 @@ class Choices:
                 f"batch_size: auto found, but not even one sample of {length} tokens fits 60 % of the free memory"
                 f" ({free / 1e9:.1f} GB); use a smaller model or max_seq_len"
             )
-        rows = automatic_batch_size(tokens, length * shares, max(1, samples // shares), fits)
+        rows = automatic_batch_size(tokens, length * parts, max(1, samples // parts), fits)
         memory = f"memory holds {'' if self._device.type != 'cuda' else 'at least '}{counted(fits, 'sample')}"
         if fits < wanted:
             memory = (

@@ -1,0 +1,163 @@
+"""Ranks that share the optimizer: who updates what, and the same bits as where each has all of it."""
+
+import pytest
+import torch
+
+from model.storage.archive import load_torch
+from model.training.optimizer import OPTIMIZERS, build_optimizer, trained_parameters
+from model.training.sharding import ALIGNMENT, Piece, in_buckets, share_out, update_cost
+from tests.conftest import random_model
+from tests.tiny_runs import ONE_THREAD, assert_equal, assert_same_end, events, losses, train, two_ranks
+
+# ----------------------------------------------------------------------------------------------- who updates what
+
+
+def shares_of(model, optimizer_type: str, ranks: int) -> list[list[Piece]]:
+    return share_out(trained_parameters(model), OPTIMIZERS[optimizer_type].is_elementwise, ranks)
+
+
+@pytest.mark.parametrize("optimizer_type", ["adamw", "muon"])
+@pytest.mark.parametrize("ranks", [1, 2, 3, 8, 50])
+def test_each_element_is_one_ranks_and_matrices_of_muon_stay_whole(tiny_model, optimizer_type, ranks):
+    shares = shares_of(tiny_model, optimizer_type, ranks)
+    owners = {name: torch.zeros(p.numel(), dtype=torch.int64) for name, p in trained_parameters(tiny_model).items()}
+    assert len(shares) == ranks
+    for piece in (piece for share in shares for piece in share):
+        owners[piece.name][piece.start : piece.end] += 1
+        assert piece.start % ALIGNMENT == 0
+        assert piece.is_whole == (optimizer_type == "muon" and "layers." in piece.name and "norm" not in piece.name)
+        assert not piece.is_whole or piece.size == owners[piece.name].numel()
+    assert all((count == 1).all() for count in owners.values())
+    assert shares == shares_of(random_model(tiny_model.config, seed=1), optimizer_type, ranks)  # as on another rank
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 8])
+def test_ranges_are_equal_but_for_the_alignment(tiny_model, ranks):
+    sizes = [sum(piece.size for piece in share) for share in shares_of(tiny_model, "adamw", ranks)]
+    assert max(sizes) - min(sizes) <= 2 * ALIGNMENT
+    assert sum(sizes) == sum(p.numel() for p in tiny_model.parameters())
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 8, 50])
+def test_no_rank_has_more_matrices_to_turn_than_the_mean_and_one(tiny_model, ranks):
+    parameters = trained_parameters(tiny_model)
+    costs = [
+        sum(update_cost(parameters[piece.name].shape) for piece in share if piece.is_whole)
+        for share in shares_of(tiny_model, "muon", ranks)
+    ]
+    largest = max(update_cost(p.shape) for name, p in parameters.items() if name.startswith("layers."))
+    assert max(costs) <= sum(costs) / ranks + largest
+    assert costs.count(0) == max(0, ranks - 14)  # 7 matrices in each of 2 layers
+
+
+def test_the_cost_of_a_matrix_is_that_of_its_products():
+    assert update_cost((2, 3)) == update_cost((3, 2)) == 4 * 4 * 3 + 2 * 8
+
+
+@pytest.mark.parametrize("optimizer_type", ["adamw", "muon"])
+@pytest.mark.parametrize("most", [ALIGNMENT, 10 * ALIGNMENT, 10**9])
+def test_buckets_hold_all_pieces_and_are_as_many_on_each_rank(tiny_model, optimizer_type, most):
+    shares = shares_of(tiny_model, optimizer_type, 3)
+    buckets = in_buckets(shares, most)
+    for rank, share in enumerate(shares):
+        of_rank = [bucket[rank] for bucket in buckets]
+        for pieces in of_rank:
+            assert sum(piece.size for piece in pieces) <= most or len(pieces) == 1 and pieces[0].is_whole
+        found = {(piece.name, at) for pieces in of_rank for piece in pieces for at in range(piece.start, piece.end)}
+        assert found == {(piece.name, at) for piece in share for at in range(piece.start, piece.end)}
+
+
+@pytest.mark.parametrize("optimizer_type", ["adamw", "adam"])
+def test_ranges_have_the_bits_of_the_whole(tiny_config, optimizer_type):
+    """As far as `is_elementwise` and ALIGNMENT promise: with the kernels of this machine."""
+    whole, cut = random_model(tiny_config), random_model(tiny_config)
+    optimizer, pieces = build_optimizer(whole, optimizer_type, 1e-2, 0.1), shares_of(cut, optimizer_type, 3)
+    of_ranges = build_optimizer(cut, optimizer_type, 1e-2, 0.1)
+    parameters = dict(cut.named_parameters())
+    parts = [(piece, piece.of(parameters[piece.name].detach())) for share in pieces for piece in share]
+    for group in of_ranges.param_groups:
+        group["params"] = [part for piece, part in parts if piece.name in group["param_names"]]
+    for step in range(3):
+        torch.manual_seed(step)
+        for (_, p), q in zip(whole.named_parameters(), parameters.values(), strict=True):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        for piece, part in parts:
+            part.grad = piece.of(parameters[piece.name].grad)
+        optimizer.step()
+        of_ranges.step()
+    assert_equal(dict(whole.state_dict()), dict(cut.state_dict()))
+
+
+# ----------------------------------------------------------------------------------------------- the same bits
+
+CASES = {
+    "adamw, average, clipping": {"use_ema": "true", "grad_clip": 0.1},
+    "adam, accumulation, dropout": {"optimizer_type": "adam", "accumulation_steps": 2, "dropout": 0.1},
+    "muon, average": {"optimizer_type": "muon", "use_ema": "true"},
+    "muon, float16": {"optimizer_type": "muon", "dtype": "float16"},
+    "muon, bfloat16": {"optimizer_type": "muon", "dtype": "bfloat16", "use_ema": "true"},
+    "an optimizer that cannot run ahead, skipped steps": {"learning_rate": 0.3, "spike_threshold": 1.0, "grad_clip": 0},
+}
+
+
+def assert_same_runs(folder_a, folder_b) -> None:
+    assert losses(folder_a) == losses(folder_b)
+    for step in (4, 8, 12):
+        assert_same_end(folder_a, folder_b, step)
+    names = {path.name for path in folder_a.glob("*.pth")}
+    assert names == {path.name for path in folder_b.glob("*.pth")}
+    for name in ("pretrain_32.pth", "best_model.pth"):
+        assert_equal(*(load_torch(folder / name) for folder in (folder_a, folder_b)))
+
+
+@pytest.mark.long
+def test_two_ranks_that_share_have_the_bits_of_two_that_do_not(flags, tmp_path):
+    for shard in ("none", "optimizer"):
+        result = two_ranks(flags(optimizer_type="muon", use_ema="true", shard=shard, out_dir=tmp_path / shard))
+        assert result.returncode == 0, result.stderr
+    assert_same_runs(tmp_path / "none", tmp_path / "optimizer")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ahead", [0, 1])
+@pytest.mark.parametrize("case", CASES)
+def test_whatever_a_step_does_the_bits_are_the_same(flags, tmp_path, case, ahead, monkeypatch):
+    monkeypatch.setitem(ONE_THREAD, "MATECONV_RUN_AHEAD", str(ahead))
+    monkeypatch.setitem(ONE_THREAD, "MATECONV_EMULATE_DTYPE", "1")
+    for shard in ("none", "optimizer"):
+        result = two_ranks(flags(shard=shard, out_dir=tmp_path / shard, **CASES[case]))
+        assert result.returncode == 0, result.stderr
+    assert_same_runs(tmp_path / "none", tmp_path / "optimizer")
+    if "skipped" in case:
+        assert events(tmp_path / "optimizer")[-1]["skipped_steps"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer_type", ["adamw", "muon"])
+@pytest.mark.parametrize(("before", "after"), [("none", "optimizer"), ("optimizer", "none"), ("optimizer", "optimizer")])
+def test_a_run_resumes_from_and_to_one_that_does_not_share(flags, tmp_path, optimizer_type, before, after):
+    options = {"optimizer_type": optimizer_type, "use_ema": "true", "dropout": 0.1}
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    for folder, shard in ((whole, "none"), (killed, before)):
+        result = two_ranks(flags(out_dir=folder, shard=shard, **options))
+        assert result.returncode == 0, result.stderr
+    (killed / "checkpoint_step_12.pth").unlink()
+    result = two_ranks(flags(out_dir=killed, shard=after, resume="true", **options))
+    assert result.returncode == 0 and "resuming from" in result.stderr, result.stderr
+    assert "with other settings" not in result.stderr
+    assert_same_end(whole, killed)
+
+
+@pytest.mark.slow
+def test_one_process_goes_on_with_what_two_have_shared_and_two_with_what_one_had(flags, tmp_path):
+    """Sums over the ranks have another order then, so losses are compared, not bits."""
+    options = {"optimizer_type": "muon", "use_ema": "true", "shard": "optimizer", "keep_last": 1, "dtype": "float32"}
+    two = flags(batch_size=4, **options)
+    assert two_ranks(two | {"max_steps": "12"}).returncode == 0
+    assert train(flags(batch_size=8, **options, max_steps=16, resume="true")).outcome == "finished"
+    result = two_ranks(two | {"max_steps": "20", "resume": "true"})
+    assert result.returncode == 0, result.stderr
+    assert two_ranks(flags(**options | {"shard": "none"}, max_steps=20, out_dir=tmp_path / "whole")).returncode == 0
+    found, expected = losses(tmp_path / "out"), losses(tmp_path / "whole")
+    assert [step for step, _ in found] == [step for step, _ in expected]
