@@ -227,8 +227,10 @@ class Processes:
         """
         import torch.distributed as dist
 
+        # torch 2.14 renamed it.
+        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
         with self._others_alive():
-            work = dist.all_gather_into_tensor(whole, part, async_op=True)
+            work = gather(whole, part, async_op=True)
 
         def wait() -> None:
             with self._others_alive():

@@ -1,6 +1,5 @@
 """What `auto` resolves to in a run's settings: chosen once by the recipe, printed with the reason, kept on resuming."""
 
-import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple, Protocol, TypeVar
@@ -117,7 +116,6 @@ class Choices:
             values = {name: parse_value(FIELDS[name], value) for name, value in chosen.items()}
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise InputError(f"{path}: its values for auto are invalid; use an older checkpoint") from error
-        values.pop("shard", None)  # which changes no bits, and the number of ranks may be another now
         if checkpoint["environment"].get("device") != self._device.type:
             for name in ("compile", "attention"):  # what pays on one kind of device need not on another
                 values.pop(name, None)
@@ -141,20 +139,19 @@ class Choices:
         return self._settle("epochs", lambda: automatic_epochs(kind, tokens))
 
     def shard(self, model: Transformer) -> int:
-        """What ranks share, where there are several; returns among how many the optimizer is shared."""
-        t, ranks = self._training, self._processes.world_size
-        if ranks == 1:
+        """Among how many ranks the optimizer is shared. It changes no bits, so a checkpoint does not keep it, and a
+        resumed run, whose ranks may be fewer or more, chooses again."""
+        t, processes = self._training, self._processes
+        if processes.world_size == 1:
             if t.shard == "optimizer":
                 self._say("shard optimizer: there is one process, so nothing is shared")
-            self.made["shard"] = "none"
             return 1
-        state = state_bytes(model, t)
-        choose = functools.partial(automatic_shard, t.optimizer_type, state, self._free_memory(), ranks)
-        return ranks if self._settle("shard", choose) == "optimizer" else 1
-
-    def _free_memory(self) -> int:
-        """Bytes that any process may still take."""
-        return int(self._processes.smallest(free_memory(self._device, self._processes.local_world_size)))
+        shard = t.shard
+        if shard == AUTO:
+            free = int(processes.smallest(free_memory(self._device, processes.local_world_size)))
+            shard, why = automatic_shard(t.optimizer_type, state_bytes(model, t), free, processes.world_size)
+            self._say(f"shard {shard} (auto): {why}")
+        return processes.world_size if shard == "optimizer" else 1
 
     def batch_size(self, model: Transformer, data: TrainingData, epochs: int, autocast, shards: int) -> int:
         """What the number of tokens calls for, as far as memory allows, measured on the model.

@@ -182,7 +182,8 @@ def plan_run(
     expected_seconds = run_seconds((total_steps - done["step"]) * tokens_per_step * flops_per_token, peak_flops)
     choices.compile(expected_seconds)
 
-    training = dataclasses.replace(t, **choices.made)  # the user's values, and those chosen where they said auto
+    # The user's values, and those chosen where they said auto.
+    training = dataclasses.replace(t, **choices.made, shard="optimizer" if shards > 1 else "none")
     return RunPlan(
         training=training,
         chosen=choices.made,

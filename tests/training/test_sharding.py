@@ -91,24 +91,28 @@ def test_ranges_have_the_bits_of_the_whole(tiny_config, optimizer_type):
 
 # ----------------------------------------------------------------------------------------------- the same bits
 
+# Losses that hardly change: whatever is above their mean counts as a spike.
+SKIPPED = {"max_steps": 44, "learning_rate": 1e-7, "spike_threshold": 0.01, "max_skipped_steps": 40, "use_ema": "true"}
 CASES = {
     "adamw, average, clipping": {"use_ema": "true", "grad_clip": 0.1},
     "adam, accumulation, dropout": {"optimizer_type": "adam", "accumulation_steps": 2, "dropout": 0.1},
     "muon, average": {"optimizer_type": "muon", "use_ema": "true"},
     "muon, float16": {"optimizer_type": "muon", "dtype": "float16"},
     "muon, bfloat16": {"optimizer_type": "muon", "dtype": "bfloat16", "use_ema": "true"},
-    "an optimizer that cannot run ahead, skipped steps": {"learning_rate": 0.3, "spike_threshold": 1.0, "grad_clip": 0},
+    "adamw, skipped steps": SKIPPED,
+    "muon, skipped steps": SKIPPED | {"optimizer_type": "muon"},
 }
 
 
 def assert_same_runs(folder_a, folder_b) -> None:
     assert losses(folder_a) == losses(folder_b)
-    for step in (4, 8, 12):
-        assert_same_end(folder_a, folder_b, step)
     names = {path.name for path in folder_a.glob("*.pth")}
-    assert names == {path.name for path in folder_b.glob("*.pth")}
-    for name in ("pretrain_32.pth", "best_model.pth"):
-        assert_equal(*(load_torch(folder / name) for folder in (folder_a, folder_b)))
+    assert names == {path.name for path in folder_b.glob("*.pth")} and len(names) >= 5
+    for name in names:
+        if name.startswith("checkpoint_step_"):
+            assert_same_end(folder_a, folder_b, int(name.removeprefix("checkpoint_step_").removesuffix(".pth")))
+        else:
+            assert_equal(*(load_torch(folder / name) for folder in (folder_a, folder_b)))
 
 
 @pytest.mark.long
@@ -129,13 +133,15 @@ def test_whatever_a_step_does_the_bits_are_the_same(flags, tmp_path, case, ahead
         result = two_ranks(flags(shard=shard, out_dir=tmp_path / shard, **CASES[case]))
         assert result.returncode == 0, result.stderr
     assert_same_runs(tmp_path / "none", tmp_path / "optimizer")
-    if "skipped" in case:
-        assert events(tmp_path / "optimizer")[-1]["skipped_steps"] > 0
+    skipped = [event["skipped_steps"] for event in events(tmp_path / "optimizer") if "skipped_steps" in event]
+    assert (skipped[-1] > 0) == ("skipped" in case)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("optimizer_type", ["adamw", "muon"])
-@pytest.mark.parametrize(("before", "after"), [("none", "optimizer"), ("optimizer", "none"), ("optimizer", "optimizer")])
+@pytest.mark.parametrize(
+    ("before", "after"), [("none", "optimizer"), ("optimizer", "none"), ("optimizer", "optimizer")]
+)
 def test_a_run_resumes_from_and_to_one_that_does_not_share(flags, tmp_path, optimizer_type, before, after):
     options = {"optimizer_type": optimizer_type, "use_ema": "true", "dropout": 0.1}
     whole, killed = tmp_path / "whole", tmp_path / "killed"
@@ -152,12 +158,15 @@ def test_a_run_resumes_from_and_to_one_that_does_not_share(flags, tmp_path, opti
 @pytest.mark.slow
 def test_one_process_goes_on_with_what_two_have_shared_and_two_with_what_one_had(flags, tmp_path):
     """Sums over the ranks have another order then, so losses are compared, not bits."""
-    options = {"optimizer_type": "muon", "use_ema": "true", "shard": "optimizer", "keep_last": 1, "dtype": "float32"}
-    two = flags(batch_size=4, **options)
-    assert two_ranks(two | {"max_steps": "12"}).returncode == 0
-    assert train(flags(batch_size=8, **options, max_steps=16, resume="true")).outcome == "finished"
-    result = two_ranks(two | {"max_steps": "20", "resume": "true"})
-    assert result.returncode == 0, result.stderr
-    assert two_ranks(flags(**options | {"shard": "none"}, max_steps=20, out_dir=tmp_path / "whole")).returncode == 0
-    found, expected = losses(tmp_path / "out"), losses(tmp_path / "whole")
-    assert [step for step, _ in found] == [step for step, _ in expected]
+    options = {"optimizer_type": "muon", "use_ema": "true", "shard": "optimizer", "dtype": "float32", "eval_steps": 1}
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert two_ranks(flags(**options | {"shard": "none"}, out_dir=whole)).returncode == 0
+    assert two_ranks(flags(**options, out_dir=killed)).returncode == 0
+    for name in ("checkpoint_step_8.pth", "checkpoint_step_12.pth"):
+        (killed / name).unlink()
+    alone = flags(**options, batch_size=8, out_dir=killed, resume="true")
+    assert train(alone).outcome == "finished"
+    (killed / "checkpoint_step_12.pth").unlink()
+    result = two_ranks(flags(**options, out_dir=killed, resume="true"))
+    assert result.returncode == 0 and "at step 8" in result.stderr, result.stderr
+    assert dict(losses(killed)) == pytest.approx(dict(losses(whole)), abs=1e-4)
