@@ -137,13 +137,15 @@ class Trainer:
             say(line)
 
     def _restore(self, checkpoint: dict) -> None:
-        """Go on where a checkpoint was saved."""
+        """Go on where a checkpoint was saved, whose weights and optimizer are then dropped from memory."""
         self.progress = restore_state(checkpoint, self.model, self.ema, self.optimizer, self.scaler)
         if checkpoint["validation"] != self.data.validation:
             say("the validation data has changed: best loss and patience are reset")
             self.progress.forget_evaluations()
         new_seed = self.training.seed + 1 + self.processes.rank + 1000 * self.progress.step
         utils.restore_random_states(checkpoint["random_states"], self.processes, new_seed)
+        for part in ("model", "ema", "optimizer"):  # of which a rank may keep only its share
+            del checkpoint[part]
 
     # ---------------------------------------------------------------------------------------------------- the loop
 

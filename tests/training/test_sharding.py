@@ -1,10 +1,15 @@
 """Ranks that share the optimizer: who updates what, and the same bits as where each has all of it."""
 
+import contextlib
+
 import pytest
 import torch
 
 from model.storage.archive import load_torch
+from model.training.memory import step_memory
 from model.training.optimizer import OPTIMIZERS, build_optimizer, trained_parameters
+from model.training.recipe import automatic_shard
+from model.training.settings import build_settings
 from model.training.sharding import ALIGNMENT, Piece, in_buckets, share_out, update_cost
 from tests.conftest import random_model
 from tests.tiny_runs import ONE_THREAD, assert_equal, assert_same_end, events, losses, train, two_ranks
@@ -89,6 +94,40 @@ def test_ranges_have_the_bits_of_the_whole(tiny_config, optimizer_type):
     assert_equal(dict(whole.state_dict()), dict(cut.state_dict()))
 
 
+# --------------------------------------------------------------------------------------------- whether it pays
+
+
+@pytest.mark.parametrize(
+    ("optimizer_type", "state", "expected"),
+    [("muon", 1, "optimizer"), ("adamw", 11, "optimizer"), ("adamw", 9, "none")],
+)
+def test_auto_shares_muons_work_and_a_large_state(optimizer_type, state, expected):
+    shard, why = automatic_shard(optimizer_type, state, 100, 4)
+    assert shard == expected and why
+
+
+def test_the_memory_of_a_step_counts_the_share(tiny_config):
+    def memory(shard, ranks):
+        training = build_settings({}, {"shard": shard, "use_ema": "true"}).training
+        return step_memory(tiny_config, training, 2, torch.device("cpu"), contextlib.nullcontext(), ranks)
+
+    whole, share = memory("none", 4), memory("optimizer", 4)
+    weights = whole.gradients
+    assert (whole.optimizer, whole.weights) == (2 * weights, 2 * weights)
+    assert (share.optimizer, share.weights) == (weights / 2, weights + weights / 4)
+    assert (share.gradients, share.activations) == (whole.gradients, whole.activations)
+    assert memory("auto", 4) == share and memory("optimizer", 1) == memory("none", 1) == whole
+
+
+@pytest.mark.long
+def test_one_process_shares_nothing_and_says_so(flags, tmp_path, capfd):
+    for shard in ("none", "optimizer"):
+        assert train(flags(shard=shard, max_steps=4, out_dir=tmp_path / shard)).plan.shards == 1
+    assert_same_end(tmp_path / "none", tmp_path / "optimizer", step=4)
+    messages = capfd.readouterr().err
+    assert messages.count("shard optimizer: there is one process, so nothing is shared") == 1
+
+
 # ----------------------------------------------------------------------------------------------- the same bits
 
 # Losses that hardly change: whatever is above their mean counts as a spike.
@@ -117,10 +156,12 @@ def assert_same_runs(folder_a, folder_b) -> None:
 
 @pytest.mark.long
 def test_two_ranks_that_share_have_the_bits_of_two_that_do_not(flags, tmp_path):
-    for shard in ("none", "optimizer"):
+    for shard in ("none", "auto"):
         result = two_ranks(flags(optimizer_type="muon", use_ema="true", shard=shard, out_dir=tmp_path / shard))
         assert result.returncode == 0, result.stderr
-    assert_same_runs(tmp_path / "none", tmp_path / "optimizer")
+        assert result.stderr.count("shard optimizer (auto): each of 2 ranks does its share of") == 2 * (shard == "auto")
+    assert "FutureWarning" not in result.stderr
+    assert_same_runs(tmp_path / "none", tmp_path / "auto")
 
 
 @pytest.mark.slow
