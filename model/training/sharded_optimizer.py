@@ -33,6 +33,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self._optimizer, self._shares = optimizer, shares
         self._state_names = OPTIMIZERS[optimizer_type].state
         self._own = {piece: piece.of(shares.weights[piece.name]) for piece in shares.all_own}
+        self._parameters = {n: p for g in groups for n, p in zip(g["param_names"], g["params"], strict=True)}
+        self._group_of = {name: number for number, g in enumerate(groups) for name in g["param_names"]}
         self._has_state = False  # the same on all ranks, also on one that has no piece
 
     @torch.no_grad()
@@ -51,20 +53,13 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self._has_state = True
 
     def _update(self, pieces: list[Piece]) -> None:
-        parts = {name: [] for group in self.param_groups for name in group["param_names"]}
         for piece in pieces:
-            parts[piece.name].append(piece)
-        groups = []
-        for group in self.param_groups:
-            params = []
-            for name, parameter in zip(group["param_names"], group["params"], strict=True):
-                for piece in parts[name]:
-                    part = self._own[piece]
-                    part.grad = None if parameter.grad is None else piece.of(parameter.grad)
-                    params.append(part)
-            if params:
-                groups.append({**group, "params": params})
-        self._optimizer.param_groups = groups
+            gradient = self._parameters[piece.name].grad
+            self._own[piece].grad = None if gradient is None else piece.of(gradient)
+        self._optimizer.param_groups = [
+            {**group, "params": [self._own[piece] for piece in pieces if self._group_of[piece.name] == number]}
+            for number, group in enumerate(self.param_groups)
+        ]
         self._optimizer.step()
         for piece in pieces:
             self._own[piece].grad = None  # else it would keep all of the parameter's
@@ -145,11 +140,9 @@ class SharedAverage:
 
     def averaged_weights(self) -> dict[str, Tensor | None]:
         """The average's state dict, on rank 0 with new tensors on the CPU. Every rank must call it."""
-        whole = {weight.data_ptr(): self._shares.collect(self._own, name) for name, weight in self._weights()}
+        weights = self._shares.weights
+        whole = {weight.data_ptr(): self._shares.collect(self._own, name) for name, weight in weights.items()}
         return {key: whole.get(weight.data_ptr(), weight) for key, weight in self._model.state_dict().items()}
-
-    def _weights(self):
-        return self._shares.weights.items()
 
     @torch.no_grad()
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:

@@ -163,14 +163,15 @@ class Shares:
         longest = max(sum(piece.size for piece in pieces) for pieces in bucket)
         like = next(iter(targets.values()))
         sent, received = like.new_zeros(longest), like.new_empty(longest * len(bucket))
-        _copy(self.own(bucket), sent, list(own), to_pieces=False)
+        if pieces := self.own(bucket):
+            torch._foreach_copy_(_cut(sent, pieces), [tensor.reshape(-1) for tensor in own])
         wait = self._processes.gather_on_device(sent, received)
 
         def finish() -> None:
             wait()
-            for rank, (pieces, part) in enumerate(zip(bucket, received.view(len(bucket), -1), strict=True)):
-                if rank != self._processes.rank:
-                    _copy(pieces, part, [targets[piece.name] for piece in pieces], to_pieces=True)
+            for rank, (pieces, row) in enumerate(zip(bucket, received.view(len(bucket), -1), strict=True)):
+                if pieces and rank != self._processes.rank:
+                    torch._foreach_copy_([piece.flat(targets[piece.name]) for piece in pieces], _cut(row, pieces))
 
         return finish
 
@@ -197,15 +198,7 @@ class Shares:
         return whole
 
 
-def _copy(pieces: Sequence[Piece], row: Tensor, tensors: Sequence[Tensor], to_pieces: bool) -> None:
-    """Copy between the beginning of a row [elements] and the pieces: of parameters that `tensors` holds whole, or,
-    towards the row, of `tensors` that are the pieces themselves."""
-    if not pieces:
-        return
+def _cut(row: Tensor, pieces: Sequence[Piece]) -> Sequence[Tensor]:
+    """The beginning of a row, as one view [size] a piece."""
     sizes = [piece.size for piece in pieces]
-    in_row = row[: sum(sizes)].split(sizes)
-    if to_pieces:
-        views = [piece.flat(tensor) for piece, tensor in zip(pieces, tensors, strict=True)]
-        torch._foreach_copy_(views, in_row)
-    else:
-        torch._foreach_copy_(in_row, [tensor.reshape(-1) for tensor in tensors])
+    return row[: sum(sizes)].split(sizes)
