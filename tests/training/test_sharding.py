@@ -239,6 +239,20 @@ def test_whatever_a_step_does_the_bits_are_the_same(flags, tmp_path, case, ahead
 
 @pytest.mark.slow
 @pytest.mark.parametrize("optimizer_type", ["adamw", "muon"])
+def test_adapters_are_shared_and_frozen_weights_are_not(flags, tmp_path, optimizer_type):
+    train(flags(max_steps=4, out_dir=tmp_path / "base"))
+    given_by_weights = dict.fromkeys(("dim", "n_layers", "n_heads", "n_kv_heads"))
+    options = {"init_from": tmp_path / "base" / "pretrain_32.pth", "lora_rank": 4, "use_ema": "true"}
+    for shard in ("none", "optimizer"):
+        result = two_ranks(
+            flags(optimizer_type=optimizer_type, shard=shard, out_dir=tmp_path / shard, **options, **given_by_weights)
+        )
+        assert result.returncode == 0, result.stderr
+    assert_same_runs(tmp_path / "none", tmp_path / "optimizer")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer_type", ["adamw", "muon"])
 @pytest.mark.parametrize(
     ("before", "after"), [("none", "optimizer"), ("optimizer", "none"), ("optimizer", "optimizer")]
 )
