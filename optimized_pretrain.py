@@ -45,13 +45,13 @@ from model.training.divergence import (
 )
 from model.training.evaluation import Evaluator
 from model.training.memory import check_memory
-from model.training.moving_average import MovingAverage
 from model.training.objective import choose_objective
-from model.training.optimizer import build_optimizer, set_rates
+from model.training.optimizer import set_rates
 from model.training.plan import plan_run
 from model.training.progress import Progress, StepResult
 from model.training.report import bar_text, describe, evaluation_lines, measured_lines, position, step_metrics
 from model.training.settings import Settings
+from model.training.sharded_optimizer import optimizer_and_average
 from model.training.step import DeviceVerdict, Step, read_numbers, runs_ahead
 from model.training.verification import BackgroundVerification
 from model.weights import Weights
@@ -112,13 +112,13 @@ class Trainer:
         self.config = self.data.config
         # Chats shorter than what the weights know do not unlearn the rest.
         self.context = max(self.config.max_seq_len, beginning.context if self.data.is_chat else 0)
-        memory = check_memory(self.config, asked, self.device, self.autocast, processes.local_world_size)
+        here, ranks = processes.local_world_size, processes.world_size
+        memory = check_memory(self.config, asked, self.device, self.autocast, here, ranks)
         if memory is not None:
             say(memory)
         utils.seed_everything(asked.seed)
         self.model = beginning.build_model(self.config, asked).to(self.device)
         self.model.checkpointing = asked.activation_checkpointing
-        self.ema = MovingAverage(self.model, asked.ema_decay) if asked.use_ema else None
 
         with self.kernels():  # what is measured here is measured with training's kernels
             peak = utils.measure_matmul_flops(self.device, self.dtype, self.model.layer_shapes())
@@ -130,7 +130,7 @@ class Trainer:
         self.objective = choose_objective(self.data, self.plan, references)
         self.evaluator = Evaluator(self.objective, self.data, self.plan, processes, self._is_stop_asked)
 
-        self.optimizer = build_optimizer(self.model, t.optimizer_type, t.learning_rate, t.weight_decay, self.dtype)
+        self.optimizer, self.ema = optimizer_and_average(self.model, self.plan, processes)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.verdict = DeviceVerdict(self.device, processes) if runs_ahead(self.device, self.optimizer) else None
         self.in_flight: Step | None = None  # launched ahead, and not read yet
@@ -144,13 +144,15 @@ class Trainer:
             say(line)
 
     def _restore(self, checkpoint: dict) -> None:
-        """Go on where a checkpoint was saved."""
+        """Go on where a checkpoint was saved, whose weights and optimizer are then dropped from memory."""
         self.progress = restore_state(checkpoint, self.model, self.ema, self.optimizer, self.scaler)
         if checkpoint["validation"] != self.data.validation:
             say("the validation data has changed: best loss and patience are reset")
             self.progress.forget_evaluations()
         new_seed = self.training.seed + 1 + self.processes.rank + 1000 * self.progress.step
         utils.restore_random_states(checkpoint["random_states"], self.processes, new_seed)
+        for part in ("model", "ema", "optimizer"):  # of which a rank may keep only its share
+            del checkpoint[part]
 
     # ---------------------------------------------------------------------------------------------------- the loop
 
@@ -405,8 +407,9 @@ class Trainer:
 
     def build_evaluated_model(self) -> Transformer:
         """The weights that are evaluated, previewed and kept: the moving average, if there is one. With LoRA these are
-        the sums, in a new model: so all that is measured is measured of the weights that are written."""
-        return merged(self.model if self.ema is None else self.ema.module)
+        the sums, in a new model: so all that is measured is measured of the weights that are written. Every process
+        must call it: where they share the average, it is put together."""
+        return merged(self.model if self.ema is None else self.ema.averaged_model())
 
     def evaluate(self, model: Transformer | None = None) -> dict[str, float] | None:
         """Validation loss and what else is measured (`Evaluator.measure`); None if a signal to stop came meanwhile.
@@ -494,6 +497,8 @@ class Trainer:
             self._wait_until_verified()
         self.processes.beat(f"saving at step {self.progress.step}")
         states = self.processes.gather((utils.random_state(), weights_norm(self.model)))
+        optimizer = self.optimizer.state_dict()  # every process gives its share, if they share it
+        ema = None if self.ema is None else self.ema.averaged_weights()
         self.progress.seconds = self.clock.run_seconds
         if self.files is None:
             return
@@ -508,8 +513,9 @@ class Trainer:
             environment=self.environment,
             progress=self.progress,
             model=self.model,
-            ema=self.ema,
-            optimizer=self.optimizer,
+            ema=ema,
+            ema_updates=0 if self.ema is None else int(self.ema.n_averaged),
+            optimizer=optimizer,
             scaler=self.scaler,
             random_states=[state for state, _ in states],
         )
@@ -531,8 +537,9 @@ class Trainer:
 
     def _save_final(self) -> None:
         self._wait_until_verified()
+        evaluated = self.build_evaluated_model()
         if self.files is not None:
-            weights = self._weights(self.build_evaluated_model())
+            weights = self._weights(evaluated)
             self.files.save_final(self.final_name, weights, self.progress.best_val_loss)
 
     # ------------------------------------------------------------------------------------------------- recording

@@ -45,7 +45,7 @@ def preload() -> None:
     # As in conftest.py: no curves, and the machine is measured once.
     model.runs.metrics.draw_curves = lambda events, path: None
     rates = {dtype: utils.measure_matmul_flops(torch.device("cpu"), dtype) for dtype in (torch.float32, torch.bfloat16)}
-    utils.measure_matmul_flops = lambda device, dtype, weights=(): rates[dtype]
+    utils.measure_matmul_flops = lambda device, dtype, weights=(): rates.get(dtype, rates[torch.bfloat16])
 
 
 def serve(asked: socket.socket) -> dict:

@@ -11,17 +11,18 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
 
 from model.errors import InputError, first_line, shown
 from model.lora import adapters_of, checked_adapters, is_adapter
 from model.storage.archive import is_finite
 from model.training.data import ORDERS, TrainingData
+from model.training.moving_average import MovingAverage
 from model.training.optimizer import load_optimizer_state
 from model.training.optimizer import state_problem as optimizer_problem
 from model.training.plan import RunPlan
 from model.training.progress import Progress
 from model.training.settings import SECTIONS, Settings
+from model.training.sharded_optimizer import SharedAverage
 from model.weights.shapes import check_shapes, read_shape
 
 CHECKPOINT_VERSION = 6
@@ -64,8 +65,9 @@ def checkpoint_content(
     environment: Mapping,
     progress: Progress,
     model: nn.Module,
-    ema: AveragedModel | None,
-    optimizer: torch.optim.Optimizer,
+    ema: Mapping[str, Tensor] | None,
+    ema_updates: int,
+    optimizer: Mapping,
     scaler: torch.amp.GradScaler,
     random_states: list[dict],
 ) -> dict:
@@ -76,6 +78,8 @@ def checkpoint_content(
         settings: as the user gave them.
         context: positions that the weights know, in tokens.
         environment: what equal bits depend on, see `resume.environment`.
+        ema: state dict of the averaged weights.
+        optimizer: its state dict.
         random_states: `utils.random_state()` of each rank.
     """
     return {
@@ -95,9 +99,9 @@ def checkpoint_content(
         "chosen": plan.chosen,
         "progress": dataclasses.asdict(progress),
         "model": model.state_dict(),
-        "ema": ema.module.state_dict() if ema is not None else None,
-        "ema_updates": int(ema.n_averaged) if ema is not None else 0,
-        "optimizer": optimizer.state_dict(),
+        "ema": ema,
+        "ema_updates": ema_updates,
+        "optimizer": optimizer,
         "scaler": scaler.state_dict(),
         "random_states": random_states,
         "environment": environment,
@@ -127,7 +131,7 @@ def add_defaults(content: dict) -> None:
 def restore_state(
     checkpoint: Mapping,
     model: nn.Module,
-    ema: AveragedModel | None,
+    ema: MovingAverage | SharedAverage | None,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
 ) -> Progress:
@@ -138,7 +142,7 @@ def restore_state(
         scaler.load_state_dict(checkpoint["scaler"])
     if ema is not None:
         # A run without an average so far starts it from its present weights.
-        ema.module.load_state_dict(checkpoint["ema"] or checkpoint["model"])
+        ema.load_weights(checkpoint["ema"] or checkpoint["model"])
         ema.n_averaged.fill_(checkpoint["ema_updates"])
     return Progress(**checkpoint["progress"])
 

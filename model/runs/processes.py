@@ -217,6 +217,45 @@ class Processes:
             with self._others_alive():
                 dist.all_reduce(numbers)
 
+    def gather_on_device(self, part, whole) -> Callable[[], None]:
+        """Start to gather the ranks' parts, by the gradients' group; returns what waits for them. On GPUs only what the
+        device is given later waits.
+
+        Args:
+            part: tensor [N], of the same length on every rank.
+            whole: tensor [world_size * N], to hold all parts in the ranks' order.
+        """
+        import torch.distributed as dist
+
+        # torch 2.14 renamed it.
+        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        with self._others_alive():
+            work = gather(whole, part, async_op=True)
+
+        def wait() -> None:
+            with self._others_alive():
+                work.wait()
+
+        return wait
+
+    def send_to_main(self, source: int, part, target) -> None:
+        """Copy a tensor of one rank into one of rank 0, both on the CPU and contiguous. Every rank must call it.
+
+        Args:
+            source: the rank that sends.
+            part: on that rank, what is sent.
+            target: on rank 0, of the same shape and dtype.
+        """
+        import torch.distributed as dist
+
+        with self._others_alive():
+            if source == 0 and self.is_main:
+                target.copy_(part)
+            elif self.is_main:
+                dist.recv(target, src=source, group=self._control)
+            elif self.rank == source:
+                dist.send(part, dst=0, group=self._control)
+
     def any(self, flag) -> bool:
         """Whether the flag is set on any rank."""
         return self.all_sum([float(flag)])[0] > 0

@@ -22,7 +22,7 @@ from model.weights.shapes import read_shape
 MOST_DIFFERENCES = 4  # shown; the rest is counted
 NO_ADAPTERS = {"lora_rank": 0, "lora_alpha": None}
 # Settings that may change on resuming without being reported.
-OF_THE_PLACE = {"resume", "resume_from", "out_dir", "copy_to", "max_hours", "device", "ddp"}
+OF_THE_PLACE = {"resume", "resume_from", "out_dir", "copy_to", "max_hours", "device", "ddp", "shard"}
 
 
 def load_checkpoint(path: Path) -> dict:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import NamedTuple, Protocol, TypeVar
 
 import torch
+from torch import Tensor
 
 from model.attention import has_ways
 from model.errors import InputError, counted
@@ -12,8 +13,7 @@ from model.model import Transformer
 from model.options import parse_value
 from model.training.attention_trial import fastest_attention
 from model.training.data import TrainingData
-from model.training.memory import free_memory, rows_that_fit
-from model.training.optimizer import optimizer_bytes
+from model.training.memory import free_memory, rows_that_fit, state_bytes
 from model.training.recipe import (
     ADAPTERS_TIMES,
     PREFERENCE_SHARE,
@@ -21,6 +21,7 @@ from model.training.recipe import (
     automatic_batch_size,
     automatic_epochs,
     automatic_learning_rate,
+    automatic_shard,
     automatic_tokens_per_step,
     automatic_warmup,
     batch_text,
@@ -58,6 +59,19 @@ class Ranks(Protocol):
 
     def beat(self, doing: str, patience: float) -> None:
         """Report progress to the watchdog."""
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0."""
+
+    def sum_on_device(self, numbers: Tensor) -> None:
+        """Add a tensor up over all processes, in place."""
+
+    def gather_on_device(self, part: Tensor, whole: Tensor) -> Callable[[], None]:
+        """Start to gather the processes' parts; returns what waits for them."""
+
+    def send_to_main(self, source: int, part: Tensor | None, target: Tensor | None) -> None:
+        """Copy a tensor of one process into one of rank 0."""
 
 
 class Choices:
@@ -124,24 +138,44 @@ class Choices:
         tokens = data.training_samples * data.config.max_seq_len
         return self._settle("epochs", lambda: automatic_epochs(kind, tokens))
 
-    def batch_size(self, model: Transformer, data: TrainingData, epochs: int, autocast) -> int:
+    def shard(self, model: Transformer) -> int:
+        """Among how many ranks the optimizer is shared. It changes no bits, so a checkpoint does not keep it, and a
+        resumed run, whose ranks may be fewer or more, chooses again."""
+        t, processes = self._training, self._processes
+        if processes.world_size == 1:
+            if t.shard == "optimizer":
+                self._say("shard optimizer: there is one process, so nothing is shared")
+            return 1
+        shard = t.shard
+        if shard == AUTO:
+            free = int(processes.smallest(free_memory(self._device, processes.local_world_size)))
+            shard, why = automatic_shard(t.optimizer_type, state_bytes(model, t), free, processes.world_size)
+            self._say(f"shard {shard} (auto): {why}")
+        return processes.world_size if shard == "optimizer" else 1
+
+    def batch_size(self, model: Transformer, data: TrainingData, epochs: int, autocast, shards: int) -> int:
         """What the number of tokens calls for, as far as memory allows, measured on the model.
+
+        Args:
+            shards: ranks that share the optimizer.
 
         Raises:
             InputError: not even one sample fits.
         """
-        return self._settle("batch_size", lambda: self._choose_batch_size(model, data, epochs, autocast))
+        return self._settle("batch_size", lambda: self._choose_batch_size(model, data, epochs, autocast, shards))
 
-    def _choose_batch_size(self, model: Transformer, data: TrainingData, epochs: int, autocast) -> tuple[int, str]:
+    def _choose_batch_size(
+        self, model: Transformer, data: TrainingData, epochs: int, autocast, shards: int
+    ) -> tuple[int, str]:
         t, processes, length = self._training, self._processes, data.config.max_seq_len
-        shares = t.accumulation_steps * processes.world_size
+        parts = t.accumulation_steps * processes.world_size
         samples = data.training_samples
         tokens, why = automatic_tokens_per_step(samples * length, epochs, t.max_steps)
-        wanted = automatic_batch_size(tokens, length * shares, max(1, samples // shares), None)
+        wanted = automatic_batch_size(tokens, length * parts, max(1, samples // parts), None)
         processes.beat("measuring how large a batch fits the memory", 3)
-        beside = state = optimizer_bytes(model, t.optimizer_type)
-        if self._device.type != "cuda":  # the copy that is being saved takes the same memory
-            beside += state + sum(parameter.nbytes for parameter in model.parameters())
+        beside = state_bytes(model, t, shards)
+        if self._device.type != "cuda":  # the copy that is being saved takes memory too: of the whole state
+            beside += state_bytes(model, t) + sum(parameter.nbytes for parameter in model.parameters())
         free = free_memory(self._device, processes.local_world_size)
         measuring = "measuring how large a batch fits the memory"
         fits = rows_that_fit(
@@ -153,7 +187,7 @@ class Choices:
                 f"batch_size: auto found, but not even one sample of {length} tokens fits 60 % of the free memory"
                 f" ({free / 1e9:.1f} GB); use a smaller model or max_seq_len"
             )
-        rows = automatic_batch_size(tokens, length * shares, max(1, samples // shares), fits)
+        rows = automatic_batch_size(tokens, length * parts, max(1, samples // parts), fits)
         memory = f"memory holds {'' if self._device.type != 'cuda' else 'at least '}{counted(fits, 'sample')}"
         if fits < wanted:
             memory = (

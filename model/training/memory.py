@@ -42,7 +42,12 @@ class StepMemory:
 
 
 def step_memory(
-    config: LMConfig, training: TrainingSettings, rows: int, device: torch.device, autocast: AbstractContextManager
+    config: LMConfig,
+    training: TrainingSettings,
+    rows: int,
+    device: torch.device,
+    autocast: AbstractContextManager,
+    ranks: int = 1,
 ) -> StepMemory:
     """The memory of a step, to the byte, from fake tensors: these have shapes and dtypes and take no memory.
 
@@ -51,6 +56,8 @@ def step_memory(
     Args:
         rows: samples of the batch.
         autocast: context in which the model runs.
+        ranks: that train together. Where `shard` has them share the optimizer and the moving average, or is `auto`, the
+            mean of their shares counts; one may be larger by a matrix.
     """
     sizes = []
     with FakeTensorMode(), torch.device(device.type):
@@ -66,7 +73,19 @@ def step_memory(
     parameters, trained, state, activations = (
         one + (two - one) * (config.n_layers - 1) for one, two in zip(*sizes, strict=True)
     )
-    return StepMemory(parameters, trained if training.use_ema else 0, trained, state, activations)
+    shards = 1 if training.shard == "none" else ranks
+    average = -(-trained // shards) if training.use_ema else 0
+    return StepMemory(parameters, average, trained, -(-state // shards), activations)
+
+
+def state_bytes(model: nn.Module, training: TrainingSettings, shards: int = 1) -> int:
+    """Bytes that a rank keeps of the optimizer's state and of the moving average: the mean of their shares.
+
+    Args:
+        shards: ranks that share them.
+    """
+    average = trained_bytes(model) if training.use_ema else 0
+    return -(-(optimizer_bytes(model, training.optimizer_type) + average) // shards)
 
 
 def trained_bytes(model: nn.Module) -> int:
@@ -80,6 +99,7 @@ def check_memory(
     device: torch.device,
     autocast: AbstractContextManager,
     processes: int,
+    ranks: int = 1,
 ) -> str | None:
     """Compare a step with the free memory before anything is allocated; returns a warning where it is close.
 
@@ -87,12 +107,13 @@ def check_memory(
 
     Args:
         processes: how many share this machine's memory.
+        ranks: that train together, see `step_memory`.
 
     Raises:
         InputError: the step can't fit; the message names the settings that make it so large.
     """
     rows = 1 if training.batch_size == AUTO else training.batch_size
-    memory, free = step_memory(config, training, rows, device, autocast), free_memory(device, processes)
+    memory, free = step_memory(config, training, rows, device, autocast, ranks), free_memory(device, processes)
     if memory.together <= CLOSE * free:
         return None
     state = memory.together - memory.activations
@@ -176,7 +197,7 @@ def rows_that_fit(
     Args:
         model: a Transformer on its device, in training mode; its gradients are cleared.
         wanted: on a GPU, the most that is tried.
-        beside: bytes of a step that these passes don't show: the optimizer's state.
+        beside: bytes of a step that these passes don't show: the optimizer's state and the moving average.
         free: bytes, see `free_memory`.
         with_documents: run the model as document_mask does, whose mask takes memory too.
         every_step: called after each pass.

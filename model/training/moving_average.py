@@ -1,5 +1,7 @@
 """The moving average of the weights."""
 
+from collections.abc import Mapping, Sequence
+
 import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
@@ -28,11 +30,39 @@ class MovingAverage(AveragedModel):
         Args:
             veto: on the weights' device, 1 where they must not be counted in; the caller then restores `n_averaged`.
         """
-        updates = int(self.n_averaged)
-        weight = 1 - min(self.decay, (1 + updates) / (10 + updates)) if updates else 1.0
         pairs = zip(self.module.parameters(), model.parameters(), strict=True)
         own, theirs = zip(*((own, theirs) for own, theirs in pairs if theirs.requires_grad), strict=True)
-        if veto is not None:
-            theirs = [torch.where(veto > 0, *pair) for pair in zip(own, theirs, strict=True)]
-        torch._foreach_lerp_(own, theirs, weight)
+        average_in(own, theirs, int(self.n_averaged), self.decay, veto)
         self.n_averaged += 1
+
+    def averaged_model(self) -> nn.Module:
+        """The model whose weights are the average."""
+        return self.module
+
+    def averaged_weights(self) -> dict[str, torch.Tensor]:
+        """The average's state dict; its tensors are those in use."""
+        return self.module.state_dict()
+
+    def load_weights(self, weights: Mapping[str, torch.Tensor]) -> None:
+        """Go on from this average."""
+        self.module.load_state_dict(weights)
+
+
+@torch.no_grad()
+def average_in(
+    own: Sequence[torch.Tensor],
+    weights: Sequence[torch.Tensor],
+    updates: int,
+    decay: float,
+    veto: torch.Tensor | None,
+) -> None:
+    """Count weights into their averages `own`, in place.
+
+    Args:
+        updates: that were made before; the first weights are taken as they are.
+        decay, veto: see `MovingAverage`.
+    """
+    if veto is not None:
+        weights = [torch.where(veto > 0, *pair) for pair in zip(own, weights, strict=True)]
+    weight = 1 - min(decay, (1 + updates) / (10 + updates)) if updates else 1.0
+    torch._foreach_lerp_(own, weights, weight)

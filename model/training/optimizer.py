@@ -87,6 +87,8 @@ class OptimizerKind:
         base_rate: the learning rate behind `auto` (see recipe.py); None: there is none, so the user has to give one.
         per_step: (step, counted from 0) -> the values, beside the learning rate, that all groups get for that step;
             None: only the learning rate changes.
+        is_elementwise: (name, parameter) -> whether each element's update needs only its own gradient and state, so
+            that ranks may share it by ranges (see sharding.py); otherwise one rank updates all of the parameter.
     """
 
     build: Callable[..., "torch.optim.Optimizer"]
@@ -94,6 +96,7 @@ class OptimizerKind:
     numbers: tuple[str, ...] = ("lr",)
     base_rate: float | None = None
     per_step: Callable[[int], dict[str, float]] | None = None
+    is_elementwise: Callable[[str, "Tensor"], bool] = lambda name, parameter: False
 
 
 def momentum_at(step: int) -> float:
@@ -102,14 +105,15 @@ def momentum_at(step: int) -> float:
 
 
 OPTIMIZERS = {
-    "adamw": OptimizerKind(adamw, _adams_state, ("lr", "eps", "betas"), base_rate=2e-3),
-    "adam": OptimizerKind(adam, _adams_state, ("lr", "eps", "betas"), base_rate=2e-3),
+    "adamw": OptimizerKind(adamw, _adams_state, ("lr", "eps", "betas"), 2e-3, is_elementwise=lambda name, p: True),
+    "adam": OptimizerKind(adam, _adams_state, ("lr", "eps", "betas"), 2e-3, is_elementwise=lambda name, p: True),
     "muon": OptimizerKind(
         muon,
         _muons_state,
         ("lr", "eps", "betas"),
         base_rate=5e-3,
         per_step=lambda step: {"momentum": momentum_at(step)},
+        is_elementwise=lambda name, parameter: not is_hidden_matrix(name, parameter),
     ),
 }
 

@@ -59,6 +59,7 @@ class RunPlan:
     hardware: Hardware  # of this process
     world_size: int
     local_world_size: int  # processes on this machine
+    shards: int  # processes that share the optimizer and the moving average; 1: each has all of it
     parameters: int  # of the model, adapters not counted
     trained_parameters: int  # fewer, or those of the adapters
     flops_per_token: int  # of training
@@ -167,7 +168,8 @@ def plan_run(
     # Each choice takes what it depends on: passes, a step's rows, then its tokens, the number of steps, and their time.
     choices = Choices(t, found, ranks, hardware.device, say)
     epochs = choices.epochs(data)
-    batch_size = choices.batch_size(model, data, epochs, hardware.autocast)
+    shards = choices.shard(model)
+    batch_size = choices.batch_size(model, data, epochs, hardware.autocast, shards)
     choices.attention(data, batch_size, hardware.dtype)
     order = data.order(t.seed, batch_size * ranks.world_size * t.accumulation_steps)
     tokens_per_step = order.rows_per_step * data.config.max_seq_len
@@ -180,7 +182,8 @@ def plan_run(
     expected_seconds = run_seconds((total_steps - done["step"]) * tokens_per_step * flops_per_token, peak_flops)
     choices.compile(expected_seconds)
 
-    training = dataclasses.replace(t, **choices.made)  # the user's values, and those chosen where they said auto
+    # The user's values, and those chosen where they said auto.
+    training = dataclasses.replace(t, **choices.made, shard="optimizer" if shards > 1 else "none")
     return RunPlan(
         training=training,
         chosen=choices.made,
@@ -188,6 +191,7 @@ def plan_run(
         hardware=hardware,
         world_size=ranks.world_size,
         local_world_size=ranks.local_world_size,
+        shards=shards,
         parameters=parameters,
         trained_parameters=trained,
         flops_per_token=flops_per_token,

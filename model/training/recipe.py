@@ -37,6 +37,7 @@ ADAPTERS_TIMES = 10.0  # the rate of tuning, for LoRA's adapters (Schulman et al
 # 2,095 pairs, 0.003, 0.01, 0.03 and 0.1 put 68, 76, 79 and 82 % of held-out chosen answers above the rejected ones, and
 # left 95, 95, 89 and 56 % of answers that stop by themselves.
 PREFERENCE_SHARE = 0.01
+MUCH_STATE = 0.1  # of the free memory: above it, ranks share the state of an optimizer whose work is small
 USUAL_SHARE = 0.4  # of the matrix products' peak that training reaches, until it is measured
 
 
@@ -149,6 +150,21 @@ def compile_pays(
     if seconds < COMPILE_PAYS_AFTER[device_type]:
         return False, f"{expected}, too short to win back the time of compiling"
     return True, f"{expected}, and compiling up to a minute"
+
+
+def automatic_shard(optimizer_type: str, state: int, free: int, ranks: int) -> tuple[str, str]:
+    """Whether ranks share the optimizer, and why.
+
+    Args:
+        state: bytes of the optimizer's state and the moving average.
+        free: bytes that a rank may take.
+        ranks: two at least.
+    """
+    if optimizer_type == "muon":
+        return "optimizer", f"each of {ranks} ranks does its share of Muon's matrix products"
+    if state > MUCH_STATE * free:
+        return "optimizer", f"the optimizer's state takes {state / free:.0%} of the free memory, a share of it less"
+    return "none", f"the optimizer's state takes {state / free:.0%} of the free memory, and sharing it takes time"
 
 
 def cpp_compiler() -> str | None:

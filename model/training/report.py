@@ -184,16 +184,17 @@ def _model_rows(plan: RunPlan) -> list[tuple[str, str]]:
 
 def _memory_rows(plan: RunPlan) -> list[tuple[str, str]]:
     t, device = plan.training, plan.hardware.device
-    memory = step_memory(plan.config, t, t.batch_size, device, plan.hardware.autocast)
+    memory = step_memory(plan.config, t, t.batch_size, device, plan.hardware.autocast, plan.shards)
     measured = ""
     if device.type == "cuda":
         measured = f"; measured peak {size_text(torch.cuda.max_memory_allocated(device))}"
     free = size_text(free_memory(device, plan.local_world_size))
+    shared = f", shared among {plan.shards} processes" if plan.shards > 1 else ""
     return [
         ("memory:  weights", size_text(memory.weights)),
-        *([("         moving average", size_text(memory.average))] if t.use_ema else []),
+        *([("         moving average", size_text(memory.average) + shared)] if t.use_ema else []),
         ("         gradients", size_text(memory.gradients)),
-        ("         optimizer", size_text(memory.optimizer)),
+        ("         optimizer", size_text(memory.optimizer) + shared),
         (
             "         activations",
             f"{size_text(memory.activations)} for a batch of {t.batch_size} x {plan.config.max_seq_len} tokens",

@@ -162,6 +162,12 @@ class TrainingSettings:
     device: str = setting("auto", "cuda, cuda:1, mps or cpu; auto: the best there is")
     ddp: bool = setting(False, "train in several processes, started by torchrun")
     ddp_timeout: float = setting(600.0, "seconds without progress after which several processes fail", above=0)
+    shard: str = setting(
+        AUTO,
+        "what several ranks share instead of each having all: nothing, or the optimizer's state, its work and the"
+        " moving average; auto: the optimizer where it pays",
+        choices=(AUTO, "none", "optimizer"),
+    )
     init_from: str | None = setting(
         None, "weights to begin with, in any format; they give the model its shape; null: drawn at random", path=True
     )

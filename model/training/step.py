@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model.runs.processes import Processes
+from model.training.choices import Ranks
 
 
 def runs_ahead(device: torch.device, optimizer: torch.optim.Optimizer) -> bool:
@@ -44,7 +44,7 @@ class Step:
         return self.position + len(self.samples)
 
 
-def read_numbers(norm: Tensor, sums: Tensor, stop_signals: int, processes: Processes) -> list[float]:
+def read_numbers(norm: Tensor, sums: Tensor, stop_signals: int, processes: Ranks) -> list[float]:
     """A step's own gradient norm, and summed over ranks: those whose gradient is not finite, signals to stop, `sums`.
 
     All in one copy from the device, which is waited for.
@@ -63,7 +63,7 @@ class DeviceVerdict:
     After a step that can't be used, no other is taken either, until the host has read it and calls `reset`.
     """
 
-    def __init__(self, device: torch.device, processes: Processes) -> None:
+    def __init__(self, device: torch.device, processes: Ranks) -> None:
         self._device, self._processes = device, processes
         self.reset()
 

@@ -235,5 +235,7 @@ POINTS = {
     "final weights": _replace("pretrain_", "before"),
     "fsync": _fsync,
     "gathering the states": _processes("gather"),
+    "exchanging weights": _processes("gather_on_device"),
+    "gathering the shares": _processes("send_to_main"),
     "barrier": _processes("barrier"),
 }

@@ -32,6 +32,7 @@ POINTS = {  # and when it happens: in the sixth step, at the second evaluation a
     "evaluation": 3,
     "gathering the states": 2,
 }
+SHARED = {"exchanging weights": 6, "gathering the shares": 90}  # the same where ranks share the optimizer
 KINDS = ("raise", "kill", "hang", "stop")
 
 
@@ -50,6 +51,8 @@ class Case:
 def all_cases() -> dict[str, Case]:
     """Every kind at every point, and what differs with rank 0, with three processes, and at the start."""
     cases = [Case(kind, point, occurrence) for point, occurrence in POINTS.items() for kind in KINDS]
+    cases += [Case(kind, point, occurrence) for point, occurrence in SHARED.items() for kind in KINDS]
+    cases += [Case("kill", "exchanging weights", 6, 0), Case("hang", "gathering the shares", 90, 2, 3)]
     cases += [Case("exit:7", "forward", 6), Case("exit:7", "gathering the states", 2)]
     cases += [Case(kind, "start") for kind in ("kill", "hang")]
     cases += [Case(kind, "backward", 6, rank=0) for kind in KINDS]
@@ -61,7 +64,7 @@ def all_cases() -> dict[str, Case]:
 
 
 def run(scale: str, folder: Path) -> Counts:
-    """All cases and four slow or uneven runs; "fast": five."""
+    """All cases and four slow or uneven runs; "fast": seven."""
     lab = Lab(folder)
     chosen = all_cases()
     if scale == "fast":
@@ -71,6 +74,8 @@ def run(scale: str, folder: Path) -> Counts:
             "hang at backward, rank 1 of 2",
             "stop at backward, rank 0 of 2",
             "kill at forward, rank 2 of 3",
+            "kill at exchanging weights, rank 1 of 2",
+            "hang at exchanging weights, rank 1 of 2",
         )
         chosen = {name: chosen[name] for name in names}
     cases: dict[str, Callable] = {
@@ -115,7 +120,9 @@ class Lab:
         saved = None if case.point == "start" else str(out / "checkpoint_step_4.pth")
         fault = (case.point, case.occurrence, case.rank, case.kind, saved)
         timeout = LAUNCHER_TIMEOUT if case.launcher else TIMEOUT
-        job = start(self.flags(out, ddp_timeout=timeout), case.ranks, fault, launcher=case.launcher)
+        shard = "optimizer" if case.point in SHARED else "none"
+        flags = self.flags(out, ddp_timeout=timeout, shard=shard)
+        job = start(flags, case.ranks, fault, launcher=case.launcher)
         codes, seconds = ends(job, case)
         if not job.struck(case.rank):
             return [f"the fault did not happen: {last_line(job)}"]
