@@ -55,7 +55,13 @@ class Way:
 
 WAYS = (
     Way("ddp", "all of it on each GPU", lambda c: 1, lambda c: 1, exists=True),
-    Way("optimizer", "optimizer state and moving average divided by all GPUs", lambda c: 1, lambda c: c.gpus),
+    Way(
+        "optimizer",
+        "optimizer state and moving average divided by all GPUs",
+        lambda c: 1,
+        lambda c: c.gpus,
+        exists=True,
+    ),
     Way("full", "weights and gradients too", lambda c: c.gpus, lambda c: c.gpus),
     Way("hybrid", "as full within a node; nodes are replicas", lambda c: c.gpus_per_node, lambda c: c.gpus_per_node),
 )
