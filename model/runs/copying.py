@@ -32,6 +32,24 @@ QUIET_SECONDS = 3.0  # of that waiting, before a line says so
 BLOCK_BYTES = 8 << 20
 
 
+def check_copy_folder(folder: Path) -> None:
+    """Whether copies may go there, as far as can be said before anything is copied: the folder may be gone for now.
+
+    Raises:
+        InputError: it is a file, or what it holds would be taken for another run's.
+    """
+    try:
+        is_file = folder.exists() and not folder.is_dir()
+        others = [name for name in ("config.yaml", "metrics.jsonl") if (folder / name).exists()]
+        is_of_run = started_at(folder) is not None
+    except OSError:
+        return
+    if is_file:
+        raise InputError(f"copy_to: {folder} is a file, a folder expected")
+    if others and not is_of_run:
+        raise InputError(f"copy_to: {folder} holds {' and '.join(others)} of no run; give a new or an empty folder")
+
+
 class Copier:
     """Copies files of a run into another folder, in a thread.
 

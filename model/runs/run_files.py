@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from model.errors import OneLineError
-from model.runs.copying import CHECKPOINT, CLOSE_SECONDS, FINISH_SECONDS, Copier
+from model.runs.copying import CHECKPOINT, CLOSE_SECONDS, FINISH_SECONDS, Copier, check_copy_folder
 from model.runs.folder import (
     INTERRUPTED,
     begin_run,
@@ -42,7 +42,8 @@ class RunFiles:
         waiting: called every second while training waits for saves.
 
     Raises:
-        InputError: the folder cannot be written or has no room, or another process trains into it.
+        InputError: the folder cannot be written or has no room, or another process trains into it; or copy_to is no
+            folder for copies.
     """
 
     def __init__(
@@ -57,6 +58,8 @@ class RunFiles:
         self._keep_last, self._say, self._waiting = plan.training.keep_last, say, waiting
         same_folder = resumed is not None and resumed.path.resolve().parent == self.out_dir.resolve()
         check_space(self.out_dir, plan.space, resumes=same_folder)
+        if settings.training.copy_to is not None:
+            check_copy_folder(Path(settings.training.copy_to))
         self._lock = claim(self.out_dir)
         try:
             self._begin(settings, plan, resumed)

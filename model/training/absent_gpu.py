@@ -1,12 +1,34 @@
 """The kernels of a GPU for fake tensors, where no GPU need be: what they keep for the backward pass can be counted."""
 
+import contextlib
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from model.training.plan import Hardware
+
 flash_attention = torch.ops.aten._scaled_dot_product_flash_attention
 efficient_attention = torch.ops.aten._scaled_dot_product_efficient_attention
+
+
+def absent_gpu(dtype: torch.dtype) -> Hardware:
+    """What counts the memory of training on a GPU. A torch that was built without CUDA does not even name its tensors:
+    there a CPU's kernels are counted, which keep up to an eighth more for the backward pass (see `counts_kernels`).
+
+    Args:
+        dtype: of the matrix products.
+    """
+    if counts_kernels():
+        return Hardware(torch.device("cuda"), dtype, AbsentGPU(dtype))
+    autocast = contextlib.nullcontext() if dtype == torch.float32 else torch.autocast("cpu", dtype)
+    return Hardware(torch.device("cpu"), dtype, autocast)
+
+
+def counts_kernels() -> bool:
+    """Whether it is a GPU's own kernels that are counted."""
+    return torch.backends.cuda.is_built()
 
 
 class AbsentGPU(TorchFunctionMode):

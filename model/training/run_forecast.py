@@ -10,11 +10,10 @@ import torch
 
 from model.LMConfig import LMConfig
 from model.text.tokenization import open_tokenizer, vocabulary_size
-from model.training.absent_gpu import AbsentGPU
+from model.training.absent_gpu import absent_gpu, counts_kernels
 from model.training.data import TrainingData
 from model.training.devices import Cluster
 from model.training.forecast import Forecast, ModelCost, forecast, made_to_fit, model_cost, ways_on
-from model.training.plan import Hardware
 from model.training.recipe import (
     MOST_TOKENS,
     automatic_batch_size,
@@ -76,7 +75,9 @@ def forecast_run(settings: Settings, cluster: Cluster, say: Callable[[str], None
     dtype = getattr(torch, training.dtype)
     if dtype == torch.bfloat16 and not cluster.device.has_bfloat16:
         dtype = torch.float16
-    cost = model_cost(config, training, Hardware(torch.device("cuda"), dtype, AbsentGPU(dtype)))
+    if not counts_kernels():
+        say("this torch was built without CUDA: activations are counted as a CPU keeps them, up to an eighth too many")
+    cost = model_cost(config, training, absent_gpu(dtype))
     training = _without_auto(training, cluster, cost, config.max_seq_len, data)
     micro_batches, length = training.accumulation_steps, config.max_seq_len
     return RunForecast(

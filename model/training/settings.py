@@ -351,7 +351,7 @@ def _impossible_combinations(settings: Settings) -> list[str]:
         weights, paths = len(as_list(data.train_data_weights)), len(as_list(data.train_data_path))
         if weights != paths:
             problems.append(f"train_data_weights: {weights} found, but train_data_path has {paths}; give one for each")
-    if training.copy_to is not None and os.path.abspath(training.copy_to) == os.path.abspath(training.out_dir):
+    if training.copy_to is not None and os.path.realpath(training.copy_to) == os.path.realpath(training.out_dir):
         problems.append(f"copy_to: {training.copy_to} is out_dir; give another folder, best on another disk")
     if (parameters := _least_parameters(settings.model)) > MOST_PARAMETERS:
         problems.append(f"dim, n_layers: {parameters:,} parameters or more, at most {MOST_PARAMETERS:,} expected")

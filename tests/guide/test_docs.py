@@ -222,6 +222,9 @@ def test_what_the_evaluation_page_shows_is_what_scoring_prints(page, home, inter
 @pytest.mark.parametrize("page", ["docs/scaling.md", "docs/zh/scaling.md"])
 def test_the_scaling_page_shows_what_is_printed(page, home, interpreter):
     """But for what another version of PyTorch may count or print in another way."""
+    from model.training.absent_gpu import counts_kernels  # else a CPU's kernels are counted, which keep more
+
+    uncertain = () if counts_kernels() else ("fits", "choose", "in this version")
     found = blocks(page)
     pairs = [(command, shown) for (_, command), (kind, shown) in itertools.pairwise(found) if kind == "text"]
     for command, shown in pairs:
@@ -230,6 +233,8 @@ def test_the_scaling_page_shows_what_is_printed(page, home, interpreter):
         counted = ("  activations", "  together", "largest", "choose", "fits")
         for line, printed in zip(shown.splitlines(), answer["stdout"].strip("\n").splitlines(), strict=True):
             is_same = without_numbers if line.startswith(counted) else str
+            if line.startswith(uncertain):
+                continue
             assert is_same(printed).split() == is_same(line).split()
     assert len(pairs) == 4
 

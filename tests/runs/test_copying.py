@@ -293,6 +293,19 @@ def test_two_ranks_are_resumed_from_the_copy(flags, tmp_path):
 def test_a_copy_in_the_same_folder_is_refused(flags, tmp_path):
     with pytest.raises(InputError, match="copy_to: .*out/ is out_dir; give another folder"):
         build_settings({}, flags(copy_to=f"{tmp_path / 'out'}/"))
+    (tmp_path / "link").symlink_to(tmp_path / "out")  # which is not there yet
+    with pytest.raises(InputError, match="copy_to: .*link is out_dir"):
+        build_settings({}, flags(copy_to=tmp_path / "link"))
+
+
+def test_what_is_no_folder_for_copies_is_refused_before_training_and_stays(flags, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="copy_to: .*file is a file, a folder expected"):
+        train(flags(copy_to=tmp_path / "file"))
+    (tmp_path / "config.yaml").write_text("mine: 1")
+    with pytest.raises(InputError, match="copy_to: .* holds config.yaml of no run; give a new or an empty folder"):
+        train(flags(copy_to=tmp_path))
+    assert (tmp_path / "config.yaml").read_text() == "mine: 1" and not (tmp_path / "out" / "status.json").exists()
 
 
 def test_nothing_to_resume_names_both_places(tmp_path, capfd):

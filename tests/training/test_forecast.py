@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from model.errors import InputError
 from model.LMConfig import LMConfig
 from model.model import Transformer
-from model.training.absent_gpu import AbsentGPU
+from model.training.absent_gpu import absent_gpu, counts_kernels
 from model.training.devices import DEVICES, Cluster, Device, parse_cluster
 from model.training.forecast import LINK_REACHED, WAYS, exchanges, forecast, made_to_fit, model_cost, ways_on
 from model.training.memory import CLOSE, saved_bytes
@@ -26,7 +26,8 @@ from tests.conftest import ROOT, random_model
 from tests.tiny_runs import TINY, command, exit_code_here, finish_ranks, refused, run, start_ranks, train
 
 CPU = Hardware(torch.device("cpu"), torch.float32, contextlib.nullcontext())
-GPU = Hardware(torch.device("cuda"), torch.bfloat16, AbsentGPU(torch.bfloat16))
+GPU = absent_gpu(torch.bfloat16)
+needs_cuda_build = pytest.mark.skipif(not counts_kernels(), reason="this torch was built without CUDA")
 WAY = {way.name: way for way in WAYS}
 H100 = DEVICES["H100"]
 SEVEN_B = {
@@ -164,6 +165,16 @@ def test_what_does_not_fit_is_made_to_in_smaller_micro_batches_of_the_same_step(
     assert made_to_fit(forecast(WAY["ddp"], tiny, cost, 8, 1, 512), tiny, cost, 512) is None
 
 
+@needs_cuda_build
+def test_without_cuda_in_torch_a_cpus_kernels_are_counted_which_keep_a_little_more(monkeypatch):
+    shapes = LMConfig(), LMConfig(dim=1024, n_layers=3, n_heads=8, n_kv_heads=8, vocab_size=32000, max_seq_len=1024)
+    exact = [cost_of(GPU, config).activations_per_row for config in shapes]
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: False)
+    about = [cost_of(absent_gpu(GPU.dtype), config).activations_per_row for config in shapes]
+    assert all(1 < more / least < 1.13 for more, least in zip(about, exact, strict=True))
+
+
+@needs_cuda_build
 def test_a_gpu_that_is_not_here_keeps_no_square_of_scores():
     """Four times the tokens take four times the memory, but for a mask, which is a square."""
 
@@ -174,6 +185,7 @@ def test_a_gpu_that_is_not_here_keeps_no_square_of_scores():
     assert growth() == pytest.approx(4, rel=1e-3) and growth(document_mask="true") > 4.3
 
 
+@needs_cuda_build
 @pytest.mark.parametrize(
     ("config", "rows", "peak"),
     [(LMConfig(), 32, 4.9e9), (LMConfig(dim=768, n_layers=16, max_seq_len=1024), 16, 12.1e9)],
@@ -278,13 +290,14 @@ def test_sharing_the_update_pays_with_muon_before_memory_asks_for_it():
 # ------------------------------------------------------------------------------------------------------------ the page
 
 
+@needs_cuda_build
 def test_the_page_says_what_fits_and_what_to_choose(flags, tmp_path, capfd):
     shape = SEVEN_B | {"batch_size": 4, "max_steps": 1000}
     assert exit_code_here(flags(**shape), "--dry_run", "--on=2x8xH100") == 0
     told = capfd.readouterr().out
     lines = {line.split("  ")[0].strip(): line.split() for line in told.splitlines()}
     assert "6,738,415,616" in told and "16 x H100: 2 nodes of 8" in told
-    assert lines["each GPU holds"][-4:] == ["ddp", "optimizer*", "full*", "hybrid*"]
+    assert lines["each GPU holds"][-4:] == ["ddp", "optimizer", "full*", "hybrid*"]
     assert lines["fits in 80% of memory"][-4:] == ["no", "no", "yes", "no"]
     assert "*: not in this version" in told and "choose full: it fits (" in told
     assert "in this version: none of them fits" in told

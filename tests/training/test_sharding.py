@@ -114,8 +114,8 @@ def test_the_memory_of_a_step_counts_the_share(tiny_config):
 
     whole, share = memory("none", 4), memory("optimizer", 4)
     weights = whole.gradients
-    assert (whole.optimizer, whole.weights) == (2 * weights, 2 * weights)
-    assert (share.optimizer, share.weights) == (weights / 2, weights + weights / 4)
+    assert (whole.optimizer, whole.weights, whole.average) == (2 * weights, weights, weights)
+    assert (share.optimizer, share.weights, share.average) == (weights / 2, weights, weights / 4)
     assert (share.gradients, share.activations) == (whole.gradients, whole.activations)
     assert memory("auto", 4) == share and memory("optimizer", 1) == memory("none", 1) == whole
 
