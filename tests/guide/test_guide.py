@@ -209,7 +209,7 @@ def test_wandb_that_cannot_be_reached_is_kept_offline(quick, home):
     --use_wandb \\
     --wandb_project "MateConv-Pretrain" \\
     --wandb_run_name "exp1\""""
-    result = quick(command, NARROW)
+    result = quick(command, f"{NARROW} --max_steps 200")  # which takes longer than wandb to begin
     assert "offline" in result.stderr and list((home / "out" / "wandb").glob("offline-run-*"))
 
 
