@@ -19,6 +19,7 @@ from model.runs.folder import (
     checkpoints_by_step,
     leave_line,
     move_earlier_run,
+    refuse_file,
     remove_unfinished,
     started_at,
 )
@@ -38,14 +39,12 @@ def check_copy_folder(folder: Path) -> None:
     Raises:
         InputError: it is a file, or what it holds would be taken for another run's.
     """
+    refuse_file("copy_to", folder)
     try:
-        is_file = folder.exists() and not folder.is_dir()
         others = [name for name in ("config.yaml", "metrics.jsonl") if (folder / name).exists()]
         is_of_run = started_at(folder) is not None
     except OSError:
         return
-    if is_file:
-        raise InputError(f"copy_to: {folder} is a file, a folder expected")
     if others and not is_of_run:
         raise InputError(f"copy_to: {folder} holds {' and '.join(others)} of no run; give a new or an empty folder")
 

@@ -96,7 +96,7 @@ def claim(out_dir: Path) -> FileLock:
     Raises:
         InputError: the folder cannot be written, another process trains into it, or its config.yaml is no run's.
     """
-    _refuse_file(out_dir)
+    refuse_file("out_dir", out_dir)
     try:
         if (out_dir / "config.yaml").is_file() and started_at(out_dir) is None:
             raise InputError(f"out_dir: {out_dir / 'config.yaml'} was not written by a run; give another folder")
@@ -118,16 +118,19 @@ def remove_unfinished(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def _refuse_file(out_dir: Path) -> None:
+def refuse_file(name: str, folder: Path) -> None:
     """Refuse a path where a file is, or below one, in words of their own: the system's would be "File exists".
+
+    Args:
+        name: of the setting.
 
     Raises:
         InputError: naming the file.
     """
-    for path in (out_dir, *out_dir.parents):
+    for path in (folder, *folder.parents):
         with contextlib.suppress(OSError):  # a name that no file system takes
             if path.is_file():
-                raise InputError(f"out_dir: {path} is a file, a folder expected; give the name of a folder")
+                raise InputError(f"{name}: {path} is a file, a folder expected; give the name of a folder")
 
 
 def started_at(out_dir: Path) -> str | None:
@@ -206,7 +209,7 @@ def check_space(out_dir: Path, space: RunSpace, resumes: bool) -> None:
     Raises:
         InputError: with how much is free, and how much is needed; or there can be no such folder.
     """
-    _refuse_file(out_dir)
+    refuse_file("out_dir", out_dir)
     try:
         free = free_bytes(out_dir)
         there = _files(out_dir, *CHECKPOINTS, "best_model.pth") if resumes else []

@@ -38,9 +38,9 @@ def fault_of_step(loss: float, grad_is_finite: bool, recent: list[float], spike_
 
 def spike_limit(recent: list[float], spike_threshold: float) -> float:
     """The highest loss that is no spike; infinite where none is. Arguments as `fault_of_step`'s."""
-    if not spike_threshold or len(recent) < MIN_WINDOW or not np.std(recent):
+    if not spike_threshold or len(recent) < MIN_WINDOW or not (deviation := np.std(recent)):
         return math.inf
-    return float(np.mean(recent) + spike_threshold * np.std(recent))
+    return float(np.mean(recent) + spike_threshold * deviation)
 
 
 def limit_reached(overflows: int, skipped: int, max_skipped_steps: int) -> str | None:

@@ -135,6 +135,7 @@ class Group:
 
 
 def within_node(cluster: Cluster) -> Group:
+    """The GPUs of one node."""
     return Group(cluster.gpus_per_node, cluster.device.link, LINK_HOP)
 
 

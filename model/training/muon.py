@@ -39,9 +39,14 @@ def orthogonalized(matrices: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def orthogonalization_flops(rows: int, columns: int) -> int:
-    """Floating-point operations of `orthogonalized` for one matrix; a product of [m, n] and [n, m] takes 2 m² n."""
+    """Floating-point operations of `orthogonalized` for one matrix."""
+    return len(POLYNOMIALS) * polynomial_flops(rows, columns)
+
+
+def polynomial_flops(rows: int, columns: int) -> int:
+    """The same of one of its polynomials; a product of [m, n] and [n, m] takes 2 m² n."""
     small, large = sorted((rows, columns))
-    return len(POLYNOMIALS) * (4 * small**2 * large + 2 * small**3)
+    return 4 * small**2 * large + 2 * small**3
 
 
 class Muon(torch.optim.Optimizer):

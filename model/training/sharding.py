@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from model.training.choices import Ranks
+from model.training.muon import polynomial_flops
 
 ALIGNMENT = 64  # elements that ranges are cut at: where a tensor ends, fused kernels may round differently
 BUCKET_BYTES = 25 * 10**6  # of all ranks together, exchanged while the next bucket is updated
@@ -48,10 +49,7 @@ class Piece:
 
 def update_cost(shape: Sequence[int]) -> int:
     """What the update of a whole parameter costs, relative to others: FLOP of a Newton-Schulz iteration of a matrix."""
-    if len(shape) != 2:
-        return torch.Size(shape).numel()
-    short, long = sorted(shape)
-    return 4 * short**2 * long + 2 * short**3
+    return polynomial_flops(*shape) if len(shape) == 2 else torch.Size(shape).numel()
 
 
 def share_out(
