@@ -32,7 +32,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self._step_supports_amp_scaling = getattr(optimizer, "_step_supports_amp_scaling", False)
         self._optimizer, self._shares = optimizer, shares
         self._state_names = OPTIMIZERS[optimizer_type].state
-        self._own = {piece: piece.of(shares.weights[piece.name]) for piece in shares.all_own}
+        self._own = {piece: piece.of(shares.weights[piece.name]) for piece in shares.own}
         self._parameters = {n: p for g in groups for n, p in zip(g["param_names"], g["params"], strict=True)}
         self._group_of = {name: number for number, g in enumerate(groups) for name in g["param_names"]}
         self._has_state = False  # the same on all ranks, also on one that has no piece
@@ -43,7 +43,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self._optimizer.found_inf = self.found_inf
         finish = None
         for bucket in self._shares.buckets:
-            pieces = self._shares.own(bucket)
+            pieces = self._shares.of_bucket(bucket)
             self._update(pieces)
             started = self._shares.exchange(bucket, [self._own[piece] for piece in pieces], self._shares.weights)
             if finish is not None:
@@ -77,7 +77,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     def _collect_state(self, name: str) -> dict[str, Tensor | None]:
         state, own = {}, [piece for piece in self._own if piece.name == name]
-        for key in self._state_names(name, self._shares.weights[name]):
+        for key in self._state_names(name, self._parameters[name]):
             mine = {piece: self._optimizer.state[self._own[piece]][key] for piece in own}
             collect = self._shares.collect_scalar if key == "step" else self._shares.collect
             state[key] = collect(mine, name)
@@ -117,7 +117,7 @@ class SharedAverage:
     def __init__(self, model: nn.Module, decay: float, shares: Shares) -> None:
         self.decay, self.n_averaged = decay, torch.zeros((), dtype=torch.int64)
         self._model, self._shares = model, shares
-        self._own = {piece: piece.of(shares.weights[piece.name]).clone() for piece in shares.all_own}
+        self._own = {piece: piece.of(shares.weights[piece.name]).clone() for piece in shares.own}
 
     def update_parameters(self, model: nn.Module, veto: Tensor | None = None) -> None:
         """As `MovingAverage.update_parameters`."""
@@ -135,7 +135,7 @@ class SharedAverage:
         for piece, part in self._own.items():
             piece.of(targets[piece.name]).copy_(part)
         for bucket in self._shares.buckets:
-            self._shares.exchange(bucket, [self._own[piece] for piece in self._shares.own(bucket)], targets)()
+            self._shares.exchange(bucket, [self._own[piece] for piece in self._shares.of_bucket(bucket)], targets)()
         return model.requires_grad_(False)
 
     def averaged_weights(self) -> dict[str, Tensor | None]:

@@ -20,12 +20,12 @@ BUCKET_BYTES = 25 * 10**6  # of all ranks together, exchanged while the next buc
 
 @dataclass(frozen=True)
 class Piece:
-    """What one rank updates of a parameter: a range of its flattened elements, or all of it in its shape."""
+    """What one rank updates of a parameter: a range of its flattened elements."""
 
     name: str
     start: int
     end: int
-    is_whole: bool
+    shape: tuple[int, ...] | None = None  # in which it must be updated as one; None: flat, and it can be cut
 
     @property
     def size(self) -> int:
@@ -38,13 +38,13 @@ class Piece:
 
     def of(self, tensor: Tensor) -> Tensor:
         """The same in the shape in which it is updated."""
-        return tensor if self.is_whole else self.flat(tensor)
+        return self.flat(tensor) if self.shape is None else self.flat(tensor).view(self.shape)
 
     def cut(self, most: int) -> "list[Piece]":
-        """Ranges of at most `most` elements; a whole parameter stays whole."""
-        if self.is_whole:
+        """Ranges of at most `most` elements; what must be updated as one stays so."""
+        if self.shape is not None:
             return [self]
-        return [Piece(self.name, at, min(at + most, self.end), False) for at in range(self.start, self.end, most)]
+        return [Piece(self.name, at, min(at + most, self.end)) for at in range(self.start, self.end, most)]
 
 
 def update_cost(shape: Sequence[int]) -> int:
@@ -69,7 +69,7 @@ def share_out(
     for name in sorted(whole, key=lambda name: -update_cost(whole[name].shape)):
         rank = load.index(min(load))
         load[rank] += update_cost(whole[name].shape)
-        shares[rank].append(Piece(name, 0, whole[name].numel(), True))
+        shares[rank].append(Piece(name, 0, whole[name].numel(), tuple(whole[name].shape)))
 
     sizes = {name: p.numel() for name, p in parameters.items() if name not in whole}
     total, begin = sum(sizes.values()), 0
@@ -77,7 +77,7 @@ def share_out(
         cuts = [_cut_at(rank * total // ranks - begin, size) for rank in range(ranks + 1)]
         for share, start, end in zip(shares, cuts[:-1], cuts[1:], strict=True):
             if start < end:
-                share.append(Piece(name, start, end, False))
+                share.append(Piece(name, start, end))
         begin += size
     return shares
 
@@ -108,8 +108,56 @@ def _filled(share: list[Piece], most: int) -> list[list[Piece]]:
     return buckets
 
 
-class Shares:
-    """The pieces of all ranks, and how their contents get to the others.
+class Holdings:
+    """Which rank holds which pieces of the parameters, and how whole tensors are put together from them.
+
+    Args:
+        shapes: of the parameters, by name; all are float32.
+        held: the pieces that each rank gives where they are put together: each element is one rank's.
+        own: the pieces that this rank holds, also those that another one gives.
+        processes: the ranks, two at least.
+    """
+
+    def __init__(
+        self, shapes: Mapping[str, torch.Size], held: list[list[Piece]], own: list[Piece], processes: Ranks
+    ) -> None:
+        self.shapes, self.own, self._processes = dict(shapes), own, processes
+        self._owners: dict[str, list[tuple[Piece, int]]] = {name: [] for name in shapes}
+        for rank, pieces in enumerate(held):
+            for piece in pieces:
+                self._owners[piece.name].append((piece, rank))
+
+    def given(self) -> list[Piece]:
+        """The pieces that this rank gives where whole tensors are put together."""
+        rank = self._processes.rank
+        return [piece for owners in self._owners.values() for piece, owner in owners if owner == rank]
+
+    def collect(self, own: Mapping[Piece, Tensor], name: str) -> Tensor | None:
+        """What the ranks hold pieces of, whole: on rank 0 a new tensor on the CPU, elsewhere None. Every rank must call
+        it.
+
+        Args:
+            own: this rank's pieces, in any shape.
+            name: of the parameter that it is like.
+        """
+        main = self._processes.is_main
+        whole = torch.empty(self.shapes[name]) if main else None
+        for piece, owner in self._owners[name]:
+            mine = own[piece].reshape(-1).cpu() if piece in own and owner == self._processes.rank else None
+            self._processes.send_to_main(owner, mine, piece.flat(whole) if main else None)
+        return whole
+
+    def collect_scalar(self, own: Mapping[Piece, Tensor], name: str) -> Tensor | None:
+        """The same of a float32 scalar that every piece of a parameter has."""
+        piece, owner = self._owners[name][0]
+        whole = torch.empty(()) if self._processes.is_main else None
+        mine = own[piece].cpu() if piece in own and owner == self._processes.rank else None
+        self._processes.send_to_main(owner, mine, whole)
+        return whole
+
+
+class Shares(Holdings):
+    """The pieces of all ranks where each has all weights, and how their contents get to the others.
 
     Args:
         parameters: that are trained, by name: float32, contiguous, on one device.
@@ -118,6 +166,7 @@ class Shares:
         bucket_bytes: of a bucket, all ranks together.
 
     Attributes:
+        weights: the parameters' contents, by name.
         buckets: the pieces by bucket and rank, see `in_buckets`.
     """
 
@@ -128,24 +177,17 @@ class Shares:
         processes: Ranks,
         bucket_bytes: int = BUCKET_BYTES,
     ) -> None:
-        self._processes, ranks = processes, processes.world_size
+        ranks = processes.world_size
         self.weights = {name: parameter.detach() for name, parameter in parameters.items()}
         most = max(1, bucket_bytes // 4 // ranks // ALIGNMENT) * ALIGNMENT
         self.buckets = in_buckets(share_out(parameters, is_elementwise, ranks), most)
-        self._owners: dict[str, list[tuple[Piece, int]]] = {name: [] for name in parameters}
-        for bucket in self.buckets:
-            for rank, pieces in enumerate(bucket):
-                for piece in pieces:
-                    self._owners[piece.name].append((piece, rank))
+        held = [[piece for bucket in self.buckets for piece in bucket[rank]] for rank in range(ranks)]
+        shapes = {name: parameter.shape for name, parameter in parameters.items()}
+        super().__init__(shapes, held, held[processes.rank], processes)
 
-    def own(self, bucket: list[list[Piece]]) -> list[Piece]:
+    def of_bucket(self, bucket: list[list[Piece]]) -> list[Piece]:
         """This rank's pieces in a bucket."""
         return bucket[self._processes.rank]
-
-    @property
-    def all_own(self) -> list[Piece]:
-        """This rank's pieces, in the buckets' order."""
-        return [piece for bucket in self.buckets for piece in self.own(bucket)]
 
     def exchange(
         self, bucket: list[list[Piece]], own: Iterable[Tensor], targets: Mapping[str, Tensor]
@@ -161,7 +203,7 @@ class Shares:
         longest = max(sum(piece.size for piece in pieces) for pieces in bucket)
         like = next(iter(targets.values()))
         sent, received = like.new_zeros(longest), like.new_empty(longest * len(bucket))
-        if pieces := self.own(bucket):
+        if pieces := self.of_bucket(bucket):
             torch._foreach_copy_(_cut(sent, pieces), [tensor.reshape(-1) for tensor in own])
         wait = self._processes.gather_on_device(sent, received)
 
@@ -172,28 +214,6 @@ class Shares:
                     torch._foreach_copy_([piece.flat(targets[piece.name]) for piece in pieces], _cut(row, pieces))
 
         return finish
-
-    def collect(self, own: Mapping[Piece, Tensor], name: str) -> Tensor | None:
-        """What the ranks hold pieces of, whole: on rank 0 a new tensor on the CPU, elsewhere None. Every rank must call
-        it.
-
-        Args:
-            own: this rank's pieces, in any shape.
-            name: of the parameter that it is like.
-        """
-        main, like = self._processes.is_main, self.weights[name]
-        whole = torch.empty_like(like, device="cpu") if main else None
-        for piece, owner in self._owners[name]:
-            mine = own[piece].reshape(-1).cpu() if piece in own else None
-            self._processes.send_to_main(owner, mine, piece.flat(whole) if main else None)
-        return whole
-
-    def collect_scalar(self, own: Mapping[Piece, Tensor], name: str) -> Tensor | None:
-        """The same of a float32 scalar that every piece of a parameter has."""
-        piece, owner = self._owners[name][0]
-        whole = torch.empty(()) if self._processes.is_main else None
-        self._processes.send_to_main(owner, own[piece].cpu() if piece in own else None, whole)
-        return whole
 
 
 def _cut(row: Tensor, pieces: Sequence[Piece]) -> Sequence[Tensor]:
