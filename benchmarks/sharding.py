@@ -43,7 +43,7 @@ class Contender:
         self.optimizer = build_optimizer(self.model, optimizer_type, 1e-3, 0.1)
         if shares:
             kind = OPTIMIZERS[optimizer_type]
-            pieces = Shares(trained_parameters(self.model), kind.is_elementwise, processes)
+            pieces = Shares(self.model, kind.is_elementwise, processes)
             self.optimizer = ShardedOptimizer(self.optimizer, optimizer_type, pieces)
 
     def step(self, tokens: torch.Tensor) -> tuple[float, float]:

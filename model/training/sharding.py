@@ -4,15 +4,17 @@ Every rank has all weights and, since gradients are exchanged as without sharing
 pieces only, keeps the optimizer's state of these alone, and gets the others' new weights.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from model.training.choices import Ranks
 from model.training.muon import polynomial_flops
+from model.training.optimizer import trained_parameters
 
 ALIGNMENT = 64  # elements that ranges are cut at: where a tensor ends, fused kernels may round differently
 BUCKET_BYTES = 25 * 10**6  # of all ranks together, exchanged while the next bucket is updated
@@ -108,24 +110,45 @@ def _filled(share: list[Piece], most: int) -> list[list[Piece]]:
     return buckets
 
 
-class Holdings:
+class Holdings(ABC):
     """Which rank holds which pieces of the parameters, and how whole tensors are put together from them.
 
     Args:
         shapes: of the parameters, by name; all are float32.
         held: the pieces that each rank gives where they are put together: each element is one rank's.
-        own: the pieces that this rank holds, also those that another one gives.
+        parts: this rank's pieces of the weights, each in the shape in which it is updated; also those that another rank
+            gives.
         processes: the ranks, two at least.
     """
 
     def __init__(
-        self, shapes: Mapping[str, torch.Size], held: list[list[Piece]], own: list[Piece], processes: Ranks
+        self,
+        shapes: Mapping[str, torch.Size],
+        held: list[list[Piece]],
+        parts: Mapping[Piece, Tensor],
+        processes: Ranks,
     ) -> None:
-        self.shapes, self.own, self._processes = dict(shapes), own, processes
+        self.shapes, self.parts, self._processes = dict(shapes), dict(parts), processes
         self._owners: dict[str, list[tuple[Piece, int]]] = {name: [] for name in shapes}
         for rank, pieces in enumerate(held):
             for piece in pieces:
                 self._owners[piece.name].append((piece, rank))
+
+    @abstractmethod
+    def gradient(self, piece: Piece, parameter: nn.Parameter) -> Tensor | None:
+        """This rank's piece of a parameter's gradient, in the shape in which it is updated."""
+
+    @abstractmethod
+    def update(self, update: Callable[[list[Piece]], None]) -> None:
+        """Have this rank update all its parts, by one call or several; then the weights are right on every rank."""
+
+    @abstractmethod
+    def state_dict(self, own: Mapping[Piece, Tensor]) -> dict[str, Tensor | None]:
+        """The model's state dict with other contents, on rank 0 as new tensors on the CPU. Every rank must call it.
+
+        Args:
+            own: this rank's pieces of them; what is not among them is the model's.
+        """
 
     def given(self) -> list[Piece]:
         """The pieces that this rank gives where whole tensors are put together."""
@@ -160,7 +183,7 @@ class Shares(Holdings):
     """The pieces of all ranks where each has all weights, and how their contents get to the others.
 
     Args:
-        parameters: that are trained, by name: float32, contiguous, on one device.
+        model: whose trained parameters are shared: float32, contiguous, on one device.
         is_elementwise: see `share_out`.
         processes: the ranks, two at least.
         bucket_bytes: of a bucket, all ranks together.
@@ -172,18 +195,41 @@ class Shares(Holdings):
 
     def __init__(
         self,
-        parameters: Mapping[str, Tensor],
+        model: nn.Module,
         is_elementwise: Callable[[str, Tensor], bool],
         processes: Ranks,
         bucket_bytes: int = BUCKET_BYTES,
     ) -> None:
-        ranks = processes.world_size
+        ranks, parameters = processes.world_size, trained_parameters(model)
+        self._model = model
         self.weights = {name: parameter.detach() for name, parameter in parameters.items()}
         most = max(1, bucket_bytes // 4 // ranks // ALIGNMENT) * ALIGNMENT
         self.buckets = in_buckets(share_out(parameters, is_elementwise, ranks), most)
         held = [[piece for bucket in self.buckets for piece in bucket[rank]] for rank in range(ranks)]
         shapes = {name: parameter.shape for name, parameter in parameters.items()}
-        super().__init__(shapes, held, held[processes.rank], processes)
+        parts = {piece: piece.of(self.weights[piece.name]) for piece in held[processes.rank]}
+        super().__init__(shapes, held, parts, processes)
+
+    def gradient(self, piece: Piece, parameter: nn.Parameter) -> Tensor | None:
+        """A view of it."""
+        return None if parameter.grad is None else piece.of(parameter.grad)
+
+    def update(self, update: Callable[[list[Piece]], None]) -> None:
+        """A bucket's exchange runs while the next one is updated."""
+        finish = None
+        for bucket in self.buckets:
+            pieces = self.of_bucket(bucket)
+            update(pieces)
+            started = self.exchange(bucket, [self.parts[piece] for piece in pieces], self.weights)
+            if finish is not None:
+                finish()
+            finish = started
+        finish()
+
+    def state_dict(self, own: Mapping[Piece, Tensor]) -> dict[str, Tensor | None]:
+        """Frozen weights are the model's own tensors."""
+        whole = {weight.data_ptr(): self.collect(own, name) for name, weight in self.weights.items()}
+        return {key: whole.get(weight.data_ptr(), weight) for key, weight in self._model.state_dict().items()}
 
     def of_bucket(self, bucket: list[list[Piece]]) -> list[Piece]:
         """This rank's pieces in a bucket."""

@@ -170,7 +170,7 @@ MANY_BUCKETS = """
 import torch
 from model.LMConfig import LMConfig
 from model.training.moving_average import MovingAverage
-from model.training.optimizer import OPTIMIZERS, build_optimizer, load_optimizer_state, trained_parameters
+from model.training.optimizer import OPTIMIZERS, build_optimizer, load_optimizer_state
 from model.training.sharded_optimizer import SharedAverage, ShardedOptimizer
 from model.training.sharding import Shares
 from tests.conftest import random_model
@@ -181,7 +181,7 @@ def built(shared):
     model = random_model(config)
     optimizer, average = build_optimizer(model, optimizer_type, 1e-2, 0.1), MovingAverage(model, 0.9)
     if shared:
-        shares = Shares(trained_parameters(model), OPTIMIZERS[optimizer_type].is_elementwise, processes, 60_000)
+        shares = Shares(model, OPTIMIZERS[optimizer_type].is_elementwise, processes, 60_000)
         assert len(shares.buckets) > 5
         optimizer, average = ShardedOptimizer(optimizer, optimizer_type, shares), SharedAverage(model, 0.9, shares)
     return model, optimizer, average
