@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from model.LMConfig import LMConfig
 from model.model import Transformer
-from model.training.optimizer import OPTIMIZERS, build_optimizer, trained_parameters
+from model.training.optimizer import OPTIMIZERS, build_optimizer
 from model.training.sharded_optimizer import ShardedOptimizer
 from model.training.sharding import Shares
 from utils import Processes
