@@ -5,12 +5,12 @@ import math
 import random
 import re
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from model.errors import InputError, first_line, shown
 from model.lora import adapters_of, checked_adapters, is_adapter
@@ -64,7 +64,7 @@ def checkpoint_content(
     context: int,
     environment: Mapping,
     progress: Progress,
-    model: nn.Module,
+    model: Mapping[str, Tensor],
     ema: Mapping[str, Tensor] | None,
     ema_updates: int,
     optimizer: Mapping,
@@ -78,7 +78,7 @@ def checkpoint_content(
         settings: as the user gave them.
         context: positions that the weights know, in tokens.
         environment: what equal bits depend on, see `resume.environment`.
-        ema: state dict of the averaged weights.
+        model, ema: state dicts of the weights and of their average.
         optimizer: its state dict.
         random_states: `utils.random_state()` of each rank.
     """
@@ -98,7 +98,7 @@ def checkpoint_content(
         "total_steps": plan.total_steps,
         "chosen": plan.chosen,
         "progress": dataclasses.asdict(progress),
-        "model": model.state_dict(),
+        "model": model,
         "ema": ema,
         "ema_updates": ema_updates,
         "optimizer": optimizer,
@@ -130,13 +130,17 @@ def add_defaults(content: dict) -> None:
 
 def restore_state(
     checkpoint: Mapping,
-    model: nn.Module,
+    load_weights: Callable[[Mapping[str, Tensor]], object],
     ema: MovingAverage | SharedAverage | None,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
 ) -> Progress:
-    """Put everything back to where `checkpoint_content` found it; returns the progress."""
-    model.load_state_dict(checkpoint["model"])
+    """Put everything back to where `checkpoint_content` found it; returns the progress.
+
+    Args:
+        load_weights: takes the model's state dict.
+    """
+    load_weights(checkpoint["model"])
     load_optimizer_state(optimizer, checkpoint["optimizer"])
     if checkpoint["scaler"] and scaler.is_enabled():
         scaler.load_state_dict(checkpoint["scaler"])

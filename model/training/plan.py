@@ -19,7 +19,7 @@ from model.training.optimizer import optimizer_bytes, trained_parameters
 from model.training.order import SampleOrder
 from model.training.recipe import rough_duration_text, run_seconds
 from model.training.schedule import Schedule, plan_schedule
-from model.training.settings import Settings, TrainingSettings
+from model.training.settings import FULLY_SHARDED, Settings, TrainingSettings
 
 SHORT = 30.0  # seconds: a run that ends sooner needs no correction of its estimate
 FAR_OFF = 1.5  # times the estimate, or the estimate this many times
@@ -59,7 +59,7 @@ class RunPlan:
     hardware: Hardware  # of this process
     world_size: int
     local_world_size: int  # processes on this machine
-    shards: int  # processes that share the optimizer and the moving average; 1: each has all of it
+    shards: int  # processes that share one copy of what they share (training.shard); 1: each has all of it
     parameters: int  # of the model, adapters not counted
     trained_parameters: int  # fewer, or those of the adapters
     flops_per_token: int  # of training
@@ -73,6 +73,11 @@ class RunPlan:
     steps_done: int  # by the run that this one resumes
     samples_done: int
     expected_seconds: float  # of training, from FLOPs alone: a guess
+
+    @property
+    def is_fully_sharded(self) -> bool:
+        """Whether processes share the weights too."""
+        return self.training.shard in FULLY_SHARDED
 
     @property
     def batch_rows(self) -> int:
@@ -168,7 +173,7 @@ def plan_run(
     # Each choice takes what it depends on: passes, a step's rows, then its tokens, the number of steps, and their time.
     choices = Choices(t, found, ranks, hardware.device, say)
     epochs = choices.epochs(data)
-    shards = choices.shard(model)
+    shard, shards = choices.shard(model)
     batch_size = choices.batch_size(model, data, epochs, hardware.autocast, shards)
     choices.attention(data, batch_size, hardware.dtype)
     order = data.order(t.seed, batch_size * ranks.world_size * t.accumulation_steps)
@@ -183,7 +188,7 @@ def plan_run(
     choices.compile(expected_seconds)
 
     # The user's values, and those chosen where they said auto.
-    training = dataclasses.replace(t, **choices.made, shard="optimizer" if shards > 1 else "none")
+    training = dataclasses.replace(t, **choices.made, shard=shard)
     return RunPlan(
         training=training,
         chosen=choices.made,

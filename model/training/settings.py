@@ -25,6 +25,7 @@ ESCAPES = "in YAML, \\ in double quotes begins an escape: put a path in single q
 EATEN = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")  # what "C:\temp\new.bin" in double quotes becomes
 DRIVE_ALONE = re.compile(r"[A-Za-z]:[^\\/]")  # and "C:\x64ata"
 ADAPTERS_NEED_WEIGHTS = "lora_rank: {} adapts given weights, but init_from is null; give init_from, or omit lora_rank"
+FULLY_SHARDED = ("full", "hybrid")  # ways to share weights too
 AUTO = "auto"  # the program chooses, see recipe.py
 Auto = typing.Literal["auto"]  # in a setting's type: accepted too
 
@@ -164,9 +165,13 @@ class TrainingSettings:
     ddp_timeout: float = setting(600.0, "seconds without progress after which several processes fail", above=0)
     shard: str = setting(
         AUTO,
-        "what several ranks share instead of each having all: nothing, or the optimizer's state, its work and the"
-        " moving average; auto: the optimizer where it pays",
-        choices=(AUTO, "none", "optimizer"),
+        "what several ranks share instead of each having all: nothing; the optimizer's state, its work and the moving"
+        " average; weights and gradients too (full), or these within groups that are replicas (hybrid); auto: the"
+        " optimizer where it pays",
+        choices=(AUTO, "none", "optimizer", *FULLY_SHARDED),
+    )
+    shard_degree: int | None = setting(
+        None, "of hybrid: ranks that share one copy; null: those of a machine", at_least=2, at_most=2**20
     )
     init_from: str | None = setting(
         None, "weights to begin with, in any format; they give the model its shape; null: drawn at random", path=True
