@@ -19,6 +19,7 @@ from model.lora import merged
 from model.model import Transformer, rope_table
 from model.training.choices import Ranks
 from model.training.divided_matrices import DividedMatrices, rows_of
+from model.training.memory import passing_parts
 from model.training.muon import Muon
 from model.training.optimizer import is_hidden_matrix, trained_parameters
 from model.training.plan import RunPlan
@@ -44,11 +45,10 @@ class FullySharded(Holdings):
         self._names = {key: names.get(id(value)) for key, value in model.state_dict(keep_vars=True).items()}
 
         if plan.training.compile:
-            for layer in model.layers:  # what runs between two gatherings; one compilation serves all layers
-                layer.attention.compile()
-                layer.feed_forward.compile()
+            for part in passing_parts(model):  # what runs between two gatherings; one compilation serves all layers
+                part.compile()
         mesh = _mesh(device.type, ranks // shards, shards)
-        self._shard_group = mesh.get_group("shard")
+        self._shard_group, self._has_replicas = mesh.get_group("shard"), mesh.ndim == 2
         divide(model, mesh, plan.hardware.dtype)
 
         rank, replicas = processes.rank % shards, ranks // shards
@@ -89,9 +89,13 @@ class FullySharded(Holdings):
             }
             optimizer.divided = DividedMatrices(shapes, self._shard_group)
 
-    def exchange_gradients(self, wanted: bool) -> None:
-        """Whether the next backward pass sums the gradients over the ranks, or keeps its own for the one after."""
-        self.model.set_requires_gradient_sync(wanted)
+    def exchange_gradients(self, is_last: bool) -> None:
+        """Before a backward pass: whether it is the last of a step. Until then a rank keeps its own gradients, whole,
+        and nothing is sent; with replicas it keeps its share of its replica's, and nothing is sent between these."""
+        if self._has_replicas:
+            self.model.set_requires_all_reduce(is_last)
+        else:
+            self.model.set_requires_gradient_sync(is_last)
 
     @contextlib.contextmanager
     def holding(self, average: SharedAverage | None) -> Iterator[Transformer]:
@@ -154,8 +158,8 @@ def divide(model: Transformer, mesh: DeviceMesh, dtype: torch.dtype) -> None:
         for norm in (layer.attention.q_norm, layer.attention.k_norm):
             if [*norm.parameters()]:
                 fully_shard(norm, mesh=mesh, mp_policy=rest)
-        for part in (layer.attention, layer.feed_forward):
-            fully_shard(part, mesh=mesh, mp_policy=products)
+    for part in passing_parts(model):
+        fully_shard(part, mesh=mesh, mp_policy=products)
     fully_shard(model, mesh=mesh, mp_policy=rest, reshard_after_forward=False)  # the backward pass begins with it
     for module in model.modules():
         if isinstance(module, FSDPModule):  # sums: the loss was divided by all ranks' terms

@@ -79,8 +79,14 @@ def step_memory(
     gradients = trained
     if is_divided:
         parameters = -(-parameters // shards) + kept
-        gradients = -(-trained // shards) if training.accumulation_steps == 1 else trained
+        are_whole = training.shard == "full" and training.accumulation_steps > 1  # until the last micro-batch
+        gradients = trained if are_whole else -(-trained // shards)
     return StepMemory(parameters, average, gradients, -(-state // shards), activations)
+
+
+def passing_parts(model: Transformer) -> list[nn.Module]:
+    """The parts of a model whose weights are gathered only while they are used, where ranks share them."""
+    return [part for layer in model.layers for part in (layer.attention, layer.feed_forward)]
 
 
 def kept_gathered(model: Transformer, autocast: AbstractContextManager, device: torch.device) -> int:
@@ -88,7 +94,7 @@ def kept_gathered(model: Transformer, autocast: AbstractContextManager, device: 
     the layers' matrices, which `model` gets here, in place, in the dtype in which they are gathered."""
     with autocast:
         dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.float32
-    passing = [part for layer in model.layers for part in (layer.attention, layer.feed_forward)]
+    passing = passing_parts(model)
     kept = sum(p.nbytes for p in model.parameters()) - sum(p.nbytes for part in passing for p in part.parameters())
     for linear in (module for part in passing for module in part.modules() if isinstance(module, nn.Linear)):
         for name, parameter in [*linear.named_parameters(recurse=False)]:

@@ -106,7 +106,7 @@ def _without_auto(
         tokens = MOST_TOKENS
         if data is not None:
             tokens, _ = automatic_tokens_per_step(samples * length, epochs, training.max_steps)
-        fits = max(forecast(way, cluster, cost, 1, 1, length).most_rows for way in ways_on(cluster) if way.exists)
+        fits = max(forecast(way, cluster, cost, 1, 1, length).most_rows for way in ways_on(cluster))
         rows = automatic_batch_size(tokens, length * shares, max(1, samples // shares), fits)
     return dataclasses.replace(training, epochs=epochs, batch_size=rows)
 
