@@ -76,7 +76,7 @@ def forecast_run(settings: Settings, cluster: Cluster, say: Callable[[str], None
     if dtype == torch.bfloat16 and not cluster.device.has_bfloat16:
         dtype = torch.float16
     if not counts_kernels():
-        say("this torch was built without CUDA: activations are counted as a CPU keeps them, up to an eighth too many")
+        say("this torch was built without CUDA: activations are counted as a CPU keeps them, up to a fifth too many")
     cost = model_cost(config, training, absent_gpu(dtype))
     training = _without_auto(training, cluster, cost, config.max_seq_len, data)
     micro_batches, length = training.accumulation_steps, config.max_seq_len

@@ -24,7 +24,7 @@ from model.training.optimizer import build_optimizer, is_hidden_matrix
 from model.training.plan import Hardware
 from model.training.settings import build_settings
 from tests.conftest import ROOT, random_model
-from tests.tiny_runs import TINY, command, exit_code_here, finish_ranks, refused, run, start_ranks, train
+from tests.tiny_runs import ONE_THREAD, TINY, command, exit_code_here, finish_ranks, refused, run, start_ranks, train
 
 CPU = Hardware(torch.device("cpu"), torch.float32, contextlib.nullcontext())
 GPU = absent_gpu(torch.bfloat16)
@@ -181,7 +181,7 @@ def test_without_cuda_in_torch_a_cpus_kernels_are_counted_which_keep_a_little_mo
     exact = [cost_of(GPU, config).activations_per_row for config in shapes]
     monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: False)
     about = [cost_of(absent_gpu(GPU.dtype), config).activations_per_row for config in shapes]
-    assert all(1 < more / least < 1.13 for more, least in zip(about, exact, strict=True))
+    assert all(1 < more / least < 1.2 for more, least in zip(about, exact, strict=True))
 
 
 @needs_cuda_build
@@ -250,6 +250,58 @@ def test_gradients_are_exchanged_in_as_many_bytes_as_were_said(flags, processes)
     assert [buckets for buckets, _ in counted] == [cost.memory.gradients] * processes
     if Path("/proc/self/io").exists():
         assert [sent for _, sent in counted] == [pytest.approx(found.bytes, rel=0.01)] * processes
+
+
+COUNT_SHARED = """
+import collections, json, sys
+from torch.utils._python_dispatch import TorchDispatchMode
+from model.training.settings import build_settings
+from optimized_pretrain import Trainer
+from utils import Processes
+
+class Count(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = str(function).split(".")[1] if str(function).startswith("c10d.") else ""
+        whole = {"_allgather_base_": 0, "_reduce_scatter_base_": 1, "alltoall_base_": 1}  # which argument is the larger
+        if name in whole:
+            sent[name] += args[whole[name]].nbytes
+        if name == "allreduce_" and args[0][0].numel() > 1000:
+            sent[name] += args[0][0].nbytes
+        return function(*args, **(kwargs or {}))
+
+sent = collections.Counter()
+trainer = Trainer(build_settings({}, json.loads(sys.argv[1])), Processes())
+trainer.measure_steps(0, 1)
+with Count():
+    trainer.measure_steps(0, 1)
+if trainer.processes.rank == 0:
+    print(json.dumps(sent))
+trainer.processes.close()
+"""
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("processes", "shard", "micro_batches"), [(2, "full", 1), (2, "full", 2), (4, "hybrid", 2)])
+def test_shared_weights_and_gradients_are_exchanged_in_as_many_bytes_as_were_said(
+    flags, processes, shard, micro_batches, monkeypatch
+):
+    """As PyTorch hands them to its collectives, where all is divided evenly; matrices of Muon evenly but for one."""
+    shape = {"dim": 256, "n_layers": 2, "n_heads": 8, "n_kv_heads": 4, "max_seq_len": 32}
+    monkeypatch.setitem(ONE_THREAD, "MATECONV_EMULATE_DTYPE", "1")
+    options = {"optimizer_type": "muon", "dtype": "bfloat16", "shard": shard, "shard_degree": 2, "batch_size": 1}
+    given = flags(**shape, **options, accumulation_steps=micro_batches, ddp="true", device="cpu")
+    started = start_ranks(processes, [sys.executable, "-c", COUNT_SHARED, json.dumps(given)], cwd=ROOT)
+    result = finish_ranks(started)
+    assert result.returncode == 0, result.stderr
+    sent = next(json.loads(line) for line in result.stdout.splitlines() if line.startswith("{"))
+    hardware = Hardware(CPU.device, torch.bfloat16, torch.autocast("cpu", torch.bfloat16))
+    cost = cost_of(hardware, LMConfig(**shape, vocab_size=300), optimizer_type="muon")
+    found = [e.bytes for e in exchanges(WAY[shard], on(processes // 2, 2), cost, micro_batches)]
+    # Of a gathered whole, a rank sends as many copies of its share as there are others: half of it, where two share.
+    assert sent["_allgather_base_"] / 2 == found[0]
+    assert sent["_reduce_scatter_base_"] / 2 == found[1]
+    assert sent.get("allreduce_", 0) == (0 if shard == "full" else found[2])  # of two, each sends all of its share
+    assert sent["alltoall_base_"] / 2 == pytest.approx(found[-1], rel=0.2)
 
 
 def test_what_is_sent_is_what_is_worked_out_by_hand():

@@ -135,8 +135,15 @@ CASES = {
 
 
 @pytest.mark.long
-def test_two_ranks_that_share_weights_have_the_bits_of_two_that_do_not(flags, tmp_path):
-    options = {"optimizer_type": "muon", "use_ema": "true", "accumulation_steps": 2, "grad_clip": 0.1}
+def test_two_ranks_that_share_weights_have_the_bits_of_two_that_do_not(flags, tmp_path, monkeypatch):
+    monkeypatch.setitem(ONE_THREAD, "MATECONV_EMULATE_DTYPE", "1")
+    options = {
+        "optimizer_type": "muon",
+        "dtype": "bfloat16",
+        "use_ema": "true",
+        "accumulation_steps": 2,
+        "grad_clip": 0.1,
+    }
     for shard in ("none", "full"):
         train_on(2, flags(shard=shard, out_dir=tmp_path / shard, **options))
     assert_same_runs(tmp_path / "none", tmp_path / "full")
@@ -147,6 +154,7 @@ def test_two_ranks_that_share_weights_have_the_bits_of_two_that_do_not(flags, tm
 @pytest.mark.parametrize("case", CASES)
 def test_whatever_a_step_does_the_bits_are_the_same(flags, tmp_path, case, ahead, monkeypatch):
     monkeypatch.setitem(ONE_THREAD, "MATECONV_RUN_AHEAD", str(ahead))
+    monkeypatch.setitem(ONE_THREAD, "MATECONV_EMULATE_DTYPE", "1")
     for shard in ("none", "full"):
         train_on(2, flags(shard=shard, out_dir=tmp_path / shard, **CASES[case]))
     assert_same_runs(tmp_path / "none", tmp_path / "full")
