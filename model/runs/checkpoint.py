@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from model.errors import InputError, first_line, shown
 from model.lora import adapters_of, checked_adapters, is_adapter
 from model.storage.archive import is_finite
+from model.storage.slices import copy_by_name
 from model.training.data import ORDERS, TrainingData
 from model.training.moving_average import MovingAverage
 from model.training.optimizer import load_optimizer_state
@@ -26,7 +27,8 @@ from model.training.sharded_optimizer import SharedAverage
 from model.weights.shapes import check_shapes, read_shape
 
 CHECKPOINT_VERSION = 6
-READABLE_VERSIONS = (2, 3, 4, 5, 6)
+INDEX_VERSION = 7  # the same, but for tensors that lie in parts (model/storage/parts.py)
+READABLE_VERSIONS = (2, 3, 4, 5, 6, 7)
 NONE = type(None)
 KINDS = {  # the keys of a checkpoint and what lies under them
     "format_version": int,
@@ -44,8 +46,8 @@ KINDS = {  # the keys of a checkpoint and what lies under them
     "total_steps": int,
     "chosen": dict,  # the values that replaced `auto`, by setting
     "progress": dict,  # Progress
-    "model": dict,  # state dicts
-    "ema": (dict, NONE),
+    "model": Mapping,  # state dicts
+    "ema": (Mapping, NONE),
     "ema_updates": int,
     "optimizer": dict,
     "scaler": dict,
@@ -64,21 +66,21 @@ def checkpoint_content(
     context: int,
     environment: Mapping,
     progress: Progress,
-    model: nn.Module,
-    ema: Mapping[str, Tensor] | None,
+    model: Mapping,
+    ema: Mapping | None,
     ema_updates: int,
     optimizer: Mapping,
     scaler: torch.amp.GradScaler,
     random_states: list[dict],
 ) -> dict:
-    """Everything in a checkpoint; the tensors are those in use, not copies.
+    """Everything in a checkpoint; the tensors are those in use, not copies, or described (`part_saving.split`).
 
     Args:
         started: when the run started.
         settings: as the user gave them.
         context: positions that the weights know, in tokens.
         environment: what equal bits depend on, see `resume.environment`.
-        ema: state dict of the averaged weights.
+        model, ema: state dicts of the weights, and of the averaged ones.
         optimizer: its state dict.
         random_states: `utils.random_state()` of each rank.
     """
@@ -98,7 +100,7 @@ def checkpoint_content(
         "total_steps": plan.total_steps,
         "chosen": plan.chosen,
         "progress": dataclasses.asdict(progress),
-        "model": model.state_dict(),
+        "model": model,
         "ema": ema,
         "ema_updates": ema_updates,
         "optimizer": optimizer,
@@ -110,7 +112,7 @@ def checkpoint_content(
 
 def add_defaults(content: dict) -> None:
     """Give a checkpoint of an earlier version, in place, what later ones added; this version's must hold all of it."""
-    if content["format_version"] == CHECKPOINT_VERSION:
+    if content["format_version"] >= CHECKPOINT_VERSION:
         return
     content.setdefault("chosen", {})
     content.setdefault("chat", {})
@@ -136,7 +138,7 @@ def restore_state(
     scaler: torch.amp.GradScaler,
 ) -> Progress:
     """Put everything back to where `checkpoint_content` found it; returns the progress."""
-    model.load_state_dict(checkpoint["model"])
+    copy_by_name(checkpoint["model"], model.state_dict())
     load_optimizer_state(optimizer, checkpoint["optimizer"])
     if checkpoint["scaler"] and scaler.is_enabled():
         scaler.load_state_dict(checkpoint["scaler"])

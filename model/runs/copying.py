@@ -22,6 +22,7 @@ from model.runs.folder import (
     refuse_file,
     remove_unfinished,
     started_at,
+    stray_parts,
 )
 from model.storage.files import drop_from_cache, replacing
 from model.token_file.manifest import file_sha256
@@ -170,6 +171,8 @@ class Copier:
             path.unlink()
         if newest.name != INTERRUPTED:
             (self.folder / INTERRUPTED).unlink(missing_ok=True)
+        for part in stray_parts(self.folder):
+            part.unlink()
 
 
 def _opened(source: Path) -> BinaryIO:

@@ -197,6 +197,22 @@ class Processes:
             return ProcessLost(f"another process ended or no longer answers ({first_line(error)})")
         return None
 
+    def store_for_threads(self, name: str):
+        """A connection of its own to the store that all processes share, for threads; each name has its own keys."""
+        import torch.distributed as dist
+
+        return dist.PrefixStore(name, self._keys.clone())
+
+    def lost_one(self, look: bool) -> str | None:
+        """A sentence on a process that failed or no longer answers; None: none that is known of. For threads.
+
+        Args:
+            look: ask whether each one still reports, which takes some seconds.
+        """
+        if self._watchdog is None or not (look or self._watchdog.failed):
+            return None
+        return self._watchdog.who_is_gone()
+
     def all_sum(self, values: list[float]) -> list[float]:
         """Add each number up over all processes, in float64."""
         if self._control is None:

@@ -168,6 +168,12 @@ class TrainingSettings:
         " moving average; auto: the optimizer where it pays",
         choices=(AUTO, "none", "optimizer"),
     )
+    checkpoint_writers: str = setting(
+        AUTO,
+        "which ranks write a checkpoint: one, as one file, or all, each its part; auto: all where they share the"
+        " optimizer on one machine and a checkpoint has 1 GB or more",
+        choices=(AUTO, "one", "all"),
+    )
     init_from: str | None = setting(
         None, "weights to begin with, in any format; they give the model its shape; null: drawn at random", path=True
     )

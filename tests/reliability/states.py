@@ -4,6 +4,7 @@ import hashlib
 import json
 import shutil
 import struct
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -52,7 +53,7 @@ def _feed(digest, value) -> None:
     if isinstance(value, torch.Tensor):
         value = value.detach().cpu().contiguous()
         add(f"tensor {value.dtype} {tuple(value.shape)}", value.reshape(-1).view(torch.uint8).numpy().tobytes())
-    elif isinstance(value, dict):
+    elif isinstance(value, Mapping):  # a dict, or what is put together from several files
         add("dict", str(len(value)).encode())
         for key in sorted(value, key=repr):
             add("key", repr(key).encode())
