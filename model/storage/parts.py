@@ -118,17 +118,15 @@ def _check(path: Path, description: Mapping, slices: Mapping[str, list[tuple[int
     Raises:
         InputError: naming the tensor.
     """
-    key, end = description["in_parts"], 0
+    key = description["in_parts"]
     try:
-        dtype, size = dtype_of(description), torch.Size(description["shape"]).numel()
-        for start, elements in slices.get(key, []):
-            if start != end or elements.dtype != dtype:
-                break
-            end += len(elements)
-        is_whole = end == size and min(description["shape"], default=0) >= 0
+        dtype, shape, found = dtype_of(description), description["shape"], slices.get(key, [])
+        ends = [0, *(start + len(elements) for start, elements in found)]
+        starts = [*(start for start, _ in found), torch.Size(shape).numel()]
+        fits = starts == ends and min(shape, default=0) >= 0 and {elements.dtype for _, elements in found} <= {dtype}
     except (TypeError, ValueError, RuntimeError, OverflowError):
-        is_whole = False
-    if not is_whole:
+        fits = False
+    if not fits:
         raise InputError(f"{path}: its parts do not make up {shown(key)}; use an older file")
 
 
