@@ -35,10 +35,11 @@ def fingerprint(checkpoint: str | Path) -> str:
 def differences(first: str | Path, second: str | Path) -> list[str]:
     """The parts of two checkpoints' states that are not the same to the last bit."""
     a, b = state_of(first), state_of(second)
-    return [key for key in sorted(a.keys() | b.keys()) if _hash(a.get(key)) != _hash(b.get(key))]
+    return [key for key in sorted(a.keys() | b.keys()) if hash_of(a.get(key)) != hash_of(b.get(key))]
 
 
-def _hash(value) -> str:
+def hash_of(value) -> str:
+    """SHA-256 of a value of a checkpoint, types and lengths included."""
     digest = hashlib.sha256()
     _feed(digest, value)
     return digest.hexdigest()
