@@ -20,9 +20,9 @@ from model.runs.folder import (
     leave_line,
     move_earlier_run,
     refuse_file,
+    remove_stray_parts,
     remove_unfinished,
     started_at,
-    stray_parts,
 )
 from model.storage.files import drop_from_cache, replacing
 from model.token_file.manifest import file_sha256
@@ -171,8 +171,7 @@ class Copier:
             path.unlink()
         if newest.name != INTERRUPTED:
             (self.folder / INTERRUPTED).unlink(missing_ok=True)
-        for part in stray_parts(self.folder):
-            part.unlink()
+        remove_stray_parts(self.folder)
 
 
 def _opened(source: Path) -> BinaryIO:

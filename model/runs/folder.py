@@ -3,6 +3,7 @@
 import contextlib
 import datetime
 import itertools
+import math
 import re
 import shutil
 from collections.abc import Callable
@@ -120,19 +121,22 @@ def remove_unfinished(folder: Path) -> None:
     for path in folder.glob(f"*{TEMPORARY_SUFFIX}"):
         if not path.is_dir() and not is_being_written(path):
             path.unlink(missing_ok=True)
-    for part in stray_parts(folder):
-        part.unlink(missing_ok=True)
+    remove_stray_parts(folder)
 
 
-def stray_parts(folder: Path) -> list[Path]:
-    """The parts that belong to no checkpoint: their index is missing, or is the interrupted one and names others."""
-    parts = [path for path in folder.glob(PARTS) if is_part(path)]
+def remove_stray_parts(folder: Path, before_step: float = math.inf) -> None:
+    """Remove the parts that belong to no checkpoint: their index is missing, or is an interrupted one and names others.
+
+    Args:
+        before_step: those of later steps stay, since they may be written just now.
+    """
     named = set(part_names(folder / INTERRUPTED))
-    return [
-        part
-        for part in parts
-        if not (folder / index_name(part)).exists() or (index_name(part) == INTERRUPTED and part.name not in named)
-    ]
+    for part in filter(is_part, folder.glob(PARTS)):
+        index = folder / index_name(part)
+        is_stray = not index.exists() or (index.name == INTERRUPTED and part.name not in named)
+        if is_stray and step_of_part(part) < before_step:
+            with contextlib.suppress(PermissionError):  # on Windows, while it is being copied: the next save removes it
+                part.unlink(missing_ok=True)
 
 
 def refuse_file(name: str, folder: Path) -> None:
@@ -222,10 +226,7 @@ def prune_checkpoints(out_dir: Path, keep_last: int, verified: int) -> None:
         with contextlib.suppress(PermissionError):  # on Windows, while it is being copied: the next save removes it
             path.unlink(missing_ok=True)
     (out_dir / INTERRUPTED).unlink(missing_ok=True)
-    for part in stray_parts(out_dir):
-        if step_of_part(part) < verified:  # those of a later step are being written
-            with contextlib.suppress(PermissionError):
-                part.unlink(missing_ok=True)
+    remove_stray_parts(out_dir, before_step=verified)
 
 
 def check_space(out_dir: Path, space: RunSpace, resumes: bool) -> None:

@@ -28,7 +28,7 @@ from model.storage.slices import Slice, describe
 from model.training.sharding import InPieces, share_out
 
 POLL_SECONDS = 0.05  # between two looks for the other ranks' reports
-LOOK_SECONDS = 10.0  # of waiting, after which rank 0 looks whether the others are alive, again and again
+LOOK_SECONDS = 1.0  # between two looks whether the other ranks are alive
 VISIBLE_SECONDS = 10.0  # that a shared file system may take to show a file that another machine has written
 
 
@@ -160,13 +160,12 @@ class PartsBeingSaved:
     def _wait_for_reports(self) -> list[dict]:
         lost, give_up, next_look = None, math.inf, time.monotonic() + LOOK_SECONDS
         while not self.store.check(self.keys):
-            if time.monotonic() > give_up:
-                raise ProcessLost(lost)
-            is_time = time.monotonic() > next_look
-            if lost is None and (lost := self.processes.lost_one(look=is_time)) is not None:
-                give_up = time.monotonic() + FAREWELL_SECONDS  # those that live may still be writing
-            next_look = time.monotonic() + LOOK_SECONDS if is_time else next_look
             time.sleep(POLL_SECONDS)
+            if (now := time.monotonic()) > give_up:
+                raise ProcessLost(lost)
+            if lost is None and now > next_look:
+                lost, next_look = self.processes.lost_one(), time.monotonic() + LOOK_SECONDS
+                give_up = math.inf if lost is None else now + FAREWELL_SECONDS  # those that live may still be writing
         reports = [json.loads(self.store.get(key)) for key in self.keys]
         for key in self.keys:
             self.store.delete_key(key)

@@ -14,6 +14,7 @@ from model.errors import InputError, OneLineError, ProcessLost, first_line, show
 from model.runs.watchdog import FAREWELL_SECONDS, Watchdog
 
 T = TypeVar("T")
+SILENT_SECONDS = 20.0  # without a report, after which a process counts as gone
 
 
 class Processes:
@@ -203,15 +204,12 @@ class Processes:
 
         return dist.PrefixStore(name, self._keys.clone())
 
-    def lost_one(self, look: bool) -> str | None:
-        """A sentence on a process that failed or no longer answers; None: none that is known of. For threads.
-
-        Args:
-            look: ask whether each one still reports, which takes some seconds.
-        """
-        if self._watchdog is None or not (look or self._watchdog.failed):
+    def lost_one(self) -> str | None:
+        """A sentence on a process that failed or has not reported for SILENT_SECONDS; None: there is none. For threads,
+        which ask now and then while they wait."""
+        if self._watchdog is None:
             return None
-        return self._watchdog.who_is_gone()
+        return self._watchdog.who_is_gone() if self._watchdog.failed else self._watchdog.who_is_silent(SILENT_SECONDS)
 
     def all_sum(self, values: list[float]) -> list[float]:
         """Add each number up over all processes, in float64."""

@@ -15,7 +15,7 @@ from model.runs.folder import (
     claim,
     is_within,
     prune_checkpoints,
-    remove_unfinished,
+    remove_stray_parts,
     step_checkpoint,
     unix_time,
     write_config,
@@ -119,7 +119,7 @@ class RunFiles:
             if self._copier is not None:
                 self._copier.offer(CHECKPOINT, *names, path.name)
             if interrupted:
-                remove_unfinished(self.out_dir)  # parts of the interrupted checkpoint that this one replaces
+                remove_stray_parts(self.out_dir)  # of the interrupted checkpoint that this one replaces
             else:
                 prune_checkpoints(self.out_dir, self._keep_last, step)
             self._saved = path.name
