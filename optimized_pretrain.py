@@ -27,12 +27,14 @@ from model.lora import merged
 from model.model import Transformer
 from model.runs.beginning import Beginning, find_beginning, open_data
 from model.runs.checkpoint import checkpoint_content, restore_state
-from model.runs.folder import step_checkpoint
+from model.runs.folder import interrupted_stem, step_checkpoint
+from model.runs.part_saving import PartSaver, PartsBeingSaved, split
 from model.runs.resume import environment
 from model.runs.run_files import RunFiles
 from model.runs.signals import StopVote
 from model.runs.status import outcome_of
 from model.runs.time_limit import TimeLimit
+from model.storage.slices import copy_by_name
 from model.training.choices import weight_shards
 from model.training.clipping import clip_gradients
 from model.training.clock import Clock
@@ -54,7 +56,7 @@ from model.training.plan import plan_run
 from model.training.progress import Progress, StepResult
 from model.training.report import bar_text, describe, evaluation_lines, measured_lines, position, step_metrics
 from model.training.settings import Settings
-from model.training.sharded_optimizer import optimizer_and_average
+from model.training.sharded_optimizer import ShardedOptimizer, optimizer_and_average
 from model.training.step import DeviceVerdict, Step, read_numbers, runs_ahead
 from model.training.verification import BackgroundVerification
 from model.weights import Weights
@@ -96,6 +98,7 @@ class Trainer:
         self.stop_signal = utils.StopSignal()
         self.stop_vote = StopVote(processes.all_sum, alone=processes.world_size == 1)
         self.files: RunFiles | None = None  # on rank 0, once it trains
+        self.part_saver: PartSaver | None = None  # once it trains, where all ranks write the checkpoints
         self.progress, self.clock, self.is_estimate_checked = Progress(), Clock(), False
         asked = self.settings.training
         self.hardware = utils.choose_hardware(asked.device, asked.dtype, processes.local_rank)
@@ -154,8 +157,9 @@ class Trainer:
 
     def _restore(self, checkpoint: dict) -> None:
         """Go on where a checkpoint was saved, whose weights and optimizer are then dropped from memory."""
-        load_weights = self.model.load_state_dict if self.divided is None else self.divided.load_weights
-        self.progress = restore_state(checkpoint, load_weights, self.ema, self.optimizer, self.scaler)
+        load = functools.partial(copy_by_name, targets=self.model.state_dict())
+        load = load if self.divided is None else self.divided.load_weights
+        self.progress = restore_state(checkpoint, load, self.ema, self.optimizer, self.scaler)
         if checkpoint["validation"] != self.data.validation:
             say("the validation data has changed: best loss and patience are reset")
             self.progress.forget_evaluations()
@@ -174,7 +178,7 @@ class Trainer:
             ProcessLost: another process failed or no longer answers.
             InputError: the folder cannot be used or has no room; too many saves in a row failed, or the last one did.
         """
-        self.files = None
+        self.files = self.part_saver = None
         self.stop_signal.install()
         try:
             self._open_files()
@@ -194,6 +198,8 @@ class Trainer:
             self.verification.close()
             if self.files is not None:
                 self.files.close()
+            if self.part_saver is not None:
+                self.part_saver.close()
             self.stop_signal.restore()
 
     def _open_files(self) -> None:
@@ -204,6 +210,8 @@ class Trainer:
                 self.files = RunFiles(self.settings, self.plan, self.resumed, say, beat)
         if self.files is not None:
             self.files.start_trackers(self.settings)
+        if self.plan.writers > 1:
+            self.part_saver = PartSaver(Path(self.training.out_dir), self.processes, say)
 
     def _time_limit(self) -> contextlib.AbstractContextManager:
         """On rank 0: ask to stop, as a signal would, when max_hours are over. All ranks stop at the same step."""
@@ -537,9 +545,7 @@ class Trainer:
         self.processes.beat(f"saving at step {self.progress.step}")
         own = trained_parameters(self.model) if self.divided is None else self.divided.parts
         states = self.processes.gather((utils.random_state(), norm_of(own.values())))
-        weights = self.model.state_dict() if self.divided is None else self.divided.state_dict({})
-        optimizer = self.optimizer.state_dict()  # every process gives its share, if they share it
-        ema = None if self.ema is None else self.ema.averaged_weights()
+        state, parts = self._state_to_save(interrupted)
         self.progress.seconds = self.clock.run_seconds
         if self.files is None:
             return
@@ -554,16 +560,36 @@ class Trainer:
             context=self.context,
             environment=self.environment,
             progress=self.progress,
-            model=weights,
-            ema=ema,
+            **state,
             ema_updates=0 if self.ema is None else int(self.ema.n_averaged),
-            optimizer=optimizer,
             scaler=self.scaler,
             random_states=[state for state, _ in states],
         )
-        self.files.save_checkpoint(content, interrupted)
+        self.files.save_checkpoint(content, parts, interrupted)
         if interrupted:
             self.files.wait()
+
+    def _state_to_save(self, interrupted: bool) -> tuple[dict, PartsBeingSaved | None]:
+        """Model, average and optimizer: on rank 0, whole; or, where all ranks write the checkpoint, described, with
+        this rank's part on its way to the disk. Every process must call it."""
+        whole_or_not = contextlib.nullcontext()
+        if self.part_saver is not None and isinstance(self.optimizer, ShardedOptimizer):
+            whole_or_not = self.optimizer.left_in_pieces()
+        with whole_or_not:
+            state = {
+                "model": self.model.state_dict() if self.divided is None else self.divided.state_dict({}),
+                "ema": None if self.ema is None else self.ema.averaged_weights(),
+                "optimizer": self.optimizer.state_dict(),
+            }
+        if self.part_saver is None:
+            return state, None
+        out_dir, step = Path(self.training.out_dir), self.progress.step
+        stem = step_checkpoint(out_dir, step).stem
+        if interrupted:
+            stem = self.processes.decided(lambda: interrupted_stem(out_dir, step))
+        described, slices = split(state, self.processes.rank, self.processes.world_size)
+        beat = functools.partial(self.processes.beat, "writing to the disk")
+        return described, self.part_saver.save(stem, slices, beat)
 
     @property
     def final_name(self) -> str:
@@ -600,6 +626,8 @@ class Trainer:
             self._report_skip(result)
         if self.files is not None:
             self.files.check(self.progress.step)
+        if self.part_saver is not None:
+            self.part_saver.check()
 
     def _report_skip(self, result: StepResult) -> None:
         """Say why a step was skipped, and end the run if there were too many."""

@@ -26,7 +26,8 @@ from model.training.sharded_optimizer import SharedAverage
 from model.weights.shapes import check_shapes, read_shape
 
 CHECKPOINT_VERSION = 6
-READABLE_VERSIONS = (2, 3, 4, 5, 6)
+INDEX_VERSION = 7  # the same, but for tensors that lie in parts (model/storage/parts.py)
+READABLE_VERSIONS = (2, 3, 4, 5, 6, 7)
 NONE = type(None)
 KINDS = {  # the keys of a checkpoint and what lies under them
     "format_version": int,
@@ -44,8 +45,8 @@ KINDS = {  # the keys of a checkpoint and what lies under them
     "total_steps": int,
     "chosen": dict,  # the values that replaced `auto`, by setting
     "progress": dict,  # Progress
-    "model": dict,  # state dicts
-    "ema": (dict, NONE),
+    "model": Mapping,  # state dicts
+    "ema": (Mapping, NONE),
     "ema_updates": int,
     "optimizer": dict,
     "scaler": dict,
@@ -64,14 +65,14 @@ def checkpoint_content(
     context: int,
     environment: Mapping,
     progress: Progress,
-    model: Mapping[str, Tensor],
-    ema: Mapping[str, Tensor] | None,
+    model: Mapping,
+    ema: Mapping | None,
     ema_updates: int,
     optimizer: Mapping,
     scaler: torch.amp.GradScaler,
     random_states: list[dict],
 ) -> dict:
-    """Everything in a checkpoint; the tensors are those in use, not copies.
+    """Everything in a checkpoint; the tensors are those in use, not copies, or described (`part_saving.split`).
 
     Args:
         started: when the run started.
@@ -110,7 +111,7 @@ def checkpoint_content(
 
 def add_defaults(content: dict) -> None:
     """Give a checkpoint of an earlier version, in place, what later ones added; this version's must hold all of it."""
-    if content["format_version"] == CHECKPOINT_VERSION:
+    if content["format_version"] >= CHECKPOINT_VERSION:
         return
     content.setdefault("chosen", {})
     content.setdefault("chat", {})

@@ -14,6 +14,7 @@ from model.errors import InputError, OneLineError, ProcessLost, first_line, show
 from model.runs.watchdog import FAREWELL_SECONDS, Watchdog
 
 T = TypeVar("T")
+SILENT_SECONDS = 20.0  # without a report, after which a process counts as gone
 
 
 class Processes:
@@ -196,6 +197,19 @@ class Processes:
         if certain:
             return ProcessLost(f"another process ended or no longer answers ({first_line(error)})")
         return None
+
+    def store_for_threads(self, name: str):
+        """A connection of its own to the store that all processes share, for threads; each name has its own keys."""
+        import torch.distributed as dist
+
+        return dist.PrefixStore(name, self._keys.clone())
+
+    def lost_one(self) -> str | None:
+        """A sentence on a process that failed or has not reported for SILENT_SECONDS; None: there is none. For threads,
+        which ask now and then while they wait."""
+        if self._watchdog is None:
+            return None
+        return self._watchdog.who_is_gone() if self._watchdog.failed else self._watchdog.who_is_silent(SILENT_SECONDS)
 
     def all_sum(self, values: list[float]) -> list[float]:
         """Add each number up over all processes, in float64."""

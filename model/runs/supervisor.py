@@ -23,6 +23,7 @@ from pathlib import Path
 from model.children import OWN_GROUP
 from model.errors import InputError, TrainingDiverged
 from model.runs.status import STATUS_FILE, read_status
+from model.storage.part_names import is_part
 
 DIVERGED, BAD_INPUT, INTERRUPTED = TrainingDiverged.exit_code, InputError.exit_code, 130  # exit codes of train.py
 FRUITLESS_ATTEMPTS = 3  # in a row without a newer checkpoint, after which the supervisor gives up
@@ -130,7 +131,8 @@ class Supervisor:
 
     def _checkpoints(self) -> dict[str, tuple[int, int]]:
         """Each checkpoint in the folder with when it was written and its size."""
-        found = {path.name: file_identity(path) for path in self.out_dir.glob("checkpoint_*.pth")}
+        whole = (path for path in self.out_dir.glob("checkpoint_*.pth") if not is_part(path))
+        found = {path.name: file_identity(path) for path in whole}
         return {name: identity for name, identity in found.items() if identity is not None}
 
 

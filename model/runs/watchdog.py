@@ -50,6 +50,7 @@ class Watchdog:
         self._heard: str | None = None  # what went wrong, according to another process
         self._known: float | None = None  # when this process reported what went wrong, or heard of it
         self._alive = 0  # rounds of this thread
+        self._last_reports: dict[int, tuple] = {}  # of `who_is_silent`: each rank's, and since when it is the same
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
@@ -149,6 +150,17 @@ class Watchdog:
         message = f"rank {self._listed(silent)} no longer answers" + (f" (last: {last[2]})" if last else "")
         self._tell_others(message, silent)
         return message
+
+    def who_is_silent(self, seconds: float) -> str | None:
+        """As `who_is_gone`, of a process that has not reported for so long while this was called again and again. For
+        threads that wait for the others where nothing breaks when one of them ends."""
+        now = time.monotonic()
+        for rank in self._others:
+            report = self._report(rank)
+            if rank not in self._last_reports or self._last_reports[rank][0] != report:
+                self._last_reports[rank] = report, now
+        is_silent = any(now - since > seconds for _, since in self._last_reports.values())
+        return self.who_is_gone() if is_silent else None
 
     def _who_lags(self) -> str:
         now = {rank: self._report(rank) or ("", self._count, "unknown") for rank in self._others}

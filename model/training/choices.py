@@ -25,6 +25,7 @@ from model.training.recipe import (
     automatic_shard,
     automatic_tokens_per_step,
     automatic_warmup,
+    automatic_writers,
     batch_text,
     compile_pays,
     cpp_compiler,
@@ -173,6 +174,21 @@ class Choices:
             shard, why = automatic_shard(t.optimizer_type, state_bytes(model, t), free, processes.world_size)
             self._say(f"shard {shard} (auto): {why}")
         return shard, processes.world_size if shard == "optimizer" else 1
+
+    def writers(self, shards: int, checkpoint_bytes: int) -> int:
+        """How many ranks write a checkpoint: one or all of them. As `shard`, a resumed run chooses it again."""
+        t, processes = self._training, self._processes
+        if processes.world_size == 1:
+            if t.checkpoint_writers == "all":
+                self._say("checkpoint_writers all: there is one process, which writes one file")
+            return 1
+        writers = t.checkpoint_writers
+        if writers == AUTO:
+            several_machines = processes.world_size > processes.local_world_size
+            writers, why = automatic_writers(shards > 1, several_machines, checkpoint_bytes)
+            if writers == "all":
+                self._say(f"checkpoint_writers all (auto): {why}")
+        return processes.world_size if writers == "all" else 1
 
     def batch_size(self, model: Transformer, data: TrainingData, epochs: int, autocast, shards: int) -> int:
         """What the number of tokens calls for, as far as memory allows: measured on the model or, where ranks share it,

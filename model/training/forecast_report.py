@@ -107,7 +107,7 @@ def _advice(run: RunForecast) -> list[str]:
 
 def _checkpoint_line(run: RunForecast) -> str:
     writers, one = run.cluster.gpus_per_node, run.checkpoint_bytes / WRITER_BANDWIDTH
-    several = f"; in {duration_text(one / writers)} by {writers}, not in this version" if writers > 1 else ""
+    several = f"; in {duration_text(one / writers)} by {writers} (checkpoint_writers all)" if writers > 1 else ""
     return (
         f"checkpoint: {size_text(run.checkpoint_bytes)}, written in {duration_text(one)} by one process at"
         f" {size_text(WRITER_BANDWIDTH)}/s, while training goes on{several}"

@@ -17,6 +17,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from model.lora import merged
 from model.model import Transformer, rope_table
+from model.storage.slices import flat_range
 from model.training.choices import Ranks
 from model.training.divided_matrices import DividedMatrices, rows_of
 from model.training.memory import passing_parts
@@ -24,7 +25,7 @@ from model.training.muon import Muon
 from model.training.optimizer import is_hidden_matrix, trained_parameters
 from model.training.plan import RunPlan
 from model.training.sharded_optimizer import SharedAverage
-from model.training.sharding import Holdings, Piece
+from model.training.sharding import Holdings, InPieces, Piece
 
 
 class FullySharded(Holdings):
@@ -113,8 +114,8 @@ class FullySharded(Holdings):
             self.parts[piece].copy_(theirs)
             theirs.copy_(mine)
 
-    def state_dict(self, own: Mapping[Piece, Tensor]) -> dict[str, Tensor | None]:
-        """Every tensor is a new one."""
+    def state_dict(self, own: Mapping[Piece, Tensor]) -> dict[str, Tensor | InPieces | None]:
+        """All of them are put together, or left in pieces."""
         whole = {name: self.collect({**self.parts, **own}, name) for name in self.shapes}
         values = self.model.state_dict()  # of which buffers are wanted
         return {key: values[key] if name is None else whole[name] for key, name in self._names.items()}
@@ -123,7 +124,7 @@ class FullySharded(Holdings):
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:
         """Take this rank's rows of a whole state dict."""
         for piece, part in self.parts.items():
-            part.copy_(piece.of(weights[piece.name]))
+            part.copy_(flat_range(weights, [piece.name], piece.start, piece.end).view(part.shape))
         for key, name in self._names.items():
             if name is None:
                 self.model.get_buffer(key).copy_(weights[key])

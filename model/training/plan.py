@@ -60,6 +60,7 @@ class RunPlan:
     world_size: int
     local_world_size: int  # processes on this machine
     shards: int  # processes that share one copy of what they share (training.shard); 1: each has all of it
+    writers: int  # processes that write a checkpoint, each its part; 1: one file
     parameters: int  # of the model, adapters not counted
     trained_parameters: int  # fewer, or those of the adapters
     flops_per_token: int  # of training
@@ -187,8 +188,11 @@ def plan_run(
     expected_seconds = run_seconds((total_steps - done["step"]) * tokens_per_step * flops_per_token, peak_flops)
     choices.compile(expected_seconds)
 
+    space = _space(model, t, total_steps)
+    writers = choices.writers(shards, space.checkpoint_bytes)
     # The user's values, and those chosen where they said auto.
-    training = dataclasses.replace(t, **choices.made, shard=shard)
+    shared = {"shard": shard, "checkpoint_writers": "all" if writers > 1 else "one"}
+    training = dataclasses.replace(t, **choices.made, **shared)
     return RunPlan(
         training=training,
         chosen=choices.made,
@@ -197,6 +201,7 @@ def plan_run(
         world_size=ranks.world_size,
         local_world_size=ranks.local_world_size,
         shards=shards,
+        writers=writers,
         parameters=parameters,
         trained_parameters=trained,
         flops_per_token=flops_per_token,
@@ -206,7 +211,7 @@ def plan_run(
         pace=pace,
         schedule=plan_schedule(training, total_steps),
         peak_flops=peak_flops,
-        space=_space(model, training, total_steps),
+        space=space,
         steps_done=done["step"],
         samples_done=done["samples"],
         expected_seconds=expected_seconds,

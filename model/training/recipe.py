@@ -12,6 +12,7 @@ import shutil
 import sys
 
 from model.errors import InputError, counted
+from model.storage.files import size_text
 from model.training.optimizer import OPTIMIZERS
 
 BASE_PARAMETERS = 3e6  # the model's parameters, and
@@ -37,6 +38,7 @@ ADAPTERS_TIMES = 10.0  # the rate of tuning, for LoRA's adapters (Schulman et al
 # 2,095 pairs, 0.003, 0.01, 0.03 and 0.1 put 68, 76, 79 and 82 % of held-out chosen answers above the rejected ones, and
 # left 95, 95, 89 and 56 % of answers that stop by themselves.
 PREFERENCE_SHARE = 0.01
+MUCH_TO_WRITE = 10**9  # bytes of a checkpoint: half a second and more of a disk, so several writers pay
 MUCH_STATE = 0.1  # of the free memory: above it, ranks share the state of an optimizer whose work is small
 USUAL_SHARE = 0.4  # of the matrix products' peak that training reaches, until it is measured
 
@@ -165,6 +167,23 @@ def automatic_shard(optimizer_type: str, state: int, free: int, ranks: int) -> t
     if state > MUCH_STATE * free:
         return "optimizer", f"the optimizer's state takes {state / free:.0%} of the free memory, a share of it less"
     return "none", f"the optimizer's state takes {state / free:.0%} of the free memory, and sharing it takes time"
+
+
+def automatic_writers(is_shared: bool, several_machines: bool, checkpoint_bytes: int) -> tuple[str, str]:
+    """Which ranks write a checkpoint, "one" or "all", and why.
+
+    Args:
+        is_shared: whether the ranks share the optimizer; one writer would have to gather it first.
+        several_machines: whether they may have separate disks.
+    """
+    size = size_text(checkpoint_bytes)
+    if not is_shared:
+        return "one", "rank 0 has all of it"
+    if several_machines:
+        return "one", "the machines may have separate disks"
+    if checkpoint_bytes < MUCH_TO_WRITE:
+        return "one", f"{size} are written quickly"
+    return "all", f"{size} are shared among the ranks, and each writes its part"
 
 
 def cpp_compiler() -> str | None:

@@ -173,6 +173,12 @@ class TrainingSettings:
     shard_degree: int | None = setting(
         None, "of hybrid: ranks that share one copy; null: those of a machine", at_least=2, at_most=2**20
     )
+    checkpoint_writers: str = setting(
+        AUTO,
+        "which ranks write a checkpoint: one, as one file, or all, each its part; auto: all where they share the"
+        " optimizer on one machine and a checkpoint has 1 GB or more",
+        choices=(AUTO, "one", "all"),
+    )
     init_from: str | None = setting(
         None, "weights to begin with, in any format; they give the model its shape; null: drawn at random", path=True
     )

@@ -2,10 +2,12 @@
 
 import copy
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
 
+from model.storage.slices import flat_range
 from model.training.choices import Ranks
 from model.training.moving_average import MovingAverage, average_in
 from model.training.optimizer import OPTIMIZERS, build_optimizer, trained_parameters
@@ -59,7 +61,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     def state_dict(self) -> dict:
         """The whole state, as the other optimizer alone would have it: on rank 0, its tensors new and on the CPU;
-        elsewhere without tensors. Every rank must call it."""
+        elsewhere without tensors. Every rank must call it. For `left_in_pieces` see there."""
         content = super().state_dict()
         if self._has_state:
             content["state"] = {number: self._collect_state(name) for number, name in enumerate(self._names())}
@@ -76,20 +78,30 @@ class ShardedOptimizer(torch.optim.Optimizer):
             state[key] = collect(mine, name)
         return state
 
+    def left_in_pieces(self) -> AbstractContextManager:
+        """See `Holdings.left_in_pieces`: what this and a `SharedAverage` beside it return is not gathered."""
+        return self._holdings.left_in_pieces()
+
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict) -> None:
         """Take this rank's pieces of a whole state."""
         super().load_state_dict({**state_dict, "state": {}})
         numbers = (number for group in state_dict["param_groups"] for number in group["params"])
-        saved = {name: state_dict["state"].get(number) for name, number in zip(self._names(), numbers, strict=True)}
-        self._has_state = bool(state_dict["state"])
+        number_of, saved = dict(zip(self._names(), numbers, strict=True)), state_dict["state"]
+        self._has_state = bool(saved)
         self._optimizer.state.clear()
-        for piece, part in self._own.items():
-            if (whole := saved[piece.name]) is not None:
-                self._optimizer.state[part] = {
-                    key: (value if key == "step" else piece.of(value)).to(part.device, copy=True)
-                    for key, value in whole.items()
-                }
+        for piece, part in self._own.items() if self._has_state else ():
+            number = number_of[piece.name]
+            self._optimizer.state[part] = {
+                key: self._part_of(saved, (number, key), piece, part)
+                for key in self._state_names(piece.name, self._parameters[piece.name])
+            }
+
+    def _part_of(self, saved: Mapping, keys: tuple, piece: Piece, like: Tensor) -> Tensor:
+        """A piece of a saved tensor, as a new one on the device of the weights' piece `like` and in its shape."""
+        is_scalar = keys[-1] == "step"
+        found = flat_range(saved, keys, *((0, 1) if is_scalar else (piece.start, piece.end)))
+        return found.view(() if is_scalar else like.shape).to(like.device, copy=True)
 
     def state_bytes(self) -> int:
         """Bytes of the state that this rank holds."""
@@ -143,7 +155,7 @@ class SharedAverage:
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:
         """Take this rank's pieces of a whole state dict."""
         for piece, part in self.own.items():
-            part.copy_(piece.of(weights[piece.name]))
+            part.copy_(flat_range(weights, [piece.name], piece.start, piece.end).view(part.shape))
 
 
 def optimizer_and_average(

@@ -4,8 +4,9 @@ Every rank has all weights and, since gradients are exchanged as without sharing
 pieces only, keeps the optimizer's state of these alone, and gets the others' new weights.
 """
 
+import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 
@@ -48,6 +49,15 @@ class Piece:
         if self.shape is not None:
             return [self]
         return [Piece(self.name, at, min(at + most, self.end)) for at in range(self.start, self.end, most)]
+
+
+@dataclass(frozen=True)
+class InPieces:
+    """A tensor of which each rank holds pieces, as one rank knows it."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    given: Mapping[tuple[int, int], Tensor]  # of the flattened elements [start, end): those that this rank gives
 
 
 def update_cost(shape: Sequence[int]) -> int:
@@ -128,6 +138,7 @@ class Holdings(ABC):
         processes: Ranks,
     ) -> None:
         self.shapes, self.parts, self._processes = dict(shapes), dict(parts), processes
+        self._gathers = True
         self._owners: dict[str, list[tuple[Piece, int]]] = {name: [] for name in shapes}
         for rank, pieces in enumerate(held):
             for piece in pieces:
@@ -158,7 +169,16 @@ class Holdings(ABC):
         rank = self._processes.rank
         return [piece for owners in self._owners.values() for piece, owner in owners if owner == rank]
 
-    def collect(self, own: Mapping[Piece, Tensor], name: str) -> Tensor | None:
+    @contextlib.contextmanager
+    def left_in_pieces(self) -> Iterator[None]:
+        """Within it nothing is gathered, and no rank waits for another: `collect` returns `InPieces` on every rank."""
+        self._gathers = False
+        try:
+            yield
+        finally:
+            self._gathers = True
+
+    def collect(self, own: Mapping[Piece, Tensor], name: str) -> Tensor | InPieces | None:
         """What the ranks hold pieces of, whole: on rank 0 a new tensor on the CPU, elsewhere None. Every rank must call
         it.
 
@@ -166,19 +186,32 @@ class Holdings(ABC):
             own: this rank's pieces, in any shape.
             name: of the parameter that it is like.
         """
-        main = self._processes.is_main
-        whole = torch.empty(self.shapes[name]) if main else None
-        for piece, owner in self._owners[name]:
-            mine = own[piece].reshape(-1).cpu() if piece in own and owner == self._processes.rank else None
-            self._processes.send_to_main(owner, mine, piece.flat(whole) if main else None)
-        return whole
+        ranges = {piece: (piece.start, piece.end) for piece, _ in self._owners[name]}
+        return self._put_together(own, name, self.shapes[name], ranges)
 
-    def collect_scalar(self, own: Mapping[Piece, Tensor], name: str) -> Tensor | None:
+    def collect_scalar(self, own: Mapping[Piece, Tensor], name: str) -> Tensor | InPieces | None:
         """The same of a float32 scalar that every piece of a parameter has."""
-        piece, owner = self._owners[name][0]
-        whole = torch.empty(()) if self._processes.is_main else None
-        mine = own[piece].cpu() if piece in own and owner == self._processes.rank else None
-        self._processes.send_to_main(owner, mine, whole)
+        first, _ = self._owners[name][0]
+        return self._put_together(own, name, torch.Size(()), {first: (0, 1)})
+
+    def _put_together(
+        self, own: Mapping[Piece, Tensor], name: str, shape: torch.Size, ranges: Mapping[Piece, tuple[int, int]]
+    ) -> Tensor | InPieces | None:
+        """What `collect` returns.
+
+        Args:
+            ranges: where each piece belongs among the flattened elements.
+        """
+        rank = self._processes.rank
+        owners = {piece: owner for piece, owner in self._owners[name] if piece in ranges}
+        given = {piece: own[piece].reshape(-1) for piece, owner in owners.items() if owner == rank and piece in own}
+        if not self._gathers:
+            return InPieces(shape, torch.float32, {ranges[piece]: part for piece, part in given.items()})
+        whole = torch.empty(shape) if self._processes.is_main else None
+        for piece, owner in owners.items():
+            mine = given[piece].cpu() if piece in given else None
+            start, end = ranges[piece]
+            self._processes.send_to_main(owner, mine, None if whole is None else whole.view(-1)[start:end])
         return whole
 
 
