@@ -10,6 +10,7 @@ final weights have the same SHA-256.
 """
 
 import argparse
+import contextlib
 import functools
 import json
 import os
@@ -18,18 +19,20 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.namespaces import Network, Node, end_on_sigterm, why_not
+from namespaces import Network, Node, end_on_sigterm, why_not
+
 from model.training.reference import weights_sha256
 from model.weights import load_weights
 
+ROOT = Path(__file__).resolve().parent.parent
 STEPS, SAVE_INTERVAL, FAULT_AT = 240, 20, 70  # the fault comes after FAULT_AT steps
 ROWS = 8  # of all processes together
 TIMEOUT = 20.0  # ddp_timeout, seconds
@@ -39,13 +42,9 @@ FLAGS = {
     "attention": "pytorch", "save_interval": SAVE_INTERVAL, "eval_interval": STEPS, "log_interval": 1,
     "early_stopping": "false", "ddp_timeout": TIMEOUT,
 }  # fmt: skip
-# torchrun's own store lies on its first node and is not renewed when that node changes: each start makes a new one.
-ENVIRONMENT = os.environ | {
-    "OMP_NUM_THREADS": "1",
-    "PYTHONUTF8": "1",
-    "PYTHONUNBUFFERED": "1",
-    "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
-}
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUTF8": "1", "PYTHONUNBUFFERED": "1"}
+ENVIRONMENT |= {"TORCH_CPP_LOG_LEVEL": "ERROR"}  # no warning that the addresses have no names
+TORCHRUN = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # docs/distributed.md says why
 ROW = "| {} | {} | {} | {} | {} |"
 
 
@@ -69,7 +68,8 @@ class Run:
         nodes: that it may use.
         data: the token file.
         min_nodes: that it may continue with.
-        restarts: how often torchrun restarts the ranks.
+        restarts: how often the ranks are restarted.
+        by_torchrun: whether torchrun restarts them, or `train.py --restarts`.
     """
 
     out_dir: Path
@@ -77,20 +77,24 @@ class Run:
     data: Path
     min_nodes: int | None = None
     restarts: int = 5
+    by_torchrun: bool = True
     flags: dict = field(default_factory=dict)
 
     def start(self, *nodes: Node) -> None:
-        """Start torchrun on these nodes, or on all."""
+        """Start the launcher on these nodes, or on all."""
         least = self.min_nodes or len(self.nodes)
         count = f"{least}:{len(self.nodes)}" if least < len(self.nodes) else str(least)
-        launcher = [
-            sys.executable, "-m", "torch.distributed.run", f"--nnodes={count}", "--nproc_per_node=1",
-            f"--max_restarts={self.restarts}", "--rdzv_backend=c10d", f"--rdzv_endpoint={self.nodes[0].name}:29500",
-            "--rdzv_id=run1",
-        ]  # fmt: skip
-        command = [*launcher, *training(self.out_dir, self.data, len(self.nodes), self.flags), "--ddp", "--resume"]
+        meeting = {"NNODES": count, "RDZV_BACKEND": "c10d", "RDZV_ID": "run1"}
+        meeting |= {"RDZV_ENDPOINT": f"{self.nodes[0].name}:29500"}
+        train = [*training(self.out_dir, self.data, len(self.nodes), self.flags), "--resume"]
+        if self.by_torchrun:
+            meeting |= {"NPROC_PER_NODE": "1", "MAX_RESTARTS": str(self.restarts)}
+            command, environment = [sys.executable, "-m", "torch.distributed.run", *train, "--ddp"], TORCHRUN
+        else:
+            command, environment = [sys.executable, *train, "--nproc_per_node=1", f"--restarts={self.restarts}"], {}
+        environment = environment | {f"PET_{name}": value for name, value in meeting.items()}
         for node in nodes or self.nodes:
-            node.start(command, self.log(node), ENVIRONMENT)
+            node.start(command, self.log(node), ENVIRONMENT | environment)
 
     def log(self, node: Node) -> Path:
         return self.out_dir.with_name(f"{self.out_dir.name}.{node.name}.log")
@@ -119,6 +123,17 @@ class Run:
         found = functools.partial(re.compile(f"^.*(?:{pattern}).*$", re.MULTILINE).search)
         wait_until(lambda: found(self.said(node)[after:]), f"{pattern!r} from {node.name}", self, patience)
         return found(self.said(node)[after:]).group().strip()
+
+    def noticed(self, node: Node, pattern: str = "error: ") -> tuple[str, float]:
+        """Wait for a line about what happens now; the line, and after how many seconds it came."""
+        since, before = time.monotonic(), len(self.said(node))
+        line = self.wait_for_line(node, pattern, before)
+        return line, time.monotonic() - since
+
+    def resumed_from(self) -> int:
+        """The step that the first restart resumed from."""
+        steps = re.findall(r"resuming from \S+ at step ([\d,]+)", "".join(map(self.said, self.nodes)))
+        return int(steps[0].replace(",", "")) if steps else 0
 
     def codes(self, *nodes: Node) -> list[int]:
         """Wait for the end on these nodes, or on all; what each ended with."""
@@ -162,6 +177,7 @@ class Lab:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.data = folder, folder / "classics.bin"
+        folder.mkdir(parents=True, exist_ok=True)
         self.whole: dict[int, Run] = {}  # on one machine, by its number of processes
 
     def undisturbed(self, processes: int) -> Run:
@@ -196,28 +212,137 @@ class Lab:
             run = self.run(f"equal_{count}", nodes)
             codes = run.codes()
         off = abs(run.loss() - self.undisturbed(1).loss())
-        return Result(f"exit codes {codes}; validation loss {off:.0e} off one process's", weights=self.compared(run))
+        return Result(f"exit codes {codes}; validation loss {off:.1e} off one process's", weights=self.compared(run))
 
-    def node_returns(self) -> Result:
-        """A node dies, and its torchrun is started again."""
+    @contextlib.contextmanager
+    def disturbed(self, name: str, **options) -> Iterator[Run]:
+        """A run on two nodes that has reached the step of its fault."""
         with Network(2) as nodes:
-            run = self.run("node_returns", nodes)
+            run = self.run(name, nodes, **options)
             run.wait_for_step()
-            reached, fault = run.step(), time.monotonic()
-            nodes[1].kill()
-            line = run.wait_for_line(nodes[0], "error: ")
-            noticed = time.monotonic() - fault
-            run.start(nodes[1])
-            resumed = run.wait_for_line(nodes[0], "resuming from .* at step")
+            yield run
+
+    def node_returns(self, dead: int = 1, **options) -> Result:
+        """A node dies, and is started again 5 s after the other has noticed."""
+        with self.disturbed(f"node_returns_{dead}", **options) as run:
+            alive, reached = run.nodes[1 - dead], run.step()
+            run.nodes[dead].kill()
+            line, noticed = run.noticed(alive)
+            time.sleep(5)
+            run.start(run.nodes[dead])
             codes = run.codes()
-        lost = reached - int(resumed.rsplit(None, 1)[1])
-        return Result(f"torchrun restarts, exit codes {codes}", noticed, lost, line, self.compared(run))
+        return Result(f"exit codes {codes}", noticed, reached - run.resumed_from(), line, self.compared(run))
+
+    def no_restarts(self) -> Result:
+        """A node dies, the other ends; then both are started again."""
+        with self.disturbed("no_restarts", restarts=0) as run:
+            reached = run.step()
+            run.nodes[1].kill()
+            line, noticed = run.noticed(run.nodes[0])
+            codes = run.codes(run.nodes[0])
+            run.start()
+            codes += run.codes()
+        happened = f"exit code {codes[0]}; started again: {codes[1:]}"
+        return Result(happened, noticed, reached - run.resumed_from(), line, self.compared(run))
+
+    def node_stays_away(self) -> Result:
+        """One node of `--nnodes 1:2` dies for good."""
+        with self.disturbed("stays_away", min_nodes=1) as run:
+            reached = run.step()
+            run.nodes[1].kill()
+            line, noticed = run.noticed(run.nodes[0])
+            codes = run.codes(run.nodes[0])
+        return Result(
+            f"continues alone, exit code {codes[0]}", noticed, reached - run.resumed_from(), line, self.compared(run)
+        )
+
+    def node_joins(self) -> Result:
+        """One node of `--nnodes 1:2` dies, and comes back when the other continues alone."""
+        with self.disturbed("joins", min_nodes=1, flags={"max_steps": 3 * STEPS}) as run:
+            reached = run.step()
+            run.nodes[1].kill()
+            line, noticed = run.noticed(run.nodes[0])
+            run.wait_for_line(run.nodes[0], "resuming from")
+            lost = reached - run.resumed_from()
+            run.wait_for_step(STEPS)
+            run.start(run.nodes[1])
+            codes = run.codes()
+        resumed = len(re.findall("resuming from", run.said(run.nodes[0])))
+        return Result(f"resumed {resumed} times, exit codes {codes}", noticed, lost, line, "not compared")
+
+    def silent_for_a_moment(self) -> Result:
+        """A link is silent for a quarter of ddp_timeout."""
+        with self.disturbed("moment") as run:
+            run.nodes[1].cut()
+            time.sleep(TIMEOUT / 4)
+            run.nodes[1].join()
+            codes = run.codes()
+        return Result(f"no restart, exit codes {codes}", weights=self.compared(run))
+
+    def silent_until_noticed(self) -> Result:
+        """A link is silent until both sides have given up, then comes back."""
+        with self.disturbed("silent", by_torchrun=False) as run:
+            reached = run.step()
+            run.nodes[1].cut()
+            line, noticed = run.noticed(run.nodes[0])
+            run.noticed(run.nodes[1])
+            run.nodes[1].join()
+            codes = run.codes()
+        return Result(f"exit codes {codes}", noticed, reached - run.resumed_from(), line, self.compared(run))
+
+    def slow(self, name: str, begin: Callable[[Node], None], end: Callable[[Node], None]) -> Result:
+        """A node or its link is slow until rank 0 has named it."""
+        with self.disturbed(name) as run:
+            begin(run.nodes[1])
+            try:
+                line, noticed = run.noticed(run.nodes[0], "slow|as long as usual")
+            finally:
+                end(run.nodes[1])
+            codes = run.codes()
+        return Result(f"exit codes {codes}", noticed, 0, line, self.compared(run))
+
+    def slow_node(self) -> Result:
+        """A node gets a quarter of the time."""
+        over = threading.Event()
+
+        def interrupt(node: Node) -> None:
+            while not over.wait(0.05):
+                node.signal_ranks(signal.SIGSTOP)
+                time.sleep(0.15)
+                node.signal_ranks(signal.SIGCONT)
+
+        thread = None
+
+        def begin(node: Node) -> None:
+            nonlocal thread
+            thread = threading.Thread(target=interrupt, args=(node,))
+            thread.start()
+
+        def end(node: Node) -> None:
+            over.set()
+            thread.join()
+
+        return self.slow("slow_node", begin, end)
 
 
 CASES: dict[str, Callable[[Lab], Result]] = {
     "two nodes": lambda lab: lab.equal(2),
     "four nodes": lambda lab: lab.equal(4),
-    "a node dies and comes back": Lab.node_returns,
+    "a node dies, and comes back (torchrun --max_restarts)": Lab.node_returns,
+    "a node dies, no restarts": Lab.no_restarts,
+    "a node dies for good (--nnodes 1:2)": Lab.node_stays_away,
+    "a node dies, and joins later (--nnodes 1:2)": Lab.node_joins,
+    "a node dies, and comes back (train.py --restarts)": lambda lab: lab.node_returns(by_torchrun=False),
+    "the first node dies, and comes back (train.py --restarts)": lambda lab: lab.node_returns(0, by_torchrun=False),
+    "a link is silent for 5 s": Lab.silent_for_a_moment,
+    "a link is silent for longer than ddp_timeout": Lab.silent_until_noticed,
+    "a rank stands still": lambda lab: lab.slow(
+        "stands", lambda node: node.signal_ranks(signal.SIGSTOP), lambda node: node.signal_ranks(signal.SIGCONT)
+    ),
+    "a slow node": Lab.slow_node,
+    "a slow link": lambda lab: lab.slow(
+        "slow_link", lambda node: node.throttle("1mbit"), lambda node: node.throttle(None)
+    ),
 }
 
 
@@ -234,7 +359,6 @@ def main() -> int:
     chosen = {name: case for name, case in CASES.items() if options.only in name}
     with tempfile.TemporaryDirectory(prefix="mateconv-nodes-") as temporary:
         lab = Lab(options.keep or Path(temporary))
-        lab.folder.mkdir(parents=True, exist_ok=True)
         lab.undisturbed(1)
         print(ROW.format("case", "what happened", "noticed after, s", "steps repeated", "final weights"))
         print("|---|---|---:|---:|---|")

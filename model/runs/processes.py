@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
+from model.command import say
 from model.errors import InputError, OneLineError, ProcessLost, first_line, shown
 from model.runs.watchdog import FAREWELL_SECONDS, Watchdog
 
@@ -90,7 +91,10 @@ class Processes:
             watched = dist.PrefixStore("watch", store.clone())
             kept_by = None if self._store_of_launcher else 0
             ends = self._give_up  # its thread must not keep this object, and so the store, alive at exit
-            self._watchdog = Watchdog(watched, self.rank, hosts, timeout, lambda message: ends[-1](message), kept_by)
+            told = say if self.is_main else None
+            self._watchdog = Watchdog(
+                watched, self.rank, hosts, timeout, lambda message: ends[-1](message), kept_by, told
+            )
 
     @property
     def _store_of_launcher(self) -> bool:
@@ -165,6 +169,17 @@ class Processes:
         """Report progress to the watchdog: from here this process waits for the others."""
         if self._watchdog is not None:
             self._watchdog.arrive()
+
+    @contextlib.contextmanager
+    def step(self) -> Iterator[None]:
+        """Time a step of training for the watchdog, which says whom slow ones wait for."""
+        if self._watchdog is None:
+            yield
+            return
+        times = self._watchdog.times
+        times.begin()
+        yield
+        times.end()
 
     def announce(self, error: BaseException) -> None:
         """Tell the other processes why this one ends, so that they can name the cause.

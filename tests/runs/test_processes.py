@@ -138,3 +138,49 @@ def test_a_rank_that_never_comes_is_named_with_its_machine():
     ((code, _, errors),) = ranks("", [alone])
     assert code == 3
     assert "rank 1 (machine 1 of 0 to 1) did not come within 2 s; 2 processes were expected" in errors
+
+
+SLOW = """
+for number in range(STEPS):
+    with processes.step():
+        processes.beat(f"the gradients of step {number + 1}")
+        time.sleep(SECONDS)
+        processes.barrier()
+"""
+
+
+@pytest.mark.parametrize(
+    ("steps", "seconds", "line"),
+    [
+        (60, "0.1 if rank == 1 else 0.01", "rank 1 on node-b is slow: it works 0.1 s in each step, the others 0.01"),
+        (31, "8 if (rank, number) == (1, 30) else 0.01", "the others wait for rank 1 on node-b (the gradients of step 31)"),
+        (31, "8 if number == 30 else 0.01", None),
+        (60, "0.1", None),
+    ],
+    ids=["a rank that always lags", "a rank that lags once", "a step that all take", "equal ranks"],
+)  # fmt: skip
+def test_the_rank_that_the_others_wait_for_is_named(steps, seconds, line):
+    body = SLOW.replace("STEPS", str(steps)).replace("SECONDS", seconds)
+    (code, _, said), (other_code, _, other_said) = ranks(body, MACHINES)
+    assert (code, other_code, other_said) == (0, 0, "")
+    if line is None:
+        assert "rank 1" not in said
+    else:
+        assert len(said.splitlines()) == 1 and line in said
+
+
+STOPPED = """
+import signal, subprocess
+def stop():
+    later = f"import os, signal, time; time.sleep(9); os.kill({os.getpid()}, signal.SIGCONT)"
+    subprocess.Popen([sys.executable, "-c", later])
+    os.kill(os.getpid(), signal.SIGSTOP)
+    return 0
+"""
+
+
+def test_a_rank_that_stands_still_is_named_while_the_others_wait():
+    body = STOPPED + SLOW.replace("STEPS", "31").replace("SECONDS", "stop() if (rank, number) == (1, 30) else 0.06")
+    (code, _, said), (other_code, _, _) = ranks(body, MACHINES)
+    assert (code, other_code) == (0, 0)
+    assert "rank 1 on node-b does not report (last: the gradients of step" in said
