@@ -153,7 +153,7 @@ for number in range(STEPS):
     ("steps", "seconds", "line"),
     [
         (60, "0.1 if rank == 1 else 0.01", "rank 1 on node-b is slow: it works 0.1 s in each step, the others 0.01"),
-        (31, "8 if (rank, number) == (1, 30) else 0.01", "the others wait for rank 1 on node-b (the gradients of step 31)"),
+        (31, "8 if (rank, number) == (1, 30) else 0.01", "the others wait for rank 1 on node-b (the gradients"),
         (31, "8 if number == 30 else 0.01", None),
         (60, "0.1", None),
     ],
