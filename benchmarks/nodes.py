@@ -154,6 +154,7 @@ class Run:
 def training(out_dir: Path, data: Path, processes: int, more: dict) -> list[str]:
     """The training's script and flags, without the launcher."""
     place = {"out_dir": out_dir, "train_data_path": data, "batch_size": ROWS // processes}
+    place |= {"global_batch_size": ROWS}  # also where fewer nodes continue
     flags = [f"--{name}={value}" for name, value in (FLAGS | place | more).items()]
     return [str(ROOT / "train.py"), f"--config={ROOT / 'config_demo.yaml'}", *flags]
 
