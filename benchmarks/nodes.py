@@ -193,8 +193,9 @@ class Lab:
         return self.whole[processes]
 
     def run(self, name: str, nodes: list[Node], **options) -> Run:
-        """A run that begins now."""
+        """A run that begins now, in a new folder."""
         run = Run(self.folder / name, nodes, self.data, **options)
+        run.out_dir.mkdir()
         run.start()
         return run
 
@@ -225,7 +226,7 @@ class Lab:
 
     def node_returns(self, dead: int = 1, **options) -> Result:
         """A node dies, and is started again 5 s after the other has noticed."""
-        with self.disturbed(f"node_returns_{dead}", **options) as run:
+        with self.disturbed("_".join(["returns", str(dead), *options]), **options) as run:
             alive, reached = run.nodes[1 - dead], run.step()
             run.nodes[dead].kill()
             line, noticed = run.noticed(alive)

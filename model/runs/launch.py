@@ -12,7 +12,7 @@ from pathlib import Path
 
 from model.children import when_parent_ends
 from model.command import print_message
-from model.errors import ProcessLost, first_line
+from model.errors import NodesMissing, ProcessLost, first_line
 from model.runs.status import STATUS_FILE, read_status
 from model.runs.supervisor import INTERRUPTED, exit_code, file_identity
 
@@ -34,7 +34,7 @@ def launch(processes: int, command: list[str], out_dir: Path) -> int:
         out_dir: the run's folder; its status.json says whether it was interrupted.
 
     Raises:
-        ProcessLost: the other machines did not come, or the one where they meet is gone.
+        NodesMissing: the other machines did not come, or the one where they meet is gone.
     """
     from torch.distributed import DistError
     from torch.distributed.elastic.multiprocessing import SignalException
@@ -57,7 +57,7 @@ def launch(processes: int, command: list[str], out_dir: Path) -> int:
     except SignalException as error:
         code = -int(error.sigval)
     except (RendezvousError, DistError) as error:
-        raise ProcessLost(_why_nobody_met(error)) from error
+        raise NodesMissing(_why_nobody_met(error)) from error
     status = read_status(out_dir) if file_identity(out_dir / STATUS_FILE) != before else None
     stopped = code in (0, -2, -15, -1) and status is not None and status["state"] == "interrupted"
     return INTERRUPTED if stopped else exit_code(code)
@@ -73,7 +73,8 @@ def _why_nobody_met(error: Exception) -> str:
     elif isinstance(error, RendezvousClosedError):
         found = f"a node of run {os.environ.get('PET_RDZV_ID')} has ended it at {endpoint}"
     else:
-        found = f"{endpoint}, where the nodes meet, does not answer; its node may have failed ({first_line(error)})"
+        reason = first_line(error.__cause__ or error)
+        found = f"{endpoint}, where the nodes meet, does not answer; its node may have failed ({reason})"
     return f"{found}; start the same command again on each node"
 
 

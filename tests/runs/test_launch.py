@@ -97,7 +97,7 @@ def test_nodes_that_do_not_meet_are_one_line(tmp_path, how, line):
         capture_output=True, text=True, timeout=HUNG, cwd=tmp_path,
     )  # fmt: skip
     errors = [found for found in result.stderr.splitlines() if "error: " in found]
-    assert result.returncode == 3, result.stderr
+    assert result.returncode == 4, result.stderr
     assert len(errors) == 1 and line.format(port=port) in errors[0], result.stderr
     assert errors[0].endswith("start the same command again on each node")
     assert "Traceback" not in result.stderr
