@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import ipaddress
 import os
 import signal
 import socket
@@ -62,7 +63,8 @@ class Processes:
                 replaces it.
 
         Raises:
-            ProcessLost: not all of them came in time.
+            InputError: a machine of several has an address that the others cannot reach.
+            ProcessLost: not all of them came in time, or they cannot connect to each other.
         """
         self._give_up += [] if give_up is None else [give_up]
         if self.world_size == 1 or self._control is not None:
@@ -81,20 +83,26 @@ class Processes:
             attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if one_machine else "0"
             self._keys = store = dist.PrefixStore(f"mateconv/{attempt}", shared)
             hosts = self._wait_for_all(store, patience)
-            group = {"store": dist.PrefixStore("group", store), "rank": self.rank, "world_size": self.world_size}
-            dist.init_process_group("nccl" if on_gpu else "gloo", timeout=group_timeout, **group)
-            self._control = dist.new_group(backend="gloo", timeout=group_timeout)
+            if give_up is not None:
+                self._watchdog = self._watch(dist.PrefixStore("watch", store.clone()), hosts, timeout)
         except RuntimeError as error:  # all that torch raises for the network and the store
             reason = first_line(error)
             raise ProcessLost(f"not all of {self.world_size} processes came within {timeout:g} s ({reason})") from error
-        if give_up is not None:
-            watched = dist.PrefixStore("watch", store.clone())
-            kept_by = None if self._store_of_launcher else 0
-            ends = self._give_up  # its thread must not keep this object, and so the store, alive at exit
-            told = say if self.is_main else None
-            self._watchdog = Watchdog(
-                watched, self.rank, hosts, timeout, lambda message: ends[-1](message), kept_by, told
-            )
+        try:
+            group = {"store": dist.PrefixStore("group", store), "rank": self.rank, "world_size": self.world_size}
+            dist.init_process_group("nccl" if on_gpu else "gloo", timeout=group_timeout, **group)
+            self._control = dist.new_group(backend="gloo", timeout=group_timeout)
+        except RuntimeError as error:
+            message = f"no connection to the other processes ({first_line(error)})"
+            if self._watchdog is not None:
+                self._watchdog.announce(message)
+            raise ProcessLost(message) from error
+
+    def _watch(self, store, hosts: list[str], timeout: float) -> Watchdog:
+        kept_by = None if self._store_of_launcher else 0
+        ends = self._give_up  # its thread must not keep this object, and so the store, alive at exit
+        told = say if self.is_main else None
+        return Watchdog(store, self.rank, hosts, timeout, lambda message: ends[-1](message), kept_by, told)
 
     @property
     def _store_of_launcher(self) -> bool:
@@ -119,10 +127,15 @@ class Processes:
             raise ProcessLost(f"{reason}; {self.world_size} processes were expected") from error
 
     def _wait_for_all(self, store, patience: datetime.timedelta) -> list[str]:
-        """Wait until every process has reported, and name those that do not; returns each rank's host."""
+        """Wait until every process has reported, and name those that do not; returns each rank's host.
+
+        Raises:
+            InputError: there are several hosts, and one of them has an address of no use to the others.
+            ProcessLost: a process did not come.
+        """
         import torch.distributed as dist
 
-        store.set(f"here/{self.rank}", socket.gethostname())
+        store.set(f"here/{self.rank}", f"{gloo_address()} {socket.gethostname()}")
         keys = [f"here/{rank}" for rank in range(self.world_size)]
         try:
             store.wait(keys, patience)
@@ -130,7 +143,16 @@ class Processes:
             missing = [self._with_machine(rank) for rank, key in enumerate(keys) if not store.check([key])]
             reason = f"rank {', '.join(missing)} did not come within {patience.total_seconds():g} s"
             raise ProcessLost(f"{reason}; {self.world_size} processes were expected") from error
-        return [store.get(key).decode() for key in keys]
+        addresses, hosts = zip(*(store.get(key).decode().split(" ", 1) for key in keys), strict=True)
+        if len(set(hosts)) > 1:
+            for address, host in zip(addresses, hosts, strict=True):
+                if address and ipaddress.ip_address(address.partition("%")[0]).is_loopback:
+                    self._leave_store()
+                    raise InputError(
+                        f"{host}: its own name stands for {address}, which other nodes cannot reach; correct /etc/hosts"
+                        " there, or name its network card on each node: GLOO_SOCKET_IFNAME=eth0"
+                    )
+        return list(hosts)
 
     def _with_machine(self, rank: int) -> str:
         """A rank that has not reported; with the number of its machine if there are several."""
@@ -376,3 +398,13 @@ class Processes:
         yield
         if self._control is not None and self.is_main:
             self._keys.set(turn, "1")
+
+
+def gloo_address() -> str:
+    """The address by which gloo lets other processes find this one; "": GLOO_SOCKET_IFNAME names a network card."""
+    if "GLOO_SOCKET_IFNAME" in os.environ:
+        return ""
+    try:
+        return socket.getaddrinfo(socket.gethostname(), None)[0][4][0]
+    except OSError:  # a name that stands for no address: gloo takes the loopback
+        return "127.0.0.1"

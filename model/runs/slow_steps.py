@@ -136,7 +136,7 @@ class SlowSteps:
         answers = {rank: report.answer for rank, report in reports.items()}
         slowest, others = _stands_out(answers)
         if answers[slowest] > max(SLOW_LINK_TIMES * others, LEAST_ANSWER):
-            link = f"that of rank {self._names[slowest]} is slow (an answer takes {answers[slowest]:.2g} s)"
+            link = f"the link of rank {self._names[slowest]} is slow (an answer takes {answers[slowest]:.2g} s)"
         else:
             link = "no link stands out"
         return f"all ranks have computed their part and wait for the network; {link}"

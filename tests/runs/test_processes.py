@@ -93,7 +93,8 @@ def test_without_a_manifest_all_ranks_stop_early_at_the_same_step(flags, token_f
     assert "validation data" not in result.stderr
 
 
-MACHINES = [{"TEST_HOST": "node-a"}, {"TEST_HOST": "node-b"}]
+CARD = {"GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo"}
+MACHINES = [CARD | {"TEST_HOST": "node-a"}, CARD | {"TEST_HOST": "node-b"}]
 
 
 @pytest.mark.parametrize(("environments", "name"), [(({}, {}), "rank 1"), (MACHINES, "rank 1 on node-b")])
@@ -138,6 +139,21 @@ def test_a_rank_that_never_comes_is_named_with_its_machine():
     ((code, _, errors),) = ranks("", [alone])
     assert code == 3
     assert "rank 1 (machine 1 of 0 to 1) did not come within 2 s; 2 processes were expected" in errors
+
+
+def test_a_machine_whose_name_leads_back_to_itself_is_one_line_on_every_rank():
+    first, second = ranks("", [{"TEST_HOST": "localhost"}, {"TEST_HOST": "localhost.localdomain"} | CARD])
+    for code, _, errors in (first, second):
+        assert code == 2 and len(errors.splitlines()) == 1
+        assert "localhost: its own name stands for 127.0.0.1, which other nodes cannot reach" in errors
+
+
+def test_processes_that_cannot_connect_say_so_on_every_rank():
+    nowhere = {"GLOO_SOCKET_IFNAME": "none0"}
+    (code, _, errors), (other_code, _, other_errors) = ranks("", [MACHINES[0], MACHINES[1] | nowhere])
+    assert (code, other_code) == (3, 3)
+    assert "rank 1 on node-b failed: no connection to the other processes (" in errors
+    assert "[rank 1] error: no connection to the other processes (" in other_errors
 
 
 SLOW = """
