@@ -63,7 +63,7 @@ class Processes:
                 replaces it.
 
         Raises:
-            InputError: a machine of several has an address that the others cannot reach.
+            InputError: a machine of several has an address that the others cannot reach, or torchrun kept its store.
             ProcessLost: not all of them came in time, or they cannot connect to each other.
         """
         self._give_up += [] if give_up is None else [give_up]
@@ -76,12 +76,7 @@ class Processes:
         # The watchdog, if there is one, decides first.
         group_timeout = datetime.timedelta(seconds=timeout if give_up is None else 4 * timeout + 60)
         try:
-            shared = self._store(patience)
-            # torchrun keeps its store when it restarts the processes: they must find no key of the last attempt.
-            # (With several machines, each counts its restarts separately.)
-            one_machine = os.environ.get("GROUP_WORLD_SIZE") == "1"
-            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if one_machine else "0"
-            self._keys = store = dist.PrefixStore(f"mateconv/{attempt}", shared)
+            self._keys = store = self._fresh_keys(self._store(patience))
             hosts = self._wait_for_all(store, patience)
             if give_up is not None:
                 self._watchdog = self._watch(dist.PrefixStore("watch", store.clone()), hosts, timeout)
@@ -125,6 +120,24 @@ class Processes:
             keeper = "the launcher" if self._store_of_launcher else "rank 0"
             reason = f"{keeper} could not be reached at {host}:{port} within {patience.total_seconds():g} s"
             raise ProcessLost(f"{reason}; {self.world_size} processes were expected") from error
+
+    def _fresh_keys(self, shared):
+        """The part of the shared store in which this attempt's processes find no key of an earlier one: torchrun may
+        keep its store when it restarts them.
+
+        Raises:
+            InputError: it did so on several machines, each of which counts its restarts separately.
+        """
+        import torch.distributed as dist
+
+        if os.environ.get("GROUP_WORLD_SIZE") == "1":
+            return dist.PrefixStore(f"mateconv/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", shared)
+        if self._store_of_launcher and shared.add(f"mateconv/starts/{self.rank}", 1) > 1:
+            raise InputError(
+                "torchrun restarted the ranks with the store of the last attempt; on several nodes it makes a new one"
+                " if TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 is set on each: set it, and start again"
+            )
+        return dist.PrefixStore("mateconv/0", shared)
 
     def _wait_for_all(self, store, patience: datetime.timedelta) -> list[str]:
         """Wait until every process has reported, and name those that do not; returns each rank's host.

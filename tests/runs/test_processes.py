@@ -148,6 +148,18 @@ def test_a_machine_whose_name_leads_back_to_itself_is_one_line_on_every_rank():
         assert "localhost: its own name stands for 127.0.0.1, which other nodes cannot reach" in errors
 
 
+def test_a_store_that_torchrun_kept_on_several_nodes_is_one_line():
+    import torch.distributed as dist
+
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    kept = {"TORCHELASTIC_USE_AGENT_STORE": "True", "GROUP_WORLD_SIZE": "2", "MASTER_PORT": str(store.port)}
+    environments = [machine | kept for machine in MACHINES]
+    assert [code for code, _, _ in ranks("", environments)] == [0, 0]
+    for code, _, errors in ranks("", environments):
+        assert code == 2 and len(errors.splitlines()) == 1
+        assert "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 is set on each" in errors
+
+
 def test_processes_that_cannot_connect_say_so_on_every_rank():
     nowhere = {"GLOO_SOCKET_IFNAME": "none0"}
     (code, _, errors), (other_code, _, other_errors) = ranks("", [MACHINES[0], MACHINES[1] | nowhere])
