@@ -249,7 +249,9 @@ class Trainer:
                     self._save_final()
                     return "finished" if done else "early_stopping"
 
-                if (result := self._advance(last=stop_asked)) is None:
+                with self.processes.step():
+                    result = self._advance(last=stop_asked)
+                if result is None:
                     stop_asked = True
                     continue
                 bar.update(progress.step - bar.n)

@@ -166,7 +166,7 @@ def plan_run(
     Raises:
         InputError: not even one sample fits the memory, or the resulting learning rate or warm-up is impossible.
     """
-    t, checkpoint = settings.training, None if found is None else found.content
+    t, checkpoint = settings.training.shared_among(ranks.world_size), None if found is None else found.content
     done = {"step": 0, "samples": 0} if checkpoint is None else checkpoint["progress"]
     trained = sum(parameter.numel() for parameter in trained_parameters(model).values())
     parameters = model.parameter_count() - (trained if t.lora_rank else 0)
@@ -177,7 +177,7 @@ def plan_run(
     shard, shards = choices.shard(model)
     batch_size = choices.batch_size(model, data, epochs, hardware.autocast, shards)
     choices.attention(data, batch_size, hardware.dtype)
-    order = data.order(t.seed, batch_size * ranks.world_size * t.accumulation_steps)
+    order = data.order(t.seed, dataclasses.replace(t, batch_size=batch_size).rows_per_step(ranks.world_size))
     tokens_per_step = order.rows_per_step * data.config.max_seq_len
     choices.learning_rate(parameters, tokens_per_step, data)
     pace = {"rows_per_step": order.rows_per_step, "epochs": epochs, "max_steps": t.max_steps}

@@ -37,8 +37,7 @@ class RunForecast:
 
     @property
     def tokens_per_step(self) -> int:
-        t = self.training
-        return t.batch_size * t.accumulation_steps * self.cluster.gpus * self.config.max_seq_len
+        return self.training.rows_per_step(self.cluster.gpus) * self.config.max_seq_len
 
     @property
     def fitting(self) -> list[Forecast]:
@@ -108,11 +107,10 @@ def _without_auto(
             tokens, _ = automatic_tokens_per_step(samples * length, epochs, training.max_steps)
         fits = max(forecast(way, cluster, cost, 1, 1, length).most_rows for way in ways_on(cluster))
         rows = automatic_batch_size(tokens, length * shares, max(1, samples // shares), fits)
-    return dataclasses.replace(training, epochs=epochs, batch_size=rows)
+    return dataclasses.replace(training, epochs=epochs, batch_size=rows).shared_among(cluster.gpus)
 
 
 def _steps(training: TrainingSettings, cluster: Cluster, data: TrainingData | None) -> int | None:
     if training.max_steps is not None or data is None:
         return training.max_steps
-    rows_per_step = training.batch_size * training.accumulation_steps * cluster.gpus
-    return data.order(training.seed, rows_per_step).steps_left(0, training.epochs)
+    return data.order(training.seed, training.rows_per_step(cluster.gpus)).steps_left(0, training.epochs)

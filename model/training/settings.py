@@ -104,6 +104,13 @@ class TrainingSettings:
         32, "samples that a process reads at once; auto: to suit this run and the memory", at_least=1, at_most=2**20
     )
     accumulation_steps: int = setting(1, "batches per process that make up one step", at_least=1, at_most=2**20)
+    global_batch_size: int | None = setting(
+        None,
+        "samples of a step of all processes, however many they are: accumulation_steps follows from it; null: as many"
+        " as batch_size, accumulation_steps and processes give",
+        at_least=1,
+        at_most=2**30,
+    )
     learning_rate: float | Auto = setting(
         3e-4, "highest learning rate, reached after the warm-up; auto: to suit model and batch", above=0, at_most=100
     )
@@ -203,6 +210,18 @@ class TrainingSettings:
     def resumes(self) -> bool:
         """Whether a checkpoint is to be resumed from."""
         return self.resume or self.resume_from is not None
+
+    def rows_per_step(self, processes: int) -> int:
+        """Samples of a step of so many processes."""
+        return self.global_batch_size or self.batch_size * self.accumulation_steps * processes
+
+    def shared_among(self, processes: int) -> "TrainingSettings":
+        """With the accumulation_steps, and at most the batch_size, that global_batch_size calls for."""
+        if self.global_batch_size is None:
+            return self
+        rows = min(self.batch_size, -(-self.global_batch_size // processes))
+        batches = -(-self.global_batch_size // (rows * processes))
+        return dataclasses.replace(self, batch_size=rows, accumulation_steps=batches)
 
 
 @dataclass
@@ -364,6 +383,13 @@ def _impossible_combinations(settings: Settings) -> list[str]:
             problems.append(f"train_data_weights: {weights} found, but train_data_path has {paths}; give one for each")
     if training.copy_to is not None and os.path.realpath(training.copy_to) == os.path.realpath(training.out_dir):
         problems.append(f"copy_to: {training.copy_to} is out_dir; give another folder, best on another disk")
+    if training.global_batch_size is not None:
+        if training.batch_size == AUTO:
+            problems.append(
+                "batch_size: auto chooses the samples of a step too; give a number, or omit global_batch_size"
+            )
+        if training.accumulation_steps != 1:
+            problems.append("accumulation_steps: it follows from global_batch_size; omit one of them")
     if (parameters := _least_parameters(settings.model)) > MOST_PARAMETERS:
         problems.append(f"dim, n_layers: {parameters:,} parameters or more, at most {MOST_PARAMETERS:,} expected")
     if not training.resumes:  # else the checkpoint has the weights, and its adapters are compared with these
