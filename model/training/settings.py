@@ -369,8 +369,10 @@ def _impossible_combinations(settings: Settings) -> list[str]:
 
 
 def _least_parameters(model: ModelSettings) -> int:
-    """Weights of the matrices that any such model has: queries, outputs and the feed-forward of each layer."""
+    """Weights of the matrices that any such model has: queries, outputs and the feed-forwards of each layer."""
     hidden_dim = model.hidden_dim or 8 * model.dim // 3
+    if model.n_experts:
+        hidden_dim = model.n_experts * (model.expert_hidden_dim or hidden_dim) + (model.shared_hidden_dim or 0)
     heads = model.n_heads * model.head_dim if model.head_dim else model.dim
     of_a_layer = 2 * model.dim * heads + 3 * model.dim * hidden_dim
     return model.n_layers * of_a_layer + model.dim * (model.vocab_size or 0)
