@@ -33,7 +33,7 @@ from model.runs.run_files import RunFiles
 from model.runs.signals import StopVote
 from model.runs.status import outcome_of
 from model.runs.time_limit import TimeLimit
-from model.training.balance import Routing, set_router_losses
+from model.training.balance import Routing
 from model.training.clock import Clock
 from model.training.config_file import load_settings  # noqa: F401 (for callers of Trainer)
 from model.training.data import TrainingData
@@ -120,7 +120,6 @@ class Trainer:
         utils.seed_everything(asked.seed)
         self.model = beginning.build_model(self.config, asked).to(self.device)
         self.model.checkpointing = asked.activation_checkpointing
-        set_router_losses(self.model, asked)
 
         with self.kernels():  # what is measured here is measured with training's kernels
             peak = utils.measure_matmul_flops(self.device, self.dtype, self.model.layer_shapes())
@@ -130,6 +129,7 @@ class Trainer:
         self.training = t = self.plan.training
         self.model.training_attention = t.attention
         self.model.compute_experts(t.expert_products)
+        self.model.balance_loss, self.model.router_z_loss = t.balance_loss, t.router_z_loss
         self.objective = choose_objective(self.data, self.plan, references)
         self.routing = Routing(self.model, t)
         self.evaluator = Evaluator(self.objective, self.data, self.plan, processes, self._is_stop_asked)

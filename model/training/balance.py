@@ -9,25 +9,6 @@ from torch import Tensor
 from model.model import Transformer
 from model.training.settings import TrainingSettings
 
-BALANCE_LOSS = 0.01  # of null: in the middle of what is usual
-
-
-def balance_loss(expert_bias: bool, training: TrainingSettings) -> float:
-    """What the balance loss counts: as set; where null, BALANCE_LOSS, or 0 where a bias balances or routers are frozen.
-
-    Args:
-        expert_bias: the shape's.
-    """
-    if training.balance_loss is not None:
-        return training.balance_loss
-    return 0.0 if expert_bias or training.lora_rank else BALANCE_LOSS
-
-
-def set_router_losses(model: Transformer, training: TrainingSettings) -> None:
-    """Have a model train its routers as the settings say; a dense one has none."""
-    model.balance_loss = balance_loss(model.config.expert_bias, training)
-    model.router_z_loss = training.router_z_loss
-
 
 class Routing:
     """What the routers counted in a step, and what follows from it; of a dense model nothing.

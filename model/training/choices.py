@@ -21,6 +21,7 @@ from model.training.recipe import (
     ADAPTERS_TIMES,
     PREFERENCE_SHARE,
     TUNING_SHARE,
+    automatic_balance_loss,
     automatic_batch_size,
     automatic_epochs,
     automatic_learning_rate,
@@ -246,6 +247,22 @@ class Choices:
             self._settle("expert_products", lambda: ("grouped", f"on {self._device.type} a loop waits for the device"))
         else:
             self._settle("expert_products", lambda: fastest_products(config, rows, dtype))
+
+    def balance_loss(self, data: TrainingData) -> None:
+        """What is usual, unless something else balances the experts, or nothing can.
+
+        Raises:
+            InputError: a loss of the routers is asked for, and pairs of answers are trained on.
+        """
+        t = self._training
+        if not data.config.n_experts:
+            self.made["balance_loss"] = 0.0
+            return
+        for name in ("balance_loss", "router_z_loss"):
+            if data.is_pairs and (given := getattr(t, name)) not in (AUTO, 0):
+                raise InputError(f"{name}: {given:g} found, but the loss of pairs is no sum over tokens; omit it")
+        about = data.config.expert_bias, t.lora_rank > 0, data.is_pairs
+        self._settle("balance_loss", lambda: automatic_balance_loss(*about))
 
     def learning_rate(self, parameters: int, tokens_per_step: int, data: TrainingData) -> float:
         """What suits the size of the model and of a step.

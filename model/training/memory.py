@@ -17,7 +17,6 @@ from model.LMConfig import LMConfig
 from model.lora import add_adapters
 from model.model import Transformer
 from model.storage.files import size_text
-from model.training.balance import set_router_losses
 from model.training.optimizer import optimizer_bytes, trained_parameters
 from model.training.settings import AUTO, TrainingSettings
 
@@ -67,7 +66,6 @@ def step_memory(
             if training.lora_rank:
                 add_adapters(model, training.lora_rank, training.lora_alpha)
             model.checkpointing = training.activation_checkpointing
-            set_router_losses(model, training)
             parameters = sum(parameter.nbytes for parameter in model.parameters())
             state = optimizer_bytes(model, training.optimizer_type)
             activations = saved_bytes(model, rows, autocast, training.document_mask)

@@ -173,6 +173,7 @@ def plan_run(
     shards = choices.shard(model)
     batch_size = choices.batch_size(model, data, epochs, hardware.autocast, shards)
     choices.attention(data, batch_size, hardware.dtype)
+    choices.balance_loss(data)
     choices.expert_products(data.config, batch_size, hardware.dtype)
     order = data.order(t.seed, batch_size * ranks.world_size * t.accumulation_steps)
     tokens_per_step = order.rows_per_step * data.config.max_seq_len

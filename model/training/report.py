@@ -10,7 +10,6 @@ from model.dataset import PretrainDataset
 from model.errors import counted
 from model.LMConfig import LMConfig
 from model.storage.files import free_bytes, size_text
-from model.training.balance import balance_loss
 from model.training.clock import EVALUATION_SHARE
 from model.training.memory import free_memory, step_memory
 from model.training.plan import RunPlan
@@ -64,8 +63,8 @@ def _experts_text(plan: RunPlan) -> str:
     c, t = plan.config, plan.training
     shared = f" beside {counted(c.n_shared_experts, 'shared expert')}" if c.n_shared_experts else ""
     by = []
-    if (weight := balance_loss(c.expert_bias, t)) > 0:
-        by.append(f"a loss that counts {weight:g}")
+    if t.balance_loss > 0:
+        by.append(f"a loss that counts {t.balance_loss:g}")
     if c.expert_bias and t.expert_bias_rate and not t.lora_rank:
         by.append(f"a bias that each step moves by {t.expert_bias_rate:g}")
     balanced = f"balanced by {' and '.join(by)}" if by else "balanced by nothing"

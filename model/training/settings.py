@@ -157,10 +157,10 @@ class TrainingSettings:
         " grouped kernel; auto: the faster here",
         choices=(AUTO, "loop", "grouped"),
     )
-    balance_loss: float | None = setting(
-        None,
-        "weight of the loss that spreads each sequence's tokens over the experts; null: 0.01, or 0 with expert_bias or"
-        " LoRA",
+    balance_loss: float | Auto = setting(
+        AUTO,
+        "weight of the loss that spreads a sequence's tokens over the experts; auto: 0.01, or 0 where a bias does so,"
+        " routers are frozen or pairs are trained on",
         at_least=0,
         at_most=100,
     )

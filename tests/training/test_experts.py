@@ -14,7 +14,7 @@ from model.model import Transformer
 from model.storage.archive import load_torch
 from model.text.tokenization import tokenizer_sha256
 from model.training import trial
-from model.training.balance import Routing, balance_loss
+from model.training.balance import Routing
 from model.training.experts_trial import fastest_products
 from model.training.forecast import model_cost
 from model.training.memory import saved_bytes, step_memory
@@ -22,6 +22,7 @@ from model.training.moving_average import MovingAverage
 from model.training.muon import orthogonalization_flops
 from model.training.optimizer import build_optimizer, optimizer_bytes, set_rates
 from model.training.plan import Hardware
+from model.training.recipe import automatic_balance_loss
 from model.training.report import describe
 from model.training.settings import build_settings
 from model.training.sharding import update_cost
@@ -71,18 +72,18 @@ def test_a_bias_rises_where_tokens_are_few_and_moves_in_no_step_that_is_not_take
     assert not second.any()
 
 
-@pytest.mark.parametrize(
-    ("values", "expected"),
-    [
-        ({}, 0.01),
-        ({"expert_bias": "true"}, 0.0),
-        ({"expert_bias": "true", "balance_loss": 0.0001}, 0.0001),
-        ({"balance_loss": 0}, 0.0),
-        ({"lora_rank": 4, "init_from": "x.pth"}, 0.0),
-    ],
-)
-def test_what_the_balance_loss_counts(values, expected):
-    assert balance_loss("expert_bias" in values, training_of(**values)) == expected
+def test_the_balance_loss_of_auto(flags, capfd):
+    def settled(**changes) -> tuple[float, str]:
+        trainer = trainer_of(flags(**MIXTURE, max_steps=1, **changes))
+        assert trainer.model.balance_loss == trainer.training.balance_loss
+        told = [line for line in capfd.readouterr().err.splitlines() if line.startswith("balance_loss")]
+        return trainer.training.balance_loss, "".join(told)
+
+    assert settled() == (0.01, "balance_loss 0.01 (auto): spreads each sequence's tokens over the experts")
+    assert settled(expert_bias="true") == (0.0, "balance_loss 0 (auto): the bias balances the experts")
+    assert settled(expert_bias="true", balance_loss=0.0001) == (0.0001, "")
+    assert automatic_balance_loss(False, True, False)[0] == automatic_balance_loss(False, False, True)[0] == 0
+    assert trainer_of(flags(max_steps=1)).training.balance_loss == 0 and "balance" not in capfd.readouterr().err
 
 
 def test_loads_are_measured():
@@ -170,7 +171,6 @@ def test_the_memory_of_a_step_is_known_to_the_byte_before_it_is_allocated(dtype,
     training = training_of(optimizer_type="muon", use_ema=True)
     expected = step_memory(config, training, 3, CPU, autocast)
     model = random_model(config).train()
-    model.balance_loss = balance_loss(False, training)
     parameters = sum(parameter.nbytes for parameter in model.parameters())
     assert (expected.weights, expected.average, expected.gradients) == (parameters, parameters, parameters)
     assert expected.optimizer == optimizer_bytes(model, "muon")
@@ -335,6 +335,9 @@ def test_chats_pairs_and_adapters(flags, tmp_path, tokenizer_folder, base, kind)
         return {name: value for name, value in flags(**given | changes).items() if name not in SHAPE}
 
     assert_a_killed_run_resumes(without_shape, tmp_path, "dpo_32" if kind == "pairs" else "sft_32")
+    if kind == "pairs":
+        with pytest.raises(InputError, match="balance_loss: 0.1 found, but the loss of pairs is no sum over tokens"):
+            trainer_of(without_shape(balance_loss=0.1, out_dir=tmp_path / "refused"))
     before, after = load_weights(base).state_dict, load_weights(next((tmp_path / "whole").glob("*_32.pth"))).state_dict
     changed = {
         name.split(".", 2)[2]
