@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from model.lora import merged
-from model.model import Transformer, rope_table
+from model.model import Transformer
 from model.storage.slices import flat_range
 from model.training.choices import Ranks
 from model.training.divided_matrices import DividedMatrices, rows_of
@@ -80,13 +80,14 @@ class FullySharded(Holdings):
         update([*self.parts])
 
     def divide_matrices(self, optimizer: torch.optim.Optimizer) -> None:
-        """Have Muon orthogonalize whole matrices, each on one rank of those that hold its rows."""
+        """Have Muon orthogonalize whole matrices, each on one rank of those that hold its rows. Of a stack of matrices
+        a rank holds whole ones."""
         if isinstance(optimizer, Muon):
             parameters = trained_parameters(self.model)
             shapes = {
                 part: tuple(self.shapes[piece.name])
                 for piece, part in self.parts.items()
-                if piece.name in parameters and is_hidden_matrix(piece.name, parameters[piece.name])
+                if part.dim() == 2 and piece.name in parameters and is_hidden_matrix(piece.name, part)
             }
             optimizer.divided = DividedMatrices(shapes, self._shard_group)
 
@@ -137,7 +138,6 @@ class FullySharded(Holdings):
             return None
         model = copy.deepcopy(self._whole_model)
         model.load_state_dict(weights, assign=True)
-        model.rope_cos, model.rope_sin = rope_table(model.config)
         return merged(model.requires_grad_(False))
 
 
@@ -182,8 +182,8 @@ def _rows(name: str, shape: torch.Size, rank: int, ranks: int) -> Piece:
 
 
 def _without_memory(model: Transformer) -> Transformer:
-    """The same modules, whose tensors have no contents and take no memory."""
-    empty: dict[int, Tensor] = {id(buffer): buffer.to("meta") for buffer in model.buffers()}
+    """The same modules, whose parameters have no contents and take no memory."""
+    empty: dict[int, Tensor] = {}
     for parameter in model.parameters():
         empty[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
     return copy.deepcopy(model, empty)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode  # a private name, but documented ("Fake tensor")
 
 from model.errors import InputError
+from model.experts import ExpertsFeedForward
 from model.LMConfig import LMConfig
 from model.lora import add_adapters
 from model.model import Transformer
@@ -85,8 +86,14 @@ def step_memory(
 
 
 def passing_parts(model: Transformer) -> list[nn.Module]:
-    """The parts of a model whose weights are gathered only while they are used, where ranks share them."""
-    return [part for layer in model.layers for part in (layer.attention, layer.feed_forward)]
+    """The parts of a model whose weights are gathered only while they are used, where ranks share them. Routers of
+    experts are not among them, since they compute in float32."""
+    parts: list[nn.Module] = []
+    for layer in model.layers:
+        feed_forward = layer.feed_forward
+        has_experts = isinstance(feed_forward, ExpertsFeedForward)
+        parts += [layer.attention, *([feed_forward.experts, feed_forward.shared] if has_experts else [feed_forward])]
+    return [part for part in parts if part is not None]
 
 
 def kept_gathered(model: Transformer, autocast: AbstractContextManager, device: torch.device) -> int:
@@ -96,9 +103,9 @@ def kept_gathered(model: Transformer, autocast: AbstractContextManager, device: 
         dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.float32
     passing = passing_parts(model)
     kept = sum(p.nbytes for p in model.parameters()) - sum(p.nbytes for part in passing for p in part.parameters())
-    for linear in (module for part in passing for module in part.modules() if isinstance(module, nn.Linear)):
-        for name, parameter in [*linear.named_parameters(recurse=False)]:
-            setattr(linear, name, nn.Parameter(parameter.to(dtype), parameter.requires_grad))
+    for module in (module for part in passing for module in part.modules() if not isinstance(module, nn.RMSNorm)):
+        for name, parameter in [*module.named_parameters(recurse=False)]:
+            setattr(module, name, nn.Parameter(parameter.to(dtype), parameter.requires_grad))
     return kept
 
 

@@ -1,5 +1,6 @@
 """Muon for the matrices of the layers, AdamW for all else, as one optimizer."""
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
@@ -42,15 +43,15 @@ def orthogonalized(matrices: Tensor, dtype: torch.dtype) -> Tensor:
     return (x if wide else x.mT).to(matrices.dtype)
 
 
-def orthogonalization_flops(rows: int, columns: int) -> int:
-    """Floating-point operations of `orthogonalized` for one matrix."""
-    return len(POLYNOMIALS) * polynomial_flops(rows, columns)
+def orthogonalization_flops(*shape: int) -> int:
+    """Floating-point operations of `orthogonalized` for a matrix [rows, columns] or a stack [N, rows, columns]."""
+    return len(POLYNOMIALS) * polynomial_flops(*shape)
 
 
-def polynomial_flops(rows: int, columns: int) -> int:
+def polynomial_flops(*shape: int) -> int:
     """The same of one of its polynomials; a product of [m, n] and [n, m] takes 2 m² n."""
-    small, large = sorted((rows, columns))
-    return 4 * small**2 * large + 2 * small**3
+    *count, (small, large) = *shape[:-2], sorted(shape[-2:])
+    return math.prod(count) * (4 * small**2 * large + 2 * small**3)
 
 
 def by_shape(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
@@ -72,7 +73,8 @@ class Muon(torch.optim.Optimizer):
     device, is 1; so a device can leave out a step by itself.
 
     Args:
-        groups: parameter groups with names; those with "muon": True hold matrices; the others are AdamW's.
+        groups: parameter groups with names; those with "muon": True hold matrices and stacks of matrices; the others
+            are AdamW's.
         lr: learning rate; a group's "lr_scale" multiplies it.
         momentum: of Muon, Nesterov's.
         betas, eps: of AdamW.
@@ -114,17 +116,18 @@ class Muon(torch.optim.Optimizer):
             torch._foreach_add_(some, updates.unbind(0), alpha=-lr * 0.2 * longer**0.5)
 
     def _turned(self, parameters: list[Tensor], momentum: float) -> Iterator[tuple[list[Tensor], Tensor, int]]:
-        """Parameters of one shape, the directions of their steps [N, rows, columns], and a matrix's longer side."""
-        updates = ((some, self._updates(some, momentum)) for some in by_shape(parameters))
-        if self.divided is not None:
-            rows = {p: row for some, whole in updates for p, row in zip(some, whole, strict=True)}
+        """Parameters of one shape, the directions of their steps [N, …, rows, columns], and a matrix's longer side."""
+        updates = [(some, self._updates(some, momentum)) for some in by_shape(parameters)]
+        if self.divided is not None:  # but of a stack, which a rank holds whole matrices of
+            rows = {p: row for some, whole in updates for p, row in zip(some, whole, strict=True) if p.dim() == 2}
             yield from self.divided.turned(rows, self.dtype)
-            return
+            updates = [(some, whole) for some, whole in updates if some[0].dim() > 2]
         for some, matrices in updates:
-            yield some, orthogonalized(matrices, self.dtype), max(some[0].shape)
+            turned = orthogonalized(matrices.flatten(0, -3), self.dtype).view_as(matrices)
+            yield some, turned, max(some[0].shape[-2:])
 
     def _updates(self, parameters: list[Tensor], momentum: float) -> Tensor:
-        """Count the gradients of matrices of one shape into their momentum; what is to be orthogonalized [N, rows,
+        """Count the gradients of parameters of one shape into their momentum; what is to be orthogonalized [N, …, rows,
         columns]."""
         gradients, buffers = torch.stack([p.grad for p in parameters]), self._momentum(parameters)
         if self.found_inf is not None:  # the momentum of itself and itself is itself
@@ -133,7 +136,7 @@ class Muon(torch.optim.Optimizer):
         return gradients.lerp_(buffers, momentum)
 
     def _momentum(self, parameters: Sequence[Tensor]) -> Tensor:
-        """The momentum of matrices of one shape [N, rows, columns], whose parts their states are from now on."""
+        """The momentum of parameters of one shape [N, …, rows, columns], whose parts their states are from now on."""
         states = [self.state[p] for p in parameters]
         views = [state.get("momentum_buffer") for state in states]
         whole = None if views[0] is None else views[0]._base

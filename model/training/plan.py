@@ -62,6 +62,7 @@ class RunPlan:
     shards: int  # processes that share one copy of what they share (training.shard); 1: each has all of it
     writers: int  # processes that write a checkpoint, each its part; 1: one file
     parameters: int  # of the model, adapters not counted
+    active_parameters: int  # those of them that compute a token: of experts, the chosen ones'
     trained_parameters: int  # fewer, or those of the adapters
     flops_per_token: int  # of training
     train_samples: int  # of an epoch
@@ -169,7 +170,8 @@ def plan_run(
     t, checkpoint = settings.training.shared_among(ranks.world_size), None if found is None else found.content
     done = {"step": 0, "samples": 0} if checkpoint is None else checkpoint["progress"]
     trained = sum(parameter.numel() for parameter in trained_parameters(model).values())
-    parameters = model.parameter_count() - (trained if t.lora_rank else 0)
+    adapters = trained if t.lora_rank else 0
+    parameters, active = model.parameter_count() - adapters, model.active_parameter_count() - adapters
 
     # Each choice takes what it depends on: passes, a step's rows, then its tokens, the number of steps, and their time.
     choices = Choices(t, found, ranks, hardware.device, say)
@@ -177,9 +179,11 @@ def plan_run(
     shard, shards = choices.shard(model)
     batch_size = choices.batch_size(model, data, epochs, hardware.autocast, shards)
     choices.attention(data, batch_size, hardware.dtype)
+    choices.balance_loss(data)
+    choices.expert_products(data.config, batch_size, hardware.dtype)
     order = data.order(t.seed, dataclasses.replace(t, batch_size=batch_size).rows_per_step(ranks.world_size))
     tokens_per_step = order.rows_per_step * data.config.max_seq_len
-    choices.learning_rate(parameters, tokens_per_step, data)
+    choices.learning_rate(active, tokens_per_step, data)
     pace = {"rows_per_step": order.rows_per_step, "epochs": epochs, "max_steps": t.max_steps}
     total_steps = _total_steps(pace, order, done, checkpoint)
     choices.warmup_steps(total_steps)
@@ -203,6 +207,7 @@ def plan_run(
         shards=shards,
         writers=writers,
         parameters=parameters,
+        active_parameters=active,
         trained_parameters=trained,
         flops_per_token=flops_per_token,
         train_samples=order.per_epoch,

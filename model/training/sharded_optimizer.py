@@ -167,7 +167,8 @@ def optimizer_and_average(
         divided: who holds what of the model, where processes share that too.
     """
     t = plan.training
-    optimizer = build_optimizer(model, t.optimizer_type, t.learning_rate, t.weight_decay, plan.hardware.dtype)
+    dtype = plan.hardware.dtype
+    optimizer = build_optimizer(model, t.optimizer_type, t.learning_rate, t.weight_decay, dtype, t.router_rate)
     if plan.shards == 1:
         return optimizer, MovingAverage(model, t.ema_decay) if t.use_ema else None
     holdings = divided or Shares(model, OPTIMIZERS[t.optimizer_type].is_elementwise, processes)

@@ -130,7 +130,15 @@ CASES = {
     "query norm, biases": {"optimizer_type": "muon", "qk_norm": "true", "qkv_bias": "true", "head_dim": 64},
     "two matrices of the vocabulary, recomputed": {"tie_embeddings": "false", "activation_checkpointing": "full"},
     "documents, recomputed in part": {"activation_checkpointing": "selective", "document_mask": "true"},
-    "written out, not average": {"flash_attn": "false", "optimizer_type": "muon"},
+    "experts": {
+        "n_experts": 4,
+        "n_shared_experts": 1,
+        "expert_bias": "true",
+        "optimizer_type": "muon",
+        "use_ema": "true",
+    },
+    "experts, one more on a rank": {"n_experts": 3, "optimizer_type": "muon", "accumulation_steps": 2},
+    "attention written out": {"flash_attn": "false", "optimizer_type": "muon"},
 }
 
 
