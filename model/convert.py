@@ -147,7 +147,8 @@ def main() -> None:
     shape = parser.add_argument_group("shape", "For weights without a description, where their tensors do not show it.")
     for name in OVERRIDABLE:
         field = options_of(LMConfig)[name]
-        shape.add_argument(f"--{name}", type=accepted_types(field)[0], help=field.metadata["help"])
+        kind = accepted_types(field)[0]
+        shape.add_argument(f"--{name}", type=str if kind is bool else kind, help=field.metadata["help"])
     arguments = parser.parse_args(sys.argv[1:])
     overrides = {name: value for name in OVERRIDABLE if (value := getattr(arguments, name)) is not None}
     convert(arguments.source, arguments.target, arguments.to, arguments.dtype, arguments.tokenizer_path, overrides)
