@@ -15,6 +15,7 @@ and n shared experts as one SwiGLU of n times the width, or one by one.
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor
 
 from model.errors import InputError, first_line
+from model.LMConfig import LMConfig
 from model.options import is_whole
 
 PROJECTIONS = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}  # ours to transformers'
@@ -136,6 +138,23 @@ def shared_experts(width: object, expert_width: object) -> dict:
         return {}
     whole = is_whole(width) and is_whole(expert_width) and expert_width > 0 and width % expert_width == 0
     return {"n_shared_experts": width // expert_width if whole else 1, "shared_hidden_dim": width}
+
+
+def without_zeros(state_dict: Mapping[str, Tensor], config: LMConfig) -> tuple[dict[str, Tensor], LMConfig]:
+    """Weights without shared experts or the routers' biases if these are 0: some architectures always have them."""
+
+    def is_zero(ending: str) -> bool:
+        return not any(bool(tensor.any()) for name, tensor in state_dict.items() if name.endswith(ending))
+
+    dropped = []
+    if config.n_shared_experts and is_zero(".shared.w2.weight"):
+        dropped.append(".shared.")
+        config = replace(config, n_shared_experts=0, shared_hidden_dim=None)
+    if config.expert_bias and is_zero(".router.bias"):
+        dropped.append(".router.bias")
+        config = replace(config, expert_bias=False)
+    kept = {name: tensor for name, tensor in state_dict.items() if not any(part in name for part in dropped)}
+    return kept, config
 
 
 # --------------------------------------------------------------------------------------------------------- writing

@@ -14,7 +14,6 @@ minimind, in all its versions, is read only.
 """
 
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,7 +22,7 @@ from torch import Tensor
 
 from model.errors import InputError, shown
 from model.LMConfig import LMConfig
-from model.weights.expert_layouts import Layout, shared_experts
+from model.weights.expert_layouts import Layout, shared_experts, without_zeros
 from model.weights.shapes import fitting_architecture
 
 FIRST = "model.layers.0.mlp."
@@ -214,23 +213,6 @@ def read_experts(state_dict: dict[str, Tensor], config: LMConfig, kind: str) -> 
     if kind == "qwen2_moe":
         state_dict |= {name: 0.5 * tensor for name, tensor in state_dict.items() if name.endswith(".shared.w2.weight")}
     return without_zeros(state_dict, config)
-
-
-def without_zeros(state_dict: Mapping[str, Tensor], config: LMConfig) -> tuple[dict[str, Tensor], LMConfig]:
-    """Weights without shared experts or the routers' biases if these are 0: some architectures always have them."""
-
-    def is_zero(ending: str) -> bool:
-        return not any(bool(tensor.any()) for name, tensor in state_dict.items() if name.endswith(ending))
-
-    dropped = []
-    if config.n_shared_experts and is_zero(".shared.w2.weight"):
-        dropped.append(".shared.")
-        config = replace(config, n_shared_experts=0, shared_hidden_dim=None)
-    if config.expert_bias and is_zero(".router.bias"):
-        dropped.append(".router.bias")
-        config = replace(config, expert_bias=False)
-    kept = {name: tensor for name, tensor in state_dict.items() if not any(part in name for part in dropped)}
-    return kept, config
 
 
 # --------------------------------------------------------------------------------------------------------- writing

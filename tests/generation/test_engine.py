@@ -345,8 +345,11 @@ def test_the_step_comes_in_the_background_and_not_for_a_seed(tiny_model, tokeniz
 @needs_compiler
 @pytest.mark.parametrize(
     ("variant", "int8"),
-    [({}, False), ({"qk_norm": True, "tie_embeddings": False}, True), (EXPERTS, True), (SHARED_EXPERTS, False)],
-)
+    [
+        ({}, False), ({"qk_norm": True, "tie_embeddings": False}, True), (SHARED_EXPERTS, False),
+        (EXPERTS | {"tie_embeddings": False}, True),
+    ],
+)  # fmt: skip
 def test_the_compiled_step_writes_what_the_eager_one_writes(tiny_config, steps, variant, int8):
     config = LMConfig(**{**vars(tiny_config), **variant})
     model, said = model_of(config), []
