@@ -33,6 +33,7 @@ from model.runs.run_files import RunFiles
 from model.runs.signals import StopVote
 from model.runs.status import outcome_of
 from model.runs.time_limit import TimeLimit
+from model.training.balance import Routing
 from model.training.clock import Clock
 from model.training.config_file import load_settings  # noqa: F401 (for callers of Trainer)
 from model.training.data import TrainingData
@@ -127,7 +128,10 @@ class Trainer:
             references = beginning.references(self.data, self.plan, processes, say)
         self.training = t = self.plan.training
         self.model.training_attention = t.attention
+        self.model.compute_experts(t.expert_products)
+        self.model.balance_loss, self.model.router_z_loss = t.balance_loss, t.router_z_loss
         self.objective = choose_objective(self.data, self.plan, references)
+        self.routing = Routing(self.model, t)
         self.evaluator = Evaluator(self.objective, self.data, self.plan, processes, self._is_stop_asked)
 
         self.optimizer, self.ema = optimizer_and_average(self.model, self.plan, processes)
@@ -307,6 +311,7 @@ class Trainer:
         random_state = utils.random_state() if may_be_undone else None  # dropout's
         loss_scale = [tensor.clone() for tensor in self._loss_scale()]
         sums = torch.zeros(1 + len(self.objective.names), device=self.device)  # the loss first
+        self.routing.begin_step()
         for micro in range(t.accumulation_steps):
             if self.stop_vote.drops_step(micro, self.stop_signal.count > 0):
                 self.optimizer.zero_grad(set_to_none=True)
@@ -330,7 +335,7 @@ class Trainer:
         self.scaler.update()
 
         recent = self.progress.recent_losses[: -1 if after is None else None]
-        told = norm, sums, self.stop_signal.count
+        told = norm, torch.cat((sums, self.routing.counted())), self.stop_signal.count
         if self.verdict is None:
             numbers = functools.partial(read_numbers, *told, self.processes)
         else:
@@ -348,31 +353,34 @@ class Trainer:
             numbers=numbers,
         )
         if self.verdict is not None:
-            self._update(step, self.verdict.veto)
+            self._update(step, self.verdict.sums[len(sums) :], self.verdict.veto)
             self.optimizer.zero_grad(set_to_none=True)
         return step
 
-    def _update(self, step: Step, veto: torch.Tensor | None = None) -> None:
+    def _update(self, step: Step, routed: torch.Tensor, veto: torch.Tensor | None = None) -> None:
         """Change the weights.
 
         Args:
+            routed: what the routers of all ranks counted.
             veto: on the device, 1 where they must stay as they are.
         """
         set_rates(self.optimizer, self.training.optimizer_type, step.lr, step.number)
         self.optimizer.found_inf = veto
         self.optimizer.step()
+        self.routing.move_biases(routed, veto)
         if self.ema is not None:
             self.ema.update_parameters(self.model, veto)
 
     def _finished(self, step: Step) -> StepResult:
         """What a step did, once it is known; takes it, if that was not done before."""
         grad_norm, bad_gradients, stop_signals, *totals = step.numbers()
-        loss, *measured = (total / step.terms for total in totals)
-        measured = dict(zip(self.objective.names, measured, strict=True))
+        objective, routed = totals[: 1 + len(self.objective.names)], totals[1 + len(self.objective.names) :]
+        loss, *measured = (total / step.terms for total in objective)
+        measured = dict(zip(self.objective.names, measured, strict=True)) | self.routing.measure(routed)
         fault = fault_of_step(loss, bad_gradients == 0, step.recent_losses, self.training.spike_threshold)
         if self.verdict is None:
             if fault is None:
-                self._update(step)
+                self._update(step, torch.tensor(routed, device=self.device))
             self.optimizer.zero_grad(set_to_none=True)
         elif fault is not None:
             self._take_back(step)
@@ -465,6 +473,8 @@ class Trainer:
         """
         for line in evaluation_lines(self.progress, measured, self.data.is_chat):
             say(line)
+        if (line := self.routing.line()) is not None:
+            say(f"    {line}")
         if self.judge is not None and self.data.is_chat:
             judged, line = self.judge(model.eval(), self.data)
             say(f"    {line}")

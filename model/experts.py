@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from model.feed_forward import FeedForward
 from model.LMConfig import LMConfig
 
+BIAS = "feed_forward.router.bias"  # of a layer, in a state dict: a buffer, which no optimizer knows
 WAYS = ("loop", "grouped")  # one product for each expert; or PyTorch's kernel for all of them. They give the same bits
 GROUPED_MULTIPLE = 8  # numbers: the widths that PyTorch's kernel takes are multiples of it
 

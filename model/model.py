@@ -223,6 +223,11 @@ class Transformer(nn.Module):
                 residual = name.endswith(("wo.weight", "w2.weight", "experts.w2"))
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * self.config.n_layers) if residual else 0.02)
 
+    def compute_experts(self, way: str) -> None:
+        """Have the experts' products computed one of `experts.WAYS`; a dense model has none."""
+        for layer in self.layers if self.config.n_experts else ():
+            layer.feed_forward.experts.way = way
+
     @property
     def device(self) -> torch.device:
         """Where the weights are."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from model.errors import InputError, first_line, shown
+from model.experts import BIAS
 from model.lora import adapters_of, checked_adapters, is_adapter
 from model.storage.archive import is_finite
 from model.training.data import ORDERS, TrainingData
@@ -214,7 +215,9 @@ def _weights_problem(content: Mapping) -> str | None:
 
 def _optimizer_problem(content: Mapping) -> str | None:
     tied = {"output.weight"} if content["config"]["tie_embeddings"] else set()
-    parameters = {name: weight for name, weight in content["model"].items() if name not in tied}
+    parameters = {
+        name: weight for name, weight in content["model"].items() if name not in tied and not name.endswith(BIAS)
+    }
     if content["adapters"]:
         parameters = {name: weight for name, weight in parameters.items() if is_adapter(name)}
     optimizer_type = content["settings"]["training"].get("optimizer_type")

@@ -9,15 +9,19 @@ from torch import Tensor
 
 from model.attention import has_ways
 from model.errors import InputError, counted
+from model.experts import GROUPED_MULTIPLE, can_group
+from model.LMConfig import LMConfig
 from model.model import Transformer
 from model.options import parse_value
 from model.training.attention_trial import fastest_attention
 from model.training.data import TrainingData
+from model.training.experts_trial import fastest_products
 from model.training.memory import free_memory, rows_that_fit, state_bytes
 from model.training.recipe import (
     ADAPTERS_TIMES,
     PREFERENCE_SHARE,
     TUNING_SHARE,
+    automatic_balance_loss,
     automatic_batch_size,
     automatic_epochs,
     automatic_learning_rate,
@@ -117,7 +121,11 @@ class Choices:
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise InputError(f"{path}: its values for auto are invalid; use an older checkpoint") from error
         if checkpoint["environment"].get("device") != self._device.type:
-            for name in ("compile", "attention"):  # what pays on one kind of device need not on another
+            for name in (
+                "compile",
+                "attention",
+                "expert_products",
+            ):  # what pays on one kind of device need not on another
                 values.pop(name, None)
         return values
 
@@ -214,11 +222,53 @@ class Choices:
         else:
             self._settle("attention", lambda: fastest_attention(config, rows, dtype))
 
+    def expert_products(self, config: LMConfig, rows: int, dtype: torch.dtype) -> None:
+        """The faster way for this machine and these shapes, tried on a CPU; on a GPU PyTorch's kernel, since a loop
+        waits for the numbers of rows.
+
+        Args:
+            rows: samples that a process reads at once.
+            dtype: of the matrix products.
+
+        Raises:
+            InputError: PyTorch's kernel is asked for, and does not take these shapes.
+        """
+        if not config.n_experts:
+            self.made["expert_products"] = "loop"
+        elif not can_group(config):
+            why = (
+                f"PyTorch's grouped kernel takes widths that are multiples of {GROUPED_MULTIPLE}, dim is {config.dim},"
+                f" expert_hidden_dim {config.expert_hidden_dim}"
+            )
+            if self._training.expert_products == "grouped":
+                raise InputError(f"expert_products: grouped found, but {why}; use loop or auto")
+            self._settle("expert_products", lambda: ("loop", why))
+        elif self._device.type != "cpu":
+            self._settle("expert_products", lambda: ("grouped", f"on {self._device.type} a loop waits for the device"))
+        else:
+            self._settle("expert_products", lambda: fastest_products(config, rows, dtype))
+
+    def balance_loss(self, data: TrainingData) -> None:
+        """What is usual, unless something else balances the experts, or nothing can.
+
+        Raises:
+            InputError: a loss of the routers is asked for, and pairs of answers are trained on.
+        """
+        t = self._training
+        if not data.config.n_experts:
+            self.made["balance_loss"] = 0.0
+            return
+        for name in ("balance_loss", "router_z_loss"):
+            if data.is_pairs and (given := getattr(t, name)) not in (AUTO, 0):
+                raise InputError(f"{name}: {given:g} found, but the loss of pairs is no sum over tokens; omit it")
+        about = data.config.expert_bias, t.lora_rank > 0, data.is_pairs
+        self._settle("balance_loss", lambda: automatic_balance_loss(*about))
+
     def learning_rate(self, parameters: int, tokens_per_step: int, data: TrainingData) -> float:
         """What suits the size of the model and of a step.
 
         Args:
-            parameters: of the model, adapters not counted.
+            parameters: of the model that compute a token, adapters not counted.
             data: chats tune weights of `init_from`, at a lower rate; pairs at a still lower one.
 
         Raises:

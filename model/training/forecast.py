@@ -78,6 +78,7 @@ class ModelCost:
     """What of a model decides memory, exchange and time. Bytes are those of one process that trains alone."""
 
     parameters: int
+    active_parameters: int  # that compute a token
     flops_per_token: int
     update_flops: int  # of the optimizer's matrix products in a step
     layers: int
@@ -109,12 +110,14 @@ def model_cost(config: LMConfig, training: TrainingSettings, hardware: Hardware)
         first, second = (Transformer(dataclasses.replace(config, n_layers=layers)) for layers in (1, 2))
     more = config.n_layers - 1
     layer = second.parameter_count() - first.parameter_count()
+    active = first.active_parameter_count(), second.active_parameter_count()
     flops = first.training_flops_per_token(), second.training_flops_per_token()
     matrices = [p.shape for name, p in first.named_parameters() if is_hidden_matrix(name, p)]
     of_muon = matrices if training.optimizer_type == "muon" else []
     one, two = (step_memory(config, training, rows, hardware.device, hardware.autocast) for rows in (1, 2))
     return ModelCost(
         parameters=first.parameter_count() + more * layer,
+        active_parameters=active[0] + more * (active[1] - active[0]),
         flops_per_token=flops[0] + more * (flops[1] - flops[0]),
         update_flops=config.n_layers * sum(orthogonalization_flops(*shape) for shape in of_muon),
         layers=config.n_layers,
@@ -270,7 +273,7 @@ def forecast(way: Way, cluster: Cluster, cost: ModelCost, rows: int, micro_batch
         buffers = whole.gradients  # gradient_as_bucket_view is off
     together = memory.together + buffers
     most_rows = rows + math.floor((CLOSE * device.memory - together) / cost.activations_per_row)
-    reached = reached_share(cost.parameters) * device.flops
+    reached = reached_share(cost.active_parameters) * device.flops
     computing = micro_batches * rows * seq_len * cost.flops_per_token / reached
     made = exchanges(way, cluster, cost, micro_batches)
     return Forecast(
@@ -299,5 +302,9 @@ def made_to_fit(found: Forecast, cluster: Cluster, cost: ModelCost, seq_len: int
 
 
 def reached_share(parameters: int) -> float:
-    """The share of a device's FLOP/s that a model of this size is expected to reach, see REACHED."""
+    """The share of a device's FLOP/s that a model of this size is expected to reach, see REACHED.
+
+    Args:
+        parameters: that compute a token.
+    """
     return float(np.interp(math.log(parameters), [math.log(size) for size in REACHED], list(REACHED.values())))

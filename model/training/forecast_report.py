@@ -34,7 +34,7 @@ def _cluster_rows(run: RunForecast) -> list[tuple[str, str]]:
     network = f", {size_text(d.network)}/s a GPU between nodes" if c.nodes > 1 else ""
     sheet = f"{size_text(d.memory)}, {d.flops / 1e12:,.0f} TFLOP/s, memory {size_text(d.memory_bandwidth)}/s"
     links = f" and {LINK_REACHED:.0%} of the links" if gpus > 1 else ""
-    assumed = f"{reached_share(run.cost.parameters):.0%} of the FLOP/s{links} are reached"
+    assumed = f"{reached_share(run.cost.active_parameters):.0%} of the FLOP/s{links} are reached"
     rows = [
         ("on", f"{gpus:,} x {c.name}{nodes}"),
         ("data sheet", f"{sheet}{link}{network}"),
@@ -55,7 +55,7 @@ def _run_rows(run: RunForecast, data_path: str) -> list[tuple[str, str]]:
     t, cost, tokens = run.training, run.cost, run.tokens_per_step
     batch = batch_text(t.batch_size, t.accumulation_steps, run.cluster.gpus)
     rows = [
-        ("parameters", model_text(run.config, cost.parameters)),
+        ("parameters", model_text(run.config, cost.parameters, cost.active_parameters)),
         ("a step", f"{tokens:,} tokens ({batch} samples of {run.config.max_seq_len})"),
     ]
     if run.steps is None:

@@ -1,5 +1,6 @@
 """Muon for the matrices of the layers, AdamW for all else, as one optimizer."""
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 
@@ -38,15 +39,15 @@ def orthogonalized(matrices: Tensor, dtype: torch.dtype) -> Tensor:
     return (x if wide else x.mT).to(matrices.dtype)
 
 
-def orthogonalization_flops(rows: int, columns: int) -> int:
-    """Floating-point operations of `orthogonalized` for one matrix."""
-    return len(POLYNOMIALS) * polynomial_flops(rows, columns)
+def orthogonalization_flops(*shape: int) -> int:
+    """Floating-point operations of `orthogonalized` for a matrix [rows, columns] or a stack [N, rows, columns]."""
+    return len(POLYNOMIALS) * polynomial_flops(*shape)
 
 
-def polynomial_flops(rows: int, columns: int) -> int:
+def polynomial_flops(*shape: int) -> int:
     """The same of one of its polynomials; a product of [m, n] and [n, m] takes 2 m² n."""
-    small, large = sorted((rows, columns))
-    return 4 * small**2 * large + 2 * small**3
+    *count, (small, large) = *shape[:-2], sorted(shape[-2:])
+    return math.prod(count) * (4 * small**2 * large + 2 * small**3)
 
 
 class Muon(torch.optim.Optimizer):
@@ -60,7 +61,8 @@ class Muon(torch.optim.Optimizer):
     device, is 1; so a device can leave out a step by itself.
 
     Args:
-        groups: parameter groups with names; those with "muon": True hold matrices; the others are AdamW's.
+        groups: parameter groups with names; those with "muon": True hold matrices and stacks of matrices; the others
+            are AdamW's.
         lr: learning rate; a group's "lr_scale" multiplies it.
         momentum: of Muon, Nesterov's.
         betas, eps: of AdamW.
@@ -103,13 +105,14 @@ class Muon(torch.optim.Optimizer):
             if veto is not None:  # the momentum of itself and itself is itself
                 gradients = torch.where(veto > 0, buffers, gradients)
             buffers.lerp_(gradients, 1 - momentum)
-            updates = orthogonalized(gradients.lerp_(buffers, momentum), self.dtype)
+            matrices = gradients.lerp_(buffers, momentum).flatten(0, -3)  # of stacks, too
+            updates = orthogonalized(matrices, self.dtype).view_as(gradients)
             if veto is not None:
                 updates = updates.masked_fill_(veto > 0, 0.0)
-            torch._foreach_add_(some, updates.unbind(0), alpha=-lr * 0.2 * max(shape) ** 0.5)
+            torch._foreach_add_(some, updates.unbind(0), alpha=-lr * 0.2 * max(shape[-2:]) ** 0.5)
 
     def _momentum(self, parameters: Sequence[Tensor]) -> Tensor:
-        """The momentum of matrices of one shape [N, rows, columns], whose parts their states are from now on."""
+        """The momentum of parameters of one shape [N, …, rows, columns], whose parts their states are from now on."""
         states = [self.state[p] for p in parameters]
         views = [state.get("momentum_buffer") for state in states]
         whole = None if views[0] is None else views[0]._base

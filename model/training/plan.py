@@ -61,6 +61,7 @@ class RunPlan:
     local_world_size: int  # processes on this machine
     shards: int  # processes that share the optimizer and the moving average; 1: each has all of it
     parameters: int  # of the model, adapters not counted
+    active_parameters: int  # those of them that compute a token: of experts, the chosen ones'
     trained_parameters: int  # fewer, or those of the adapters
     flops_per_token: int  # of training
     train_samples: int  # of an epoch
@@ -163,7 +164,8 @@ def plan_run(
     t, checkpoint = settings.training, None if found is None else found.content
     done = {"step": 0, "samples": 0} if checkpoint is None else checkpoint["progress"]
     trained = sum(parameter.numel() for parameter in trained_parameters(model).values())
-    parameters = model.parameter_count() - (trained if t.lora_rank else 0)
+    adapters = trained if t.lora_rank else 0
+    parameters, active = model.parameter_count() - adapters, model.active_parameter_count() - adapters
 
     # Each choice takes what it depends on: passes, a step's rows, then its tokens, the number of steps, and their time.
     choices = Choices(t, found, ranks, hardware.device, say)
@@ -171,9 +173,11 @@ def plan_run(
     shards = choices.shard(model)
     batch_size = choices.batch_size(model, data, epochs, hardware.autocast, shards)
     choices.attention(data, batch_size, hardware.dtype)
+    choices.balance_loss(data)
+    choices.expert_products(data.config, batch_size, hardware.dtype)
     order = data.order(t.seed, batch_size * ranks.world_size * t.accumulation_steps)
     tokens_per_step = order.rows_per_step * data.config.max_seq_len
-    choices.learning_rate(parameters, tokens_per_step, data)
+    choices.learning_rate(active, tokens_per_step, data)
     pace = {"rows_per_step": order.rows_per_step, "epochs": epochs, "max_steps": t.max_steps}
     total_steps = _total_steps(pace, order, done, checkpoint)
     choices.warmup_steps(total_steps)
@@ -193,6 +197,7 @@ def plan_run(
         local_world_size=ranks.local_world_size,
         shards=shards,
         parameters=parameters,
+        active_parameters=active,
         trained_parameters=trained,
         flops_per_token=flops_per_token,
         train_samples=order.per_epoch,

@@ -24,6 +24,7 @@ MOST_PARAMETERS = 10**12  # of a model, which every process holds in full
 ESCAPES = "in YAML, \\ in double quotes begins an escape: put a path in single quotes, or write it with /"
 EATEN = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")  # what "C:\temp\new.bin" in double quotes becomes
 DRIVE_ALONE = re.compile(r"[A-Za-z]:[^\\/]")  # and "C:\x64ata"
+OF_EXPERTS = ("expert_products", "balance_loss", "expert_bias_rate", "router_z_loss", "router_rate")
 ADAPTERS_NEED_WEIGHTS = "lora_rank: {} adapts given weights, but init_from is null; give init_from, or omit lora_rank"
 AUTO = "auto"  # the program chooses, see recipe.py
 Auto = typing.Literal["auto"]  # in a setting's type: accepted too
@@ -149,6 +150,28 @@ class TrainingSettings:
         AUTO,
         "how a CPU computes attention: in chunks, by PyTorch's kernels, or mixed; auto: the fastest here",
         choices=(AUTO, "chunks", "mixed", "pytorch"),
+    )
+    expert_products: str = setting(
+        AUTO,
+        "how the experts' matrix products are computed, with the same bits: in a loop over experts, or by PyTorch's"
+        " grouped kernel; auto: the faster here",
+        choices=(AUTO, "loop", "grouped"),
+    )
+    balance_loss: float | Auto = setting(
+        AUTO,
+        "weight of the loss that spreads a sequence's tokens over the experts; auto: 0.01, or 0 where a bias does so,"
+        " routers are frozen or pairs are trained on",
+        at_least=0,
+        at_most=100,
+    )
+    expert_bias_rate: float = setting(
+        0.001, "how far each step moves the experts' biases, with expert_bias", at_least=0, at_most=1
+    )
+    router_z_loss: float = setting(
+        0.0, "weight of the loss that keeps the routers' logits small; 0.001 is usual", at_least=0, at_most=100
+    )
+    router_rate: float = setting(
+        1.0, "the routers' learning rate, times learning_rate; AdamW's with muon too", at_least=0, at_most=100
     )
     activation_checkpointing: str = setting(
         "none",
@@ -360,12 +383,39 @@ def _impossible_combinations(settings: Settings) -> list[str]:
             problems.append(ADAPTERS_NEED_WEIGHTS.format(training.lora_rank))
         if not training.lora_rank and training.lora_alpha != TrainingSettings.lora_alpha:
             problems.append(f"lora_alpha: {training.lora_alpha:g} of no adapters; set lora_rank, or omit lora_alpha")
+        if training.init_from is None:  # else the weights decide whether there are experts
+            problems += _impossible_routing(settings)
     if training.learning_rate != AUTO and (training.min_lr or 0) > training.learning_rate:
         problems.append(f"min_lr: {training.min_lr} is above learning_rate {training.learning_rate}")
     warmup_steps = 0 if training.warmup_steps in (None, AUTO) else training.warmup_steps
     if training.max_steps is not None and warmup_steps >= training.max_steps:
         problems.append(f"warmup_steps: {training.warmup_steps} leaves none of max_steps {training.max_steps}")
     return problems
+
+
+def _impossible_routing(settings: Settings) -> list[str]:
+    model, training, defaults = settings.model, settings.training, TrainingSettings()
+    given = [name for name in OF_EXPERTS if getattr(training, name) != getattr(defaults, name)]
+    if model.n_experts == 0:
+        return [f"{name}: {shown(getattr(training, name))} of no experts; set n_experts, or omit it" for name in given]
+    problems = [problem] if (problem := untrained_router(model, training)) is not None else []
+    if "expert_bias_rate" in given and not model.expert_bias:
+        problems.append("expert_bias_rate: given without a bias; set expert_bias, or omit it")
+    return problems
+
+
+def untrained_router(model: "ModelSettings | LMConfig", training: TrainingSettings) -> str | None:
+    """Why the loss would give the routers of this shape no gradient; None if it does, or nothing trains them."""
+    if model.n_experts == 0 or training.lora_rank or model.n_active_experts > 1:
+        return None
+    if model.normalize_expert_weights:
+        return (
+            "n_active_experts: 1 with normalize_expert_weights makes the weight of every chosen expert 1, whatever its"
+            " score, so that the router gets no gradient; set normalize_expert_weights false, or n_active_experts 2"
+        )
+    if model.n_experts == 1 and model.expert_score == "softmax":
+        return "n_experts: a softmax over 1 expert is always 1, so that the router gets no gradient; set n_experts 2"
+    return None
 
 
 def _least_parameters(model: ModelSettings) -> int:

@@ -156,7 +156,8 @@ def optimizer_and_average(
 ) -> tuple[torch.optim.Optimizer, MovingAverage | SharedAverage | None]:
     """The run's optimizer, and the moving average if it has one; shared by the processes if the plan says so."""
     t = plan.training
-    optimizer = build_optimizer(model, t.optimizer_type, t.learning_rate, t.weight_decay, plan.hardware.dtype)
+    dtype = plan.hardware.dtype
+    optimizer = build_optimizer(model, t.optimizer_type, t.learning_rate, t.weight_decay, dtype, t.router_rate)
     if plan.shards == 1:
         return optimizer, MovingAverage(model, t.ema_decay) if t.use_ema else None
     shares = Shares(trained_parameters(model), OPTIMIZERS[t.optimizer_type].is_elementwise, processes)

@@ -49,7 +49,7 @@ class Piece:
 
 def update_cost(shape: Sequence[int]) -> int:
     """What the update of a whole parameter costs, relative to others: FLOP of a Newton-Schulz iteration of a matrix."""
-    return polynomial_flops(*shape) if len(shape) == 2 else torch.Size(shape).numel()
+    return polynomial_flops(*shape) if len(shape) >= 2 else torch.Size(shape).numel()
 
 
 def share_out(
