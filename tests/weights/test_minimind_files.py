@@ -1,5 +1,7 @@
 """State dicts without a description: all generations of MiniMind, and its relatives, compute what they did."""
 
+import json
+
 import pytest
 import torch
 
@@ -231,6 +233,45 @@ def test_experts_of_minimind_3(tmp_path, given):
         assert value in weights.inferred.split("given " if name in given else "assumed ")[1].split(";")[0]
     with torch.no_grad():
         assert_same_logits(our_logits(weights), theirs(TOKENS).logits)
+
+
+V2_EXPERTS = {"n_routed_experts": 4, "n_shared_experts": 1, "scoring_func": "softmax", "aux_loss_alpha": 0.1}
+V3_EXPERTS = {"num_experts": 4, "moe_intermediate_size": 192}
+
+
+@pytest.mark.parametrize(
+    "kind, experts, shared, given",
+    [("Llama", V2_EXPERTS, ["shared_experts.0"], {}), ("Qwen3", V3_EXPERTS, [], {})]
+    + [("Qwen3", V3_EXPERTS, [], {"normalize_expert_weights": "false"})]
+    + [("Llama", V2_EXPERTS, ["shared_experts.0"], {"n_active_experts": 1})],
+)
+def test_a_folder_of_experts_is_what_its_pth_is(tmp_path, kind, experts, shared, given):
+    """MiniMind's own folders, whose config.json says what a .pth leaves open."""
+    norm_eps, n_kv_heads = (1e-6, 4) if kind == "Qwen3" else (1e-5, 2)
+    _, state = transformers_state(kind, 96, 8, n_kv_heads, norm_eps)
+    state = with_experts(state, "model.layers.{}.mlp", ("gate_proj", "down_proj", "up_proj"), *shared)
+    torch.save(state, tmp_path / "pretrain_96_moe.pth")
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    values = experts | {
+        "model_type": "minimind", "use_moe": True, "hidden_size": 96, "num_hidden_layers": 2, "vocab_size": 300,
+        "num_attention_heads": 8, "num_key_value_heads": n_kv_heads, "rms_norm_eps": norm_eps, "rope_theta": 1e6,
+        "num_experts_per_tok": given.get("n_active_experts", 1 if kind == "Qwen3" else 2), "hidden_act": "silu",
+        "norm_topk_prob": given.get("normalize_expert_weights") != "false", "max_position_embeddings": 32768,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    found, expected = load_weights(tmp_path), load_weights(tmp_path / "pretrain_96_moe.pth", given)
+    assert found.config == expected.config and expected.config.n_experts == 4
+    assert all(torch.equal(found.state_dict[name], weight) for name, weight in expected.state_dict.items())
+    if kind == "Llama":
+        (tmp_path / "config.json").write_text(json.dumps(values | {"scoring_func": "sigmoid"}))
+        with pytest.raises(InputError, match="scoring_func is 'sigmoid', softmax expected"):
+            load_weights(tmp_path)
+
+
+def test_what_is_of_experts_alone_is_refused_for_a_dense_model():
+    state = random_model(LMConfig(dim=64, n_layers=1, vocab_size=300)).state_dict()
+    with pytest.raises(InputError, match="n_active_experts was given, but there are no experts inside; omit it"):
+        recognise(state, "pretrain_64.pth", {"n_active_experts": 2})
 
 
 def test_the_width_of_a_norm_gives_the_heads():
