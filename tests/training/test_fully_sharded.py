@@ -194,14 +194,15 @@ def test_four_ranks_compute_what_one_process_does(flags, tmp_path, shard, case):
     for (_, one), (_, four) in zip(losses(tmp_path / "alone"), losses(tmp_path / "four"), strict=True):
         assert four == pytest.approx(one, rel=1e-6)
     a, b = (load_torch(tmp_path / folder / "best_model.pth") for folder in ("alone", "four"))
-    torch.testing.assert_close(dict(a), dict(b), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(dict(a), dict(b), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("optimizer_type", ["adamw", "muon"])
-@pytest.mark.parametrize("shard", ["full", "hybrid"])
-def test_a_killed_run_on_four_ranks_resumes_with_the_same_bits(flags, tmp_path, shard, optimizer_type):
+@pytest.mark.parametrize(("shard", "writers"), [("full", "one"), ("full", "all"), ("hybrid", "all")])
+def test_a_killed_run_on_four_ranks_resumes_with_the_same_bits(flags, tmp_path, shard, writers, optimizer_type):
     options = {"optimizer_type": optimizer_type, "use_ema": "true", "dropout": 0.1, "shard": shard, "shard_degree": 2}
+    options["checkpoint_writers"] = writers
     for folder in ("whole", "killed"):
         train_on(4, flags(out_dir=tmp_path / folder, **options))
     for step in (8, 12):
@@ -225,17 +226,20 @@ def test_two_ranks_resume_from_and_to_other_ways_of_sharing(flags, tmp_path, opt
 
 
 @pytest.mark.slow
-def test_two_ranks_four_and_one_go_on_with_each_others_weights(flags, tmp_path):
-    options = {"optimizer_type": "muon", "use_ema": "true", "dtype": "float32", "out_dir": tmp_path / "run"}
-    before = None
-    for count, steps in ((2, 4), (4, 8), (1, 12)):
-        of_run = options | {"batch_size": 8 // count, "shard": "full", "max_steps": steps, "warmup_steps": 2}
-        said = train_on(count, flags(**of_run, resume="true")).stderr
-        assert before is None or f"at step {before}" in said
-        before = steps
-    train(flags(**options | {"batch_size": 8, "max_steps": 12, "warmup_steps": 2, "out_dir": tmp_path / "alone"}))
-    (*_, one), (*_, others) = losses(tmp_path / "alone"), losses(tmp_path / "run")
-    assert others[1] == pytest.approx(one[1], rel=1e-2)  # other max_steps, other schedule
+@pytest.mark.parametrize("writers", ["one", "all"])
+def test_two_ranks_four_and_one_go_on_with_each_others_weights(flags, tmp_path, writers):
+    folder = tmp_path / "run"
+    options = {"optimizer_type": "muon", "use_ema": "true", "dtype": "float32", "learning_rate": 1e-3}
+    train(flags(**options, batch_size=8, out_dir=tmp_path / "alone"))
+    for count, resumed_at, left in ((2, None, (4,)), (4, 4, (4, 8)), (1, 8, (4, 8, 12))):
+        resume = {} if resumed_at is None else {"resume": "true"}
+        of_run = options | {"batch_size": 8 // count, "shard": "full", "checkpoint_writers": writers} | resume
+        said = train_on(count, flags(out_dir=folder, **of_run)).stderr
+        assert resumed_at is None or f"at step {resumed_at}" in said
+        for step in {4, 8, 12} - {*left}:
+            (folder / f"checkpoint_step_{step}.pth").unlink()
+    for (_, one), (_, others) in zip(losses(tmp_path / "alone"), losses(folder), strict=True):
+        assert others == pytest.approx(one, rel=1e-5)
 
 
 @pytest.mark.slow
