@@ -153,7 +153,8 @@ def test_two_ranks_that_share_weights_have_the_bits_of_two_that_do_not(flags, tm
         "grad_clip": 0.1,
     }
     for shard in ("none", "full"):
-        train_on(2, flags(shard=shard, out_dir=tmp_path / shard, **options))
+        said = train_on(2, flags(shard=shard, out_dir=tmp_path / shard, **options)).stderr
+        assert said.count("shard full: 2 processes share one copy of weights") == (shard == "full")
     assert_same_runs(tmp_path / "none", tmp_path / "full")
 
 
