@@ -195,12 +195,12 @@ SAVED_BY_SOME = """
 import torch
 from pathlib import Path
 from model.errors import InputError, TrainingDiverged
-from model.runs.part_saving import PartSaver, split
+from model.runs.part_saving import PartSaver
 folder = Path({folder!r})
 saver = PartSaver(folder, processes, print)
 def save(number, mine):
-    described, slices = split({{"model": {{"w": torch.arange(1000.0), "x": torch.full((500,), mine)}}}}, rank, 2)
-    saved = saver.save(f"checkpoint_step_{{number}}", slices, lambda: None)
+    state = {{"model": {{"w": torch.arange(1000.0), "x": torch.full((500,), mine)}}}}
+    described, saved = saver.save(state, number, False, lambda: None)
     if rank == 0:
         try:
             print(*saved.write_index(folder / f"checkpoint_step_{{number}}.pth", described | {{"progress": {{}}}}))
