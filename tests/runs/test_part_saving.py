@@ -27,6 +27,7 @@ from model.storage.slices import describe
 from model.training.optimizer import build_optimizer
 from model.training.recipe import automatic_writers
 from model.training.sharding import InPieces
+from model.weights import load_weights
 from model.weights.find import find_weights
 from tests.conftest import random_model
 from tests.parted import save_in_parts
@@ -257,3 +258,21 @@ def test_one_process_writes_one_file_and_says_so(flags, tmp_path, capfd):
     assert train(flags(checkpoint_writers="all", max_steps=4)).plan.writers == 1
     assert not [*(tmp_path / "out").glob(PARTS)]
     assert "checkpoint_writers all: there is one process, which writes one file" in capfd.readouterr().err
+
+
+@pytest.mark.slow
+def test_adapters_and_frozen_weights_are_saved_too(flags, tmp_path):
+    train(flags(max_steps=4, out_dir=tmp_path / "base"))
+    given_by_weights = dict.fromkeys(("dim", "n_layers", "n_heads", "n_kv_heads"))
+    options = {"init_from": tmp_path / "base" / "pretrain_32.pth", "lora_rank": 4, "use_ema": "true"}
+    for writers in ("one", "all"):
+        shared = {"shard": "optimizer", "checkpoint_writers": writers, "out_dir": tmp_path / writers}
+        result = two_ranks(flags(**options, **given_by_weights, **shared))
+        assert result.returncode == 0, result.stderr
+    assert differences(tmp_path / "one" / STEP(12), tmp_path / "all" / STEP(12)) == []
+    index = torch.load(tmp_path / "all" / STEP(12), weights_only=True)
+    embedding, adapter = "tok_embeddings.weight", "layers.0.attention.wq.lora_a"
+    assert index["ema"][embedding]["in_parts"] == f"model/{embedding}"  # it is frozen, and written once
+    assert index["ema"][adapter]["in_parts"] == f"ema/{adapter}"
+    weights = [load_weights(tmp_path / writers / STEP(12)).state_dict for writers in ("one", "all")]
+    assert_equal(*weights)
