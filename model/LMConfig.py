@@ -8,6 +8,7 @@ from model.options import check_options, setting
 
 MOST_TOKENS = 2**24  # rows of an embedding; the largest tokenizers have a quarter of a million
 ROPE_SCALINGS = ("linear", "llama3")
+EXPERT_SCORES = ("softmax", "sigmoid")
 
 
 @dataclass
@@ -51,6 +52,28 @@ class LMConfig:
     tie_embeddings: bool = setting(True, "output layer and embedding share one matrix")
     qk_norm: bool = setting(False, "RMSNorm of query and key heads, as in Qwen3 (not in MiniMind v1)")
     qkv_bias: bool = setting(False, "biases of queries, keys and values, as in Qwen2 (not in MiniMind v1)")
+    n_experts: int = setting(
+        0,
+        "experts of each layer's feed-forward, some of which a router chooses for each token; 0: dense",
+        at_least=0,
+        at_most=2**16,
+    )
+    n_active_experts: int = setting(2, "experts that the router chooses for a token", at_least=1, at_most=2**16)
+    n_shared_experts: int = setting(
+        0, "experts that every token passes through beside those chosen", at_least=0, at_most=2**16
+    )
+    expert_hidden_dim: int | None = setting(None, "width of an expert; null: hidden_dim", at_least=1, at_most=2**24)
+    shared_hidden_dim: int | None = setting(
+        None,
+        "width of all shared experts together; null: n_shared_experts * expert_hidden_dim",
+        at_least=1,
+        at_most=2**28,
+    )
+    expert_score: str = setting("softmax", "how the router's logits become the experts' scores", choices=EXPERT_SCORES)
+    normalize_expert_weights: bool = setting(True, "divide the scores of the chosen experts by their sum")
+    expert_bias: bool = setting(
+        False, "a bias for each expert, which only decides the choice and balances the load, as in DeepSeek-V3"
+    )
 
     def __post_init__(self) -> None:
         if problems := check_options(self) or impossible_shape(vars(self)):
@@ -60,15 +83,24 @@ class LMConfig:
             self.hidden_dim = self.multiple_of * -(-hidden_dim // self.multiple_of)
         if self.head_dim is None:
             self.head_dim = self.dim // self.n_heads
+        if self.n_experts and self.expert_hidden_dim is None:
+            self.expert_hidden_dim = self.hidden_dim
+        if self.n_shared_experts and self.shared_hidden_dim is None:
+            self.shared_hidden_dim = self.n_shared_experts * self.expert_hidden_dim
 
 
+# What says that a feed-forward consists of experts, and how; all have their defaults where n_experts is 0.
+EXPERT_FIELDS = {
+    "n_experts", "n_active_experts", "n_shared_experts", "expert_hidden_dim", "shared_hidden_dim", "expert_score",
+    "normalize_expert_weights", "expert_bias",
+}  # fmt: skip
 # Fields that the network, the inference model and the compiled step all compute with. One of them that learns a new
 # field adds it where it calls `refuse_unknown`; the field moves here once all of them know it.
 NETWORK_FIELDS = {
     "dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "vocab_size", "hidden_dim", "multiple_of", "norm_eps",
     "max_seq_len", "rope_theta", "rope_scaling", "rope_factor", "rope_low_freq_factor", "rope_high_freq_factor",
     "rope_original_max_seq_len", "dropout", "flash_attn", "tie_embeddings", "qk_norm", "qkv_bias",
-}  # fmt: skip
+} | EXPERT_FIELDS  # fmt: skip
 KNOWN_SCALINGS = (None, "linear", "llama3")
 
 
@@ -103,4 +135,18 @@ def impossible_shape(values: dict) -> list[str]:
         problems.append(f"head_dim: {head_dim} is odd (RoPE turns pairs within a head)")
     if n_heads % n_kv_heads:
         problems.append(f"n_kv_heads: {n_kv_heads} does not divide n_heads = {n_heads}")
+    return problems + _impossible_experts(values)
+
+
+def _impossible_experts(values: dict) -> list[str]:
+    known, problems = LMConfig.__dataclass_fields__, []
+    n_experts, n_active = values["n_experts"], values["n_active_experts"]
+    if n_experts == 0:
+        given = [name for name in known if name in EXPERT_FIELDS and values[name] != known[name].default]
+        return [f"{name}: {shown(values[name])} of no experts; set n_experts, or omit {name}" for name in given]
+    if n_active > n_experts:
+        problems.append(f"n_active_experts: {n_active} found, at most n_experts = {n_experts} expected")
+    if values["shared_hidden_dim"] is not None and values["n_shared_experts"] == 0:
+        shared = values["shared_hidden_dim"]
+        problems.append(f"shared_hidden_dim: {shared} of no shared experts; set n_shared_experts, or omit it")
     return problems

@@ -1,6 +1,7 @@
 """MiniMind v1's Transformer: RMSNorm, interleaved RoPE, grouped-query attention, SwiGLU, tied embeddings.
 
-With what an LMConfig can say beside that, it computes what Llama, Mistral, Qwen2 and Qwen3 do (`model/weights`).
+With what an LMConfig can say beside that, it computes what Llama, Mistral, Qwen2 and Qwen3 do (`model/weights`), and
+mixtures of experts (`model/experts.py`).
 
 Plain PyTorch over a plain dataclass. Parameters carry Meta's Llama names, so MiniMind v1's files load as they are.
 """
@@ -23,9 +24,11 @@ from model.attention import (
     kernels_for_any_length,
 )
 from model.errors import InputError
+from model.experts import ExpertsFeedForward
+from model.feed_forward import FeedForward
 from model.kv_cache import KVCache
 from model.LMConfig import NETWORK_FIELDS, LMConfig, refuse_unknown
-from model.loss import cross_entropy, token_losses
+from model.loss import IGNORE_INDEX, cross_entropy, token_losses
 
 
 def rope_table(config: LMConfig) -> tuple[Tensor, Tensor]:
@@ -121,44 +124,43 @@ class Attention(nn.Module):
         return F.dropout(x, self.dropout, self.training)
 
 
-class FeedForward(nn.Module):
-    """SwiGLU (Shazeer, 2020): w2(silu(w1 x) * w3 x)."""
-
-    def __init__(self, config: LMConfig) -> None:
-        super().__init__()
-        self.w1 = nn.Linear(config.dim, config.hidden_dim, bias=False)
-        self.w2 = nn.Linear(config.hidden_dim, config.dim, bias=False)
-        self.w3 = nn.Linear(config.dim, config.hidden_dim, bias=False)
-        self.dropout = config.dropout
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x [B, T, dim] -> [B, T, dim]."""
-        return F.dropout(self.w2(F.silu(self.w1(x)) * self.w3(x)), self.dropout, self.training)
-
-
 class TransformerBlock(nn.Module):
     """Attention, then the feed-forward, each on a normalised copy of the residual stream."""
 
     def __init__(self, config: LMConfig, layer: int) -> None:
         super().__init__()
         self.attention = Attention(config, layer)
-        self.feed_forward = FeedForward(config)
+        if config.n_experts:
+            self.feed_forward = ExpertsFeedForward(config)
+        else:
+            self.feed_forward = FeedForward(config.dim, config.hidden_dim, config.dropout)
         self.attention_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
         self.ffn_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
 
-    def forward(self, x: Tensor, *position: Tensor | KVCache | str | None, keeps_feed_forward: bool = True) -> Tensor:
-        """x [B, T, dim] -> [B, T, dim]; `position` goes to the attention as it is."""
+    def forward(
+        self,
+        x: Tensor,
+        *position: Tensor | KVCache | str | None,
+        counted: Tensor | None = None,
+        keeps_feed_forward: bool = True,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """x [B, T, dim] -> [B, T, dim]; `position` goes to the attention as it is.
+
+        With `counted`, also what `ExpertsFeedForward.with_routing` returns beside its output.
+        """
         x = x + self.attention(self.attention_norm(x), *position)
-        return x + (self._fed(x) if keeps_feed_forward else self.recomputed(self._fed, x))
+        fed = self._fed(x, counted) if keeps_feed_forward else self.recomputed(self._fed, x, counted)
+        return x + fed if counted is None else (x + fed[0], fed[1])
 
-    def _fed(self, x: Tensor) -> Tensor:
-        return self.feed_forward(self.ffn_norm(x))
+    def _fed(self, x: Tensor, counted: Tensor | None) -> Tensor | tuple[Tensor, Tensor]:
+        x = self.ffn_norm(x)
+        return self.feed_forward(x) if counted is None else self.feed_forward.with_routing(x, counted)
 
-    def recomputed(self, function: Callable[..., Tensor], *inputs: Tensor | KVCache | str | None) -> Tensor:
+    def recomputed(self, function: Callable, *inputs: Tensor | KVCache | str | None, **more: Tensor | None):
         """The result of a part of this block, of which the backward pass finds the inputs alone and computes the rest
         again: activation checkpointing (Chen et al., 2016). The gradients' bits stay."""
         draws = self.training and self.feed_forward.dropout > 0
-        return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=draws)
+        return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=draws, **more)
 
 
 class Transformer(nn.Module):
@@ -168,11 +170,15 @@ class Transformer(nn.Module):
         training_attention: how a CPU computes attention where gradients are wanted, one of `attention.WAYS`.
         checkpointing: what the backward pass computes again, instead of its being kept: "none"; "selective", the
             feed-forward, whose activations are the largest; "full", the layers.
+        balance_loss, router_z_loss: how much these losses of experts count in the gradient, see `forward`.
+        routing: of experts, what `ExpertsFeedForward.with_routing` counted in each layer since the last time that this
+            was set to 0; float32 [n_layers, n_experts + 2], a buffer that is never saved.
     """
 
     def __init__(self, config: LMConfig | None = None) -> None:
         super().__init__()
         self.training_attention, self.checkpointing = "chunks", "none"
+        self.balance_loss, self.router_z_loss = 0.0, 0.0
         self.config = config = config or LMConfig()
         refuse_unknown(config, NETWORK_FIELDS, "the network")
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
@@ -184,6 +190,8 @@ class Transformer(nn.Module):
         cos, sin = rope_table(config)  # rebuilt, never saved
         self.register_buffer("rope_cos", cos, persistent=False)
         self.register_buffer("rope_sin", sin, persistent=False)
+        if config.n_experts:
+            self.register_buffer("routing", torch.zeros(config.n_layers, config.n_experts + 2), persistent=False)
         self.init_weights()
 
     def _apply(self, fn, recurse: bool = True):
@@ -202,7 +210,8 @@ class Transformer(nn.Module):
 
         | weights                                     | distribution                         |
         |---------------------------------------------|--------------------------------------|
-        | embedding, output, wq, wk, wv, w1, w3       | N(0, 0.02)                           |
+        | embedding, output, wq, wk, wv, w1, w3,      | N(0, 0.02)                           |
+        | routers                                     |                                      |
         | wo, w2 (they add to the residual stream)    | N(0, 0.02 / sqrt(2 n_layers)), GPT-2 |
         | norms                                       | 1                                    |
         | biases                                      | 0                                    |
@@ -211,8 +220,13 @@ class Transformer(nn.Module):
             if parameter.dim() == 1:
                 nn.init.constant_(parameter, 0.0 if name.endswith(".bias") else 1.0)
             else:
-                residual = name.endswith(("wo.weight", "w2.weight"))
+                residual = name.endswith(("wo.weight", "w2.weight", "experts.w2"))
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * self.config.n_layers) if residual else 0.02)
+
+    def compute_experts(self, way: str) -> None:
+        """Have the experts' products computed one of `experts.WAYS`; a dense model has none."""
+        for layer in self.layers if self.config.n_experts else ():
+            layer.feed_forward.experts.way = way
 
     @property
     def device(self) -> torch.device:
@@ -228,17 +242,26 @@ class Transformer(nn.Module):
         """Numbers in all parameters; a tied matrix counts once."""
         return sum(parameter.numel() for parameter in self.parameters())
 
+    def active_parameter_count(self) -> int:
+        """Those of them that compute a token: of experts, the chosen ones'."""
+        return sum(self._active(parameter) for parameter in self.parameters())
+
+    def _active(self, parameter: nn.Parameter) -> int:
+        """Numbers of a parameter that compute a token; of a stack of experts [E, rows, columns], a share."""
+        is_stack = parameter.dim() == 3
+        return parameter.numel() // len(parameter) * self.config.n_active_experts if is_stack else parameter.numel()
+
     def layer_shapes(self) -> set[tuple[int, int]]:
         """The shapes [outputs, inputs] of the layers' matrices."""
-        return {tuple(parameter.shape) for parameter in self.layers.parameters() if parameter.dim() == 2}
+        return {tuple(parameter.shape[-2:]) for parameter in self.layers.parameters() if parameter.dim() >= 2}
 
     def training_flops_per_token(self) -> int:
         """Floating-point operations of forward and backward for one token of a full sample.
 
-        6 for each weight, 4 for one that is frozen, whose gradient is not computed; and causal attention, which is half
-        of the square (Chowdhery et al., 2022, appendix B).
+        6 for each weight that computes it, 4 for one that is frozen, whose gradient is not computed; and causal
+        attention, which is half of the square (Chowdhery et al., 2022, appendix B).
         """
-        weights = {id(p): (6 if p.requires_grad else 4) * p.numel() for p in self.parameters()}
+        weights = {id(p): (6 if p.requires_grad else 4) * self._active(p) for p in self.parameters()}
         if not self.config.tie_embeddings:
             del weights[id(self.tok_embeddings.weight)]  # reading a row costs nothing
         attention = self.config.n_layers * self.config.n_heads * self.config.head_dim * self.config.max_seq_len
@@ -248,6 +271,17 @@ class Transformer(nn.Module):
         """What the output layer reads: tokens int64 [B, T] -> [B, T, dim], normalised.
 
         With a cache, `tokens` continue the texts that it holds, and are added to it.
+        """
+        return self._hidden_states(tokens, cache, documents)[0]
+
+    def _hidden_states(
+        self, tokens: Tensor, cache: KVCache | None, documents: Tensor | None, counted: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """What `hidden_states` returns; and with `counted`, what each layer's experts return beside their output,
+        float32 [n_layers, n_experts + 2].
+
+        Args:
+            counted: see `ExpertsFeedForward.with_routing`; None for a dense model.
         """
         count = tokens.shape[1]
         if cache is None:
@@ -264,17 +298,20 @@ class Transformer(nn.Module):
         way = self.training_attention if chooses else "pytorch"
         if documents is not None and way == "pytorch":
             mask = document_mask(documents)  # once for all layers; in chunks none is needed
-        checkpointing = self.checkpointing if trains else "none"
+        checkpointing, routing = self.checkpointing if trains else "none", []
         with kernels_for_any_length(self.device) if cache is not None else contextlib.nullcontext():
             for layer in self.layers:
                 inputs = x, cos, sin, mask, cache, documents, way
                 if checkpointing == "full":
-                    x = layer.recomputed(layer, *inputs)
+                    x = layer.recomputed(layer, *inputs, counted=counted)
                 else:
-                    x = layer(*inputs, keeps_feed_forward=checkpointing == "none")
+                    x = layer(*inputs, counted=counted, keeps_feed_forward=checkpointing == "none")
+                if counted is not None:
+                    x, of_layer = x
+                    routing.append(of_layer)
         if cache is not None:
             cache.advance(count)
-        return self.norm(x)
+        return self.norm(x), torch.stack(routing) if routing else None
 
     def forward(
         self,
@@ -285,6 +322,10 @@ class Transformer(nn.Module):
         per_token: bool = False,
     ) -> Tensor:
         """Logits, or with `targets` their loss.
+
+        Where experts are trained, `routing` gets what they count of the tokens whose targets count. The loss then has,
+        unless per_token, the gradient of itself plus `balance_loss` times the balance loss and `router_z_loss` times
+        the z-loss of all layers; its value is the cross-entropy alone.
 
         Args:
             tokens: int64 [B, T], T at most `max_seq_len` together with what the cache holds.
@@ -299,10 +340,20 @@ class Transformer(nn.Module):
             (float32, 0-dimensional): a sum, so that micro-batches and ranks add up to one large batch exactly. With
             per_token that of each target, float32 [B, T], 0 where none counts.
         """
-        hidden = self.hidden_states(tokens, cache, documents)
+        counts = self.config.n_experts > 0 and targets is not None and torch.is_grad_enabled()
+        counted = targets != IGNORE_INDEX if counts else None
+        hidden, routing = self._hidden_states(tokens, cache, documents, counted)
         if targets is None:
             return self.output(hidden)
-        return (token_losses if per_token else cross_entropy)(hidden, self.output.weight, targets)
+        loss = (token_losses if per_token else cross_entropy)(hidden, self.output.weight, targets)
+        if routing is None:
+            return loss
+        self.routing += routing.detach()
+        if per_token:
+            return loss
+        balance, z = routing[:, -2:].sum(0)
+        beside = self.balance_loss * balance + self.router_z_loss * z
+        return loss + (beside - beside.detach())
 
     def load_state_dict(self, state_dict: dict, strict: bool = True, assign: bool = False):
         """As `nn.Module.load_state_dict`, with one clear line where the weights belong to another model.

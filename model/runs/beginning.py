@@ -23,7 +23,13 @@ from model.training.choices import FoundCheckpoint
 from model.training.data import TrainingData
 from model.training.plan import RunPlan
 from model.training.reference import find_references, weights_sha256
-from model.training.settings import ADAPTERS_NEED_WEIGHTS, ModelSettings, Settings, TrainingSettings
+from model.training.settings import (
+    ADAPTERS_NEED_WEIGHTS,
+    ModelSettings,
+    Settings,
+    TrainingSettings,
+    untrained_router,
+)
 from model.training.token_files import first_manifest
 from model.weights import Weights, load_weights
 from model.weights.find import find_weights
@@ -173,6 +179,10 @@ def _load_initial(settings: Settings, say: Callable[[str], None]) -> Beginning:
     taken = "training begins with these weights"
     if _take_shape(model, weights.config):
         taken = "the model takes its shape from these weights, not from the settings' section model"
+    if (problem := untrained_router(model, training)) is not None:
+        raise InputError(
+            f"init_from {path}: {problem}; or tune it with lora_rank, which leaves the routers as they are"
+        )
     say(f"init_from {path}: {taken}")
     known = weights.config.max_seq_len
     chat = {} if manifest is None else manifest.chat

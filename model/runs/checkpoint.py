@@ -5,17 +5,17 @@ import math
 import random
 import re
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from model.errors import InputError, first_line, shown
+from model.experts import BIAS
 from model.lora import adapters_of, checked_adapters, is_adapter
 from model.storage.archive import is_finite
-from model.storage.slices import copy_by_name
 from model.training.data import ORDERS, TrainingData
 from model.training.moving_average import MovingAverage
 from model.training.optimizer import load_optimizer_state
@@ -80,7 +80,7 @@ def checkpoint_content(
         settings: as the user gave them.
         context: positions that the weights know, in tokens.
         environment: what equal bits depend on, see `resume.environment`.
-        model, ema: state dicts of the weights, and of the averaged ones.
+        model, ema: state dicts of the weights and of their average.
         optimizer: its state dict.
         random_states: `utils.random_state()` of each rank.
     """
@@ -132,13 +132,17 @@ def add_defaults(content: dict) -> None:
 
 def restore_state(
     checkpoint: Mapping,
-    model: nn.Module,
+    load_weights: Callable[[Mapping[str, Tensor]], object],
     ema: MovingAverage | SharedAverage | None,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
 ) -> Progress:
-    """Put everything back to where `checkpoint_content` found it; returns the progress."""
-    copy_by_name(checkpoint["model"], model.state_dict())
+    """Put everything back to where `checkpoint_content` found it; returns the progress.
+
+    Args:
+        load_weights: takes the model's state dict.
+    """
+    load_weights(checkpoint["model"])
     load_optimizer_state(optimizer, checkpoint["optimizer"])
     if checkpoint["scaler"] and scaler.is_enabled():
         scaler.load_state_dict(checkpoint["scaler"])
@@ -216,7 +220,9 @@ def _weights_problem(content: Mapping) -> str | None:
 
 def _optimizer_problem(content: Mapping) -> str | None:
     tied = {"output.weight"} if content["config"]["tie_embeddings"] else set()
-    parameters = {name: weight for name, weight in content["model"].items() if name not in tied}
+    parameters = {
+        name: weight for name, weight in content["model"].items() if name not in tied and not name.endswith(BIAS)
+    }
     if content["adapters"]:
         parameters = {name: weight for name, weight in parameters.items() if is_adapter(name)}
     optimizer_type = content["settings"]["training"].get("optimizer_type")

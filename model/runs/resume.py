@@ -182,8 +182,13 @@ def changed_settings(checkpoint: Mapping, training: TrainingSettings) -> list[st
     return [f"{name} {before[name]} -> {now[name]}" for name in names]
 
 
-def environment(world_size: int, dtype: torch.dtype, device: torch.device) -> dict:
-    """What equal bits depend on, besides data, settings and state."""
+def environment(world_size: int, dtype: torch.dtype, device: torch.device, shards: int = 1) -> dict:
+    """What equal bits depend on, besides data, settings and state.
+
+    Args:
+        shards: ranks among which one copy of the weights is divided: it decides the order of sums over the ranks, of
+            which two have only one.
+    """
     return {
         "torch": str(torch.__version__),  # plain text, not torch's own class
         "python": platform.python_version(),
@@ -191,10 +196,11 @@ def environment(world_size: int, dtype: torch.dtype, device: torch.device) -> di
         "threads": torch.get_num_threads(),
         "dtype": str(dtype),
         "device": device.type,
+        "weight_shards": shards if world_size > 2 else 1,
     }
 
 
 def changed_environment(checkpoint: Mapping, now: Mapping) -> list[str]:
     """'threads 2 -> 8' for each thing on which equal bits depend and that is not what it was."""
-    before = checkpoint["environment"]
+    before = {"weight_shards": 1} | checkpoint["environment"]  # which earlier versions did not know
     return [f"{name} {before.get(name)} -> {value}" for name, value in now.items() if before.get(name) != value]

@@ -1,5 +1,6 @@
 """What `auto` resolves to in a run's settings: chosen once by the recipe, printed with the reason, kept on resuming."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple, Protocol, TypeVar
@@ -9,15 +10,19 @@ from torch import Tensor
 
 from model.attention import has_ways
 from model.errors import InputError, counted
+from model.experts import grouping_problem
+from model.LMConfig import LMConfig
 from model.model import Transformer
 from model.options import parse_value
 from model.training.attention_trial import fastest_attention
 from model.training.data import TrainingData
-from model.training.memory import free_memory, rows_that_fit, state_bytes
+from model.training.experts_trial import fastest_products
+from model.training.memory import divided_rows_that_fit, free_memory, rows_that_fit, state_bytes
 from model.training.recipe import (
     ADAPTERS_TIMES,
     PREFERENCE_SHARE,
     TUNING_SHARE,
+    automatic_balance_loss,
     automatic_batch_size,
     automatic_epochs,
     automatic_learning_rate,
@@ -29,7 +34,7 @@ from model.training.recipe import (
     compile_pays,
     cpp_compiler,
 )
-from model.training.settings import AUTO, FIELDS, TrainingSettings
+from model.training.settings import AUTO, FIELDS, FULLY_SHARDED, TrainingSettings
 
 T = TypeVar("T")
 V = TypeVar("V", int, float, bool, int | None)
@@ -75,6 +80,24 @@ class Ranks(Protocol):
         """Copy a tensor of one process into one of rank 0."""
 
 
+def weight_shards(training: TrainingSettings, ranks: Ranks) -> int:
+    """Among how many ranks a copy of the weights is divided; 1: each rank has all of them.
+
+    Raises:
+        InputError: the ranks cannot be divided so.
+    """
+    if ranks.world_size == 1 or training.shard not in FULLY_SHARDED:
+        return 1
+    if training.shard == "full":
+        return ranks.world_size
+    degree = training.shard_degree or ranks.local_world_size
+    if degree == 1:
+        raise InputError("shard: hybrid found, but each machine has one process; give shard_degree, or use shard full")
+    if ranks.world_size % degree:
+        raise InputError(f"shard_degree: {degree} does not divide the {ranks.world_size} processes; give one that does")
+    return degree
+
+
 class Choices:
     """Says what a setting's value is: the user's or, where that is `auto`, one that is chosen here.
 
@@ -118,7 +141,11 @@ class Choices:
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise InputError(f"{path}: its values for auto are invalid; use an older checkpoint") from error
         if checkpoint["environment"].get("device") != self._device.type:
-            for name in ("compile", "attention"):  # what pays on one kind of device need not on another
+            for name in (
+                "compile",
+                "attention",
+                "expert_products",
+            ):  # what pays on one kind of device need not on another
                 values.pop(name, None)
         return values
 
@@ -139,20 +166,22 @@ class Choices:
         tokens = data.training_samples * data.config.max_seq_len
         return self._settle("epochs", lambda: automatic_epochs(kind, tokens))
 
-    def shard(self, model: Transformer) -> int:
-        """Among how many ranks the optimizer is shared. It changes no bits, so a checkpoint does not keep it, and a
-        resumed run, whose ranks may be fewer or more, chooses again."""
+    def shard(self, model: Transformer) -> tuple[str, int]:
+        """What ranks share, and how many share one copy. A checkpoint does not keep it: a resumed run, whose ranks may
+        be fewer or more, chooses again."""
         t, processes = self._training, self._processes
         if processes.world_size == 1:
-            if t.shard == "optimizer":
-                self._say("shard optimizer: there is one process, so nothing is shared")
-            return 1
+            if t.shard not in (AUTO, "none"):
+                self._say(f"shard {t.shard}: there is one process, so nothing is shared")
+            return "none", 1
+        if (shards := weight_shards(t, processes)) > 1:
+            return t.shard, shards
         shard = t.shard
         if shard == AUTO:
             free = int(processes.smallest(free_memory(self._device, processes.local_world_size)))
             shard, why = automatic_shard(t.optimizer_type, state_bytes(model, t), free, processes.world_size)
             self._say(f"shard {shard} (auto): {why}")
-        return processes.world_size if shard == "optimizer" else 1
+        return shard, processes.world_size if shard == "optimizer" else 1
 
     def writers(self, shards: int, checkpoint_bytes: int) -> int:
         """How many ranks write a checkpoint: one or all of them. As `shard`, a resumed run chooses it again."""
@@ -170,10 +199,11 @@ class Choices:
         return processes.world_size if writers == "all" else 1
 
     def batch_size(self, model: Transformer, data: TrainingData, epochs: int, autocast, shards: int) -> int:
-        """What the number of tokens calls for, as far as memory allows, measured on the model.
+        """What the number of tokens calls for, as far as memory allows: measured on the model or, where ranks share it,
+        counted.
 
         Args:
-            shards: ranks that share the optimizer.
+            shards: ranks that share one copy of what they share.
 
         Raises:
             InputError: not even one sample fits.
@@ -194,9 +224,14 @@ class Choices:
             beside += state_bytes(model, t) + sum(parameter.nbytes for parameter in model.parameters())
         free = free_memory(self._device, processes.local_world_size)
         measuring = "measuring how large a batch fits the memory"
-        fits = rows_that_fit(
-            model, autocast, wanted, beside, free, t.document_mask or data.is_chat, lambda: processes.beat(measuring, 3)
-        )
+        with_documents = t.document_mask or data.is_chat
+        if t.shard in FULLY_SHARDED and shards > 1:
+            divided = dataclasses.replace(t, document_mask=with_documents)
+            fits = divided_rows_that_fit(data.config, divided, self._device, autocast, shards, free, beside)
+        else:
+            fits = rows_that_fit(
+                model, autocast, wanted, beside, free, with_documents, lambda: processes.beat(measuring, 3)
+            )
         fits = int(processes.smallest(fits))
         if fits == 0:
             raise InputError(
@@ -230,11 +265,51 @@ class Choices:
         else:
             self._settle("attention", lambda: fastest_attention(config, rows, dtype))
 
+    def expert_products(self, config: LMConfig, rows: int, dtype: torch.dtype) -> None:
+        """The faster way for this machine and these shapes, tried on a CPU. A CUDA GPU takes PyTorch's kernel, since a
+        loop waits for the numbers of rows; other devices take the loop, since not all have the kernel.
+
+        Args:
+            rows: samples that a process reads at once.
+            dtype: of the matrix products.
+
+        Raises:
+            InputError: PyTorch's kernel is asked for, and does not take these shapes.
+        """
+        if not config.n_experts:
+            self.made["expert_products"] = "loop"
+        elif (problem := grouping_problem(config)) is not None:
+            if self._training.expert_products == "grouped":
+                raise InputError(f"expert_products: grouped found, but {problem}; use loop or auto")
+            self._settle("expert_products", lambda: ("loop", problem))
+        elif self._device.type == "cpu":
+            self._settle("expert_products", lambda: fastest_products(config, rows, dtype))
+        elif self._device.type == "cuda":
+            self._settle("expert_products", lambda: ("grouped", "a loop would wait for the GPU"))
+        else:
+            self._settle("expert_products", lambda: ("loop", f"{self._device.type} may lack PyTorch's kernel"))
+
+    def balance_loss(self, data: TrainingData) -> None:
+        """What is usual, unless something else balances the experts, or nothing can.
+
+        Raises:
+            InputError: a loss of the routers is asked for, and pairs of answers are trained on.
+        """
+        t = self._training
+        if not data.config.n_experts:
+            self.made["balance_loss"] = 0.0
+            return
+        for name in ("balance_loss", "router_z_loss"):
+            if data.is_pairs and (given := getattr(t, name)) not in (AUTO, 0):
+                raise InputError(f"{name}: {given:g} found, but the loss of pairs is no sum over tokens; omit it")
+        about = data.config.expert_bias, t.lora_rank > 0, data.is_pairs
+        self._settle("balance_loss", lambda: automatic_balance_loss(*about))
+
     def learning_rate(self, parameters: int, tokens_per_step: int, data: TrainingData) -> float:
         """What suits the size of the model and of a step.
 
         Args:
-            parameters: of the model, adapters not counted.
+            parameters: of the model that compute a token, adapters not counted.
             data: chats tune weights of `init_from`, at a lower rate; pairs at a still lower one.
 
         Raises:

@@ -34,7 +34,7 @@ def _cluster_rows(run: RunForecast) -> list[tuple[str, str]]:
     network = f", {size_text(d.network)}/s a GPU between nodes" if c.nodes > 1 else ""
     sheet = f"{size_text(d.memory)}, {d.flops / 1e12:,.0f} TFLOP/s, memory {size_text(d.memory_bandwidth)}/s"
     links = f" and {LINK_REACHED:.0%} of the links" if gpus > 1 else ""
-    assumed = f"{reached_share(run.cost.parameters):.0%} of the FLOP/s{links} are reached"
+    assumed = f"{reached_share(run.cost.active_parameters):.0%} of the FLOP/s{links} are reached"
     rows = [
         ("on", f"{gpus:,} x {c.name}{nodes}"),
         ("data sheet", f"{sheet}{link}{network}"),
@@ -55,7 +55,7 @@ def _run_rows(run: RunForecast, data_path: str) -> list[tuple[str, str]]:
     t, cost, tokens = run.training, run.cost, run.tokens_per_step
     batch = batch_text(t.batch_size, t.accumulation_steps, run.cluster.gpus)
     rows = [
-        ("parameters", model_text(run.config, cost.parameters)),
+        ("parameters", model_text(run.config, cost.parameters, cost.active_parameters)),
         ("a step", f"{tokens:,} tokens ({batch} samples of {run.config.max_seq_len})"),
     ]
     if run.steps is None:
@@ -69,7 +69,7 @@ def _table(run: RunForecast) -> list[str]:
     """The ways side by side: a row for each name, with what it is of each way."""
     several, averages, ends = run.cluster.gpus > 1, run.training.use_ema, run.steps is not None
     rows: list[tuple[bool, str, Callable[[Forecast], str]]] = [  # whether to show it, its name, its cells
-        (True, "each GPU holds", lambda f: f.way.name + ("" if f.way.exists else "*")),
+        (True, "each GPU holds", lambda f: f.way.name),
         (True, "  weights", lambda f: size_text(f.memory.weights)),
         (True, "  gradients", lambda f: size_text(f.memory.gradients)),
         (True, "  optimizer", lambda f: size_text(f.memory.optimizer)),
@@ -102,8 +102,6 @@ def _advice(run: RunForecast) -> list[str]:
     lines = [_checkpoint_line(run)]
     if run.cluster.gpus > 1:
         lines += [f"{f.way.name}: {f.way.about}" for f in run.forecasts]
-    if not all(f.way.exists for f in run.forecasts):
-        lines.append("*: not in this version")
     return [*lines, "", *_choice_lines(run)]
 
 
@@ -117,19 +115,14 @@ def _checkpoint_line(run: RunForecast) -> str:
 
 
 def _choice_lines(run: RunForecast) -> list[str]:
-    """Which way to choose and why; and which in this version, where it cannot train so."""
+    """Which way to choose and why."""
     fitting, ways = run.fitting, [found.way for found in run.forecasts]
     if not fitting:
         return [f"choose a smaller model or larger GPUs: no way fits one sample into {CLOSE:.0%} of their memory"]
     best = _simplest_of_fastest(fitting)
     if run.cluster.gpus == 1:
         return [_fit_text(best, run)]
-    lines = [f"choose {_choice_text(fitting, ways, run)}"]
-    if not best.way.exists:
-        ours = [found for found in fitting if found.way.exists]
-        our_ways = [way for way in ways if way.exists]
-        lines.append(f"in this version: {_choice_text(ours, our_ways, run) if ours else 'none of them fits'}")
-    return lines
+    return [f"choose {_choice_text(fitting, ways, run)}"]
 
 
 def _simplest_of_fastest(fitting: list[Forecast]) -> Forecast:

@@ -14,7 +14,8 @@ class MovingAverage(AveragedModel):
 
     The decay starts low, min(decay, (1 + n) / (10 + n)) after n updates, so that the first steps are soon forgotten.
     The count of updates stays on the CPU: PyTorch's own update sends it to the GPU and back, and waits there for all
-    that the GPU still has to do. Frozen weights, as LoRA leaves them, are the model's own.
+    that the GPU still has to do. Frozen weights, as LoRA leaves them, and buffers, such as the biases of experts, are
+    the model's own.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -23,6 +24,8 @@ class MovingAverage(AveragedModel):
         for own, theirs in zip(self.module.parameters(), model.parameters(), strict=True):
             if not theirs.requires_grad:
                 own.data = theirs.data
+        for own, theirs in zip(self.module.buffers(), model.buffers(), strict=True):
+            own.data = theirs.data
         self.requires_grad_(False)
 
     @torch.no_grad()

@@ -23,14 +23,23 @@ FIRST_MOMENTUM, MOMENTUM, MOMENTUM_STEPS = 0.85, 0.95, 300  # of Muon, in the fi
 
 
 def is_hidden_matrix(name: str, parameter: "Tensor") -> bool:
-    """Whether Muon is for this parameter: a matrix of a layer, but neither the embedding nor the output layer."""
-    return name.startswith("layers.") and parameter.dim() == 2
+    """Whether Muon is for this parameter: a matrix of a layer or a stack of them, but neither the embedding nor the
+    output layer nor a router."""
+    return name.startswith("layers.") and parameter.dim() >= 2 and not is_router(name)
+
+
+def is_router(name: str) -> bool:
+    """Whether this is the name of a matrix that chooses experts."""
+    return name.endswith("router.weight")
 
 
 def decay_groups(parameters: Mapping[str, "nn.Parameter"], weight_decay: float) -> list[dict]:
-    """Parameter groups with names: matrices decay, norms and biases do not."""
+    """Parameter groups with names: matrices decay, norms and biases do not. Routers are a group of their own, whose
+    "router_rate" multiplies the learning rate."""
+    matrices = [(n, p) for n, p in parameters.items() if p.dim() >= 2]
     groups = [
-        {"params": [(n, p) for n, p in parameters.items() if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [(n, p) for n, p in matrices if not is_router(n)], "weight_decay": weight_decay},
+        {"params": [(n, p) for n, p in matrices if is_router(n)], "weight_decay": weight_decay, "router_rate": 1.0},
         {"params": [(n, p) for n, p in parameters.items() if p.dim() < 2], "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
@@ -61,7 +70,9 @@ def muon(parameters: Mapping, learning_rate: float, weight_decay: float, dtype: 
     hidden = {name: p for name, p in parameters.items() if is_hidden_matrix(name, p)}
     others = {name: p for name, p in parameters.items() if name not in hidden}
     groups = [{**group, "muon": True, "lr_scale": 1.0} for group in decay_groups(hidden, weight_decay)]
-    groups += [{**group, "muon": False, "lr_scale": BESIDE_MUON} for group in decay_groups(others, weight_decay)]
+    for group in decay_groups(others, weight_decay):
+        scale = 1.0 if "router_rate" in group else BESIDE_MUON  # at 6 times the rate, routers forget some experts
+        groups.append({**group, "muon": False, "lr_scale": scale})
     return Muon(groups, lr=learning_rate, dtype=torch.float32 if dtype == torch.float16 else dtype)
 
 
@@ -129,6 +140,7 @@ def build_optimizer(
     learning_rate: float,
     weight_decay: float,
     dtype: "torch.dtype | None" = None,
+    router_rate: float = 1.0,
 ) -> "torch.optim.Optimizer":
     """The optimizer of the parameters that a model trains, a tied matrix once.
 
@@ -136,6 +148,7 @@ def build_optimizer(
 
     Args:
         dtype: of the run's matrix products; None: float32.
+        router_rate: of the routers of experts, times the learning rate.
     """
     import torch
 
@@ -145,6 +158,9 @@ def build_optimizer(
     covered = sum(len(group["params"]) for group in optimizer.param_groups)
     if covered != len(parameters):
         raise AssertionError(f"the groups hold {covered} of {len(parameters)} parameters")
+    for group in optimizer.param_groups:
+        if "router_rate" in group:
+            group.update(router_rate=router_rate, lr=learning_rate * router_rate)
     return optimizer
 
 
@@ -160,6 +176,7 @@ def set_rates(optimizer: "torch.optim.Optimizer", optimizer_type: str, learning_
     values = {"lr": learning_rate} | (per_step(step) if per_step is not None else {})
     for group in optimizer.param_groups:
         group.update(values)
+        group["lr"] *= group.get("router_rate", 1.0)
 
 
 def load_optimizer_state(optimizer: "torch.optim.Optimizer", state: dict) -> None:

@@ -38,6 +38,7 @@ ADAPTERS_TIMES = 10.0  # the rate of tuning, for LoRA's adapters (Schulman et al
 # 2,095 pairs, 0.003, 0.01, 0.03 and 0.1 put 68, 76, 79 and 82 % of held-out chosen answers above the rejected ones, and
 # left 95, 95, 89 and 56 % of answers that stop by themselves.
 PREFERENCE_SHARE = 0.01
+BALANCE_LOSS = 0.01  # of experts, in the middle of what is usual (0.001 to 0.1)
 MUCH_TO_WRITE = 10**9  # bytes of a checkpoint: half a second and more of a disk, so several writers pay
 MUCH_STATE = 0.1  # of the free memory: above it, ranks share the state of an optimizer whose work is small
 USUAL_SHARE = 0.4  # of the matrix products' peak that training reaches, until it is measured
@@ -167,6 +168,24 @@ def automatic_shard(optimizer_type: str, state: int, free: int, ranks: int) -> t
     if state > MUCH_STATE * free:
         return "optimizer", f"the optimizer's state takes {state / free:.0%} of the free memory, a share of it less"
     return "none", f"the optimizer's state takes {state / free:.0%} of the free memory, and sharing it takes time"
+
+
+def automatic_balance_loss(has_bias: bool, is_frozen: bool, is_pairs: bool) -> tuple[float, str]:
+    """What the loss that balances experts counts, and why.
+
+    Args:
+        has_bias: whether a bias balances them.
+        is_frozen: whether the routers are.
+        is_pairs: whether pairs of answers are trained on, whose loss is no sum over tokens.
+    """
+    for is_so, why in (
+        (is_pairs, "with pairs of answers there is none"),
+        (is_frozen, "the routers are frozen"),
+        (has_bias, "the bias balances the experts"),
+    ):
+        if is_so:
+            return 0.0, why
+    return BALANCE_LOSS, "spreads each sequence's tokens over the experts"
 
 
 def automatic_writers(is_shared: bool, several_machines: bool, checkpoint_bytes: int) -> tuple[str, str]:

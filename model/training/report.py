@@ -22,8 +22,9 @@ MEASURED_SECONDS, MOST_STEPS = 5.0, 50  # the dry run measures for this long or 
 def describe(plan: RunPlan) -> list[str]:
     """The model, the data and the schedule, one line each; and one if a step has more rows than there are samples."""
     t, schedule = plan.training, plan.schedule
+    size = _parameters_text(plan.parameters, plan.active_parameters)
     model = (
-        f"model: {plan.parameters:,} parameters; {plan.flops_per_token / 1e6:,.0f} MFLOP per token; mfu is the share of"
+        f"model: {size}; {plan.flops_per_token / 1e6:,.0f} MFLOP per token; mfu is the share of"
         f" the {plan.hardware.peak_flops / 1e9:,.0f} GFLOP/s that matrix products reach here"
     )
     rows = f"{t.batch_size} x {t.accumulation_steps} accumulated x {counted(plan.world_size, 'process', 'processes')}"
@@ -39,6 +40,10 @@ def describe(plan: RunPlan) -> list[str]:
         f" {t.optimizer_type}{f', clipped at {t.grad_clip:g}' if t.grad_clip else ''}{', EMA' if t.use_ema else ''}"
     )
     lines = [model, data, rate] if not t.lora_rank else [model, f"lora: {_adapters_text(plan)}", data, rate]
+    if plan.config.n_experts:
+        lines.insert(1, f"experts: {_experts_text(plan)}")
+    if plan.is_fully_sharded:
+        lines.append(_shared_text(plan))
     padding = plan.order.rows_per_step - plan.train_samples
     if padding > 0:
         most = max(1, plan.train_samples // (t.accumulation_steps * plan.world_size))
@@ -48,6 +53,35 @@ def describe(plan: RunPlan) -> list[str]:
             f" has only {counted(plan.train_samples, 'sample')}; {remedy}"
         )
     return lines
+
+
+def _shared_text(plan: RunPlan) -> str:
+    """Who holds what, where processes share the weights."""
+    replicas = plan.world_size // plan.shards
+    of = f", and {replicas} such groups are replicas" if replicas > 1 else ""
+    return (
+        f"shard {plan.training.shard}: {plan.shards} processes share one copy of weights, gradients and optimizer{of};"
+        " sample texts are written on rank 0's CPU"
+    )
+
+
+def _parameters_text(parameters: int, active: int) -> str:
+    """How many parameters a model has, and how many of them compute a token."""
+    return f"{parameters:,} parameters" + (f", {active:,} of them active" if active < parameters else "")
+
+
+def _experts_text(plan: RunPlan) -> str:
+    """How many experts there are, and what balances them."""
+    c, t = plan.config, plan.training
+    shared = f" beside {counted(c.n_shared_experts, 'shared expert')}" if c.n_shared_experts else ""
+    by = []
+    if t.balance_loss > 0:
+        by.append(f"a loss that counts {t.balance_loss:g}")
+    if c.expert_bias and t.expert_bias_rate and not t.lora_rank:
+        by.append(f"a bias that each step moves by {t.expert_bias_rate:g}")
+    balanced = f"balanced by {' and '.join(by)}" if by else "balanced by nothing"
+    rate = "routers are frozen" if t.lora_rank else f"routers learn at {t.router_rate * t.learning_rate:g}"
+    return f"a token passes through {c.n_active_experts} of {c.n_experts} in each layer{shared}; {balanced}; {rate}"
 
 
 def _adapters_text(plan: RunPlan) -> str:
@@ -169,16 +203,23 @@ def aligned(rows: list[tuple[str, str]]) -> list[str]:
     return [f"{name:<{width}}  {value}".rstrip() for name, value in rows]
 
 
-def model_text(config: LMConfig, parameters: int) -> str:
-    """The size and the shape of a model."""
+def model_text(config: LMConfig, parameters: int, active: int) -> str:
+    """The size and the shape of a model.
+
+    Args:
+        active: parameters that compute a token.
+    """
     embedding = config.vocab_size * config.dim * (1 if config.tie_embeddings else 2)
     shape = f"{counted(config.n_layers, 'layer')} of {config.dim}, {config.vocab_size:,} tokens"
+    if config.n_experts:
+        shape += f", {config.n_active_experts} of {config.n_experts} experts"
     shape += f", context {config.max_seq_len}"
-    return f"{parameters:,}, {embedding:,} of them in embedding and output ({shape})"
+    computing = f", {active:,} active" if active < parameters else ""
+    return f"{parameters:,}{computing}, {embedding:,} of them in embedding and output ({shape})"
 
 
 def _model_rows(plan: RunPlan) -> list[tuple[str, str]]:
-    rows = [("parameters", model_text(plan.config, plan.parameters))]
+    rows = [("parameters", model_text(plan.config, plan.parameters, plan.active_parameters))]
     return rows + ([("lora", _adapters_text(plan))] if plan.training.lora_rank else [])
 
 

@@ -24,7 +24,9 @@ MOST_PARAMETERS = 10**12  # of a model, which every process holds in full
 ESCAPES = "in YAML, \\ in double quotes begins an escape: put a path in single quotes, or write it with /"
 EATEN = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")  # what "C:\temp\new.bin" in double quotes becomes
 DRIVE_ALONE = re.compile(r"[A-Za-z]:[^\\/]")  # and "C:\x64ata"
+OF_EXPERTS = ("expert_products", "balance_loss", "expert_bias_rate", "router_z_loss", "router_rate")
 ADAPTERS_NEED_WEIGHTS = "lora_rank: {} adapts given weights, but init_from is null; give init_from, or omit lora_rank"
+FULLY_SHARDED = ("full", "hybrid")  # ways to share weights too
 AUTO = "auto"  # the program chooses, see recipe.py
 Auto = typing.Literal["auto"]  # in a setting's type: accepted too
 
@@ -103,6 +105,13 @@ class TrainingSettings:
         32, "samples that a process reads at once; auto: to suit this run and the memory", at_least=1, at_most=2**20
     )
     accumulation_steps: int = setting(1, "batches per process that make up one step", at_least=1, at_most=2**20)
+    global_batch_size: int | None = setting(
+        None,
+        "samples of a step of all processes, however many they are: accumulation_steps follows from it; null: as many"
+        " as batch_size, accumulation_steps and processes give",
+        at_least=1,
+        at_most=2**30,
+    )
     learning_rate: float | Auto = setting(
         3e-4, "highest learning rate, reached after the warm-up; auto: to suit model and batch", above=0, at_most=100
     )
@@ -150,6 +159,28 @@ class TrainingSettings:
         "how a CPU computes attention: in chunks, by PyTorch's kernels, or mixed; auto: the fastest here",
         choices=(AUTO, "chunks", "mixed", "pytorch"),
     )
+    expert_products: str = setting(
+        AUTO,
+        "how the experts' matrix products are computed, with the same bits: in a loop over experts, or by PyTorch's"
+        " grouped kernel; auto: the faster here",
+        choices=(AUTO, "loop", "grouped"),
+    )
+    balance_loss: float | Auto = setting(
+        AUTO,
+        "weight of the loss that spreads a sequence's tokens over the experts; auto: 0.01, or 0 where a bias does so,"
+        " routers are frozen or pairs are trained on",
+        at_least=0,
+        at_most=100,
+    )
+    expert_bias_rate: float = setting(
+        0.001, "how far each step moves the experts' biases, with expert_bias", at_least=0, at_most=1
+    )
+    router_z_loss: float = setting(
+        0.0, "weight of the loss that keeps the routers' logits small; 0.001 is usual", at_least=0, at_most=100
+    )
+    router_rate: float = setting(
+        1.0, "the routers' learning rate, times learning_rate; AdamW's with muon too", at_least=0, at_most=100
+    )
     activation_checkpointing: str = setting(
         "none",
         "compute activations again in the backward pass instead of keeping them: of the feed-forward (selective) or of"
@@ -164,9 +195,13 @@ class TrainingSettings:
     ddp_timeout: float = setting(600.0, "seconds without progress after which several processes fail", above=0)
     shard: str = setting(
         AUTO,
-        "what several ranks share instead of each having all: nothing, or the optimizer's state, its work and the"
-        " moving average; auto: the optimizer where it pays",
-        choices=(AUTO, "none", "optimizer"),
+        "what several ranks share instead of each having all: nothing; the optimizer's state, its work and the moving"
+        " average; weights and gradients too (full), or these within groups that are replicas (hybrid); auto: the"
+        " optimizer where it pays",
+        choices=(AUTO, "none", "optimizer", *FULLY_SHARDED),
+    )
+    shard_degree: int | None = setting(
+        None, "of hybrid: ranks that share one copy; null: those of a machine", at_least=2, at_most=2**20
     )
     checkpoint_writers: str = setting(
         AUTO,
@@ -198,6 +233,18 @@ class TrainingSettings:
     def resumes(self) -> bool:
         """Whether a checkpoint is to be resumed from."""
         return self.resume or self.resume_from is not None
+
+    def rows_per_step(self, processes: int) -> int:
+        """Samples of a step of so many processes."""
+        return self.global_batch_size or self.batch_size * self.accumulation_steps * processes
+
+    def shared_among(self, processes: int) -> "TrainingSettings":
+        """With the accumulation_steps, and at most the batch_size, that global_batch_size calls for."""
+        if self.global_batch_size is None:
+            return self
+        rows = min(self.batch_size, -(-self.global_batch_size // processes))
+        batches = -(-self.global_batch_size // (rows * processes))
+        return dataclasses.replace(self, batch_size=rows, accumulation_steps=batches)
 
 
 @dataclass
@@ -359,6 +406,13 @@ def _impossible_combinations(settings: Settings) -> list[str]:
             problems.append(f"train_data_weights: {weights} found, but train_data_path has {paths}; give one for each")
     if training.copy_to is not None and os.path.realpath(training.copy_to) == os.path.realpath(training.out_dir):
         problems.append(f"copy_to: {training.copy_to} is out_dir; give another folder, best on another disk")
+    if training.global_batch_size is not None:
+        if training.batch_size == AUTO:
+            problems.append(
+                "batch_size: auto chooses the samples of a step too; give a number, or omit global_batch_size"
+            )
+        if training.accumulation_steps != 1:
+            problems.append("accumulation_steps: it follows from global_batch_size; omit one of them")
     if (parameters := _least_parameters(settings.model)) > MOST_PARAMETERS:
         problems.append(f"dim, n_layers: {parameters:,} parameters or more, at most {MOST_PARAMETERS:,} expected")
     if not training.resumes:  # else the checkpoint has the weights, and its adapters are compared with these
@@ -366,6 +420,8 @@ def _impossible_combinations(settings: Settings) -> list[str]:
             problems.append(ADAPTERS_NEED_WEIGHTS.format(training.lora_rank))
         if not training.lora_rank and training.lora_alpha != TrainingSettings.lora_alpha:
             problems.append(f"lora_alpha: {training.lora_alpha:g} of no adapters; set lora_rank, or omit lora_alpha")
+        if training.init_from is None:  # else the weights decide whether there are experts
+            problems += _impossible_routing(settings)
     if training.learning_rate != AUTO and (training.min_lr or 0) > training.learning_rate:
         problems.append(f"min_lr: {training.min_lr} is above learning_rate {training.learning_rate}")
     warmup_steps = 0 if training.warmup_steps in (None, AUTO) else training.warmup_steps
@@ -374,9 +430,36 @@ def _impossible_combinations(settings: Settings) -> list[str]:
     return problems
 
 
+def _impossible_routing(settings: Settings) -> list[str]:
+    model, training, defaults = settings.model, settings.training, TrainingSettings()
+    given = [name for name in OF_EXPERTS if getattr(training, name) != getattr(defaults, name)]
+    if model.n_experts == 0:
+        return [f"{name}: {shown(getattr(training, name))} of no experts; set n_experts, or omit it" for name in given]
+    problems = [problem] if (problem := untrained_router(model, training)) is not None else []
+    if "expert_bias_rate" in given and not model.expert_bias:
+        problems.append("expert_bias_rate: given without a bias; set expert_bias, or omit it")
+    return problems
+
+
+def untrained_router(model: "ModelSettings | LMConfig", training: TrainingSettings) -> str | None:
+    """Why the loss would give the routers of this shape no gradient; None if it does, or nothing trains them."""
+    if model.n_experts == 0 or training.lora_rank or model.n_active_experts > 1:
+        return None
+    if model.normalize_expert_weights:
+        return (
+            "n_active_experts: 1 with normalize_expert_weights makes the weight of every chosen expert 1, whatever its"
+            " score, so that the router gets no gradient; set normalize_expert_weights false, or n_active_experts 2"
+        )
+    if model.n_experts == 1 and model.expert_score == "softmax":
+        return "n_experts: a softmax over 1 expert is always 1, so that the router gets no gradient; set n_experts 2"
+    return None
+
+
 def _least_parameters(model: ModelSettings) -> int:
-    """Weights of the matrices that any such model has: queries, outputs and the feed-forward of each layer."""
+    """Weights of the matrices that any such model has: queries, outputs and the feed-forwards of each layer."""
     hidden_dim = model.hidden_dim or 8 * model.dim // 3
+    if model.n_experts:
+        hidden_dim = model.n_experts * (model.expert_hidden_dim or hidden_dim) + (model.shared_hidden_dim or 0)
     heads = model.n_heads * model.head_dim if model.head_dim else model.dim
     of_a_layer = 2 * model.dim * heads + 3 * model.dim * hidden_dim
     return model.n_layers * of_a_layer + model.dim * (model.vocab_size or 0)

@@ -33,6 +33,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self.found_inf: Tensor | None = None
         self._step_supports_amp_scaling = getattr(optimizer, "_step_supports_amp_scaling", False)
         self._optimizer, self._holdings = optimizer, holdings
+        holdings.divide_matrices(optimizer)
         self._state_names = OPTIMIZERS[optimizer_type].state
         self._parameters = {n: p for g in groups for n, p in zip(g["param_names"], g["params"], strict=True)}
         self._own = {piece: part for piece, part in holdings.parts.items() if piece.name in self._parameters}
@@ -115,6 +116,7 @@ class SharedAverage:
         holdings: of its parameters.
 
     Attributes:
+        own: the average of this rank's pieces.
         n_averaged: updates so far, int64 scalar on the CPU.
     """
 
@@ -122,13 +124,13 @@ class SharedAverage:
         self.decay, self.n_averaged = decay, torch.zeros((), dtype=torch.int64)
         self._model, self._holdings = model, holdings
         trained = trained_parameters(model).keys()
-        self._own = {piece: part.clone() for piece, part in holdings.parts.items() if piece.name in trained}
+        self.own = {piece: part.clone() for piece, part in holdings.parts.items() if piece.name in trained}
 
     def update_parameters(self, model: nn.Module, veto: Tensor | None = None) -> None:
         """As `MovingAverage.update_parameters`."""
-        if self._own:
-            theirs = [self._holdings.parts[piece] for piece in self._own]
-            average_in([*self._own.values()], theirs, int(self.n_averaged), self.decay, veto)
+        if self.own:
+            theirs = [self._holdings.parts[piece] for piece in self.own]
+            average_in([*self.own.values()], theirs, int(self.n_averaged), self.decay, veto)
         self.n_averaged += 1
 
     @torch.no_grad()
@@ -138,32 +140,37 @@ class SharedAverage:
         frozen = {id(p): p for p in self._model.parameters() if not p.requires_grad}
         model = copy.deepcopy(self._model, frozen)
         targets = {name: parameter.detach() for name, parameter in trained_parameters(model).items()}
-        for piece, part in self._own.items():
+        for piece, part in self.own.items():
             piece.of(targets[piece.name]).copy_(part)
         shares = self._holdings
         for bucket in shares.buckets:
-            shares.exchange(bucket, [self._own[piece] for piece in shares.of_bucket(bucket)], targets)()
+            shares.exchange(bucket, [self.own[piece] for piece in shares.of_bucket(bucket)], targets)()
         return model.requires_grad_(False)
 
     def averaged_weights(self) -> dict[str, Tensor | None]:
         """The average's state dict, on rank 0 with new tensors on the CPU. Every rank must call it."""
-        return self._holdings.state_dict(self._own)
+        return self._holdings.state_dict(self.own)
 
     @torch.no_grad()
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:
         """Take this rank's pieces of a whole state dict."""
-        for piece, part in self._own.items():
+        for piece, part in self.own.items():
             part.copy_(flat_range(weights, [piece.name], piece.start, piece.end).view(part.shape))
 
 
 def optimizer_and_average(
-    model: nn.Module, plan: RunPlan, processes: Ranks
+    model: nn.Module, plan: RunPlan, processes: Ranks, divided: Holdings | None
 ) -> tuple[torch.optim.Optimizer, MovingAverage | SharedAverage | None]:
-    """The run's optimizer, and the moving average if it has one; shared by the processes if the plan says so."""
+    """The run's optimizer, and the moving average if it has one; shared by the processes if the plan says so.
+
+    Args:
+        divided: who holds what of the model, where processes share that too.
+    """
     t = plan.training
-    optimizer = build_optimizer(model, t.optimizer_type, t.learning_rate, t.weight_decay, plan.hardware.dtype)
+    dtype = plan.hardware.dtype
+    optimizer = build_optimizer(model, t.optimizer_type, t.learning_rate, t.weight_decay, dtype, t.router_rate)
     if plan.shards == 1:
         return optimizer, MovingAverage(model, t.ema_decay) if t.use_ema else None
-    shares = Shares(model, OPTIMIZERS[t.optimizer_type].is_elementwise, processes)
-    average = SharedAverage(model, t.ema_decay, shares) if t.use_ema else None
-    return ShardedOptimizer(optimizer, t.optimizer_type, shares), average
+    holdings = divided or Shares(model, OPTIMIZERS[t.optimizer_type].is_elementwise, processes)
+    average = SharedAverage(model, t.ema_decay, holdings) if t.use_ema else None
+    return ShardedOptimizer(optimizer, t.optimizer_type, holdings), average

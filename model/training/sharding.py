@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from model.training.choices import Ranks
+from model.training.divided_matrices import balanced
 from model.training.muon import polynomial_flops
 from model.training.optimizer import trained_parameters
 
@@ -61,7 +62,7 @@ class InPieces:
 
 def update_cost(shape: Sequence[int]) -> int:
     """What the update of a whole parameter costs, relative to others: FLOP of a Newton-Schulz iteration of a matrix."""
-    return polynomial_flops(*shape) if len(shape) == 2 else torch.Size(shape).numel()
+    return polynomial_flops(*shape) if len(shape) >= 2 else torch.Size(shape).numel()
 
 
 def share_out(
@@ -77,10 +78,8 @@ def share_out(
     """
     shares: list[list[Piece]] = [[] for _ in range(ranks)]
     whole = {name: p for name, p in parameters.items() if not is_elementwise(name, p)}
-    load = [0] * ranks
-    for name in sorted(whole, key=lambda name: -update_cost(whole[name].shape)):
-        rank = load.index(min(load))
-        load[rank] += update_cost(whole[name].shape)
+    owners = balanced([update_cost(p.shape) for p in whole.values()], ranks)
+    for name, rank in sorted(zip(whole, owners, strict=True), key=lambda task: -update_cost(whole[task[0]].shape)):
         shares[rank].append(Piece(name, 0, whole[name].numel(), tuple(whole[name].shape)))
 
     sizes = {name: p.numel() for name, p in parameters.items() if name not in whole}
@@ -152,6 +151,10 @@ class Holdings(ABC):
     @abstractmethod
     def update(self, update: Callable[[list[Piece]], None]) -> None:
         """Have this rank update all its parts, by one call or several; then the weights are right on every rank."""
+
+    @abstractmethod
+    def divide_matrices(self, optimizer: torch.optim.Optimizer) -> None:
+        """Tell an optimizer that needs whole matrices where their rows are."""
 
     @abstractmethod
     def state_dict(self, own: Mapping[Piece, Tensor]) -> dict[str, Tensor | None]:
@@ -258,6 +261,9 @@ class Shares(Holdings):
                 finish()
             finish = started
         finish()
+
+    def divide_matrices(self, optimizer: torch.optim.Optimizer) -> None:
+        """A matrix lies whole on the rank that updates it."""
 
     def state_dict(self, own: Mapping[Piece, Tensor]) -> dict[str, Tensor | None]:
         """Frozen weights are the model's own tensors."""

@@ -69,12 +69,13 @@ class DeviceVerdict:
 
     def reset(self) -> None:
         """Steps may be taken again."""
+        self.sums = torch.zeros(0)  # of the last step, over ranks, on the device: float64 [N], see `judge`
         self.veto = torch.zeros((), device=self._device)  # float32, 1: no step is taken, as fused optimizers' found_inf
 
     def judge(
         self, norm: Tensor, sums: Tensor, stop_signals: int, terms: int, limit: float
     ) -> Callable[[], list[float]]:
-        """Set `veto`, and return what reads the numbers that `read_numbers` returns.
+        """Set `veto` and `sums`, and return what reads the numbers that `read_numbers` returns.
 
         Args:
             norm, sums, stop_signals: as there.
@@ -84,7 +85,8 @@ class DeviceVerdict:
         signals = torch.full_like(norm, stop_signals, dtype=torch.float64)  # no copy from the host, which would wait
         summed = torch.cat((torch.stack(((~norm.isfinite()).double(), signals)), sums.double()))
         self._processes.sum_on_device(summed)
-        loss = summed[2] / terms
+        self.sums = summed[2:]
+        loss = self.sums[0] / terms
         usable = (summed[0] == 0) & loss.isfinite() & (loss <= limit)
         self.veto = torch.maximum(self.veto, (~usable).float())
         return _copied_to_host(torch.cat((norm.double()[None], summed)))

@@ -61,13 +61,16 @@ def weight_shapes(config: LMConfig, lora_rank: int = 0) -> dict[str, tuple[int, 
     Args:
         lora_rank: of the adapters beside the matrices of its layers; 0: it has none.
     """
-    dim, hidden_dim, head_dim = config.dim, config.hidden_dim, config.head_dim
+    dim, head_dim = config.dim, config.head_dim
     of_a_layer = {
         "attention.wq": (config.n_heads * head_dim, dim), "attention.wk": (config.n_kv_heads * head_dim, dim),
         "attention.wv": (config.n_kv_heads * head_dim, dim), "attention.wo": (dim, config.n_heads * head_dim),
-        "feed_forward.w1": (hidden_dim, dim), "feed_forward.w2": (dim, hidden_dim),
-        "feed_forward.w3": (hidden_dim, dim), "attention_norm": (dim,), "ffn_norm": (dim,),
+        "attention_norm": (dim,), "ffn_norm": (dim,),
     }  # fmt: skip
+    if not config.n_experts:
+        of_a_layer |= _swiglu("feed_forward", dim, config.hidden_dim)
+    elif config.n_shared_experts:
+        of_a_layer |= _swiglu("feed_forward.shared", dim, config.shared_hidden_dim)
     adapters = {}
     if lora_rank:
         matrices = {name: shape for name, shape in of_a_layer.items() if len(shape) == 2}
@@ -79,9 +82,23 @@ def weight_shapes(config: LMConfig, lora_rank: int = 0) -> dict[str, tuple[int, 
     if config.qkv_bias:
         of_a_layer |= {f"attention.{n}.bias": of_a_layer[f"attention.{n}.weight"][:1] for n in ("wq", "wk", "wv")}
     of_a_layer |= adapters
+    if config.n_experts:
+        of_a_layer |= _experts(config)
     shapes = {f"layers.{n}.{name}": shape for n in range(config.n_layers) for name, shape in of_a_layer.items()}
     embedding = (config.vocab_size, dim)
     return shapes | {"tok_embeddings.weight": embedding, "output.weight": embedding, "norm.weight": (dim,)}
+
+
+def _swiglu(name: str, dim: int, hidden_dim: int) -> dict[str, tuple[int, ...]]:
+    return {f"{name}.w1": (hidden_dim, dim), f"{name}.w2": (dim, hidden_dim), f"{name}.w3": (hidden_dim, dim)}
+
+
+def _experts(config: LMConfig) -> dict[str, tuple[int, ...]]:
+    """The router and the stacks of a layer, whose names have no ".weight"."""
+    stacks = _swiglu("feed_forward.experts", config.dim, config.expert_hidden_dim)
+    shapes = {name: (config.n_experts, *shape) for name, shape in stacks.items()}
+    shapes["feed_forward.router.weight"] = (config.n_experts, config.dim)
+    return shapes | ({"feed_forward.router.bias": (config.n_experts,)} if config.expert_bias else {})
 
 
 def check_shapes(state_dict: Mapping[str, Tensor], config: LMConfig, path: str | Path, lora_rank: int = 0) -> None:
@@ -143,3 +160,31 @@ def check_expressible(
             others.append(f"{name} {shown(value)} (only {' or '.join(map(str, accepted))})")
     if others:
         raise InputError(f"{path}: {place} cannot express {', '.join(others)}; convert to another format")
+
+
+def fitting_architecture(
+    config: LMConfig, choices: Mapping[str, Mapping[str, tuple]], path: str | Path, program: str
+) -> str:
+    """The first of a program's architectures that computes what a mixture of experts does.
+
+    Args:
+        choices: by name, the fields that an architecture does not express in full, and the values that it does.
+
+    Raises:
+        InputError: there is none; it names what the nearest one lacks.
+    """
+    lacking = {
+        name: [field for field, accepted in only.items() if getattr(config, field) not in accepted]
+        for name, only in choices.items()
+    }
+    nearest = min(choices, key=lambda name: ("expert_score" in lacking[name], len(lacking[name])))
+    if lacking[nearest]:
+        found = ", ".join(
+            f"{field} {shown(getattr(config, field))} (only {' or '.join(map(str, choices[nearest][field]))})"
+            for field in lacking[nearest]
+        )
+        raise InputError(
+            f"{path}: {program} has no architecture for these experts: the nearest, {nearest}, cannot express {found}; "
+            "convert to another format"
+        )
+    return nearest

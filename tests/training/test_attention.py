@@ -8,7 +8,7 @@ import torch
 
 from model.attention import SHORTEST, WAYS
 from model.LMConfig import LMConfig
-from model.training import attention_trial
+from model.training import attention_trial, trial
 from model.training.attention_trial import fastest_attention
 from model.training.settings import AUTO, TrainingSettings
 from tests.conftest import random_model
@@ -42,8 +42,8 @@ def test_every_way_gives_the_same_loss_and_gradients(documents):
     [((1, 0.95, 0.95), "chunks"), ((1, 0.8, 0.9), "mixed"), ((1, 0.9, 0.8), "pytorch"), ((1, 2, 3), "chunks")],
 )
 def test_another_way_than_in_chunks_must_be_clearly_faster(monkeypatch, seconds, fastest):
-    monkeypatch.setattr(attention_trial, "BUSY", 0)
-    monkeypatch.setattr(attention_trial, "SECONDS", 0)
+    monkeypatch.setattr(trial, "BUSY", 0)
+    monkeypatch.setattr(trial, "SECONDS", 0)
     monkeypatch.setattr(attention_trial, "_seconds", lambda way, _: dict(zip(WAYS, seconds, strict=True))[way])
     config = LMConfig(dim=64, n_layers=1, n_heads=4, n_kv_heads=2, max_seq_len=100)
     assert fastest_attention(config, 2, torch.float32)[0] == fastest
@@ -59,7 +59,7 @@ def test_the_trial_leaves_the_random_numbers_alone(monkeypatch):
     config = LMConfig(dim=64, n_layers=1, n_heads=4, n_kv_heads=2, max_seq_len=100)
     torch.manual_seed(1)
     before = torch.get_rng_state()
-    monkeypatch.setattr(attention_trial, "BUSY", 0)
+    monkeypatch.setattr(trial, "BUSY", 0)
     way, why = fastest_attention(config, 2, torch.float32)
     assert way in WAYS and all(name in why for name in WAYS)
     assert torch.equal(before, torch.get_rng_state())
@@ -67,10 +67,10 @@ def test_the_trial_leaves_the_random_numbers_alone(monkeypatch):
 
 @pytest.mark.long
 def test_a_resumed_run_keeps_its_way(flags, tmp_path, monkeypatch, capfd):
-    trial = "model.training.choices.fastest_attention"
-    monkeypatch.setattr(trial, lambda *_: ("mixed", "it was tried"))
+    chooser = "model.training.choices.fastest_attention"
+    monkeypatch.setattr(chooser, lambda *_: ("mixed", "it was tried"))
     assert train(flags(max_seq_len=64, max_steps=4)).model.training_attention == "mixed"
-    monkeypatch.setattr(trial, lambda *_: ("pytorch", "the machine has changed its mind"))
+    monkeypatch.setattr(chooser, lambda *_: ("pytorch", "the machine has changed its mind"))
     resumed = train(flags(max_seq_len=64, max_steps=8, resume="true"))
     assert resumed.training.attention == resumed.model.training_attention == "mixed"
     told = capfd.readouterr().err

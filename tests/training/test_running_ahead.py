@@ -17,6 +17,7 @@ from utils import Processes
 CASES = {
     "adamw, average, dropout, accumulation": {"use_ema": "true", "dropout": 0.1, "accumulation_steps": 2},
     "muon": {"optimizer_type": "muon", "use_ema": "true", "lr_scheduler": "wsd"},
+    "experts, bias": {"n_experts": 4, "expert_bias": "true", "use_ema": "true", "balance_loss": 0.01},
     "float16": {"dtype": "float16", "dropout": 0.1},
     "epochs": {"max_steps": None, "epochs": 8, "batch_size": 150, "log_interval": 3, "dropout": 0.1},
     "an optimizer that can't": {"optimizer_type": "sgd", "learning_rate": 0.1},

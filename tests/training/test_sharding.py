@@ -140,6 +140,7 @@ CASES = {
     "muon, average": {"optimizer_type": "muon", "use_ema": "true"},
     "muon, float16": {"optimizer_type": "muon", "dtype": "float16"},
     "muon, bfloat16": {"optimizer_type": "muon", "dtype": "bfloat16", "use_ema": "true"},
+    "muon, experts": {"optimizer_type": "muon", "n_experts": 4, "expert_bias": "true", "use_ema": "true"},
     "adamw, skipped steps": SKIPPED,
     "muon, skipped steps": SKIPPED | {"optimizer_type": "muon"},
 }

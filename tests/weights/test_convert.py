@@ -182,7 +182,7 @@ def test_a_state_dict_without_a_description_is_told_its_heads(shop, tmp_path, he
     [
         ("rope_scaling", "yarn", "rope_scaling 'yarn'"),
         ("sandwich_norm", True, "sandwich_norm True (only False)"),
-        ("n_experts", 8, "n_experts 8 (only 0)"),
+        ("n_sinks", 8, "n_sinks 8 (only 0)"),
     ],
 )
 def test_what_a_format_does_not_know_is_refused_by_name(shop, tmp_path, target, field, value, message):
@@ -204,6 +204,14 @@ def test_what_a_format_does_not_know_is_refused_by_name(shop, tmp_path, target, 
     if field != "rope_scaling":
         setattr(weights.config, field, kind())  # its default changes nothing
         model.convert.write(to, tmp_path / target, weights)
+
+
+@pytest.mark.parametrize("to, target", [("llama2c", "b.bin"), ("llama2c_checkpoint", "b.pt"), ("meta", "b")])
+def test_formats_of_dense_models_refuse_experts(tmp_path, to, target):
+    weights = weights_of(PLAIN | {"n_experts": 8, "vocab_size": 6400})
+    with pytest.raises(InputError, match=r"cannot express n_experts 8 \(only 0\)"):
+        model.convert.write(to, tmp_path / target, weights)
+    assert not list(tmp_path.iterdir())
 
 
 # ------------------------------------------------------------------------------------------- links in its tokenizer
