@@ -41,7 +41,10 @@ WORLDS = [
     (1, "none", "one"),
     (2, "none", "all"),
     (3, "optimizer", "all"),
+    (2, "full", "all"),
     (2, "optimizer", "one"),
+    (4, "full", "all"),
+    (1, "none", "one"),
 ]
 
 
