@@ -26,6 +26,7 @@ from model.errors import first_line
 TEXT = "春风又绿江南岸，明月何时照我还？2024 年 👩‍👩‍👧 don't stop 学而时习之"
 NEW_TOKENS = 48
 ROW = "{:34} {:22} {:>11} {:>9} {:>5} {:>6} {:>6}"
+EXPERTS = {"dim": 128, "n_heads": 4, "n_kv_heads": 2, "n_experts": 8, "hidden_dim": 96}
 SHAPES = {
     "MiniMind's shape, 2 layers": {"n_layers": 2},
     "9 heads, 3 for keys": {"dim": 288, "n_heads": 9, "n_kv_heads": 3, "n_layers": 2},
@@ -36,6 +37,13 @@ SHAPES = {
     "llama3 RoPE scaling": {
         "dim": 128, "n_heads": 4, "n_kv_heads": 2, "rope_scaling": "llama3", "rope_factor": 8.0, "rope_theta": 5e5,
         "rope_original_max_seq_len": 64,
+    },
+    "8 experts, as Mixtral": EXPERTS,
+    "shared experts, as Granite": EXPERTS | {"n_shared_experts": 2},
+    "experts, qk_norm, as Qwen3": EXPERTS | {"qk_norm": True},
+    "experts, not normalised": EXPERTS | {"normalize_expert_weights": False},
+    "experts by sigmoid, as GLM-4.5": EXPERTS | {
+        "n_shared_experts": 1, "expert_score": "sigmoid", "expert_bias": True, "qk_norm": True,
     },
 }  # fmt: skip
 

@@ -89,18 +89,18 @@ class LMConfig:
             self.shared_hidden_dim = self.n_shared_experts * self.expert_hidden_dim
 
 
+# What says that a feed-forward consists of experts, and how; all have their defaults where n_experts is 0.
+EXPERT_FIELDS = {
+    "n_experts", "n_active_experts", "n_shared_experts", "expert_hidden_dim", "shared_hidden_dim", "expert_score",
+    "normalize_expert_weights", "expert_bias",
+}  # fmt: skip
 # Fields that the network, the inference model and the compiled step all compute with. One of them that learns a new
 # field adds it where it calls `refuse_unknown`; the field moves here once all of them know it.
 NETWORK_FIELDS = {
     "dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "vocab_size", "hidden_dim", "multiple_of", "norm_eps",
     "max_seq_len", "rope_theta", "rope_scaling", "rope_factor", "rope_low_freq_factor", "rope_high_freq_factor",
     "rope_original_max_seq_len", "dropout", "flash_attn", "tie_embeddings", "qk_norm", "qkv_bias",
-}  # fmt: skip
-# What says that a feed-forward consists of experts, and how; all have their defaults where n_experts is 0.
-EXPERT_FIELDS = {
-    "n_experts", "n_active_experts", "n_shared_experts", "expert_hidden_dim", "shared_hidden_dim", "expert_score",
-    "normalize_expert_weights", "expert_bias",
-}  # fmt: skip
+} | EXPERT_FIELDS  # fmt: skip
 KNOWN_SCALINGS = (None, "linear", "llama3")
 
 

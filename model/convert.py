@@ -114,11 +114,16 @@ def write(to: str, target: Path, weights: Weights, dtype: str = "F32") -> list[s
 
 def describe(weights: Weights) -> str:
     """One line on a model."""
-    config = weights.config
-    numbers = sum(t.numel() for name, t in weights.state_dict.items() if name != "output.weight")
-    if not config.tie_embeddings:
-        numbers += weights.state_dict["output.weight"].numel()
+    config, counts = weights.config, {name: tensor.numel() for name, tensor in weights.state_dict.items()}
+    if config.tie_embeddings:
+        counts.pop("output.weight")
+    numbers = sum(count for name, count in counts.items() if not name.endswith("router.bias"))  # which is no parameter
     more = [name for name in ("qk_norm", "qkv_bias", "tie_embeddings") if getattr(config, name)]
+    if config.n_experts:
+        shared = f" and {config.n_shared_experts} shared" if config.n_shared_experts else ""
+        more.insert(
+            0, f"{config.n_experts} experts of {config.expert_hidden_dim}, {config.n_active_experts} active{shared}"
+        )
     more += [f"RoPE {config.rope_theta:g}" + (f" {config.rope_scaling}" if config.rope_scaling else "")]
     return (
         f"{numbers:,} parameters: {counted(config.n_layers, 'layer')} of {config.dim},"
@@ -147,7 +152,8 @@ def main() -> None:
     shape = parser.add_argument_group("shape", "For weights without a description, where their tensors do not show it.")
     for name in OVERRIDABLE:
         field = options_of(LMConfig)[name]
-        shape.add_argument(f"--{name}", type=accepted_types(field)[0], help=field.metadata["help"])
+        kind = accepted_types(field)[0]
+        shape.add_argument(f"--{name}", type=str if kind is bool else kind, help=field.metadata["help"])
     arguments = parser.parse_args(sys.argv[1:])
     overrides = {name: value for name in OVERRIDABLE if (value := getattr(arguments, name)) is not None}
     convert(arguments.source, arguments.target, arguments.to, arguments.dtype, arguments.tokenizer_path, overrides)

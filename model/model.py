@@ -27,7 +27,7 @@ from model.errors import InputError
 from model.experts import ExpertsFeedForward
 from model.feed_forward import FeedForward
 from model.kv_cache import KVCache
-from model.LMConfig import EXPERT_FIELDS, NETWORK_FIELDS, LMConfig, refuse_unknown
+from model.LMConfig import NETWORK_FIELDS, LMConfig, refuse_unknown
 from model.loss import IGNORE_INDEX, cross_entropy, token_losses
 
 
@@ -180,7 +180,7 @@ class Transformer(nn.Module):
         self.training_attention, self.checkpointing = "chunks", "none"
         self.balance_loss, self.router_z_loss = 0.0, 0.0
         self.config = config = config or LMConfig()
-        refuse_unknown(config, NETWORK_FIELDS | EXPERT_FIELDS, "the network")
+        refuse_unknown(config, NETWORK_FIELDS, "the network")
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(TransformerBlock(config, layer) for layer in range(config.n_layers))
         self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps)

@@ -1,4 +1,5 @@
-"""Llama as the papers have it, in NumPy and float64: RoPE by complex numbers, one head and one text at a time.
+"""Llama as the papers have it, in NumPy and float64: RoPE by complex numbers, one head and one text at a time; and
+MiniMind's mixture of experts, one token at a time.
 
 It shares no line with `model/`: what our model's logits are compared with, for weights under Meta's names.
 """
@@ -6,11 +7,11 @@ It shares no line with `model/`: what our model's logits are compared with, for 
 import numpy as np
 
 
-def paper_logits(weights, tokens, n_heads, n_kv_heads, rope_theta=1e4, norm_eps=1e-5):
+def paper_logits(weights, tokens, n_heads, n_kv_heads, rope_theta=1e4, norm_eps=1e-5, n_active_experts=2):
     """Logits [T, vocab_size] of `tokens` [T].
 
     Args:
-        weights: {name: array} under Meta's names.
+        weights: {name: array} under Meta's names, experts as MiniMind v1 has them.
     """
     weights = {name: np.asarray(weight, np.float64) for name, weight in weights.items()}
     embedding = weights["tok_embeddings.weight"]
@@ -36,13 +37,24 @@ def paper_logits(weights, tokens, n_heads, n_kv_heads, rope_theta=1e4, norm_eps=
             heads.append(shares / shares.sum(-1, keepdims=True) @ v[:, shared])
         return np.concatenate(heads, -1) @ weights[f"{layer}.attention.wo.weight"].T
 
-    def feed_forward(x, layer):
-        gate, up, down = (weights[f"{layer}.feed_forward.{name}.weight"] for name in ("w1", "w3", "w2"))
+    def swiglu(x, name):
+        gate, up, down = (weights[f"{name}.{matrix}.weight"] for matrix in ("w1", "w3", "w2"))
         return (x @ gate.T / (1 + np.exp(-x @ gate.T)) * (x @ up.T)) @ down.T
+
+    def feed_forward(x, name):
+        if f"{name}.gate.weight" not in weights:
+            return swiglu(x, name)
+        return np.stack([experts(token, name) for token in x]) + swiglu(x, f"{name}.shared_experts")
+
+    def experts(token, name):  # [dim]
+        shares = np.exp(weights[f"{name}.gate.weight"] @ token)
+        chosen = np.argsort(-shares)[:n_active_experts]
+        outputs = [shares[e] * swiglu(token, f"{name}.experts.{e}") for e in chosen]
+        return sum(outputs) / shares[chosen if n_active_experts > 1 else slice(None)].sum()
 
     x = embedding[np.asarray(tokens)]
     for n in range(sum(name.endswith(".ffn_norm.weight") for name in weights)):
         layer = f"layers.{n}"
         x = x + attention(norm(x, weights[f"{layer}.attention_norm.weight"]), layer)
-        x = x + feed_forward(norm(x, weights[f"{layer}.ffn_norm.weight"]), layer)
+        x = x + feed_forward(norm(x, weights[f"{layer}.ffn_norm.weight"]), f"{layer}.feed_forward")
     return norm(x, weights["norm.weight"]) @ weights.get("output.weight", embedding).T

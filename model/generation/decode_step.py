@@ -20,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.experts import ExpertsFeedForward
+from model.feed_forward import FeedForward
 from model.kv_cache import SPARE
 from model.LMConfig import NETWORK_FIELDS, LMConfig, refuse_unknown
 from model.model import Transformer, TransformerBlock, apply_rope
@@ -65,34 +67,102 @@ def _weighted(scores: Tensor, values: Tensor) -> Tensor:
 class _Matrix(nn.Module):
     """x [K] or [G, K] -> x Wᵀ + bias [N] or [G, N] in float32, of weights of any type."""
 
-    def __init__(self, linear: nn.Linear, int8: bool) -> None:
+    def __init__(self, weight: Tensor, int8: bool, bias: Tensor | None = None) -> None:
         super().__init__()
-        weight, scale = linear.weight.detach(), None
+        weight, scale = weight.detach(), None
         if int8:
             weight, scale = quantized(weight)
         self.has_words = int8 and _loads_bytes_slowly() and weight.shape[1] % 4 == 0
         self.register_buffer("weight", in_words(weight) if self.has_words else weight)
         self.register_buffer("scale", scale)
-        self.register_buffer("bias", None if linear.bias is None else linear.bias.detach())
+        self.register_buffer("bias", None if bias is None else bias.detach())
 
     def forward(self, x: Tensor) -> Tensor:
-        # What is read once is computed where it is read, for every row of the weight again; so x is read twice.
         if x.dim() == 1:
-            half = len(self.weight) // 2
-            y = torch.cat((self._sums(self.weight[:half], x), self._sums(self.weight[half:], x)))
+            y = self.sums(self.weight, x)
         else:  # a sum for each text, in one loop over the weight
-            y = torch.stack([self._sums(self.weight, x[row]) for row in range(len(x))])
+            y = torch.stack([self._rows(self.weight, x[row]) for row in range(len(x))])
         if self.scale is not None:
             y = y * self.scale
         return y if self.bias is None else y + self.bias.float()
 
-    def _sums(self, weight: Tensor, x: Tensor) -> Tensor:
-        """Rows of the weight, and x [K] -> their products."""
+    def sums(self, weight: Tensor, x: Tensor) -> Tensor:
+        """weight [..., N, K] and x [..., K] -> their products [..., N], without scale and bias."""
+        # What is read once is computed where it is read, for every row of the weight again; so x is read twice.
+        half = weight.shape[-2] // 2
+        return torch.cat((self._rows(weight[..., :half, :], x), self._rows(weight[..., half:, :], x)), dim=-1)
+
+    def _rows(self, weight: Tensor, x: Tensor) -> Tensor:
         if not self.has_words:
-            return (weight.float() * x).sum(-1)
-        words, (first, second, third, fourth) = weight.view(torch.int32), x.view(4, -1)
+            return (weight.float() * x[..., None, :]).sum(-1)
+        words, parts = weight.view(torch.int32), x.unflatten(-1, (4, 1, -1)).unbind(-3)
+        first, second, third, fourth = parts  # [..., 1, K / 4]
         y = ((words << 24) >> 24).float() * first + ((words << 16) >> 24).float() * second
         return (y + ((words << 8) >> 24).float() * third + (words >> 24).float() * fourth).sum(-1)
+
+
+class _SwiGLU(nn.Module):
+    """A FeedForward."""
+
+    def __init__(self, module: FeedForward, int8: bool) -> None:
+        super().__init__()
+        self.w1, self.w2, self.w3 = (_Matrix(linear.weight, int8) for linear in (module.w1, module.w2, module.w3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+
+class _Stack(nn.Module):
+    """A matrix of each expert; those of some experts are read where they are."""
+
+    def __init__(self, stack: Tensor, int8: bool) -> None:
+        super().__init__()
+        self.n_experts = len(stack)
+        self.matrix = _Matrix(stack.detach().flatten(0, 1), int8)
+
+    def forward(self, x: Tensor, chosen: Tensor) -> Tensor:
+        """x [columns], or [K, columns] with one row for each expert; chosen int64 [K] -> [K, rows]."""
+        y = self.matrix.sums(self.matrix.weight.unflatten(0, (self.n_experts, -1))[chosen], x)
+        return y if self.matrix.scale is None else y * self.matrix.scale.unflatten(0, (self.n_experts, -1))[chosen]
+
+
+class _Experts(nn.Module):
+    """An ExpertsFeedForward; a text reads the weights of its own experts alone."""
+
+    def __init__(self, module: ExpertsFeedForward, int8: bool) -> None:
+        super().__init__()
+        router = module.router
+        self.n_active, self.normalize, self.scores = router.n_active, router.normalize, router.scores
+        self.router = _Matrix(router.weight, int8=False)
+        # As a matrix, since torch.compile copies the numbers of a vector of up to eight into the code.
+        self.register_buffer("bias", None if router.bias is None else router.bias[None])
+        stacks = (module.experts.w1, module.experts.w2, module.experts.w3)
+        self.w1, self.w2, self.w3 = (_Stack(stack, int8) for stack in stacks)
+        self.shared = None if module.shared is None else _SwiGLU(module.shared, int8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dim() == 2:
+            y = torch.stack([self._fed(row) for row in x.unbind()])
+        else:
+            y = self._fed(x)
+        return y if self.shared is None else y + self.shared(x)
+
+    def _fed(self, x: Tensor) -> Tensor:
+        """x [dim] -> [dim]."""
+        chosen, weights = self._choose(self.scores(self.router(x)))
+        hidden = F.silu(self.w1(x, chosen)) * self.w3(x, chosen)  # [K, h]
+        return (self.w2(hidden, chosen) * weights[:, None]).sum(0)
+
+    def _choose(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """As Router.choose, of one token, by loops that torch.compile joins with others, which `topk` is none of."""
+        left = scores if self.bias is None else scores + self.bias[0]
+        numbers, found = torch.arange(len(scores)), []
+        for _ in range(self.n_active):
+            found.append(left.argmax())
+            left = torch.where(numbers == found[-1], -torch.inf, left)
+        chosen = torch.stack(found)
+        weights = scores[chosen]
+        return chosen, weights / weights.sum() if self.normalize else weights
 
 
 class _Layer(nn.Module):
@@ -102,9 +172,9 @@ class _Layer(nn.Module):
         super().__init__()
         self.config = config
         for name in ("wq", "wk", "wv", "wo"):
-            self.add_module(name, _Matrix(getattr(block.attention, name), int8))
-        for name in ("w1", "w2", "w3"):
-            self.add_module(name, _Matrix(getattr(block.feed_forward, name), int8))
+            linear = getattr(block.attention, name)
+            self.add_module(name, _Matrix(linear.weight, int8, linear.bias))
+        self.feed_forward = (_Experts if config.n_experts else _SwiGLU)(block.feed_forward, int8)
         self.register_buffer("attention_norm", block.attention_norm.weight.detach())
         self.register_buffer("ffn_norm", block.ffn_norm.weight.detach())
         if config.qk_norm:
@@ -120,7 +190,7 @@ class _Layer(nn.Module):
             q, k = _normed(q, self.q_norm, eps), _normed(k, self.k_norm, eps)
         x = x + self.wo(attend(q, k, v))
         h = _normed(x, self.ffn_norm, eps)
-        return x + self.w2(F.silu(self.w1(h)) * self.w3(h))
+        return x + self.feed_forward(h)
 
 
 class _Network(nn.Module):
@@ -135,7 +205,7 @@ class _Network(nn.Module):
         self.config = model.config
         refuse_unknown(self.config, NETWORK_FIELDS, "the compiled step")
         self.layers = nn.ModuleList(_Layer(block, model.config, int8) for block in model.layers)
-        self.output = _Matrix(model.output, int8)
+        self.output = _Matrix(model.output.weight, int8)
         self.register_buffer("embedding", model.tok_embeddings.weight.detach())
         self.register_buffer("norm", model.norm.weight.detach())
         self.register_buffer("rope_cos", model.rope_cos)

@@ -4,6 +4,7 @@ A token reads each weight once and computes little with it, so what counts is ho
 multiply the same vector are joined (query, key and value), and oneDNN holds each in the order in which it reads.
 """
 
+import copy
 import functools
 import os
 from collections.abc import Callable
@@ -14,6 +15,8 @@ from torch import Tensor
 
 from model.attention import cached_attention
 from model.errors import InputError, shown
+from model.experts import ExpertsFeedForward
+from model.feed_forward import FeedForward
 from model.generation.compiled_step import CompiledAttention, kept_path
 from model.generation.decode_step import quantized
 from model.generation.trial import fastest_way
@@ -218,17 +221,15 @@ class _Layer:
         bias = torch.cat([linear.bias.detach() for linear in linears]) if config.qkv_bias else None
         self.wqkv = matrix(torch.cat([linear.weight.detach() for linear in linears]), dtype, bias)
         self.wo = matrix(attention.wo.weight.detach(), dtype)
-        self.w1 = matrix(feed_forward.w1.weight.detach(), dtype)
-        self.w2 = matrix(feed_forward.w2.weight.detach(), dtype)
-        self.w3 = matrix(feed_forward.w3.weight.detach(), dtype)
-        self.matrices = (self.wqkv, self.wo, self.w1, self.w2, self.w3)
+        self.feed_forward = (_Experts if config.n_experts else _SwiGLU.of)(feed_forward, matrix, dtype)
+        self.matrices = (self.wqkv, self.wo, *self.feed_forward.matrices)
 
     def __call__(self, x: Tensor, attend: Attend) -> Tensor:
         """x [B, T, dim] -> [B, T, dim]."""
         normed = F.rms_norm(x, x.shape[-1:], self.attention_norm, self.eps)
         x = x + self.wo(attend(self, self.wqkv(normed)))
         normed = F.rms_norm(x, x.shape[-1:], self.ffn_norm, self.eps)
-        return x + self.w2(self.w1.silu(normed) * self.w3(normed))
+        return x + self.feed_forward(normed)
 
     def split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """qkv [B, T, (H + 2 H_kv) * D] -> queries [B, T, H, D], keys and values [B, T, H_kv, D]."""
@@ -236,3 +237,50 @@ class _Layer:
         if self.qk_norms:
             q, k = (F.rms_norm(x, x.shape[-1:], gain, self.eps) for x, gain in zip((q, k), self.qk_norms, strict=True))
         return q, k, v
+
+
+class _SwiGLU:
+    """A FeedForward, or one of the experts of a layer."""
+
+    def __init__(self, w1: Tensor, w2: Tensor, w3: Tensor, matrix: type[Matrix], dtype: torch.dtype) -> None:
+        self.w1, self.w2, self.w3 = self.matrices = [matrix(weight.detach(), dtype) for weight in (w1, w2, w3)]
+
+    @classmethod
+    def of(cls, module: FeedForward, matrix: type[Matrix], dtype: torch.dtype) -> "_SwiGLU":
+        return cls(module.w1.weight, module.w2.weight, module.w3.weight, matrix, dtype)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [..., dim] -> [..., dim]."""
+        return self.w2(self.w1.silu(x) * self.w3(x))
+
+
+class _Experts:
+    """An ExpertsFeedForward. One row reads the weights of its own experts alone."""
+
+    def __init__(self, module: ExpertsFeedForward, matrix: type[Matrix], dtype: torch.dtype) -> None:
+        self.router = copy.deepcopy(module.router).float()
+        stacks = zip(module.experts.w1, module.experts.w2, module.experts.w3, strict=True)
+        self.experts = [_SwiGLU(*weights, matrix, dtype) for weights in stacks]
+        self.shared = None if module.shared is None else _SwiGLU.of(module.shared, matrix, dtype)
+        parts = [*self.experts, *([] if self.shared is None else [self.shared])]
+        self.matrices = [matrix for part in parts for matrix in part.matrices]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [B, T, dim] -> [B, T, dim]."""
+        rows = x.flatten(0, 1)
+        chosen, weights = self.router.choose(self.router.scores(F.linear(rows.float(), self.router.weight)))
+        if len(rows) == 1:
+            fed = torch.cat([self.experts[expert](rows) for expert in chosen[0].tolist()])[None]
+        else:
+            fed = self._by_expert(rows, chosen)
+        y = (weights[:, None] @ fed.float()).type_as(x).view_as(x)  # [N, 1, K] @ [N, K, dim]
+        return y if self.shared is None else y + self.shared(x)
+
+    def _by_expert(self, rows: Tensor, chosen: Tensor) -> Tensor:
+        """rows [N, dim] and their experts, int64 [N, K] -> the experts' outputs [N, K, dim]; a product for each expert
+        of all rows that chose it."""
+        order = chosen.flatten().argsort(stable=True)  # [N * K]: the rows of expert 0, then those of expert 1, …
+        counts = chosen.flatten().bincount(minlength=len(self.experts)).tolist()
+        groups = zip(self.experts, rows[order // chosen.shape[1]].split(counts), strict=True)
+        fed = torch.cat([expert(group) for expert, group in groups if len(group)])
+        return fed[order.argsort()].view(*chosen.shape, -1)

@@ -1,7 +1,7 @@
 """GGUF, llama.cpp's format: shape, weights and tokenizer in one file. The library `gguf` writes it.
 
-The architecture llama pairs neighbouring numbers of a head for RoPE, as we do; qwen2 and qwen3 pair the two halves.
-Quantised matrices are read as float32.
+The architectures llama and granitemoe pair neighbouring numbers of a head for RoPE, as we do; the others pair the two
+halves. Quantised matrices are read as float32.
 """
 
 from collections.abc import Mapping
@@ -13,12 +13,22 @@ import torch
 from torch import Tensor
 
 from model.errors import InputError, first_line, shown
-from model.LMConfig import LMConfig
+from model.LMConfig import EXPERT_FIELDS, LMConfig
 from model.model import rope_frequencies
 from model.storage.files import files_of_set, replacing
 from model.storage.gguf_header import GGUFFile, Refused, StoredTensor, Value, single_value
 from model.text.gguf_tokenizer import write_tokenizer
 from model.text.tokenization import tokenizer_folder, tokenizer_sha256
+from model.weights.expert_layouts import without_zeros
+from model.weights.gguf_experts import (
+    MODULES,
+    TENSORS,
+    check_attention_scale,
+    mixture_architecture,
+    read_mixture,
+    with_zeros,
+    write_mixture,
+)
 from model.weights.names import Names, in_halves, in_pairs, read_state_dict, reordered
 from model.weights.shapes import COMMON, LLAMA3_FIELDS, check_expressible, read_shape, require_fields
 from model.weights.tokenizer_copy import check_links
@@ -29,7 +39,9 @@ if TYPE_CHECKING:
 
 F16_LARGEST = 65504
 MATRIX_TYPES = ("F32", "F16", "BF16", "Q8_0")  # written; others are only read
-IN_HALVES = {"llama": False, "qwen2": True, "qwen3": True}  # the supported architectures
+IN_HALVES = {  # the supported architectures
+    "llama": False, "qwen2": True, "qwen3": True, "granitemoe": False, "qwen3moe": True, "glm4moe": True,
+}  # fmt: skip
 MOST_LAYERS = 512  # llama.cpp's limit
 ROPE_TENSOR = "rope_freqs.weight"
 # layers.0.attention.wq.weight -> blk.0.attn_q.weight
@@ -50,9 +62,19 @@ gguf_name = Names(
         "feed_forward.w3": "ffn_up",
         "norm": "output_norm",
         "output": "output",
-    },
+    }
+    | MODULES,
+    TENSORS,
 )
 EXPRESSED = (*COMMON, "head_dim", "norm_eps", "rope_theta", *LLAMA3_FIELDS, "tie_embeddings", "qk_norm", "qkv_bias")
+EXPRESSED += (*EXPERT_FIELDS,)
+
+
+def names_of(architecture: str) -> Names:
+    """The names that an architecture's files have for our weights."""
+    if architecture != "glm4moe":
+        return gguf_name
+    return gguf_name._replace(modules=gguf_name.modules | {"ffn_norm": "post_attention_norm"})
 
 
 # --------------------------------------------------------------------------------------------------------- reading
@@ -95,7 +117,9 @@ def _weights(fields: Mapping[str, Value], tensors: Mapping[str, StoredTensor], p
     def read(name: str) -> Tensor:
         return _dequantised(tensors[name], path)
 
-    state_dict, config = read_state_dict(config, gguf_name, shapes, read, path)
+    state_dict, config = read_state_dict(config, names_of(architecture), shapes, read, path)
+    if architecture == "glm4moe":
+        state_dict, config = without_zeros(state_dict, config)
     if IN_HALVES[architecture]:
         state_dict = reordered(state_dict, config, in_pairs)
     has_tokenizer = "tokenizer.ggml.tokens" in fields
@@ -121,8 +145,6 @@ def _config(fields: Mapping, shapes: Mapping[str, tuple], factors: Tensor | None
         found = single_value(fields, f"{architecture}.{key}", kind)
         return default if found is None else found
 
-    if value("expert_count", int, 0):
-        raise InputError(f"{path}: a mixture of experts ({architecture}.expert_count); such models are not supported")
     heads = value("attention.head_count", int)
     head_dim = value("attention.key_length", int)
     embedding = shapes.get("token_embd.weight", (None, None))
@@ -146,6 +168,7 @@ def _config(fields: Mapping, shapes: Mapping[str, tuple], factors: Tensor | None
         "qk_norm": "blk.0.attn_q_norm.weight" in shapes,
         "qkv_bias": "blk.0.attn_q.bias" in shapes,
     }
+    found |= read_mixture(architecture, value, shapes, path)
     require_fields(found, [name for name in found if name != "head_dim"], path)
     scaling = value("rope.scaling.type", str, "none")
     if scaling == "linear":
@@ -153,6 +176,8 @@ def _config(fields: Mapping, shapes: Mapping[str, tuple], factors: Tensor | None
     elif scaling != "none" and factors is None:
         raise InputError(f"{path}: RoPE of type {shown(scaling)}, linear or Llama 3's expected")
     config = read_shape(found, path)
+    if config.n_experts:
+        check_attention_scale(value("attention.scale", float, 0.0), config.head_dim, path)
     return architecture, config if factors is None else _llama3(config, fields, factors, path)
 
 
@@ -206,8 +231,8 @@ def save_gguf(path: str | Path, weights: Weights, kind: str = "F32") -> list[str
     """Write a GGUF file that llama.cpp reads, with the tokenizer.
 
     Args:
-        kind: type of the matrices, one of MATRIX_TYPES; norms and biases are always F32. Q8_0 needs rows of a multiple
-            of 32 numbers; a matrix with other rows is written as F16.
+        kind: type of the matrices, one of MATRIX_TYPES; norms, biases and routers are always F32. Q8_0 needs rows of a
+            multiple of 32 numbers; a matrix with other rows is written as F16.
 
     Returns:
         a line for each difference in how llama.cpp tokenizes; usually none.
@@ -224,17 +249,21 @@ def save_gguf(path: str | Path, weights: Weights, kind: str = "F32") -> list[str
     with replacing(path) as file:
         writer = gguf.GGUFWriter(file.name, architecture)  # opens the file again
         _write_shape(writer, config, kind, path.stem)
+        if config.n_experts:
+            write_mixture(writer, config, architecture)
         remarks = write_tokenizer(writer, folder, config.vocab_size, weights.begins_with_bos, weights.chat)
         if config.rope_scaling == "llama3":
             writer.add_tensor(ROPE_TENSOR, rope_factors(config).numpy())
-        for name, tensor in _to_write(weights, IN_HALVES[architecture]).items():
+        names = names_of(architecture)
+        for name, tensor in _to_write(weights, architecture).items():
             numbers = tensor.detach().to("cpu", torch.float32).contiguous().numpy()
-            chosen = gguf.GGMLQuantizationType["F32" if numbers.ndim == 1 else kind]
+            whole = numbers.ndim == 1 or name.endswith("router.weight")
+            chosen = gguf.GGMLQuantizationType["F32" if whole else kind]
             if chosen == gguf.GGMLQuantizationType.Q8_0 and numbers.shape[-1] % 32:
                 chosen = gguf.GGMLQuantizationType.F16
             if chosen == gguf.GGMLQuantizationType.F16 and np.abs(numbers).max() > F16_LARGEST:
                 raise InputError(f"{path}: {name} holds numbers past {F16_LARGEST:,}, F16's largest; write BF16 or F32")
-            writer.add_tensor(gguf_name(name), gguf.quants.quantize(numbers, chosen), raw_dtype=chosen)
+            writer.add_tensor(names(name), gguf.quants.quantize(numbers, chosen), raw_dtype=chosen)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
@@ -249,16 +278,20 @@ def _architecture(config: LMConfig, path: Path) -> str:
         InputError: there is none.
     """
     check_expressible(config, path, "GGUF", EXPRESSED, {"rope_scaling": (None, "linear", "llama3")})
-    name = "qwen3" if config.qk_norm else "qwen2" if config.qkv_bias else "llama"
+    if config.n_experts:
+        name = mixture_architecture(config, path)
+    else:
+        name = "qwen3" if config.qk_norm else "qwen2" if config.qkv_bias else "llama"
     problems = []
-    if config.qk_norm and config.qkv_bias:
+    if config.qk_norm and config.qkv_bias and not config.n_experts:
         problems.append("qk_norm with qkv_bias")
     if name == "qwen2" and config.n_heads * config.head_dim != config.dim:  # it makes queries of dim numbers
         problems.append(
             f"qkv_bias with head_dim {config.head_dim} (only dim / n_heads = {config.dim / config.n_heads:g})"
         )
-    if name != "llama" and config.rope_scaling == "llama3":  # it reads no rope_freqs for them
-        problems.append(f"{'qk_norm' if config.qk_norm else 'qkv_bias'} with rope_scaling llama3")
+    if IN_HALVES[name] and config.rope_scaling == "llama3":  # it reads no rope_freqs for them
+        reason = f"experts as {name}" if config.n_experts else "qk_norm" if config.qk_norm else "qkv_bias"
+        problems.append(f"{reason} with rope_scaling llama3")
     if config.n_layers > MOST_LAYERS:
         problems.append(f"n_layers {config.n_layers:,} (at most {MOST_LAYERS})")
     if problems:
@@ -268,9 +301,12 @@ def _architecture(config: LMConfig, path: Path) -> str:
     return name
 
 
-def _to_write(weights: Weights, halves: bool) -> dict[str, Tensor]:
+def _to_write(weights: Weights, architecture: str) -> dict[str, Tensor]:
     """The weights with heads in the architecture's order; a tied matrix once."""
+    halves = IN_HALVES[architecture]
     state_dict = reordered(weights.state_dict, weights.config, in_halves) if halves else dict(weights.state_dict)
+    if architecture == "glm4moe":
+        state_dict = with_zeros(state_dict, weights.config)
     if weights.config.tie_embeddings:
         state_dict.pop("output.weight")
     return state_dict
@@ -285,7 +321,7 @@ def _write_shape(writer: "gguf.GGUFWriter", config: LMConfig, kind: str, name: s
     writer.add_context_length(config.max_seq_len)
     writer.add_embedding_length(config.dim)
     writer.add_block_count(config.n_layers)
-    writer.add_feed_forward_length(config.hidden_dim)
+    writer.add_feed_forward_length(config.expert_hidden_dim if config.n_experts else config.hidden_dim)
     writer.add_head_count(config.n_heads)
     writer.add_head_count_kv(config.n_kv_heads)
     writer.add_key_length(config.head_dim)

@@ -1,13 +1,17 @@
 """State dicts without a description: names and shapes show which program they are from.
 
-MiniMind saved four generations of models as `pretrain_512.pth`, with no description of their shape:
+MiniMind saved four generations of models as `pretrain_512.pth`, or `pretrain_512_moe.pth` with experts, with no
+description of their shape:
 
-| MiniMind                   | names         | query heads / key heads | RoPE                 | norm_eps |
-|----------------------------|---------------|-------------------------|----------------------|----------|
-| v1, from 2024-08           | Meta's        | 16 / 8                  | neighbours, base 1e4 | 1e-5     |
-| MiniMind2, from 2025-02    | Meta's        | 8 / 2                   | neighbours, base 1e6 | 1e-5     |
-| MiniMind2, from 2025-04-26 | transformers' | 8 / 2                   | halves, base 1e6     | 1e-5     |
-| minimind-3, from 2026-03   | transformers' | 8 / 4, with qk_norm     | halves, base 1e6     | 1e-6     |
+| MiniMind                   | names         | heads / key heads   | RoPE                 | norm_eps | active experts |
+|----------------------------|---------------|---------------------|----------------------|----------|----------------|
+| v1, from 2024-08           | Meta's        | 16 / 8              | neighbours, base 1e4 | 1e-5     | 2              |
+| MiniMind2, from 2025-02    | Meta's        | 8 / 2               | neighbours, base 1e6 | 1e-5     | 2              |
+| MiniMind2, from 2025-04-26 | transformers' | 8 / 2               | halves, base 1e6     | 1e-5     | 2              |
+| minimind-3, from 2026-03   | transformers' | 8 / 4, with qk_norm | halves, base 1e6     | 1e-6     | 1              |
+
+The weights of a token's active experts are divided by their sum, of a single one only in minimind-3, where it is 1
+then; since 2026-09-17 no longer, so its files of experts exist in both kinds.
 
 baby-llama2-chinese and llama2.c, from which v1 descends, also use Meta's names, with as many key heads as query heads.
 """
@@ -22,12 +26,14 @@ from torch import Tensor
 from model.errors import InputError, shown
 from model.LMConfig import LMConfig
 from model.options import options_of, parse_value
+from model.weights.expert_layouts import gathered, shared_experts
 from model.weights.names import in_pairs, read_state_dict, reordered, transformers_name, whole_pair
 from model.weights.weights import Weights
 
-OVERRIDABLE = ("n_heads", "n_kv_heads", "rope_theta", "max_seq_len", "norm_eps")  # values that shapes do not determine
+# Values that shapes do not determine, the last ones those of a mixture of experts.
+OF_EXPERTS = ("n_active_experts", "normalize_expert_weights")
+OVERRIDABLE = ("n_heads", "n_kv_heads", "rope_theta", "max_seq_len", "norm_eps", *OF_EXPERTS)
 WIDEST_HEAD = 1024
-EXPERTS = (".experts.", ".shared_experts.", ".gate.")  # parts of names in a mixture of experts
 LAYER_NAME = re.compile(r"(?:model\.)?layers\.(\d+)\.")
 
 
@@ -39,12 +45,13 @@ class Generation(NamedTuple):
     max_seq_len: int
     rope_theta: float = 1e4
     norm_eps: float = 1e-5
+    n_active_experts: int = 2
 
 
 V1 = Generation("MiniMind v1", 16, 512)
 V2 = Generation("MiniMind2", 8, 8192, rope_theta=1e6)
 V2_TRANSFORMERS = Generation("MiniMind2 (from 2025-04-26)", 8, 32768, rope_theta=1e6)
-V3 = Generation("minimind-3", 8, 32768, rope_theta=1e6, norm_eps=1e-6)
+V3 = Generation("minimind-3", 8, 32768, rope_theta=1e6, norm_eps=1e-6, n_active_experts=1)
 OURS = Generation("MateConv, with qk_norm", None, 512)  # the gain of a head's norm tells the heads
 UNKNOWN = Generation("no known model", None, 512)
 WITHOUT_GROUPS = {  # by dim: baby-llama2-chinese's two models, and llama2.c's stories15M and stories110M
@@ -67,18 +74,16 @@ def recognise(state_dict: Mapping[str, Tensor], path: str | Path, overrides: Map
         Weights whose `inferred` says in one line what was read, what was assumed, and which tokenizer is used.
 
     Raises:
-        InputError: it is a mixture of experts or no Transformer, or a given value does not fit its shapes.
+        InputError: it is no Transformer, an expert is missing, or a given value does not fit its shapes.
     """
-    experts = next((name for name in state_dict if any(part in name for part in EXPERTS)), None)
-    if experts is not None:
-        raise InputError(f"{path}: {shown(experts)} inside: a mixture of experts; only dense models are supported")
     halves = any(name.startswith("model.") for name in state_dict)
     rename = transformers_name if halves else str
     state_dict, tied = whole_pair(state_dict, rename)
-    config, generation = _shape(state_dict, rename, path, _checked(overrides, path))
-    config.tie_embeddings = tied
     shapes = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
-    state_dict, config = read_state_dict(config, rename, shapes, state_dict.__getitem__, path)
+    shapes, read = gathered(shapes, state_dict.__getitem__, path)
+    config, generation = _shape(shapes, rename, path, _checked(overrides, path))
+    config.tie_embeddings = tied
+    state_dict, config = read_state_dict(config, rename, shapes, read, path)
     if halves:
         state_dict = reordered(state_dict, config, in_pairs)
     return Weights(state_dict, config, inferred=_line(config, generation, Path(path), overrides))
@@ -97,31 +102,31 @@ def _checked(overrides: Mapping[str, float], path: str | Path) -> dict:
 
 
 def _shape(
-    state_dict: Mapping[str, Tensor], rename: Callable[[str], str], path: str | Path, overrides: Mapping
+    shapes: Mapping[str, tuple[int, ...]], rename: Callable[[str], str], path: str | Path, overrides: Mapping
 ) -> tuple[LMConfig, Generation]:
     """The config, from shapes, overrides and the generation's values, and the generation."""
 
     def size(name: str, dimensions: int) -> tuple[int, ...]:
         name = rename(name)
-        if name not in state_dict:
+        if name not in shapes:
             raise InputError(
                 f"{path}: no {name} inside; expected Meta's names, as MiniMind v1 (tok_embeddings, layers.0.…), or "
                 "transformers' (model.embed_tokens, model.layers.0.…)"
             )
-        found = tuple(state_dict[name].shape)
+        found = shapes[name]
         if len(found) != dimensions or 0 in found:
-            expected = "a matrix" if dimensions == 2 else "a vector"
+            expected = {1: "a vector", 2: "a matrix", 3: "a matrix of each expert"}[dimensions]
             raise InputError(f"{path}: {name} has shape {shown(found)}, {expected} expected")
         return found
 
     vocab_size, dim = size("tok_embeddings.weight", 2)
     queries, keys = (size(f"layers.0.attention.{name}.weight", 2)[0] for name in ("wq", "wk"))
-    qk_norm = rename("layers.0.attention.q_norm.weight") in state_dict
+    qk_norm = rename("layers.0.attention.q_norm.weight") in shapes
     head_dim = size("layers.0.attention.q_norm.weight", 1)[0] if qk_norm else None
     generation = _generation(dim, queries, keys, qk_norm, halves=rename is transformers_name)
     n_heads, n_kv_heads = _heads(queries, keys, head_dim, generation, overrides, path)
     usual = {name: getattr(generation, name) for name in ("max_seq_len", "rope_theta", "norm_eps")}
-    layers = {match[1] for match in map(LAYER_NAME.match, state_dict) if match}
+    layers = {match[1] for match in map(LAYER_NAME.match, shapes) if match}
     shape = dict(
         dim=dim,
         n_layers=len(layers),
@@ -129,14 +134,34 @@ def _shape(
         n_kv_heads=n_kv_heads,
         head_dim=queries // n_heads,
         vocab_size=vocab_size,
-        hidden_dim=size("layers.0.feed_forward.w1.weight", 2)[0],
         qk_norm=qk_norm,
-        qkv_bias=rename("layers.0.attention.wq.bias") in state_dict,
+        qkv_bias=rename("layers.0.attention.wq.bias") in shapes,
     )
+    if rename("layers.0.feed_forward.experts.w1") in shapes:
+        shape |= _experts(size, shapes, rename)
+        usual |= _usual_experts(generation, overrides)
+    elif given := [name for name in OF_EXPERTS if name in overrides]:
+        raise InputError(f"{path}: {given[0]} was given, but there are no experts inside; omit it")
+    else:
+        shape["hidden_dim"] = size("layers.0.feed_forward.w1.weight", 2)[0]
     try:
         return LMConfig(**usual | overrides | shape), generation
     except InputError as error:
         raise InputError(f"{path}: no model has such shapes ({error})") from error
+
+
+def _experts(size: Callable[[str, int], tuple], shapes: Mapping, rename: Callable[[str], str]) -> dict:
+    """What shapes show of a mixture of experts."""
+    n_experts, width, _ = size("layers.0.feed_forward.experts.w1", 3)
+    shared = shapes.get(rename("layers.0.feed_forward.shared.w1.weight"), (0,))
+    bias = rename("layers.0.feed_forward.router.bias") in shapes
+    found = {"n_experts": n_experts, "hidden_dim": width, "expert_hidden_dim": width, "expert_bias": bias}
+    return found | shared_experts(shared[0], width)
+
+
+def _usual_experts(generation: Generation, overrides: Mapping) -> dict:
+    n_active = overrides.get("n_active_experts", generation.n_active_experts)
+    return {"n_active_experts": n_active, "normalize_expert_weights": n_active > 1 or generation is V3}
 
 
 def _generation(dim: int, queries: int, keys: int, qk_norm: bool, halves: bool) -> Generation:
@@ -177,11 +202,17 @@ def _line(config: LMConfig, generation: Generation, path: Path, overrides: Mappi
     """One line on the values that were read, assumed, given, and are unknown."""
 
     def values(*names: str) -> str:
-        return ", ".join(f"{name} {getattr(config, name):g}" for name in names)
+        found = {name: getattr(config, name) for name in names}
+        return ", ".join(
+            f"{name} {value if isinstance(value, bool) else f'{value:g}'}" for name, value in found.items()
+        )
 
     sure = ("n_heads", "n_kv_heads") if config.qk_norm else ()
-    assumed = [name for name in OVERRIDABLE if name not in (*overrides, *sure)]
+    open_ = [name for name in OVERRIDABLE if config.n_experts or name not in OF_EXPERTS]
+    assumed = [name for name in open_ if name not in (*overrides, *sure)]
     read = ["dim", "n_layers", *(name for name in sure if name not in overrides), "vocab_size", "hidden_dim"]
+    if config.n_experts:
+        read += ["n_experts", "n_shared_experts"]
     parts = [
         f"no {path.with_suffix('.json').name} beside the weights: their names and shapes are those of "
         f"{generation.title}, read off them {values(*read)}",

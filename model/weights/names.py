@@ -24,6 +24,8 @@ WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:module|_orig_mod|_fsdp_wrapped_module|_c
 TABLES = re.compile(r"(?:^|\.)(?:mask|inv_freq|rope\.freqs|freqs_cis|freqs_cos|freqs_sin|pos_cis)$")
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # of weights that are read
 TIED_PAIR = ("tok_embeddings.weight", "output.weight")
+# What some files hold and we lack, accepted where it is 0: a bias, and what the shared expert's sigmoid is computed of.
+ZEROS = (".o_proj.bias", ".attn_output.bias", ".shared_expert_gate.weight")
 ROTATED = ("attention.wq", "attention.wk", "attention.q_norm", "attention.k_norm")  # by RoPE
 
 
@@ -33,20 +35,24 @@ class Names(NamedTuple):
     Attributes:
         layers: what precedes a layer's number.
         modules: our names of modules to theirs; those of a layer without "layers.N.".
+        tensors: our names of a layer's tensors to theirs, where the module's name is not enough.
     """
 
     layers: str
     modules: Mapping[str, str]
+    tensors: Mapping[str, str] = {}
 
     def __call__(self, name: str) -> str:
         module, _, kind = name.rpartition(".")
         if module in self.modules:
             return f"{self.modules[module]}.{kind}"
-        _, number, part = module.split(".", 2)
-        return f"{self.layers}.{number}.{self.modules[part]}.{kind}"
+        _, number, part = name.split(".", 2)
+        if part in self.tensors:
+            return f"{self.layers}.{number}.{self.tensors[part]}"
+        return f"{self.layers}.{number}.{self.modules[part.rpartition('.')[0]]}.{kind}"
 
 
-# layers.0.attention.wq.weight -> model.layers.0.self_attn.q_proj.weight
+# layers.0.attention.wq.weight -> model.layers.0.self_attn.q_proj.weight; experts as `expert_layouts.gathered` has them
 transformers_name = Names(
     "model.layers",
     {
@@ -62,6 +68,11 @@ transformers_name = Names(
         "feed_forward.w1": "mlp.gate_proj",
         "feed_forward.w2": "mlp.down_proj",
         "feed_forward.w3": "mlp.up_proj",
+        "feed_forward.router": "mlp.router",
+        "feed_forward.experts": "mlp.experts",
+        "feed_forward.shared.w1": "mlp.shared.w1",
+        "feed_forward.shared.w2": "mlp.shared.w2",
+        "feed_forward.shared.w3": "mlp.shared.w3",
         "norm": "model.norm",
         "output": "lm_head",
     },
@@ -113,9 +124,9 @@ def read_state_dict(
     wanted = {name: rename(name) for name in weight_shapes(config)}
     ours = {theirs: name for name, theirs in wanted.items()}
     extra = shapes.keys() - ours.keys()
-    biases = sorted(name for name in extra if name.endswith((".o_proj.bias", ".attn_output.bias")))
+    zeros = sorted(name for name in extra if name.endswith(ZEROS))
     found = {ours.get(name, name): torch.empty(shape, device="meta") for name, shape in shapes.items()}
-    for name in biases:  # some files have them, all zero
+    for name in zeros:
         if bool(read(name).any()):
             raise InputError(f"{path}: {shown(name)} is not zero; such models are not supported")
         del found[name]

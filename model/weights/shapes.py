@@ -123,13 +123,14 @@ def check_shapes(state_dict: Mapping[str, Tensor], config: LMConfig, path: str |
         )
         raise InputError(f"{path}: {found} inside; its description is of other weights")
     for key, shape in wanted.items():
-        if not isinstance(state_dict[key], Tensor):
-            raise InputError(f"{path}: {key} is {shown(state_dict[key])}, a tensor expected")
-        found = tuple(state_dict[key].shape)
-        if found != shape:
-            raise InputError(f"{path}: {key} is {shown(found)}, by its description {shown(shape)} expected")
-        if not state_dict[key].is_floating_point():
-            raise InputError(f"{path}: {key} holds {state_dict[key].dtype}, floating-point numbers expected")
+        weight = state_dict[key]  # once: some mappings put it together
+        if not isinstance(weight, Tensor):
+            raise InputError(f"{path}: {key} is {shown(weight)}, a tensor expected")
+        if tuple(weight.shape) != shape:
+            found = shown(tuple(weight.shape))
+            raise InputError(f"{path}: {key} is {found}, by its description {shown(shape)} expected")
+        if not weight.is_floating_point():
+            raise InputError(f"{path}: {key} holds {weight.dtype}, floating-point numbers expected")
 
 
 def check_expressible(
@@ -159,3 +160,31 @@ def check_expressible(
             others.append(f"{name} {shown(value)} (only {' or '.join(map(str, accepted))})")
     if others:
         raise InputError(f"{path}: {place} cannot express {', '.join(others)}; convert to another format")
+
+
+def fitting_architecture(
+    config: LMConfig, choices: Mapping[str, Mapping[str, tuple]], path: str | Path, program: str
+) -> str:
+    """The first of a program's architectures that computes what a mixture of experts does.
+
+    Args:
+        choices: by name, the fields that an architecture does not express in full, and the values that it does.
+
+    Raises:
+        InputError: there is none; it names what the nearest one lacks.
+    """
+    lacking = {
+        name: [field for field, accepted in only.items() if getattr(config, field) not in accepted]
+        for name, only in choices.items()
+    }
+    nearest = min(choices, key=lambda name: ("expert_score" in lacking[name], len(lacking[name])))
+    if lacking[nearest]:
+        found = ", ".join(
+            f"{field} {shown(getattr(config, field))} (only {' or '.join(map(str, choices[nearest][field]))})"
+            for field in lacking[nearest]
+        )
+        raise InputError(
+            f"{path}: {program} has no architecture for these experts: the nearest, {nearest}, cannot express {found}; "
+            "convert to another format"
+        )
+    return nearest

@@ -1,7 +1,8 @@
 """Folders of transformers: config.json, safetensors, tokenizer, chat template and generation config.
 
-Llama, Mistral, Qwen2, Qwen3 and MiniMind's own folders are read. Ours are written as LlamaForCausalLM, as
-Qwen2ForCausalLM if there are biases, as Qwen3ForCausalLM if there is qk_norm. No code in a folder is run.
+Llama, Mistral, Qwen2, Qwen3 and MiniMind's own folders are read, and the mixtures of experts of
+`transformers_experts.py`. Ours are written as LlamaForCausalLM, as Qwen2ForCausalLM if there are biases, as
+Qwen3ForCausalLM if there is qk_norm, as a mixture of experts if there are experts. No code in a folder is run.
 """
 
 from collections.abc import Mapping
@@ -11,13 +12,23 @@ import torch
 from torch import Tensor
 
 from model.errors import InputError, first_line, shown
-from model.LMConfig import LMConfig
+from model.LMConfig import EXPERT_FIELDS, LMConfig
 from model.storage.archive import load_torch
 from model.storage.files import files_of_set, new_folder, read_json, write_json
 from model.text.tokenization import end_ids, load_tokenizer, tokenizer_sha256
+from model.weights.expert_layouts import gathered
 from model.weights.names import in_halves, in_pairs, plain_names, read_state_dict, reordered, transformers_name
 from model.weights.shapes import COMMON, LLAMA3_FIELDS, check_expressible, read_shape, require_fields
 from model.weights.tokenizer_copy import adds_bos, export_tokenizer
+from model.weights.transformers_experts import (
+    MIXTURES,
+    check_fixed,
+    mixture_json,
+    mixture_kind,
+    read_experts,
+    read_mixture,
+    written_experts,
+)
 from model.weights.weights import Weights
 
 # Defaults of values that config.json leaves out: n_kv_heads (None: n_heads), context, window, norm_eps, base of RoPE.
@@ -27,7 +38,14 @@ DEFAULTS = {
     "qwen2": (32, 32768, 4096, 1e-6, 1e4),
     "qwen3": (32, 32768, 4096, 1e-6, 1e4),
     "minimind": (2, 32768, None, 1e-5, 1e6),
+    "mixtral": (8, 131072, None, 1e-5, 1e6),
+    "granitemoeshared": (None, 2048, None, 1e-6, 1e4),
+    "qwen2_moe": (16, 32768, 4096, 1e-6, 1e4),
+    "qwen3_moe": (4, 32768, 4096, 1e-6, 1e4),
+    "ernie4_5_moe": (4, 131072, None, 1e-5, 5e5),
+    "glm4_moe": (8, 131072, None, 1e-5, 1e4),
 }
+TIED = ("minimind", "ernie4_5_moe")  # unless config.json says otherwise
 LLAMA3 = {
     "low_freq_factor": "rope_low_freq_factor",
     "high_freq_factor": "rope_high_freq_factor",
@@ -36,6 +54,8 @@ LLAMA3 = {
 CONFIG = "config.json"
 MATRIX_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # written
 EXPRESSED = (*COMMON, "head_dim", "norm_eps", "rope_theta", *LLAMA3_FIELDS, "tie_embeddings", "qk_norm", "qkv_bias")
+EXPRESSED += (*EXPERT_FIELDS,)
+BIASES_IN_ALL = ("qwen3", "qwen3_moe", "granitemoeshared")  # four projections of attention, or in none
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 
 
@@ -77,11 +97,17 @@ def load_transformers(folder: str | Path, chosen: str | None = None) -> Weights:
     folder = Path(folder)
     values = read_json(folder / CONFIG)
     tensors = _Tensors(folder, chosen)
-    config = read_config(values, tensors.shapes, folder / CONFIG)
-    state_dict, config = read_state_dict(config, transformers_name, tensors.shapes, tensors.read, folder)
+    shapes, read = gathered(tensors.shapes, tensors.read, folder)
+    config = read_config(values, shapes, folder / CONFIG)
+    state_dict, config = read_state_dict(config, transformers_name, shapes, read, folder)
+    kind = values["model_type"]
+    if config.n_experts:
+        state_dict, config = read_experts(state_dict, config, kind)
+    if kind not in MIXTURES or not MIXTURES[kind].pairs:
+        state_dict = reordered(state_dict, config, in_pairs)
     has_tokenizer = (folder / "tokenizer.json").is_file()
     return Weights(
-        reordered(state_dict, config, in_pairs),
+        state_dict,
         config,
         str(folder) if has_tokenizer else None,
         tokenizer_sha256(folder) if has_tokenizer else None,
@@ -93,7 +119,7 @@ def read_config(values: Mapping, shapes: Mapping[str, tuple], path: Path) -> LMC
     """The LMConfig that a config.json describes.
 
     Args:
-        shapes: of the weights by transformers' names, which show whether there are biases.
+        shapes: of the weights by transformers' names, with experts stacked; they show whether there are biases.
 
     Raises:
         InputError: the model is not a `Transformer`.
@@ -101,7 +127,7 @@ def read_config(values: Mapping, shapes: Mapping[str, tuple], path: Path) -> LMC
     kind = values.get("model_type")
     if not isinstance(kind, str) or kind not in DEFAULTS:
         raise InputError(f"{path}: model_type is {shown(kind)}, one of {', '.join(DEFAULTS)} expected")
-    _refuse_others(values, path)
+    _refuse_others(values, kind, path)
     n_kv_heads, max_seq_len, window, norm_eps, rope_theta = DEFAULTS[kind]
     rope = _rope(values, path)
     window = values.get("sliding_window", window)
@@ -121,23 +147,29 @@ def read_config(values: Mapping, shapes: Mapping[str, tuple], path: Path) -> LMC
         "norm_eps": values.get("rms_norm_eps", norm_eps),
         "max_seq_len": max_seq_len,
         "rope_theta": rope.pop("rope_theta", rope_theta),
-        "tie_embeddings": values.get("tie_word_embeddings", kind == "minimind"),
+        "tie_embeddings": values.get("tie_word_embeddings", kind in TIED),
         "qk_norm": "model.layers.0.self_attn.q_norm.weight" in shapes,
         "qkv_bias": "model.layers.0.self_attn.q_proj.bias" in shapes,
     }
     gate = shapes.get("model.layers.0.mlp.gate_proj.weight")
     if found["hidden_dim"] is None and gate:
         found["hidden_dim"] = gate[0]  # MiniMind computes it
+    if mixture := read_mixture(kind, values, shapes, path):
+        found |= mixture | {"hidden_dim": mixture["expert_hidden_dim"]}  # no layer is dense
     require_fields(found, ("dim", "n_layers", "n_heads", "vocab_size", "hidden_dim"), path)
-    return read_shape(found | rope, path)
+    config = read_shape(found | rope, path)
+    check_fixed(kind, values, config, path)
+    return config
 
 
-def _refuse_others(values: Mapping, path: Path) -> None:
+def _refuse_others(values: Mapping, kind: str, path: Path) -> None:
     """Refuse settings that change the computation and that LMConfig cannot express."""
     expected = {
-        "hidden_act": ("silu", "swish"), "mlp_bias": (False,), "use_moe": (False,), "num_local_experts": (0, 1),
-        "partial_rotary_factor": (1, 1.0), "pretraining_tp": tuple(range(65)), "quantization_config": (),
+        "hidden_act": ("silu", "swish"), "mlp_bias": (False,), "partial_rotary_factor": (1, 1.0),
+        "pretraining_tp": tuple(range(65)), "quantization_config": (),
     }  # fmt: skip
+    if kind != "minimind" and kind not in MIXTURES:
+        expected |= {"use_moe": (False,), "num_local_experts": (0, 1)}
     for name, accepted in expected.items():
         if values.get(name) is not None and values[name] not in accepted:
             wanted = " or ".join(map(str, accepted[:2])) or "no such key"
@@ -269,14 +301,21 @@ def save_transformers(
 
     config = weights.config
     check_expressible(config, folder, "config.json", EXPRESSED, {"rope_scaling": (None, "linear", "llama3")})
-    state_dict = reordered(weights.state_dict, config, in_halves)
+    kind = _kind(config, folder)
+    in_order = kind in MIXTURES and MIXTURES[kind].pairs
+    state_dict = dict(weights.state_dict) if in_order else reordered(weights.state_dict, config, in_halves)
     if config.tie_embeddings:
         state_dict.pop("output.weight")
-    tensors = {transformers_name(name): tensor.to("cpu", dtype).contiguous() for name, tensor in state_dict.items()}
+    tensors = {
+        transformers_name(name): tensor.to("cpu", torch.float32 if name.endswith("router.bias") else dtype)
+        for name, tensor in state_dict.items()
+    }
+    if config.n_experts:
+        tensors = written_experts(tensors, config, kind)
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     tokenizer = load_tokenizer(weights.tokenizer_path)
     ends = weights.all_ends(end_ids(tokenizer))
-    kind = "qwen3" if config.qk_norm else "qwen2" if config.qkv_bias else "llama"
-    if kind == "qwen3" and config.qkv_bias:  # Qwen3 has biases in all four projections or in none
+    if kind in BIASES_IN_ALL and config.qkv_bias:
         for layer in range(config.n_layers):
             tensors[f"model.layers.{layer}.self_attn.o_proj.bias"] = torch.zeros(config.dim, dtype=dtype)
     with new_folder(folder) as temporary:
@@ -287,6 +326,13 @@ def save_transformers(
         (temporary / "model.safetensors").write_bytes(save(tensors, metadata={"format": "pt"}))
 
 
+def _kind(config: LMConfig, path: str | Path) -> str:
+    """The model_type that computes the same; raises as `mixture_kind`."""
+    if config.n_experts:
+        return mixture_kind(config, path)
+    return "qwen3" if config.qk_norm else "qwen2" if config.qkv_bias else "llama"
+
+
 def config_json(config: LMConfig, kind: str, dtype: torch.dtype) -> dict:
     """A config.json for versions 4 and 5 of transformers, and for programs that know only the older names."""
     rope = {"rope_theta": config.rope_theta, "rope_type": config.rope_scaling or "default"}
@@ -294,8 +340,8 @@ def config_json(config: LMConfig, kind: str, dtype: torch.dtype) -> dict:
         rope["factor"] = config.rope_factor
     if config.rope_scaling == "llama3":
         rope |= {theirs: getattr(config, ours) for theirs, ours in LLAMA3.items()}
-    return {
-        "architectures": [ARCHITECTURES[kind]],
+    values = {
+        "architectures": [ARCHITECTURES.get(kind)],
         "model_type": kind,
         "hidden_act": "silu",
         "hidden_size": config.dim,
@@ -317,3 +363,4 @@ def config_json(config: LMConfig, kind: str, dtype: torch.dtype) -> dict:
         "torch_dtype": str(dtype).removeprefix("torch."),
         "dtype": str(dtype).removeprefix("torch."),
     }
+    return values | (mixture_json(config, kind) if config.n_experts else {})

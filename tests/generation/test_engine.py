@@ -31,10 +31,25 @@ from tests.generation.endless_compiler import endless_compiler, is_over
 from tests.tiny_runs import HUNG, wait_for
 
 GREEDY = GenerationConfig(do_sample=False, max_new_tokens=40)
+EXPERTS = {"n_experts": 6, "hidden_dim": 48}
+SHARED_EXPERTS = EXPERTS | {
+    "n_active_experts": 3, "n_shared_experts": 1, "expert_score": "sigmoid", "normalize_expert_weights": False,
+    "expert_bias": True,
+}  # fmt: skip
 VARIANTS = [{}, {"qk_norm": True}, {"tie_embeddings": False}, {"n_kv_heads": 4}, {"n_kv_heads": 1}]
+VARIANTS += [EXPERTS, SHARED_EXPERTS]
 needs_compiler = pytest.mark.skipif(
     not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++", "cl"))), reason="there is no C++ compiler here"
 )
+
+
+def model_of(config):
+    """A random model, whose routers' biases change choices."""
+    model = random_model(config)
+    for name, buffer in model.named_buffers():
+        if name.endswith("router.bias"):
+            buffer.normal_(std=0.3, generator=torch.Generator().manual_seed(0))
+    return model
 
 
 def logits_of(reader, config, texts, dtype=torch.float32):
@@ -60,11 +75,39 @@ def some_texts(config):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_packed_weights_give_the_transformers_logits(tiny_config, variant):
     config = LMConfig(**{**vars(tiny_config), **variant})
-    model, texts = random_model(config), some_texts(config)
+    model, texts = model_of(config), some_texts(config)
     with torch.inference_mode():
         found = logits_of(InferenceModel(model), config, texts)
         for row, text in enumerate(texts):
             torch.testing.assert_close(found[row], model(text[None])[0, -4:], rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_text_reads_only_its_own_experts(tiny_config, dtype, int8):
+    """What the others hold changes nothing; several texts at once get what each gets alone."""
+    config = LMConfig(**{**vars(tiny_config), **EXPERTS, "n_layers": 1})
+    reader, tokens = InferenceModel(random_model(config).to(dtype), int8), torch.tensor([[7], [200], [9], [31]])
+
+    def logits(rows):
+        cache = KVCache(config, len(rows), 8, dtype=reader.dtype)
+        return reader.output(reader.hidden_states(rows, cache)).float()
+
+    with torch.inference_mode():
+        alone, together = [logits(row[None]) for row in tokens], logits(tokens)
+        torch.testing.assert_close(together, torch.cat(alone), rtol=0, atol=1e-4 if dtype == torch.float32 else 0.1)
+        experts = reader.layers[0].feed_forward.experts
+        for row, expected in zip(tokens, alone, strict=True):
+            unread = []
+            for number, expert in enumerate(experts):
+                experts[number] = None  # whoever calls it fails
+                try:
+                    assert torch.equal(logits(row[None]), expected)
+                    unread.append(number)
+                except TypeError:
+                    pass
+                experts[number] = expert
+            assert len(unread) == config.n_experts - config.n_active_experts
 
 
 @pytest.mark.skipif(not packs(torch.bfloat16), reason="this CPU has no bfloat16")
@@ -300,10 +343,16 @@ def test_the_step_comes_in_the_background_and_not_for_a_seed(tiny_model, tokeniz
 
 @pytest.mark.long
 @needs_compiler
-@pytest.mark.parametrize(("variant", "int8"), [({}, False), ({"qk_norm": True, "tie_embeddings": False}, True)])
+@pytest.mark.parametrize(
+    ("variant", "int8"),
+    [
+        ({}, False), ({"qk_norm": True, "tie_embeddings": False}, True), (SHARED_EXPERTS, False),
+        (EXPERTS | {"tie_embeddings": False}, True),
+    ],
+)  # fmt: skip
 def test_the_compiled_step_writes_what_the_eager_one_writes(tiny_config, steps, variant, int8):
     config = LMConfig(**{**vars(tiny_config), **variant})
-    model, said = random_model(config), []
+    model, said = model_of(config), []
     engine = Engine(model, int8, True, said.append)
     if int8:  # the other is there already, as a rule
         assert len(said) == 1 and "compiling" in said[0]
@@ -314,10 +363,11 @@ def test_the_compiled_step_writes_what_the_eager_one_writes(tiny_config, steps, 
     if not int8:  # int8's other numbers are bfloat16 in the eager step, float32 in this one
         assert compiled == ids_of(model, prompts)
     with torch.no_grad():  # int8: as the Transformer with the numbers that int8 stands for
-        for parameter in {id(p): p for n, p in model.named_parameters() if p.dim() > 1 and "emb" not in n}.values():
+        rounded = {n: p for n, p in model.named_parameters() if p.dim() > 1 and "emb" not in n and "router" not in n}
+        for parameter in {id(p): p for p in rounded.values()}.values():
             if int8:
-                values, scale = quantized(parameter)
-                parameter.copy_(values * scale[:, None])
+                values, scale = quantized(parameter.flatten(0, -2))  # those of experts are stacked
+                parameter.copy_((values * scale[:, None]).view_as(parameter))
     assert compiled == ids_of(model, prompts)
 
     if not int8:
@@ -330,12 +380,18 @@ def test_the_compiled_step_writes_what_the_eager_one_writes(tiny_config, steps, 
 
 
 @pytest.mark.parametrize("avx2", [True, False])
-@pytest.mark.parametrize(("variant", "int8"), [({}, False), ({}, True), ({"qk_norm": True, "qkv_bias": True}, True)])
+@pytest.mark.parametrize(
+    ("variant", "int8"),
+    [
+        ({}, False), ({}, True), ({"qk_norm": True, "qkv_bias": True}, True), (EXPERTS, True), (SHARED_EXPERTS, False),
+        (SHARED_EXPERTS, True),
+    ],
+)  # fmt: skip
 def test_a_group_step_gives_what_a_step_for_one_text_gives(tiny_config, variant, int8, avx2, monkeypatch):
     """As modules, not compiled; rows without a text harm nobody, and only the caches' new slots change."""
     monkeypatch.setattr("model.generation.decode_step._loads_bytes_slowly", lambda: avx2)
     config = LMConfig(**{**vars(tiny_config), **variant})
-    model = random_model(config)
+    model = model_of(config)
     group, kept = GroupStep(model, int8), KVCache(config, 4, config.max_seq_len + SPARE)
     tokens, lengths = torch.tensor([7, 200, 9, 0]), [5, 40, 1]
     for buffer in (kept.keys, kept.values):

@@ -54,7 +54,7 @@ def write(path, value) -> None:
 
 CONFIGS = {
     "a mixture of experts": ({"num_local_experts": 8}, "num_local_experts is 8"),
-    "MiniMind's experts": ({"model_type": "minimind", "use_moe": True}, "use_moe is True"),
+    "MiniMind's experts": ({"model_type": "minimind", "use_moe": True}, "use_moe is True, but there are no experts"),
     "another kind": ({"model_type": "gpt2"}, "model_type is 'gpt2', one of llama, mistral, qwen2, qwen3, minimind"),
     "no kind": ({"model_type": ...}, "model_type is None"),
     "a list for the kind": ({"model_type": ["llama"]}, r"model_type is \['llama'\]"),

@@ -262,7 +262,7 @@ SHAPES = {
     "another architecture": ("general.architecture", STRING, "mixtral", "architecture 'mixtral', one of llama"),
     "an architecture that is no text": ("general.architecture", UINT32, 1, "general.architecture is UINT32, STRING"),
     "an architecture that is no UTF-8": ("general.architecture", STRING, b"\xff", "general.architecture is not UTF-8"),
-    "experts": ("llama.expert_count", UINT32, 8, "a mixture of experts"),
+    "experts": ("llama.expert_count", UINT32, 8, "does not say n_active_experts of the model"),
     "no heads": ("llama.attention.head_count", UINT32, 0, "n_heads: 0 found"),
     "no key heads": ("llama.attention.head_count_kv", UINT32, 0, "n_kv_heads: 0 found"),
     "heads of nothing": ("llama.attention.key_length", UINT32, 0, "0 expected|head_dim"),

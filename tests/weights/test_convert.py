@@ -206,6 +206,14 @@ def test_what_a_format_does_not_know_is_refused_by_name(shop, tmp_path, target, 
         model.convert.write(to, tmp_path / target, weights)
 
 
+@pytest.mark.parametrize("to, target", [("llama2c", "b.bin"), ("llama2c_checkpoint", "b.pt"), ("meta", "b")])
+def test_formats_of_dense_models_refuse_experts(tmp_path, to, target):
+    weights = weights_of(PLAIN | {"n_experts": 8, "vocab_size": 6400})
+    with pytest.raises(InputError, match=r"cannot express n_experts 8 \(only 0\)"):
+        model.convert.write(to, tmp_path / target, weights)
+    assert not list(tmp_path.iterdir())
+
+
 # ------------------------------------------------------------------------------------------- links in its tokenizer
 
 
