@@ -34,7 +34,7 @@ from model.training.recipe import (
     compile_pays,
     cpp_compiler,
 )
-from model.training.settings import AUTO, FIELDS, FULLY_SHARDED, TrainingSettings
+from model.training.settings import AUTO, FIELDS, FULLY_SHARDED, TrainingSettings, of_no_experts
 
 T = TypeVar("T")
 V = TypeVar("V", int, float, bool, int | None)
@@ -296,10 +296,13 @@ class Choices:
         """What is usual, unless something else balances the experts, or nothing can.
 
         Raises:
-            InputError: a loss of the routers is asked for, and pairs of answers are trained on.
+            InputError: experts' settings are given, and init_from's model has none; or a loss of the routers, and pairs
+                of answers are trained on.
         """
         t = self._training
         if not data.config.n_experts:
+            if problems := of_no_experts(t):
+                raise InputError(*problems)
             self.made["balance_loss"] = 0.0
             return
         for name in ("balance_loss", "router_z_loss"):

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from model.errors import MOST_CHARACTERS, InputError, shown
-from model.LMConfig import MOST_TOKENS, LMConfig, impossible_shape
+from model.LMConfig import MOST_TOKENS, LMConfig, impossible_shape, untrained_router
 from model.options import parse_value, setting
 from model.training.optimizer import OPTIMIZERS
 from model.training.schedule import SHAPES
@@ -431,28 +431,24 @@ def _impossible_combinations(settings: Settings) -> list[str]:
 
 
 def _impossible_routing(settings: Settings) -> list[str]:
-    model, training, defaults = settings.model, settings.training, TrainingSettings()
-    given = [name for name in OF_EXPERTS if getattr(training, name) != getattr(defaults, name)]
+    model, training = settings.model, settings.training
     if model.n_experts == 0:
-        return [f"{name}: {shown(getattr(training, name))} of no experts; set n_experts, or omit it" for name in given]
-    problems = [problem] if (problem := untrained_router(model, training)) is not None else []
-    if "expert_bias_rate" in given and not model.expert_bias:
+        return of_no_experts(training)
+    problem = None if training.lora_rank else untrained_router(model)
+    problems = [] if problem is None else [problem]
+    if training.expert_bias_rate != TrainingSettings.expert_bias_rate and not model.expert_bias:
         problems.append("expert_bias_rate: given without a bias; set expert_bias, or omit it")
     return problems
 
 
-def untrained_router(model: "ModelSettings | LMConfig", training: TrainingSettings) -> str | None:
-    """Why the loss would give the routers of this shape no gradient; None if it does, or nothing trains them."""
-    if model.n_experts == 0 or training.lora_rank or model.n_active_experts > 1:
-        return None
-    if model.normalize_expert_weights:
-        return (
-            "n_active_experts: 1 with normalize_expert_weights makes the weight of every chosen expert 1, whatever its"
-            " score, so that the router gets no gradient; set normalize_expert_weights false, or n_active_experts 2"
-        )
-    if model.n_experts == 1 and model.expert_score == "softmax":
-        return "n_experts: a softmax over 1 expert is always 1, so that the router gets no gradient; set n_experts 2"
-    return None
+def of_no_experts(training: TrainingSettings) -> list[str]:
+    """What is wrong with the settings of a dense model: a line for each that is given and says how to train experts."""
+    given = {name: getattr(training, name) for name in OF_EXPERTS}
+    return [
+        f"{name}: {shown(value)} of no experts; set n_experts, or omit it"
+        for name, value in given.items()
+        if value != getattr(TrainingSettings, name)
+    ]
 
 
 def _least_parameters(model: ModelSettings) -> int:

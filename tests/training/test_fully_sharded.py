@@ -1,5 +1,6 @@
 """Ranks that share the weights too: the same bits as where each has all, and each way of sharing from another."""
 
+import dataclasses
 import subprocess
 
 import pytest
@@ -94,16 +95,18 @@ def test_matrices_are_orthogonalized_whole_also_where_a_rank_has_no_row(count):
     assert ended == [(0, "6\n", "")] * count
 
 
-def test_the_memory_of_a_share(tiny_config):
+@pytest.mark.parametrize("experts", [0, 4])
+def test_the_memory_of_a_share(tiny_config, experts):
+    config = dataclasses.replace(tiny_config, n_experts=experts)
+
     def memory(ranks, **training):
         t = build_settings({}, {"use_ema": "true"} | training).training
-        return step_memory(tiny_config, t, 2, torch.device("cpu"), torch.autocast("cpu", torch.bfloat16), ranks)
+        return step_memory(config, t, 2, torch.device("cpu"), torch.autocast("cpu", torch.bfloat16), ranks)
 
     whole, share = memory(1, shard="none"), memory(4, shard="full")
-    config = tiny_config
     head_dims = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-    layer = config.dim * (2 * head_dims[0] + 2 * head_dims[1] + 3 * config.hidden_dim)
-    kept = whole.weights - 4 * config.n_layers * layer  # embedding and norms stay gathered
+    layer = config.dim * (2 * head_dims[0] + 2 * head_dims[1] + 3 * config.hidden_dim * max(1, experts))
+    kept = whole.weights - 4 * config.n_layers * layer  # embedding, norms and routers stay gathered
     assert share.weights == whole.weights // 4 + kept
     assert (share.average, share.optimizer) == (whole.average // 4, whole.optimizer // 4)
     assert share.gradients == whole.gradients // 4
