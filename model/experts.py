@@ -15,6 +15,7 @@ from model.LMConfig import LMConfig
 
 BIAS = "feed_forward.router.bias"  # of a layer, in a state dict: a buffer, which no optimizer knows
 WAYS = ("loop", "grouped")  # one product for each expert; or PyTorch's kernel for all of them. They give the same bits
+TINY = 1e-20  # below any sum of scores, but for sigmoids that have all become 0
 GROUPED_MULTIPLE = 8  # numbers: the widths that PyTorch's kernel takes are multiples of it
 
 
@@ -59,7 +60,7 @@ class Router(nn.Module):
         chosen = preferred.topk(self.n_active, dim=-1).indices
         weights = scores.gather(-1, chosen)
         if self.normalize:
-            weights = weights / weights.sum(-1, keepdim=True)
+            weights = weights / weights.sum(-1, keepdim=True).clamp(min=TINY)
         return chosen, weights
 
 
@@ -128,7 +129,7 @@ class ExpertsFeedForward(nn.Module):
 
         is_chosen = torch.zeros_like(scores).scatter_(-1, chosen, 1.0).view(*counted.shape, -1)  # [B, T, E]
         load = (is_chosen * counted[..., None]).sum(1)  # [B, E]
-        share = (scores / scores.sum(-1, keepdim=True)).view(*counted.shape, -1)
+        share = (scores / scores.sum(-1, keepdim=True).clamp(min=TINY)).view(*counted.shape, -1)
         probability = (share * counted[..., None]).sum(1)  # [B, E]
         tokens = counted.sum(1, keepdim=True).clamp(min=1)  # [B, 1]
         balance = (load * (scores.shape[-1] / self.router.n_active / tokens) * probability).sum()
@@ -184,9 +185,15 @@ class Gathered(torch.autograd.Function):
         return grad if ctx.copies == 1 else grad.unflatten(0, (-1, ctx.copies)).sum(1), None, None, None
 
 
-def can_group(config: LMConfig) -> bool:
-    """Whether PyTorch's grouped kernel takes the experts' shapes."""
-    return config.dim % GROUPED_MULTIPLE == 0 and config.expert_hidden_dim % GROUPED_MULTIPLE == 0
+def grouping_problem(config: LMConfig) -> str | None:
+    """Why PyTorch's grouped kernel cannot compute experts of this shape; None if it can."""
+    if not hasattr(F, "grouped_mm"):
+        return f"torch {torch.__version__} has no grouped kernel"
+    dim, hidden_dim = config.dim, config.expert_hidden_dim
+    if dim % GROUPED_MULTIPLE or hidden_dim % GROUPED_MULTIPLE:
+        multiples = f"multiples of {GROUPED_MULTIPLE}"
+        return f"PyTorch's kernel needs {multiples}, dim is {dim} and expert_hidden_dim {hidden_dim}"
+    return None
 
 
 @torch.library.custom_op("mateconv::expert_products", mutates_args=())

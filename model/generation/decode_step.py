@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.experts import ExpertsFeedForward
+from model.experts import TINY, ExpertsFeedForward
 from model.feed_forward import FeedForward
 from model.kv_cache import SPARE
 from model.LMConfig import NETWORK_FIELDS, LMConfig, refuse_unknown
@@ -162,7 +162,7 @@ class _Experts(nn.Module):
             left = torch.where(numbers == found[-1], -torch.inf, left)
         chosen = torch.stack(found)
         weights = scores[chosen]
-        return chosen, weights / weights.sum() if self.normalize else weights
+        return chosen, weights / weights.sum().clamp(min=TINY) if self.normalize else weights
 
 
 class _Layer(nn.Module):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from model.attention import has_ways
 from model.errors import InputError, counted
-from model.experts import GROUPED_MULTIPLE, can_group
+from model.experts import grouping_problem
 from model.LMConfig import LMConfig
 from model.model import Transformer
 from model.options import parse_value
@@ -223,8 +223,8 @@ class Choices:
             self._settle("attention", lambda: fastest_attention(config, rows, dtype))
 
     def expert_products(self, config: LMConfig, rows: int, dtype: torch.dtype) -> None:
-        """The faster way for this machine and these shapes, tried on a CPU; on a GPU PyTorch's kernel, since a loop
-        waits for the numbers of rows.
+        """The faster way for this machine and these shapes, tried on a CPU. A CUDA GPU takes PyTorch's kernel, since a
+        loop waits for the numbers of rows; other devices take the loop, since not all have the kernel.
 
         Args:
             rows: samples that a process reads at once.
@@ -235,18 +235,16 @@ class Choices:
         """
         if not config.n_experts:
             self.made["expert_products"] = "loop"
-        elif not can_group(config):
-            why = (
-                f"PyTorch's grouped kernel takes widths that are multiples of {GROUPED_MULTIPLE}, dim is {config.dim},"
-                f" expert_hidden_dim {config.expert_hidden_dim}"
-            )
+        elif (problem := grouping_problem(config)) is not None:
             if self._training.expert_products == "grouped":
-                raise InputError(f"expert_products: grouped found, but {why}; use loop or auto")
-            self._settle("expert_products", lambda: ("loop", why))
-        elif self._device.type != "cpu":
-            self._settle("expert_products", lambda: ("grouped", f"on {self._device.type} a loop waits for the device"))
-        else:
+                raise InputError(f"expert_products: grouped found, but {problem}; use loop or auto")
+            self._settle("expert_products", lambda: ("loop", problem))
+        elif self._device.type == "cpu":
             self._settle("expert_products", lambda: fastest_products(config, rows, dtype))
+        elif self._device.type == "cuda":
+            self._settle("expert_products", lambda: ("grouped", "a loop would wait for the GPU"))
+        else:
+            self._settle("expert_products", lambda: ("loop", f"{self._device.type} may lack PyTorch's kernel"))
 
     def balance_loss(self, data: TrainingData) -> None:
         """What is usual, unless something else balances the experts, or nothing can.

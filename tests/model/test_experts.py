@@ -232,3 +232,11 @@ def test_16_bits_keep_the_routers_bias(tmp_path):
 def test_mixtures_that_cannot_be_are_refused(shape, message):
     with pytest.raises(InputError, match=message):
         LMConfig(**SHAPE | shape)
+
+
+def test_scores_that_have_all_become_0_are_no_nan():
+    block = model_of(expert_score="sigmoid").layers[0].feed_forward
+    with torch.no_grad():
+        block.router.weight.fill_(-1e3)
+        output, routing = block.with_routing(torch.ones(1, 3, 64), torch.ones(1, 3, dtype=torch.bool))
+    assert output.isfinite().all() and routing[:-1].isfinite().all()

@@ -31,6 +31,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as Trainer does, 
 
 CONFIG = LMConfig(dim=128, n_layers=3, n_heads=4, n_kv_heads=2, vocab_size=300, max_seq_len=256)
 VARIANTS = [{}, {"n_kv_heads": 4}, {"qk_norm": True}, {"flash_attn": False}, {"tie_embeddings": False}]
+VARIANTS += [{"n_experts": 4, "n_active_experts": 4}]  # all of them: rounding chooses no others
 
 
 def some_tokens(*shape, seed=1):
@@ -101,9 +102,12 @@ def test_attention_over_a_cache_is_that_of_the_cpu(dtype, tokens, masked):
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("documents", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_a_training_step_has_the_same_bits_each_time(compiled, documents, dtype):
-    config = LMConfig(dim=256, n_layers=2, n_heads=8, n_kv_heads=4, vocab_size=300, max_seq_len=512)
+@pytest.mark.parametrize("experts", [0, 8])
+def test_a_training_step_has_the_same_bits_each_time(compiled, documents, dtype, experts):
+    config = LMConfig(dim=256, n_layers=2, n_heads=8, n_kv_heads=4, vocab_size=300, max_seq_len=512, n_experts=experts)
     model = random_model(config).to(DEVICE).train()
+    model.compute_experts("grouped")
+    model.balance_loss = 0.1
     run = torch.compile(model) if compiled else model
     inputs, targets = (some_tokens(8, 512, seed=seed).to(DEVICE) for seed in (1, 2))
     numbers = (torch.arange(512, device=DEVICE) // 90).expand(8, -1).contiguous() if documents else None

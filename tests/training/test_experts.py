@@ -262,7 +262,7 @@ def test_a_resumed_run_keeps_its_way_and_shapes_that_the_kernel_does_not_take_ar
     assert "expert_products loop (auto): as before" in capfd.readouterr().err
     odd = flags(**MIXTURE | {"expert_hidden_dim": 36}, max_steps=1)
     assert trainer_of(odd).training.expert_products == "loop"
-    assert "multiples of 8, dim is 32, expert_hidden_dim 36" in capfd.readouterr().err
+    assert "multiples of 8, dim is 32 and expert_hidden_dim 36" in capfd.readouterr().err
     assert "expert_products: grouped found, but" in refused(odd | {"expert_products": "grouped"}, capfd)
 
 

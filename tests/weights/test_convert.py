@@ -182,7 +182,7 @@ def test_a_state_dict_without_a_description_is_told_its_heads(shop, tmp_path, he
     [
         ("rope_scaling", "yarn", "rope_scaling 'yarn'"),
         ("sandwich_norm", True, "sandwich_norm True (only False)"),
-        ("n_draft_layers", 8, "n_draft_layers 8 (only 0)"),
+        ("n_sinks", 8, "n_sinks 8 (only 0)"),
     ],
 )
 def test_what_a_format_does_not_know_is_refused_by_name(shop, tmp_path, target, field, value, message):
