@@ -27,13 +27,17 @@ from model.lora import merged
 from model.model import Transformer
 from model.runs.beginning import Beginning, find_beginning, open_data
 from model.runs.checkpoint import checkpoint_content, restore_state
-from model.runs.folder import step_checkpoint
+from model.runs.folder import interrupted_stem, step_checkpoint
+from model.runs.part_saving import PartSaver, PartsBeingSaved, split
 from model.runs.resume import environment
 from model.runs.run_files import RunFiles
 from model.runs.signals import StopVote
 from model.runs.status import outcome_of
 from model.runs.time_limit import TimeLimit
+from model.storage.slices import copy_by_name
 from model.training.balance import Routing
+from model.training.choices import weight_shards
+from model.training.clipping import clip_gradients
 from model.training.clock import Clock
 from model.training.config_file import load_settings  # noqa: F401 (for callers of Trainer)
 from model.training.data import TrainingData
@@ -41,18 +45,19 @@ from model.training.divergence import (
     difference_of_weights,
     fault_of_step,
     limit_reached,
+    norm_of,
     spike_limit,
-    weights_norm,
 )
 from model.training.evaluation import Evaluator
+from model.training.fully_sharded import FullySharded
 from model.training.memory import check_memory
 from model.training.objective import choose_objective
-from model.training.optimizer import set_rates
+from model.training.optimizer import set_rates, trained_parameters
 from model.training.plan import plan_run
 from model.training.progress import Progress, StepResult
 from model.training.report import bar_text, describe, evaluation_lines, measured_lines, position, step_metrics
 from model.training.settings import Settings
-from model.training.sharded_optimizer import optimizer_and_average
+from model.training.sharded_optimizer import ShardedOptimizer, optimizer_and_average
 from model.training.step import DeviceVerdict, Step, read_numbers, runs_ahead
 from model.training.verification import BackgroundVerification
 from model.weights import Weights
@@ -94,6 +99,7 @@ class Trainer:
         self.stop_signal = utils.StopSignal()
         self.stop_vote = StopVote(processes.all_sum, alone=processes.world_size == 1)
         self.files: RunFiles | None = None  # on rank 0, once it trains
+        self.part_saver: PartSaver | None = None  # once it trains, where all ranks write the checkpoints
         self.progress, self.clock, self.is_estimate_checked = Progress(), Clock(), False
         asked = self.settings.training
         self.hardware = utils.choose_hardware(asked.device, asked.dtype, processes.local_rank)
@@ -107,18 +113,20 @@ class Trainer:
 
         beginning = beginning or find_beginning(self.settings, say)
         self.resumed = beginning.checkpoint
-        self.environment = environment(processes.world_size, self.dtype, self.device)
+        shards = weight_shards(asked, processes)
+        self.environment = environment(processes.world_size, self.dtype, self.device, shards)
         self.data = open_data(self.settings, self.resumed, self.environment, processes, say)
         self.verification = BackgroundVerification(self.data.unverified, say)
         self.config = self.data.config
         # Chats shorter than what the weights know do not unlearn the rest.
         self.context = max(self.config.max_seq_len, beginning.context if self.data.is_chat else 0)
-        here, ranks = processes.local_world_size, processes.world_size
+        here, is_whole = processes.local_world_size, shards == 1  # else a rank holds a share of the weights
+        ranks = processes.world_size if is_whole else shards
         memory = check_memory(self.config, asked, self.device, self.autocast, here, ranks)
         if memory is not None:
             say(memory)
         utils.seed_everything(asked.seed)
-        self.model = beginning.build_model(self.config, asked).to(self.device)
+        self.model = beginning.build_model(self.config, asked).to(self.device if is_whole else "cpu")
         self.model.checkpointing = asked.activation_checkpointing
 
         with self.kernels():  # what is measured here is measured with training's kernels
@@ -134,7 +142,8 @@ class Trainer:
         self.routing = Routing(self.model, t)
         self.evaluator = Evaluator(self.objective, self.data, self.plan, processes, self._is_stop_asked)
 
-        self.optimizer, self.ema = optimizer_and_average(self.model, self.plan, processes)
+        self.divided = None if is_whole else FullySharded(self.model, self.plan, processes)
+        self.optimizer, self.ema = optimizer_and_average(self.model, self.plan, processes, self.divided)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.verdict = DeviceVerdict(self.device, processes) if runs_ahead(self.device, self.optimizer) else None
         self.in_flight: Step | None = None  # launched ahead, and not read yet
@@ -142,14 +151,19 @@ class Trainer:
         if self.resumed is not None:
             self._restore(self.resumed.content)
         # What the loop calls; self.model stays the plain one.
-        called = torch.compile(self.model) if t.compile else self.model
-        self.train_model = utils.distributed(called, processes, t.batch_size, self.config.max_seq_len, self.hardware)
+        self.train_model = self.model
+        if is_whole:
+            called = torch.compile(self.model) if t.compile else self.model
+            length = self.config.max_seq_len
+            self.train_model = utils.distributed(called, processes, t.batch_size, length, self.hardware)
         for line in describe(self.plan):
             say(line)
 
     def _restore(self, checkpoint: dict) -> None:
         """Go on where a checkpoint was saved, whose weights and optimizer are then dropped from memory."""
-        self.progress = restore_state(checkpoint, self.model, self.ema, self.optimizer, self.scaler)
+        load = functools.partial(copy_by_name, targets=self.model.state_dict())
+        load = load if self.divided is None else self.divided.load_weights
+        self.progress = restore_state(checkpoint, load, self.ema, self.optimizer, self.scaler)
         if checkpoint["validation"] != self.data.validation:
             say("the validation data has changed: best loss and patience are reset")
             self.progress.forget_evaluations()
@@ -168,7 +182,7 @@ class Trainer:
             ProcessLost: another process failed or no longer answers.
             InputError: the folder cannot be used or has no room; too many saves in a row failed, or the last one did.
         """
-        self.files = None
+        self.files = self.part_saver = None
         self.stop_signal.install()
         try:
             self._open_files()
@@ -188,6 +202,8 @@ class Trainer:
             self.verification.close()
             if self.files is not None:
                 self.files.close()
+            if self.part_saver is not None:
+                self.part_saver.close()
             self.stop_signal.restore()
 
     def _open_files(self) -> None:
@@ -198,6 +214,8 @@ class Trainer:
                 self.files = RunFiles(self.settings, self.plan, self.resumed, say, beat)
         if self.files is not None:
             self.files.start_trackers(self.settings)
+        if self.plan.writers > 1:
+            self.part_saver = PartSaver(Path(self.training.out_dir), self.processes, say)
 
     def _time_limit(self) -> contextlib.AbstractContextManager:
         """On rank 0: ask to stop, as a signal would, when max_hours are over. All ranks stop at the same step."""
@@ -235,7 +253,9 @@ class Trainer:
                     self._save_final()
                     return "finished" if done else "early_stopping"
 
-                if (result := self._advance(last=stop_asked)) is None:
+                with self.processes.step():
+                    result = self._advance(last=stop_asked)
+                if result is None:
                     stop_asked = True
                     continue
                 bar.update(progress.step - bar.n)
@@ -320,18 +340,16 @@ class Trainer:
             self._beat("reading the batch")
             batch = self.objective.read(self.data.train, self.plan.samples_of(self.processes.rank, samples, micro))
             self._beat("the gradients")
-            # The backward pass of the last micro-batch exchanges the gradients, once per step.
-            sync = self.processes.world_size == 1 or micro == t.accumulation_steps - 1
-            grad_sync = contextlib.nullcontext() if sync else self.train_model.no_sync()
-            with grad_sync, self.kernels():
+            with self._exchange_of_gradients(micro), self.kernels():
                 with self.autocast:
                     found = self.objective.loss(self.train_model, batch)
                 # The loss is a sum; DistributedDataParallel averages its gradients over the ranks.
-                self.scaler.scale(found[0] * (self.processes.world_size / terms)).backward()
+                copies = self.processes.world_size if self.divided is None else 1
+                self.scaler.scale(found[0] * (copies / terms)).backward()
             sums += found.detach()
         self._beat("the end")
         self.scaler.unscale_(self.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), t.grad_clip or math.inf)
+        norm = self._clip_gradients()
         self.scaler.update()
 
         recent = self.progress.recent_losses[: -1 if after is None else None]
@@ -356,6 +374,26 @@ class Trainer:
             self._update(step, self.verdict.sums[len(sums) :], self.verdict.veto)
             self.optimizer.zero_grad(set_to_none=True)
         return step
+
+    def _exchange_of_gradients(self, micro: int) -> contextlib.AbstractContextManager:
+        """In which the backward pass of the last micro-batch exchanges the gradients, once per step."""
+        is_last = micro == self.training.accumulation_steps - 1
+        if self.divided is not None:
+            self.divided.exchange_gradients(is_last)
+            self.processes.arrive()  # from its first matrix on, this process waits for the others
+        elif self.processes.world_size > 1 and not is_last:
+            return self.train_model.no_sync()
+        return contextlib.nullcontext()
+
+    def _clip_gradients(self) -> torch.Tensor:
+        """The gradients' norm before, over all ranks; float32 scalar on the device."""
+        most = self.training.grad_clip or math.inf
+        if self.processes.world_size == 1:
+            return torch.nn.utils.clip_grad_norm_(self.model.parameters(), most)
+        if self.divided is not None:
+            return clip_gradients(self.divided.gradients(), most, self.divided.sum_over_shards)
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        return clip_gradients(gradients, most, lambda squares: None)
 
     def _update(self, step: Step, routed: torch.Tensor, veto: torch.Tensor | None = None) -> None:
         """Change the weights.
@@ -413,10 +451,12 @@ class Trainer:
 
     # -------------------------------------------------------------------------------------------------- evaluation
 
-    def build_evaluated_model(self) -> Transformer:
+    def build_evaluated_model(self) -> Transformer | None:
         """The weights that are evaluated, previewed and kept: the moving average, if there is one. With LoRA these are
         the sums, in a new model: so all that is measured is measured of the weights that are written. Every process
-        must call it: where they share the average, it is put together."""
+        must call it: where they share them, they are put together, with shared weights on rank 0 only."""
+        if self.divided is not None:
+            return self.divided.whole_model(self.ema)
         return merged(self.model if self.ema is None else self.ema.averaged_model())
 
     def evaluate(self, model: Transformer | None = None) -> dict[str, float] | None:
@@ -425,15 +465,24 @@ class Trainer:
         Args:
             model: what `build_evaluated_model` returned; None: it is built.
         """
-        with self.kernels():
-            return self.evaluator.measure(self.build_evaluated_model() if model is None else model)
+        if model is None and self.divided is None:
+            model = self.build_evaluated_model()
+        return self._measured(self.evaluator.measure, model)
+
+    def _measured(
+        self, measure: Callable[[Transformer], dict[str, float] | None], model: Transformer | None
+    ) -> dict[str, float] | None:
+        """What `measure` finds in the evaluated weights, by all processes: in `model`, or where they share it."""
+        shared = contextlib.nullcontext(model) if self.divided is None else self.divided.holding(self.ema)
+        with self.kernels(), shared as evaluated:
+            return measure(evaluated)
 
     def _measure_before(self) -> None:
         """Before the first step: the losses of the weights of `init_from`, and of the texts that may be forgotten."""
         begins_with_weights = self.settings.training.init_from is not None and len(self.plan.val_samples) > 0
         model = self.build_evaluated_model()
-        with self.kernels():
-            measured = (self.evaluator.measure if begins_with_weights else self.evaluator.measure_texts)(model)
+        measure = self.evaluator.measure if begins_with_weights else self.evaluator.measure_texts
+        measured = self._measured(measure, model)
         if not measured or self.files is None:
             return
         for line in measured_lines("before training: ", measured, self.data.is_chat):
@@ -506,13 +555,14 @@ class Trainer:
         if not interrupted:
             self._wait_until_verified()
         self.processes.beat(f"saving at step {self.progress.step}")
-        states = self.processes.gather((utils.random_state(), weights_norm(self.model)))
-        optimizer = self.optimizer.state_dict()  # every process gives its share, if they share it
-        ema = None if self.ema is None else self.ema.averaged_weights()
+        own = trained_parameters(self.model) if self.divided is None else self.divided.parts
+        states = self.processes.gather((utils.random_state(), norm_of(own.values())))
+        state, parts = self._state_to_save(interrupted)
         self.progress.seconds = self.clock.run_seconds
         if self.files is None:
             return
-        if (difference := difference_of_weights([norm for _, norm in states])) is not None:
+        shards = 1 if self.divided is None else self.plan.shards
+        if (difference := difference_of_weights([norm for _, norm in states], shards)) is not None:
             raise ProcessLost(f"step {self.progress.step}: {difference}")
         content = checkpoint_content(
             started=self.files.started,
@@ -522,16 +572,36 @@ class Trainer:
             context=self.context,
             environment=self.environment,
             progress=self.progress,
-            model=self.model,
-            ema=ema,
+            **state,
             ema_updates=0 if self.ema is None else int(self.ema.n_averaged),
-            optimizer=optimizer,
             scaler=self.scaler,
             random_states=[state for state, _ in states],
         )
-        self.files.save_checkpoint(content, interrupted)
+        self.files.save_checkpoint(content, parts, interrupted)
         if interrupted:
             self.files.wait()
+
+    def _state_to_save(self, interrupted: bool) -> tuple[dict, PartsBeingSaved | None]:
+        """Model, average and optimizer: on rank 0, whole; or, where all ranks write the checkpoint, described, with
+        this rank's part on its way to the disk. Every process must call it."""
+        whole_or_not = contextlib.nullcontext()
+        if self.part_saver is not None and isinstance(self.optimizer, ShardedOptimizer):
+            whole_or_not = self.optimizer.left_in_pieces()
+        with whole_or_not:
+            state = {
+                "model": self.model.state_dict() if self.divided is None else self.divided.state_dict({}),
+                "ema": None if self.ema is None else self.ema.averaged_weights(),
+                "optimizer": self.optimizer.state_dict(),
+            }
+        if self.part_saver is None:
+            return state, None
+        out_dir, step = Path(self.training.out_dir), self.progress.step
+        stem = step_checkpoint(out_dir, step).stem
+        if interrupted:
+            stem = self.processes.decided(lambda: interrupted_stem(out_dir, step))
+        described, slices = split(state, self.processes.rank, self.processes.world_size)
+        beat = functools.partial(self.processes.beat, "writing to the disk")
+        return described, self.part_saver.save(stem, slices, beat)
 
     @property
     def final_name(self) -> str:
@@ -568,6 +638,8 @@ class Trainer:
             self._report_skip(result)
         if self.files is not None:
             self.files.check(self.progress.step)
+        if self.part_saver is not None:
+            self.part_saver.check()
 
     def _report_skip(self, result: StepResult) -> None:
         """Say why a step was skipped, and end the run if there were too many."""

@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from model.LMConfig import LMConfig
 from model.model import Transformer
-from model.training.optimizer import OPTIMIZERS, build_optimizer, trained_parameters
+from model.training.optimizer import OPTIMIZERS, build_optimizer
 from model.training.sharded_optimizer import ShardedOptimizer
 from model.training.sharding import Shares
 from utils import Processes
@@ -43,7 +43,7 @@ class Contender:
         self.optimizer = build_optimizer(self.model, optimizer_type, 1e-3, 0.1)
         if shares:
             kind = OPTIMIZERS[optimizer_type]
-            pieces = Shares(trained_parameters(self.model), kind.is_elementwise, processes)
+            pieces = Shares(self.model, kind.is_elementwise, processes)
             self.optimizer = ShardedOptimizer(self.optimizer, optimizer_type, pieces)
 
     def step(self, tokens: torch.Tensor) -> tuple[float, float]:

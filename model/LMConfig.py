@@ -150,3 +150,21 @@ def _impossible_experts(values: dict) -> list[str]:
         shared = values["shared_hidden_dim"]
         problems.append(f"shared_hidden_dim: {shared} of no shared experts; set n_shared_experts, or omit it")
     return problems
+
+
+def untrained_router(shape: LMConfig) -> str | None:
+    """Why the loss gives the routers of this shape no gradient; None if it does, or there are none.
+
+    Args:
+        shape: an LMConfig, or what has its fields.
+    """
+    if shape.n_experts == 0 or shape.n_active_experts > 1:
+        return None
+    if shape.normalize_expert_weights:
+        return (
+            "n_active_experts: 1 with normalize_expert_weights makes the weight of every chosen expert 1, whatever its"
+            " score, so that the router gets no gradient; set normalize_expert_weights false, or n_active_experts 2"
+        )
+    if shape.n_experts == 1 and shape.expert_score == "softmax":
+        return "n_experts: a softmax over 1 expert is always 1, so that the router gets no gradient; set n_experts 2"
+    return None

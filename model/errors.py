@@ -45,6 +45,12 @@ class ProcessLost(OneLineError):
     exit_code = 3
 
 
+class NodesMissing(ProcessLost):
+    """The other machines of a job did not come, or the one where they meet is gone. Starting again waits for them."""
+
+    exit_code = 4
+
+
 def printable(text: str) -> str:
     """The text with nothing that a terminal obeys but newline and tab: other control characters, text direction
     overrides and the like become visible (`\\x1b`, `\\u202e`), carriage returns go."""

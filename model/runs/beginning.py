@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from model.errors import InputError
-from model.LMConfig import LMConfig
+from model.LMConfig import LMConfig, untrained_router
 from model.lora import add_adapters
 from model.model import Transformer
 from model.runs.folder import is_within, recorded_source
@@ -23,13 +23,7 @@ from model.training.choices import FoundCheckpoint
 from model.training.data import TrainingData
 from model.training.plan import RunPlan
 from model.training.reference import find_references, weights_sha256
-from model.training.settings import (
-    ADAPTERS_NEED_WEIGHTS,
-    ModelSettings,
-    Settings,
-    TrainingSettings,
-    untrained_router,
-)
+from model.training.settings import ADAPTERS_NEED_WEIGHTS, ModelSettings, Settings, TrainingSettings
 from model.training.token_files import first_manifest
 from model.weights import Weights, load_weights
 from model.weights.find import find_weights
@@ -179,7 +173,7 @@ def _load_initial(settings: Settings, say: Callable[[str], None]) -> Beginning:
     taken = "training begins with these weights"
     if _take_shape(model, weights.config):
         taken = "the model takes its shape from these weights, not from the settings' section model"
-    if (problem := untrained_router(model, training)) is not None:
+    if not training.lora_rank and (problem := untrained_router(model)) is not None:
         raise InputError(
             f"init_from {path}: {problem}; or tune it with lora_rank, which leaves the routers as they are"
         )

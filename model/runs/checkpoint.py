@@ -5,12 +5,12 @@ import math
 import random
 import re
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from model.errors import InputError, first_line, shown
 from model.experts import BIAS
@@ -27,7 +27,8 @@ from model.training.sharded_optimizer import SharedAverage
 from model.weights.shapes import check_shapes, read_shape
 
 CHECKPOINT_VERSION = 6
-READABLE_VERSIONS = (2, 3, 4, 5, 6)
+INDEX_VERSION = 7  # the same, but for tensors that lie in parts (model/storage/parts.py)
+READABLE_VERSIONS = (2, 3, 4, 5, 6, 7)
 NONE = type(None)
 KINDS = {  # the keys of a checkpoint and what lies under them
     "format_version": int,
@@ -45,8 +46,8 @@ KINDS = {  # the keys of a checkpoint and what lies under them
     "total_steps": int,
     "chosen": dict,  # the values that replaced `auto`, by setting
     "progress": dict,  # Progress
-    "model": dict,  # state dicts
-    "ema": (dict, NONE),
+    "model": Mapping,  # state dicts
+    "ema": (Mapping, NONE),
     "ema_updates": int,
     "optimizer": dict,
     "scaler": dict,
@@ -65,21 +66,21 @@ def checkpoint_content(
     context: int,
     environment: Mapping,
     progress: Progress,
-    model: nn.Module,
-    ema: Mapping[str, Tensor] | None,
+    model: Mapping,
+    ema: Mapping | None,
     ema_updates: int,
     optimizer: Mapping,
     scaler: torch.amp.GradScaler,
     random_states: list[dict],
 ) -> dict:
-    """Everything in a checkpoint; the tensors are those in use, not copies.
+    """Everything in a checkpoint; the tensors are those in use, not copies, or described (`part_saving.split`).
 
     Args:
         started: when the run started.
         settings: as the user gave them.
         context: positions that the weights know, in tokens.
         environment: what equal bits depend on, see `resume.environment`.
-        ema: state dict of the averaged weights.
+        model, ema: state dicts of the weights and of their average.
         optimizer: its state dict.
         random_states: `utils.random_state()` of each rank.
     """
@@ -99,7 +100,7 @@ def checkpoint_content(
         "total_steps": plan.total_steps,
         "chosen": plan.chosen,
         "progress": dataclasses.asdict(progress),
-        "model": model.state_dict(),
+        "model": model,
         "ema": ema,
         "ema_updates": ema_updates,
         "optimizer": optimizer,
@@ -111,7 +112,7 @@ def checkpoint_content(
 
 def add_defaults(content: dict) -> None:
     """Give a checkpoint of an earlier version, in place, what later ones added; this version's must hold all of it."""
-    if content["format_version"] == CHECKPOINT_VERSION:
+    if content["format_version"] >= CHECKPOINT_VERSION:
         return
     content.setdefault("chosen", {})
     content.setdefault("chat", {})
@@ -131,13 +132,17 @@ def add_defaults(content: dict) -> None:
 
 def restore_state(
     checkpoint: Mapping,
-    model: nn.Module,
+    load_weights: Callable[[Mapping[str, Tensor]], object],
     ema: MovingAverage | SharedAverage | None,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
 ) -> Progress:
-    """Put everything back to where `checkpoint_content` found it; returns the progress."""
-    model.load_state_dict(checkpoint["model"])
+    """Put everything back to where `checkpoint_content` found it; returns the progress.
+
+    Args:
+        load_weights: takes the model's state dict.
+    """
+    load_weights(checkpoint["model"])
     load_optimizer_state(optimizer, checkpoint["optimizer"])
     if checkpoint["scaler"] and scaler.is_enabled():
         scaler.load_state_dict(checkpoint["scaler"])

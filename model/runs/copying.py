@@ -20,6 +20,7 @@ from model.runs.folder import (
     leave_line,
     move_earlier_run,
     refuse_file,
+    remove_stray_parts,
     remove_unfinished,
     started_at,
 )
@@ -170,6 +171,7 @@ class Copier:
             path.unlink()
         if newest.name != INTERRUPTED:
             (self.folder / INTERRUPTED).unlink(missing_ok=True)
+        remove_stray_parts(self.folder)
 
 
 def _opened(source: Path) -> BinaryIO:

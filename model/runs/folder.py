@@ -2,6 +2,8 @@
 
 import contextlib
 import datetime
+import itertools
+import math
 import re
 import shutil
 from collections.abc import Callable
@@ -16,12 +18,14 @@ from model.runs.event_file import EVENT_FILES
 from model.runs.trackers import RUN_FILES
 from model.storage.archive import DAMAGE, digest_is_right
 from model.storage.files import TEMPORARY_SUFFIX, free_bytes, is_being_written, replacing, size_text
+from model.storage.part_names import PARTS, index_name, is_part, step_of_part
+from model.storage.parts import part_names
 from model.training.plan import RunSpace
 
 INTERRUPTED = "checkpoint_interrupted.pth"
 TIME_FORMAT = "%Y%m%dT%H%M%S"
 STARTED = "# started "  # the first line of out/config.yaml
-CHECKPOINTS = ("checkpoint_step_*.pth", INTERRUPTED)
+CHECKPOINTS = ("checkpoint_step_*.pth", INTERRUPTED, PARTS)
 COPIED_BESIDE = ("metrics.jsonl", *RUN_FILES)  # with each checkpoint that is copied (`copy_to`): the run's history
 RESULTS = (
     "pretrain_*.pth", "pretrain_*.json", "sft_*.pth", "sft_*.json", "dpo_*.pth", "dpo_*.json",
@@ -112,10 +116,27 @@ def claim(out_dir: Path) -> FileLock:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Remove the temporary files that a process left which was killed while it wrote them."""
+    """Remove the temporary files that a process left which was killed while it wrote them, and parts of checkpoints
+    without the rest. Nobody may be saving into the folder."""
     for path in folder.glob(f"*{TEMPORARY_SUFFIX}"):
         if not path.is_dir() and not is_being_written(path):
             path.unlink(missing_ok=True)
+    remove_stray_parts(folder)
+
+
+def remove_stray_parts(folder: Path, before_step: float = math.inf) -> None:
+    """Remove the parts that belong to no checkpoint: their index is missing, or is an interrupted one and names others.
+
+    Args:
+        before_step: those of later steps stay, since they may be written just now.
+    """
+    named = set(part_names(folder / INTERRUPTED))
+    for part in filter(is_part, folder.glob(PARTS)):
+        index = folder / index_name(part)
+        is_stray = not index.exists() or (index.name == INTERRUPTED and part.name not in named)
+        if is_stray and step_of_part(part) < before_step:
+            with contextlib.suppress(PermissionError):  # on Windows, while it is being copied: the next save removes it
+                part.unlink(missing_ok=True)
 
 
 def refuse_file(name: str, folder: Path) -> None:
@@ -161,6 +182,13 @@ def step_checkpoint(out_dir: Path, step: int) -> Path:
     return out_dir / f"checkpoint_step_{step}.pth"
 
 
+def interrupted_stem(out_dir: Path, step: int) -> str:
+    """What the names of the parts of an interrupted checkpoint begin with. No part that is there has such a name, so
+    the interrupted checkpoint that this one replaces stays whole until then."""
+    stems = (f"checkpoint_interrupted_{step}" + (f"_{number}" if number else "") for number in itertools.count())
+    return next(stem for stem in stems if not any(out_dir.glob(f"{stem}.part-*")))
+
+
 def checkpoints_by_step(out_dir: Path) -> list[tuple[float, Path]]:
     """Every step checkpoint in the folder with its step, oldest first."""
     found = []
@@ -198,6 +226,7 @@ def prune_checkpoints(out_dir: Path, keep_last: int, verified: int) -> None:
         with contextlib.suppress(PermissionError):  # on Windows, while it is being copied: the next save removes it
             path.unlink(missing_ok=True)
     (out_dir / INTERRUPTED).unlink(missing_ok=True)
+    remove_stray_parts(out_dir, before_step=verified)
 
 
 def check_space(out_dir: Path, space: RunSpace, resumes: bool) -> None:
@@ -249,6 +278,9 @@ def leave_line(out_dir: Path, step: int) -> Path | None:
         return None
     target = _new_folder(out_dir / "previous" / now())
     for path in newer:
+        for name in part_names(path):
+            with contextlib.suppress(FileNotFoundError):
+                (out_dir / name).rename(target / name)
         path.rename(target / path.name)
     for path in _files(out_dir, *RESULTS):
         shutil.copy2(path, target / path.name)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from model.children import when_parent_ends
 from model.command import print_message
-from model.errors import ProcessLost
+from model.errors import NodesMissing, ProcessLost, first_line
 from model.runs.status import STATUS_FILE, read_status
 from model.runs.supervisor import INTERRUPTED, exit_code, file_identity
 
@@ -32,12 +32,19 @@ def launch(processes: int, command: list[str], out_dir: Path) -> int:
         processes: how many, on this machine.
         command: the script and its arguments.
         out_dir: the run's folder; its status.json says whether it was interrupted.
+
+    Raises:
+        NodesMissing: the other machines did not come, or the one where they meet is gone.
     """
+    from torch.distributed import DistError
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import RendezvousError
     from torch.distributed.run import main as torchrun
 
     os.environ[OURS] = "1"
+    # Otherwise torchrun keeps its first store's address when it restarts the ranks, though that machine may be gone.
+    os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     _let_workers_save()
     where = [] if "PET_RDZV_ENDPOINT" in os.environ else ["--standalone"]
     before = file_identity(out_dir / STATUS_FILE)
@@ -49,9 +56,26 @@ def launch(processes: int, command: list[str], out_dir: Path) -> int:
         code = next((code for code in codes if code != PROCESS_LOST), PROCESS_LOST)  # the cause, not its effects
     except SignalException as error:
         code = -int(error.sigval)
+    except (RendezvousError, DistError) as error:
+        raise NodesMissing(_why_nobody_met(error)) from error
     status = read_status(out_dir) if file_identity(out_dir / STATUS_FILE) != before else None
     stopped = code in (0, -2, -15, -1) and status is not None and status["state"] == "interrupted"
     return INTERRUPTED if stopped else exit_code(code)
+
+
+def _why_nobody_met(error: Exception) -> str:
+    """One sentence on an error of the store where the machines of a run meet."""
+    from torch.distributed.elastic.rendezvous import RendezvousClosedError, RendezvousTimeoutError
+
+    endpoint = os.environ.get("PET_RDZV_ENDPOINT", "this machine")
+    if isinstance(error, RendezvousTimeoutError):
+        found = f"not all of {os.environ.get('PET_NNODES')} nodes came to {endpoint} in time (torchrun's join_timeout)"
+    elif isinstance(error, RendezvousClosedError):
+        found = f"a node of run {os.environ.get('PET_RDZV_ID')} has ended it at {endpoint}"
+    else:
+        reason = first_line(error.__cause__ or error)
+        found = f"{endpoint}, where the nodes meet, does not answer; its node may have failed ({reason})"
+    return f"{found}; start the same command again on each node"
 
 
 class _Impatient(Exception):

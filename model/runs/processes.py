@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import ipaddress
 import os
 import signal
 import socket
@@ -10,10 +11,12 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
+from model.command import say
 from model.errors import InputError, OneLineError, ProcessLost, first_line, shown
 from model.runs.watchdog import FAREWELL_SECONDS, Watchdog
 
 T = TypeVar("T")
+SILENT_SECONDS = 20.0  # without a report, after which a process counts as gone
 
 
 class Processes:
@@ -61,7 +64,8 @@ class Processes:
                 replaces it.
 
         Raises:
-            ProcessLost: not all of them came in time.
+            InputError: a machine of several has an address that the others cannot reach, or torchrun kept its store.
+            ProcessLost: not all of them came in time, or they cannot connect to each other.
         """
         self._give_up += [] if give_up is None else [give_up]
         if self.world_size == 1 or self._control is not None:
@@ -73,24 +77,28 @@ class Processes:
         # The watchdog, if there is one, decides first.
         group_timeout = datetime.timedelta(seconds=timeout if give_up is None else 4 * timeout + 60)
         try:
-            shared = self._store(patience)
-            # torchrun keeps its store when it restarts the processes: they must find no key of the last attempt.
-            # (With several machines, each counts its restarts separately.)
-            one_machine = os.environ.get("GROUP_WORLD_SIZE") == "1"
-            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if one_machine else "0"
-            self._keys = store = dist.PrefixStore(f"mateconv/{attempt}", shared)
+            self._keys = store = self._fresh_keys(self._store(patience))
             hosts = self._wait_for_all(store, patience)
-            group = {"store": dist.PrefixStore("group", store), "rank": self.rank, "world_size": self.world_size}
-            dist.init_process_group("nccl" if on_gpu else "gloo", timeout=group_timeout, **group)
-            self._control = dist.new_group(backend="gloo", timeout=group_timeout)
+            if give_up is not None:
+                self._watchdog = self._watch(dist.PrefixStore("watch", store.clone()), hosts, timeout)
         except RuntimeError as error:  # all that torch raises for the network and the store
             reason = first_line(error)
             raise ProcessLost(f"not all of {self.world_size} processes came within {timeout:g} s ({reason})") from error
-        if give_up is not None:
-            watched = dist.PrefixStore("watch", store.clone())
-            kept_by = None if self._store_of_launcher else 0
-            ends = self._give_up  # its thread must not keep this object, and so the store, alive at exit
-            self._watchdog = Watchdog(watched, self.rank, hosts, timeout, lambda message: ends[-1](message), kept_by)
+        try:
+            group = {"store": dist.PrefixStore("group", store), "rank": self.rank, "world_size": self.world_size}
+            dist.init_process_group("nccl" if on_gpu else "gloo", timeout=group_timeout, **group)
+            self._control = dist.new_group(backend="gloo", timeout=group_timeout)
+        except RuntimeError as error:
+            message = f"no connection to the other processes ({first_line(error)})"
+            if self._watchdog is not None:
+                self._watchdog.announce(message)
+            raise ProcessLost(message) from error
+
+    def _watch(self, store, hosts: list[str], timeout: float) -> Watchdog:
+        kept_by = None if self._store_of_launcher else 0
+        ends = self._give_up  # its thread must not keep this object, and so the store, alive at exit
+        told = say if self.is_main else None
+        return Watchdog(store, self.rank, hosts, timeout, lambda message: ends[-1](message), kept_by, told)
 
     @property
     def _store_of_launcher(self) -> bool:
@@ -114,11 +122,34 @@ class Processes:
             reason = f"{keeper} could not be reached at {host}:{port} within {patience.total_seconds():g} s"
             raise ProcessLost(f"{reason}; {self.world_size} processes were expected") from error
 
-    def _wait_for_all(self, store, patience: datetime.timedelta) -> list[str]:
-        """Wait until every process has reported, and name those that do not; returns each rank's host."""
+    def _fresh_keys(self, shared):
+        """The part of the shared store in which this attempt's processes find no key of an earlier one: torchrun may
+        keep its store when it restarts them.
+
+        Raises:
+            InputError: it did so on several machines, each of which counts its restarts separately.
+        """
         import torch.distributed as dist
 
-        store.set(f"here/{self.rank}", socket.gethostname())
+        if os.environ.get("GROUP_WORLD_SIZE") == "1":
+            return dist.PrefixStore(f"mateconv/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", shared)
+        if self._store_of_launcher and shared.add(f"mateconv/starts/{self.rank}", 1) > 1:
+            raise InputError(
+                "torchrun restarted the ranks with the store of the last attempt; on several nodes it makes a new one"
+                " if TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 is set on each: set it, and start again"
+            )
+        return dist.PrefixStore("mateconv/0", shared)
+
+    def _wait_for_all(self, store, patience: datetime.timedelta) -> list[str]:
+        """Wait until every process has reported, and name those that do not; returns each rank's host.
+
+        Raises:
+            InputError: there are several hosts, and one of them has an address of no use to the others.
+            ProcessLost: a process did not come.
+        """
+        import torch.distributed as dist
+
+        store.set(f"here/{self.rank}", f"{gloo_address()} {socket.gethostname()}")
         keys = [f"here/{rank}" for rank in range(self.world_size)]
         try:
             store.wait(keys, patience)
@@ -126,7 +157,16 @@ class Processes:
             missing = [self._with_machine(rank) for rank, key in enumerate(keys) if not store.check([key])]
             reason = f"rank {', '.join(missing)} did not come within {patience.total_seconds():g} s"
             raise ProcessLost(f"{reason}; {self.world_size} processes were expected") from error
-        return [store.get(key).decode() for key in keys]
+        addresses, hosts = zip(*(store.get(key).decode().split(" ", 1) for key in keys), strict=True)
+        if len(set(hosts)) > 1:
+            for address, host in zip(addresses, hosts, strict=True):
+                if address and ipaddress.ip_address(address.partition("%")[0]).is_loopback:
+                    self._leave_store()
+                    raise InputError(
+                        f"{host}: its own name stands for {address}, which other nodes cannot reach; correct /etc/hosts"
+                        " there, or name its network card on each node: GLOO_SOCKET_IFNAME=eth0"
+                    )
+        return list(hosts)
 
     def _with_machine(self, rank: int) -> str:
         """A rank that has not reported; with the number of its machine if there are several."""
@@ -166,6 +206,17 @@ class Processes:
         if self._watchdog is not None:
             self._watchdog.arrive()
 
+    @contextlib.contextmanager
+    def step(self) -> Iterator[None]:
+        """Time a step of training for the watchdog, which says whom slow ones wait for."""
+        if self._watchdog is None:
+            yield
+            return
+        times = self._watchdog.times
+        times.begin()
+        yield
+        times.end()
+
     def announce(self, error: BaseException) -> None:
         """Tell the other processes why this one ends, so that they can name the cause.
 
@@ -196,6 +247,19 @@ class Processes:
         if certain:
             return ProcessLost(f"another process ended or no longer answers ({first_line(error)})")
         return None
+
+    def store_for_threads(self, name: str):
+        """A connection of its own to the store that all processes share, for threads; each name has its own keys."""
+        import torch.distributed as dist
+
+        return dist.PrefixStore(name, self._keys.clone())
+
+    def lost_one(self) -> str | None:
+        """A sentence on a process that failed or has not reported for SILENT_SECONDS; None: there is none. For threads,
+        which ask now and then while they wait."""
+        if self._watchdog is None:
+            return None
+        return self._watchdog.who_is_gone() if self._watchdog.failed else self._watchdog.who_is_silent(SILENT_SECONDS)
 
     def all_sum(self, values: list[float]) -> list[float]:
         """Add each number up over all processes, in float64."""
@@ -361,3 +425,13 @@ class Processes:
         yield
         if self._control is not None and self.is_main:
             self._keys.set(turn, "1")
+
+
+def gloo_address() -> str:
+    """The address by which gloo lets other processes find this one; "": GLOO_SOCKET_IFNAME names a network card."""
+    if "GLOO_SOCKET_IFNAME" in os.environ:
+        return ""
+    try:
+        return socket.getaddrinfo(socket.gethostname(), None)[0][4][0]
+    except OSError:  # a name that stands for no address: gloo takes the loopback
+        return "127.0.0.1"

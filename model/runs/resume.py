@@ -13,7 +13,7 @@ from model.errors import InputError, command_line
 from model.lora import adapters_of
 from model.runs.checkpoint import READABLE_VERSIONS, add_defaults, state_problem
 from model.runs.folder import INTERRUPTED, all_checkpoints, started_at
-from model.storage.archive import load_torch
+from model.storage.parts import load_parted
 from model.training.choices import FoundCheckpoint
 from model.training.data import TrainingData
 from model.training.settings import TrainingSettings
@@ -22,7 +22,9 @@ from model.weights.shapes import read_shape
 MOST_DIFFERENCES = 4  # shown; the rest is counted
 NO_ADAPTERS = {"lora_rank": 0, "lora_alpha": None}
 # Settings that may change on resuming without being reported.
-OF_THE_PLACE = {"resume", "resume_from", "out_dir", "copy_to", "max_hours", "device", "ddp", "shard"}
+OF_THE_PLACE = {
+    "resume", "resume_from", "out_dir", "copy_to", "max_hours", "device", "ddp", "shard", "checkpoint_writers",
+}  # fmt: skip
 
 
 def load_checkpoint(path: Path) -> dict:
@@ -31,7 +33,7 @@ def load_checkpoint(path: Path) -> dict:
     Raises:
         InputError: the file is missing, damaged, of another version, incomplete, or no training checkpoint.
     """
-    content = load_torch(path, own=path.name.startswith("checkpoint_"))
+    content = load_parted(path, own=path.name.startswith("checkpoint_"))
     if "progress" not in content:
         raise InputError(f"{path}: holds weights only; --resume needs a checkpoint_step_*.pth or {INTERRUPTED}")
     if (version := content.get("format_version")) not in READABLE_VERSIONS:
@@ -180,8 +182,13 @@ def changed_settings(checkpoint: Mapping, training: TrainingSettings) -> list[st
     return [f"{name} {before[name]} -> {now[name]}" for name in names]
 
 
-def environment(world_size: int, dtype: torch.dtype, device: torch.device) -> dict:
-    """What equal bits depend on, besides data, settings and state."""
+def environment(world_size: int, dtype: torch.dtype, device: torch.device, shards: int = 1) -> dict:
+    """What equal bits depend on, besides data, settings and state.
+
+    Args:
+        shards: ranks among which one copy of the weights is divided: it decides the order of sums over the ranks, of
+            which two have only one.
+    """
     return {
         "torch": str(torch.__version__),  # plain text, not torch's own class
         "python": platform.python_version(),
@@ -189,10 +196,11 @@ def environment(world_size: int, dtype: torch.dtype, device: torch.device) -> di
         "threads": torch.get_num_threads(),
         "dtype": str(dtype),
         "device": device.type,
+        "weight_shards": shards if world_size > 2 else 1,
     }
 
 
 def changed_environment(checkpoint: Mapping, now: Mapping) -> list[str]:
     """'threads 2 -> 8' for each thing on which equal bits depend and that is not what it was."""
-    before = checkpoint["environment"]
+    before = {"weight_shards": 1} | checkpoint["environment"]  # which earlier versions did not know
     return [f"{name} {before.get(name)} -> {value}" for name, value in now.items() if before.get(name) != value]

@@ -15,12 +15,14 @@ from model.runs.folder import (
     claim,
     is_within,
     prune_checkpoints,
+    remove_stray_parts,
     step_checkpoint,
     unix_time,
     write_config,
 )
 from model.runs.metrics import MetricsLog
-from model.runs.saving import BackgroundSaver
+from model.runs.part_saving import PartsBeingSaved
+from model.runs.saving import BackgroundSaver, check_finite
 from model.runs.status import Status
 from model.storage.archive import save_torch
 from model.training.choices import FoundCheckpoint
@@ -95,20 +97,30 @@ class RunFiles:
         for name in log.trackers:
             self.metrics.start_tracker(name, log.wandb_project, log.wandb_run_name, settings.as_dict(), self.out_dir)
 
-    def save_checkpoint(self, content: dict, interrupted: bool = False) -> None:
+    def save_checkpoint(self, content: dict, parts: PartsBeingSaved | None = None, interrupted: bool = False) -> None:
         """Copy a checkpoint's content, for a thread to write it, read it back and then remove older ones.
 
+        Args:
+            parts: that the ranks write; None: all of it is in `content`.
+
         Raises:
-            InputError, TrainingDiverged: of an earlier save; see `BackgroundSaver`.
+            InputError, ProcessLost, TrainingDiverged: of an earlier save; see `BackgroundSaver`.
         """
         step = content["progress"]["step"]
         path = self.out_dir / INTERRUPTED if interrupted else step_checkpoint(self.out_dir, step)
 
         def write(copied: dict) -> None:
-            save_torch(path, copied)
+            check_finite(copied)
+            names = []
+            if parts is None:
+                save_torch(path, copied)
+            else:
+                names = parts.write_index(path, copied)
             if self._copier is not None:
-                self._copier.offer(CHECKPOINT, path.name)
-            if not interrupted:
+                self._copier.offer(CHECKPOINT, *names, path.name)
+            if interrupted:
+                remove_stray_parts(self.out_dir)  # of the interrupted checkpoint that this one replaces
+            else:
                 prune_checkpoints(self.out_dir, self._keep_last, step)
             self._saved = path.name
             self._say(f"saved {path}")
@@ -124,6 +136,7 @@ class RunFiles:
         path = self.out_dir / name
 
         def write(copied: dict) -> None:
+            check_finite(copied)
             save_weights(path, weights.with_state(copied))
             if self._copier is not None:
                 self._copier.offer(name, path.with_suffix(".json").name, name)

@@ -114,11 +114,6 @@ class BackgroundSaver:
                 self._jobs.task_done()
                 continue
             try:
-                if not is_finite(content):
-                    raise TrainingDiverged(
-                        "weights, optimizer state or moving average are not finite and were not saved; lower"
-                        " learning_rate, then --resume from the last checkpoint"
-                    )
                 begin = time.monotonic()
                 write(content)
                 self._failures.pop(kind, None)
@@ -141,6 +136,19 @@ class BackgroundSaver:
         if not self._advised and (advice := advice_on_slow_saves(seconds)) is not None:
             self._advised = True
             self._say(advice)
+
+
+def check_finite(content: Mapping) -> None:
+    """Check what is to be saved.
+
+    Raises:
+        TrainingDiverged: it holds NaN or infinity.
+    """
+    if not is_finite(content):
+        raise TrainingDiverged(
+            "weights, optimizer state or moving average are not finite and were not saved; lower learning_rate, then"
+            " --resume from the last checkpoint"
+        )
 
 
 def copy_to_cpu(content):

@@ -1,8 +1,8 @@
 """Restarts a run that dies: `python train.py --config config.yaml --restarts 10`.
 
 The supervisor is a small process that imports no torch. It starts the training as a child and looks at how that ended.
-If a restart can help, it starts the training again with `--resume`: after a kill, a crash, or exit code 3. If not, it
-ends with the child's exit code: done (0), diverged (1), bad input (2), interrupted (130).
+If a restart can help, it starts the training again with `--resume`: after a kill, a crash, or exit codes 3 and 4. If
+not, it ends with the child's exit code: done (0), diverged (1), bad input (2), interrupted (130).
 
 Why not torchrun's --max-restarts: that restarts the same command, without `--resume`; it restarts a run that diverged
 or whose input is bad; it gives up on nothing but a count; and a single process has no torchrun.
@@ -21,11 +21,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from model.children import OWN_GROUP
-from model.errors import InputError, TrainingDiverged
+from model.errors import InputError, NodesMissing, TrainingDiverged
 from model.runs.status import STATUS_FILE, read_status
+from model.storage.part_names import is_part
 
 DIVERGED, BAD_INPUT, INTERRUPTED = TrainingDiverged.exit_code, InputError.exit_code, 130  # exit codes of train.py
-FRUITLESS_ATTEMPTS = 3  # in a row without a newer checkpoint, after which the supervisor gives up
+FRUITLESS_ATTEMPTS = 3  # in a row without a newer checkpoint, after which the supervisor gives up; waits do not count
 SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")
 SECONDS_TO_LEAVE = 10.0  # after the third signal; then the child is killed
 
@@ -75,7 +76,8 @@ class Supervisor:
             happened = describe_end(code, status)
             earlier, found = found, self._checkpoints()
             own = found.items() - before.items()
-            fruitless = 0 if found.items() - earlier.items() else fruitless + 1
+            waited = code == NodesMissing.exit_code  # for other nodes, which may take long to come back
+            fruitless = 0 if found.items() - earlier.items() else fruitless + (not waited)
             if fruitless == FRUITLESS_ATTEMPTS or attempt == self.restarts:
                 reason = (
                     f"giving up after {fruitless} attempts in a row without a newer checkpoint: the fault repeats"
@@ -130,7 +132,8 @@ class Supervisor:
 
     def _checkpoints(self) -> dict[str, tuple[int, int]]:
         """Each checkpoint in the folder with when it was written and its size."""
-        found = {path.name: file_identity(path) for path in self.out_dir.glob("checkpoint_*.pth")}
+        whole = (path for path in self.out_dir.glob("checkpoint_*.pth") if not is_part(path))
+        found = {path.name: file_identity(path) for path in whole}
         return {name: identity for name, identity in found.items() if identity is not None}
 
 

@@ -4,6 +4,8 @@ Every process counts its progress (`beat`), and a thread writes the count into t
 (torch.distributed's TCPStore). A collective that waits does not say for whom; the counts do: a dead rank no longer
 reports, a rank that hangs has the lowest count. The first rank to find out reports it to the others, before its end
 makes it look like the culprit.
+
+Rank 0 also says whom slow steps wait for (`slow_steps.py`).
 """
 
 import os
@@ -11,6 +13,8 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
+
+from model.runs.slow_steps import RankReport, SlowSteps, StepTimes
 
 FAREWELL_SECONDS = 5.0  # that a process has to end by itself after another one failed or has finished
 START_PATIENCE = 3.0  # timeouts that may pass before the first beat, while imports, data and a checkpoint are read
@@ -27,6 +31,10 @@ class Watchdog:
         timeout: seconds without progress of any process, after which this one gives up.
         give_up: called in the watchdog's thread with a sentence on the fault; it must end the process.
         kept_by: the rank that hosts the store; None: the launcher does.
+        say: called in the watchdog's thread with a line on what is slow; None: nobody looks for that.
+
+    Attributes:
+        times: of this rank's steps.
     """
 
     def __init__(
@@ -37,19 +45,24 @@ class Watchdog:
         timeout: float,
         give_up: Callable[[str], None],
         kept_by: int | None = 0,
+        say: Callable[[str], None] | None = None,
     ) -> None:
         self._store, self._rank, self._others = store, rank, [r for r in range(len(hosts)) if r != rank]
         several = len(set(hosts)) > 1
         launcher = f"the launcher on {os.environ.get('MASTER_ADDR')}" if several else "the launcher"
         self._names = [f"{number} on {host}" if several else str(number) for number, host in enumerate(hosts)]
         self._keeper = launcher if kept_by is None else f"rank {self._names[kept_by]}"
-        self._timeout, self._give_up = timeout, give_up
+        self._timeout, self._give_up, self._say = timeout, give_up, say
         self._interval = min(1.0, timeout / 10)  # seconds between two looks
         self._line = _Line(min(REQUEST_SECONDS, timeout / 2))
         self._count, self._doing, self._patience, self._moved = 0, "starting", START_PATIENCE, time.monotonic()
         self._heard: str | None = None  # what went wrong, according to another process
         self._known: float | None = None  # when this process reported what went wrong, or heard of it
         self._alive = 0  # rounds of this thread
+        self._last_reports: dict[int, tuple] = {}  # of `who_is_silent`: each rank's, and since when it is the same
+        self._answer = 0.0  # that the store's last answer took
+        self.times = StepTimes()
+        self._slow_steps = SlowSteps(self.times, self._names)
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
@@ -63,11 +76,13 @@ class Watchdog:
         """
         self._count += 1
         self._doing, self._patience, self._moved = doing, patience, time.monotonic()
+        self.times.work()
 
     def arrive(self) -> None:
         """Report progress to a point where this process waits for the others."""
         self._count += 1
         self._moved = time.monotonic()
+        self.times.wait()
 
     @property
     def heard(self) -> str | None:
@@ -146,15 +161,27 @@ class Watchdog:
         if not silent:
             return None
         last = now[silent[0]]
-        message = f"rank {self._listed(silent)} no longer answers" + (f" (last: {last[2]})" if last else "")
+        message = f"rank {self._listed(silent)} no longer answers" + (f" (last: {last.doing})" if last else "")
         self._tell_others(message, silent)
         return message
 
+    def who_is_silent(self, seconds: float) -> str | None:
+        """As `who_is_gone`, of a process that has not reported for so long while this was called again and again. For
+        threads that wait for the others where nothing breaks when one of them ends."""
+        now = time.monotonic()
+        for rank in self._others:
+            report = self._report(rank)
+            if rank not in self._last_reports or self._last_reports[rank][0] != report:
+                self._last_reports[rank] = report, now
+        is_silent = any(now - since > seconds for _, since in self._last_reports.values())
+        return self.who_is_gone() if is_silent else None
+
     def _who_lags(self) -> str:
-        now = {rank: self._report(rank) or ("", self._count, "unknown") for rank in self._others}
-        counts = {rank: int(report[1]) for rank, report in now.items()} | {self._rank: self._count}
+        unknown = RankReport(0, self._count, None, 0, "unknown")
+        now = {rank: self._report(rank) or unknown for rank in self._others} | {self._rank: self._own_report()}
+        counts = {rank: report.count for rank, report in now.items()}
         behind = [rank for rank, count in counts.items() if count == min(counts.values())]
-        doing = self._doing if behind[0] == self._rank else now[behind[0]][2]
+        doing = now[behind[0]].doing
         if len(behind) == len(counts):
             return f"all processes hang in the same place ({doing})"
         return f"rank {self._listed(behind)} hangs in: {doing}"
@@ -168,7 +195,11 @@ class Watchdog:
         failed_since = None
         while not self._over.wait(self._interval):
             self._tell()
+            asked = time.monotonic()
             failed = self._listen() is not None or self._line.broken
+            self._answer = time.monotonic() - asked
+            if self._say is not None and not failed:
+                self._look_for_slowness(self._say)
             standing = time.monotonic() - self._moved
             if standing < self._interval:
                 failed_since = None
@@ -179,7 +210,7 @@ class Watchdog:
                 if time.monotonic() - failed_since > FAREWELL_SECONDS:
                     self._end(self.whom_to_blame())
             if standing > self._timeout / 2:
-                seen = {rank: (self._report(rank) or ("", "", ""))[1] for rank in self._others}
+                seen = {rank: report and report.count for rank in self._others for report in [self._report(rank)]}
                 if seen != reports:
                     reports, moved = seen, time.monotonic()
                 still = time.monotonic() - moved >= self._timeout / 2
@@ -190,16 +221,35 @@ class Watchdog:
         self._linger()
         self._give_up(message)
 
+    def _look_for_slowness(self, say: Callable[[str], None]) -> None:
+        if self.times.usual is None or (found := self._ask(self._read_reports)) is None:
+            return
+        reports = dict(zip(self._others, found, strict=True)) | {self._rank: self._own_report()}
+        if (line := self._slow_steps.look(reports)) is not None:
+            say(line)
+
+    def _read_reports(self) -> list[RankReport] | None:
+        """Those of all others, with two requests however many they are; None: one has not reported yet."""
+        keys = [f"report/{rank}" for rank in self._others]
+        return (
+            [RankReport.decoded(text.decode()) for text in self._store.multi_get(keys)]
+            if self._store.check(keys)
+            else None
+        )
+
+    def _own_report(self) -> RankReport:
+        return RankReport(self._alive, self._count, self.times.working, self._answer, self._doing)
+
     def _tell(self) -> None:
         self._alive += 1
-        report = f"{self._alive}|{self._count}|{self._doing}"
+        report = self._own_report().encoded()
         self._ask(lambda: self._store.set(f"report/{self._rank}", report))
 
-    def _report(self, rank: int) -> tuple[str, str, str] | None:
-        """A rank's rounds, its progress and what it does; None: no report from it yet."""
+    def _report(self, rank: int) -> RankReport | None:
+        """A rank's last report; None: none yet."""
         key = f"report/{rank}"
         found = self._ask(lambda: self._store.get(key).decode() if self._store.check([key]) else None)
-        return tuple(found.split("|", 2)) if found else None
+        return RankReport.decoded(found) if found else None
 
     def _ask(self, request):
         """The store's answer; None: there is none."""

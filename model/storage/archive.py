@@ -34,8 +34,11 @@ DAMAGE = (
 )  # fmt: skip
 
 
-def save_torch(path: str | Path, content: Mapping) -> None:
+def save_torch(path: str | Path, content: Mapping) -> str:
     """`torch.save` that leaves either the old file or the new one, whatever happens, and reads the new one back.
+
+    Returns:
+        the SHA-256 at its end, hex.
 
     Raises:
         InputError: the file cannot be written, or reads back differently.
@@ -49,6 +52,7 @@ def save_torch(path: str | Path, content: Mapping) -> None:
                 raise
             raise error.__context__ from error
         file.write(TRAILER_PREFIX + hashing.sha256.hexdigest().encode() + b"\n")
+    return hashing.sha256.hexdigest()
 
 
 class _HashingWriter:
@@ -71,29 +75,35 @@ def _read_back(path: Path) -> None:
         raise InputError(f"{path}: what was read back is not what was written; the disk is failing")
 
 
+def recorded_digest(path: Path) -> str | None:
+    """The SHA-256 at the end of a file, hex; None if it has none. Whether it is right: see `digest_is_right`."""
+    with open(path, "rb") as file:
+        file.seek(max(0, path.stat().st_size - TRAILER_BYTES))
+        found = re.fullmatch(re.escape(TRAILER_PREFIX) + rb"([0-9a-f]{%d})\n" % DIGEST_BYTES, file.read())
+    return found[1].decode() if found else None
+
+
 def digest_is_right(path: Path) -> bool | None:
     """Whether a file's SHA-256 is the one at its end; None if it has none."""
-    size = path.stat().st_size
+    recorded = recorded_digest(path)
+    if recorded is None:
+        return None
+    sha256, left = hashlib.sha256(), path.stat().st_size - TRAILER_BYTES
     with open(path, "rb") as file:
-        file.seek(max(0, size - TRAILER_BYTES))
-        trailer = file.read()
-        if not re.fullmatch(re.escape(TRAILER_PREFIX) + rb"[0-9a-f]{%d}\n" % DIGEST_BYTES, trailer):
-            return None
-        file.seek(0)
-        sha256, left = hashlib.sha256(), size - TRAILER_BYTES
         while left and (block := file.read(min(left, 1 << 20))):
             sha256.update(block)
             left -= len(block)
-    return sha256.hexdigest().encode() == trailer[len(TRAILER_PREFIX) : -1]
+    return sha256.hexdigest() == recorded
 
 
-def load_torch(path: str | Path, own: bool = False) -> dict:
+def load_torch(path: str | Path, own: bool = False, mmap: bool = False) -> dict:
     """`torch.load(weights_only=True)` onto the CPU, after every byte was checked against the file's SHA-256.
 
     Files of other programs, which have none, are checked against the checksums of their zip records.
 
     Args:
         own: the file must have a SHA-256, as all files written by this program do.
+        mmap: map the tensors into memory, where they are read from the file when they are used.
 
     Raises:
         InputError: the file is missing, truncated, damaged, not a dict, or holds more than tensors and plain values.
@@ -105,7 +115,7 @@ def load_torch(path: str | Path, own: bool = False) -> dict:
         _check_bytes(path, own)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of pickle protocols that torch does not write
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:  # its text advises loading unsafely; what it found is enough
         found = re.search(r"GLOBAL (\S+)", str(error))
         reason = f"it names {shown(found[1])[1:-1]}" if found else "its pickle is damaged, or not by torch.save"

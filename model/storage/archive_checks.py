@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from model.errors import InputError, shown
+from model.storage.slices import SlicedTensors
 
 MAX_PICKLE_BYTES = 16 << 20  # a checkpoint's values without its tensors take a few hundred kB
 MAX_DIRECTORY_BYTES = 16 << 20  # 100,000 tensors
@@ -130,13 +131,18 @@ def _problem_of_records(records: list[zipfile.ZipInfo]) -> str | None:
 
 
 def named_tensors(content) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor in nested dicts, lists and tuples, once, with the keys that lead to it: "model.norm.weight"."""
+    """Every tensor in nested dicts, lists and tuples, once, with the keys that lead to it: "model.norm.weight".
+
+    Of `SlicedTensors` come the slices, as they are stored.
+    """
     waiting, seen = [("", content)], set()
     while waiting:
         name, value = waiting.pop()
         if id(value) in seen:  # a pickle can hold a list that holds itself
             continue
-        if isinstance(value, Tensor):
+        if isinstance(value, SlicedTensors):
+            yield from value.stored()
+        elif isinstance(value, Tensor):
             seen.add(id(value))
             yield name, value
         elif isinstance(value, Mapping | list | tuple):

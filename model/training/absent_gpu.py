@@ -1,12 +1,11 @@
 """The kernels of a GPU for fake tensors, where no GPU need be: what they keep for the backward pass can be counted."""
 
-import contextlib
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+import model.loss  # noqa: F401 (registers the operator)
 from model.training.plan import Hardware
 
 flash_attention = torch.ops.aten._scaled_dot_product_flash_attention
@@ -15,15 +14,14 @@ efficient_attention = torch.ops.aten._scaled_dot_product_efficient_attention
 
 def absent_gpu(dtype: torch.dtype) -> Hardware:
     """What counts the memory of training on a GPU. A torch that was built without CUDA does not even name its tensors:
-    there a CPU's kernels are counted, which keep up to an eighth more for the backward pass (see `counts_kernels`).
+    there a CPU's kernels are counted, which keep up to a fifth more for the backward pass (see `counts_kernels`);
+    but for the loss, of which a CPU keeps no logits.
 
     Args:
         dtype: of the matrix products.
     """
-    if counts_kernels():
-        return Hardware(torch.device("cuda"), dtype, AbsentGPU(dtype))
-    autocast = contextlib.nullcontext() if dtype == torch.float32 else torch.autocast("cpu", dtype)
-    return Hardware(torch.device("cpu"), dtype, autocast)
+    device = torch.device("cuda" if counts_kernels() else "cpu")
+    return Hardware(device, dtype, AbsentGPU(device.type, dtype))
 
 
 def counts_kernels() -> bool:
@@ -32,17 +30,19 @@ def counts_kernels() -> bool:
 
 
 class AbsentGPU(TorchFunctionMode):
-    """A context in which fake tensors on "cuda" go through autocast and fused attention, as real ones would.
+    """A context in which fake tensors go through autocast, fused attention and loss as a GPU's would.
 
     Without a GPU, `torch.autocast` disables itself, and PyTorch would choose the attention that keeps all T x T scores.
 
     Args:
+        device_type: of the fake tensors.
         dtype: of the matrix products.
     """
 
-    def __init__(self, dtype: torch.dtype) -> None:
+    def __init__(self, device_type: str, dtype: torch.dtype) -> None:
         super().__init__()
-        self._autocast = torch.autocast("cuda", dtype, enabled=False)
+        self._device_type = device_type
+        self._autocast = torch.autocast(device_type, dtype, enabled=False)
         self._autocast._enabled = dtype != torch.float32  # a private name
 
     def __enter__(self):
@@ -54,8 +54,11 @@ class AbsentGPU(TorchFunctionMode):
         self._autocast.__exit__(*error)
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function is F.scaled_dot_product_attention:
+        if function is F.scaled_dot_product_attention and self._device_type == "cuda":
             return _attention(*args, **kwargs)
+        if function is torch.ops.mateconv.chunked_cross_entropy.default:
+            hidden, weight, targets, _ = args
+            return (F.cross_entropy(F.linear(hidden, weight).float(), targets, reduction="sum"),)
         return function(*args, **(kwargs or {}))
 
 

@@ -1,5 +1,6 @@
 """What `auto` resolves to in a run's settings: chosen once by the recipe, printed with the reason, kept on resuming."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple, Protocol, TypeVar
@@ -16,7 +17,7 @@ from model.options import parse_value
 from model.training.attention_trial import fastest_attention
 from model.training.data import TrainingData
 from model.training.experts_trial import fastest_products
-from model.training.memory import free_memory, rows_that_fit, state_bytes
+from model.training.memory import divided_rows_that_fit, free_memory, rows_that_fit, state_bytes
 from model.training.recipe import (
     ADAPTERS_TIMES,
     PREFERENCE_SHARE,
@@ -28,11 +29,12 @@ from model.training.recipe import (
     automatic_shard,
     automatic_tokens_per_step,
     automatic_warmup,
+    automatic_writers,
     batch_text,
     compile_pays,
     cpp_compiler,
 )
-from model.training.settings import AUTO, FIELDS, TrainingSettings
+from model.training.settings import AUTO, FIELDS, FULLY_SHARDED, TrainingSettings, of_no_experts
 
 T = TypeVar("T")
 V = TypeVar("V", int, float, bool, int | None)
@@ -76,6 +78,24 @@ class Ranks(Protocol):
 
     def send_to_main(self, source: int, part: Tensor | None, target: Tensor | None) -> None:
         """Copy a tensor of one process into one of rank 0."""
+
+
+def weight_shards(training: TrainingSettings, ranks: Ranks) -> int:
+    """Among how many ranks a copy of the weights is divided; 1: each rank has all of them.
+
+    Raises:
+        InputError: the ranks cannot be divided so.
+    """
+    if ranks.world_size == 1 or training.shard not in FULLY_SHARDED:
+        return 1
+    if training.shard == "full":
+        return ranks.world_size
+    degree = training.shard_degree or ranks.local_world_size
+    if degree == 1:
+        raise InputError("shard: hybrid found, but each machine has one process; give shard_degree, or use shard full")
+    if ranks.world_size % degree:
+        raise InputError(f"shard_degree: {degree} does not divide the {ranks.world_size} processes; give one that does")
+    return degree
 
 
 class Choices:
@@ -146,26 +166,44 @@ class Choices:
         tokens = data.training_samples * data.config.max_seq_len
         return self._settle("epochs", lambda: automatic_epochs(kind, tokens))
 
-    def shard(self, model: Transformer) -> int:
-        """Among how many ranks the optimizer is shared. It changes no bits, so a checkpoint does not keep it, and a
-        resumed run, whose ranks may be fewer or more, chooses again."""
+    def shard(self, model: Transformer) -> tuple[str, int]:
+        """What ranks share, and how many share one copy. A checkpoint does not keep it: a resumed run, whose ranks may
+        be fewer or more, chooses again."""
         t, processes = self._training, self._processes
         if processes.world_size == 1:
-            if t.shard == "optimizer":
-                self._say("shard optimizer: there is one process, so nothing is shared")
-            return 1
+            if t.shard not in (AUTO, "none"):
+                self._say(f"shard {t.shard}: there is one process, so nothing is shared")
+            return "none", 1
+        if (shards := weight_shards(t, processes)) > 1:
+            return t.shard, shards
         shard = t.shard
         if shard == AUTO:
             free = int(processes.smallest(free_memory(self._device, processes.local_world_size)))
             shard, why = automatic_shard(t.optimizer_type, state_bytes(model, t), free, processes.world_size)
             self._say(f"shard {shard} (auto): {why}")
-        return processes.world_size if shard == "optimizer" else 1
+        return shard, processes.world_size if shard == "optimizer" else 1
+
+    def writers(self, shards: int, checkpoint_bytes: int) -> int:
+        """How many ranks write a checkpoint: one or all of them. As `shard`, a resumed run chooses it again."""
+        t, processes = self._training, self._processes
+        if processes.world_size == 1:
+            if t.checkpoint_writers == "all":
+                self._say("checkpoint_writers all: there is one process, which writes one file")
+            return 1
+        writers = t.checkpoint_writers
+        if writers == AUTO:
+            several_machines = processes.world_size > processes.local_world_size
+            writers, why = automatic_writers(shards > 1, several_machines, checkpoint_bytes)
+            if writers == "all":
+                self._say(f"checkpoint_writers all (auto): {why}")
+        return processes.world_size if writers == "all" else 1
 
     def batch_size(self, model: Transformer, data: TrainingData, epochs: int, autocast, shards: int) -> int:
-        """What the number of tokens calls for, as far as memory allows, measured on the model.
+        """What the number of tokens calls for, as far as memory allows: measured on the model or, where ranks share it,
+        counted.
 
         Args:
-            shards: ranks that share the optimizer.
+            shards: ranks that share one copy of what they share.
 
         Raises:
             InputError: not even one sample fits.
@@ -186,9 +224,14 @@ class Choices:
             beside += state_bytes(model, t) + sum(parameter.nbytes for parameter in model.parameters())
         free = free_memory(self._device, processes.local_world_size)
         measuring = "measuring how large a batch fits the memory"
-        fits = rows_that_fit(
-            model, autocast, wanted, beside, free, t.document_mask or data.is_chat, lambda: processes.beat(measuring, 3)
-        )
+        with_documents = t.document_mask or data.is_chat
+        if t.shard in FULLY_SHARDED and shards > 1:
+            divided = dataclasses.replace(t, document_mask=with_documents)
+            fits = divided_rows_that_fit(data.config, divided, self._device, autocast, shards, free, beside)
+        else:
+            fits = rows_that_fit(
+                model, autocast, wanted, beside, free, with_documents, lambda: processes.beat(measuring, 3)
+            )
         fits = int(processes.smallest(fits))
         if fits == 0:
             raise InputError(
@@ -250,10 +293,13 @@ class Choices:
         """What is usual, unless something else balances the experts, or nothing can.
 
         Raises:
-            InputError: a loss of the routers is asked for, and pairs of answers are trained on.
+            InputError: experts' settings are given, and init_from's model has none; or a loss of the routers, and pairs
+                of answers are trained on.
         """
         t = self._training
         if not data.config.n_experts:
+            if problems := of_no_experts(t):
+                raise InputError(*problems)
             self.made["balance_loss"] = 0.0
             return
         for name in ("balance_loss", "router_z_loss"):

@@ -1,11 +1,10 @@
 """Whether loss, gradient and weights can be trusted, judged before the optimizer takes a step and at each save."""
 
 import math
+from collections.abc import Iterable
 
 import numpy as np
-from torch import nn
-
-from model.training.optimizer import trained_parameters
+from torch import Tensor
 
 WINDOW = 128  # recent losses that a new one is compared with
 MIN_WINDOW = 32  # fewer say too little
@@ -64,23 +63,25 @@ def remember(recent: list[float], loss: float) -> None:
     del recent[:-WINDOW]
 
 
-def weights_norm(model: nn.Module) -> float:
-    """The Euclidean norm of the parameters that are trained."""
-    return math.sqrt(sum(float(p.detach().square().sum()) for p in trained_parameters(model).values()))
+def norm_of(weights: Iterable[Tensor]) -> float:
+    """The Euclidean norm of all of them."""
+    return math.sqrt(sum(float(weight.detach().square().sum()) for weight in weights))
 
 
-def difference_of_weights(norms: list[float]) -> str | None:
+def difference_of_weights(norms: list[float], shards: int = 1) -> str | None:
     """What to say if the processes' weights have diverged, which exchange gradients and never weights; else None.
 
     Processors of different kinds may round differently, hence the tolerance; a memory fault is mostly larger.
 
     Args:
-        norms: `weights_norm` of each rank.
+        norms: `norm_of` each rank's weights.
+        shards: ranks among which one copy is divided; the ranks after them have the same shares.
     """
     for rank, norm in enumerate(norms):
-        if math.isfinite(norms[0]) and not abs(norm - norms[0]) <= WEIGHTS_TOLERANCE * norms[0]:
+        first = norms[rank % shards]
+        if math.isfinite(first) and not abs(norm - first) <= WEIGHTS_TOLERANCE * first:
             return (
-                f"the weights of rank {rank} (norm {norm:g}) differ from those of rank 0 ({norms[0]:g}), perhaps by a"
-                " memory or hardware fault; --resume from the last checkpoint"
+                f"the weights of rank {rank} (norm {norm:g}) differ from those of rank {rank % shards} ({first:g}),"
+                " perhaps by a memory or hardware fault; --resume from the last checkpoint"
             )
     return None

@@ -15,7 +15,7 @@ import torch
 from model.LMConfig import LMConfig
 from model.model import Transformer
 from model.training.devices import Cluster
-from model.training.memory import CLOSE, MOST_ROWS, StepMemory, step_memory
+from model.training.memory import CLOSE, MOST_ROWS, StepMemory, passing_parts, step_memory
 from model.training.muon import orthogonalization_flops
 from model.training.optimizer import is_hidden_matrix
 from model.training.plan import Hardware
@@ -43,25 +43,17 @@ class Way:
     Attributes:
         shards: GPUs that share one copy of the weights and gradients.
         state_shards: that share one copy of the optimizer's state and the moving average.
-        exists: whether this version can train so.
     """
 
     name: str
     about: str
     shards: Callable[[Cluster], int]
     state_shards: Callable[[Cluster], int]
-    exists: bool = False
 
 
 WAYS = (
-    Way("ddp", "all of it on each GPU", lambda c: 1, lambda c: 1, exists=True),
-    Way(
-        "optimizer",
-        "optimizer state and moving average divided by all GPUs",
-        lambda c: 1,
-        lambda c: c.gpus,
-        exists=True,
-    ),
+    Way("ddp", "all of it on each GPU (shard none)", lambda c: 1, lambda c: 1),
+    Way("optimizer", "optimizer state and moving average divided by all GPUs", lambda c: 1, lambda c: c.gpus),
     Way("full", "weights and gradients too", lambda c: c.gpus, lambda c: c.gpus),
     Way("hybrid", "as full within a node; nodes are replicas", lambda c: c.gpus_per_node, lambda c: c.gpus_per_node),
 )
@@ -82,15 +74,22 @@ class ModelCost:
     flops_per_token: int
     update_flops: int  # of the optimizer's matrix products in a step
     layers: int
-    largest_part: int  # parameters of what is gathered at once: a layer, or embedding and output
+    passing: int  # parameters of all attentions and feed-forwards: where GPUs share them, gathered only to be used
+    largest_part: int  # of the larger of the two
+    matrices: int  # parameters that Muon orthogonalizes
     itemsize: int  # bytes of a number in the matrix products
     memory: StepMemory  # activations: of the first row
     activations_per_row: int  # of each further one
 
     @property
     def copies(self) -> int:
-        """Bytes of activations however many rows there are: the weights' copies in 16 bits, which autocast keeps."""
-        return self.memory.activations - self.activations_per_row
+        """Bytes of activations that shared weights do not take: the copies in 16 bits, which autocast keeps."""
+        return self.itemsize * self.passing if self.itemsize < 4 else 0
+
+    @property
+    def kept(self) -> int:
+        """Bytes of shared weights that stay gathered for a whole step, in float32: embedding, output and norms."""
+        return self.memory.weights - 4 * self.passing
 
     @property
     def update_bytes(self) -> int:
@@ -109,6 +108,7 @@ def model_cost(config: LMConfig, training: TrainingSettings, hardware: Hardware)
     with torch.device("meta"):  # tensors that have shapes and no memory
         first, second = (Transformer(dataclasses.replace(config, n_layers=layers)) for layers in (1, 2))
     more = config.n_layers - 1
+    parts = [sum(p.numel() for p in part.parameters()) for part in passing_parts(first)]
     layer = second.parameter_count() - first.parameter_count()
     active = first.active_parameter_count(), second.active_parameter_count()
     flops = first.training_flops_per_token(), second.training_flops_per_token()
@@ -121,7 +121,9 @@ def model_cost(config: LMConfig, training: TrainingSettings, hardware: Hardware)
         flops_per_token=flops[0] + more * (flops[1] - flops[0]),
         update_flops=config.n_layers * sum(orthogonalization_flops(*shape) for shape in of_muon),
         layers=config.n_layers,
-        largest_part=max(layer, first.parameter_count() - layer),
+        passing=config.n_layers * sum(parts),
+        largest_part=max(parts),
+        matrices=config.n_layers * sum(math.prod(shape) for shape in of_muon),
         itemsize=hardware.dtype.itemsize,
         memory=one,
         activations_per_row=two.activations - one.activations,
@@ -194,8 +196,9 @@ def _seconds(group: Group, sent: float, hops: int) -> float:
 def exchanges(way: Way, cluster: Cluster, cost: ModelCost, micro_batches: int) -> list[Exchange]:
     """What is exchanged in a step.
 
-    Divided weights are gathered for the forward and again for the backward pass of each micro-batch, whose gradients
-    are scattered; replicas exchange gradients once a step, and gather the weights that each has updated a share of.
+    Shared weights are gathered for the forward and again for the backward pass of each micro-batch. Gradients are
+    scattered after the last one, of replicas after each; Muon's matrices go to the GPU that orthogonalizes them, and
+    back. Replicas exchange gradients once a step, and gather the weights that each has updated a share of.
     """
     gradients, shards = cost.memory.gradients, way.shards(cluster)
     after_backward = BACKWARD / micro_batches
@@ -209,10 +212,16 @@ def exchanges(way: Way, cluster: Cluster, cost: ModelCost, micro_batches: int) -
         return made
     is_whole = shards == cluster.gpus
     group = all_gpus(cluster) if is_whole else within_node(cluster)
-    size = 2 * cost.parameters * cost.itemsize + gradients  # of a micro-batch: weights twice, gradients
-    made = [gather(group, micro_batches * size, micro_batches * 3 * (cost.layers + 1), window=1)]
+    size, parts = 2 * cost.passing * cost.itemsize + cost.kept, 2 * cost.layers  # of a micro-batch: weights twice
+    scatters = 1 if is_whole else micro_batches
+    made = [
+        gather(group, micro_batches * size, micro_batches * (2 * parts + 1), window=1),
+        gather(group, gradients * scatters, scatters * (parts + 1), after_backward if is_whole else BACKWARD),
+    ]
     if not is_whole:
-        made.append(all_reduce(between_nodes(cluster), gradients / shards, cost.layers + 1, after_backward))
+        made.append(all_reduce(between_nodes(cluster), gradients / shards, parts + 1, after_backward))
+    if cost.matrices:
+        made.append(gather(group, 2 * 4 * cost.matrices / shards, 2, window=0))
     return made
 
 
@@ -258,16 +267,17 @@ def forecast(way: Way, cluster: Cluster, cost: ModelCost, rows: int, micro_batch
     """
     shards, state_shards = way.shards(cluster), way.state_shards(cluster)
     whole, device = cost.memory, cluster.device
-    first_row = whole.activations - (cost.copies if shards > 1 else 0)  # gathered copies are not kept
+    is_divided = shards > 1
+    first_row = whole.activations - (cost.copies if is_divided else 0)
     memory = StepMemory(
-        weights=-(-whole.weights // shards),
+        weights=-(-whole.weights // shards) + (cost.kept if is_divided else 0),
         average=-(-whole.average // state_shards),
-        gradients=-(-whole.gradients // shards),
+        gradients=-(-whole.gradients // (1 if shards == cluster.gpus and micro_batches > 1 else shards)),
         optimizer=-(-whole.optimizer // state_shards),
         activations=first_row + (rows - 1) * cost.activations_per_row,
     )
     buffers = 0
-    if shards > 1:
+    if is_divided:
         buffers = 2 * cost.largest_part * (cost.itemsize + 4)  # two parts: their weights, and gradients in float32
     elif cluster.gpus > 1:
         buffers = whole.gradients  # gradient_as_bucket_view is off

@@ -69,7 +69,7 @@ def _table(run: RunForecast) -> list[str]:
     """The ways side by side: a row for each name, with what it is of each way."""
     several, averages, ends = run.cluster.gpus > 1, run.training.use_ema, run.steps is not None
     rows: list[tuple[bool, str, Callable[[Forecast], str]]] = [  # whether to show it, its name, its cells
-        (True, "each GPU holds", lambda f: f.way.name + ("" if f.way.exists else "*")),
+        (True, "each GPU holds", lambda f: f.way.name),
         (True, "  weights", lambda f: size_text(f.memory.weights)),
         (True, "  gradients", lambda f: size_text(f.memory.gradients)),
         (True, "  optimizer", lambda f: size_text(f.memory.optimizer)),
@@ -102,14 +102,12 @@ def _advice(run: RunForecast) -> list[str]:
     lines = [_checkpoint_line(run)]
     if run.cluster.gpus > 1:
         lines += [f"{f.way.name}: {f.way.about}" for f in run.forecasts]
-    if not all(f.way.exists for f in run.forecasts):
-        lines.append("*: not in this version")
     return [*lines, "", *_choice_lines(run)]
 
 
 def _checkpoint_line(run: RunForecast) -> str:
     writers, one = run.cluster.gpus_per_node, run.checkpoint_bytes / WRITER_BANDWIDTH
-    several = f"; in {duration_text(one / writers)} by {writers}, not in this version" if writers > 1 else ""
+    several = f"; in {duration_text(one / writers)} by {writers} (checkpoint_writers all)" if writers > 1 else ""
     return (
         f"checkpoint: {size_text(run.checkpoint_bytes)}, written in {duration_text(one)} by one process at"
         f" {size_text(WRITER_BANDWIDTH)}/s, while training goes on{several}"
@@ -117,19 +115,14 @@ def _checkpoint_line(run: RunForecast) -> str:
 
 
 def _choice_lines(run: RunForecast) -> list[str]:
-    """Which way to choose and why; and which in this version, where it cannot train so."""
+    """Which way to choose and why."""
     fitting, ways = run.fitting, [found.way for found in run.forecasts]
     if not fitting:
         return [f"choose a smaller model or larger GPUs: no way fits one sample into {CLOSE:.0%} of their memory"]
     best = _simplest_of_fastest(fitting)
     if run.cluster.gpus == 1:
         return [_fit_text(best, run)]
-    lines = [f"choose {_choice_text(fitting, ways, run)}"]
-    if not best.way.exists:
-        ours = [found for found in fitting if found.way.exists]
-        our_ways = [way for way in ways if way.exists]
-        lines.append(f"in this version: {_choice_text(ours, our_ways, run) if ours else 'none of them fits'}")
-    return lines
+    return [f"choose {_choice_text(fitting, ways, run)}"]
 
 
 def _simplest_of_fastest(fitting: list[Forecast]) -> Forecast:

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode  # a private name, but documented ("Fake tensor")
 
 from model.errors import InputError
+from model.experts import ExpertsFeedForward
 from model.LMConfig import LMConfig
 from model.lora import add_adapters
 from model.model import Transformer
 from model.storage.files import size_text
 from model.training.optimizer import optimizer_bytes, trained_parameters
-from model.training.settings import AUTO, TrainingSettings
+from model.training.settings import AUTO, FULLY_SHARDED, TrainingSettings
 
 # Shares of the free memory. A step's peak is up to a fourth above what `step_memory` counts (measured on a CPU).
 FULL = 0.6  # that an automatic batch_size may fill
@@ -56,10 +57,10 @@ def step_memory(
     Args:
         rows: samples of the batch.
         autocast: context in which the model runs.
-        ranks: that train together. Where `shard` has them share the optimizer and the moving average, or is `auto`, the
-            mean of their shares counts; one may be larger by a matrix.
+        ranks: that share one copy of what `shard` has them share, the optimizer and the moving average if it is `auto`.
+            The mean of their shares counts; one may be larger by a matrix.
     """
-    sizes = []
+    sizes, is_divided = [], training.shard in FULLY_SHARDED and ranks > 1
     with FakeTensorMode(), torch.device(device.type):
         for layers in (1, 2):
             model = Transformer(dataclasses.replace(config, n_layers=layers)).train()
@@ -67,15 +68,45 @@ def step_memory(
                 add_adapters(model, training.lora_rank, training.lora_alpha)
             model.checkpointing = training.activation_checkpointing
             parameters = sum(parameter.nbytes for parameter in model.parameters())
-            state = optimizer_bytes(model, training.optimizer_type)
+            state, trained = optimizer_bytes(model, training.optimizer_type), trained_bytes(model)
+            kept = kept_gathered(model, autocast, device) if is_divided else 0
             activations = saved_bytes(model, rows, autocast, training.document_mask)
-            sizes.append((parameters, trained_bytes(model), state, activations))
-    parameters, trained, state, activations = (
+            sizes.append((parameters, trained, state, activations, kept))
+    parameters, trained, state, activations, kept = (
         one + (two - one) * (config.n_layers - 1) for one, two in zip(*sizes, strict=True)
     )
     shards = 1 if training.shard == "none" else ranks
     average = -(-trained // shards) if training.use_ema else 0
-    return StepMemory(parameters, average, trained, -(-state // shards), activations)
+    gradients = trained
+    if is_divided:
+        parameters = -(-parameters // shards) + kept
+        are_whole = training.shard == "full" and training.accumulation_steps > 1  # until the last micro-batch
+        gradients = trained if are_whole else -(-trained // shards)
+    return StepMemory(parameters, average, gradients, -(-state // shards), activations)
+
+
+def passing_parts(model: Transformer) -> list[nn.Module]:
+    """The parts of a model whose weights are gathered only while they are used, where ranks share them. Routers of
+    experts are not among them, since they compute in float32."""
+    parts: list[nn.Module] = []
+    for layer in model.layers:
+        feed_forward = layer.feed_forward
+        has_experts = isinstance(feed_forward, ExpertsFeedForward)
+        parts += [layer.attention, *([feed_forward.experts, feed_forward.shared] if has_experts else [feed_forward])]
+    return [part for part in parts if part is not None]
+
+
+def kept_gathered(model: Transformer, autocast: AbstractContextManager, device: torch.device) -> int:
+    """Bytes of the weights that stay gathered for a whole step where ranks share them (`fully_sharded.divide`): all but
+    the layers' matrices, which `model` gets here, in place, in the dtype in which they are gathered."""
+    with autocast:
+        dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.float32
+    passing = passing_parts(model)
+    kept = sum(p.nbytes for p in model.parameters()) - sum(p.nbytes for part in passing for p in part.parameters())
+    for module in (module for part in passing for module in part.modules() if not isinstance(module, nn.RMSNorm)):
+        for name, parameter in [*module.named_parameters(recurse=False)]:
+            setattr(module, name, nn.Parameter(parameter.to(dtype), parameter.requires_grad))
+    return kept
 
 
 def state_bytes(model: nn.Module, training: TrainingSettings, shards: int = 1) -> int:
@@ -222,6 +253,27 @@ def rows_that_fit(
     every_step()
     per_row, fixed = max(1, two - one), max(0, 2 * one - two)
     return max(0, min(MOST_ROWS, int((room - trained_bytes(model) - fixed) // per_row)))
+
+
+def divided_rows_that_fit(
+    config: LMConfig,
+    training: TrainingSettings,
+    device: torch.device,
+    autocast: AbstractContextManager,
+    shards: int,
+    free: int,
+    beside: int,
+) -> int:
+    """The same for ranks that share the weights, which are on none of them whole: counted with fake tensors.
+
+    Args:
+        shards: ranks that share one copy.
+        free, beside: as above.
+    """
+    one, two = (step_memory(config, training, rows, device, autocast, shards) for rows in (1, 2))
+    per_row = max(1, two.activations - one.activations)
+    fixed = one.weights + one.gradients + max(0, one.activations - per_row)
+    return max(0, min(MOST_ROWS, int((FULL * free - beside - fixed) // per_row)))
 
 
 def free_memory(device: torch.device, processes: int = 1) -> int:

@@ -6,6 +6,8 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
+from model.storage.slices import copy_by_name
+
 
 class MovingAverage(AveragedModel):
     """An exponential moving average of the weights, updated with `update_parameters(model)` after each step.
@@ -48,7 +50,7 @@ class MovingAverage(AveragedModel):
 
     def load_weights(self, weights: Mapping[str, torch.Tensor]) -> None:
         """Go on from this average."""
-        self.module.load_state_dict(weights)
+        copy_by_name(weights, self.module.state_dict())
 
 
 @torch.no_grad()

@@ -2,11 +2,15 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
+
+if TYPE_CHECKING:
+    from model.training.divided_matrices import DividedMatrices
 
 SAFETY = 1.01
 # Applied in turn, these odd polynomials a x + b x³ + c x⁵ bring singular values from 0.001 to 1 as near to 1 as any of
@@ -50,6 +54,14 @@ def polynomial_flops(*shape: int) -> int:
     return math.prod(count) * (4 * small**2 * large + 2 * small**3)
 
 
+def by_shape(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
+    """Tensors of the same shape together."""
+    found = defaultdict(list)
+    for tensor in tensors:
+        found[tensor.shape].append(tensor)
+    return [*found.values()]
+
+
 class Muon(torch.optim.Optimizer):
     """Steps of one size in every direction of a matrix (Jordan, 2024); other parameters are AdamW's.
 
@@ -82,6 +94,7 @@ class Muon(torch.optim.Optimizer):
         defaults["fused"] = True  # of AdamW; a loaded state then has its step on the device of the parameters
         super().__init__(groups, defaults)
         self.dtype = dtype
+        self.divided: DividedMatrices | None = None  # where parameters are this rank's rows of matrices
         self.found_inf: Tensor | None = None
         self._step_supports_amp_scaling = True  # torch's name for heeding found_inf
 
@@ -94,22 +107,33 @@ class Muon(torch.optim.Optimizer):
                 (self._step_muon if group["muon"] else self._step_adamw)(group, with_gradient)
 
     def _step_muon(self, group: dict, parameters: list[Tensor]) -> None:
-        lr, momentum, veto = group["lr"] * group["lr_scale"], group["momentum"], self.found_inf
+        lr, veto = group["lr"] * group["lr_scale"], self.found_inf
         decay = 1 - lr * group["weight_decay"]
         torch._foreach_mul_(parameters, decay if veto is None else torch.where(veto > 0, 1.0, decay))
-        by_shape = defaultdict(list)
-        for p in parameters:
-            by_shape[p.shape].append(p)
-        for shape, some in by_shape.items():
-            gradients, buffers = torch.stack([p.grad for p in some]), self._momentum(some)
-            if veto is not None:  # the momentum of itself and itself is itself
-                gradients = torch.where(veto > 0, buffers, gradients)
-            buffers.lerp_(gradients, 1 - momentum)
-            matrices = gradients.lerp_(buffers, momentum).flatten(0, -3)  # of stacks, too
-            updates = orthogonalized(matrices, self.dtype).view_as(gradients)
+        for some, updates, longer in self._turned(parameters, group["momentum"]):
             if veto is not None:
                 updates = updates.masked_fill_(veto > 0, 0.0)
-            torch._foreach_add_(some, updates.unbind(0), alpha=-lr * 0.2 * max(shape[-2:]) ** 0.5)
+            torch._foreach_add_(some, updates.unbind(0), alpha=-lr * 0.2 * longer**0.5)
+
+    def _turned(self, parameters: list[Tensor], momentum: float) -> Iterator[tuple[list[Tensor], Tensor, int]]:
+        """Parameters of one shape, the directions of their steps [N, …, rows, columns], and a matrix's longer side."""
+        updates = [(some, self._updates(some, momentum)) for some in by_shape(parameters)]
+        if self.divided is not None:  # but of a stack, which a rank holds whole matrices of
+            rows = {p: row for some, whole in updates for p, row in zip(some, whole, strict=True) if p.dim() == 2}
+            yield from self.divided.turned(rows, self.dtype)
+            updates = [(some, whole) for some, whole in updates if some[0].dim() > 2]
+        for some, matrices in updates:
+            turned = orthogonalized(matrices.flatten(0, -3), self.dtype).view_as(matrices)
+            yield some, turned, max(some[0].shape[-2:])
+
+    def _updates(self, parameters: list[Tensor], momentum: float) -> Tensor:
+        """Count the gradients of parameters of one shape into their momentum; what is to be orthogonalized [N, …, rows,
+        columns]."""
+        gradients, buffers = torch.stack([p.grad for p in parameters]), self._momentum(parameters)
+        if self.found_inf is not None:  # the momentum of itself and itself is itself
+            gradients = torch.where(self.found_inf > 0, buffers, gradients)
+        buffers.lerp_(gradients, 1 - momentum)
+        return gradients.lerp_(buffers, momentum)
 
     def _momentum(self, parameters: Sequence[Tensor]) -> Tensor:
         """The momentum of parameters of one shape [N, …, rows, columns], whose parts their states are from now on."""

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from model.dataset import PretrainDataset, number_documents
-from model.loss import bits_per_byte, cross_entropy
+from model.loss import bits_per_byte
 from model.model import Transformer
 from model.training.data import TrainingData
 from model.training.settings import TrainingSettings
@@ -80,9 +80,8 @@ class NextToken:
             control = torch.zeros_like(counted)
             control[counted] = ~is_text[ids].to(control.device)
             with autocast:
-                hidden = model.hidden_states(inputs, documents=documents)
-                nats = float(cross_entropy(hidden, model.output.weight, targets))
-                silent = float(cross_entropy(hidden[control][None], model.output.weight, targets[control][None]))
+                losses = model(inputs, targets, documents=documents, per_token=True)
+            nats, silent = float(losses.sum()), float(losses[control].sum())
             text_bytes = token_bytes.count(before.numpy(), ids.numpy())
             for place, value in enumerate((nats, len(ids), nats - silent, text_bytes)):
                 sums[place] += value

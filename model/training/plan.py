@@ -19,7 +19,7 @@ from model.training.optimizer import optimizer_bytes, trained_parameters
 from model.training.order import SampleOrder
 from model.training.recipe import rough_duration_text, run_seconds
 from model.training.schedule import Schedule, plan_schedule
-from model.training.settings import Settings, TrainingSettings
+from model.training.settings import FULLY_SHARDED, Settings, TrainingSettings
 
 SHORT = 30.0  # seconds: a run that ends sooner needs no correction of its estimate
 FAR_OFF = 1.5  # times the estimate, or the estimate this many times
@@ -59,7 +59,8 @@ class RunPlan:
     hardware: Hardware  # of this process
     world_size: int
     local_world_size: int  # processes on this machine
-    shards: int  # processes that share the optimizer and the moving average; 1: each has all of it
+    shards: int  # processes that share one copy of what they share (training.shard); 1: each has all of it
+    writers: int  # processes that write a checkpoint, each its part; 1: one file
     parameters: int  # of the model, adapters not counted
     active_parameters: int  # those of them that compute a token: of experts, the chosen ones'
     trained_parameters: int  # fewer, or those of the adapters
@@ -74,6 +75,11 @@ class RunPlan:
     steps_done: int  # by the run that this one resumes
     samples_done: int
     expected_seconds: float  # of training, from FLOPs alone: a guess
+
+    @property
+    def is_fully_sharded(self) -> bool:
+        """Whether processes share the weights too."""
+        return self.training.shard in FULLY_SHARDED
 
     @property
     def batch_rows(self) -> int:
@@ -161,7 +167,7 @@ def plan_run(
     Raises:
         InputError: not even one sample fits the memory, or the resulting learning rate or warm-up is impossible.
     """
-    t, checkpoint = settings.training, None if found is None else found.content
+    t, checkpoint = settings.training.shared_among(ranks.world_size), None if found is None else found.content
     done = {"step": 0, "samples": 0} if checkpoint is None else checkpoint["progress"]
     trained = sum(parameter.numel() for parameter in trained_parameters(model).values())
     adapters = trained if t.lora_rank else 0
@@ -170,12 +176,12 @@ def plan_run(
     # Each choice takes what it depends on: passes, a step's rows, then its tokens, the number of steps, and their time.
     choices = Choices(t, found, ranks, hardware.device, say)
     epochs = choices.epochs(data)
-    shards = choices.shard(model)
+    shard, shards = choices.shard(model)
     batch_size = choices.batch_size(model, data, epochs, hardware.autocast, shards)
     choices.attention(data, batch_size, hardware.dtype)
     choices.balance_loss(data)
     choices.expert_products(data.config, batch_size, hardware.dtype)
-    order = data.order(t.seed, batch_size * ranks.world_size * t.accumulation_steps)
+    order = data.order(t.seed, dataclasses.replace(t, batch_size=batch_size).rows_per_step(ranks.world_size))
     tokens_per_step = order.rows_per_step * data.config.max_seq_len
     choices.learning_rate(active, tokens_per_step, data)
     pace = {"rows_per_step": order.rows_per_step, "epochs": epochs, "max_steps": t.max_steps}
@@ -186,8 +192,11 @@ def plan_run(
     expected_seconds = run_seconds((total_steps - done["step"]) * tokens_per_step * flops_per_token, peak_flops)
     choices.compile(expected_seconds)
 
+    space = _space(model, t, total_steps)
+    writers = choices.writers(shards, space.checkpoint_bytes)
     # The user's values, and those chosen where they said auto.
-    training = dataclasses.replace(t, **choices.made, shard="optimizer" if shards > 1 else "none")
+    shared = {"shard": shard, "checkpoint_writers": "all" if writers > 1 else "one"}
+    training = dataclasses.replace(t, **choices.made, **shared)
     return RunPlan(
         training=training,
         chosen=choices.made,
@@ -196,6 +205,7 @@ def plan_run(
         world_size=ranks.world_size,
         local_world_size=ranks.local_world_size,
         shards=shards,
+        writers=writers,
         parameters=parameters,
         active_parameters=active,
         trained_parameters=trained,
@@ -206,7 +216,7 @@ def plan_run(
         pace=pace,
         schedule=plan_schedule(training, total_steps),
         peak_flops=peak_flops,
-        space=_space(model, training, total_steps),
+        space=space,
         steps_done=done["step"],
         samples_done=done["samples"],
         expected_seconds=expected_seconds,

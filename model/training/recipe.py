@@ -12,6 +12,7 @@ import shutil
 import sys
 
 from model.errors import InputError, counted
+from model.storage.files import size_text
 from model.training.optimizer import OPTIMIZERS
 
 BASE_PARAMETERS = 3e6  # the model's parameters, and
@@ -38,6 +39,7 @@ ADAPTERS_TIMES = 10.0  # the rate of tuning, for LoRA's adapters (Schulman et al
 # left 95, 95, 89 and 56 % of answers that stop by themselves.
 PREFERENCE_SHARE = 0.01
 BALANCE_LOSS = 0.01  # of experts, in the middle of what is usual (0.001 to 0.1)
+MUCH_TO_WRITE = 10**9  # bytes of a checkpoint: half a second and more of a disk, so several writers pay
 MUCH_STATE = 0.1  # of the free memory: above it, ranks share the state of an optimizer whose work is small
 USUAL_SHARE = 0.4  # of the matrix products' peak that training reaches, until it is measured
 
@@ -184,6 +186,23 @@ def automatic_balance_loss(has_bias: bool, is_frozen: bool, is_pairs: bool) -> t
         if is_so:
             return 0.0, why
     return BALANCE_LOSS, "spreads each sequence's tokens over the experts"
+
+
+def automatic_writers(is_shared: bool, several_machines: bool, checkpoint_bytes: int) -> tuple[str, str]:
+    """Which ranks write a checkpoint, "one" or "all", and why.
+
+    Args:
+        is_shared: whether the ranks share the optimizer; one writer would have to gather it first.
+        several_machines: whether they may have separate disks.
+    """
+    size = size_text(checkpoint_bytes)
+    if not is_shared:
+        return "one", "rank 0 has all of it"
+    if several_machines:
+        return "one", "the machines may have separate disks"
+    if checkpoint_bytes < MUCH_TO_WRITE:
+        return "one", f"{size} are written quickly"
+    return "all", f"{size} are shared among the ranks, and each writes its part"
 
 
 def cpp_compiler() -> str | None:

@@ -42,6 +42,8 @@ def describe(plan: RunPlan) -> list[str]:
     lines = [model, data, rate] if not t.lora_rank else [model, f"lora: {_adapters_text(plan)}", data, rate]
     if plan.config.n_experts:
         lines.insert(1, f"experts: {_experts_text(plan)}")
+    if plan.is_fully_sharded:
+        lines.append(_shared_text(plan))
     padding = plan.order.rows_per_step - plan.train_samples
     if padding > 0:
         most = max(1, plan.train_samples // (t.accumulation_steps * plan.world_size))
@@ -51,6 +53,16 @@ def describe(plan: RunPlan) -> list[str]:
             f" has only {counted(plan.train_samples, 'sample')}; {remedy}"
         )
     return lines
+
+
+def _shared_text(plan: RunPlan) -> str:
+    """Who holds what, where processes share the weights."""
+    replicas = plan.world_size // plan.shards
+    of = f", and {replicas} such groups are replicas" if replicas > 1 else ""
+    return (
+        f"shard {plan.training.shard}: {plan.shards} processes share one copy of weights, gradients and optimizer{of};"
+        " sample texts are written on rank 0's CPU"
+    )
 
 
 def _parameters_text(parameters: int, active: int) -> str:

@@ -37,8 +37,7 @@ class RunForecast:
 
     @property
     def tokens_per_step(self) -> int:
-        t = self.training
-        return t.batch_size * t.accumulation_steps * self.cluster.gpus * self.config.max_seq_len
+        return self.training.rows_per_step(self.cluster.gpus) * self.config.max_seq_len
 
     @property
     def fitting(self) -> list[Forecast]:
@@ -76,7 +75,7 @@ def forecast_run(settings: Settings, cluster: Cluster, say: Callable[[str], None
     if dtype == torch.bfloat16 and not cluster.device.has_bfloat16:
         dtype = torch.float16
     if not counts_kernels():
-        say("this torch was built without CUDA: activations are counted as a CPU keeps them, up to an eighth too many")
+        say("this torch was built without CUDA: activations are counted as a CPU keeps them, up to a fifth too many")
     cost = model_cost(config, training, absent_gpu(dtype))
     training = _without_auto(training, cluster, cost, config.max_seq_len, data)
     micro_batches, length = training.accumulation_steps, config.max_seq_len
@@ -106,13 +105,12 @@ def _without_auto(
         tokens = MOST_TOKENS
         if data is not None:
             tokens, _ = automatic_tokens_per_step(samples * length, epochs, training.max_steps)
-        fits = max(forecast(way, cluster, cost, 1, 1, length).most_rows for way in ways_on(cluster) if way.exists)
+        fits = max(forecast(way, cluster, cost, 1, 1, length).most_rows for way in ways_on(cluster))
         rows = automatic_batch_size(tokens, length * shares, max(1, samples // shares), fits)
-    return dataclasses.replace(training, epochs=epochs, batch_size=rows)
+    return dataclasses.replace(training, epochs=epochs, batch_size=rows).shared_among(cluster.gpus)
 
 
 def _steps(training: TrainingSettings, cluster: Cluster, data: TrainingData | None) -> int | None:
     if training.max_steps is not None or data is None:
         return training.max_steps
-    rows_per_step = training.batch_size * training.accumulation_steps * cluster.gpus
-    return data.order(training.seed, rows_per_step).steps_left(0, training.epochs)
+    return data.order(training.seed, training.rows_per_step(cluster.gpus)).steps_left(0, training.epochs)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from model.errors import MOST_CHARACTERS, InputError, shown
-from model.LMConfig import MOST_TOKENS, LMConfig, impossible_shape
+from model.LMConfig import MOST_TOKENS, LMConfig, impossible_shape, untrained_router
 from model.options import parse_value, setting
 from model.training.optimizer import OPTIMIZERS
 from model.training.schedule import SHAPES
@@ -26,6 +26,7 @@ EATEN = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")  # what "C:\temp\new.bin"
 DRIVE_ALONE = re.compile(r"[A-Za-z]:[^\\/]")  # and "C:\x64ata"
 OF_EXPERTS = ("expert_products", "balance_loss", "expert_bias_rate", "router_z_loss", "router_rate")
 ADAPTERS_NEED_WEIGHTS = "lora_rank: {} adapts given weights, but init_from is null; give init_from, or omit lora_rank"
+FULLY_SHARDED = ("full", "hybrid")  # ways to share weights too
 AUTO = "auto"  # the program chooses, see recipe.py
 Auto = typing.Literal["auto"]  # in a setting's type: accepted too
 
@@ -104,6 +105,13 @@ class TrainingSettings:
         32, "samples that a process reads at once; auto: to suit this run and the memory", at_least=1, at_most=2**20
     )
     accumulation_steps: int = setting(1, "batches per process that make up one step", at_least=1, at_most=2**20)
+    global_batch_size: int | None = setting(
+        None,
+        "samples of a step of all processes, however many they are: accumulation_steps follows from it; null: as many"
+        " as batch_size, accumulation_steps and processes give",
+        at_least=1,
+        at_most=2**30,
+    )
     learning_rate: float | Auto = setting(
         3e-4, "highest learning rate, reached after the warm-up; auto: to suit model and batch", above=0, at_most=100
     )
@@ -187,9 +195,19 @@ class TrainingSettings:
     ddp_timeout: float = setting(600.0, "seconds without progress after which several processes fail", above=0)
     shard: str = setting(
         AUTO,
-        "what several ranks share instead of each having all: nothing, or the optimizer's state, its work and the"
-        " moving average; auto: the optimizer where it pays",
-        choices=(AUTO, "none", "optimizer"),
+        "what several ranks share instead of each having all: nothing; the optimizer's state, its work and the moving"
+        " average; weights and gradients too (full), or these within groups that are replicas (hybrid); auto: the"
+        " optimizer where it pays",
+        choices=(AUTO, "none", "optimizer", *FULLY_SHARDED),
+    )
+    shard_degree: int | None = setting(
+        None, "of hybrid: ranks that share one copy; null: those of a machine", at_least=2, at_most=2**20
+    )
+    checkpoint_writers: str = setting(
+        AUTO,
+        "which ranks write a checkpoint: one, as one file, or all, each its part; auto: all where they share the"
+        " optimizer on one machine and a checkpoint has 1 GB or more",
+        choices=(AUTO, "one", "all"),
     )
     init_from: str | None = setting(
         None, "weights to begin with, in any format; they give the model its shape; null: drawn at random", path=True
@@ -215,6 +233,18 @@ class TrainingSettings:
     def resumes(self) -> bool:
         """Whether a checkpoint is to be resumed from."""
         return self.resume or self.resume_from is not None
+
+    def rows_per_step(self, processes: int) -> int:
+        """Samples of a step of so many processes."""
+        return self.global_batch_size or self.batch_size * self.accumulation_steps * processes
+
+    def shared_among(self, processes: int) -> "TrainingSettings":
+        """With the accumulation_steps, and at most the batch_size, that global_batch_size calls for."""
+        if self.global_batch_size is None:
+            return self
+        rows = min(self.batch_size, -(-self.global_batch_size // processes))
+        batches = -(-self.global_batch_size // (rows * processes))
+        return dataclasses.replace(self, batch_size=rows, accumulation_steps=batches)
 
 
 @dataclass
@@ -376,6 +406,13 @@ def _impossible_combinations(settings: Settings) -> list[str]:
             problems.append(f"train_data_weights: {weights} found, but train_data_path has {paths}; give one for each")
     if training.copy_to is not None and os.path.realpath(training.copy_to) == os.path.realpath(training.out_dir):
         problems.append(f"copy_to: {training.copy_to} is out_dir; give another folder, best on another disk")
+    if training.global_batch_size is not None:
+        if training.batch_size == AUTO:
+            problems.append(
+                "batch_size: auto chooses the samples of a step too; give a number, or omit global_batch_size"
+            )
+        if training.accumulation_steps != 1:
+            problems.append("accumulation_steps: it follows from global_batch_size; omit one of them")
     if (parameters := _least_parameters(settings.model)) > MOST_PARAMETERS:
         problems.append(f"dim, n_layers: {parameters:,} parameters or more, at most {MOST_PARAMETERS:,} expected")
     if not training.resumes:  # else the checkpoint has the weights, and its adapters are compared with these
@@ -394,28 +431,24 @@ def _impossible_combinations(settings: Settings) -> list[str]:
 
 
 def _impossible_routing(settings: Settings) -> list[str]:
-    model, training, defaults = settings.model, settings.training, TrainingSettings()
-    given = [name for name in OF_EXPERTS if getattr(training, name) != getattr(defaults, name)]
+    model, training = settings.model, settings.training
     if model.n_experts == 0:
-        return [f"{name}: {shown(getattr(training, name))} of no experts; set n_experts, or omit it" for name in given]
-    problems = [problem] if (problem := untrained_router(model, training)) is not None else []
-    if "expert_bias_rate" in given and not model.expert_bias:
+        return of_no_experts(training)
+    problem = None if training.lora_rank else untrained_router(model)
+    problems = [] if problem is None else [problem]
+    if training.expert_bias_rate != TrainingSettings.expert_bias_rate and not model.expert_bias:
         problems.append("expert_bias_rate: given without a bias; set expert_bias, or omit it")
     return problems
 
 
-def untrained_router(model: "ModelSettings | LMConfig", training: TrainingSettings) -> str | None:
-    """Why the loss would give the routers of this shape no gradient; None if it does, or nothing trains them."""
-    if model.n_experts == 0 or training.lora_rank or model.n_active_experts > 1:
-        return None
-    if model.normalize_expert_weights:
-        return (
-            "n_active_experts: 1 with normalize_expert_weights makes the weight of every chosen expert 1, whatever its"
-            " score, so that the router gets no gradient; set normalize_expert_weights false, or n_active_experts 2"
-        )
-    if model.n_experts == 1 and model.expert_score == "softmax":
-        return "n_experts: a softmax over 1 expert is always 1, so that the router gets no gradient; set n_experts 2"
-    return None
+def of_no_experts(training: TrainingSettings) -> list[str]:
+    """What is wrong with the settings of a dense model: a line for each that is given and says how to train experts."""
+    given = {name: getattr(training, name) for name in OF_EXPERTS}
+    return [
+        f"{name}: {shown(value)} of no experts; set n_experts, or omit it"
+        for name, value in given.items()
+        if value != getattr(TrainingSettings, name)
+    ]
 
 
 def _least_parameters(model: ModelSettings) -> int:

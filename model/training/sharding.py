@@ -4,15 +4,19 @@ Every rank has all weights and, since gradients are exchanged as without sharing
 pieces only, keeps the optimizer's state of these alone, and gets the others' new weights.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import contextlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from model.training.choices import Ranks
+from model.training.divided_matrices import balanced
 from model.training.muon import polynomial_flops
+from model.training.optimizer import trained_parameters
 
 ALIGNMENT = 64  # elements that ranges are cut at: where a tensor ends, fused kernels may round differently
 BUCKET_BYTES = 25 * 10**6  # of all ranks together, exchanged while the next bucket is updated
@@ -20,12 +24,12 @@ BUCKET_BYTES = 25 * 10**6  # of all ranks together, exchanged while the next buc
 
 @dataclass(frozen=True)
 class Piece:
-    """What one rank updates of a parameter: a range of its flattened elements, or all of it in its shape."""
+    """What one rank updates of a parameter: a range of its flattened elements."""
 
     name: str
     start: int
     end: int
-    is_whole: bool
+    shape: tuple[int, ...] | None = None  # in which it must be updated as one; None: flat, and it can be cut
 
     @property
     def size(self) -> int:
@@ -38,13 +42,22 @@ class Piece:
 
     def of(self, tensor: Tensor) -> Tensor:
         """The same in the shape in which it is updated."""
-        return tensor if self.is_whole else self.flat(tensor)
+        return self.flat(tensor) if self.shape is None else self.flat(tensor).view(self.shape)
 
     def cut(self, most: int) -> "list[Piece]":
-        """Ranges of at most `most` elements; a whole parameter stays whole."""
-        if self.is_whole:
+        """Ranges of at most `most` elements; what must be updated as one stays so."""
+        if self.shape is not None:
             return [self]
-        return [Piece(self.name, at, min(at + most, self.end), False) for at in range(self.start, self.end, most)]
+        return [Piece(self.name, at, min(at + most, self.end)) for at in range(self.start, self.end, most)]
+
+
+@dataclass(frozen=True)
+class InPieces:
+    """A tensor of which each rank holds pieces, as one rank knows it."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    given: Mapping[tuple[int, int], Tensor]  # of the flattened elements [start, end): those that this rank gives
 
 
 def update_cost(shape: Sequence[int]) -> int:
@@ -65,11 +78,9 @@ def share_out(
     """
     shares: list[list[Piece]] = [[] for _ in range(ranks)]
     whole = {name: p for name, p in parameters.items() if not is_elementwise(name, p)}
-    load = [0] * ranks
-    for name in sorted(whole, key=lambda name: -update_cost(whole[name].shape)):
-        rank = load.index(min(load))
-        load[rank] += update_cost(whole[name].shape)
-        shares[rank].append(Piece(name, 0, whole[name].numel(), True))
+    owners = balanced([update_cost(p.shape) for p in whole.values()], ranks)
+    for name, rank in sorted(zip(whole, owners, strict=True), key=lambda task: -update_cost(whole[task[0]].shape)):
+        shares[rank].append(Piece(name, 0, whole[name].numel(), tuple(whole[name].shape)))
 
     sizes = {name: p.numel() for name, p in parameters.items() if name not in whole}
     total, begin = sum(sizes.values()), 0
@@ -77,7 +88,7 @@ def share_out(
         cuts = [_cut_at(rank * total // ranks - begin, size) for rank in range(ranks + 1)]
         for share, start, end in zip(shares, cuts[:-1], cuts[1:], strict=True):
             if start < end:
-                share.append(Piece(name, start, end, False))
+                share.append(Piece(name, start, end))
         begin += size
     return shares
 
@@ -108,44 +119,160 @@ def _filled(share: list[Piece], most: int) -> list[list[Piece]]:
     return buckets
 
 
-class Shares:
-    """The pieces of all ranks, and how their contents get to the others.
+class Holdings(ABC):
+    """Which rank holds which pieces of the parameters, and how whole tensors are put together from them.
 
     Args:
-        parameters: that are trained, by name: float32, contiguous, on one device.
+        shapes: of the parameters, by name; all are float32.
+        held: the pieces that each rank gives where they are put together: each element is one rank's.
+        parts: this rank's pieces of the weights, each in the shape in which it is updated; also those that another rank
+            gives.
+        processes: the ranks, two at least.
+    """
+
+    def __init__(
+        self,
+        shapes: Mapping[str, torch.Size],
+        held: list[list[Piece]],
+        parts: Mapping[Piece, Tensor],
+        processes: Ranks,
+    ) -> None:
+        self.shapes, self.parts, self._processes = dict(shapes), dict(parts), processes
+        self._gathers = True
+        self._owners: dict[str, list[tuple[Piece, int]]] = {name: [] for name in shapes}
+        for rank, pieces in enumerate(held):
+            for piece in pieces:
+                self._owners[piece.name].append((piece, rank))
+
+    @abstractmethod
+    def gradient(self, piece: Piece, parameter: nn.Parameter) -> Tensor | None:
+        """This rank's piece of a parameter's gradient, in the shape in which it is updated."""
+
+    @abstractmethod
+    def update(self, update: Callable[[list[Piece]], None]) -> None:
+        """Have this rank update all its parts, by one call or several; then the weights are right on every rank."""
+
+    @abstractmethod
+    def divide_matrices(self, optimizer: torch.optim.Optimizer) -> None:
+        """Tell an optimizer that needs whole matrices where their rows are."""
+
+    @abstractmethod
+    def state_dict(self, own: Mapping[Piece, Tensor]) -> dict[str, Tensor | None]:
+        """The model's state dict with other contents, on rank 0 as new tensors on the CPU. Every rank must call it.
+
+        Args:
+            own: this rank's pieces of them; what is not among them is the model's.
+        """
+
+    def given(self) -> list[Piece]:
+        """The pieces that this rank gives where whole tensors are put together."""
+        rank = self._processes.rank
+        return [piece for owners in self._owners.values() for piece, owner in owners if owner == rank]
+
+    @contextlib.contextmanager
+    def left_in_pieces(self) -> Iterator[None]:
+        """Within it nothing is gathered, and no rank waits for another: `collect` returns `InPieces` on every rank."""
+        self._gathers = False
+        try:
+            yield
+        finally:
+            self._gathers = True
+
+    def collect(self, own: Mapping[Piece, Tensor], name: str) -> Tensor | InPieces | None:
+        """What the ranks hold pieces of, whole: on rank 0 a new tensor on the CPU, elsewhere None. Every rank must call
+        it.
+
+        Args:
+            own: this rank's pieces, in any shape.
+            name: of the parameter that it is like.
+        """
+        ranges = {piece: (piece.start, piece.end) for piece, _ in self._owners[name]}
+        return self._put_together(own, name, self.shapes[name], ranges)
+
+    def collect_scalar(self, own: Mapping[Piece, Tensor], name: str) -> Tensor | InPieces | None:
+        """The same of a float32 scalar that every piece of a parameter has."""
+        first, _ = self._owners[name][0]
+        return self._put_together(own, name, torch.Size(()), {first: (0, 1)})
+
+    def _put_together(
+        self, own: Mapping[Piece, Tensor], name: str, shape: torch.Size, ranges: Mapping[Piece, tuple[int, int]]
+    ) -> Tensor | InPieces | None:
+        """What `collect` returns.
+
+        Args:
+            ranges: where each piece belongs among the flattened elements.
+        """
+        rank = self._processes.rank
+        owners = {piece: owner for piece, owner in self._owners[name] if piece in ranges}
+        given = {piece: own[piece].reshape(-1) for piece, owner in owners.items() if owner == rank and piece in own}
+        if not self._gathers:
+            return InPieces(shape, torch.float32, {ranges[piece]: part for piece, part in given.items()})
+        whole = torch.empty(shape) if self._processes.is_main else None
+        for piece, owner in owners.items():
+            mine = given[piece].cpu() if piece in given else None
+            start, end = ranges[piece]
+            self._processes.send_to_main(owner, mine, None if whole is None else whole.view(-1)[start:end])
+        return whole
+
+
+class Shares(Holdings):
+    """The pieces of all ranks where each has all weights, and how their contents get to the others.
+
+    Args:
+        model: whose trained parameters are shared: float32, contiguous, on one device.
         is_elementwise: see `share_out`.
         processes: the ranks, two at least.
         bucket_bytes: of a bucket, all ranks together.
 
     Attributes:
+        weights: the parameters' contents, by name.
         buckets: the pieces by bucket and rank, see `in_buckets`.
     """
 
     def __init__(
         self,
-        parameters: Mapping[str, Tensor],
+        model: nn.Module,
         is_elementwise: Callable[[str, Tensor], bool],
         processes: Ranks,
         bucket_bytes: int = BUCKET_BYTES,
     ) -> None:
-        self._processes, ranks = processes, processes.world_size
+        ranks, parameters = processes.world_size, trained_parameters(model)
+        self._model = model
         self.weights = {name: parameter.detach() for name, parameter in parameters.items()}
         most = max(1, bucket_bytes // 4 // ranks // ALIGNMENT) * ALIGNMENT
         self.buckets = in_buckets(share_out(parameters, is_elementwise, ranks), most)
-        self._owners: dict[str, list[tuple[Piece, int]]] = {name: [] for name in parameters}
-        for bucket in self.buckets:
-            for rank, pieces in enumerate(bucket):
-                for piece in pieces:
-                    self._owners[piece.name].append((piece, rank))
+        held = [[piece for bucket in self.buckets for piece in bucket[rank]] for rank in range(ranks)]
+        shapes = {name: parameter.shape for name, parameter in parameters.items()}
+        parts = {piece: piece.of(self.weights[piece.name]) for piece in held[processes.rank]}
+        super().__init__(shapes, held, parts, processes)
 
-    def own(self, bucket: list[list[Piece]]) -> list[Piece]:
+    def gradient(self, piece: Piece, parameter: nn.Parameter) -> Tensor | None:
+        """A view of it."""
+        return None if parameter.grad is None else piece.of(parameter.grad)
+
+    def update(self, update: Callable[[list[Piece]], None]) -> None:
+        """A bucket's exchange runs while the next one is updated."""
+        finish = None
+        for bucket in self.buckets:
+            pieces = self.of_bucket(bucket)
+            update(pieces)
+            started = self.exchange(bucket, [self.parts[piece] for piece in pieces], self.weights)
+            if finish is not None:
+                finish()
+            finish = started
+        finish()
+
+    def divide_matrices(self, optimizer: torch.optim.Optimizer) -> None:
+        """A matrix lies whole on the rank that updates it."""
+
+    def state_dict(self, own: Mapping[Piece, Tensor]) -> dict[str, Tensor | None]:
+        """Frozen weights are the model's own tensors."""
+        whole = {weight.data_ptr(): self.collect(own, name) for name, weight in self.weights.items()}
+        return {key: whole.get(weight.data_ptr(), weight) for key, weight in self._model.state_dict().items()}
+
+    def of_bucket(self, bucket: list[list[Piece]]) -> list[Piece]:
         """This rank's pieces in a bucket."""
         return bucket[self._processes.rank]
-
-    @property
-    def all_own(self) -> list[Piece]:
-        """This rank's pieces, in the buckets' order."""
-        return [piece for bucket in self.buckets for piece in self.own(bucket)]
 
     def exchange(
         self, bucket: list[list[Piece]], own: Iterable[Tensor], targets: Mapping[str, Tensor]
@@ -161,7 +288,7 @@ class Shares:
         longest = max(sum(piece.size for piece in pieces) for pieces in bucket)
         like = next(iter(targets.values()))
         sent, received = like.new_zeros(longest), like.new_empty(longest * len(bucket))
-        if pieces := self.own(bucket):
+        if pieces := self.of_bucket(bucket):
             torch._foreach_copy_(_cut(sent, pieces), [tensor.reshape(-1) for tensor in own])
         wait = self._processes.gather_on_device(sent, received)
 
@@ -172,28 +299,6 @@ class Shares:
                     torch._foreach_copy_([piece.flat(targets[piece.name]) for piece in pieces], _cut(row, pieces))
 
         return finish
-
-    def collect(self, own: Mapping[Piece, Tensor], name: str) -> Tensor | None:
-        """What the ranks hold pieces of, whole: on rank 0 a new tensor on the CPU, elsewhere None. Every rank must call
-        it.
-
-        Args:
-            own: this rank's pieces, in any shape.
-            name: of the parameter that it is like.
-        """
-        main, like = self._processes.is_main, self.weights[name]
-        whole = torch.empty_like(like, device="cpu") if main else None
-        for piece, owner in self._owners[name]:
-            mine = own[piece].reshape(-1).cpu() if piece in own else None
-            self._processes.send_to_main(owner, mine, piece.flat(whole) if main else None)
-        return whole
-
-    def collect_scalar(self, own: Mapping[Piece, Tensor], name: str) -> Tensor | None:
-        """The same of a float32 scalar that every piece of a parameter has."""
-        piece, owner = self._owners[name][0]
-        whole = torch.empty(()) if self._processes.is_main else None
-        self._processes.send_to_main(owner, own[piece].cpu() if piece in own else None, whole)
-        return whole
 
 
 def _cut(row: Tensor, pieces: Sequence[Piece]) -> Sequence[Tensor]:

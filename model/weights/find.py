@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from model.errors import InputError
+from model.storage.part_names import is_part
 from model.weights.formats import FORMATS
 
 OUT_DIR = Path("out")  # where training writes by default
@@ -65,7 +66,7 @@ def _of_earlier_runs(patterns: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _newest_first(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
-    found = [path for pattern in patterns for path in folder.glob(pattern)]
+    found = [path for pattern in patterns for path in folder.glob(pattern) if not is_part(path)]
     return sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)
 
 

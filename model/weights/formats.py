@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from model.errors import InputError
-from model.storage.archive import load_torch
 from model.storage.gguf_header import is_gguf
+from model.storage.parts import load_parted
 from model.weights.gguf import MATRIX_TYPES, load_gguf, save_gguf
 from model.weights.llama2c import (
     is_llama2c_bin,
@@ -39,12 +39,12 @@ class Source:
         """Of a pickled file, which is read once however many formats look at it.
 
         Raises:
-            InputError: as `load_torch`, or the path is a folder.
+            InputError: as `load_parted`, or the path is a folder.
         """
         if self.path.is_dir():
             markers = sorted(f"{known.marker} ({known.title})" for known in FORMATS.values() if known.marker)
             raise InputError(f"{self.path}: neither {' nor '.join(markers)} in this folder")
-        return load_torch(self.path)
+        return load_parted(self.path)
 
 
 class Format(NamedTuple):

@@ -19,7 +19,7 @@ def load_own(content: Mapping, path: Path) -> Weights:
     """The weights in a `.pth` with its description, or in a checkpoint (the EMA's if it has any).
 
     Args:
-        content: of the file, as `load_torch` returns it.
+        content: of the file, as `load_parted` returns it.
 
     Raises:
         InputError: the file or its description is damaged.
@@ -43,10 +43,11 @@ def _of_checkpoint(content: Mapping, path: Path) -> Weights:
         chat, (rank, alpha) = checked_chat(content.get("chat")), checked_adapters(content.get("adapters"))
     except TypeError as error:
         raise InputError(f"{path}: not a whole checkpoint ({shown(str(error))}); use an older file") from error
+    state_dict = dict(state_dict)  # what lies in parts is put together here
     check_shapes(state_dict, config, path, rank)
     if not is_finite(state_dict):
         raise InputError(f"{path}: it holds weights that are not finite; use an older file")
-    return Weights(merged_state(state_dict, alpha) if rank else dict(state_dict), config, *tokenizer, chat=chat)
+    return Weights(merged_state(state_dict, alpha) if rank else state_dict, config, *tokenizer, chat=chat)
 
 
 def companions(target: Path) -> tuple[Path, Path]:

@@ -123,13 +123,14 @@ def check_shapes(state_dict: Mapping[str, Tensor], config: LMConfig, path: str |
         )
         raise InputError(f"{path}: {found} inside; its description is of other weights")
     for key, shape in wanted.items():
-        if not isinstance(state_dict[key], Tensor):
-            raise InputError(f"{path}: {key} is {shown(state_dict[key])}, a tensor expected")
-        found = tuple(state_dict[key].shape)
-        if found != shape:
-            raise InputError(f"{path}: {key} is {shown(found)}, by its description {shown(shape)} expected")
-        if not state_dict[key].is_floating_point():
-            raise InputError(f"{path}: {key} holds {state_dict[key].dtype}, floating-point numbers expected")
+        weight = state_dict[key]  # once: some mappings put it together
+        if not isinstance(weight, Tensor):
+            raise InputError(f"{path}: {key} is {shown(weight)}, a tensor expected")
+        if tuple(weight.shape) != shape:
+            found = shown(tuple(weight.shape))
+            raise InputError(f"{path}: {key} is {found}, by its description {shown(shape)} expected")
+        if not weight.is_floating_point():
+            raise InputError(f"{path}: {key} holds {weight.dtype}, floating-point numbers expected")
 
 
 def check_expressible(

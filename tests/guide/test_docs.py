@@ -49,7 +49,10 @@ ELSEWHERE = {
     "swanlab login": ("tests/runs/test_trackers.py", "SWANLAB_API_KEY"),
     "tensorboard --logdir": ("tests/runs/test_event_file.py", "event_accumulator"),
     "sbatch examples/slurm.sbatch": ("tests/guide/test_docs.py", "test_the_slurm_example"),
-    "kubectl apply -f examples/kubernetes.yaml": ("tests/guide/test_docs.py", "test_the_kubernetes_example"),
+    "kubectl apply -f examples/kubernetes": ("tests/guide/test_docs.py", "test_the_kubernetes_example"),
+    "sudo python benchmarks/": ("benchmarks/RESULTS.md", "python benchmarks/"),
+    "export PET_": ("examples/slurm.sbatch", "export PET_NNODES"),
+    "export TORCH_DISABLE_SHARE_RDZV_TCP_STORE": ("model/runs/launch.py", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"),
     "torchrun --nproc_per_node=2 train.py": ("tests/guide/test_guide.py", "torchrun --nproc_per_node=2 train.py"),
     "torchrun --nnodes": ("examples/slurm.sbatch", "PET_RDZV_ENDPOINT"),
     "torchrun --standalone": ("tests/reliability/restarts.py", "--max-restarts"),
@@ -283,6 +286,22 @@ def test_the_kubernetes_example():
     container = job["spec"]["template"]["spec"]["containers"][0]
     assert (volume["kind"], job["kind"]) == ("PersistentVolumeClaim", "Job")
     assert container["command"][:2] == ["python", "train.py"]
+    train.read_settings(launcher_left_out(container["command"][2:]))
+
+
+def test_the_kubernetes_example_for_several_nodes():
+    volume, service, job = yaml.safe_load_all(read("examples/kubernetes_nodes.yaml"))
+    spec, name, pod = job["spec"], job["metadata"]["name"], job["spec"]["template"]["spec"]
+    container = pod["containers"][0]
+    variables = {variable["name"]: variable["value"] for variable in container["env"]}
+    assert volume["spec"]["accessModes"] == ["ReadWriteMany"]
+    assert (spec["completionMode"], spec["completions"]) == ("Indexed", spec["parallelism"])
+    assert variables["PET_NNODES"] == str(spec["completions"])
+    assert pod["subdomain"] == service["metadata"]["name"] and service["spec"]["clusterIP"] == "None"
+    assert service["spec"]["selector"] == {"job-name": name}
+    assert variables["PET_RDZV_ENDPOINT"] == f"{name}-0.{pod['subdomain']}:29500"
+    assert "--resume" in container["command"] and "--restarts" in container["command"]
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == int(container["command"][-1])
     train.read_settings(launcher_left_out(container["command"][2:]))
 
 

@@ -30,6 +30,7 @@ TITLES = {
     "exact_resume": "Killed and resumed: the same bits",
     "save_kills": "Killed during a save",
     "job_kills": "One process of two killed at a named point",
+    "part_saves": "Checkpoints that all processes write",
     "signals": "SIGTERM and SIGINT",
     "corruption": "Damaged checkpoints",
     "disks": "Full, read-only and vanished disks",

@@ -5,6 +5,7 @@ Real functions are wrapped before training begins, and nothing of what they do i
 
 import io
 import os
+import re
 import signal
 import sys
 import threading
@@ -157,10 +158,15 @@ def _optimizer(when: str) -> Callable:
     return point
 
 
-def _replace(name_holds: str, when: str) -> Callable:
+def _replace(name: str, when: str) -> Callable:
+    """
+    Args:
+        name: a regular expression that a part of the file's name matches.
+    """
+
     def point(reached: Callable, data_path: str) -> None:
         def call(source, target, *args, **kwargs):
-            if name_holds in Path(target).name:
+            if re.search(name, Path(target).name):
                 reached()
 
         wrap(os, "replace", **{when: call})
@@ -175,8 +181,12 @@ def _unlink(name_holds: str) -> Callable:
     return point
 
 
-def _half_saved(of_checkpoint: bool) -> Callable:
-    """Within torch.save: half of the bytes are written, and handed to the system, when the point is reached."""
+def _half_saved(is_meant: Callable[[dict], bool]) -> Callable:
+    """Within torch.save: half of the bytes are written, and handed to the system, when the point is reached.
+
+    Args:
+        is_meant: whether it is about this content.
+    """
 
     def point(reached: Callable, data_path: str) -> None:
         import torch
@@ -184,7 +194,7 @@ def _half_saved(of_checkpoint: bool) -> Callable:
         save = torch.save
 
         def halved(content, file, *args, **kwargs):
-            if ("progress" in content) == of_checkpoint and hasattr(file, "write"):
+            if is_meant(content) and hasattr(file, "write"):
                 whole = io.BytesIO()
                 save(content, whole, *args, **kwargs)
                 middle = len(whole.getvalue()) // 2
@@ -196,6 +206,15 @@ def _half_saved(of_checkpoint: bool) -> Callable:
                 save(content, file, *args, **kwargs)
 
         torch.save = halved
+
+    return point
+
+
+def _part_saver(when: str) -> Callable:
+    def point(reached: Callable, data_path: str) -> None:
+        from model.runs.part_saving import PartSaver
+
+        wrap(PartSaver, "_write", **{when: lambda *args, **kwargs: reached()})
 
     return point
 
@@ -227,8 +246,15 @@ POINTS = {
     "evaluation": _reads(training=False),
     "best_model.json": _replace("best_model.json", "before"),
     "best_model.pth": _replace("best_model.pth", "before"),
-    "within torch.save of a checkpoint": _half_saved(of_checkpoint=True),
-    "within torch.save of weights": _half_saved(of_checkpoint=False),
+    "within torch.save of a checkpoint": _half_saved(lambda content: "progress" in content),
+    "within torch.save of weights": _half_saved(lambda content: "norm.weight" in content),
+    "before a part": _part_saver("before"),
+    "within a part": _half_saved(lambda content: "tensors" in content),
+    "after a part": _replace(r"\.part-", "after"),
+    "after a part is reported": _part_saver("after"),
+    "before the index": _replace(r"^checkpoint_\w+\.pth$", "before"),
+    "after the index": _replace(r"^checkpoint_\w+\.pth$", "after"),
+    "removing a part": _unlink(".part-"),
     "before the rename of a checkpoint": _replace("checkpoint_", "before"),
     "after the rename of a checkpoint": _replace("checkpoint_", "after"),
     "pruning": _unlink("checkpoint_step_"),

@@ -38,15 +38,31 @@ POINTS = {
 
 
 def case(data: Data, folder: Path, whole: Path, name: str, rank: int, endings: list) -> list[str]:
-    """Kill, wait, resume, compare."""
+    """Kill a rank at a point of POINTS, resume, compare."""
     point, occurrence = POINTS[name][rank]
-    out = folder / f"{list(POINTS).index(name)}_{rank}"
-    flags, final = data.flags(out, **FLAGS), name == "the final save"
-    there = out / f"checkpoint_step_{INTERVAL if not final else 2 * INTERVAL}.pth"
-    after_file = None if final else str(there)
-    job = start(flags, 2, (point, occurrence, rank, "kill", after_file))
+    out, final = folder / f"{list(POINTS).index(name)}_{rank}", name == "the final save"
+    saved = 2 * INTERVAL if final else INTERVAL
+    after_file = None if final else str(out / f"checkpoint_step_{saved}.pth")
+    return kill_and_resume(
+        data.flags(out, **FLAGS), whole, (point, occurrence, rank, "kill", after_file), saved, endings
+    )
+
+
+def kill_and_resume(
+    flags: dict[str, str], whole: Path, fault: tuple, saved: int, endings: list, ranks: int = 2
+) -> list[str]:
+    """Kill a rank, wait, resume, compare.
+
+    Args:
+        whole: the folder of an uninterrupted run.
+        fault: that kills a rank, see `harness.start`.
+        saved: the step that the run must have saved by then.
+        endings: gets the exit code of another rank.
+    """
+    rank = fault[2]
+    job = start(flags, ranks, fault)
     job.code(rank, 60)
-    other = 1 - rank
+    other = 0 if rank else 1
     code = job.code(other, 60)
     job.kill()
     if not job.struck(rank):
@@ -59,16 +75,20 @@ def case(data: Data, folder: Path, whole: Path, name: str, rank: int, endings: l
         problems.append(f"the other process ended with {code}: {last_line(job)}")
     elif f"rank {rank}" not in job.stderr(other):
         problems.append(f"rank {rank} is not named: {last_line(job)}")
+    return problems + resume_problems(flags, whole, saved, ranks)
 
-    resumed = start(flags | {"resume": "true"}, 2)
+
+def resume_problems(flags: dict[str, str], whole: Path, saved: int, ranks: int = 2) -> list[str]:
+    """Resume, and compare the end with that of an uninterrupted run."""
+    resumed = start(flags | {"resume": "true"}, ranks)
     codes = resumed.wait()
-    said = resumed.stderr()
+    said, problems = resumed.stderr(), []
     went_on = [int(word.replace(",", "")) for word in _after(said, "resuming from", " at step ")]
     if any(codes) or not went_on:
-        return [*problems, f"resuming ended with {codes}: {last_line(resumed)}"]
-    if went_on[0] < (2 * INTERVAL if final else INTERVAL):
+        return [f"resuming ended with {codes}: {last_line(resumed)}"]
+    if went_on[0] < saved:
         problems.append(f"went on from step {went_on[0]}: more than one save interval is lost")
-    return problems + compare(whole, out)
+    return problems + compare(whole, Path(flags["out_dir"]))
 
 
 def _after(text: str, start_of_line: str, mark: str) -> list[str]:

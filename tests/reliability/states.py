@@ -4,6 +4,7 @@ import hashlib
 import json
 import shutil
 import struct
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -34,10 +35,11 @@ def fingerprint(checkpoint: str | Path) -> str:
 def differences(first: str | Path, second: str | Path) -> list[str]:
     """The parts of two checkpoints' states that are not the same to the last bit."""
     a, b = state_of(first), state_of(second)
-    return [key for key in sorted(a.keys() | b.keys()) if _hash(a.get(key)) != _hash(b.get(key))]
+    return [key for key in sorted(a.keys() | b.keys()) if hash_of(a.get(key)) != hash_of(b.get(key))]
 
 
-def _hash(value) -> str:
+def hash_of(value) -> str:
+    """SHA-256 of a value of a checkpoint, types and lengths included."""
     digest = hashlib.sha256()
     _feed(digest, value)
     return digest.hexdigest()
@@ -52,7 +54,7 @@ def _feed(digest, value) -> None:
     if isinstance(value, torch.Tensor):
         value = value.detach().cpu().contiguous()
         add(f"tensor {value.dtype} {tuple(value.shape)}", value.reshape(-1).view(torch.uint8).numpy().tobytes())
-    elif isinstance(value, dict):
+    elif isinstance(value, Mapping):  # a dict, or what is put together from several files
         add("dict", str(len(value)).encode())
         for key in sorted(value, key=repr):
             add("key", repr(key).encode())

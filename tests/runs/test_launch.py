@@ -77,6 +77,32 @@ def test_the_time_to_save_is_limited(tmp_path):
     assert interrupt(tmp_path, 1, seconds_needed=9 * HUNG, seconds_allowed=1) == (130, [])
 
 
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("how", "line"),
+    [
+        ("is_host=1,join_timeout=2", "not all of 2 nodes came to 127.0.0.1:{port} in time (torchrun's join_timeout)"),
+        ("is_host=0,read_timeout=2", "127.0.0.1:{port}, where the nodes meet, does not answer; its node may have"),
+    ],
+    ids=["a node is missing", "the first node is missing"],
+)  # fmt: skip
+def test_nodes_that_do_not_meet_are_one_line(tmp_path, how, line):
+    port = forks.free_port()
+    (tmp_path / "config.yaml").write_text("training:\n  max_steps: 1\n")
+    meeting = {"NNODES": "2", "RDZV_ID": "run1", "RDZV_BACKEND": "c10d", "RDZV_CONF": how}
+    meeting |= {"RDZV_ENDPOINT": f"127.0.0.1:{port}"}
+    command = [sys.executable, str(ROOT / "train.py"), "--config", str(tmp_path / "config.yaml"), "--nproc_per_node=1"]
+    result = forks.run(
+        command, env=ONE_THREAD | {f"PET_{name}": value for name, value in meeting.items()},
+        capture_output=True, text=True, timeout=HUNG, cwd=tmp_path,
+    )  # fmt: skip
+    errors = [found for found in result.stderr.splitlines() if "error: " in found]
+    assert result.returncode == 4, result.stderr
+    assert len(errors) == 1 and line.format(port=port) in errors[0], result.stderr
+    assert errors[0].endswith("start the same command again on each node")
+    assert "Traceback" not in result.stderr
+
+
 def test_advice_on_slow_saves_comes_under_plain_torchrun_only(monkeypatch):
     for name in ("PET_SHUTDOWN_TIMEOUT", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT", launch.OURS):
         monkeypatch.delenv(name, raising=False)

@@ -93,7 +93,8 @@ def test_without_a_manifest_all_ranks_stop_early_at_the_same_step(flags, token_f
     assert "validation data" not in result.stderr
 
 
-MACHINES = [{"TEST_HOST": "node-a"}, {"TEST_HOST": "node-b"}]
+CARD = {"GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo"}
+MACHINES = [CARD | {"TEST_HOST": "node-a"}, CARD | {"TEST_HOST": "node-b"}]
 
 
 @pytest.mark.parametrize(("environments", "name"), [(({}, {}), "rank 1"), (MACHINES, "rank 1 on node-b")])
@@ -138,3 +139,76 @@ def test_a_rank_that_never_comes_is_named_with_its_machine():
     ((code, _, errors),) = ranks("", [alone])
     assert code == 3
     assert "rank 1 (machine 1 of 0 to 1) did not come within 2 s; 2 processes were expected" in errors
+
+
+def test_a_machine_whose_name_leads_back_to_itself_is_one_line_on_every_rank():
+    first, second = ranks("", [{"TEST_HOST": "localhost"}, {"TEST_HOST": "localhost.localdomain"} | CARD])
+    for code, _, errors in (first, second):
+        assert code == 2 and len(errors.splitlines()) == 1
+        assert "localhost: its own name stands for 127.0.0.1, which other nodes cannot reach" in errors
+
+
+def test_a_store_that_torchrun_kept_on_several_nodes_is_one_line():
+    import torch.distributed as dist
+
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    kept = {"TORCHELASTIC_USE_AGENT_STORE": "True", "GROUP_WORLD_SIZE": "2", "MASTER_PORT": str(store.port)}
+    environments = [machine | kept for machine in MACHINES]
+    assert [code for code, _, _ in ranks("", environments)] == [0, 0]
+    for code, _, errors in ranks("", environments):
+        assert code == 2 and len(errors.splitlines()) == 1
+        assert "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 is set on each" in errors
+
+
+def test_processes_that_cannot_connect_say_so_on_every_rank():
+    nowhere = {"GLOO_SOCKET_IFNAME": "none0"}
+    (code, _, errors), (other_code, _, other_errors) = ranks("", [MACHINES[0], MACHINES[1] | nowhere])
+    assert (code, other_code) == (3, 3)
+    assert "rank 1 on node-b failed: no connection to the other processes (" in errors
+    assert "[rank 1] error: no connection to the other processes (" in other_errors
+
+
+SLOW = """
+for number in range(STEPS):
+    with processes.step():
+        processes.beat(f"the gradients of step {number + 1}")
+        time.sleep(SECONDS)
+        processes.barrier()
+"""
+
+
+@pytest.mark.parametrize(
+    ("steps", "seconds", "line"),
+    [
+        (60, "0.1 if rank == 1 else 0.01", "rank 1 on node-b is slow: it works 0.1 s in each step, the others 0.01"),
+        (31, "8 if (rank, number) == (1, 30) else 0.01", "the others wait for rank 1 on node-b (the gradients"),
+        (31, "8 if number == 30 else 0.01", None),
+        (60, "0.1", None),
+    ],
+    ids=["a rank that always lags", "a rank that lags once", "a step that all take", "equal ranks"],
+)  # fmt: skip
+def test_the_rank_that_the_others_wait_for_is_named(steps, seconds, line):
+    body = SLOW.replace("STEPS", str(steps)).replace("SECONDS", seconds)
+    (code, _, said), (other_code, _, other_said) = ranks(body, MACHINES)
+    assert (code, other_code, other_said) == (0, 0, "")
+    if line is None:
+        assert "rank 1" not in said
+    else:
+        assert len(said.splitlines()) == 1 and line in said
+
+
+STOPPED = """
+import signal, subprocess
+def stop():
+    later = f"import os, signal, time; time.sleep(9); os.kill({os.getpid()}, signal.SIGCONT)"
+    subprocess.Popen([sys.executable, "-c", later])
+    os.kill(os.getpid(), signal.SIGSTOP)
+    return 0
+"""
+
+
+def test_a_rank_that_stands_still_is_named_while_the_others_wait():
+    body = STOPPED + SLOW.replace("STEPS", "31").replace("SECONDS", "stop() if (rank, number) == (1, 30) else 0.06")
+    (code, _, said), (other_code, _, _) = ranks(body, MACHINES)
+    assert (code, other_code) == (0, 0)
+    assert "rank 1 on node-b does not report (last: the gradients of step" in said

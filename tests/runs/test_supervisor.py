@@ -143,6 +143,11 @@ def test_a_fault_that_repeats_ends_after_three_attempts(supervise, tmp_path):
     assert "the last one" not in lines[-1] and lines[-1].endswith("the last attempt: exit code 3")
 
 
+def test_waiting_for_other_nodes_is_no_fault_that_repeats(supervise, tmp_path):
+    code, lines = supervise({"exit": 3}, *[{"exit": 4}] * 5, DONE)
+    assert code == 0 and len(attempts(tmp_path)) == 7 and len(lines) == 6
+
+
 @pytest.mark.long
 def test_a_newer_checkpoint_counts_as_progress(supervise, tmp_path):
     fails = {"exit": 3}

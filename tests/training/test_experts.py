@@ -400,6 +400,14 @@ def test_given_weights_with_a_router_that_learns_nothing_are_refused_unless_it_i
     assert trainer_of(given | {"lora_rank": "2"}).model.layers[0].feed_forward.router.weight.requires_grad is False
 
 
+def test_settings_of_experts_are_refused_with_dense_weights(flags, tmp_path, tokenizer_folder):
+    model, sha256 = random_model(LMConfig(**SHAPE, vocab_size=300)), tokenizer_sha256(tokenizer_folder)
+    save_weights(tmp_path / "a.pth", Weights(model.state_dict(), model.config, str(tokenizer_folder), sha256))
+    given = flags(init_from=tmp_path / "a.pth", balance_loss=0.1, router_rate=2)
+    with pytest.raises(InputError, match="balance_loss: 0.1 of no experts"):
+        trainer_of({name: value for name, value in given.items() if name not in SHAPE})
+
+
 def test_a_checkpoint_of_other_experts_is_refused_by_name(flags, capfd):
     train(flags(**MIXTURE, max_steps=4))
     assert "n_experts 4 there, 8 here" in refused(

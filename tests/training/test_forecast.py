@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -23,7 +24,7 @@ from model.training.optimizer import build_optimizer, is_hidden_matrix
 from model.training.plan import Hardware
 from model.training.settings import build_settings
 from tests.conftest import ROOT, random_model
-from tests.tiny_runs import TINY, command, exit_code_here, finish_ranks, refused, run, start_ranks, train
+from tests.tiny_runs import ONE_THREAD, TINY, command, exit_code_here, finish_ranks, refused, run, start_ranks, train
 
 CPU = Hardware(torch.device("cpu"), torch.float32, contextlib.nullcontext())
 GPU = absent_gpu(torch.bfloat16)
@@ -126,7 +127,11 @@ def test_parameters_and_flops_are_those_of_the_model(changes):
     assert (cost.parameters, cost.flops_per_token) == (model.parameter_count(), model.training_flops_per_token())
     matrices = [p.shape for name, p in model.named_parameters() if is_hidden_matrix(name, p)]
     assert cost.update_flops == sum(orthogonalization_flops(*shape) for shape in matrices)
-    assert cost.largest_part == config.dim * config.vocab_size * (1 if config.tie_embeddings else 2) + config.dim
+    parts = [
+        sum(p.numel() for p in part.parameters()) for part in (model.layers[0].attention, model.layers[0].feed_forward)
+    ]
+    assert (cost.passing, cost.largest_part) == (5 * sum(parts), max(parts))
+    assert cost.matrices == sum(math.prod(shape) for shape in matrices)
 
 
 def test_each_way_divides_what_it_says():
@@ -134,10 +139,15 @@ def test_each_way_divides_what_it_says():
     whole, cluster = cost.memory, on(4, 8)
     held = {way.name: forecast(way, cluster, cost, 1, 1, 512) for way in ways_on(cluster)}
     assert list(held) == ["ddp", "optimizer", "full", "hybrid"]
-    assert [f.memory.weights for f in held.values()] == [whole.weights // n for n in (1, 1, 32, 8)]
+    kept = 4 * (6400 * 512 + 17 * 512)
+    assert [f.memory.weights for f in held.values()] == [
+        whole.weights, whole.weights, whole.weights // 32 + kept, whole.weights // 8 + kept
+    ]  # fmt: skip
     assert [f.memory.gradients for f in held.values()] == [whole.gradients // n for n in (1, 1, 32, 8)]
     assert [f.memory.optimizer for f in held.values()] == [whole.optimizer // n for n in (1, 32, 32, 8)]
     assert [f.memory.average for f in held.values()] == [whole.average // n for n in (1, 32, 32, 8)]
+    in_two = [forecast(WAY[way], cluster, cost, 1, 2, 512).memory.gradients for way in ("full", "hybrid")]
+    assert in_two == [whole.gradients, whole.gradients // 8]  # not sent before the last micro-batch; in a node they are
     assert held["ddp"].buffers == held["optimizer"].buffers == whole.gradients
     assert [way.name for way in ways_on(on(1, 8))] == ["ddp", "optimizer", "full"]
     assert [way.name for way in ways_on(on(8, 1))] == ["ddp", "optimizer", "full"]
@@ -171,7 +181,7 @@ def test_without_cuda_in_torch_a_cpus_kernels_are_counted_which_keep_a_little_mo
     exact = [cost_of(GPU, config).activations_per_row for config in shapes]
     monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: False)
     about = [cost_of(absent_gpu(GPU.dtype), config).activations_per_row for config in shapes]
-    assert all(1 < more / least < 1.13 for more, least in zip(about, exact, strict=True))
+    assert all(1 < more / least < 1.2 for more, least in zip(about, exact, strict=True))
 
 
 @needs_cuda_build
@@ -242,6 +252,58 @@ def test_gradients_are_exchanged_in_as_many_bytes_as_were_said(flags, processes)
         assert [sent for _, sent in counted] == [pytest.approx(found.bytes, rel=0.01)] * processes
 
 
+COUNT_SHARED = """
+import collections, json, sys
+from torch.utils._python_dispatch import TorchDispatchMode
+from model.training.settings import build_settings
+from optimized_pretrain import Trainer
+from utils import Processes
+
+class Count(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = str(function).split(".")[1] if str(function).startswith("c10d.") else ""
+        whole = {"_allgather_base_": 0, "_reduce_scatter_base_": 1, "alltoall_base_": 1}  # which argument is the larger
+        if name in whole:
+            sent[name] += args[whole[name]].nbytes
+        if name == "allreduce_" and args[0][0].numel() > 1000:
+            sent[name] += args[0][0].nbytes
+        return function(*args, **(kwargs or {}))
+
+sent = collections.Counter()
+trainer = Trainer(build_settings({}, json.loads(sys.argv[1])), Processes())
+trainer.measure_steps(0, 1)
+with Count():
+    trainer.measure_steps(0, 1)
+if trainer.processes.rank == 0:
+    print(json.dumps(sent))
+trainer.processes.close()
+"""
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("processes", "shard", "micro_batches"), [(2, "full", 1), (2, "full", 2), (4, "hybrid", 2)])
+def test_shared_weights_and_gradients_are_exchanged_in_as_many_bytes_as_were_said(
+    flags, processes, shard, micro_batches, monkeypatch
+):
+    """As PyTorch hands them to its collectives, where all is divided evenly; matrices of Muon evenly but for one."""
+    shape = {"dim": 256, "n_layers": 2, "n_heads": 8, "n_kv_heads": 4, "max_seq_len": 32}
+    monkeypatch.setitem(ONE_THREAD, "MATECONV_EMULATE_DTYPE", "1")
+    options = {"optimizer_type": "muon", "dtype": "bfloat16", "shard": shard, "shard_degree": 2, "batch_size": 1}
+    given = flags(**shape, **options, accumulation_steps=micro_batches, ddp="true", device="cpu")
+    started = start_ranks(processes, [sys.executable, "-c", COUNT_SHARED, json.dumps(given)], cwd=ROOT)
+    result = finish_ranks(started)
+    assert result.returncode == 0, result.stderr
+    sent = next(json.loads(line) for line in result.stdout.splitlines() if line.startswith("{"))
+    hardware = Hardware(CPU.device, torch.bfloat16, torch.autocast("cpu", torch.bfloat16))
+    cost = cost_of(hardware, LMConfig(**shape, vocab_size=300), optimizer_type="muon")
+    found = [e.bytes for e in exchanges(WAY[shard], on(processes // 2, 2), cost, micro_batches)]
+    # Of a gathered whole, a rank sends as many copies of its share as there are others: half of it, where two share.
+    assert sent["_allgather_base_"] / 2 == found[0]
+    assert sent["_reduce_scatter_base_"] / 2 == found[1]
+    assert sent.get("allreduce_", 0) == (0 if shard == "full" else found[2])  # of two, each sends all of its share
+    assert sent["alltoall_base_"] / 2 == pytest.approx(found[-1], rel=0.2)
+
+
 def test_what_is_sent_is_what_is_worked_out_by_hand():
     """1B parameters on one node, 7B on 125: the gigabytes of float32 gradients and 16-bit weights."""
     layers, one_node = LMConfig(dim=2048, n_layers=24, n_heads=16, n_kv_heads=16, hidden_dim=5632), on(1, 8)
@@ -255,17 +317,23 @@ def test_what_is_sent_is_what_is_worked_out_by_hand():
     assert sent("ddp", one_node) == [pytest.approx(2 * 4 * n * 7 / 8)]
     assert sent("ddp", one_node, 4) == sent("ddp", one_node)  # once a step
     assert sent("optimizer", one_node) == pytest.approx([2 * 4 * n * 7 / 8, 4 * n * 7 / 8])
-    assert sent("full", one_node) == [pytest.approx((2 * 2 + 4) * n * 7 / 8)] == sent("ddp", one_node)
-    assert sent("full", one_node, 4) == [pytest.approx(4 * (2 * 2 + 4) * n * 7 / 8)]
-    assert sent("hybrid", on(125, 8)) == pytest.approx([(2 * 2 + 4) * n * 7 / 8, 2 * 4 * n / 8 * 124 / 125])
+    weights = 2 * 2 * cost.passing + 4 * (n - cost.passing)  # 16 bits twice, embedding and norms once in 32
+    assert sent("full", one_node) == pytest.approx([weights * 7 / 8, 4 * n * 7 / 8])
+    assert sum(sent("full", one_node)) == pytest.approx(sum(sent("ddp", one_node)))
+    assert sent("full", one_node, 4) == pytest.approx([4 * weights * 7 / 8, 4 * n * 7 / 8])
+    assert sent("hybrid", on(125, 8)) == pytest.approx([weights * 7 / 8, 4 * n * 7 / 8, 2 * 4 * n / 8 * 124 / 125])
+    muon = cost_of(GPU, layers, optimizer_type="muon")
+    rows = exchanges(WAY["full"], one_node, muon, 1)[-1]  # each GPU's share of the matrices, there and back
+    assert rows.bytes == pytest.approx(2 * 4 * muon.matrices / 8 * 7 / 8)
     assert sent("ddp", on(1, 1)) == []
 
 
 def test_an_exchange_takes_the_time_of_its_slowest_link_and_of_its_hops():
     cost, far = cost_of(), Device(80e9, 989e12, 3350e9, 450e9, 5e9)
     within, between = (exchanges(WAY["full"], cluster, cost, 1)[0] for cluster in (on(1, 8), on(2, 8, far)))
-    assert within.seconds == pytest.approx(within.bytes / (LINK_REACHED * 450e9) + 27 * 7 * 3.4e-6)
-    assert between.seconds == pytest.approx(between.bytes / (LINK_REACHED * 40e9) + 27 * 15 * (7 * 3.4e-6 + 14e-6) / 8)
+    hops = 33 * 7, 33 * 15  # 16 attentions and feed-forwards twice, all else once
+    assert within.seconds == pytest.approx(within.bytes / (LINK_REACHED * 450e9) + hops[0] * 3.4e-6)
+    assert between.seconds == pytest.approx(between.bytes / (LINK_REACHED * 40e9) + hops[1] * (7 * 3.4e-6 + 14e-6) / 8)
     assert within.exposed(computing=1.0) == 0 and within.exposed(computing=0.0) == within.seconds
     gradients = exchanges(WAY["ddp"], on(1, 8), cost, 4)[0]  # hide behind the backward pass of the last of four
     assert gradients.exposed(3 * gradients.seconds) == pytest.approx(gradients.seconds / 2)
@@ -297,10 +365,9 @@ def test_the_page_says_what_fits_and_what_to_choose(flags, tmp_path, capfd):
     told = capfd.readouterr().out
     lines = {line.split("  ")[0].strip(): line.split() for line in told.splitlines()}
     assert "6,738,415,616" in told and "16 x H100: 2 nodes of 8" in told
-    assert lines["each GPU holds"][-4:] == ["ddp", "optimizer", "full*", "hybrid*"]
+    assert lines["each GPU holds"][-4:] == ["ddp", "optimizer", "full", "hybrid"]
     assert lines["fits in 80% of memory"][-4:] == ["no", "no", "yes", "no"]
-    assert "*: not in this version" in told and "choose full: it fits (" in told
-    assert "in this version: none of them fits" in told
+    assert "choose full: it fits (" in told
     assert not (tmp_path / "out").exists()
 
 

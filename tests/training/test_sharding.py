@@ -31,8 +31,9 @@ def test_each_element_is_one_ranks_and_matrices_of_muon_stay_whole(tiny_model, o
     for piece in (piece for share in shares for piece in share):
         owners[piece.name][piece.start : piece.end] += 1
         assert piece.start % ALIGNMENT == 0
-        assert piece.is_whole == (optimizer_type == "muon" and "layers." in piece.name and "norm" not in piece.name)
-        assert not piece.is_whole or piece.size == owners[piece.name].numel()
+        is_matrix = "layers." in piece.name and "norm" not in piece.name
+        assert (piece.shape is not None) == (optimizer_type == "muon" and is_matrix)
+        assert piece.shape is None or piece.size == owners[piece.name].numel()
     assert all((count == 1).all() for count in owners.values())
     assert shares == shares_of(random_model(tiny_model.config, seed=1), optimizer_type, ranks)  # as on another rank
 
@@ -48,7 +49,7 @@ def test_ranges_are_equal_but_for_the_alignment(tiny_model, ranks):
 def test_no_rank_has_more_matrices_to_turn_than_the_mean_and_one(tiny_model, ranks):
     parameters = trained_parameters(tiny_model)
     costs = [
-        sum(update_cost(parameters[piece.name].shape) for piece in share if piece.is_whole)
+        sum(update_cost(parameters[piece.name].shape) for piece in share if piece.shape)
         for share in shares_of(tiny_model, "muon", ranks)
     ]
     largest = max(update_cost(p.shape) for name, p in parameters.items() if name.startswith("layers."))
@@ -68,7 +69,7 @@ def test_buckets_hold_all_pieces_and_are_as_many_on_each_rank(tiny_model, optimi
     for rank, share in enumerate(shares):
         of_rank = [bucket[rank] for bucket in buckets]
         for pieces in of_rank:
-            assert sum(piece.size for piece in pieces) <= most or len(pieces) == 1 and pieces[0].is_whole
+            assert sum(piece.size for piece in pieces) <= most or len(pieces) == 1 and pieces[0].shape is not None
         found = {(piece.name, at) for pieces in of_rank for piece in pieces for at in range(piece.start, piece.end)}
         assert found == {(piece.name, at) for piece in share for at in range(piece.start, piece.end)}
 
@@ -170,7 +171,7 @@ MANY_BUCKETS = """
 import torch
 from model.LMConfig import LMConfig
 from model.training.moving_average import MovingAverage
-from model.training.optimizer import OPTIMIZERS, build_optimizer, load_optimizer_state, trained_parameters
+from model.training.optimizer import OPTIMIZERS, build_optimizer, load_optimizer_state
 from model.training.sharded_optimizer import SharedAverage, ShardedOptimizer
 from model.training.sharding import Shares
 from tests.conftest import random_model
@@ -181,7 +182,7 @@ def built(shared):
     model = random_model(config)
     optimizer, average = build_optimizer(model, optimizer_type, 1e-2, 0.1), MovingAverage(model, 0.9)
     if shared:
-        shares = Shares(trained_parameters(model), OPTIMIZERS[optimizer_type].is_elementwise, processes, 60_000)
+        shares = Shares(model, OPTIMIZERS[optimizer_type].is_elementwise, processes, 60_000)
         assert len(shares.buckets) > 5
         optimizer, average = ShardedOptimizer(optimizer, optimizer_type, shares), SharedAverage(model, 0.9, shares)
     return model, optimizer, average
