@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.experts import ExpertsFeedForward
+from model.experts import TINY, ExpertsFeedForward
 from model.feed_forward import FeedForward
 from model.kv_cache import SPARE
 from model.LMConfig import NETWORK_FIELDS, LMConfig, refuse_unknown
@@ -79,18 +79,24 @@ class _Matrix(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() == 1:
-            y = self.sums(self.weight, x)
+            y = self.products(self.weight, x)
         else:  # a sum for each text, in one loop over the weight
             y = torch.stack([self._rows(self.weight, x[row]) for row in range(len(x))])
         if self.scale is not None:
             y = y * self.scale
         return y if self.bias is None else y + self.bias.float()
 
-    def sums(self, weight: Tensor, x: Tensor) -> Tensor:
-        """weight [..., N, K] and x [..., K] -> their products [..., N], without scale and bias."""
-        # What is read once is computed where it is read, for every row of the weight again; so x is read twice.
-        half = weight.shape[-2] // 2
-        return torch.cat((self._rows(weight[..., :half, :], x), self._rows(weight[..., half:, :], x)), dim=-1)
+    def products(self, weight: Tensor, x: Tensor, chosen: Tensor | None = None) -> Tensor:
+        """weight [N, K] and x [K] -> their products [N], without scale and bias.
+
+        Args:
+            chosen: int64 [C], of a weight [E, N, K] the matrices that are read; x is [K] or [C, K], the result [C, N].
+        """
+        # What is read once is computed where it is read, for every row of the weight again; so x is read twice. The
+        # chosen matrices are read once, in two halves: read twice, they would be copied.
+        halves = weight.tensor_split(2, dim=-2)
+        read = halves if chosen is None else [half[chosen] for half in halves]
+        return torch.cat([self._rows(half, x) for half in read], dim=-1)
 
     def _rows(self, weight: Tensor, x: Tensor) -> Tensor:
         if not self.has_words:
@@ -122,7 +128,7 @@ class _Stack(nn.Module):
 
     def forward(self, x: Tensor, chosen: Tensor) -> Tensor:
         """x [columns], or [K, columns] with one row for each expert; chosen int64 [K] -> [K, rows]."""
-        y = self.matrix.sums(self.matrix.weight.unflatten(0, (self.n_experts, -1))[chosen], x)
+        y = self.matrix.products(self.matrix.weight.unflatten(0, (self.n_experts, -1)), x, chosen)
         return y if self.matrix.scale is None else y * self.matrix.scale.unflatten(0, (self.n_experts, -1))[chosen]
 
 
@@ -162,7 +168,7 @@ class _Experts(nn.Module):
             left = torch.where(numbers == found[-1], -torch.inf, left)
         chosen = torch.stack(found)
         weights = scores[chosen]
-        return chosen, weights / weights.sum() if self.normalize else weights
+        return chosen, weights / weights.sum().clamp(min=TINY) if self.normalize else weights
 
 
 class _Layer(nn.Module):

@@ -221,7 +221,7 @@ class _Layer:
         bias = torch.cat([linear.bias.detach() for linear in linears]) if config.qkv_bias else None
         self.wqkv = matrix(torch.cat([linear.weight.detach() for linear in linears]), dtype, bias)
         self.wo = matrix(attention.wo.weight.detach(), dtype)
-        self.feed_forward = (_Experts if config.n_experts else _SwiGLU.of)(feed_forward, matrix, dtype)
+        self.feed_forward = (_Experts if config.n_experts else _SwiGLU)(feed_forward, matrix, dtype)
         self.matrices = (self.wqkv, self.wo, *self.feed_forward.matrices)
 
     def __call__(self, x: Tensor, attend: Attend) -> Tensor:
@@ -240,18 +240,27 @@ class _Layer:
 
 
 class _SwiGLU:
-    """A FeedForward, or one of the experts of a layer."""
+    """A FeedForward."""
 
-    def __init__(self, w1: Tensor, w2: Tensor, w3: Tensor, matrix: type[Matrix], dtype: torch.dtype) -> None:
-        self.w1, self.w2, self.w3 = self.matrices = [matrix(weight.detach(), dtype) for weight in (w1, w2, w3)]
-
-    @classmethod
-    def of(cls, module: FeedForward, matrix: type[Matrix], dtype: torch.dtype) -> "_SwiGLU":
-        return cls(module.w1.weight, module.w2.weight, module.w3.weight, matrix, dtype)
+    def __init__(self, module: FeedForward, matrix: type[Matrix], dtype: torch.dtype) -> None:
+        weights = (module.w1.weight, module.w2.weight, module.w3.weight)
+        self.w1, self.w2, self.w3 = self.matrices = [matrix(weight.detach(), dtype) for weight in weights]
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [..., dim] -> [..., dim]."""
         return self.w2(self.w1.silu(x) * self.w3(x))
+
+
+class _Expert:
+    """One of the experts of a layer. It is narrow, so its two matrices that multiply the same vector are joined."""
+
+    def __init__(self, w1: Tensor, w2: Tensor, w3: Tensor, matrix: type[Matrix], dtype: torch.dtype) -> None:
+        self.w13, self.w2 = self.matrices = [matrix(torch.cat((w1, w3)), dtype), matrix(w2, dtype)]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [N, dim] -> [N, dim]."""
+        gate, up = self.w13(x).chunk(2, dim=-1)
+        return self.w2(F.silu(gate) * up)
 
 
 class _Experts:
@@ -259,9 +268,9 @@ class _Experts:
 
     def __init__(self, module: ExpertsFeedForward, matrix: type[Matrix], dtype: torch.dtype) -> None:
         self.router = copy.deepcopy(module.router).float()
-        stacks = zip(module.experts.w1, module.experts.w2, module.experts.w3, strict=True)
-        self.experts = [_SwiGLU(*weights, matrix, dtype) for weights in stacks]
-        self.shared = None if module.shared is None else _SwiGLU.of(module.shared, matrix, dtype)
+        stacks = (module.experts.w1.detach(), module.experts.w2.detach(), module.experts.w3.detach())
+        self.experts = [_Expert(*weights, matrix, dtype) for weights in zip(*stacks, strict=True)]
+        self.shared = None if module.shared is None else _SwiGLU(module.shared, matrix, dtype)
         parts = [*self.experts, *([] if self.shared is None else [self.shared])]
         self.matrices = [matrix for part in parts for matrix in part.matrices]
 
