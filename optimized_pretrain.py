@@ -23,7 +23,6 @@ import torch
 
 import utils
 from model.errors import InputError, ProcessLost, TrainingDiverged
-from model.lora import merged
 from model.model import Transformer
 from model.runs.beginning import Beginning, find_beginning, open_data
 from model.runs.checkpoint import checkpoint_content, restore_state
@@ -34,10 +33,8 @@ from model.runs.run_files import RunFiles
 from model.runs.signals import StopVote
 from model.runs.status import outcome_of
 from model.runs.time_limit import TimeLimit
-from model.storage.slices import copy_by_name
 from model.training.balance import Routing
 from model.training.choices import weight_shards
-from model.training.clipping import clip_gradients
 from model.training.clock import Clock
 from model.training.config_file import load_settings  # noqa: F401 (for callers of Trainer)
 from model.training.data import TrainingData
@@ -52,9 +49,10 @@ from model.training.evaluation import Evaluator
 from model.training.fully_sharded import FullySharded
 from model.training.memory import check_memory
 from model.training.objective import choose_objective
-from model.training.optimizer import set_rates, trained_parameters
+from model.training.optimizer import set_rates
 from model.training.plan import plan_run
 from model.training.progress import Progress, StepResult
+from model.training.replicated import Replicated
 from model.training.report import bar_text, describe, evaluation_lines, measured_lines, position, step_metrics
 from model.training.settings import Settings
 from model.training.sharded_optimizer import ShardedOptimizer, optimizer_and_average
@@ -142,30 +140,30 @@ class Trainer:
         self.routing = Routing(self.model, t)
         self.evaluator = Evaluator(self.objective, self.data, self.plan, processes, self._is_stop_asked)
 
-        self.divided = None
-        if not is_whole:
-            self.divided = FullySharded(self.model, self.plan.shards, self.hardware, processes, t.compile)
-        self.optimizer, self.ema = optimizer_and_average(self.model, self.plan, processes, self.divided)
+        self.parallel = self._parallel_model(is_whole)
+        self.optimizer, self.ema = optimizer_and_average(self.model, self.plan, processes, self.parallel.holdings)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.verdict = DeviceVerdict(self.device, processes) if runs_ahead(self.device, self.optimizer) else None
         self.in_flight: Step | None = None  # launched ahead, and not read yet
         utils.seed_everything(t.seed + 1 + processes.rank)  # dropout differs between ranks
         if self.resumed is not None:
             self._restore(self.resumed.content)
-        # What the loop calls; self.model stays the plain one.
-        self.train_model = self.model
-        if is_whole:
-            called = torch.compile(self.model) if t.compile else self.model
-            length = self.config.max_seq_len
-            self.train_model = utils.distributed(called, processes, t.batch_size, length, self.hardware)
         for line in describe(self.plan):
             say(line)
 
+    def _parallel_model(self, is_whole: bool) -> Replicated | FullySharded:
+        """The model as the processes have it together."""
+        t, processes = self.training, self.processes
+        if not is_whole:
+            return FullySharded(self.model, self.plan.shards, self.hardware, processes, t.compile)
+        called = torch.compile(self.model) if t.compile else self.model
+        called = utils.distributed(called, processes, t.batch_size, self.config.max_seq_len, self.hardware)
+        return Replicated(self.model, called, processes.world_size)
+
     def _restore(self, checkpoint: dict) -> None:
         """Go on where a checkpoint was saved, whose weights and optimizer are then dropped from memory."""
-        load = functools.partial(copy_by_name, targets=self.model.state_dict())
-        load = load if self.divided is None else self.divided.load_weights
-        self.progress = restore_state(checkpoint, load, self.ema, self.optimizer, self.scaler)
+        load_weights = self.parallel.load_weights
+        self.progress = restore_state(checkpoint, load_weights, self.ema, self.optimizer, self.scaler)
         if checkpoint["validation"] != self.data.validation:
             say("the validation data has changed: best loss and patience are reset")
             self.progress.forget_evaluations()
@@ -342,16 +340,14 @@ class Trainer:
             self._beat("reading the batch")
             batch = self.objective.read(self.data.train, self.plan.samples_of(self.processes.rank, samples, micro))
             self._beat("the gradients")
-            with self._exchange_of_gradients(micro), self.kernels():
+            with self.parallel.exchanging(is_last=micro == t.accumulation_steps - 1), self.kernels():
                 with self.autocast:
-                    found = self.objective.loss(self.train_model, batch)
-                # The loss is a sum; DistributedDataParallel averages its gradients over the ranks.
-                copies = self.processes.world_size if self.divided is None else 1
-                self.scaler.scale(found[0] * (copies / terms)).backward()
+                    found = self.objective.loss(self.parallel.called, batch)
+                self.scaler.scale(found[0] * (self.parallel.averaged_over / terms)).backward()  # the loss is a sum
             sums += found.detach()
         self._beat("the end")
         self.scaler.unscale_(self.optimizer)
-        norm = self._clip_gradients()
+        norm = self.parallel.clip(t.grad_clip)
         self.scaler.update()
 
         recent = self.progress.recent_losses[: -1 if after is None else None]
@@ -376,25 +372,6 @@ class Trainer:
             self._update(step, self.verdict.sums[len(sums) :], self.verdict.veto)
             self.optimizer.zero_grad(set_to_none=True)
         return step
-
-    def _exchange_of_gradients(self, micro: int) -> contextlib.AbstractContextManager:
-        """In which the backward pass of the last micro-batch exchanges the gradients, once per step."""
-        is_last = micro == self.training.accumulation_steps - 1
-        if self.divided is not None:
-            self.divided.exchange_gradients(is_last)
-        elif self.processes.world_size > 1 and not is_last:
-            return self.train_model.no_sync()
-        return contextlib.nullcontext()
-
-    def _clip_gradients(self) -> torch.Tensor:
-        """The gradients' norm before, over all ranks; float32 scalar on the device."""
-        most = self.training.grad_clip or math.inf
-        if self.processes.world_size == 1:
-            return torch.nn.utils.clip_grad_norm_(self.model.parameters(), most)
-        if self.divided is not None:
-            return clip_gradients(self.divided.gradients(), most, self.divided.sum_over_shards)
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        return clip_gradients(gradients, most, lambda squares: None)
 
     def _update(self, step: Step, routed: torch.Tensor, veto: torch.Tensor | None = None) -> None:
         """Change the weights.
@@ -456,9 +433,7 @@ class Trainer:
         """The weights that are evaluated, previewed and kept: the moving average, if there is one. With LoRA these are
         the sums, in a new model: so all that is measured is measured of the weights that are written. Every process
         must call it: where they share them, they are put together, with shared weights on rank 0 only."""
-        if self.divided is not None:
-            return self.divided.whole_model(self.ema)
-        return merged(self.model if self.ema is None else self.ema.averaged_model())
+        return self.parallel.evaluated_model(self.ema)
 
     def evaluate(self, model: Transformer | None = None) -> dict[str, float] | None:
         """Validation loss and what else is measured (`Evaluator.measure`); None if a signal to stop came meanwhile.
@@ -466,24 +441,16 @@ class Trainer:
         Args:
             model: what `build_evaluated_model` returned; None: it is built.
         """
-        if model is None and self.divided is None:
-            model = self.build_evaluated_model()
-        return self._measured(self.evaluator.measure, model)
-
-    def _measured(
-        self, measure: Callable[[Transformer], dict[str, float] | None], model: Transformer | None
-    ) -> dict[str, float] | None:
-        """What `measure` finds in the evaluated weights, by all processes: in `model`, or where they share it."""
-        shared = contextlib.nullcontext(model) if self.divided is None else self.divided.holding(self.ema)
-        with self.kernels(), shared as evaluated:
-            return measure(evaluated)
+        with self.kernels(), self.parallel.evaluating(model, self.ema) as evaluated:
+            return self.evaluator.measure(evaluated)
 
     def _measure_before(self) -> None:
         """Before the first step: the losses of the weights of `init_from`, and of the texts that may be forgotten."""
         begins_with_weights = self.settings.training.init_from is not None and len(self.plan.val_samples) > 0
         model = self.build_evaluated_model()
         measure = self.evaluator.measure if begins_with_weights else self.evaluator.measure_texts
-        measured = self._measured(measure, model)
+        with self.kernels(), self.parallel.evaluating(model, self.ema) as evaluated:
+            measured = measure(evaluated)
         if not measured or self.files is None:
             return
         for line in measured_lines("before training: ", measured, self.data.is_chat):
@@ -556,14 +523,12 @@ class Trainer:
         if not interrupted:
             self._wait_until_verified()
         self.processes.beat(f"saving at step {self.progress.step}")
-        own = trained_parameters(self.model) if self.divided is None else self.divided.parts
-        states = self.processes.gather((utils.random_state(), norm_of(own.values())))
+        states = self.processes.gather((utils.random_state(), norm_of(self.parallel.own_weights())))
         state, parts = self._state_to_save(interrupted)
         self.progress.seconds = self.clock.run_seconds
         if self.files is None:
             return
-        shards = 1 if self.divided is None else self.plan.shards
-        if (difference := difference_of_weights([norm for _, norm in states], shards)) is not None:
+        if (difference := difference_of_weights([norm for _, norm in states], self.parallel.shards)) is not None:
             raise ProcessLost(f"step {self.progress.step}: {difference}")
         content = checkpoint_content(
             started=self.files.started,
@@ -588,7 +553,7 @@ class Trainer:
         in_pieces = self.part_saver is not None and isinstance(self.optimizer, ShardedOptimizer)
         with self.optimizer.left_in_pieces() if in_pieces else contextlib.nullcontext():
             state = {
-                "model": self.model.state_dict() if self.divided is None else self.divided.state_dict({}),
+                "model": self.parallel.weights(),
                 "ema": None if self.ema is None else self.ema.averaged_weights(),
                 "optimizer": self.optimizer.state_dict(),
             }

@@ -7,7 +7,8 @@ What is done on whole tensors elsewhere is done here on rows, with the same bits
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 import torch.distributed as dist
@@ -19,6 +20,7 @@ from model.lora import merged
 from model.model import Transformer
 from model.storage.slices import flat_range
 from model.training.choices import Ranks
+from model.training.clipping import clip_gradients
 from model.training.divided_matrices import DividedMatrices, rows_of
 from model.training.memory import passing_parts
 from model.training.muon import Muon
@@ -38,12 +40,17 @@ class FullySharded(Holdings):
         hardware: the device, and the dtype of the matrix products.
         processes: the ranks, two at least.
         compiles: whether what runs between two gatherings is compiled.
+
+    Attributes:
+        called, averaged_over, shards, holdings: see `Replicated`.
     """
 
     def __init__(
         self, model: Transformer, shards: int, hardware: Hardware, processes: Ranks, compiles: bool = False
     ) -> None:
-        self.model, self._whole_model, ranks = model, _without_memory(model), processes.world_size
+        self.model = self.called = model
+        self.averaged_over, self.shards, self.holdings = 1, shards, self  # gradients are summed
+        self._whole_model, ranks = _without_memory(model), processes.world_size
         shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         self._names = {key: names.get(id(value)) for key, value in model.state_dict(keep_vars=True).items()}
@@ -70,13 +77,10 @@ class FullySharded(Holdings):
         """The gradient that this rank holds."""
         return None if parameter.grad is None else parameter.grad.to_local()
 
-    def gradients(self) -> list[Tensor]:
-        """Those that this rank holds, of all parameters that are trained."""
-        return [p.grad.to_local() for p in trained_parameters(self.model).values() if p.grad is not None]
-
-    def sum_over_shards(self, numbers: Tensor) -> None:
-        """Add a tensor up, in place, over the ranks that hold shares of one copy."""
-        dist.all_reduce(numbers, group=self._shard_group)
+    def clip(self, most: float) -> Tensor:
+        """As `Replicated.clip`, by the norm of what all ranks hold."""
+        own = [p.grad.to_local() for p in trained_parameters(self.model).values() if p.grad is not None]
+        return clip_gradients(own, most or math.inf, lambda squares: dist.all_reduce(squares, group=self._shard_group))
 
     def update(self, update: Callable[[list[Piece]], None]) -> None:
         """Nothing is exchanged: the next forward pass gathers the weights."""
@@ -94,17 +98,22 @@ class FullySharded(Holdings):
             }
             optimizer.divided = DividedMatrices(shapes, self._shard_group)
 
-    def exchange_gradients(self, is_last: bool) -> None:
-        """Before a backward pass: whether it is the last of a step. Until then a rank keeps its own gradients, whole,
-        and nothing is sent; with replicas it keeps its share of its replica's, and nothing is sent between these."""
+    def exchanging(self, is_last: bool) -> contextlib.AbstractContextManager:
+        """As `Replicated.exchanging`. Before a step's last micro-batch a rank keeps its own gradients, whole, and
+        nothing is sent; with replicas it keeps its share of its replica's, and nothing is sent between these."""
         if self._has_replicas:
             self.model.set_requires_all_reduce(is_last)
         else:
             self.model.set_requires_gradient_sync(is_last)
+        return contextlib.nullcontext()
+
+    def own_weights(self) -> Iterable[Tensor]:
+        """As `Replicated.own_weights`, and those that are frozen."""
+        return self.parts.values()
 
     @contextlib.contextmanager
-    def holding(self, average: SharedAverage | None) -> Iterator[Transformer]:
-        """The model to evaluate; meanwhile its weights are the average, if there is one."""
+    def evaluating(self, model: Transformer | None, average: SharedAverage | None) -> Iterator[Transformer]:
+        """As `Replicated.evaluating`: this model, whatever `model` is. Meanwhile its weights are the average."""
         self._swap(average)
         try:
             yield self.model
@@ -124,6 +133,10 @@ class FullySharded(Holdings):
         values = self.model.state_dict()  # of which buffers are wanted
         return {key: values[key] if name is None else whole[name] for key, name in self._names.items()}
 
+    def weights(self) -> dict[str, Tensor | InPieces | None]:
+        """The state dict, on rank 0 with new tensors on the CPU. Every rank must call it."""
+        return self.state_dict({})
+
     @torch.no_grad()
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:
         """Take this rank's rows of a whole state dict."""
@@ -133,9 +146,8 @@ class FullySharded(Holdings):
             if name is None:
                 self.model.get_buffer(key).copy_(weights[key])
 
-    def whole_model(self, average: SharedAverage | None) -> Transformer | None:
-        """The model with its weights, or their average, and no adapters: on rank 0 a new one on the CPU, elsewhere
-        None. Every rank must call it."""
+    def evaluated_model(self, average: SharedAverage | None) -> Transformer | None:
+        """As `Replicated.evaluated_model`: on rank 0 a new model on the CPU, elsewhere None."""
         weights = self.state_dict({} if average is None else average.own)
         if not self._processes.is_main:
             return None

@@ -2,15 +2,12 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
-
-if TYPE_CHECKING:
-    from model.training.divided_matrices import DividedMatrices
 
 SAFETY = 1.01
 # Applied in turn, these odd polynomials a x + b x³ + c x⁵ bring singular values from 0.001 to 1 as near to 1 as any of
@@ -62,6 +59,15 @@ def by_shape(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
     return [*found.values()]
 
 
+class MatricesOfRanks(Protocol):
+    """Matrices whose rows lie on several ranks (`divided_matrices.py`)."""
+
+    def turned(
+        self, updates: Mapping[Tensor, Tensor], dtype: torch.dtype
+    ) -> Iterator[tuple[list[Tensor], Tensor, int]]:
+        """Orthogonalize whole matrices."""
+
+
 class Muon(torch.optim.Optimizer):
     """Steps of one size in every direction of a matrix (Jordan, 2024); other parameters are AdamW's.
 
@@ -94,7 +100,7 @@ class Muon(torch.optim.Optimizer):
         defaults["fused"] = True  # of AdamW; a loaded state then has its step on the device of the parameters
         super().__init__(groups, defaults)
         self.dtype = dtype
-        self.divided: DividedMatrices | None = None  # where parameters are this rank's rows of matrices
+        self.divided: MatricesOfRanks | None = None  # where parameters are this rank's rows of matrices
         self.found_inf: Tensor | None = None
         self._step_supports_amp_scaling = True  # torch's name for heeding found_inf
 

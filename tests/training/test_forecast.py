@@ -225,7 +225,7 @@ def count(state, bucket):
     return allreduce_hook(state, bucket)
 
 trainer = Trainer(build_settings({}, json.loads(sys.argv[1])), Processes())
-trainer.train_model.register_comm_hook(None, count)
+trainer.parallel.called.register_comm_hook(None, count)
 trainer.measure_steps(0, 1)
 buckets.clear()
 before = written()

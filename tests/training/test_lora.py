@@ -191,7 +191,7 @@ def test_an_evaluation_merges_once_and_what_it_merged_is_released(lora_flags, tm
     def see(model, *_):
         seen.append(built[-1]() is model and sum(one() is not None for one in built) == 1)
 
-    monkeypatch.setattr("optimized_pretrain.merged", merged_and_noted)
+    monkeypatch.setattr("model.training.replicated.merged", merged_and_noted)
     settings = build_settings({}, lora_flags(mix_data_path=token_file, eval_interval=4))
     trainer = Trainer(
         settings,
