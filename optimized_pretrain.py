@@ -382,7 +382,6 @@ class Trainer:
         is_last = micro == self.training.accumulation_steps - 1
         if self.divided is not None:
             self.divided.exchange_gradients(is_last)
-            self.processes.arrive()  # from its first matrix on, this process waits for the others
         elif self.processes.world_size > 1 and not is_last:
             return self.train_model.no_sync()
         return contextlib.nullcontext()

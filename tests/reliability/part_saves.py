@@ -41,10 +41,11 @@ WORLDS = [
     (1, "none", "one"),
     (2, "none", "all"),
     (3, "optimizer", "all"),
-    (2, "full", "all"),
     (2, "optimizer", "one"),
+    (2, "full", "all"),
     (4, "full", "all"),
     (1, "none", "one"),
+    (3, "full", "one"),
 ]
 
 
