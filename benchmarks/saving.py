@@ -22,7 +22,7 @@ import torch
 
 from model.LMConfig import LMConfig
 from model.model import Transformer
-from model.runs.saving import BackgroundSaver
+from model.runs.saving import BackgroundSaver, check_finite
 from model.storage.archive import save_torch, tensor_bytes
 from model.training.optimizer import build_optimizer
 
@@ -83,10 +83,14 @@ def main() -> None:
         print(f"torch.save, not flushed: {seconds_of(lambda: torch.save(content, folder / 'a.pth')):.2f} s")
         print(f"SHA-256, flushed, read back: {seconds_of(lambda: save_torch(folder / 'b.pth', content)):.2f} s")
 
+        def save(copied: dict) -> None:
+            check_finite(copied)
+            save_torch(folder / "c.pth", copied)
+
         saver, stalls, whole, during = BackgroundSaver(print), [], [], []
         for _ in range(REPEATS):
             start = time.perf_counter()
-            saver.submit("checkpoint", content, lambda copied: save_torch(folder / "c.pth", copied))
+            saver.submit("checkpoint", content, save)
             stalls.append(time.perf_counter() - start)
             while not saver.is_idle():
                 during.append(seconds_of_one(step))

@@ -249,7 +249,7 @@ class Processes:
         return None
 
     def store_for_threads(self, name: str):
-        """A connection of its own to the store that all processes share, for threads; each name has its own keys."""
+        """A separate connection to the store that all processes share, for threads; keys of other names are others."""
         import torch.distributed as dist
 
         return dist.PrefixStore(name, self._keys.clone())

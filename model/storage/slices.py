@@ -49,7 +49,7 @@ def dtype_of(description: Mapping) -> torch.dtype:
 class SlicedTensors(Mapping):
     """A dict of tensors, or of dicts of them, each of which is put together when it is asked for, as a new tensor.
 
-    None is kept, so no more is held than the caller holds; while he does, a tensor under two keys is one tensor.
+    None is kept, so no more memory is taken than by those in use; while it is in use, a tensor under two keys is one.
 
     Args:
         described: the dict, with a description in the place of each tensor.

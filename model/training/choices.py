@@ -14,6 +14,7 @@ from model.experts import grouping_problem
 from model.LMConfig import LMConfig
 from model.model import Transformer
 from model.options import parse_value
+from model.storage.files import size_text
 from model.training.attention_trial import fastest_attention
 from model.training.data import TrainingData
 from model.training.experts_trial import fastest_products
@@ -22,6 +23,7 @@ from model.training.recipe import (
     ADAPTERS_TIMES,
     PREFERENCE_SHARE,
     TUNING_SHARE,
+    all_should_write,
     automatic_balance_loss,
     automatic_batch_size,
     automatic_epochs,
@@ -29,7 +31,6 @@ from model.training.recipe import (
     automatic_shard,
     automatic_tokens_per_step,
     automatic_warmup,
-    automatic_writers,
     batch_text,
     compile_pays,
     cpp_compiler,
@@ -196,9 +197,10 @@ class Choices:
         writers = t.checkpoint_writers
         if writers == AUTO:
             several_machines = processes.world_size > processes.local_world_size
-            writers, why = automatic_writers(shards > 1, several_machines, checkpoint_bytes)
+            writers = "all" if all_should_write(shards > 1, several_machines, checkpoint_bytes) else "one"
             if writers == "all":
-                self._say(f"checkpoint_writers all (auto): {why}")
+                size = size_text(checkpoint_bytes)
+                self._say(f"checkpoint_writers all (auto): a checkpoint has {size}, of which each rank writes its part")
         return processes.world_size if writers == "all" else 1
 
     def batch_size(self, model: Transformer, data: TrainingData, epochs: int, autocast, shards: int) -> int:

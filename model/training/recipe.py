@@ -12,7 +12,6 @@ import shutil
 import sys
 
 from model.errors import InputError, counted
-from model.storage.files import size_text
 from model.training.optimizer import OPTIMIZERS
 
 BASE_PARAMETERS = 3e6  # the model's parameters, and
@@ -188,21 +187,14 @@ def automatic_balance_loss(has_bias: bool, is_frozen: bool, is_pairs: bool) -> t
     return BALANCE_LOSS, "spreads each sequence's tokens over the experts"
 
 
-def automatic_writers(is_shared: bool, several_machines: bool, checkpoint_bytes: int) -> tuple[str, str]:
-    """Which ranks write a checkpoint, "one" or "all", and why.
+def all_should_write(is_shared: bool, several_machines: bool, checkpoint_bytes: int) -> bool:
+    """Whether all ranks should write a checkpoint, each its part.
 
     Args:
         is_shared: whether the ranks share the optimizer, or more: one writer would have to gather it first.
         several_machines: whether they may have separate disks.
     """
-    size = size_text(checkpoint_bytes)
-    if not is_shared:
-        return "one", "rank 0 has all of it"
-    if several_machines:
-        return "one", "the machines may have separate disks"
-    if checkpoint_bytes < MUCH_TO_WRITE:
-        return "one", f"{size} are written quickly"
-    return "all", f"{size} are shared among the ranks, and each writes its part"
+    return is_shared and not several_machines and checkpoint_bytes >= MUCH_TO_WRITE
 
 
 def cpp_compiler() -> str | None:

@@ -159,7 +159,8 @@ def _optimizer(when: str) -> Callable:
 
 
 def _replace(name: str, when: str) -> Callable:
-    """
+    """Where a written file gets its name.
+
     Args:
         name: a regular expression that a part of the file's name matches.
     """

@@ -1,9 +1,9 @@
 """A case is a run of several processes that write each checkpoint together (`--checkpoint_writers all`). One of them is
-killed before, within or after its part, around the index or while older parts are removed; or its disk is full, or not
-the others'; or a part is damaged, missing, or another one. It passes if the older checkpoint stays whole and is resumed
-from, the fault is one line that names the file or the rank, nothing is left lying, and the end has the bits of an
-undisturbed run. Runs that resume with other numbers of processes, sharing or not, must have the weights, averages and
-optimizer states of the checkpoint to the bit.
+killed before, within or after its part, around the index or while older parts are removed; or its disk is full, or its
+folder is not that of the others; or a part is damaged, missing, or another one. It passes if the older checkpoint stays
+whole and is resumed from, the fault is one line that names the file or the rank, nothing is left lying, and the end has
+the bits of an undisturbed run. Runs that resume with other numbers of processes, sharing or not, must have the weights,
+averages and optimizer states of the checkpoint to the bit.
 """
 
 import functools

@@ -26,7 +26,7 @@ from model.storage.part_names import PARTS, index_name
 from model.storage.parts import part_names
 from model.storage.slices import copy_by_name, describe
 from model.training.optimizer import build_optimizer
-from model.training.recipe import automatic_writers
+from model.training.recipe import all_should_write
 from model.training.sharding import InPieces
 from model.weights import load_weights
 from model.weights.find import find_weights
@@ -71,15 +71,14 @@ def test_what_is_in_pieces_is_written_by_those_who_give_them():
 @pytest.mark.parametrize(
     ("is_shared", "several_machines", "size", "expected"),
     [
-        (True, False, BYTES, "all"),
-        (True, False, BYTES - 1, "one"),
-        (True, True, BYTES, "one"),
-        (False, False, BYTES, "one"),
+        (True, False, BYTES, True),
+        (True, False, BYTES - 1, False),
+        (True, True, BYTES, False),
+        (False, False, BYTES, False),
     ],
 )
 def test_auto_has_all_write_where_much_is_shared_on_one_disk(is_shared, several_machines, size, expected):
-    writers, why = automatic_writers(is_shared, several_machines, size)
-    assert writers == expected and why
+    assert all_should_write(is_shared, several_machines, size) == expected
 
 
 # ------------------------------------------------------------------------------------------------ what they leave
@@ -243,8 +242,10 @@ def test_two_ranks_that_write_parts_save_what_one_writes_and_resume_with_the_sam
     options |= {"n_experts": 3, "expert_bias": "true"}  # biases are buffers, which no rank has a piece of
     one, parts = tmp_path / "one", tmp_path / "parts"
     for folder, writers in ((one, "one"), (parts, "all")):
-        result = two_ranks(flags(out_dir=folder, checkpoint_writers=writers, **options))
+        copies = tmp_path / f"copies_{writers}"
+        result = two_ranks(flags(out_dir=folder, copy_to=copies, checkpoint_writers=writers, **options))
         assert result.returncode == 0, result.stderr
+        assert differences(folder / STEP(12), copies / STEP(12)) == []
     assert len([*parts.glob("checkpoint_step_12.part-*")]) == 2 and not [*one.glob(PARTS)]
     assert differences(one / STEP(12), parts / STEP(12)) == []
     for path in parts.glob("checkpoint_step_12.*"):
