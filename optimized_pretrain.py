@@ -325,6 +325,7 @@ class Trainer:
         number = self.progress.step if after is None else after.number + 1
         position = self.progress.samples if after is None else after.end
         samples = self.plan.order.next_step(position)
+        self.data.train.read_ahead(self.plan.samples_of_step(self.processes.rank, position + len(samples)))
         # Of all ranks: the divisor of the summed loss.
         terms = max(1, self.objective.count(self.data.train, samples))
         may_be_undone = t.accumulation_steps > 1 or after is not None

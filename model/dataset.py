@@ -7,6 +7,7 @@ another as `<bos> ids <eos>` (`ids <eos>` where the tokenizer has no bos). Its m
 """
 
 import hashlib
+import mmap
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -174,6 +175,18 @@ class PretrainDataset:
         if self.chats is not None:
             return "pair" if self.chats.are_pairs else "chat"
         return "packed" if self.packing is None else "document"
+
+    def read_ahead(self, samples: np.ndarray) -> None:
+        """Ask the system to read samples from the disk, all at once, and do not wait: from a network disk `batch` would
+        wait milliseconds for each. Windows has no such call."""
+        pages = self.tokens.base  # the map, which begins where a page of the file does
+        if not hasattr(pages, "madvise"):
+            return
+        before, itemsize = self.layout.offset % mmap.ALLOCATIONGRANULARITY, self.tokens.itemsize
+        for start, length in (run for sample in samples for run in self._runs(int(sample))):
+            begin = before + start * itemsize
+            first = begin // mmap.PAGESIZE * mmap.PAGESIZE
+            pages.madvise(mmap.MADV_WILLNEED, first, begin + length * itemsize - first)
 
     def batch(self, samples: np.ndarray, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Read samples into inputs and targets, int64 [rows, seq_len] each.

@@ -50,6 +50,11 @@ class JoinedDataset:
         """Tokens that the model reads of these samples."""
         return sum(part.count_tokens(own) for part, _, own in self._split(samples))
 
+    def read_ahead(self, samples: np.ndarray) -> None:
+        """As `PretrainDataset.read_ahead`."""
+        for part, _, own in self._split(samples):
+            part.read_ahead(own)
+
     def batch(self, samples: np.ndarray, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Inputs and targets, int64 [rows, seq_len] each, as `PretrainDataset.batch`."""
         inputs, targets = self.parts[0].batch(samples[:0], rows)  # padding

@@ -93,6 +93,11 @@ class RunPlan:
         start = micro * self.batch_rows + rank * rows
         return samples[start : start + rows]
 
+    def samples_of_step(self, rank: int, position: int) -> np.ndarray:
+        """Those that one process reads in the step that begins at `position`."""
+        samples = self.order.next_step(position)
+        return np.concatenate([self.samples_of(rank, samples, m) for m in range(self.training.accumulation_steps)])
+
     @property
     def tokens_per_step(self) -> int:
         return self.order.rows_per_step * self.config.max_seq_len

@@ -1,6 +1,11 @@
 """The token file and its samples."""
 
+import ctypes
 import json
+import mmap
+import os
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -14,6 +19,7 @@ from model.dataset import (
 )
 from model.errors import InputError
 from model.loss import IGNORE_INDEX
+from model.storage.files import drop_from_cache
 from model.token_file.manifest import Manifest, file_sha256, manifest_path, write_manifest
 from model.token_file.packing import pack_documents
 
@@ -164,6 +170,33 @@ def test_llm_c_files_are_the_same_as_their_tokens_without_the_header(tmp_path, f
     assert data.fingerprint()["tokens"] == len(ids) and data.fingerprint()["dtype"] == form.get("dtype", "uint16")
     with pytest.raises(InputError, match="id 20 at token 20, but the model has 20"):
         verify_tokens(PretrainDataset(data.path, 8, vocab_size=20))
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_WILLNEED") or sys.platform != "linux", reason="asked as Linux tells it")
+@pytest.mark.parametrize("write", [write_tokens, write_llm_c], ids=["plain", "with a header"])
+def test_what_is_read_ahead_is_in_memory_and_nothing_else(tmp_path, write):
+    data = PretrainDataset(write(tmp_path / "a.bin", np.arange(1 << 22) % 100), seq_len=512, vocab_size=100)
+    with open(data.path, "rb") as file:
+        os.fsync(file.fileno())
+    drop_from_cache(data.path)
+    samples = np.array([3, 4000, len(data) - 1])
+    if resident(data, len(data) // 2):
+        pytest.skip("this file system keeps everything in memory")
+    data.read_ahead(samples)
+    deadline = time.monotonic() + 60
+    while not all(resident(data, sample) for sample in samples):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert not resident(data, len(data) // 2)
+
+
+def resident(data, sample) -> bool:
+    """Whether all pages of a sample are in memory, as mincore(2) says; nothing is read."""
+    address = data.tokens.ctypes.data + int(sample) * data.seq_len * data.tokens.itemsize
+    first, end = address // mmap.PAGESIZE * mmap.PAGESIZE, address + (data.seq_len + 1) * data.tokens.itemsize
+    pages = (ctypes.c_ubyte * -(-(end - first) // mmap.PAGESIZE))()
+    assert ctypes.CDLL(None).mincore(ctypes.c_void_p(first), ctypes.c_size_t(end - first), pages) == 0
+    return all(page & 1 for page in pages)
 
 
 @pytest.mark.parametrize(
