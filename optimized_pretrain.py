@@ -142,7 +142,9 @@ class Trainer:
         self.routing = Routing(self.model, t)
         self.evaluator = Evaluator(self.objective, self.data, self.plan, processes, self._is_stop_asked)
 
-        self.divided = None if is_whole else FullySharded(self.model, self.plan, processes)
+        self.divided = None
+        if not is_whole:
+            self.divided = FullySharded(self.model, self.plan.shards, self.hardware, processes, t.compile)
         self.optimizer, self.ema = optimizer_and_average(self.model, self.plan, processes, self.divided)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.verdict = DeviceVerdict(self.device, processes) if runs_ahead(self.device, self.optimizer) else None

@@ -1,14 +1,15 @@
-"""What do ranks gain that share the optimizer, and what does it cost?
+"""What do ranks gain that share the optimizer, or the weights too, and what does it cost?
 
     python benchmarks/sharding.py
     python benchmarks/sharding.py --ranks 2 --dim 512 --n_layers 8 --vocab_size 6400
 
-For each number of gloo processes with one thread each, and each optimizer: the bytes of its state on each rank, counted
-from the tensors; and the time of a step of gradients, exchange and update, with and without sharing, in turns. Where
-processes share cores, only the ratio of the two says something.
+For each number of gloo processes with one thread each, and each optimizer: the bytes of weights, gradients and state on
+each rank, counted from the tensors between two steps; and the time of a step of gradients, exchange and update, with
+each way of sharing, in turns. Where processes share cores, only the ratios say something.
 """
 
 import argparse
+import contextlib
 import os
 import socket
 import statistics
@@ -20,31 +21,39 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 import torch.multiprocessing as multiprocessing
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from model.LMConfig import LMConfig
 from model.model import Transformer
+from model.training.fully_sharded import FullySharded
 from model.training.optimizer import OPTIMIZERS, build_optimizer
+from model.training.plan import Hardware
 from model.training.sharded_optimizer import ShardedOptimizer
 from model.training.sharding import Shares
 from utils import Processes
 
 SHAPES = {"demo": (192, 4, 6400), "MiniMind": (512, 8, 6400)}  # dim, layers, vocabulary
-ROW = "| {} | {} | {} | {} | {} | {} | {} |"
+ROW = "| {} | {} | {} | {} | {} | {} | {} | {} |"
+CPU = Hardware(torch.device("cpu"), torch.float32, contextlib.nullcontext())
 
 
 class Contender:
-    """A model that is trained, with the optimizer shared or not."""
+    """A model that is trained, with what `shard` says shared."""
 
-    def __init__(self, config: LMConfig, optimizer_type: str, processes: Processes, shares: bool) -> None:
+    def __init__(self, config: LMConfig, optimizer_type: str, processes: Processes, shard: str) -> None:
         torch.manual_seed(0)
-        self.model = Transformer(config)
-        self.called = DistributedDataParallel(self.model) if processes.world_size > 1 else self.model
+        self.model = self.called = Transformer(config)
+        holdings = None
+        if shard == "full":
+            holdings = FullySharded(self.model, processes.world_size, CPU, processes)
+        elif processes.world_size > 1:
+            self.called = DistributedDataParallel(self.model)
         self.optimizer = build_optimizer(self.model, optimizer_type, 1e-3, 0.1)
-        if shares:
-            kind = OPTIMIZERS[optimizer_type]
-            pieces = Shares(self.model, kind.is_elementwise, processes)
-            self.optimizer = ShardedOptimizer(self.optimizer, optimizer_type, pieces)
+        if shard == "optimizer":
+            holdings = Shares(self.model, OPTIMIZERS[optimizer_type].is_elementwise, processes)
+        if holdings is not None:
+            self.optimizer = ShardedOptimizer(self.optimizer, optimizer_type, holdings)
 
     def step(self, tokens: torch.Tensor) -> tuple[float, float]:
         """Seconds of gradients and their exchange, and of the update."""
@@ -52,14 +61,23 @@ class Contender:
         (self.called(tokens[:, :-1], tokens[:, 1:]) / tokens.numel()).backward()
         middle = time.perf_counter()
         self.optimizer.step()
+        seconds = middle - start, time.perf_counter() - middle
+        self.gradients = sum(_own_bytes(p.grad) for p in self.model.parameters())
         self.optimizer.zero_grad()
-        return middle - start, time.perf_counter() - middle
+        return seconds
 
-    def state_bytes(self) -> int:
-        """Of the optimizer, on this rank."""
+    def held(self) -> tuple[int, int, int]:
+        """Bytes of weights, gradients and optimizer on this rank, after a step."""
         if isinstance(self.optimizer, ShardedOptimizer):
-            return self.optimizer.state_bytes()
-        return sum(tensor.nbytes for state in self.optimizer.state.values() for tensor in state.values())
+            state = self.optimizer.state_bytes()
+        else:
+            state = sum(tensor.nbytes for state in self.optimizer.state.values() for tensor in state.values())
+        return sum(map(_own_bytes, self.model.parameters())), self.gradients, state
+
+
+def _own_bytes(tensor: torch.Tensor) -> int:
+    """What this rank holds of a tensor, which may be shared."""
+    return tensor.to_local().nbytes if isinstance(tensor, DTensor) else tensor.nbytes
 
 
 def measure(rank: int, ranks: int, port: int, options: argparse.Namespace) -> None:
@@ -75,8 +93,9 @@ def measure(rank: int, ranks: int, port: int, options: argparse.Namespace) -> No
         )
         tokens = torch.randint(vocabulary, (options.rows, options.tokens + 1))
         for optimizer_type in ("adamw", "muon"):
-            contenders = [Contender(config, optimizer_type, processes, shares) for shares in (False, ranks > 1)]
-            seconds = [[], []]
+            ways = ("none", "optimizer", "full") if ranks > 1 else ("none",)
+            contenders = [Contender(config, optimizer_type, processes, way) for way in ways]
+            seconds: list[list[tuple[float, float]]] = [[] for _ in ways]
             for turn in range(options.steps + 1):
                 for own, contender in zip(seconds, contenders, strict=True):
                     processes.barrier()
@@ -84,16 +103,14 @@ def measure(rank: int, ranks: int, port: int, options: argparse.Namespace) -> No
                     own[-1] = sum(own[-1]), own[-1][1]
                     if turn == 0:
                         own.clear()
-            held = processes.gather(contenders[1].state_bytes())
-            if rank == 0:
-                (step, update), (shared_step, shared_update) = (
-                    [statistics.median(column) for column in zip(*own, strict=True)] for own in seconds
-                )
-                bytes_alone = contenders[0].state_bytes()
-                megabytes = f"{bytes_alone / 1e6:.2f}", " ".join(f"{size / 1e6:.2f}" for size in held)
-                times = f"{step * 1e3:.0f} / {shared_step * 1e3:.0f}", f"{update * 1e3:.0f} / {shared_update * 1e3:.0f}"
-                ratio = statistics.median(b[0] / a[0] for a, b in zip(*seconds, strict=True))
-                print(ROW.format(f"{shape}, {optimizer_type}", ranks, *megabytes, *times, f"{ratio:.2f}"), flush=True)
+            held = processes.gather([contender.held() for contender in contenders])
+            for number, (way, own) in enumerate(zip(ways, seconds, strict=True)):
+                if rank == 0:
+                    most = [max(sizes) / 1e6 for sizes in zip(*(of_rank[number] for of_rank in held), strict=True)]
+                    times = [f"{statistics.median(column) * 1e3:.0f}" for column in zip(*own, strict=True)]
+                    ratio = statistics.median(b[0] / a[0] for a, b in zip(seconds[0], own, strict=True))
+                    cells = way, " + ".join(f"{size:.1f}" for size in most), f"{sum(most):.1f}", *times, f"{ratio:.2f}"
+                    print(ROW.format(f"{shape}, {optimizer_type}", ranks, *cells), flush=True)
     processes.close()
 
 
@@ -114,8 +131,9 @@ def main() -> None:
     print(
         f"torch {torch.__version__}, gloo, one thread a process; a step reads {options.rows} x {options.tokens} tokens"
     )
-    print(ROW.format("model", "ranks", "state, MB", "shared: on each rank", "step, ms", "of it the update", "ratio"))
-    print("|---|---:|---:|---:|---:|---:|---:|")
+    held = "weights + gradients + optimizer, MB on the fullest rank"
+    print(ROW.format("model", "ranks", "shard", held, "together", "step, ms", "of it the update", "to none"))
+    print("|---|---:|---|---:|---:|---:|---:|---:|")
     for ranks in options.ranks:
         with socket.create_server(("127.0.0.1", 0)) as server:
             port = server.getsockname()[1]

@@ -23,7 +23,7 @@ from model.training.divided_matrices import DividedMatrices, rows_of
 from model.training.memory import passing_parts
 from model.training.muon import Muon
 from model.training.optimizer import is_hidden_matrix, trained_parameters
-from model.training.plan import RunPlan
+from model.training.plan import Hardware
 from model.training.sharded_optimizer import SharedAverage
 from model.training.sharding import Holdings, InPieces, Piece
 
@@ -34,23 +34,25 @@ class FullySharded(Holdings):
 
     Args:
         model: with the same weights on every rank, on the CPU or its device.
-        plan: of the run: how many shards, the device, the dtype of its products, whether to compile.
+        shards: among which one copy is divided.
+        hardware: the device, and the dtype of the matrix products.
         processes: the ranks, two at least.
+        compiles: whether what runs between two gatherings is compiled.
     """
 
-    def __init__(self, model: Transformer, plan: RunPlan, processes: Ranks) -> None:
-        self.model, self._whole_model = model, _without_memory(model)
-        ranks, shards, device = processes.world_size, plan.shards, plan.hardware.device
+    def __init__(
+        self, model: Transformer, shards: int, hardware: Hardware, processes: Ranks, compiles: bool = False
+    ) -> None:
+        self.model, self._whole_model, ranks = model, _without_memory(model), processes.world_size
         shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         self._names = {key: names.get(id(value)) for key, value in model.state_dict(keep_vars=True).items()}
 
-        if plan.training.compile:
-            for part in passing_parts(model):  # what runs between two gatherings; one compilation serves all layers
-                part.compile()
-        mesh = _mesh(device.type, ranks // shards, shards)
+        for part in passing_parts(model) if compiles else ():  # one compilation serves all layers
+            part.compile()
+        mesh = _mesh(hardware.device.type, ranks // shards, shards)
         self._shard_group, self._has_replicas = mesh.get_group("shard"), mesh.ndim == 2
-        divide(model, mesh, plan.hardware.dtype)
+        divide(model, mesh, hardware.dtype)
 
         rank, replicas = processes.rank % shards, ranks // shards
         local = {name: p.detach().to_local() for name, p in model.named_parameters()}

@@ -123,6 +123,7 @@ def test_both_ways_and_checkpointing_give_the_same_bits(kind, bfloat16):
         assert torch.equal(model.routing, routed)  # counted once, not when computed again
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("way", WAYS)
 def test_it_compiles_into_one_graph(way):
     model = use(model_of(expert_bias=True, n_shared_experts=1), way).train()

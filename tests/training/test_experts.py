@@ -72,6 +72,7 @@ def test_a_bias_rises_where_tokens_are_few_and_moves_in_no_step_that_is_not_take
     assert not second.any()
 
 
+@pytest.mark.long
 def test_the_balance_loss_of_auto(flags, capfd):
     def settled(**changes) -> tuple[float, str]:
         trainer = trainer_of(flags(**MIXTURE, max_steps=1, **changes))
