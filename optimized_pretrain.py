@@ -27,8 +27,8 @@ from model.lora import merged
 from model.model import Transformer
 from model.runs.beginning import Beginning, find_beginning, open_data
 from model.runs.checkpoint import checkpoint_content, restore_state
-from model.runs.folder import interrupted_stem, step_checkpoint
-from model.runs.part_saving import PartSaver, PartsBeingSaved, split
+from model.runs.folder import step_checkpoint
+from model.runs.part_saving import PartSaver, PartsBeingSaved
 from model.runs.resume import environment
 from model.runs.run_files import RunFiles
 from model.runs.signals import StopVote
@@ -382,7 +382,6 @@ class Trainer:
         is_last = micro == self.training.accumulation_steps - 1
         if self.divided is not None:
             self.divided.exchange_gradients(is_last)
-            self.processes.arrive()  # from its first matrix on, this process waits for the others
         elif self.processes.world_size > 1 and not is_last:
             return self.train_model.no_sync()
         return contextlib.nullcontext()
@@ -586,10 +585,8 @@ class Trainer:
     def _state_to_save(self, interrupted: bool) -> tuple[dict, PartsBeingSaved | None]:
         """Model, average and optimizer: on rank 0, whole; or, where all ranks write the checkpoint, described, with
         this rank's part on its way to the disk. Every process must call it."""
-        whole_or_not = contextlib.nullcontext()
-        if self.part_saver is not None and isinstance(self.optimizer, ShardedOptimizer):
-            whole_or_not = self.optimizer.left_in_pieces()
-        with whole_or_not:
+        in_pieces = self.part_saver is not None and isinstance(self.optimizer, ShardedOptimizer)
+        with self.optimizer.left_in_pieces() if in_pieces else contextlib.nullcontext():
             state = {
                 "model": self.model.state_dict() if self.divided is None else self.divided.state_dict({}),
                 "ema": None if self.ema is None else self.ema.averaged_weights(),
@@ -597,13 +594,8 @@ class Trainer:
             }
         if self.part_saver is None:
             return state, None
-        out_dir, step = Path(self.training.out_dir), self.progress.step
-        stem = step_checkpoint(out_dir, step).stem
-        if interrupted:
-            stem = self.processes.decided(lambda: interrupted_stem(out_dir, step))
-        described, slices = split(state, self.processes.rank, self.processes.world_size)
         beat = functools.partial(self.processes.beat, "writing to the disk")
-        return described, self.part_saver.save(stem, slices, beat)
+        return self.part_saver.save(state, self.progress.step, interrupted, beat)
 
     @property
     def final_name(self) -> str:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from model.errors import InputError, OneLineError, ProcessLost, TrainingDiverged
 from model.runs.checkpoint import INDEX_VERSION
+from model.runs.folder import interrupted_stem, step_checkpoint
 from model.runs.processes import Processes
 from model.runs.saving import BackgroundSaver, check_finite
 from model.runs.watchdog import FAREWELL_SECONDS
@@ -84,30 +85,39 @@ class PartSaver:
         self._saver, self._saves = BackgroundSaver(say), 0
         self._store = processes.store_for_threads("parts")
 
-    def save(self, stem: str, slices: Mapping[Slice, Tensor], waiting: Callable[[], None]) -> "PartsBeingSaved":
+    def save(
+        self, state: Mapping, step: int, interrupted: bool, waiting: Callable[[], None]
+    ) -> tuple[dict, "PartsBeingSaved"]:
         """Copy this rank's slices, for a thread to write them. Every rank must call it.
 
         Args:
-            stem: the name of the checkpoint's parts, the same on every rank (see `part_names`).
+            state: what is divided, see `split`.
+            step: of the checkpoint.
             waiting: called every second while this rank waits for earlier saves.
+
+        Returns:
+            the state as described; and what rank 0 waits for.
 
         Raises:
             Exception: a fault of the thread in an earlier save. What its disk refuses, rank 0 reports.
         """
+        rank, ranks = self._processes.rank, self._processes.world_size
+        stem = step_checkpoint(self._out_dir, step).stem
+        if interrupted:
+            stem = self._processes.decided(lambda: interrupted_stem(self._out_dir, step))
+        described, slices = split(state, rank, ranks)
         self._saves += 1
-        path = self._out_dir / part_name(stem, self._processes.rank, self._processes.world_size)
-        key = f"{self._saves}/{self._processes.rank}"
-        write = functools.partial(self._write, key, path, [*slices])
+        keys = [f"{self._saves}/{writer}" for writer in range(ranks)]
+        write = functools.partial(self._write, keys[rank], self._out_dir / part_name(stem, rank, ranks), [*slices])
         self._saver.submit("part", {CONTENT: [*slices.values()]}, write, waiting)
-        keys = [f"{self._saves}/{rank}" for rank in range(self._processes.world_size)]
-        return PartsBeingSaved(self._out_dir, keys, self._store, self._processes)
+        return described, PartsBeingSaved(self._out_dir, keys, self._store, self._processes)
 
     def _write(self, key: str, path: Path, slices: list[Slice], content: Mapping) -> None:
         try:
             check_finite(content)
             sha256 = save_torch(path, content)
             report = {"name": path.name, "sha256": sha256, "bytes": path.stat().st_size, "slices": slices}
-        except OneLineError as error:
+        except (OneLineError, OSError) as error:
             report = {"error": str(error), "diverged": isinstance(error, TrainingDiverged)}
         self._store.set(key, json.dumps(report))
 
@@ -173,10 +183,18 @@ class PartsBeingSaved:
 
     def _check_visible(self, rank: int, part: Mapping) -> None:
         path, end = self.out_dir / part["name"], time.monotonic() + VISIBLE_SECONDS
-        while not (path.is_file() and path.stat().st_size == part["bytes"] and recorded_digest(path) == part["sha256"]):
+        while not _is_there(path, part):
             if time.monotonic() > end:
                 raise InputError(
                     f"{path}: rank {rank} has written it, but rank 0 does not see it; give all ranks one out_dir on a"
                     " shared file system, or use --checkpoint_writers one"
                 )
             time.sleep(POLL_SECONDS)
+
+
+def _is_there(path: Path, part: Mapping) -> bool:
+    """Whether a file is the part that was reported, as far as its size and the SHA-256 at its end tell."""
+    try:
+        return path.stat().st_size == part["bytes"] and recorded_digest(path) == part["sha256"]
+    except OSError:
+        return False

@@ -66,6 +66,9 @@ class Ranks(Protocol):
     def beat(self, doing: str, patience: float) -> None:
         """Report progress to the watchdog."""
 
+    def arrive(self) -> None:
+        """Report to the watchdog that from here this process waits for the others."""
+
     @property
     def is_main(self) -> bool:
         """Whether this is rank 0."""

@@ -53,6 +53,7 @@ class FullySharded(Holdings):
         mesh = _mesh(hardware.device.type, ranks // shards, shards)
         self._shard_group, self._has_replicas = mesh.get_group("shard"), mesh.ndim == 2
         divide(model, mesh, hardware.dtype)
+        _report_arrivals([model, *passing_parts(model)], processes)
 
         rank, replicas = processes.rank % shards, ranks // shards
         local = {name: p.detach().to_local() for name, p in model.named_parameters()}
@@ -168,6 +169,19 @@ def divide(model: Transformer, mesh: DeviceMesh, dtype: torch.dtype) -> None:
         if isinstance(module, FSDPModule):  # sums: the loss was divided by all ranks' terms
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo has no sum that multiplies first
+
+
+def _report_arrivals(modules: list[nn.Module], processes: Ranks) -> None:
+    """Tell the watchdog where weights are gathered, for which this rank waits for the others: where they wait for one
+    that hangs, that one has come the least far."""
+
+    @torch.compiler.disable
+    def arrive(*_) -> None:
+        processes.arrive()
+
+    for module in modules:
+        module.register_forward_pre_hook(arrive, prepend=True)  # before what gathers
+        module.register_full_backward_pre_hook(arrive, prepend=True)
 
 
 def _mesh(device_type: str, replicas: int, shards: int) -> DeviceMesh:

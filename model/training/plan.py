@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from model.errors import counted
 from model.LMConfig import LMConfig
 from model.model import Transformer
 from model.storage.archive import tensor_bytes
@@ -182,6 +183,8 @@ def plan_run(
     choices.balance_loss(data)
     choices.expert_products(data.config, batch_size, hardware.dtype)
     order = data.order(t.seed, dataclasses.replace(t, batch_size=batch_size).rows_per_step(ranks.world_size))
+    if checkpoint is not None and (line := _smaller_or_larger_step(order, checkpoint, ranks)) is not None:
+        say(line)
     tokens_per_step = order.rows_per_step * data.config.max_seq_len
     choices.learning_rate(active, tokens_per_step, data)
     pace = {"rows_per_step": order.rows_per_step, "epochs": epochs, "max_steps": t.max_steps}
@@ -221,6 +224,17 @@ def plan_run(
         samples_done=done["samples"],
         expected_seconds=expected_seconds,
     )
+
+
+def _smaller_or_larger_step(order: SampleOrder, checkpoint: Mapping, ranks: Ranks) -> str | None:
+    """A line where a step has other samples than before, only because the number of processes has changed."""
+    before, processes = checkpoint["pace"].get("rows_per_step"), checkpoint["environment"].get("world_size")
+    if None in (before, processes) or processes == ranks.world_size:
+        return None
+    if before * ranks.world_size != order.rows_per_step * processes:
+        return None
+    kept = f"--global_batch_size {before} keeps them whatever the number of processes"
+    return f"a step has {counted(order.rows_per_step, 'sample')}, {before:,} with {processes} processes; {kept}"
 
 
 def _total_steps(pace: Mapping, order: SampleOrder, done: Mapping, checkpoint: Mapping | None) -> int:

@@ -192,7 +192,7 @@ def automatic_writers(is_shared: bool, several_machines: bool, checkpoint_bytes:
     """Which ranks write a checkpoint, "one" or "all", and why.
 
     Args:
-        is_shared: whether the ranks share the optimizer; one writer would have to gather it first.
+        is_shared: whether the ranks share the optimizer, or more: one writer would have to gather it first.
         several_machines: whether they may have separate disks.
     """
     size = size_text(checkpoint_bytes)

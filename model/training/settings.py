@@ -205,8 +205,8 @@ class TrainingSettings:
     )
     checkpoint_writers: str = setting(
         AUTO,
-        "which ranks write a checkpoint: one, as one file, or all, each its part; auto: all where they share the"
-        " optimizer on one machine and a checkpoint has 1 GB or more",
+        "which ranks write a checkpoint: one, as one file, or all, each its part; auto: all where they share"
+        " anything (shard) on one machine and a checkpoint has 1 GB or more",
         choices=(AUTO, "one", "all"),
     )
     init_from: str | None = setting(

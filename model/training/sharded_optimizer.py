@@ -61,7 +61,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     def state_dict(self) -> dict:
         """The whole state, as the other optimizer alone would have it: on rank 0, its tensors new and on the CPU;
-        elsewhere without tensors. Every rank must call it. For `left_in_pieces` see there."""
+        elsewhere without tensors. Every rank must call it. Within `left_in_pieces`: `InPieces`, on every rank."""
         content = super().state_dict()
         if self._has_state:
             content["state"] = {number: self._collect_state(name) for number, name in enumerate(self._names())}
@@ -79,7 +79,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         return state
 
     def left_in_pieces(self) -> AbstractContextManager:
-        """See `Holdings.left_in_pieces`: what this and a `SharedAverage` beside it return is not gathered."""
+        """See `Holdings.left_in_pieces`: then nothing of this, or of a `SharedAverage` beside it, is gathered."""
         return self._holdings.left_in_pieces()
 
     @torch.no_grad()

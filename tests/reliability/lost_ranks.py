@@ -46,25 +46,32 @@ class Case:
     rank: int = 1
     ranks: int = 2
     launcher: bool = False
+    shard: str = "none"
 
 
 def all_cases() -> dict[str, Case]:
     """Every kind at every point, and what differs with rank 0, with three processes, and at the start."""
     cases = [Case(kind, point, occurrence) for point, occurrence in POINTS.items() for kind in KINDS]
-    cases += [Case(kind, point, occurrence) for point, occurrence in SHARED.items() for kind in KINDS]
-    cases += [Case("kill", "exchanging weights", 6, 0), Case("hang", "gathering the shares", 90, 2, 3)]
+    cases += [Case(kind, point, occurrence, shard="full") for point, occurrence in POINTS.items() for kind in KINDS[1:]]
+    cases += [
+        Case(kind, point, occurrence, shard="optimizer") for point, occurrence in SHARED.items() for kind in KINDS
+    ]
+    cases.append(Case("kill", "exchanging weights", 6, 0, shard="optimizer"))
+    cases.append(Case("hang", "gathering the shares", 90, 2, 3, shard="optimizer"))
     cases += [Case("exit:7", "forward", 6), Case("exit:7", "gathering the states", 2)]
     cases += [Case(kind, "start") for kind in ("kill", "hang")]
     cases += [Case(kind, "backward", 6, rank=0) for kind in KINDS]
     cases += [Case("kill", "forward", 6, 2, 3), Case("hang", "backward", 6, 1, 3), Case("raise", "evaluation", 3, 2, 3)]
     cases += [Case(kind, "forward", 6, launcher=True) for kind in ("raise", "hang")]
     return {
-        f"{c.kind} at {c.point}, rank {c.rank} of {c.ranks}{', under torchrun' if c.launcher else ''}": c for c in cases
+        f"{c.kind} at {c.point}, rank {c.rank} of {c.ranks}{', under torchrun' if c.launcher else ''}"
+        f"{', sharing weights' if c.shard == 'full' else ''}": c
+        for c in cases
     }
 
 
 def run(scale: str, folder: Path) -> Counts:
-    """All cases and four slow or uneven runs; "fast": seven."""
+    """All cases and four slow or uneven runs; "fast": eight."""
     lab = Lab(folder)
     chosen = all_cases()
     if scale == "fast":
@@ -74,6 +81,7 @@ def run(scale: str, folder: Path) -> Counts:
             "hang at backward, rank 1 of 2",
             "stop at backward, rank 0 of 2",
             "kill at forward, rank 2 of 3",
+            "kill at backward, rank 1 of 2, sharing weights",
             "kill at exchanging weights, rank 1 of 2",
             "hang at exchanging weights, rank 1 of 2",
         )
@@ -120,8 +128,7 @@ class Lab:
         saved = None if case.point == "start" else str(out / "checkpoint_step_4.pth")
         fault = (case.point, case.occurrence, case.rank, case.kind, saved)
         timeout = LAUNCHER_TIMEOUT if case.launcher else TIMEOUT
-        shard = "optimizer" if case.point in SHARED else "none"
-        flags = self.flags(out, ddp_timeout=timeout, shard=shard)
+        flags = self.flags(out, ddp_timeout=timeout, shard=case.shard)
         job = start(flags, case.ranks, fault, launcher=case.launcher)
         codes, seconds = ends(job, case)
         if not job.struck(case.rank):

@@ -42,6 +42,10 @@ WORLDS = [
     (2, "none", "all"),
     (3, "optimizer", "all"),
     (2, "optimizer", "one"),
+    (2, "full", "all"),
+    (4, "full", "all"),
+    (1, "none", "one"),
+    (3, "full", "one"),
 ]
 
 

@@ -3,6 +3,7 @@
 Kills, full disks, damage and other numbers of processes: tests/reliability/part_saves.py.
 """
 
+import functools
 import shutil
 
 import pytest
@@ -23,10 +24,11 @@ from model.runs.resume import load_checkpoint, newest_checkpoint
 from model.runs.supervisor import Supervisor
 from model.storage.part_names import PARTS, index_name
 from model.storage.parts import part_names
-from model.storage.slices import describe
+from model.storage.slices import copy_by_name, describe
 from model.training.optimizer import build_optimizer
 from model.training.recipe import automatic_writers
 from model.training.sharding import InPieces
+from model.weights import load_weights
 from model.weights.find import find_weights
 from tests.conftest import random_model
 from tests.parted import save_in_parts
@@ -185,7 +187,8 @@ def test_an_optimizer_that_shares_nothing_takes_it_too(tmp_path, optimizer_type)
     save_in_parts(tmp_path / STEP(5), content, 3)
     model = random_model(CONFIG, seed=1)
     optimizer, scaler = build_optimizer(model, optimizer_type, 1e-3, 0.1), torch.amp.GradScaler("cpu", enabled=False)
-    progress = restore_state(load_checkpoint(tmp_path / STEP(5)), model, None, optimizer, scaler)
+    load = functools.partial(copy_by_name, targets=model.state_dict())
+    progress = restore_state(load_checkpoint(tmp_path / STEP(5)), load, None, optimizer, scaler)
     assert progress.step == 5
     assert_equal(dict(model.state_dict()), dict(content["model"]))
     assert_equal(optimizer.state_dict()["state"], content["optimizer"]["state"])
@@ -195,12 +198,12 @@ SAVED_BY_SOME = """
 import torch
 from pathlib import Path
 from model.errors import InputError, TrainingDiverged
-from model.runs.part_saving import PartSaver, split
+from model.runs.part_saving import PartSaver
 folder = Path({folder!r})
 saver = PartSaver(folder, processes, print)
 def save(number, mine):
-    described, slices = split({{"model": {{"w": torch.arange(1000.0), "x": torch.full((500,), mine)}}}}, rank, 2)
-    saved = saver.save(f"checkpoint_step_{{number}}", slices, lambda: None)
+    state = {{"model": {{"w": torch.arange(1000.0), "x": torch.full((500,), mine)}}}}
+    described, saved = saver.save(state, number, False, lambda: None)
     if rank == 0:
         try:
             print(*saved.write_index(folder / f"checkpoint_step_{{number}}.pth", described | {{"progress": {{}}}}))
@@ -258,3 +261,21 @@ def test_one_process_writes_one_file_and_says_so(flags, tmp_path, capfd):
     assert train(flags(checkpoint_writers="all", max_steps=4)).plan.writers == 1
     assert not [*(tmp_path / "out").glob(PARTS)]
     assert "checkpoint_writers all: there is one process, which writes one file" in capfd.readouterr().err
+
+
+@pytest.mark.slow
+def test_adapters_and_frozen_weights_are_saved_too(flags, tmp_path):
+    train(flags(max_steps=4, out_dir=tmp_path / "base"))
+    given_by_weights = dict.fromkeys(("dim", "n_layers", "n_heads", "n_kv_heads"))
+    options = {"init_from": tmp_path / "base" / "pretrain_32.pth", "lora_rank": 4, "use_ema": "true"}
+    for writers in ("one", "all"):
+        shared = {"shard": "optimizer", "checkpoint_writers": writers, "out_dir": tmp_path / writers}
+        result = two_ranks(flags(**options, **given_by_weights, **shared))
+        assert result.returncode == 0, result.stderr
+    assert differences(tmp_path / "one" / STEP(12), tmp_path / "all" / STEP(12)) == []
+    index = torch.load(tmp_path / "all" / STEP(12), weights_only=True)
+    embedding, adapter = "tok_embeddings.weight", "layers.0.attention.wq.lora_a"
+    assert index["ema"][embedding]["in_parts"] == f"model/{embedding}"  # it is frozen, and written once
+    assert index["ema"][adapter]["in_parts"] == f"ema/{adapter}"
+    weights = [load_weights(tmp_path / writers / STEP(12)).state_dict for writers in ("one", "all")]
+    assert_equal(*weights)

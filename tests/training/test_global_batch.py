@@ -43,6 +43,15 @@ def test_a_run_of_two_processes_continues_with_one(flags, tmp_path):
     assert_same_losses(tmp_path / "whole", tmp_path / "fewer")
 
 
+@pytest.mark.long
+def test_without_it_fewer_processes_make_smaller_steps_which_a_line_says(flags, capfd):
+    two_ranks(flags(batch_size=4, max_steps=4))
+    trainer = train(flags(batch_size=4, max_steps=8, resume="true"))
+    assert trainer.plan.order.rows_per_step == 4
+    line = "a step has 4 samples, 8 with 2 processes; --global_batch_size 8 keeps them whatever the number of processes"
+    assert line in capfd.readouterr().err.splitlines()
+
+
 @pytest.mark.parametrize(
     ("options", "line"),
     [
