@@ -68,7 +68,7 @@ def serve(order: dict) -> None:
         while len(new) < order["new_tokens"]:
             new.append(int(model.scores[model.n_tokens - 1].argmax()))
             model.eval(new[-1:])
-        text = model.text.detokenize(new, prev_tokens=ids, special=False).decode("utf-8", "replace")
+        text = model.detokenize(new, prev_tokens=ids, special=False).decode("utf-8", "replace")
         print(json.dumps([ids, new, text]), file=answers, flush=True)
 
 
@@ -145,6 +145,9 @@ def random_weights(shape: dict, seed: int):
                 parameter.add_(torch.randn_like(parameter) * 0.3)
             else:
                 parameter.normal_(0, 0.5 if "embeddings" in name or "output" in name else 0.08)
+        for name, buffer in model.named_buffers():
+            if name.endswith("router.bias"):
+                buffer.normal_(0, 0.1)
     return Weights({name: tensor.detach() for name, tensor in model.state_dict().items()}, model.config)
 
 

@@ -160,7 +160,10 @@ class _Experts(nn.Module):
         return (self.w2(hidden, chosen) * weights[:, None]).sum(0)
 
     def _choose(self, scores: Tensor) -> tuple[Tensor, Tensor]:
-        """As Router.choose, of one token, by loops that torch.compile joins with others, which `topk` is none of."""
+        """As Router.choose, for one token: scores [E] -> int64 and float32 [K].
+
+        torch.compile joins the loops of `argmax` with others; `topk` would be a call between them.
+        """
         left = scores if self.bias is None else scores + self.bias[0]
         numbers, found = torch.arange(len(scores)), []
         for _ in range(self.n_active):

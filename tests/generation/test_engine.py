@@ -197,6 +197,15 @@ def test_an_engine_belongs_to_the_weights_that_it_was_made_of(tiny_model):
     assert not engine.fits(tiny_model, False, None)
 
 
+def test_a_change_of_a_routers_bias_is_seen(tiny_config):
+    """It is a buffer, not a parameter."""
+    model = model_of(LMConfig(**{**vars(tiny_config), **SHARED_EXPERTS}))
+    engine = Engine(model, compile=False)
+    assert engine.fits(model, False, False)
+    model.layers[1].feed_forward.router.bias[2] += 1e-3
+    assert not engine.fits(model, False, False)
+
+
 def swap_rows(weight):
     weight.data[[3, 7]] = weight.data[[7, 3]]
 
