@@ -331,7 +331,7 @@ class Lab:
 CASES: dict[str, Callable[[Lab], Result]] = {
     "two nodes": lambda lab: lab.equal(2),
     "four nodes": lambda lab: lab.equal(4),
-    "a node dies, and comes back (torchrun --max_restarts)": Lab.node_returns,
+    "a node dies, and comes back (torchrun --max-restarts)": Lab.node_returns,
     "a node dies, no restarts": Lab.no_restarts,
     "a node dies for good (--nnodes 1:2)": Lab.node_stays_away,
     "a node dies, and joins later (--nnodes 1:2)": Lab.node_joins,
