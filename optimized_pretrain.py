@@ -390,6 +390,7 @@ class Trainer:
 
     def _finished(self, step: Step) -> StepResult:
         """What a step did, once it is known; takes it, if that was not done before."""
+        self.processes.arrive()  # the numbers are sums over all ranks
         grad_norm, bad_gradients, stop_signals, *totals = step.numbers()
         objective, routed = totals[: 1 + len(self.objective.names)], totals[1 + len(self.objective.names) :]
         loss, *measured = (total / step.terms for total in objective)

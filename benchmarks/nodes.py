@@ -45,6 +45,7 @@ FLAGS = {
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUTF8": "1", "PYTHONUNBUFFERED": "1"}
 ENVIRONMENT |= {"TORCH_CPP_LOG_LEVEL": "ERROR"}  # no warning that the addresses have no names
 TORCHRUN = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # docs/distributed.md says why
+OTHER = "other bits"
 ROW = "| {} | {} | {} | {} | {} |"
 
 
@@ -113,14 +114,14 @@ class Run:
     def wait_for_step(self, step: int = FAULT_AT) -> None:
         wait_until(lambda: self.step() >= step, f"step {step}", self)
 
-    def wait_for_line(self, node: Node, pattern: str, after: int = 0, patience: float = PATIENCE) -> str:
+    def wait_for_line(self, node: Node, pattern: str, after: int = 0) -> str:
         """Wait until a node says a line that matches; returns it.
 
         Args:
             after: characters of its log that do not count.
         """
         found = functools.partial(re.compile(f"^.*(?:{pattern}).*$", re.MULTILINE).search)
-        wait_until(lambda: found(self.said(node)[after:]), f"{pattern!r} from {node.name}", self, patience)
+        wait_until(lambda: found(self.said(node)[after:]), f"{pattern!r} from {node.name}", self)
         return found(self.said(node)[after:]).group().strip()
 
     def noticed(self, node: Node, pattern: str = "error: ") -> tuple[str, float]:
@@ -162,17 +163,17 @@ def training(out_dir: Path, data: Path, processes: int) -> list[str]:
     return [str(ROOT / "train.py"), f"--config={ROOT / 'config_demo.yaml'}", *flags]
 
 
-def wait_until(condition: Callable, what: str, run: Run, patience: float = PATIENCE) -> None:
+def wait_until(condition: Callable, what: str, run: Run) -> None:
     """Wait until a condition holds.
 
     Raises:
         TimeoutError: it does not; with the last thing that each node said.
     """
-    end = time.monotonic() + patience
+    end = time.monotonic() + PATIENCE
     while not condition():
         if time.monotonic() > end:
             last = "; ".join(f"{node.name}: {run.said(node).strip().splitlines()[-1:]}" for node in run.nodes)
-            raise TimeoutError(f"no {what} within {patience:.0f} s ({last})")
+            raise TimeoutError(f"no {what} within {PATIENCE:.0f} s ({last})")
         time.sleep(0.05)
 
 
@@ -207,7 +208,7 @@ class Lab:
         whole = self.undisturbed(len(run.nodes))
         if run.weights() == whole.weights():
             return "the same bits"
-        return f"other bits; validation loss off by {abs(run.loss() - whole.loss()):.1e}"
+        return f"{OTHER}; validation loss off by {abs(run.loss() - whole.loss()):.1e}"
 
     # ---------------------------------------------------------------------------------------------------- the cases
 
@@ -250,11 +251,11 @@ class Lab:
         happened = f"exit code {codes[0]}; started again: {codes[1:]}"
         return Result(happened, noticed, reached - run.resumed_from(), line, self.compared(run))
 
-    def node_stays_away(self) -> Result:
-        """One node of `--nnodes 1:2` dies for good."""
-        with self.disturbed("stays_away", min_nodes=1) as run:
+    def node_stays_away(self, leave: Callable[[Node], None]) -> Result:
+        """One node of `--nnodes 1:2` dies, or is cut off, for good."""
+        with self.disturbed(f"away_{leave.__name__}", min_nodes=1) as run:
             reached = run.step()
-            run.nodes[1].kill()
+            leave(run.nodes[1])
             line, noticed = run.noticed(run.nodes[0])
             codes = run.codes(run.nodes[0])
         return Result(
@@ -288,7 +289,7 @@ class Lab:
             reached = run.step()
             run.nodes[1].cut()
             line, noticed = run.noticed(run.nodes[0])
-            run.noticed(run.nodes[1])
+            run.wait_for_line(run.nodes[1], "error: ")
             run.nodes[1].join()
             codes = run.codes()
         return Result(f"exit codes {codes}", noticed, reached - run.resumed_from(), line, self.compared(run))
@@ -331,14 +332,15 @@ class Lab:
 CASES: dict[str, Callable[[Lab], Result]] = {
     "two nodes": lambda lab: lab.equal(2),
     "four nodes": lambda lab: lab.equal(4),
-    "a node dies, and comes back (torchrun --max_restarts)": Lab.node_returns,
+    "a node dies, and comes back (torchrun --max-restarts)": Lab.node_returns,
     "a node dies, no restarts": Lab.no_restarts,
-    "a node dies for good (--nnodes 1:2)": Lab.node_stays_away,
+    "a node dies for good (--nnodes 1:2)": lambda lab: lab.node_stays_away(Node.kill),
     "a node dies, and joins later (--nnodes 1:2)": Lab.node_joins,
     "a node dies, and comes back (train.py --restarts)": lambda lab: lab.node_returns(by_torchrun=False),
     "the first node dies, and comes back (train.py --restarts)": lambda lab: lab.node_returns(0, by_torchrun=False),
     "a link is silent for 5 s": Lab.silent_for_a_moment,
     "a link is silent for longer than ddp_timeout": Lab.silent_until_noticed,
+    "a link is silent for good (--nnodes 1:2)": lambda lab: lab.node_stays_away(Node.cut),
     "a rank stands still": lambda lab: lab.slow(
         "stands", lambda node: node.signal_ranks(signal.SIGSTOP), lambda node: node.signal_ranks(signal.SIGCONT)
     ),
@@ -350,7 +352,7 @@ CASES: dict[str, Callable[[Lab], Result]] = {
 
 
 def main() -> int:
-    """Run the cases and print a table; returns the exit code."""
+    """Run the cases and print a table; returns the exit code, 1 where a case hung or ended with other bits."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--only", default="", help="the cases whose name this regular expression finds")
     parser.add_argument("--keep", type=Path, help="the folder to work in, which stays; must be new or empty")
@@ -371,6 +373,7 @@ def main() -> int:
                 result = case(lab)
             except (TimeoutError, OSError, subprocess.CalledProcessError) as error:
                 result, failed = Result(f"FAILED: {error}"), failed + 1
+            failed += result.weights.startswith(OTHER)
             said = f"{result.happened}: `{result.line}`" if result.line else result.happened
             noticed = "" if result.noticed is None else f"{result.noticed:.1f}"
             lost = "" if result.lost is None else result.lost

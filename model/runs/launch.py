@@ -43,7 +43,7 @@ def launch(processes: int, command: list[str], out_dir: Path) -> int:
     from torch.distributed.run import main as torchrun
 
     os.environ[OURS] = "1"
-    # Otherwise torchrun keeps its first store's address when it restarts the ranks, though that machine may be gone.
+    # Otherwise torchrun keeps its first store when it restarts the ranks, and a machine that comes back never finds it.
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     _let_workers_save()
     where = [] if "PET_RDZV_ENDPOINT" in os.environ else ["--standalone"]

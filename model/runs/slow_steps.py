@@ -14,6 +14,7 @@ SETTLED = 20  # steps, after which it is known what is usual
 SLOW_TIMES, LEAST_SECONDS = 5.0, 5.0  # a step is slow that lasts so many times the usual, and so long
 LAGS_TIMES, LEAST_SHARE = 2.0, 0.25  # a rank is slow that works so many times as long, for such a share of a step more
 SLOW_LINK_TIMES, LEAST_ANSWER = 10.0, 0.05  # a link is slow whose answers take so many times as long, and so long
+DOUBT_SECONDS = 5.0  # for a slow answer to be reported, before the network is blamed without a name
 SILENT_ROUNDS = 3  # without a report, after which a rank counts as silent
 QUIET_SECONDS = 60.0  # from one line on a slow step to the next
 
@@ -120,13 +121,20 @@ class SlowSteps:
 
     def _slow_step(self, reports: Mapping[int, RankReport]) -> str | None:
         usual, lasting, now = self._times.usual, self._times.lasting(), time.monotonic()
-        if usual is None or lasting < max(SLOW_TIMES * usual, LEAST_SECONDS) or now < self._quiet_until:
+        if usual is None or now < self._quiet_until:
+            return None
+        over = lasting - max(SLOW_TIMES * usual, LEAST_SECONDS)
+        if over < 0 or (cause := self._cause(reports, over > DOUBT_SECONDS)) is None:
             return None
         self._quiet_until = now + QUIET_SECONDS
-        return f"a step has taken {lasting:.0f} s so far, {usual:.2g} s is usual: {self._cause(reports)}"
+        return f"a step has taken {lasting:.0f} s so far, {usual:.2g} s is usual: {cause}"
 
-    def _cause(self, reports: Mapping[int, RankReport]) -> str:
-        """Whom or what a step in progress waits for."""
+    def _cause(self, reports: Mapping[int, RankReport], without_doubt: bool) -> str | None:
+        """Whom or what a step in progress waits for; None: that is not known yet.
+
+        Args:
+            without_doubt: all slow answers have been reported.
+        """
         if silent := [rank for rank, (_, looks) in self._rounds.items() if looks >= SILENT_ROUNDS]:
             rank = silent[0]
             return f"rank {self._names[rank]} does not report (last: {reports[rank].doing})"
@@ -137,8 +145,10 @@ class SlowSteps:
         slowest, others = _stands_out(answers)
         if answers[slowest] > max(SLOW_LINK_TIMES * others, LEAST_ANSWER):
             link = f"the link of rank {self._names[slowest]} is slow (an answer takes {answers[slowest]:.2g} s)"
-        else:
+        elif without_doubt:
             link = "no link stands out"
+        else:
+            return None
         return f"all ranks have computed their part and wait for the network; {link}"
 
     def _slow_rank_line(self, reports: Mapping[int, RankReport]) -> str | None:

@@ -28,7 +28,7 @@ def clock(monkeypatch):
 
 @pytest.fixture
 def times(clock):
-    """Of a rank whose usual step takes 0.2 s, half of it work, and whose step in progress has lasted 7 s."""
+    """Of a rank whose usual step takes 0.2 s, half of it work, and whose step in progress has lasted 12 s."""
     times = StepTimes()
     for _ in range(SETTLED):
         times.begin()
@@ -37,7 +37,7 @@ def times(clock):
         clock.now += 0.1
         times.end()
     times.begin()
-    clock.now += 7
+    clock.now += 12
     return times
 
 
@@ -49,7 +49,7 @@ def reports(**of_rank_3):
 
 def test_steps_are_timed_with_what_a_rank_works_in_them(times):
     assert (times.usual, times.working) == (pytest.approx(0.2), pytest.approx(0.1))
-    assert times.lasting() == pytest.approx(7)
+    assert times.lasting() == pytest.approx(12)
 
 
 def test_nothing_is_known_of_the_first_steps():
@@ -73,8 +73,17 @@ def test_nothing_is_known_of_the_first_steps():
 )  # fmt: skip
 def test_a_slow_step_has_a_cause_and_is_said_once(times, of_rank_3, cause):
     slow = SlowSteps(times, NAMES)
-    assert slow.look(reports(**of_rank_3)) == f"a step has taken 7 s so far, 0.2 s is usual: {cause}"
+    assert slow.look(reports(**of_rank_3)) == f"a step has taken 12 s so far, 0.2 s is usual: {cause}"
     assert slow.look(reports(**of_rank_3)) is None
+
+
+def test_the_network_alone_is_blamed_only_once_a_slow_link_would_be_known(times, clock):
+    times.end()
+    times.begin()
+    clock.now += 7
+    slow = SlowSteps(times, NAMES)
+    assert slow.look(reports()) is None
+    assert slow.look(reports(answer=0.9)).endswith("the link of rank 3 on node-3 is slow (an answer takes 0.9 s)")
 
 
 def rounds(number, **of_rank_3):
