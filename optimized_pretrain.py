@@ -27,6 +27,7 @@ from model.model import Transformer
 from model.runs.beginning import Beginning, find_beginning, open_data
 from model.runs.checkpoint import checkpoint_content, restore_state
 from model.runs.folder import step_checkpoint
+from model.runs.launch import is_ours
 from model.runs.part_saving import PartSaver, PartsBeingSaved
 from model.runs.resume import environment
 from model.runs.run_files import RunFiles
@@ -192,7 +193,7 @@ class Trainer:
             if self.files is not None:
                 self.files.finish_copies()
             self.processes.barrier()  # rank 0 has written everything
-            self._tell_status(outcome, self.exit_code(outcome))
+            self._tell_status(outcome, EXIT_CODES[outcome] if is_ours() else self.exit_code(outcome))
             return outcome
         except RuntimeError as error:  # a gradient's exchange that broke, or a fault
             if (lost := self.processes.lost(error)) is not None:

@@ -126,15 +126,21 @@ def remove_unfinished(folder: Path) -> None:
 
 def remove_stray_parts(folder: Path, before_step: float = math.inf) -> None:
     """Remove the parts that belong to no checkpoint: their index is missing, or is an interrupted one and names others.
+    What a copy of an index names stays, under whatever name the copy is kept.
 
     Args:
         before_step: those of later steps stay, since they may be written just now.
     """
     named = set(part_names(folder / INTERRUPTED))
+    stray = []
     for part in filter(is_part, folder.glob(PARTS)):
         index = folder / index_name(part)
-        is_stray = not index.exists() or (index.name == INTERRUPTED and part.name not in named)
-        if is_stray and step_of_part(part) < before_step:
+        if not index.exists() or (index.name == INTERRUPTED and part.name not in named):
+            stray.append(part)
+    copies = [path for path in folder.glob("*.pth") if not is_part(path)] if stray else []
+    named.update(name for path in copies for name in part_names(path))
+    for part in stray:
+        if part.name not in named and step_of_part(part) < before_step:
             with contextlib.suppress(PermissionError):  # on Windows, while it is being copied: the next save removes it
                 part.unlink(missing_ok=True)
 

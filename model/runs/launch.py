@@ -36,6 +36,8 @@ def launch(processes: int, command: list[str], out_dir: Path) -> int:
     Raises:
         NodesMissing: the other machines did not come, or the one where they meet is gone.
     """
+    # Where one process has died, the others' connections warn in pages of C++ frames; what happened is said in a line.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from torch.distributed import DistError
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -119,9 +121,14 @@ def _let_workers_save() -> None:
     PContext.close = close_patiently
 
 
+def is_ours() -> bool:
+    """Whether `launch` started this process, and so turns the outcome into the exit code of a run without torchrun."""
+    return OURS in os.environ
+
+
 def advice_on_slow_saves(seconds: float) -> str | None:
     """What to say under plain torchrun where a save takes so long that it may be killed after Ctrl-C."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ or OURS in os.environ:
+    if "TORCHELASTIC_RUN_ID" not in os.environ or is_ours():
         return None
     names = ("PET_SHUTDOWN_TIMEOUT", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT")
     limit = float(next((os.environ[name] for name in names if name in os.environ), TORCHRUN_SECONDS_TO_SAVE))

@@ -4,6 +4,7 @@ Exit codes get lost: torchrun has its own, and a killed process has none. This f
 that was killed stays "running".
 """
 
+import contextlib
 import datetime
 import json
 import os
@@ -69,6 +70,9 @@ class Status:
             self.problem = None
         except (InputError, OSError) as error:
             self.problem = str(error)
+            if exit_code is not None:  # the last word: a full disk has no room for a second file
+                with contextlib.suppress(OSError):
+                    self.path.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
 
 
 def outcome_of(error: BaseException) -> tuple[str, int, str]:

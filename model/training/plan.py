@@ -219,7 +219,9 @@ def plan_run(
         trained_parameters=trained,
         flops_per_token=flops_per_token,
         train_samples=order.per_epoch,
-        val_samples=data.spread_validation(t.eval_steps and t.eval_steps * batch_size * ranks.world_size),
+        val_samples=data.spread_validation(
+            t.eval_steps and t.eval_steps * (t.global_batch_size or batch_size * ranks.world_size)
+        ),
         order=order,
         pace=pace,
         schedule=plan_schedule(training, total_steps),

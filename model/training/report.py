@@ -28,6 +28,8 @@ def describe(plan: RunPlan) -> list[str]:
         f" the {plan.hardware.peak_flops / 1e9:,.0f} GFLOP/s that matrix products reach here"
     )
     rows = f"{t.batch_size} x {t.accumulation_steps} accumulated x {counted(plan.world_size, 'process', 'processes')}"
+    if t.global_batch_size is not None:
+        rows = f"global_batch_size, at most {rows}"
     decides = f"epochs {t.epochs}" if t.max_steps is None else f"max_steps, which overrides epochs {t.epochs}"
     data = (
         f"data: {counted(plan.train_samples, 'sample')} of {counted(plan.config.max_seq_len, 'token')}; a step reads"

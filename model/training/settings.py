@@ -406,6 +406,10 @@ def _impossible_combinations(settings: Settings) -> list[str]:
             problems.append(f"train_data_weights: {weights} found, but train_data_path has {paths}; give one for each")
     if training.copy_to is not None and os.path.realpath(training.copy_to) == os.path.realpath(training.out_dir):
         problems.append(f"copy_to: {training.copy_to} is out_dir; give another folder, best on another disk")
+    if training.shard_degree is not None and training.shard != "hybrid":
+        problems.append(
+            f"shard_degree: {training.shard_degree} found, but shard is {training.shard}; set shard hybrid, or omit it"
+        )
     if training.global_batch_size is not None:
         if training.batch_size == AUTO:
             problems.append(

@@ -291,7 +291,8 @@ def test_shared_weights_and_gradients_are_exchanged_in_as_many_bytes_as_were_sai
     """As PyTorch hands them to its collectives, where all is divided evenly; matrices of Muon evenly but for one."""
     shape = {"dim": 256, "n_layers": 2, "n_heads": 8, "n_kv_heads": 4, "max_seq_len": 32}
     monkeypatch.setitem(ONE_THREAD, "MATECONV_EMULATE_DTYPE", "1")
-    options = {"optimizer_type": "muon", "dtype": "bfloat16", "shard": shard, "shard_degree": 2, "batch_size": 1}
+    options = {"optimizer_type": "muon", "dtype": "bfloat16", "shard": shard, "batch_size": 1}
+    options |= {"shard_degree": 2} if shard == "hybrid" else {}
     given = flags(**shape, **options, accumulation_steps=micro_batches, ddp="true", device="cpu")
     started = start_ranks(processes, [sys.executable, "-c", COUNT_SHARED, json.dumps(given)], cwd=ROOT)
     result = finish_ranks(started)

@@ -46,6 +46,8 @@ def test_the_ranks_that_share_one_copy():
     assert shards(1, 1, shard="full") == shards(1, 1, shard="hybrid") == 1
     with pytest.raises(InputError, match="shard_degree: 3 does not divide the 8 processes"):
         shards(8, 4, shard="hybrid", shard_degree=3)
+    with pytest.raises(InputError, match="shard_degree: 2 found, but shard is full; set shard hybrid, or omit it"):
+        shards(8, 4, shard="full", shard_degree=2)
     with pytest.raises(InputError, match="each machine has one process; give shard_degree, or use shard full"):
         shards(8, 1, shard="hybrid")
 
@@ -205,8 +207,8 @@ def test_four_ranks_compute_what_one_process_does(flags, tmp_path, shard, case):
 @pytest.mark.parametrize("optimizer_type", ["adamw", "muon"])
 @pytest.mark.parametrize(("shard", "writers"), [("full", "one"), ("full", "all"), ("hybrid", "all")])
 def test_a_killed_run_on_four_ranks_resumes_with_the_same_bits(flags, tmp_path, shard, writers, optimizer_type):
-    options = {"optimizer_type": optimizer_type, "use_ema": "true", "dropout": 0.1, "shard": shard, "shard_degree": 2}
-    options["checkpoint_writers"] = writers
+    options = {"optimizer_type": optimizer_type, "use_ema": "true", "dropout": 0.1, "shard": shard}
+    options |= {"checkpoint_writers": writers} | ({"shard_degree": 2} if shard == "hybrid" else {})
     for folder in ("whole", "killed"):
         train_on(4, flags(out_dir=tmp_path / folder, **options))
     for step in (8, 12):
