@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
 
 import torch
 
@@ -17,6 +16,7 @@ from model.training.settings import build_settings
 from optimized_pretrain import Trainer
 from tests import forks
 from tests.conftest import ROOT, signals_kept
+from tests.parted import in_dicts
 from utils import Processes, run_command
 
 TINY = {
@@ -171,14 +171,7 @@ def assert_same_end(first, second, step: int = 12) -> None:
     for content in (a, b):
         content["progress"].pop("seconds")
     for key in ("model", "ema", "ema_updates", "optimizer", "scaler", "progress", "random_states", "data", "config"):
-        assert_equal(put_together(a[key]), put_together(b[key]), key)
-
-
-def put_together(value):
-    """Plain dicts of what was read from a checkpoint in parts."""
-    if not isinstance(value, Mapping):
-        return value
-    return {key: put_together(inner) for key, inner in value.items()}
+        assert_equal(in_dicts(a[key]), in_dicts(b[key]), key)
 
 
 def assert_two_processes_resume(flags, folder, **options) -> None:

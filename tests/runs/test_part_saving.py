@@ -23,7 +23,7 @@ from model.runs.part_saving import split
 from model.runs.resume import load_checkpoint, newest_checkpoint
 from model.runs.supervisor import Supervisor
 from model.storage.part_names import PARTS, index_name
-from model.storage.parts import part_names
+from model.storage.parts import load_parted, part_names
 from model.storage.slices import copy_by_name, describe
 from model.training.optimizer import build_optimizer
 from model.training.recipe import all_should_write
@@ -131,6 +131,16 @@ def test_what_killed_saves_left_is_removed_by_the_next_start(tmp_path, parted):
         (tmp_path / name).write_bytes(b"part")
     claim(tmp_path).release()
     assert names(tmp_path) == kept
+
+
+def test_parts_that_a_copy_of_their_index_names_stay(tmp_path, parted):
+    old = parted(9)
+    (tmp_path / "keep.pth").write_bytes((tmp_path / "checkpoint_step_9.pth").read_bytes())
+    new = parted(100)
+    prune_checkpoints(tmp_path, keep_last=1, verified=100)
+    claim(tmp_path).release()
+    assert names(tmp_path) == new | (old - {"checkpoint_step_9.pth"})
+    assert load_parted(tmp_path / "keep.pth")["progress"]["step"] == 9
 
 
 def test_no_part_of_an_interrupted_checkpoint_is_replaced(tmp_path, parted):

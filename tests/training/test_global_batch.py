@@ -3,12 +3,18 @@
 import pytest
 
 from model.training.settings import build_settings
-from tests.tiny_runs import losses, refused, train, two_ranks
+from tests.tiny_runs import events, losses, refused, train, two_ranks
 
 
 def assert_same_losses(folder, other):
-    pairs = zip(losses(folder), losses(other), strict=True)
-    assert all(there == pytest.approx(here, abs=1e-5) for (_, there), (_, here) in pairs)
+    """Of training, and of the same samples to validate on."""
+    for found in (losses, val_losses):
+        pairs = [*zip(found(folder), found(other), strict=True)]
+        assert pairs and all(there == pytest.approx(here, abs=1e-5) for (_, there), (_, here) in pairs)
+
+
+def val_losses(folder) -> list[tuple[int, float]]:
+    return [(event["step"], event["val_loss"]) for event in events(folder) if "val_loss" in event]
 
 
 @pytest.mark.parametrize(
