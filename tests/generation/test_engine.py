@@ -355,7 +355,9 @@ def test_the_step_comes_in_the_background_and_not_for_a_seed(tiny_model, tokeniz
 @pytest.mark.parametrize(
     ("variant", "int8"),
     [
-        ({}, False), ({"qk_norm": True, "tie_embeddings": False}, True), (SHARED_EXPERTS, False),
+        ({}, False),
+        pytest.param({"qk_norm": True, "tie_embeddings": False}, True, marks=pytest.mark.slow),
+        pytest.param(SHARED_EXPERTS, False, marks=pytest.mark.slow),
         (EXPERTS | {"tie_embeddings": False}, True),
     ],
 )  # fmt: skip

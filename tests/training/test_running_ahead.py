@@ -19,7 +19,14 @@ CASES = {
     "muon": {"optimizer_type": "muon", "use_ema": "true", "lr_scheduler": "wsd"},
     "experts, bias": {"n_experts": 4, "expert_bias": "true", "use_ema": "true", "balance_loss": 0.01},
     "float16": {"dtype": "float16", "dropout": 0.1},
-    "epochs": {"max_steps": None, "epochs": 8, "batch_size": 150, "log_interval": 3, "dropout": 0.1},
+    "epochs": {
+        "max_steps": None,
+        "epochs": 8,
+        "batch_size": 150,
+        "log_interval": 3,
+        "dropout": 0.1,
+        "dtype": "float32",
+    },
     "an optimizer that can't": {"optimizer_type": "sgd", "learning_rate": 0.1},
 }
 BAD = {1: "loss", 5: "gradient", 6: "gradient", 12: "loss", 38: "spike", 43: "loss"}  # by the place among all steps
