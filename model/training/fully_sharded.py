@@ -191,9 +191,14 @@ def _report_arrivals(modules: list[nn.Module], processes: Ranks) -> None:
     def arrive(*_) -> None:
         processes.arrive()
 
-    for module in modules:
-        module.register_forward_pre_hook(arrive, prepend=True)  # before what gathers
-        module.register_full_backward_pre_hook(arrive, prepend=True)
+    @torch.compiler.disable
+    def arrive_in_backward(module: nn.Module, inputs: tuple, output: Tensor) -> None:
+        if output.requires_grad:
+            output.register_hook(arrive)
+
+    for module in modules:  # each time before what gathers
+        module.register_forward_pre_hook(arrive, prepend=True)
+        module.register_forward_hook(arrive_in_backward, prepend=True)
 
 
 def _mesh(device_type: str, replicas: int, shards: int) -> DeviceMesh:

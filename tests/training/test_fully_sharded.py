@@ -160,6 +160,7 @@ def test_two_ranks_that_share_weights_have_the_bits_of_two_that_do_not(flags, tm
     for shard in ("none", "full"):
         said = train_on(2, flags(shard=shard, out_dir=tmp_path / shard, **options)).stderr
         assert said.count("shard full: 2 processes share one copy of weights") == (shard == "full")
+        assert "Warning" not in said
     assert_same_runs(tmp_path / "none", tmp_path / "full")
 
 
