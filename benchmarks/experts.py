@@ -100,6 +100,7 @@ def learned(name: str, tokens: float, options: argparse.Namespace) -> tuple[list
 
 
 def file_name(name: str) -> str:
+    """A contender's name without what a shell would take apart."""
     return name.replace(", ", "-").replace(" ", "_")
 
 

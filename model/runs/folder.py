@@ -131,16 +131,15 @@ def remove_stray_parts(folder: Path, before_step: float = math.inf) -> None:
     Args:
         before_step: those of later steps stay, since they may be written just now.
     """
-    named = set(part_names(folder / INTERRUPTED))
-    stray = []
+    doubtful = []
     for part in filter(is_part, folder.glob(PARTS)):
         index = folder / index_name(part)
-        if not index.exists() or (index.name == INTERRUPTED and part.name not in named):
-            stray.append(part)
-    copies = [path for path in folder.glob("*.pth") if not is_part(path)] if stray else []
-    named.update(name for path in copies for name in part_names(path))
-    for part in stray:
-        if part.name not in named and step_of_part(part) < before_step:
+        if step_of_part(part) < before_step and (index.name == INTERRUPTED or not index.exists()):
+            doubtful.append(part)
+    indices = [path for path in folder.glob("*.pth") if not is_part(path)] if doubtful else []
+    named = {name for index in indices for name in part_names(index)}
+    for part in doubtful:
+        if part.name not in named:
             with contextlib.suppress(PermissionError):  # on Windows, while it is being copied: the next save removes it
                 part.unlink(missing_ok=True)
 

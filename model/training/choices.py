@@ -145,11 +145,7 @@ class Choices:
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise InputError(f"{path}: its values for auto are invalid; use an older checkpoint") from error
         if checkpoint["environment"].get("device") != self._device.type:
-            for name in (
-                "compile",
-                "attention",
-                "expert_products",
-            ):  # what pays on one kind of device need not on another
+            for name in ("compile", "attention", "expert_products"):  # what pays on one kind need not on another
                 values.pop(name, None)
         return values
 

@@ -164,11 +164,6 @@ class Holdings(ABC):
             own: this rank's pieces of them; what is not among them is the model's.
         """
 
-    def given(self) -> list[Piece]:
-        """The pieces that this rank gives where whole tensors are put together."""
-        rank = self._processes.rank
-        return [piece for owners in self._owners.values() for piece, owner in owners if owner == rank]
-
     @contextlib.contextmanager
     def left_in_pieces(self) -> Iterator[None]:
         """Within it nothing is gathered, and no rank waits for another: `collect` returns `InPieces` on every rank."""

@@ -15,7 +15,7 @@ from model.training.memory import step_memory
 from model.training.settings import build_settings
 from tests.runs.test_processes import ranks
 from tests.tiny_runs import ONE_THREAD, assert_equal, assert_same_end, command, finish_ranks, losses, start_ranks, train
-from tests.training.test_sharding import assert_same_runs
+from tests.training.test_sharding import assert_same_runs, assert_sharing_keeps_the_bits
 from utils import Processes
 
 # ------------------------------------------------------------------------------------------------- who holds what
@@ -168,11 +168,7 @@ def test_two_ranks_that_share_weights_have_the_bits_of_two_that_do_not(flags, tm
 @pytest.mark.parametrize("ahead", [0, 1])
 @pytest.mark.parametrize("case", CASES)
 def test_whatever_a_step_does_the_bits_are_the_same(flags, tmp_path, case, ahead, monkeypatch):
-    monkeypatch.setitem(ONE_THREAD, "MATECONV_RUN_AHEAD", str(ahead))
-    monkeypatch.setitem(ONE_THREAD, "MATECONV_EMULATE_DTYPE", "1")
-    for shard in ("none", "full"):
-        train_on(2, flags(shard=shard, out_dir=tmp_path / shard, **CASES[case]))
-    assert_same_runs(tmp_path / "none", tmp_path / "full")
+    assert_sharing_keeps_the_bits("full", flags, tmp_path, CASES[case], ahead, monkeypatch)
 
 
 MATRIX = {

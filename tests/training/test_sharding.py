@@ -157,6 +157,16 @@ def assert_same_runs(folder_a, folder_b) -> None:
             assert_equal(*(load_torch(folder / name) for folder in (folder_a, folder_b)))
 
 
+def assert_sharing_keeps_the_bits(shard: str, flags, folder, options: dict, ahead: int, monkeypatch) -> None:
+    """Of two ranks, launching ahead or not; their runs lie in `folder` by what they share."""
+    monkeypatch.setitem(ONE_THREAD, "MATECONV_RUN_AHEAD", str(ahead))
+    monkeypatch.setitem(ONE_THREAD, "MATECONV_EMULATE_DTYPE", "1")
+    for shared in ("none", shard):
+        result = two_ranks(flags(shard=shared, out_dir=folder / shared, **options))
+        assert result.returncode == 0, result.stderr
+    assert_same_runs(folder / "none", folder / shard)
+
+
 @pytest.mark.long
 def test_two_ranks_that_share_have_the_bits_of_two_that_do_not(flags, tmp_path):
     for shard in ("none", "auto"):
@@ -229,12 +239,7 @@ def test_many_buckets_a_veto_and_a_loaded_state_have_the_bits_of_the_whole(count
 @pytest.mark.parametrize("ahead", [0, 1])
 @pytest.mark.parametrize("case", CASES)
 def test_whatever_a_step_does_the_bits_are_the_same(flags, tmp_path, case, ahead, monkeypatch):
-    monkeypatch.setitem(ONE_THREAD, "MATECONV_RUN_AHEAD", str(ahead))
-    monkeypatch.setitem(ONE_THREAD, "MATECONV_EMULATE_DTYPE", "1")
-    for shard in ("none", "optimizer"):
-        result = two_ranks(flags(shard=shard, out_dir=tmp_path / shard, **CASES[case]))
-        assert result.returncode == 0, result.stderr
-    assert_same_runs(tmp_path / "none", tmp_path / "optimizer")
+    assert_sharing_keeps_the_bits("optimizer", flags, tmp_path, CASES[case], ahead, monkeypatch)
     skipped = [event["skipped_steps"] for event in events(tmp_path / "optimizer") if "skipped_steps" in event]
     assert (skipped[-1] > 0) == ("skipped" in case)
 
