@@ -55,7 +55,7 @@ from model.training.plan import plan_run
 from model.training.progress import Progress, StepResult
 from model.training.replicated import Replicated
 from model.training.report import bar_text, describe, evaluation_lines, measured_lines, position, step_metrics
-from model.training.settings import Settings
+from model.training.settings import Settings, recipe_lines
 from model.training.sharded_optimizer import ShardedOptimizer, optimizer_and_average
 from model.training.step import DeviceVerdict, Step, read_numbers, runs_ahead
 from model.training.verification import BackgroundVerification
@@ -112,6 +112,8 @@ class Trainer:
 
         beginning = beginning or find_beginning(self.settings, say)
         self.resumed = beginning.checkpoint
+        for line in recipe_lines(self.settings) if self.resumed is None else ():
+            say(line)
         shards = weight_shards(asked, processes)
         self.environment = environment(processes.world_size, self.dtype, self.device, shards)
         self.data = open_data(self.settings, self.resumed, self.environment, processes, say)

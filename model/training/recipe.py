@@ -14,6 +14,21 @@ import sys
 from model.errors import InputError, counted
 from model.training.optimizer import OPTIMIZERS
 
+# What `recipe` sets where nothing else does, by name: each setting's value, and why. Measured: benchmarks/RESULTS.md,
+# "What a recipe learns"; what was tried and left out stands there too.
+RECIPES: dict[str, dict[str, tuple[object, str]]] = {
+    "best": {
+        "optimizer_type": ("muon", "the loss of a tuned AdamW with a third of its tokens"),
+        "lr_scheduler": ("linear", "learns more than a cosine"),
+        "learning_rate": ("auto", "to suit model and batch"),
+        "warmup_steps": ("auto", "a twentieth of the steps"),
+        "batch_size": ("auto", "small steps while tokens are few"),
+        "epochs": ("auto", "repeated text teaches less each time"),
+        "document_mask": (True, "the start of a text is learned without another one before it"),
+        "qk_norm": (True, "attention that cannot grow too sharp takes higher rates"),
+    }
+}
+
 BASE_PARAMETERS = 3e6  # the model's parameters, and
 BASE_TOKENS = 2048  # the tokens of a step, for which the optimizers' base rates are best
 MOST_SCALING = 4.0  # of the rate for larger or smaller steps, either way

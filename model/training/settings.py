@@ -17,6 +17,7 @@ from model.errors import MOST_CHARACTERS, InputError, shown
 from model.LMConfig import MOST_TOKENS, LMConfig, impossible_shape, untrained_router
 from model.options import parse_value, setting
 from model.training.optimizer import OPTIMIZERS
+from model.training.recipe import RECIPES
 from model.training.schedule import SHAPES
 
 MOST_PROBLEMS = 20  # shown; the rest is counted
@@ -94,6 +95,12 @@ ModelSettings = _model_section()
 class TrainingSettings:
     """Section `training`. A step is one optimizer step; intervals count steps."""
 
+    recipe: str | None = setting(
+        None,
+        "a word for several settings, which count where neither file nor flags set them; best: what learned the most"
+        " in our measurements (optimizer, schedule, rate, batch, warm-up, epochs, document_mask, qk_norm); null: none",
+        choices=tuple(RECIPES),
+    )
     epochs: int | Auto = setting(15, "passes over the training samples; auto: few, but many over few chats", at_least=1)
     max_steps: int | None = setting(None, "steps to train, whatever epochs says; null: epochs decide", at_least=1)
     max_hours: float | None = setting(
@@ -324,6 +331,7 @@ def build_settings(
         InputError: with one line for each thing that is wrong.
     """
     settings, problems = Settings(), list(problems)
+    _take_recipe(settings, file_values, flags)
     for section, values in file_values.items():
         if section not in SECTIONS:
             problems.append(f"{source}: section {shown(section)} is unknown; {_nearest(section, SECTIONS)}")
@@ -344,6 +352,34 @@ def build_settings(
     if problems:
         raise InputError(*problems)
     return settings
+
+
+def _take_recipe(settings: Settings, file_values: Mapping[str, Mapping], flags: Mapping[str, object]) -> None:
+    """Set what the recipe sets, if one is named; what file and flags say is merged over it. A name that is none is
+    reported when it is merged."""
+    of_training = file_values.get("training")
+    named = of_training.get("recipe") if isinstance(of_training, Mapping) else None
+    name = flags.get("recipe", named)
+    for setting_name, (value, _) in RECIPES.get(name, {}).items() if isinstance(name, str) else ():
+        setattr(getattr(settings, SECTION_OF[setting_name]), setting_name, value)
+
+
+def recipe_lines(settings: Settings) -> list[str]:
+    """What the recipe of these settings says, and which of them are others: a line for each; none without a recipe."""
+    recipe = settings.training.recipe
+    lines = []
+    for name, (value, why) in RECIPES.get(recipe, {}).items():
+        given = getattr(getattr(settings, SECTION_OF[name]), name)
+        lines.append(
+            f"recipe {recipe}: {name} {_plainly(value)}, {why}"
+            if given == value
+            else f"recipe {recipe}: {name} would be {_plainly(value)}; {_plainly(given)} is set"
+        )
+    return lines
+
+
+def _plainly(value) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _merge_section(settings: Settings, section: str, values: Mapping, source: str, problems: list[str]) -> None:

@@ -285,7 +285,7 @@ def test_bad_input_is_one_line_and_no_restart(flags, more):
     for change in {"dim": 33}, {"train_data_path": "none.bin"}:
         result = run(command(flags(**change), *more))
         assert result.returncode == 2 and "restart 1" not in result.stderr, result.stderr
-        assert sum(line.startswith("error:") for line in result.stderr.splitlines()) == 1
+        assert sum(line.startswith("error:") for line in result.stderr.splitlines()) == 1, result.stderr
 
 
 @pytest.mark.parametrize("text", ["-1", "two", ""])
