@@ -58,6 +58,7 @@ class Watchdog:
         self._count, self._doing, self._patience, self._moved = 0, "starting", START_PATIENCE, time.monotonic()
         self._heard: str | None = None  # what went wrong, according to another process
         self._known: float | None = None  # when this process reported what went wrong, or heard of it
+        self._has_announced = False  # why this process ends: its main thread says so itself
         self._alive = 0  # rounds of this thread
         self._last_reports: dict[int, tuple] = {}  # of `who_is_silent`: each rank's, and since when it is the same
         self._answer = 0.0  # that the store's last answer took
@@ -101,7 +102,8 @@ class Watchdog:
         self._linger()
 
     def announce(self, message: str) -> None:
-        """Tell the other processes why this one ends."""
+        """Tell the other processes why this one ends. From here on the watchdog says nothing of that itself."""
+        self._has_announced = True
         self._tell_others(f"rank {self._names[self._rank]} failed: {message}")
 
     def _tell_others(self, message: str, silent: Sequence[int] = ()) -> None:
@@ -205,7 +207,7 @@ class Watchdog:
                 failed_since = None
                 continue
             # This process works or waits. Has another one failed? Do the others make progress?
-            if failed:
+            if failed and not self._has_announced:
                 failed_since = failed_since or time.monotonic()
                 if time.monotonic() - failed_since > FAREWELL_SECONDS:
                     self._end(self.whom_to_blame())
@@ -219,7 +221,8 @@ class Watchdog:
 
     def _end(self, message: str) -> None:
         self._linger()
-        self._give_up(message)
+        if not self._over.is_set():  # else the main thread has come to an end by itself meanwhile
+            self._give_up(message)
 
     def _look_for_slowness(self, say: Callable[[str], None]) -> None:
         if self.times.usual is None or (found := self._ask(self._read_reports)) is None:
