@@ -97,8 +97,9 @@ class TrainingSettings:
 
     recipe: str | None = setting(
         None,
-        "a word for several settings, which count where neither file nor flags set them; best: what learned the most"
-        " in our measurements (optimizer, schedule, rate, batch, warm-up, epochs, document_mask, qk_norm); null: none",
+        "a word for several settings, each of which can still be set: as a flag it counts over the file's lines; best:"
+        " what learned the most in our measurements (optimizer, schedule, rate, batch, warm-up, epochs, document_mask,"
+        " qk_norm); null: none",
         choices=tuple(RECIPES),
     )
     epochs: int | Auto = setting(15, "passes over the training samples; auto: few, but many over few chats", at_least=1)
@@ -331,7 +332,8 @@ def build_settings(
         InputError: with one line for each thing that is wrong.
     """
     settings, problems = Settings(), list(problems)
-    _take_recipe(settings, file_values, flags)
+    of_training = file_values.get("training")
+    _take_recipe(settings, of_training.get("recipe") if isinstance(of_training, Mapping) else None)
     for section, values in file_values.items():
         if section not in SECTIONS:
             problems.append(f"{source}: section {shown(section)} is unknown; {_nearest(section, SECTIONS)}")
@@ -340,6 +342,7 @@ def build_settings(
                 problems.append(f"{source}: section {section!r} is {shown(values)}, expected keys with values")
         else:
             _merge_section(settings, section, values, source, problems)
+    _take_recipe(settings, flags.get("recipe"))
     for name, value in flags.items():
         if name in FIELDS:
             _assign(settings, name, value, f"{prefix}{name}", problems)
@@ -354,12 +357,9 @@ def build_settings(
     return settings
 
 
-def _take_recipe(settings: Settings, file_values: Mapping[str, Mapping], flags: Mapping[str, object]) -> None:
-    """Set what the recipe sets, if one is named; what file and flags say is merged over it. A name that is none is
-    reported when it is merged."""
-    of_training = file_values.get("training")
-    named = of_training.get("recipe") if isinstance(of_training, Mapping) else None
-    name = flags.get("recipe", named)
+def _take_recipe(settings: Settings, name) -> None:
+    """Set what a recipe sets: the file's lines count over a recipe in the file, flags over the flag, which itself counts
+    over the file. Other names are reported where they are merged."""
     for setting_name, (value, _) in RECIPES.get(name, {}).items() if isinstance(name, str) else ():
         setattr(getattr(settings, SECTION_OF[setting_name]), setting_name, value)
 

@@ -6,11 +6,21 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from model.errors import InputError
 from model.LMConfig import LMConfig
 from model.training.config_file import load_settings, read_config
-from model.training.settings import FIELDS, SECTIONS, ModelSettings, Settings, build_settings
+from model.training.recipe import RECIPES
+from model.training.settings import (
+    FIELDS,
+    SECTION_OF,
+    SECTIONS,
+    ModelSettings,
+    Settings,
+    build_settings,
+    recipe_lines,
+)
 from tests import forks
 
 ROOT = Path(__file__).parent.parent.parent
@@ -232,3 +242,29 @@ def test_settings_are_checked_before_torch_is_loaded():
     code = "import sys, train; train.read_settings(['--optimizer_type', 'muon']); print('torch' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert result.stdout == "False\n", result.stderr
+
+
+def test_a_recipe_counts_over_defaults_and_the_file_over_it():
+    settings = build_settings({"training": {"recipe": "best", "learning_rate": 1e-3}, "model": {"dim": 64}}, {})
+    training = settings.training
+    assert (training.optimizer_type, training.lr_scheduler, training.batch_size) == ("muon", "linear", "auto")
+    assert training.learning_rate == 1e-3 and settings.model.qk_norm is True and settings.model.dim == 64
+    lines = recipe_lines(settings)
+    assert len(lines) == len(RECIPES["best"])
+    assert "recipe best: learning_rate would be auto; 0.001 is set" in lines
+
+
+def test_a_recipe_as_a_flag_counts_over_the_file_and_other_flags_over_it():
+    every = yaml.safe_load((ROOT / "config.yaml").read_text(encoding="utf-8"))
+    settings = build_settings(every, {"lr_scheduler": "wsd", "recipe": "best"})
+    assert settings.training.optimizer_type == "muon" and settings.model.qk_norm is True
+    assert settings.training.lr_scheduler == "wsd"
+    assert not recipe_lines(build_settings(every, {}))
+
+
+def test_what_a_recipe_sets_is_a_value_of_that_setting():
+    for name, parts in RECIPES.items():
+        for setting_name, (value, why) in parts.items():
+            built = build_settings({}, {setting_name: value})
+            assert getattr(getattr(built, SECTION_OF[setting_name]), setting_name) == value, (name, setting_name)
+            assert why
