@@ -358,8 +358,8 @@ def build_settings(
 
 
 def _take_recipe(settings: Settings, name) -> None:
-    """Set what a recipe sets: the file's lines count over a recipe in the file, flags over the flag, which itself counts
-    over the file. Other names are reported where they are merged."""
+    """Set what a recipe sets: of the file, before its other lines; of a flag, over the file and before other flags. A
+    name that is none is reported where it is merged."""
     for setting_name, (value, _) in RECIPES.get(name, {}).items() if isinstance(name, str) else ():
         setattr(getattr(settings, SECTION_OF[setting_name]), setting_name, value)
 
