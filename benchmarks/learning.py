@@ -53,6 +53,7 @@ PARTS = {  # what is left out of recipe best, or added to it, by section
     "cosine": {"training": {"lr_scheduler": "cosine"}},
     "wsd": {"training": {"lr_scheduler": "wsd"}},
     "linear to 0": {"training": {"min_lr": 0.0}},
+    "a quarter of the batch": {"batch": 0.25},
     "half the batch": {"batch": 0.5},
     "twice the batch": {"batch": 2.0},
     "untied output layer": {"model": {"tie_embeddings": False}},
