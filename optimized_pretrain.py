@@ -54,7 +54,15 @@ from model.training.optimizer import set_rates
 from model.training.plan import plan_run
 from model.training.progress import Progress, StepResult
 from model.training.replicated import Replicated
-from model.training.report import bar_text, describe, evaluation_lines, measured_lines, position, step_metrics
+from model.training.report import (
+    bar_text,
+    behind_line,
+    describe,
+    evaluation_lines,
+    measured_lines,
+    position,
+    step_metrics,
+)
 from model.training.settings import Settings, recipe_lines
 from model.training.sharded_optimizer import ShardedOptimizer, optimizer_and_average
 from model.training.step import DeviceVerdict, Step, read_numbers, runs_ahead
@@ -99,7 +107,7 @@ class Trainer:
         self.stop_vote = StopVote(processes.all_sum, alone=processes.world_size == 1)
         self.files: RunFiles | None = None  # on rank 0, once it trains
         self.part_saver: PartSaver | None = None  # once it trains, where all ranks write the checkpoints
-        self.progress, self.clock, self.is_estimate_checked = Progress(), Clock(), False
+        self.progress, self.clock, self.is_estimate_checked, self.is_behind_told = Progress(), Clock(), False, False
         asked = self.settings.training
         self.hardware = utils.choose_hardware(asked.device, asked.dtype, processes.local_rank)
         self.device, self.dtype, self.autocast = self.hardware.device, self.hardware.dtype, self.hardware.autocast
@@ -495,6 +503,8 @@ class Trainer:
         """
         for line in evaluation_lines(self.progress, measured, self.data.is_chat):
             say(line)
+        if self.plan.outlook is not None and "bits_per_byte" in measured:
+            measured = measured | self._compare_with_others(measured["bits_per_byte"])
         if (line := self.routing.line()) is not None:
             say(f"    {line}")
         if self.judge is not None and self.data.is_chat:
@@ -504,6 +514,16 @@ class Trainer:
         self._write_metrics(files, measured)
         files.metrics.update_curves()
         self._show_preview(model)
+
+    def _compare_with_others(self, bits: float) -> dict[str, float]:
+        """What other runs had by now, for metrics.jsonl; say once where this one has clearly less."""
+        tokens = self.plan.order.count_targets(self.progress.samples, self.data.train)
+        line = behind_line(self.plan, self.progress, tokens, bits)
+        if line is not None and not self.is_behind_told:
+            self.is_behind_told = True
+            say(line)
+        expected = self.plan.outlook.after(tokens)
+        return {"expected_bits_low": round(expected.low, 4), "expected_bits_high": round(expected.high, 4)}
 
     def _show_preview(self, model: Transformer) -> None:
         if self.preview is not None:

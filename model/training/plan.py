@@ -15,6 +15,7 @@ from model.model import Transformer
 from model.storage.archive import tensor_bytes
 from model.training.choices import Choices, FoundCheckpoint, Ranks
 from model.training.data import TrainingData
+from model.training.expectation import MOST_BEYOND, Outlook, unigram_of_data
 from model.training.memory import trained_bytes
 from model.training.optimizer import optimizer_bytes, trained_parameters
 from model.training.order import SampleOrder
@@ -76,6 +77,7 @@ class RunPlan:
     steps_done: int  # by the run that this one resumes
     samples_done: int
     expected_seconds: float  # of training, from FLOPs alone: a guess
+    outlook: Outlook | None  # what it will reach; None: no texts, not from random weights, or of an unknown size
 
     @property
     def is_fully_sharded(self) -> bool:
@@ -230,6 +232,7 @@ def plan_run(
         steps_done=done["step"],
         samples_done=done["samples"],
         expected_seconds=expected_seconds,
+        outlook=_outlook(data, t, active, order.per_epoch * data.config.max_seq_len, total_steps * tokens_per_step),
     )
 
 
@@ -251,6 +254,15 @@ def _total_steps(pace: Mapping, order: SampleOrder, done: Mapping, checkpoint: M
     if pace["max_steps"] is not None:
         return pace["max_steps"]
     return done["step"] + order.steps_left(done["samples"], pace["epochs"])
+
+
+def _outlook(
+    data: TrainingData, training: TrainingSettings, parameters: int, epoch_tokens: int, total_tokens: int
+) -> Outlook | None:
+    if data.is_chat or training.init_from is not None:
+        return None
+    outlook = Outlook(unigram_of_data(data), parameters, epoch_tokens, total_tokens, training.optimizer_type)
+    return outlook if outlook.tens_beyond <= MOST_BEYOND else None
 
 
 def _space(model: Transformer, training: TrainingSettings, total_steps: int) -> RunSpace:

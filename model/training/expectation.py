@@ -1,0 +1,112 @@
+"""What held-out bits per byte a run will reach: the answer to "my loss stays at 4, is that right?".
+
+A rule fitted to finished runs (`benchmarks/expectation.py`, figures in benchmarks/RESULTS.md), of the form of Hoffmann
+et al., 2022: what a text's tokens cost by their frequencies alone, times
+
+    FLOOR + BY_SIZE / parameters ** SIZE_POWER + BY_TOKENS / tokens ** TOKENS_POWER
+
+Frequencies tell texts apart: verse has more of a surprise in each byte than translated documentation.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from model.training.data import TrainingData
+
+FLOOR, BY_SIZE, SIZE_POWER, BY_TOKENS, TOKENS_POWER = 0.0, 1.0, 0.1, 10.0, 0.25
+SPREAD = 0.06  # of the bits, either way: nine of ten runs lie within
+SPREAD_BEYOND = 0.06  # more of it for each factor of ten outside what was measured
+MOST_BEYOND = 3.0  # factors of ten, of size and tokens together: farther away the rule says nothing
+MEASURED_PARAMETERS, MEASURED_TOKENS = (1e6, 1e7), (2e5, 1e7)  # of the runs behind the rule
+WHILE_RATE_IS_HIGH = 0.03  # more bits at a run's begin than at the end of a run that ends there; less as it goes on
+WORTH_OF_PASSES = 15.4  # Muennighoff et al., 2023: after about so many passes more of them teach nothing
+SHARE_OF_TOKENS = {"muon": 1.0, "adamw": 0.3, "adam": 0.3}  # with a good rate, to the same loss with Muon
+MOST_COUNTED = 4_000_000  # tokens that frequencies are counted of
+
+
+@dataclass(frozen=True)
+class Expectation:
+    """Bits per byte of held-out text: nine of ten runs end between low and high."""
+
+    low: float
+    middle: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.low:.2f} to {self.high:.2f}"
+
+
+def unigram_bits_per_byte(ids: np.ndarray, lengths: np.ndarray, is_text: np.ndarray) -> float:
+    """Bits per byte of text for a model that knows the tokens' frequencies alone.
+
+    Args:
+        ids: of a part of the text, any shape.
+        lengths, is_text: as TokenBytes has them, by id.
+    """
+    counts = np.bincount(ids.ravel(), minlength=len(lengths))[: len(lengths)].astype(np.float64)
+    shares = counts[counts > 0] / counts.sum()
+    bits = -(counts[counts > 0] * np.log2(shares))
+    of_text = is_text[counts > 0]
+    return float(bits[of_text].sum() / max(1.0, (counts * lengths)[is_text].sum()))
+
+
+def unigram_of_data(data: TrainingData) -> float:
+    """`unigram_bits_per_byte` of the texts that are trained on, from samples spread over them."""
+    count = max(1, MOST_COUNTED // data.train.seq_len)
+    samples = np.unique(np.linspace(0, len(data.train) - 1, count).astype(np.int64))
+    ids = data.train.batch(samples, len(samples))[0].numpy()
+    return unigram_bits_per_byte(ids, data.token_bytes.lengths, data.token_bytes.is_text)
+
+
+def worth(tokens: float, epoch_tokens: float) -> float:
+    """New tokens that teach as much as these, some of which are read again (Muennighoff et al., 2023)."""
+    again = max(0.0, tokens / epoch_tokens - 1)
+    return min(tokens, epoch_tokens) * (1 + WORTH_OF_PASSES * (1 - math.exp(-again / WORTH_OF_PASSES)))
+
+
+def share_of_unigram(parameters: float, tokens: float) -> float:
+    """The rule: the bits per byte of a run's end, divided by those of frequencies alone."""
+    return FLOOR + BY_SIZE / parameters**SIZE_POWER + BY_TOKENS / tokens**TOKENS_POWER
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """What a run on texts, from random weights, will reach with recipe best or settings as good.
+
+    Attributes:
+        unigram: `unigram_bits_per_byte` of the text.
+        parameters: of the model that compute a token.
+        epoch_tokens: of one pass over the text.
+        total_tokens: of the run.
+        optimizer_type: as in the settings.
+    """
+
+    unigram: float
+    parameters: int
+    epoch_tokens: int
+    total_tokens: int
+    optimizer_type: str = "muon"
+
+    @property
+    def at_end(self) -> Expectation:
+        """Of the whole run."""
+        return self.after(self.total_tokens)
+
+    def after(self, tokens: float) -> Expectation:
+        """Of the run after so many tokens, while its learning rate has not fallen yet."""
+        taught = SHARE_OF_TOKENS.get(self.optimizer_type, 1.0) * worth(max(1.0, tokens), self.epoch_tokens)
+        middle = self.unigram * min(1.0, share_of_unigram(self.parameters, taught))
+        middle *= 1 + WHILE_RATE_IS_HIGH * max(0.0, 1 - tokens / self.total_tokens)
+        spread = 1 + SPREAD + SPREAD_BEYOND * self.tens_beyond
+        return Expectation(middle / spread, middle, middle * spread)
+
+    @property
+    def tens_beyond(self) -> float:
+        """Factors of ten by which this run lies outside those that the rule was made from, in size and in tokens."""
+        return _tens_outside(self.parameters, MEASURED_PARAMETERS) + _tens_outside(self.total_tokens, MEASURED_TOKENS)
+
+
+def _tens_outside(value: float, limits: tuple[float, float]) -> float:
+    return max(0.0, math.log10(limits[0] / value), math.log10(value / limits[1]))
