@@ -38,8 +38,8 @@ MOST_OFF = 0.02  # of nine in ten runs, beside what the fit leaves, for texts th
 
 
 def finished(folder: Path) -> list[dict]:
-    """Every finished run of recipe best as it is, below a folder: text, unigram, parameters, tokens, epoch_tokens, bits,
-    and the curve, a list of (share of the run, tokens, bits)."""
+    """Every finished run of recipe best as it is, below a folder: text, unigram, parameters, tokens, epoch_tokens and
+    bits, and the curve, a list of (share of the run, tokens, bits)."""
     texts: dict[str, tuple[float, float]] = {}
     runs = []
     for asked in sorted(folder.rglob("asked.yaml")):
