@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -174,7 +175,7 @@ class TrainingData:
         """
         entries = find_token_files(data.train_data_path, leave_out=(data.val_data_path, data.mix_data_path))
         paths = sum(entries, [])
-        self._path = files_text(paths)  # for messages
+        self._path, self._paths = files_text(paths), paths  # the first for messages
         for path in paths:
             refuse_text("train_data_path", path)
         opened = [[self._open(path, say) for path in its] for its in entries]
@@ -194,6 +195,11 @@ class TrainingData:
         if data.val_data_path is not None:
             self.val = self._open(data.val_data_path, say, "val_data_path")
             self._check_same_kind(data.val_data_path)
+            if os.path.realpath(data.val_data_path) in {os.path.realpath(path) for path in self._paths}:
+                say(
+                    f"warning: val_data_path: {data.val_data_path} is trained on too, so its loss says nothing of other"
+                    " text; give another file, or null"
+                )
             training = [SampleRange(len(entry)) for entry in entries]
             self.val_samples = np.arange(len(self.val))
         else:

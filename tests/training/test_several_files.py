@@ -90,6 +90,12 @@ def test_a_glob_is_its_files_in_order_without_those_that_are_for_something_else(
     assert validated.fingerprint == data_of(train_data_path=files[:2], val_data_path=files[2]).fingerprint
 
 
+def test_a_file_that_is_validated_on_and_trained_on_is_warned_of(data_of, files):
+    both = data_of(train_data_path=files, val_data_path=files[1])
+    assert [line for line in both.said if "is trained on too" in line and files[1] in line]
+    assert not [line for line in data_of(train_data_path=files[:1], val_data_path=files[1]).said if "too" in line]
+
+
 def test_weights_are_exact_shares_of_an_epoch_and_of_every_stretch_of_it(data_of, files):
     entries = [files[0].replace("part_0", "part_[01]"), files[2]]
     data = data_of(train_data_path=entries, train_data_weights=[1, 3])
