@@ -386,11 +386,9 @@ def train(settings: Settings, beginning: "Beginning | None", processes: Processe
         processes.close()
     step, out_dir = trainer.progress.step, Path(settings.training.out_dir)
     if outcome in ("interrupted", "time_limit"):
-        several = processes.world_size > 1
-        launcher = ["torchrun", f"--nproc_per_node={processes.world_size}"] if several else ["python"]
         copy_to = settings.training.copy_to
         copy = [] if copy_to is None else ["--copy_to", copy_to]
-        command = command_line(*launcher, "train.py", "--resume", "--out_dir", out_dir, *copy)
+        command = command_line(*_as_started(processes, ["train.py", "--resume", "--out_dir", out_dir, *copy]))
         why = f", since max_hours {settings.training.max_hours:g} are over" if outcome == "time_limit" else ""
         say(f"stopped after step {step:,}{why}; resume with: {command}")
         return trainer.exit_code(outcome)
@@ -405,6 +403,16 @@ def train(settings: Settings, beginning: "Beginning | None", processes: Processe
     else:
         say(f"let it continue a text: {command_line(*inference, '--prompt', PREVIEW_PROMPTS[0])}")
     return trainer.exit_code(outcome)
+
+
+def _as_started(processes: Processes, script: list) -> list:
+    """The words that run a script in as many processes as this run has on each machine, started as these were."""
+    from model.runs.launch import is_ours
+
+    if processes.world_size == 1:
+        return ["python", *script]
+    of_a_machine = f"--nproc_per_node={processes.local_world_size}"
+    return ["python", *script, of_a_machine] if is_ours() else ["torchrun", of_a_machine, *script]
 
 
 def prepare_data_for_all(settings: Settings, processes: Processes) -> None:

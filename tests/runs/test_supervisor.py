@@ -274,7 +274,9 @@ def test_several_processes_that_are_stopped_exit_with_130(flags, tmp_path):
         process.send_signal(signal.SIGTERM)
         messages = process.communicate(timeout=HUNG)[1]
     assert process.returncode == 130 and "restart 1" not in messages, messages
-    status = read_status(tmp_path / "out")
+    folder = tmp_path / "out"
+    assert f"resume with: python train.py --resume --out_dir {folder} --nproc_per_node=2\n" in messages, messages
+    status = read_status(folder)
     assert status["state"] == "interrupted" and status["world_size"] == 2
     assert load_torch(tmp_path / "out" / "checkpoint_interrupted.pth")["progress"]["step"] == status["step"]
 
