@@ -9,8 +9,9 @@ import shutil
 
 import pytest
 
+from model.training.config_file import read_config
 from tests.conftest import ROOT, corpus_lines
-from tests.guide.test_docs import SMALL, blocks, commands, read, twin
+from tests.guide.test_docs import DRIVE, SMALL, blocks, commands, read, twin
 from tests.tiny_runs import exit_code_here
 
 PLACES = ["kaggle", "colab", "windows", "mac"]
@@ -28,6 +29,16 @@ def command_of(place: str, part: str) -> list[str]:
 @pytest.mark.parametrize("place", PLACES)
 def test_a_page_is_short(place):
     assert len(read(f"docs/{place}.md").splitlines()) <= 60
+
+
+@pytest.mark.parametrize("place", ["kaggle", "colab"])
+def test_a_session_of_twelve_hours_has_time_to_save(place):
+    assert 0 < read_config(ROOT / f"examples/{place}.yaml")["training"]["max_hours"] < 11.9
+
+
+def test_colab_trains_on_the_local_disk_and_copies_to_the_drive():
+    training = read_config(ROOT / "examples" / "colab.yaml")["training"]
+    assert training["copy_to"].startswith(f"{DRIVE}/") and training["out_dir"] == "out/colab"
 
 
 @pytest.mark.parametrize("place", PLACES)
