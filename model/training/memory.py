@@ -152,6 +152,8 @@ def check_memory(
     found = f"a step takes at least {size_text(memory.together)} ({parts}), {size_text(free)} are free on {device}"
     if memory.activations < state:
         remedy = "make the model smaller (dim, n_layers, vocab_size)"
+        if processes > 1 and training.shard not in FULLY_SHARDED:
+            remedy += ", or set shard full"
     elif rows == 1:
         remedy = f"lower max_seq_len ({config.max_seq_len:,})"
     else:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from model.errors import InputError
+from model.LMConfig import LMConfig
 from model.training.clock import Clock
 from model.training.data import refuse_text
 from model.training.memory import check_memory, free_memory, is_out_of_memory, saved_bytes, step_memory
@@ -64,6 +65,18 @@ def test_a_step_that_may_not_fit_is_warned_of(tiny_config):
     warning = check_memory(tiny_config, settings_of(batch_size=rows), CPU, contextlib.nullcontext(), 1)
     assert warning.startswith("memory is short: ") and f"lower batch_size ({rows:,})" in warning
     assert check_memory(tiny_config, settings_of(batch_size="auto"), CPU, contextlib.nullcontext(), 1) is None
+
+
+def test_processes_that_each_hold_all_are_told_that_they_can_share_it():
+    wide = LMConfig(dim=65536, n_layers=12, n_heads=64, vocab_size=300, max_seq_len=32)
+
+    def remedy(processes: int, **values) -> str:
+        with pytest.raises(InputError) as refused:
+            check_memory(wide, settings_of(batch_size=1, **values), CPU, contextlib.nullcontext(), processes)
+        return str(refused.value)
+
+    assert remedy(2).endswith("make the model smaller (dim, n_layers, vocab_size), or set shard full")
+    assert remedy(1).endswith("vocab_size)") and remedy(2, shard="full").endswith("vocab_size)")
 
 
 def test_out_of_memory_is_recognised_by_type_but_for_the_cpus_allocator():
