@@ -87,8 +87,8 @@ def pick_device(asked: str = "auto", local_rank: int = 0):
     if device.type not in {*accelerator.KINDS, *accelerator.available_types()} or device.type == "cpu":
         raise InputError(f"device: {asked!r} found, {DEVICES} expected")
     if (device.index or 0) >= (devices := accelerator.count(device.type)):
-        kind = f"{accelerator.vendor(device.type)} {counted(devices, 'device')}"
-        raise InputError(f"device: {asked!r} found, but torch sees {kind} here")
+        seen = counted(devices, f"{accelerator.vendor(device.type)} device")
+        raise InputError(f"device: {asked!r} found, but torch sees {seen} here")
     return device if device.index is not None else _numbered(device.type, local_rank), "as asked"
 
 

@@ -122,7 +122,7 @@ def name(device: "torch.device") -> str:
     """What the vendor calls this device, such as "NVIDIA H100 80GB HBM3"."""
     own_name, maker = getattr(_module(device), "get_device_name", None), vendor(device.type)
     found = "GPU" if own_name is None else str(own_name(device))
-    return found if maker.lower() in found.lower() else f"{maker} {found}"
+    return found if maker.split()[-1].lower() in found.lower() else f"{maker} {found}"
 
 
 def use(device: "torch.device") -> None:

@@ -201,6 +201,8 @@ class Transformer(nn.Module):
         In bfloat16 its cosines would have 8 bits, too few to tell neighbouring positions apart in the slow pairs.
         """
         super()._apply(fn, recurse)
+        if self.config.tie_embeddings:  # a device whose tensors can't take a CPU's place gets a new one for each name
+            self.output.weight = self.tok_embeddings.weight
         cos, sin = rope_table(self.config)
         self.rope_cos, self.rope_sin = cos.to(self.rope_cos.device), sin.to(self.rope_sin.device)
         return self

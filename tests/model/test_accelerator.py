@@ -11,6 +11,7 @@ import torch
 
 from model import accelerator
 from model.errors import InputError
+from tests import forks
 from utils import pick_device, random_state
 
 ROOT = Path(__file__).parents[2]
@@ -57,7 +58,7 @@ def test_an_amd_gpu_is_named_so_though_torch_calls_its_type_cuda():
         "import torch; torch.version.hip = '7.1'; torch.cuda.get_device_name = lambda device: 'Radeon RX 7900 XTX'\n"
         "from model import accelerator; print([accelerator.vendor('cuda'), accelerator.name(torch.device('cuda'))])"
     )
-    printed = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    printed = forks.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert ast.literal_eval(printed) == ["AMD", "AMD Radeon RX 7900 XTX"]
 
 
@@ -87,7 +88,7 @@ def test_a_package_that_fails_to_load_is_named_with_its_reason(tmp_path):
         "try: pick_device('musa')\n"
         "except InputError as error: print(error)"
     )
-    printed = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    printed = forks.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert "torch_musa, which adds it to torch, fails to load (libmusart.so.4: cannot open" in printed
 
 
@@ -104,5 +105,5 @@ def test_checkpoints_hold_the_states_that_earlier_versions_read():
 
 def test_settings_are_checked_without_torch():
     code = "import json, sys; import model.accelerator; print(json.dumps('torch' in sys.modules))"
-    printed = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert json.loads(printed) is False
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) is False
