@@ -30,6 +30,7 @@ from model.command import (  # noqa: F401 (the scripts' too)
 from model.errors import InputError, counted
 from model.runs.processes import Processes  # noqa: F401 (the scripts' too)
 from model.runs.signals import StopSignal  # noqa: F401 (the scripts' too)
+from model.unusable_gpus import why_kernels_lack, why_unused
 
 # ---------------------------------------------------------------------------------------------------- the console
 
@@ -68,9 +69,12 @@ def pick_device(asked: str = "auto", local_rank: int = 0):
     import torch
 
     if asked == "auto":
+        threads = counted(torch.get_num_threads(), "thread")
         if not (types := accelerator.available_types()):
-            return torch.device("cpu"), f"no GPU found, {counted(torch.get_num_threads(), 'thread')}"
+            return torch.device("cpu"), f"{why_unused() or 'no GPU found'}; {threads}"
         device = _numbered(types[0], local_rank)
+        if (lacks := accelerator.missing_kernels(device)) is not None:
+            return torch.device("cpu"), f"{why_kernels_lack(accelerator.name(device), *lacks)}; {threads}"
         return device, accelerator.name(device)
     failed = accelerator.load_packages()
     device_type = asked.partition(":")[0]
@@ -88,8 +92,12 @@ def pick_device(asked: str = "auto", local_rank: int = 0):
         raise InputError(f"device: {asked!r} found, {DEVICES} expected")
     if (device.index or 0) >= (devices := accelerator.count(device.type)):
         seen = counted(devices, f"{accelerator.vendor(device.type)} device")
-        raise InputError(f"device: {asked!r} found, but torch sees {seen} here")
-    return device if device.index is not None else _numbered(device.type, local_rank), "as asked"
+        unused = why_unused() if devices == 0 else None
+        raise InputError(f"device: {asked!r} found, but torch sees {seen} here" + (f": {unused}" if unused else ""))
+    device = device if device.index is not None else _numbered(device.type, local_rank)
+    if (lacks := accelerator.missing_kernels(device)) is not None:
+        raise InputError(f"device: {asked!r} cannot be used: {why_kernels_lack(accelerator.name(device), *lacks)}")
+    return device, "as asked"
 
 
 def _numbered(device_type: str, local_rank: int):

@@ -7,7 +7,9 @@ say is in KINDS. An AMD GPU has the type "cuda" too.
 import functools
 import importlib
 import importlib.util
-from collections.abc import Mapping
+import re
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -123,6 +125,82 @@ def name(device: "torch.device") -> str:
     own_name, maker = getattr(_module(device), "get_device_name", None), vendor(device.type)
     found = "GPU" if own_name is None else str(own_name(device))
     return found if maker.split()[-1].lower() in found.lower() else f"{maker} {found}"
+
+
+def platforms() -> dict[str, str]:
+    """What this torch has for each vendor, available here or not: {"NVIDIA": "CUDA 13.0"}."""
+    import torch
+
+    failed = load_packages()
+    built = {
+        "AMD": torch.version.hip and f"ROCm {torch.version.hip}",
+        "NVIDIA": torch.version.cuda and f"CUDA {torch.version.cuda}",
+        "Intel": getattr(torch.version, "xpu", None) and "XPU support",
+        "Apple": torch.backends.mps.is_built() and "MPS",
+    }
+    added = {kind.vendor: kind.package for kind in KINDS.values() if kind.package in sys.modules.keys() - failed.keys()}
+    return {vendor: has for vendor, has in (built | added).items() if has}
+
+
+def package_of(maker: str) -> str | None:
+    """The package that adds a vendor's devices to torch; None: torch itself has them, or nothing is known of them."""
+    return next((kind.package for kind in KINDS.values() if kind.vendor == maker), None)
+
+
+def problems() -> dict[str, str]:
+    """Why a vendor's devices can't be used that this torch is built for or has a package for, where it says so."""
+    import torch
+
+    failed = load_packages()
+    found = {kind.vendor: failed[kind.package] for kind in KINDS.values() if kind.package in failed}
+    if torch.backends.cuda.is_built():
+        try:
+            torch.cuda.init()
+        except (RuntimeError, AssertionError) as error:
+            found[vendor("cuda")] = first_line(error).partition(". ")[0]
+    return found
+
+
+def missing_kernels(device: "torch.device") -> tuple[str, list[str], bool] | None:
+    """The capability of a GPU that this torch has no kernels for, those that it was built for, and whether the GPU is
+    newer than these; None: it has kernels, or torch does not say."""
+    import torch
+
+    if device.type != "cuda" or not (architectures := torch.cuda.get_arch_list()):
+        return None
+    if torch.version.hip:  # names of architectures, such as gfx1100
+        own = torch.cuda.get_device_properties(device).gcnArchName.partition(":")[0]
+        return None if own in architectures else (own, architectures, False)
+    capability = torch.cuda.get_device_capability(device)
+    if not _parsed(architectures) or runs_on(capability, architectures):
+        return None
+    known = sorted(version for version, *_ in _parsed(architectures))
+    return _dotted(capability), [*dict.fromkeys(map(_dotted, known))], capability > known[-1]
+
+
+def runs_on(capability: tuple[int, int], architectures: Sequence[str]) -> bool:
+    """Whether code for any of these runs on a GPU of this compute capability.
+
+    Code for sm_86 runs on 8.6 and later ones of 8, sm_90a on 9.0 alone; compute_90 is translated for all later ones.
+
+    Args:
+        architectures: as `torch.cuda.get_arch_list` names them.
+    """
+    for version, is_source, is_exact in _parsed(architectures):
+        same_family = version[0] == capability[0] and version <= capability
+        if version == capability or (not is_exact and (same_family or (is_source and version <= capability))):
+            return True
+    return False
+
+
+def _parsed(architectures: Sequence[str]) -> list[tuple[tuple[int, int], bool, bool]]:
+    """The compute capability in names such as sm_90a, whether it is source code, and whether for that GPU alone."""
+    found = [re.fullmatch(r"(sm|compute)_(\d+)(\d)([af]?)", name) for name in architectures]
+    return [((int(f[2]), int(f[3])), f[1] == "compute", f[4] == "a") for f in found if f is not None]
+
+
+def _dotted(version: tuple[int, int]) -> str:
+    return f"{version[0]}.{version[1]}"
 
 
 def use(device: "torch.device") -> None:
