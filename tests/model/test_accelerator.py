@@ -107,3 +107,66 @@ def test_settings_are_checked_without_torch():
     code = "import json, sys; import model.accelerator; print(json.dumps('torch' in sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert json.loads(done.stdout) is False
+
+
+REPORT = """
+import json
+from model import accelerator
+from utils import pick_device, pick_dtype
+device, name = pick_device('auto', local_rank=3)
+dtype, why = pick_dtype('bfloat16', device)
+states = accelerator.random_states()
+print(json.dumps([
+    str(device), name, str(dtype), accelerator.backend(device), accelerator.free_bytes(device), sorted(states),
+]))
+"""
+AS_PRIVATE_USE = """
+from tests.fake_npu import Module
+from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+Module.get_device_name = lambda self, device=None: {name!r}
+Module.is_bf16_supported = lambda self: {bf16}
+Module.device_count = lambda self: 2
+Module.get_rng_state_all = lambda self: []
+_setup_privateuseone_for_python_backend({device!r}, Module())
+"""
+AS_XPU = """
+import torch
+torch.xpu.is_available, torch.xpu.device_count = lambda: True, lambda: 2
+torch.xpu.get_device_name = lambda device: 'Intel(R) Arc(TM) A770 Graphics'
+torch.xpu.is_bf16_supported = lambda including_emulation=True: including_emulation
+torch.xpu.mem_get_info = lambda device: (8 * 10**9, 16 * 10**9)
+torch.xpu.memory_reserved, torch.xpu.memory_allocated = lambda device: 10**9, lambda device: 10**8
+torch.xpu.get_rng_state_all = lambda: []
+"""
+AS_MPS = """
+import torch
+torch.mps.is_available, torch.mps.device_count = lambda: True, lambda: 1
+torch.mps.is_bf16_supported = lambda: True
+torch.mps.recommended_max_memory, torch.mps.driver_allocated_memory = lambda: 9 * 10**9, lambda: 10**8
+torch.mps.get_rng_state = lambda: torch.get_rng_state()
+"""
+
+
+def private_use(device: str, name: str, bf16: bool = True) -> str:
+    """Code that adds a type of device to torch as a vendor's package does."""
+    return AS_PRIVATE_USE.format(device=device, name=name, bf16=bf16)
+
+
+@pytest.mark.parametrize(
+    ("code", "expected"),
+    [
+        (private_use("npu", "Ascend910B3"), ["npu:1", "Ascend910B3", "torch.bfloat16", "hccl"]),
+        (private_use("npu", "Ascend310P3", bf16=False), ["npu:1", "Ascend310P3", "torch.float16", "hccl"]),
+        (private_use("musa", "MTT S4000"), ["musa:1", "Moore Threads MTT S4000", "torch.bfloat16", "mccl"]),
+        (private_use("mlu", "MLU370-X8"), ["mlu:1", "Cambricon MLU370-X8", "torch.bfloat16", "cncl"]),
+        (AS_XPU, ["xpu:1", "Intel(R) Arc(TM) A770 Graphics", "torch.float16", "xccl"]),
+        (AS_MPS, ["mps", "Apple GPU", "torch.bfloat16", "gloo"]),
+    ],
+)
+def test_an_accelerator_is_found_and_named_with_its_dtype_backend_memory_and_random_states(code, expected):
+    ran = forks.run([sys.executable, "-c", code + REPORT], cwd=ROOT, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    *found, free, states = json.loads(ran.stdout)
+    assert found == expected
+    assert free == 8_900_000_000
+    assert expected[0].partition(":")[0] in states

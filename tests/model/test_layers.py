@@ -16,9 +16,8 @@ model.runs model.convert model.serving
 model.training model.weights model.generation
 model.dataset model.model model.corpus
 model.token_file model.text model.kv_cache model.experts
-model.storage model.LMConfig model.command model.terminal model.feed_forward
+model.storage model.LMConfig model.command model.terminal model.feed_forward model.unusable_gpus
 model.options model.loss model.attention model.lora model.requirements model.children model.interrupts
-model.unusable_gpus
 model.accelerator
 model.errors
 """
