@@ -63,7 +63,7 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         x: [B, T, H, D]
         cos, sin: [T, 1, D / 2], or [B, T, 1, D / 2] where rows stand at different positions.
     """
-    if kind_of(x.device).has_complex and not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and kind_of(x.device).has_complex:
         return turned(x, torch.complex(cos, sin))
     even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # [B, T, H, D / 2] each
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).type_as(x)
