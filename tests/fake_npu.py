@@ -10,6 +10,7 @@ import runpy
 import sys
 
 import torch
+import torch.distributed as dist
 from torch.utils import _pytree as pytree
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend  # a private name, experimental
 
@@ -181,9 +182,35 @@ class Module:
         Random.state = torch.Generator().manual_seed(seed).get_state()
 
 
+class HCCL(dist.ProcessGroup):
+    """The backend by which ranks exchange tensors of the device: gloo's, on what they hold.
+
+    Args:
+        gloo: the group that does the work.
+    """
+
+    def __init__(self, gloo: dist.ProcessGroup) -> None:
+        super().__init__(gloo.rank(), gloo.size())
+        self._gloo = gloo
+
+    def allreduce(self, tensors, options):
+        return self._gloo.allreduce([_inner(tensor) for tensor in tensors], options)
+
+    def broadcast(self, tensors, options):
+        return self._gloo.broadcast([_inner(tensor) for tensor in tensors], options)
+
+    def allgather(self, found, tensors, options):
+        found = [[_inner(tensor) for tensor in some] for some in found]
+        return self._gloo.allgather(found, [_inner(tensor) for tensor in tensors], options)
+
+    def getBackendName(self) -> str:  # noqa: N802 (torch's)
+        return "hccl"
+
+
 def install() -> None:
-    """Add the device to torch, once in a process."""
+    """Add the device and its backend to torch, once in a process."""
     _setup_privateuseone_for_python_backend("npu", Module())
+    dist.Backend.register_backend("hccl", lambda *about: HCCL(dist.ProcessGroupGloo(*about)), devices=["npu"])
     for name in ("empty.memory_format", "empty_strided"):
         function = getattr(aten, name.partition(".")[0])
         function = getattr(function, name.partition(".")[2] or "default")

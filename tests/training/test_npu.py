@@ -13,7 +13,7 @@ from model.runs.saving import copy_to_cpu
 from model.storage.archive import load_torch
 from model.weights.names import on_cpu
 from tests.conftest import ROOT
-from tests.tiny_runs import TINY, assert_same_end, command, events, losses, run, train
+from tests.tiny_runs import TINY, assert_same_end, command, events, finish_ranks, losses, run, start_two_ranks, train
 
 PLAIN = {"dtype": "float32"}
 SHORT = {"max_steps": 6, "eval_interval": 6, "eval_steps": 1, "save_interval": 6}
@@ -120,6 +120,16 @@ def test_other_dtypes_optimizers_and_models_train(build, changes):
     assert f"dtype {changes['dtype']}: as asked" in said
     found = [loss for _, loss in losses(folder_of(flags))]
     assert len(found) == 6 and found[-1] < found[0]
+
+
+@pytest.mark.long
+def test_two_ranks_exchange_gradients_by_the_devices_backend(build):
+    flags, alone = build("two", **PLAIN, **SHORT), build("alone", device="cpu", accumulation_steps=2, **PLAIN, **SHORT)
+    ended = finish_ranks(start_two_ranks(with_npu(command(flags, "--ddp"))))
+    assert ended.returncode == 0, ended.stderr
+    train(alone)
+    for found, expected in zip(losses(folder_of(flags)), losses(folder_of(alone)), strict=True):
+        assert found == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_second_device_that_is_not_there_is_refused(build):
