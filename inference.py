@@ -213,7 +213,7 @@ def _add_files(files) -> None:
         "--output_file", type=path_flag, metavar="FILE", help="write the results of --batch_file here too, as JSONL"
     )
     files.add_argument("--resume", action="store_true", help="keep the results in --output_file and append to them")
-    files.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: the fastest there is)")
+    files.add_argument("--device", help="cpu, cuda, cuda:1, npu, xpu, musa, mlu, mps (default: the fastest there is)")
     files.add_argument("--dtype", choices=DTYPE_NAMES, help="of the weights in memory (default: float32)")
     files.add_argument(
         "--max_seq_len", type=int, metavar="N", help="context in tokens (default: the model's, within reason)"

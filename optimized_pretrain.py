@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 
 import utils
+from model import accelerator
 from model.errors import InputError, ProcessLost, TrainingDiverged
 from model.model import Transformer
 from model.runs.beginning import Beginning, find_beginning, open_data
@@ -112,8 +113,8 @@ class Trainer:
         self.hardware = utils.choose_hardware(asked.device, asked.dtype, processes.local_rank)
         self.device, self.dtype, self.autocast = self.hardware.device, self.hardware.dtype, self.hardware.autocast
         self.kernels = functools.partial(deterministic_kernels, self.device, asked.deterministic)
-        if not asked.deterministic and self.device.type != "cpu":
-            say("deterministic false: a resumed run may differ from an uninterrupted one in the last bits")
+        if (line := accelerator.bits_may_differ(self.device, asked.deterministic)) is not None:
+            say(line)
         processes.start(self.device, asked.ddp_timeout, self._give_up)
         dtype = str(self.dtype).removeprefix("torch.")
         processes.check_same("dtype", dtype, "set dtype float32, which every machine computes")

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from model import accelerator
 from model.command import (  # noqa: F401 (the scripts' too)
     CommandParser,
     add_option,
@@ -29,6 +30,7 @@ from model.command import (  # noqa: F401 (the scripts' too)
 from model.errors import InputError, counted
 from model.runs.processes import Processes  # noqa: F401 (the scripts' too)
 from model.runs.signals import StopSignal  # noqa: F401 (the scripts' too)
+from model.unusable_gpus import why_kernels_lack, why_unused
 
 # ---------------------------------------------------------------------------------------------------- the console
 
@@ -51,12 +53,14 @@ def progress_line(bar, every_seconds: float = 30) -> None:
 
 # -------------------------------------------------------------------------------------------------------- devices
 
+DEVICES = "one of auto, cpu, cuda, cuda:N, npu, xpu, musa, mlu, mps"
+
 
 def pick_device(asked: str = "auto", local_rank: int = 0):
     """The torch device to use, and why it was chosen.
 
     Args:
-        asked: "auto", or a device that torch knows: "cpu", "mps", "cuda", "cuda:1".
+        asked: "auto", or a device that torch knows: "cpu", "mps", "cuda", "cuda:1", "npu:0".
         local_rank: this process's number on its machine, which picks its GPU.
 
     Raises:
@@ -65,25 +69,44 @@ def pick_device(asked: str = "auto", local_rank: int = 0):
     import torch
 
     if asked == "auto":
-        if torch.cuda.is_available():
-            device = torch.device("cuda", local_rank % torch.cuda.device_count())
-            return device, torch.cuda.get_device_name(device)
-        if torch.backends.mps.is_available():
-            return torch.device("mps"), "Apple GPU"
-        return torch.device("cpu"), f"no GPU found, {counted(torch.get_num_threads(), 'thread')}"
+        threads = counted(torch.get_num_threads(), "thread")
+        if not (types := accelerator.available_types()):
+            return torch.device("cpu"), f"{why_unused() or 'no GPU found'}; {threads}"
+        device = _numbered(types[0], local_rank)
+        if (lacks := accelerator.missing_kernels(device)) is not None:
+            return torch.device("cpu"), f"{why_kernels_lack(accelerator.name(device), *lacks)}; {threads}"
+        return device, accelerator.name(device)
+    failed = accelerator.load_packages()
+    device_type = asked.partition(":")[0]
+    package = accelerator.kind_of(device_type).package
     try:
         device = torch.device(asked)
     except RuntimeError as error:
-        raise InputError(f"device: {asked!r} found, one of auto, cpu, cuda, cuda:N, mps expected") from error
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise InputError(f"device: {asked!r} found, but torch sees {torch.cuda.device_count()} CUDA devices here")
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", local_rank % torch.cuda.device_count())
-    if device.type == "mps" and not torch.backends.mps.is_available():
-        raise InputError("device: 'mps' found, but torch sees no Apple GPU here")
-    if device.type not in ("cpu", "cuda", "mps") or (device.type == "cpu" and device.index):
-        raise InputError(f"device: {asked!r} found, one of auto, cpu, cuda, cuda:N, mps expected")
+        if package is not None:
+            why = f"fails to load ({failed[package]})" if package in failed else "is not installed"
+            raise InputError(f"device: {asked!r} found, but {package}, which adds it to torch, {why}") from error
+        raise InputError(f"device: {asked!r} found, {DEVICES} expected") from error
+    if device.type == "cpu" and not device.index:
+        return device, "as asked"
+    if device.type not in {*accelerator.KINDS, *accelerator.available_types()} or device.type == "cpu":
+        raise InputError(f"device: {asked!r} found, {DEVICES} expected")
+    if (device.index or 0) >= (devices := accelerator.count(device.type)):
+        seen = counted(devices, f"{accelerator.vendor(device.type)} device")
+        unused = why_unused() if devices == 0 else None
+        raise InputError(f"device: {asked!r} found, but torch sees {seen} here" + (f": {unused}" if unused else ""))
+    device = device if device.index is not None else _numbered(device.type, local_rank)
+    if (lacks := accelerator.missing_kernels(device)) is not None:
+        raise InputError(f"device: {asked!r} cannot be used: {why_kernels_lack(accelerator.name(device), *lacks)}")
     return device, "as asked"
+
+
+def _numbered(device_type: str, local_rank: int):
+    """The device of a type that this rank uses; ranks take turns."""
+    import torch
+
+    if accelerator.kind_of(device_type).is_single:
+        return torch.device(device_type)
+    return torch.device(device_type, local_rank % accelerator.count(device_type))
 
 
 def pick_dtype(asked: str, device):
@@ -104,8 +127,11 @@ def pick_dtype(asked: str, device):
         if not found:
             return torch.float32, f"{asked} would be over 100 times slower, since this CPU has no instructions for it"
         return dtype, f"this CPU has {found[0]}"
-    if asked == "bfloat16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        return torch.float16, "this GPU (before Ampere) has no instructions for bfloat16"
+    if device.type != "cpu" and not accelerator.has_autocast(device):
+        return torch.float32, f"torch has no autocast to {asked} for {device.type}"
+    if asked == "bfloat16" and device.type != "cpu" and not accelerator.has_bfloat16(device):
+        before = " (before Ampere)" if accelerator.vendor(device.type) == "NVIDIA" else ""
+        return torch.float16, f"this GPU{before} has no instructions for bfloat16"
     return dtype, "as asked"
 
 
@@ -128,8 +154,8 @@ def choose_hardware(asked_device: str, asked_dtype: str, local_rank: int):
     say(f"dtype {str(dtype).removeprefix('torch.')}: {why}")
     if device.type == "cpu":
         keep_freed_memory()
-    elif device.type == "cuda":
-        torch.cuda.set_device(device)
+    else:
+        accelerator.use(device)
     autocast = contextlib.nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic kernels require it of cuBLAS
     return Hardware(device, dtype, autocast)
@@ -176,7 +202,7 @@ def measure_matmul_flops(device, dtype, weights: Iterable[tuple[int, int]] = ())
 
     seconds = 0.1 if device.type == "cpu" else 0.3  # to spend, about, shared among the shapes
     longest = 0.3  # seconds that one product may be expected to take
-    sizes = (256, 2048, 8192) if device.type == "cuda" else (256, 1024)
+    sizes = (256, 1024) if accelerator.kind_of(device).shares_memory else (256, 2048, 8192)
     shapes = [(size, size, size) for size in sizes] + [(2048, *weight) for weight in weights]
     best = 0.0
     for rows, outputs, inputs in sorted(shapes, key=math.prod):
@@ -186,24 +212,14 @@ def measure_matmul_flops(device, dtype, weights: Iterable[tuple[int, int]] = ())
         x = torch.randn(rows, inputs, device=device, dtype=dtype)
         weight = torch.randn(outputs, inputs, device=device, dtype=dtype)
         F.linear(x, weight)  # a GPU's first product loads cuBLAS, for up to a second
-        synchronize(device)
+        accelerator.synchronize(device)
         end = time.perf_counter() + seconds / len(shapes)
         while time.perf_counter() < end:
             start = time.perf_counter()
             F.linear(x, weight)
-            synchronize(device)
+            accelerator.synchronize(device)
             best = max(best, flops / (time.perf_counter() - start))
     return best
-
-
-def synchronize(device) -> None:
-    """Wait until the device has finished its queue; a CPU has none."""
-    import torch
-
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
 
 
 @contextlib.contextmanager
@@ -225,6 +241,7 @@ def garbage_left() -> Iterator[None]:
 def deterministic_kernels(device, wanted: bool = True) -> Iterator[None]:
     """On a CUDA GPU, use kernels that give the same bits each time. By default, gradients of attention and, when
     compiled, of the embedding are summed in whatever order threads arrive, and cuBLAS may choose another algorithm.
+    Other accelerators keep their kernels: which of them give the same bits is not known here.
 
     CUBLAS_WORKSPACE_CONFIG must be set before this process's first matrix product there, see `choose_hardware`.
 
@@ -233,7 +250,7 @@ def deterministic_kernels(device, wanted: bool = True) -> Iterator[None]:
     """
     import torch
 
-    if device.type != "cuda" or not wanted:
+    if not accelerator.kind_of(device).has_deterministic_kernels or not wanted:
         yield
         return
     options = torch.utils.deterministic
@@ -270,9 +287,7 @@ def random_state() -> dict:
         "python": random.getstate(),
         "numpy": (kind, keys.tolist(), position, has_gauss, gauss),
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        "mps": torch.mps.get_rng_state() if torch.backends.mps.is_available() else None,
-    }
+    } | accelerator.random_states()
 
 
 def restore_random_state(state: dict) -> None:
@@ -284,10 +299,7 @@ def restore_random_state(state: dict) -> None:
     kind, keys, position, has_gauss, gauss = state["numpy"]
     np.random.set_state((kind, np.array(keys, dtype=np.uint32), position, has_gauss, gauss))
     torch.set_rng_state(state["torch"])
-    if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["cuda"])
-    if state["mps"] is not None and torch.backends.mps.is_available():
-        torch.mps.set_rng_state(state["mps"])
+    accelerator.restore_random_states(state)
 
 
 def restore_random_states(states: list[dict], processes: Processes, seed: int) -> None:
@@ -325,7 +337,7 @@ def distributed(model, processes: Processes, rows: int, seq_len: int, hardware):
     # Buffers never change. torch renamed the option that says so.
     names = ("forward_sync_buffers", "broadcast_buffers")
     option = next(name for name in names if name in inspect.signature(DistributedDataParallel).parameters)
-    device_ids = [device] if device.type == "cuda" else None
+    device_ids = None if accelerator.kind_of(device).shares_memory else [device]
     wrapped = DistributedDataParallel(model, device_ids=device_ids, **{option: False})
     # The gradient of what comes first is computed last; then this process waits for the others.
     first = next(parameter for parameter in model.parameters() if parameter.requires_grad)

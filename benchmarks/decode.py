@@ -30,6 +30,7 @@ import torch
 from worker import Worker, ready_workers, warn_if_busy
 
 import utils
+from model import accelerator
 from model.errors import InputError
 from model.LMConfig import LMConfig
 from model.model import Transformer
@@ -96,10 +97,10 @@ def bandwidth(memory: torch.Tensor) -> float:
     """Bytes per second that a sum reads, the best of five: small weights are read from a cache."""
     best = math.inf
     for _ in range(5):
-        utils.synchronize(memory.device)
+        accelerator.synchronize(memory.device)
         start = time.perf_counter()
         memory.sum()
-        utils.synchronize(memory.device)
+        accelerator.synchronize(memory.device)
         best = min(best, time.perf_counter() - start)
     return memory.numel() * memory.element_size() / best
 

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 import utils
+from model import accelerator
 from model.attention import cached_attention, kernels_for_any_length
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -24,10 +25,10 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def milliseconds(device: torch.device, function: Callable[[], object]) -> float:
     """Seconds that one call takes until the device has finished it."""
-    utils.synchronize(device)
+    accelerator.synchronize(device)
     start = time.perf_counter()
     function()
-    utils.synchronize(device)
+    accelerator.synchronize(device)
     return (time.perf_counter() - start) * 1000
 
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 import utils
+from model import accelerator
 
 LEARNING_RATE, WEIGHT_DECAY = 1e-4, 0.1
 
@@ -182,11 +183,11 @@ class Steps:
 
     def seconds(self) -> float:
         """Seconds that one step takes, of `count` in a row."""
-        utils.synchronize(self.device)
+        accelerator.synchronize(self.device)
         start = time.perf_counter()
         for _ in range(self.count):
             self.take()
-        utils.synchronize(self.device)
+        accelerator.synchronize(self.device)
         return (time.perf_counter() - start) / self.count
 
     def first_seconds(self) -> float:

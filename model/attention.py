@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from model.accelerator import kind_of
+
 WAYS = ("chunks", "mixed", "pytorch")  # mixed: PyTorch's forward pass, and the backward pass in chunks
 CHUNK_BYTES = 256  # of one row of queries that are looked at together: 64 in float32, 128 in 16 bits
 PIECE_BYTES = 2 * 2**20  # that the scores of one piece take for each thread: they stay in a CPU's caches
@@ -61,7 +63,7 @@ def pytorch_attention(
 ) -> Tensor:
     """`scaled_dot_product_attention` for q [B, H, T, D], k and v [B, H_kv, S, D]."""
     grouped = k.shape[1] < q.shape[1]
-    if grouped and q.device.type == "cuda" and not (v.dtype == torch.bfloat16 and mask is None):
+    if grouped and kind_of(q.device).has_flash_kernels and not (v.dtype == torch.bfloat16 and mask is None):
         # Of its fast kernels for GPUs only flash attention knows groups, which takes no mask and no float32, and needs
         # Ampere, as bfloat16 does. Otherwise PyTorch would compute and keep all T x S scores.
         k, v = (t[:, :, None].expand(-1, -1, q.shape[1] // t.shape[1], -1, -1).flatten(1, 2) for t in (k, v))
@@ -75,7 +77,7 @@ def kernels_for_any_length(device: torch.device) -> contextlib.AbstractContextMa
     """Where a text grows token by token: without cuDNN's attention, which builds a plan for each new length, in up to
     half a second. PyTorch prefers it on Hopper and Blackwell GPUs from cuDNN 9.15.1 on, its own from version 2.11.
     """
-    if device.type != "cuda":
+    if not kind_of(device).has_flash_kernels:
         return contextlib.nullcontext()
     return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
 

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from model.accelerator import kind_of
 from model.attention import (
     attention_written_out,
     cached_attention,
@@ -62,7 +63,7 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         x: [B, T, H, D]
         cos, sin: [T, 1, D / 2], or [B, T, 1, D / 2] where rows stand at different positions.
     """
-    if x.device.type in ("cpu", "cuda") and not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and kind_of(x.device).has_complex:
         return turned(x, torch.complex(cos, sin))
     even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # [B, T, H, D / 2] each
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).type_as(x)
@@ -200,6 +201,8 @@ class Transformer(nn.Module):
         In bfloat16 its cosines would have 8 bits, too few to tell neighbouring positions apart in the slow pairs.
         """
         super()._apply(fn, recurse)
+        if self.config.tie_embeddings:  # a device whose tensors can't take a CPU's place gets a new one for each name
+            self.output.weight = self.tok_embeddings.weight
         cos, sin = rope_table(self.config)
         self.rope_cos, self.rope_sin = cos.to(self.rope_cos.device), sin.to(self.rope_sin.device)
         return self

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from model.accelerator import kind_of
 from model.generation.generation_config import GenerationConfig
 
 PADDING = -1  # in `tokens`: no token here; left of the shorter rows of a batch
@@ -233,7 +234,10 @@ def sample(
         return _draw_from_top_k(logits, generators, warpers)
     for warper in warpers:
         logits = warper(logits)
-    sums = logits.softmax(-1).double().cumsum(-1)  # [B, V]
+    probabilities = logits.softmax(-1)
+    if not kind_of(logits.device).has_float64:
+        probabilities = probabilities.cpu()
+    sums = probabilities.double().cumsum(-1)  # [B, V]
     shares = torch.tensor([[generator.random()] for generator in generators], dtype=sums.dtype, device=sums.device)
     return torch.searchsorted(sums, shares * sums[:, -1:], right=True)[:, 0].clamp(max=sums.shape[1] - 1).tolist()
 

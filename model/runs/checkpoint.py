@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from model import accelerator
 from model.errors import InputError, first_line, shown
 from model.experts import BIAS
 from model.lora import adapters_of, checked_adapters, is_adapter
@@ -243,7 +244,7 @@ def _random_problem(states: list) -> str | None:
             kind, keys, position, has_gauss, gauss = state["numpy"]
             np.random.RandomState().set_state((kind, np.array(keys, dtype=np.uint32), position, has_gauss, gauss))
             torch.Generator().set_state(state["torch"])
-            if not all(isinstance(s, Tensor) for s in state["cuda"]) or not isinstance(state["mps"], (Tensor, NONE)):
+            if not accelerator.are_random_states(state):
                 return "random_states holds no states of a GPU"
     except (KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
         return f"random_states cannot be used ({first_line(error)})"

@@ -52,7 +52,8 @@ def split(state: Mapping, rank: int, ranks: int) -> tuple[dict, dict[Slice, Tens
 
     def described(path: str, value):
         if isinstance(value, Tensor):
-            key = keys.setdefault((value.device, value.data_ptr(), value.shape, value.stride(), value.dtype), path)
+            place = value.data_ptr() or path  # on a device that tells no addresses, its own
+            key = keys.setdefault((value.device, place, value.shape, value.stride(), value.dtype), path)
             if key == path:
                 whole[key] = value
         elif isinstance(value, InPieces):

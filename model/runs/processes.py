@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
+from model import accelerator
 from model.command import say
 from model.errors import InputError, OneLineError, ProcessLost, first_line, shown
 from model.runs.watchdog import FAREWELL_SECONDS, Watchdog
@@ -54,7 +55,7 @@ class Processes:
         return "TORCHELASTIC_RUN_ID" in os.environ
 
     def start(self, device=None, timeout: float = 1800, give_up: Callable[[str], None] | None = None) -> None:
-        """Join the other processes: NCCL for gradients on GPUs, gloo elsewhere. Nothing to do for one process.
+        """Join the other processes: by the device's backend for gradients, such as NCCL. Nothing to do for one process.
 
         Args:
             device: the torch device that this process computes on; None: none, only the control group is wanted.
@@ -72,7 +73,6 @@ class Processes:
             return
         import torch.distributed as dist
 
-        on_gpu = device is not None and device.type == "cuda"
         patience = datetime.timedelta(seconds=timeout)
         # The watchdog, if there is one, decides first.
         group_timeout = datetime.timedelta(seconds=timeout if give_up is None else 4 * timeout + 60)
@@ -86,7 +86,7 @@ class Processes:
             raise ProcessLost(f"not all of {self.world_size} processes came within {timeout:g} s ({reason})") from error
         try:
             group = {"store": dist.PrefixStore("group", store), "rank": self.rank, "world_size": self.world_size}
-            dist.init_process_group("nccl" if on_gpu else "gloo", timeout=group_timeout, **group)
+            dist.init_process_group(accelerator.backend(device), timeout=group_timeout, **group)
             self._control = dist.new_group(backend="gloo", timeout=group_timeout)
         except RuntimeError as error:
             message = f"no connection to the other processes ({first_line(error)})"

@@ -159,7 +159,7 @@ def copy_to_cpu(content):
 def _copy(content, copies: dict[tuple, Tensor]):
     if isinstance(content, Tensor):
         key = (content.device, content.data_ptr(), content.shape, content.stride(), content.dtype)
-        if content.numel() == 0 or key not in copies:
+        if not content.data_ptr() or key not in copies:  # empty, or on a device that tells no addresses
             copies[key] = torch.empty_like(content, device="cpu").copy_(content.detach())
         return copies[key]
     if isinstance(content, Mapping):

@@ -6,6 +6,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 import model.loss  # noqa: F401 (registers the operator)
+from model import accelerator
 from model.training.plan import Hardware
 
 flash_attention = torch.ops.aten._scaled_dot_product_flash_attention
@@ -20,13 +21,13 @@ def absent_gpu(dtype: torch.dtype) -> Hardware:
     Args:
         dtype: of the matrix products.
     """
-    device = torch.device("cuda" if counts_kernels() else "cpu")
+    device = torch.device(accelerator.type_with_countable_kernels())
     return Hardware(device, dtype, AbsentGPU(device.type, dtype))
 
 
 def counts_kernels() -> bool:
     """Whether it is a GPU's own kernels that are counted."""
-    return torch.backends.cuda.is_built()
+    return accelerator.type_with_countable_kernels() != "cpu"
 
 
 class AbsentGPU(TorchFunctionMode):
@@ -54,7 +55,7 @@ class AbsentGPU(TorchFunctionMode):
         self._autocast.__exit__(*error)
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function is F.scaled_dot_product_attention and self._device_type == "cuda":
+        if function is F.scaled_dot_product_attention and accelerator.kind_of(self._device_type).has_flash_kernels:
             return _attention(*args, **kwargs)
         if function is torch.ops.mateconv.chunked_cross_entropy.default:
             hidden, weight, targets, _ = args

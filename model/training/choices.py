@@ -8,6 +8,7 @@ from typing import NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from model import accelerator
 from model.attention import has_ways
 from model.errors import InputError, counted
 from model.experts import grouping_problem
@@ -221,7 +222,9 @@ class Choices:
         wanted = automatic_batch_size(tokens, length * parts, max(1, samples // parts), None)
         processes.beat("measuring how large a batch fits the memory", 3)
         beside = state_bytes(model, t, shards)
-        if self._device.type != "cuda":  # the copy that is being saved takes memory too: of the whole state
+        if accelerator.kind_of(
+            self._device
+        ).shares_memory:  # the copy that is being saved takes it too: the whole state
             beside += state_bytes(model, t) + sum(parameter.nbytes for parameter in model.parameters())
         free = free_memory(self._device, processes.local_world_size)
         measuring = "measuring how large a batch fits the memory"
@@ -240,7 +243,8 @@ class Choices:
                 f" ({free / 1e9:.1f} GB); use a smaller model or max_seq_len"
             )
         rows = automatic_batch_size(tokens, length * parts, max(1, samples // parts), fits)
-        memory = f"memory holds {'' if self._device.type != 'cuda' else 'at least '}{counted(fits, 'sample')}"
+        at_least = "at least " if accelerator.measures_peak(self._device) else ""
+        memory = f"memory holds {at_least}{counted(fits, 'sample')}"
         if fits < wanted:
             memory = (
                 f"{wanted:,} would be better, but memory holds no more; accumulation_steps {-(-wanted // fits)} helps"
@@ -267,8 +271,8 @@ class Choices:
             self._settle("attention", lambda: fastest_attention(config, rows, dtype))
 
     def expert_products(self, config: LMConfig, rows: int, dtype: torch.dtype) -> None:
-        """The faster way for this machine and these shapes, tried on a CPU. A CUDA GPU takes PyTorch's kernel, since a
-        loop waits for the numbers of rows; other devices take the loop, since not all have the kernel.
+        """The faster way for this machine and these shapes, tried on a CPU. A GPU that has PyTorch's kernel takes it,
+        since a loop waits for the numbers of rows; other devices take the loop.
 
         Args:
             rows: samples that a process reads at once.
@@ -285,7 +289,7 @@ class Choices:
             self._settle("expert_products", lambda: ("loop", problem))
         elif self._device.type == "cpu":
             self._settle("expert_products", lambda: fastest_products(config, rows, dtype))
-        elif self._device.type == "cuda":
+        elif accelerator.kind_of(self._device).has_grouped_products:
             self._settle("expert_products", lambda: ("grouped", "a loop would wait for the GPU"))
         else:
             self._settle("expert_products", lambda: ("loop", f"{self._device.type} may lack PyTorch's kernel"))

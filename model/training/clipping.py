@@ -6,13 +6,15 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from model.accelerator import kind_of
+
 
 @torch.no_grad()
 def clip_gradients(gradients: Sequence[Tensor], most: float, sum_over_ranks: Callable[[Tensor], None]) -> Tensor:
     """Scale gradients, in place, so that the norm of all of them is at most `most`; returns their norm before.
 
-    As `torch.nn.utils.clip_grad_norm_`, but squares are added up in float64: rounded to float32, their sum is then the
-    same however the gradients are divided among ranks, and so is every bit that follows.
+    As `torch.nn.utils.clip_grad_norm_`, but squares are added up in float64, where the device has it: rounded to
+    float32, their sum is then the same however the gradients are divided among ranks, and so is every bit that follows.
 
     Args:
         gradients: float32, on one device; where ranks hold shares of them, this rank's.
@@ -22,7 +24,8 @@ def clip_gradients(gradients: Sequence[Tensor], most: float, sum_over_ranks: Cal
     Returns:
         float32 scalar, on the device.
     """
-    norms = torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float64))
+    wide = torch.float64 if kind_of(gradients[0].device).has_float64 else torch.float32
+    norms = torch.stack(torch._foreach_norm(gradients, 2, dtype=wide))
     squares = norms.square().sum()
     sum_over_ranks(squares)
     norm = squares.sqrt().float()

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode  # a private name, but documented ("Fake tensor")
 
+from model import accelerator
 from model.errors import InputError
 from model.experts import ExpertsFeedForward
 from model.LMConfig import LMConfig
@@ -197,10 +198,10 @@ def _loss(model: nn.Module, rows: int, autocast: AbstractContextManager, with_do
 
 
 def _peak_bytes(model: nn.Module, rows: int, autocast: AbstractContextManager, with_documents: bool) -> int | None:
-    """CUDA: the peak of a forward and backward pass in bytes, above what was in use before; None: out of memory."""
+    """The peak of a forward and backward pass in bytes, above what was in use before; None: out of memory. For devices
+    that measure it."""
     device = next(model.parameters()).device
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
+    before = accelerator.begin_peak(device)
     try:
         _loss(model, rows, autocast, with_documents).backward()
     except torch.OutOfMemoryError:
@@ -208,8 +209,8 @@ def _peak_bytes(model: nn.Module, rows: int, autocast: AbstractContextManager, w
     finally:
         for parameter in model.parameters():
             parameter.grad = None
-        torch.cuda.empty_cache()
-    return torch.cuda.max_memory_allocated(device) - before
+        accelerator.empty_cache(device)
+    return accelerator.peak_bytes(device) - before
 
 
 def rows_that_fit(
@@ -223,9 +224,9 @@ def rows_that_fit(
 ) -> int:
     """How many samples a batch may have, so that a step takes at most 60 % of the free memory.
 
-    On a CUDA GPU from the peak of real forward and backward passes over 1, 2, 4 … samples, until that share or
-    `wanted` is reached. Elsewhere, where no peak can be read, from the bytes that forward passes over 1 and 2 samples
-    keep, which grow linearly with the samples.
+    On a GPU from the peak of real forward and backward passes over 1, 2, 4 … samples, until that share or `wanted` is
+    reached. Elsewhere, where no peak can be read, from the bytes that forward passes over 1 and 2 samples keep, which
+    grow linearly with the samples.
 
     Args:
         model: a Transformer on its device, in training mode; its gradients are cleared.
@@ -240,7 +241,7 @@ def rows_that_fit(
     """
     device = next(model.parameters()).device
     room = FULL * free - beside
-    if device.type == "cuda":
+    if accelerator.measures_peak(device):
         rows, fits = 1, 0
         while rows <= min(2 * wanted, MOST_ROWS):
             peak = _peak_bytes(model, min(rows, wanted), autocast, with_documents)
@@ -284,12 +285,8 @@ def free_memory(device: torch.device, processes: int = 1) -> int:
     Args:
         processes: how many share this machine's memory.
     """
-    if device.type == "cuda":
-        reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + reserved
-    if device.type == "mps":
-        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
-    return system_memory() // processes
+    on_device = None if device.type == "cpu" else accelerator.free_bytes(device)
+    return system_memory() // processes if on_device is None else on_device
 
 
 def system_memory() -> int:

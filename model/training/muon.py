@@ -85,6 +85,7 @@ class Muon(torch.optim.Optimizer):
         momentum: of Muon, Nesterov's.
         betas, eps: of AdamW.
         dtype: of Muon's matrix products.
+        fused: whether AdamW takes its steps in one kernel.
     """
 
     def __init__(
@@ -95,9 +96,10 @@ class Muon(torch.optim.Optimizer):
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
         dtype: torch.dtype = torch.float32,
+        fused: bool = True,
     ) -> None:
         defaults = {"lr": lr, "lr_scale": 1.0, "momentum": momentum, "betas": betas, "eps": eps, "weight_decay": 0.0}
-        defaults["fused"] = True  # of AdamW; a loaded state then has its step on the device of the parameters
+        defaults["fused"] = fused  # of AdamW; a loaded state then has its step on the device of the parameters
         super().__init__(groups, defaults)
         self.dtype = dtype
         self.divided: MatricesOfRanks | None = None  # where parameters are this rank's rows of matrices

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from model import accelerator
 from model.dataset import PretrainDataset, number_documents
 from model.loss import bits_per_byte
 from model.model import Transformer
@@ -41,14 +42,12 @@ class NextToken:
             samples: at most batch_size; padding, which does not count, fills the other rows.
         """
         inputs, targets = data.batch(samples, self._rows)
-        if self._device.type == "cuda":
-            inputs, targets = inputs.pin_memory(), targets.pin_memory()
-        inputs, targets = (tensor.to(self._device, non_blocking=True) for tensor in (inputs, targets))
+        inputs, targets = (accelerator.send(tensor, self._device) for tensor in (inputs, targets))
         if not self._document_mask:
             return inputs, targets, None
         if self._data.is_chat:
             numbers = data.number_runs(samples, self._rows)
-            return inputs, targets, numbers.to(self._device, non_blocking=True)
+            return inputs, targets, accelerator.send(numbers, self._device)
         marks = self._data.delimiters
         return inputs, targets, number_documents(inputs, targets, marks.bos_id, marks.eos_id)
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from model.accelerator import kind_of
 from model.errors import shown
 
 if TYPE_CHECKING:
@@ -45,12 +46,17 @@ def decay_groups(parameters: Mapping[str, "nn.Parameter"], weight_decay: float) 
     return [group for group in groups if group["params"]]
 
 
+def _can_be_fused(parameters: Mapping[str, "nn.Parameter"]) -> bool:
+    """Whether one kernel of torch's can take Adam's steps on their device; else each operation takes a kernel."""
+    return all(kind_of(parameter.device).has_fused_optimizers for parameter in parameters.values())
+
+
 def adamw(parameters: Mapping, learning_rate: float, weight_decay: float, dtype: "torch.dtype"):
     """Loshchilov & Hutter, 2019."""
     from torch.optim import AdamW
 
     groups = decay_groups(parameters, weight_decay)
-    return AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), eps=1e-8, fused=True)
+    return AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), eps=1e-8, fused=_can_be_fused(parameters))
 
 
 def adam(parameters: Mapping, learning_rate: float, weight_decay: float, dtype: "torch.dtype"):
@@ -58,7 +64,7 @@ def adam(parameters: Mapping, learning_rate: float, weight_decay: float, dtype: 
     from torch.optim import Adam
 
     groups = decay_groups(parameters, weight_decay)
-    return Adam(groups, lr=learning_rate, betas=(0.9, 0.95), eps=1e-8, fused=True)
+    return Adam(groups, lr=learning_rate, betas=(0.9, 0.95), eps=1e-8, fused=_can_be_fused(parameters))
 
 
 def muon(parameters: Mapping, learning_rate: float, weight_decay: float, dtype: "torch.dtype"):
@@ -73,7 +79,8 @@ def muon(parameters: Mapping, learning_rate: float, weight_decay: float, dtype: 
     for group in decay_groups(others, weight_decay):
         scale = 1.0 if "router_rate" in group else BESIDE_MUON  # at 6 times the rate, routers forget some experts
         groups.append({**group, "muon": False, "lr_scale": scale})
-    return Muon(groups, lr=learning_rate, dtype=torch.float32 if dtype == torch.float16 else dtype)
+    dtype = torch.float32 if dtype == torch.float16 else dtype
+    return Muon(groups, lr=learning_rate, dtype=dtype, fused=_can_be_fused(parameters))
 
 
 def _adams_state(name: str, parameter: "Tensor") -> tuple[str, ...]:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model import accelerator
 from model.dataset import PretrainDataset
 from model.training.reference import answer_log_probabilities, answers_of
 
@@ -55,7 +56,7 @@ class Preference:
             torch.from_numpy(reference).unflatten(1, (-1, 2)),
             torch.from_numpy(numbers[:, ::2] >= 0),
         )
-        return tuple(tensor.to(self._device) for tensor in batch)
+        return tuple(accelerator.send(tensor, self._device) for tensor in batch)
 
     def loss(self, model: nn.Module, batch: PairBatch) -> Tensor:
         """Sums over the pairs: the loss, and what `names` name; float32 [4]."""

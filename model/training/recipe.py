@@ -11,6 +11,7 @@ import os
 import shutil
 import sys
 
+from model.accelerator import kind_of
 from model.errors import InputError, counted
 from model.training.optimizer import OPTIMIZERS
 
@@ -45,7 +46,7 @@ WARMUP_SHARE = 0.05  # of all steps
 
 # Seconds of training; compiling takes 30 to 60 of them. It gains a tenth on a CPU (benchmarks/RESULTS.md), and more on
 # a GPU, as others report.
-COMPILE_PAYS_AFTER = {"cpu": 900.0, "cuda": 180.0}
+COMPILE_PAYS_AFTER_ON_CPU, COMPILE_PAYS_AFTER = 900.0, 180.0
 TUNING_SHARE = 0.3  # of the rate of pre-training, for weights that learn to answer
 ADAPTERS_TIMES = 10.0  # the rate of tuning, for LoRA's adapters (Schulman et al., 2025: "LoRA Without Regret")
 # And for a model that answers and learns which answers are preferred. Of 2.9 million parameters, over one epoch of
@@ -152,19 +153,19 @@ def compile_pays(
     """Whether `torch.compile` saves more time than it takes, and why.
 
     Args:
-        device_type: "cuda", "mps" or "cpu".
+        device_type: as torch names it.
         seconds: that the run is expected to take without it (`run_seconds`).
         compiler: what `cpp_compiler` found.
         platform: as `sys.platform` names it.
     """
-    if device_type not in COMPILE_PAYS_AFTER:
+    if not kind_of(device_type).compiles:
         return False, f"not on {device_type}, where torch.compile is not yet complete"
     if device_type == "cpu" and platform != "linux":
         return False, "on a CPU it was tested on Linux only"
     if compiler is None:
         return False, "torch.compile needs a C++ compiler, and none was found"
     expected = f"by its FLOPs alone, training takes {rough_duration_text(seconds)}"
-    if seconds < COMPILE_PAYS_AFTER[device_type]:
+    if seconds < (COMPILE_PAYS_AFTER_ON_CPU if device_type == "cpu" else COMPILE_PAYS_AFTER):
         return False, f"{expected}, too short to win back the time of compiling"
     return True, f"{expected}, and compiling up to a minute"
 

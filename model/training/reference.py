@@ -118,7 +118,7 @@ class ReferenceFile:
                 batch = (tensor.to(device) for tensor in (inputs, targets, documents))
                 found = answer_log_probabilities(model, *batch, numbers.shape[1])
             is_answer = numbers >= 0
-            values[numbers[is_answer]] = found.double().cpu().numpy()[is_answer]
+            values[numbers[is_answer]] = found.cpu().double().numpy()[is_answer]
         model.train(was_training)
         return values
 

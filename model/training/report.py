@@ -4,8 +4,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-
+from model import accelerator
 from model.dataset import PretrainDataset
 from model.errors import counted
 from model.LMConfig import LMConfig
@@ -215,8 +214,7 @@ def dry_run(plan: RunPlan, measure: Callable[[float, int], float]) -> list[str]:
         TrainingDiverged, ProcessLost: as training itself.
     """
     device = plan.hardware.device
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+    accelerator.begin_peak(device)
     start = time.perf_counter()
     measure(0, 1)  # allocates memory, compiles
     first_seconds = time.perf_counter() - start
@@ -261,9 +259,8 @@ def _model_rows(plan: RunPlan) -> list[tuple[str, str]]:
 def _memory_rows(plan: RunPlan) -> list[tuple[str, str]]:
     t, device = plan.training, plan.hardware.device
     memory = step_memory(plan.config, t, t.batch_size, device, plan.hardware.autocast, plan.shards)
-    measured = ""
-    if device.type == "cuda":
-        measured = f"; measured peak {size_text(torch.cuda.max_memory_allocated(device))}"
+    peak = accelerator.peak_bytes(device)
+    measured = "" if peak is None else f"; measured peak {size_text(peak)}"
     free = size_text(free_memory(device, plan.local_world_size))
     shared = f", shared among {plan.shards} processes" if plan.shards > 1 else ""
     return [

@@ -198,7 +198,7 @@ class TrainingSettings:
     deterministic: bool = setting(
         True, "on a GPU, kernels that give the same bits each time; false: a resumed run may differ in the last bits"
     )
-    device: str = setting("auto", "cuda, cuda:1, mps or cpu; auto: the best there is")
+    device: str = setting("auto", "cuda, cuda:1, npu, xpu, musa, mlu, mps or cpu; auto: the best there is")
     ddp: bool = setting(False, "train in several processes, started by torchrun")
     ddp_timeout: float = setting(600.0, "seconds without progress after which several processes fail", above=0)
     shard: str = setting(

@@ -9,17 +9,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from model import accelerator
 from model.training.choices import Ranks
 
 
 def runs_ahead(device: torch.device, optimizer: torch.optim.Optimizer) -> bool:
-    """Whether a device gets a step before the last one was read: a CPU would compute nothing meanwhile, and MPS has no
-    float64. For tests, MATECONV_RUN_AHEAD=1 has a CPU do so too, and 0 has a GPU not do so.
+    """Whether a device gets a step before the last one was read, as CUDA's does: a CPU would compute nothing meanwhile,
+    some have no float64, and with others it was not tried. For tests, MATECONV_RUN_AHEAD=1 has a CPU do so too, and 0
+    has a GPU not do so.
 
     The optimizer has to leave out a step by `found_inf`, which the device itself sets, as torch's fused ones do.
     """
-    asked = os.environ.get("MATECONV_RUN_AHEAD", str(int(device.type == "cuda")))
-    able = device.type in ("cpu", "cuda") and getattr(optimizer, "_step_supports_amp_scaling", False)
+    does = accelerator.kind_of(device).runs_ahead
+    asked = os.environ.get("MATECONV_RUN_AHEAD", str(int(does)))
+    able = (does or device.type == "cpu") and getattr(optimizer, "_step_supports_amp_scaling", False)
     return able and asked == "1"
 
 
@@ -94,11 +97,11 @@ class DeviceVerdict:
 
 def _copied_to_host(numbers: Tensor) -> Callable[[], list[float]]:
     """Copy numbers behind the device's other work; what is returned waits for that."""
-    if numbers.device.type != "cuda":
+    if numbers.device.type == "cpu":
         return numbers.tolist
-    pinned, copied = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True), torch.cuda.Event()
+    pinned = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
     pinned.copy_(numbers, non_blocking=True)
-    copied.record()
+    copied = accelerator.record_event(numbers.device)
 
     def read() -> list[float]:
         copied.synchronize()

@@ -195,7 +195,8 @@ def on_cpu(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     moved: dict[int, Tensor] = {}
     result = {}
     for key, tensor in state_dict.items():
-        if tensor.data_ptr() not in moved:
-            moved[tensor.data_ptr()] = tensor.detach().to("cpu", torch.float32)
-        result[key] = moved[tensor.data_ptr()]
+        address = tensor.data_ptr()  # 0: of an empty one, or on a device that tells none
+        if not address or address not in moved:
+            moved[address] = tensor.detach().to("cpu", torch.float32)
+        result[key] = moved[address]
     return result

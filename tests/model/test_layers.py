@@ -16,13 +16,15 @@ model.runs model.convert model.serving
 model.training model.weights model.generation
 model.dataset model.model model.corpus
 model.token_file model.text model.kv_cache model.experts
-model.storage model.LMConfig model.command model.terminal model.feed_forward
+model.storage model.LMConfig model.command model.terminal model.feed_forward model.unusable_gpus
 model.options model.loss model.attention model.lora model.requirements model.children model.interrupts
+model.accelerator
 model.errors
 """
 ROW = {room: number for number, row in enumerate(ROWS.split("\n")) for room in row.split()}
 NETWORK = {  # can be copied out
-    f"model.{name}" for name in ("LMConfig", "model", "experts", "feed_forward", "attention", "loss", "kv_cache")
+    f"model.{name}"
+    for name in ("LMConfig", "model", "experts", "feed_forward", "attention", "loss", "kv_cache", "accelerator")
 }
 DEFERS_TORCH = {("model.training.optimizer", "model.training.muon")}  # settings are checked without torch
 
