@@ -1,6 +1,7 @@
 """Hugging Face's hub, or a mirror of it (HF_ENDPOINT), through huggingface_hub, which comes with transformers."""
 
 import contextlib
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,14 +24,17 @@ class HuggingFace:
 
     def __init__(self) -> None:
         try:
-            import huggingface_hub
+            from huggingface_hub import HfApi, constants, get_token
+            from huggingface_hub.utils import disable_progress_bars, logging
         except ImportError:
             raise InputError("--to: hf: needs huggingface_hub: pip install huggingface_hub") from None
-        if huggingface_hub.constants.HF_HUB_OFFLINE:
+        if constants.HF_HUB_OFFLINE:
             raise InputError("--to: HF_HUB_OFFLINE is set, so nothing can be sent; unset it")
         limit_silence()
-        huggingface_hub.utils.logging.set_verbosity_error()  # it logs each attempt, with its URL
-        self._api, self._token = huggingface_hub.HfApi(), huggingface_hub.get_token
+        logging.set_verbosity_error()  # it logs each attempt, with its URL
+        if not sys.stderr.isatty():
+            disable_progress_bars()
+        self._api, self._token = HfApi(), get_token
         self.endpoint = self._api.endpoint
 
     def check_account(self, repository: str) -> None:
@@ -137,9 +141,9 @@ def limit_silence() -> None:
 
 def ways_out() -> str:
     """What to do where the hub cannot be reached for a dataset."""
-    import huggingface_hub
+    from huggingface_hub import constants
 
-    first = "unset HF_HUB_OFFLINE" if huggingface_hub.constants.HF_HUB_OFFLINE else "set HF_ENDPOINT to a mirror"
+    first = "unset HF_HUB_OFFLINE" if constants.HF_HUB_OFFLINE else "set HF_ENDPOINT to a mirror"
     return f"{first}, read it from ModelScope (ms:OWNER/NAME), or download it and give the files"
 
 
@@ -149,11 +153,11 @@ def check_dataset(name: str) -> None:
     Raises:
         InputError: it has not, the user may not read it, or nobody answers.
     """
-    import huggingface_hub
+    from huggingface_hub import HfApi, constants
 
-    if huggingface_hub.constants.HF_HUB_OFFLINE:
+    if constants.HF_HUB_OFFLINE:
         return
-    api = huggingface_hub.HfApi()
+    api = HfApi()
     try:
         within(answers.ANSWER_SECONDS, lambda: api.dataset_info(name, timeout=answers.ANSWER_SECONDS))
     except Exception as error:  # as above

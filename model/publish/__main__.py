@@ -129,7 +129,8 @@ def _write(folder: Path, weights_path: Path, publication: Publication) -> bool:
 def _stage(weights_path: Path, target: Path, publication: Publication) -> None:
     """Make the folder to send."""
     if weights_path.name != CARD:
-        weights = convert(weights_path, target, to="transformers")
+        weights = convert(weights_path, target, to="transformers", say=lambda line: None)
+        say(f"{weights_path}: {describe(weights)}")
         card = model_card(publication, weights, read_history(weights_path))
         (target / CARD).write_text(card, encoding="utf-8")
         return
