@@ -13,6 +13,10 @@ MODELSCOPE = "ms:"  # the same, of MsDataset.load
 STREAMED = (DATASETS, MODELSCOPE)
 
 
+class NoRow(InputError):
+    """A dataset cannot be read from its first row on."""
+
+
 def streamed_rows(location: str) -> Generator[dict, None, None]:
     """The rows of a dataset, each as a dict.
 
@@ -20,7 +24,8 @@ def streamed_rows(location: str) -> Generator[dict, None, None]:
         location: begins with one of STREAMED.
 
     Raises:
-        InputError: the library is not installed, the hub does not answer, or the dataset cannot be read.
+        NoRow: the library is not installed, the hub does not answer, or the dataset cannot be read.
+        InputError: the rest of it cannot be read.
     """
     prefix = MODELSCOPE if location.startswith(MODELSCOPE) else DATASETS
     name, _, query = location.removeprefix(prefix).partition("?")
@@ -28,21 +33,24 @@ def streamed_rows(location: str) -> Generator[dict, None, None]:
     for key, values in parse_qs(query.replace("+", "%2B"), keep_blank_values=True).items():  # a + is no space
         options[key] = values[0] if len(values) == 1 else values  # data_files=a&data_files=b are two files
     if not name:
-        raise InputError(f"input_path: {location} names no dataset; expected {prefix}NAME?split=train")
+        raise NoRow(f"input_path: {location} names no dataset; expected {prefix}NAME?split=train")
     if prefix == MODELSCOPE and name.count("/") != 1:
-        raise InputError(f"input_path: {location} found, expected ms:OWNER/NAME?split=train")
+        raise NoRow(f"input_path: {location} found, expected ms:OWNER/NAME?split=train")
     rows, install = _of_hugging_face, "datasets: pip install datasets"
     if prefix == MODELSCOPE:
         rows, install = dataset_rows, f"modelscope: {INSTALL_DATASETS}"
+    failure = NoRow
     try:
-        yield from rows(name, options)
+        for row in rows(name, options):
+            failure = InputError
+            yield row
     except ImportError:
-        raise InputError(f"input_path: {location} needs {install}") from None
+        raise failure(f"input_path: {location} needs {install}") from None
     except InputError as error:
-        raise InputError(f"input_path: {location} cannot be streamed: {error}") from error
+        raise failure(f"input_path: {location} cannot be streamed: {error}") from error
     except Exception as error:  # it raises whatever its readers raise: OSError, ValueError, KeyError, its own errors
         hint = f"; {ways_out()}" if isinstance(error, ConnectionError) and prefix == DATASETS else ""
-        raise InputError(f"input_path: {location} cannot be streamed ({first_line(error)}){hint}") from error
+        raise failure(f"input_path: {location} cannot be streamed ({first_line(error)}){hint}") from error
 
 
 def _of_hugging_face(name: str, options: dict) -> Generator[dict, None, None]:

@@ -5,7 +5,7 @@ import threading
 from collections.abc import Callable
 from typing import TypeVar
 
-ANSWER_SECONDS = 30.0  # a hub that does not answer within these is given up
+ANSWER_SECONDS = 25.0  # a hub that does not answer within these is given up: 30 with the start of the program
 MOST_CAUSES = 10  # exceptions, each the cause of the one before, that are looked at
 MOST_OF_REASON = 300  # characters of what a library says
 

@@ -16,7 +16,7 @@ from tests.guide.home import Interpreter
 IMPATIENT = """
 import model.hubs.answers, huggingface_hub.utils._http as http
 from types import SimpleNamespace
-model.hubs.answers.ANSWER_SECONDS = 2  # in place of 30
+model.hubs.answers.ANSWER_SECONDS = 2  # in place of 25
 http.time = SimpleNamespace(sleep=lambda seconds: None)  # between two attempts
 """
 RUN = (
