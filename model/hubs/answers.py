@@ -56,6 +56,8 @@ def reason_of(error: BaseException) -> str:
     follows a URL's `?`, which may be a signature that grants access."""
     cause = _causes(error)[-1] if isinstance(error, RuntimeError) else error
     text = " ".join(str(cause).split()) or type(cause).__name__
+    if "ConnectionPool(" in text and (system := re.search(r"\[Errno -?\d+\] [\w ]+", text)):
+        return system[0]  # requests wraps what the system says in three of its objects
     return re.sub(r"(https?://[^\s?'\"]*)\?[^\s'\"]*", r"\1", text)[:MOST_OF_REASON].rstrip(".")
 
 

@@ -1,6 +1,7 @@
 """ModelScope's hub (MODELSCOPE_ENDPOINT), through modelscope, where it is installed."""
 
 import contextlib
+import io
 import logging
 import sys
 from collections.abc import Iterator
@@ -80,7 +81,8 @@ class ModelScope:
         Raises:
             InputError: the connection breaks, or the hub refuses.
         """
-        with self._one_line(repository, is_sending=True):
+        # It makes the repository where there is none, public and with a license: `create` comes before.
+        with self._one_line(repository, is_sending=True), contextlib.redirect_stdout(io.StringIO()):  # a report
             self._api.upload_folder(
                 repository,
                 "model",
@@ -110,6 +112,8 @@ class ModelScope:
                 None: f"{self.endpoint} cannot be reached ({reason}); check the network, or MODELSCOPE_ENDPOINT",
             }
             text = meanings.get(status, f"{self.endpoint} answers with an error ({reason})")
+            if is_sending and status is None:
+                text = f"the connection to {self.endpoint} broke ({reason})"
             if is_sending:
                 text = f"sending failed: {text}; some of the files may be there: run the command again"
             raise InputError(f"ms:{repository}: {text}") from error

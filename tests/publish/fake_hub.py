@@ -5,8 +5,9 @@ to stream a dataset.
 
 It prints its port. FOLDER/models/OWNER/NAME/ gets what is published, FOLDER/datasets/OWNER/NAME/ is what can be read.
 The token is "good", "reader" (which may not write) or "colleague" (which may not write to `lab`). Names make trouble:
-`silent` is never answered, `taken` belongs to somebody who hides it, `broken` loses the connection while a file is
-uploaded, `full` refuses the upload, `invisible` is gone when it is committed, `gated` wants its terms accepted.
+`silent` is never answered, of `stuck` all but the files is, `taken` belongs to somebody who hides it, `secret` wants
+another token, `gated` wants its terms accepted, `broken` loses the connection while a file is uploaded, `full` refuses
+the upload, `invisible` is gone when it is committed.
 """
 
 import base64
@@ -79,6 +80,8 @@ class Hub(BaseHTTPRequestHandler):
         if found := re.fullmatch(r"/api/(models|datasets)/(\w+/[\w-]+)(/.*)?", path):
             return self.about(found[1], found[2], found[3] or "", body)
         if found := re.fullmatch(r"/datasets/(\w+/[\w-]+)/resolve/\w+/(.+)", path):
+            if found[1] == "me/stuck":
+                threading.Event().wait()
             return self.file(self.folder / "datasets" / found[1] / found[2])
         self.send({"error": f"nothing at {path}"}, 404)
 

@@ -33,9 +33,13 @@ def test_a_dataset_of_the_hub_gives_the_tokens_of_its_file(hub, interpreter, tmp
         ("me/secret", "has no dataset me/secret, or a private one (401); check the name, or log in"),
         ("me/gated", "accept its terms at "),
         ("me/silent", "cannot be reached (no answer within 2 seconds); set HF_ENDPOINT to a mirror, read it from"),
+        ("me/stuck", "cannot be reached (no answer within 2 seconds); set HF_ENDPOINT to a mirror, read it from"),
     ],
 )
 def test_a_dataset_that_cannot_be_had_is_one_line(hub, interpreter, tmp_path, name, message):
+    stuck = hub.folder / "datasets" / "me" / "stuck"
+    stuck.mkdir(parents=True, exist_ok=True)
+    (stuck / "train.jsonl").write_bytes(b"{}")
     line = refused(process(interpreter, f"datasets:{name}?split=train", tmp_path / "d.bin"))
     assert line.startswith(f"error: input_path: datasets:{name}?split=train cannot be streamed: ") and message in line
     assert not list(tmp_path.iterdir())
