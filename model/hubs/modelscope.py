@@ -11,7 +11,7 @@ from model.errors import InputError
 from model.hubs import answers
 from model.hubs.answers import reason_of, status_of, within
 
-INSTALL = "pip install modelscope"
+INSTALL = "pip install -U modelscope"  # the first versions lack modelscope_hub
 INSTALL_DATASETS = 'pip install "modelscope[datasets]"'
 LOG_IN = "log in with `modelscope login --token …`, or set MODELSCOPE_API_TOKEN"
 WAYS_OUT = "check the network, read it from Hugging Face (datasets:OWNER/NAME), or download it and give the files"
@@ -30,7 +30,7 @@ class ModelScope:
         try:
             from modelscope_hub import HubApi
         except ImportError:
-            raise InputError(f"--to: ms: needs modelscope 1.38 or newer: {INSTALL}") from None
+            raise InputError(f"--to: ms: needs modelscope: {INSTALL}") from None
         quiet()
         self._api = HubApi()
         self.endpoint = self._api.openapi.base_url.partition("/openapi")[0]

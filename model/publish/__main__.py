@@ -131,6 +131,7 @@ def _stage(weights_path: Path, target: Path, publication: Publication) -> None:
     if weights_path.name != CARD:
         weights = convert(weights_path, target, to="transformers", say=lambda line: None)
         say(f"{weights_path}: {describe(weights)}")
+        _say_license(publication)
         card = model_card(publication, weights, read_history(weights_path))
         (target / CARD).write_text(card, encoding="utf-8")
         return
@@ -150,10 +151,16 @@ def _stage(weights_path: Path, target: Path, publication: Publication) -> None:
         (target / CARD).write_text(_card_of_folder(folder, publication), encoding="utf-8")
 
 
+def _say_license(publication: Publication) -> None:
+    if publication.license == "unknown":
+        say("no --license: the card says that the license is unknown, so that others should not use the model")
+
+
 def _card_of_folder(folder: Path, publication: Publication) -> str:
     weights = load_weights(folder)
     say(f"{folder}: {describe(weights)}")
     say("a folder of transformers does not say what it was trained on; publish the run's out_dir, and the card does")
+    _say_license(publication)
     return model_card(publication, weights, History())
 
 
