@@ -7,6 +7,7 @@ python -m model.publish my_model --to ms:OWNER/NAME                             
 The files are listed, and sent once you have agreed; the repository is private unless you say --public.
 """
 
+import dataclasses
 import os
 import re
 import shutil
@@ -19,7 +20,7 @@ from model.convert import convert, describe
 from model.errors import InputError, counted, shown
 from model.hubs.huggingface import HuggingFace
 from model.hubs.modelscope import ModelScope
-from model.publish.card import Publication, model_card
+from model.publish.card import Publication, license_of, model_card
 from model.publish.history import History, read_history
 from model.storage.files import check_is_new, size_text
 from model.weights import load_weights
@@ -58,6 +59,9 @@ def publish(
     """
     folder, where = Path(folder), f"{publication.hub}:{publication.repository}"
     weights_path = _find(folder)
+    is_converted = weights_path.is_dir()
+    if is_converted and (folder / CARD).is_file():
+        publication = _as_the_card_says(folder / CARD, publication)
     if dry_run:
         return _write(folder, weights_path, publication)
     if not agreed and not sys.stdin.isatty():
@@ -68,7 +72,9 @@ def publish(
     if found not in (None, wanted):
         remedy = "give --public to update it" if found == "public" else "omit --public, or change that in its settings"
         raise InputError(f"{where}: a {found} repository exists, {wanted} expected; {remedy}, or give another name")
-    with tempfile.TemporaryDirectory(prefix=".publish_", dir=weights_path.parent) as temporary:
+    with tempfile.TemporaryDirectory(
+        prefix=".publish_", dir=folder if is_converted else weights_path.parent
+    ) as temporary:
         staged = Path(temporary) / publication.name
         _stage(weights_path, staged, publication)
         files = sorted(staged.iterdir())
@@ -100,7 +106,7 @@ def _find(folder: Path) -> Path:
     if is_transformers(folder):
         if not any(folder.glob("model*.safetensors")):
             raise InputError(f"{folder}: no model.safetensors in it; write one: python -m model.convert {folder} NEW")
-        return folder / CARD
+        return folder
     if (folder / "best_model.pth").is_file():
         return folder / "best_model.pth"
     if newest_weights(folder) is None:
@@ -112,12 +118,26 @@ def _find(folder: Path) -> Path:
     return found
 
 
+def _as_the_card_says(card: Path, publication: Publication) -> Publication:
+    """The publication with the license of a card that is there.
+
+    Raises:
+        InputError: --license names another one.
+    """
+    found = license_of(card.read_text(encoding="utf-8", errors="replace")) or "unknown"
+    if publication.license not in ("unknown", found):
+        raise InputError(f"{card} says license {found}, --license {publication.license} was given; change one of them")
+    return dataclasses.replace(publication, license=found)
+
+
 def _write(folder: Path, weights_path: Path, publication: Publication) -> bool:
     """Write what would be sent: a run's into `publish/NAME` in its folder, otherwise the card into the folder."""
-    if weights_path.name == CARD:
-        target = weights_path
-        if not target.exists():
-            target.write_text(_card_of_folder(folder, publication), encoding="utf-8")
+    if weights_path.is_dir():
+        target = folder / CARD
+        if target.exists():
+            say(f"{target}: there already, left as it is; nothing sent")
+            return True
+        target.write_text(_card_of_folder(folder, publication), encoding="utf-8")
     else:
         target = folder / "publish" / publication.name
         check_is_new(target)
@@ -128,14 +148,14 @@ def _write(folder: Path, weights_path: Path, publication: Publication) -> bool:
 
 def _stage(weights_path: Path, target: Path, publication: Publication) -> None:
     """Make the folder to send."""
-    if weights_path.name != CARD:
+    if not weights_path.is_dir():
         weights = convert(weights_path, target, to="transformers", say=lambda line: None)
         say(f"{weights_path}: {describe(weights)}")
         _say_license(publication)
         card = model_card(publication, weights, read_history(weights_path))
         (target / CARD).write_text(card, encoding="utf-8")
         return
-    folder = weights_path.parent
+    folder = weights_path
     skipped = [path.name for path in sorted(folder.iterdir()) if not (path.is_file() and SENT.fullmatch(path.name))]
     if skipped := [name for name in skipped if name != target.parent.name]:
         more = f" and {len(skipped) - 5} more" if len(skipped) > 5 else ""

@@ -50,6 +50,17 @@ def model_card(publication: Publication, weights: Weights, history: History) -> 
     return "\n".join(parts)
 
 
+def license_of(card: str) -> str | None:
+    """The license that a card's header names; None: it names none, or cannot be read."""
+    begin, _, rest = card.partition("---\n")
+    try:
+        header = yaml.safe_load(rest.partition("\n---")[0]) if not begin.strip() else None
+    except yaml.YAMLError:
+        return None
+    found = header.get("license") if isinstance(header, dict) else None
+    return found if isinstance(found, str) else None
+
+
 def _header(publication: Publication, history: History) -> dict:
     header: dict = {"license": publication.license}
     if _is_chinese(history):

@@ -95,7 +95,10 @@ def test_of_a_folder_only_the_model_is_sent_and_a_card_in_it_is_kept(hub, interp
     card = (published / "README.md").read_text(encoding="utf-8")
     assert header(card)["license"] == "unknown" and "has not named a license" in card and "not recorded" in card
     (model_folder / "README.md").write_text("---\nlicense: mit\n---\n# Mine\n", encoding="utf-8")
-    assert publish(interpreter, model_folder, "hf:lab/converted", "--public")["code"] == 0
+    answer = publish(interpreter, model_folder, "hf:lab/converted", "--public")
+    assert answer["code"] == 0 and "public, license mit, replacing" in answer["stderr"]
+    other = publish(interpreter, model_folder, "hf:lab/converted", "--public", "--license", "apache-2.0")
+    assert "says license mit, --license apache-2.0 was given" in refused(other)
     assert "# Mine" in (published / "README.md").read_text(encoding="utf-8")
     (model_folder / "README.md").unlink()
     assert "a public repository exists, private expected; give --public" in refused(
