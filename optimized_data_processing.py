@@ -122,7 +122,8 @@ class OptimizedDataProcessor:
         tokenizer and options, does nothing. With `resume=False` everything is made anew.
 
         Args:
-            input_path: a file, a folder, a glob, `datasets:NAME?…`, or a list of them (`model.corpus.sources`).
+            input_path: a file, a folder, a glob, `datasets:NAME?…`, `ms:NAME?…`, or a list of them
+                (`model.corpus.sources`).
             output_path: of the token file.
             weights: how often the documents of each input are taken: 2 is twice, 0.5 every other one.
 
@@ -282,7 +283,8 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         type=path_flag,
         help='JSONL, one {"text": ...} or one chat a line; a JSON array of such objects; plain .txt; each also as .gz, '
-        ".zst, .xz, .bz2; Parquet; folders, globs; datasets:NAME?split=train; default: what lies in dataset/",
+        ".zst, .xz, .bz2; Parquet; folders, globs; datasets:NAME?split=train, ms:NAME?split=train; default: what lies"
+        " in dataset/",
     )
     add(
         "--weights",

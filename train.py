@@ -187,7 +187,11 @@ def _say_what_it_holds(target: Path, raw_data_path: str | None) -> None:
     names = [source["name"] for source in manifest.sources]
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     say(f"train_data_path: {target}, {manifest.tokens:,} tokens of {', '.join(names[:3])}{more}")
-    of_many = raw_data_path is None or raw_data_path.startswith("datasets:") or any(c in raw_data_path for c in "*?[")
+    of_many = (
+        raw_data_path is None
+        or raw_data_path.startswith(("datasets:", "ms:"))
+        or any(c in raw_data_path for c in "*?[")
+    )
     if not of_many and not Path(raw_data_path).is_dir() and Path(raw_data_path).name not in names:
         say(
             f"warning: raw_data_path {raw_data_path} is not read, since {target} exists and was made from other data;"

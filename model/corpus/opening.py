@@ -16,7 +16,6 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
-from urllib.parse import parse_qs
 
 from model.corpus.inspection import (
     BOM,
@@ -29,6 +28,7 @@ from model.corpus.inspection import (
     packing_of,
     unreadable,
 )
+from model.corpus.streams import streamed_rows
 from model.corpus.tables import csv_header, csv_rows, names_chats, parquet_rows, refuse_repeated
 from model.errors import InputError, first_line
 
@@ -36,7 +36,6 @@ READ_AT_ONCE = 1 << 20  # bytes, about, that are unpacked or made from rows at a
 HEAD_BYTES = 16 << 10  # read to recognise a file's form
 TXT_BYTES = 1 << 20  # a longer document of a .txt is cut at the next line's end
 TXT_DOCUMENTS = ("file", "paragraph", "line")
-DATASETS = "datasets:"  # datasets:NAME?split=train&name=CONFIG: the options are load_dataset's
 EXPECTED = 'expected JSONL, one {"text": ...} object a line'
 
 
@@ -50,9 +49,9 @@ class WrongEncoding(InputError):
 
 @dataclass(frozen=True)
 class Source:
-    """One file, or one dataset that `datasets` streams."""
+    """One file, or one dataset that is streamed."""
 
-    location: str  # a path, or datasets:NAME?…
+    location: str  # a path, datasets:NAME?… or ms:NAME?…
     name: str  # unique and short: the folders that all sources share are omitted
     size: int  # bytes on disk; 0 for a streamed dataset, whose size is unknown
     weight: float = 1.0
@@ -123,7 +122,7 @@ def open_source(source: Source, text_field: str = "text") -> BinaryIO:
     """
     keys = source.keys or (text_field,)
     if source.form == "dataset":
-        return _as_file(_as_jsonl(_dataset_rows(source.location), keys))
+        return _as_file(_as_jsonl(streamed_rows(source.location), keys))
     path = Path(source.location)
     if source.form == "parquet":
         return _as_file(_as_jsonl(parquet_rows(path, keys), keys))
@@ -211,24 +210,6 @@ def naming_damage(location: str) -> Iterator[None]:
 
 
 # ------------------------------------------------------------------------------------------ rows, elements, documents
-
-
-def _dataset_rows(location: str) -> Generator:
-    name, _, query = location.removeprefix(DATASETS).partition("?")
-    options: dict = {"split": "train"}
-    for key, values in parse_qs(query.replace("+", "%2B"), keep_blank_values=True).items():  # a + is no space
-        options[key] = values[0] if len(values) == 1 else values  # data_files=a&data_files=b are two files
-    if not name:
-        raise InputError(f"input_path: {location} names no dataset; expected datasets:NAME?split=train")
-    try:
-        import datasets
-    except ImportError:
-        raise InputError(f"input_path: {location} needs datasets: pip install datasets") from None
-    try:
-        rows = datasets.load_dataset(name, streaming=True, trust_remote_code=False, **options)
-        yield from rows
-    except Exception as error:  # it raises whatever its readers raise: OSError, ValueError, KeyError, its own errors
-        raise InputError(f"input_path: {location} cannot be streamed ({first_line(error)})") from error
 
 
 # The bytes that decide where an array's element ends: a string's start, brackets, commas between elements.

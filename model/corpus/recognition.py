@@ -11,6 +11,7 @@ from model.corpus.opening import TXT_DOCUMENTS, Source
 from model.corpus.options import ProcessingOptions
 from model.corpus.pairs import CHOSEN, PAIR_KEYS, REJECTED, is_pair
 from model.corpus.parts import lines_of, stream_parts
+from model.corpus.streams import NoRow
 from model.errors import InputError
 
 BLOCK_BYTES = 64 << 10  # read at a time
@@ -66,11 +67,10 @@ def _format_of(form: str) -> str:
 
 
 def _first_objects(source: Source, options: ProcessingOptions) -> Iterator[dict]:
-    """Those among the first EXAMPLES lines of a source."""
+    """Those among the first EXAMPLES lines of a source; raises NoRow where a streamed one has none."""
     seen, field = 0, options.text_field
     with_all_keys = dataclasses.replace(source, keys=(field, *PAIR_KEYS))
-    # A damaged source fails where its parts are made: those before the damage are kept.
-    with contextlib.suppress(InputError):
+    try:
         for _, block, _ in stream_parts(with_all_keys, BLOCK_BYTES, field):
             for raw in lines_of(block):
                 with contextlib.suppress(ValueError, RecursionError):
@@ -79,3 +79,7 @@ def _first_objects(source: Source, options: ProcessingOptions) -> Iterator[dict]
                 seen += 1
                 if seen == EXAMPLES:
                     return
+    except NoRow:  # a hub is not asked a second time
+        raise
+    except InputError:  # a damaged source fails where its parts are made: those before the damage are kept
+        pass

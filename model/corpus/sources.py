@@ -1,4 +1,4 @@
-"""Finds the files and datasets that paths, folders, globs and `datasets:NAME` stand for."""
+"""Finds the files and datasets that paths, folders, globs, `datasets:NAME` and `ms:NAME` stand for."""
 
 import glob
 import os
@@ -8,7 +8,8 @@ from pathlib import Path
 
 from model.command import say
 from model.corpus.inspection import PACKINGS, holds_documents
-from model.corpus.opening import DATASETS, EXPECTED, TXT_DOCUMENTS, Source, WrongEncoding, is_chat_table, recognise
+from model.corpus.opening import EXPECTED, TXT_DOCUMENTS, Source, WrongEncoding, is_chat_table, recognise
+from model.corpus.streams import DATASETS, MODELSCOPE, STREAMED
 from model.errors import InputError
 
 _PACKED = ("", *(f".{packing}" for packing in PACKINGS))
@@ -29,7 +30,7 @@ def find_sources(
     text_field: str = "text",
     txt_documents: str = "file",
 ) -> list[Source]:
-    """The files and datasets that paths, folders, globs and `datasets:…` stand for, in the order given.
+    """The files and datasets that paths, folders, globs, `datasets:…` and `ms:…` stand for, in the order given.
 
     The files of a folder or a glob come in the order of their names. In a folder JSONL and Parquet are read, .json that
     holds documents, and where there is nothing else CSV of chats or else .txt. Skipped, with one line that says so:
@@ -46,10 +47,15 @@ def find_sources(
     """
     inputs = list(inputs) if isinstance(inputs, Sequence) and not isinstance(inputs, str | bytes) else [inputs]
     if bad := [given for given in inputs if not isinstance(given, str | Path) or not str(given).strip()]:
-        raise InputError(f"input_path: {bad[0]!r} found, expected a file, a folder, a glob or datasets:NAME")
+        raise InputError(f"input_path: {bad[0]!r} found, expected a file, a folder, a glob, datasets:NAME or ms:NAME")
+    if all(any(str(given).startswith(prefix) for given in inputs) for prefix in (DATASETS, MODELSCOPE)):
+        raise InputError(  # modelscope redirects `datasets` to its hub: the other dataset would be read from there
+            f"input_path: {DATASETS} and {MODELSCOPE} cannot be read by one command; make a file of each, with"
+            " --clean_only, and give the files"
+        )
     found = []  # what Source takes besides a name
     for given, weight in zip(inputs, _checked_weights(weights, len(inputs)), strict=True):
-        if str(given).startswith(DATASETS):
+        if str(given).startswith(STREAMED):
             found.append({"location": str(given), "size": 0, "weight": weight, "form": "dataset"})
             continue
         for path, form, packing in _files(Path(given), leave_out, text_field, txt_documents):
@@ -193,5 +199,5 @@ def _short_names(locations: Sequence[str]) -> list[str]:
     while len(set(names.values())) < len(set(paths.values())):
         depth += 1
         for location, parts in paths.items():
-            names[location] = location if location.startswith(DATASETS) else "/".join(parts[-depth:])
+            names[location] = location if location.startswith(STREAMED) else "/".join(parts[-depth:])
     return [names[location] for location in locations]

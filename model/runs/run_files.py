@@ -2,11 +2,14 @@
 
 import contextlib
 import math
+import platform
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-from model.errors import OneLineError
+import torch
+
+from model.errors import OneLineError, counted
 from model.runs.copying import CHECKPOINT, CLOSE_SECONDS, FINISH_SECONDS, Copier, check_copy_folder
 from model.runs.folder import (
     INTERRUPTED,
@@ -31,6 +34,14 @@ from model.training.settings import Settings
 from model.weights import Weights, save_weights
 
 STATUS_SECONDS = 20  # between two writings of status.json, while nothing else happens
+
+
+def device_name(device: torch.device) -> str:
+    """What people call a device: "NVIDIA H200", "CPU (x86_64), 8 threads"."""
+    if device.type == "cpu":
+        return f"CPU ({platform.machine()}), {counted(torch.get_num_threads(), 'thread')}"
+    name = getattr(torch.get_device_module(device), "get_device_name", None)  # some backends lack it
+    return name(device) if name is not None else device.type
 
 
 class RunFiles:
@@ -81,7 +92,8 @@ class RunFiles:
             )
             self._say(f"init_from: {source} is now {settings.training.init_from}")
         self.started = new_run or resumed.content["started"]  # when the run started
-        self._status, self._told = Status(self.out_dir, plan.world_size, plan.total_steps), 0.0
+        device = device_name(plan.hardware.device)
+        self._status, self._told = Status(self.out_dir, plan.world_size, plan.total_steps, device), 0.0
         self.metrics = MetricsLog(self.out_dir, plan.steps_done, self._say, unix_time(self.started))
         self._saver = BackgroundSaver(self._say)
         self._saved = path.name if path is not None else None  # the newest checkpoint on the disk

@@ -26,11 +26,12 @@ class Status:
         out_dir: the run's folder.
         world_size: processes that train together.
         total_steps: optimizer steps of the whole run.
+        device: what rank 0 computes on, for people.
     """
 
-    def __init__(self, out_dir: Path, world_size: int, total_steps: int) -> None:
+    def __init__(self, out_dir: Path, world_size: int, total_steps: int, device: str | None = None) -> None:
         self.path = Path(out_dir) / STATUS_FILE
-        self.world_size, self.total_steps = world_size, total_steps
+        self.world_size, self.total_steps, self.device = world_size, total_steps, device
         self.checkpoint: str | None = None  # name of the newest saved checkpoint
         self.problem: str | None = None  # why the last write failed, if it did
 
@@ -62,6 +63,7 @@ class Status:
             "exit_code": exit_code,
             "message": None if message is None else one_line(message)[:MOST_OF_REASON],
             "world_size": self.world_size,
+            "device": self.device,
             "pid": os.getpid(),
             "updated": datetime.datetime.now().isoformat(timespec="seconds"),
         }

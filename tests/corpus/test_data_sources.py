@@ -408,3 +408,23 @@ def test_what_changed_is_said_in_words():
         "clean (was true, is false), input_path (was a.jsonl, is b.jsonl, c), min (was not set, is 3), "
         "the tokenizer (was 0123456789ab…, is ffffffffffff…)"
     )
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("ms:", "ms: names no dataset; expected ms:NAME"),
+        ("ms:poems?split=train", "ms:poems.split=train found, expected ms:OWNER/NAME"),
+        (["ms:me/poems", "datasets:me/poems"], "datasets: and ms: cannot be read by one command; make a file of each"),
+    ],
+)
+def test_what_names_no_dataset_of_modelscope_is_refused(processor, tmp_path, given, message):
+    with pytest.raises(InputError, match=message):
+        processor.process_dataset(given, tmp_path / "data.bin")
+    assert not list(tmp_path.iterdir())
+
+
+def test_modelscope_that_is_missing_is_named(processor, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "modelscope", None)  # as if it were not installed
+    with pytest.raises(InputError, match=r'needs modelscope: pip install "modelscope\[datasets\]"'):
+        processor.process_dataset("ms:me/poems", tmp_path / "data.bin")

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 
 from tests.conftest import ROOT, corpus_lines
@@ -21,12 +22,17 @@ def copy_project(home: Path, raw_data: str) -> Path:
 
 
 class Interpreter:
-    """Runs scripts in `home`, one after another in one process (see interpreter.py): torch is imported once."""
+    """Runs scripts in `home`, one after another in one process (see interpreter.py): torch is imported once.
 
-    def __init__(self, home: Path) -> None:
+    Args:
+        environment: of that process, on top of ours.
+    """
+
+    def __init__(self, home: Path, environment: Mapping[str, str] | None = None) -> None:
         command = [sys.executable, str(Path(__file__).with_name("interpreter.py")), str(home)]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "encoding": "utf-8"}
-        self.home, self._process = home, subprocess.Popen(command, env=ONE_THREAD, **pipes)
+        self.home = home
+        self._process = subprocess.Popen(command, env=ONE_THREAD | dict(environment or {}), **pipes)
 
     def run(self, words: list[str], text: str = "") -> dict:
         """The exit code, stdout and stderr of a script that reads `text` from its standard input."""

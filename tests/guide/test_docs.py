@@ -49,6 +49,7 @@ ELSEWHERE = {
     "wandb login": ("tests/guide/test_guide.py", "--use_wandb"),
     "swanlab login": ("tests/runs/test_trackers.py", "SWANLAB_API_KEY"),
     "tensorboard --logdir": ("tests/runs/test_event_file.py", "event_accumulator"),
+    "python -m model.publish out": ("tests/publish/test_publish.py", '"model.publish"'),
     "sbatch examples/slurm.sbatch": ("tests/guide/test_docs.py", "test_the_slurm_example"),
     "kubectl apply -f examples/kubernetes": ("tests/guide/test_docs.py", "test_the_kubernetes_example"),
     "sudo python benchmarks/": ("benchmarks/RESULTS.md", "python benchmarks/"),
@@ -463,6 +464,7 @@ def test_every_flag_is_documented_and_every_documented_flag_exists(interpreter):
         "inference.py": ["docs/generation.md", "docs/serving.md"],
         "optimized_data_processing.py": ["docs/data.md"],
         "-m model.convert": ["docs/weights.md"],
+        "-m model.publish": ["docs/publish.md"],
     }
     known = set(FOREIGN_FLAGS)
     for script, where in pages.items():

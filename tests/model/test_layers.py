@@ -12,13 +12,14 @@ ROWS = """
 train inference
 optimized_pretrain optimized_data_processing optimized_inference
 utils
+model.publish
 model.runs model.convert model.serving
 model.training model.weights model.generation
 model.dataset model.model model.corpus
 model.token_file model.text model.kv_cache model.experts
 model.storage model.LMConfig model.command model.terminal model.feed_forward model.unusable_gpus
 model.options model.loss model.attention model.lora model.requirements model.children model.interrupts
-model.accelerator
+model.accelerator model.hubs
 model.errors
 """
 ROW = {room: number for number, row in enumerate(ROWS.split("\n")) for room in row.split()}

@@ -1,0 +1,1 @@
+"""Sends a model to Hugging Face or ModelScope, with a card that says what it was made from."""
