@@ -130,6 +130,10 @@ class PretrainDataset:
     def __len__(self) -> int:
         return (len(self.tokens) - 1) // self.seq_len if self.packing is None else len(self.packing.targets)
 
+    def token_arrays(self) -> list[np.ndarray]:
+        """The ids of each file that this dataset is made of: this one's, mapped into memory."""
+        return [self.tokens]
+
     def count_targets(self, samples: np.ndarray) -> int:
         """Tokens that these samples predict."""
         return len(samples) * self.seq_len if self.packing is None else int(self.packing.targets[samples].sum())

@@ -23,7 +23,7 @@ MEASURED_PARAMETERS, MEASURED_TOKENS = (1e6, 1e7), (2e5, 1e7)  # of the runs beh
 WHILE_RATE_IS_HIGH = 0.03  # more bits at a run's begin than at the end of a run that ends there; less as it goes on
 WORTH_OF_PASSES = 15.4  # Muennighoff et al., 2023: after about so many passes more of them teach nothing
 SHARE_OF_TOKENS = {"muon": 1.0, "adamw": 0.3, "adam": 0.3}  # with a good rate, to the same loss with Muon
-MOST_COUNTED = 4_000_000  # tokens that frequencies are counted of
+MOST_COUNTED, PIECES = 2_000_000, 64  # tokens that frequencies are counted of, in so many places
 
 
 @dataclass(frozen=True)
@@ -53,11 +53,20 @@ def unigram_bits_per_byte(ids: np.ndarray, lengths: np.ndarray, is_text: np.ndar
 
 
 def unigram_of_data(data: TrainingData) -> float:
-    """`unigram_bits_per_byte` of the texts that are trained on, from samples spread over them."""
-    count = max(1, MOST_COUNTED // data.train.seq_len)
-    samples = np.unique(np.linspace(0, len(data.train) - 1, count).astype(np.int64))
-    ids = data.train.batch(samples, len(samples))[0].numpy()
+    """`unigram_bits_per_byte` of the texts that are trained on, from pieces spread over their files."""
+    files = data.train.token_arrays()
+    total = sum(map(len, files))
+    ids = np.concatenate([_spread(tokens, round(MOST_COUNTED * len(tokens) / total)) for tokens in files])
     return unigram_bits_per_byte(ids, data.token_bytes.lengths, data.token_bytes.is_text)
+
+
+def _spread(tokens: np.ndarray, most: int) -> np.ndarray:
+    """At most so many tokens, in pieces spread evenly: a disk reads each of them at once."""
+    if len(tokens) <= most:
+        return np.asarray(tokens)
+    length = max(1, most // PIECES)
+    begins = np.linspace(0, len(tokens) - length, PIECES).astype(np.int64)
+    return np.concatenate([tokens[begin : begin + length] for begin in begins.tolist()])
 
 
 def worth(tokens: float, epoch_tokens: float) -> float:

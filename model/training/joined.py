@@ -25,6 +25,10 @@ class JoinedDataset:
     def __len__(self) -> int:
         return int(self.begins[-1])
 
+    def token_arrays(self) -> list[np.ndarray]:
+        """The ids of each file, as `PretrainDataset.token_arrays`."""
+        return sum((part.token_arrays() for part in self.parts), [])
+
     def hold_out(self) -> tuple[SampleRange, np.ndarray]:
         """Set samples aside for validation, spread over all parts: (for training, held out); see `hold_out`."""
         return hold_out(len(self))

@@ -67,7 +67,16 @@ ELSEWHERE = {
 FOREIGN_FLAGS = {  # of pip, pytest, torchrun, lm_eval, git …
     *("--nnodes", "--node_rank", "--rdzv_backend", "--rdzv_endpoint", "--rdzv_id", "--standalone"),
     *("--max-restarts", "--model", "--model_args", "--tasks", "--include_path", "--weights", "--fast", "--only"),
-    *("--kill-on-bad-exit", "--logdir", "--no-deps", "--target", "--llama_python", "--check", "--help"),
+    *(
+        "--kill-on-bad-exit",
+        "--logdir",
+        "--no-deps",
+        "--force-reinstall",
+        "--target",
+        "--llama_python",
+        "--check",
+        "--help",
+    ),
 }
 
 

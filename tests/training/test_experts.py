@@ -116,7 +116,8 @@ def test_the_balance_loss_and_the_bias_spread_the_tokens(flags, tmp_path):
         trainer.train()
         logged = [event for event in events(tmp_path / name) if "expert_entropy" in event]
         found[name] = sum(event["expert_entropy"] for event in logged[-10:]) / 10
-        assert len(logged) == 60 and all(event["balance_loss"] >= 0.9 for event in logged)
+        least = 0.99 if name != "bias" else 0.5  # 1 is balanced, but a bias chooses against the scores that it counts
+        assert len(logged) == 60 and all(event["balance_loss"] >= least for event in logged)
     assert found["loss"] > found["neither"] and found["bias"] > found["neither"]
 
 
