@@ -145,7 +145,7 @@ def draw_curves(events: list[dict], path: Path) -> None:
     bits.plot(*series("bits_per_byte"), label="validation", marker="o", markersize=3, color="tab:orange")
     if (low := series("expected_bits_low"))[0]:
         high = series("expected_bits_high")[1]
-        bits.fill_between(*low, high, color="tab:gray", alpha=0.2, linewidth=0, label="nine of ten runs")
+        bits.fill_between(*low, high, color="tab:gray", alpha=0.2, linewidth=0, label="expected")
         bits.legend()
     if (texts := series("text_bits_per_byte"))[0]:
         bits.plot(*texts, label="texts mixed in", marker="o", markersize=3, color="tab:purple")

@@ -21,7 +21,7 @@ MEASURED_SECONDS, MOST_STEPS = 5.0, 50  # the dry run measures for this long or 
 
 JUDGED_AFTER = 0.25  # of a run's tokens: before, the warm-up and the first steps decide
 FAR_FROM_AUTO = 2.5  # times the rate that auto gives, either way
-WHERE_EXPECTED = "as nine of ten runs had with --recipe best (docs/training.md)"
+WHERE_EXPECTED = "as texts differ, with --recipe best or settings as good (docs/training.md)"
 
 
 def describe(plan: RunPlan) -> list[str]:
@@ -141,7 +141,7 @@ def behind_line(plan: RunPlan, progress: Progress, tokens: int, bits: float) -> 
         if not rate / FAR_FROM_AUTO < t.learning_rate < rate * FAR_FROM_AUTO:
             causes.insert(0, f"the learning rate, {t.learning_rate:g} where auto gives {rate:g}")
     return (
-        f"step {progress.step:,}: {bits:.2f} bits per byte, where nine of ten runs had {expected} after as many tokens;"
+        f"step {progress.step:,}: {bits:.2f} bits per byte, where {expected} are expected after as many tokens;"
         f" what usually causes it: {', or '.join(causes)} (docs/training.md)"
     )
 
