@@ -10,6 +10,7 @@ import platform
 import random
 import sys
 import time
+import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -156,6 +157,8 @@ def choose_hardware(asked_device: str, asked_dtype: str, local_rank: int):
         keep_freed_memory()
     else:
         accelerator.use(device)
+    # qk_norm's weights are float32, and what it normalizes has 16 bits: right, only not by torch's fused kernel.
+    warnings.filterwarnings("ignore", "Mismatch dtype between input and weight", UserWarning)
     autocast = contextlib.nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic kernels require it of cuBLAS
     return Hardware(device, dtype, autocast)

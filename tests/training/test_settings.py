@@ -268,3 +268,11 @@ def test_what_a_recipe_sets_is_a_value_of_that_setting():
             built = build_settings({}, {setting_name: value})
             assert getattr(getattr(built, SECTION_OF[setting_name]), setting_name) == value, (name, setting_name)
             assert why
+
+
+def test_recipe_best_trains_in_16_bits_without_a_warning(flags):
+    from tests.tiny_runs import command, run
+
+    result = run(command(flags(recipe="best", max_steps=2, epochs=1, batch_size=4, dtype="bfloat16")))
+    assert result.returncode == 0 and "Warning" not in result.stderr, result.stderr
+    assert result.stderr.count("recipe best: ") == len(RECIPES["best"])
