@@ -61,6 +61,25 @@ def reason_of(error: BaseException) -> str:
     return re.sub(r"(https?://[^\s?'\"]*)\?[^\s'\"]*", r"\1", text)[:MOST_OF_REASON].rstrip(".")
 
 
+def why_no_dataset(error: BaseException, endpoint: str, name: str, forbidden: str, log_in: str, ways_out: str) -> str:
+    """Why a hub gives no dataset, in a line.
+
+    Args:
+        error: that its library raised.
+        forbidden: what a 403 means there.
+        log_in: how users do so.
+        ways_out: where nobody answers.
+    """
+    absent = f"{endpoint} has no dataset {name}, or a private one"
+    meanings = {
+        401: f"{absent} (401); check the name, or {log_in}",
+        403: forbidden,
+        404: f"{absent} (404); check the name, or {log_in}",
+        None: f"{endpoint} cannot be reached ({reason_of(error)}); {ways_out}",
+    }
+    return meanings.get(status_of(error), f"{endpoint} answers with an error ({reason_of(error)}); {ways_out}")
+
+
 def _causes(error: BaseException) -> list[BaseException]:
     causes = [error]
     while (deeper := causes[-1].__cause__) is not None and len(causes) < MOST_CAUSES:

@@ -163,16 +163,8 @@ def check_dataset(name: str) -> None:
     try:
         within(answers.ANSWER_SECONDS, lambda: _ask_for_a_byte(api, name))
     except Exception as error:  # as above
-        absent = f"{api.endpoint} has no dataset {name}, or a private one"
-        meanings = {
-            401: f"{absent} (401); check the name, or {LOG_IN}",
-            403: f"accept its terms at {api.endpoint}/datasets/{name}, and {LOG_IN} (403)",
-            404: f"{absent} (404); check the name, or {LOG_IN}",
-            None: f"{api.endpoint} cannot be reached ({reason_of(error)}); {ways_out()}",
-        }
-        text = meanings.get(
-            status_of(error), f"{api.endpoint} answers with an error ({reason_of(error)}); {ways_out()}"
-        )
+        forbidden = f"accept its terms at {api.endpoint}/datasets/{name}, and {LOG_IN} (403)"
+        text = answers.why_no_dataset(error, api.endpoint, name, forbidden, LOG_IN, ways_out())
         raise InputError(text) from error
 
 

@@ -145,14 +145,8 @@ def dataset_rows(name: str, options: dict) -> Iterator[dict]:
     try:
         within(answers.ANSWER_SECONDS, lambda: api.get_repo(name, "dataset"))
     except Exception as error:  # as above
-        absent = f"{endpoint} has no dataset {name}, or a private one"
-        meanings = {
-            401: f"{absent} (401); check the name, or {LOG_IN}",
-            403: f"{endpoint} forbids to read it (403); {LOG_IN}",
-            404: f"{absent} (404); check the name, or {LOG_IN}",
-            None: f"{endpoint} cannot be reached ({reason_of(error)}); {WAYS_OUT}",
-        }
-        text = meanings.get(status_of(error), f"{endpoint} answers with an error ({reason_of(error)}); {WAYS_OUT}")
+        forbidden = f"{endpoint} forbids to read it (403); {LOG_IN}"
+        text = answers.why_no_dataset(error, endpoint, name, forbidden, LOG_IN, WAYS_OUT)
         raise InputError(text) from error
     options = {{"name": "subset_name"}.get(key, key): value for key, value in options.items()}
     yield from MsDataset.load(name, use_streaming=True, trust_remote_code=False, **options)
