@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from model import accelerator
 from model.errors import OneLineError, counted
 from model.runs.copying import CHECKPOINT, CLOSE_SECONDS, FINISH_SECONDS, Copier, check_copy_folder
 from model.runs.folder import (
@@ -40,8 +41,7 @@ def device_name(device: torch.device) -> str:
     """What people call a device: "NVIDIA H200", "CPU (x86_64), 8 threads"."""
     if device.type == "cpu":
         return f"CPU ({platform.machine()}), {counted(torch.get_num_threads(), 'thread')}"
-    name = getattr(torch.get_device_module(device), "get_device_name", None)  # some backends lack it
-    return name(device) if name is not None else device.type
+    return accelerator.name(device)
 
 
 class RunFiles:
