@@ -25,9 +25,10 @@ from model.model import Transformer
 from model.training.config_file import load_settings
 from model.training.data import TrainingData
 from model.training.expectation import (
-    FLOOR,
+    RULE,
     SPREAD,
     Outlook,
+    share_of_unigram,
     unigram_of_data,
     worth,
 )
@@ -99,12 +100,11 @@ def _fit_one_text(runs: list[dict], shares: np.ndarray) -> tuple[float, ...]:
 
 def rule(runs: list[dict], constants: tuple[float, ...], tokens: float | None = None) -> np.ndarray:
     """The shares of the frequencies' bits that the rule gives runs; after `tokens`, or at their ends."""
-    floor, by_size, size_power, by_tokens, tokens_power = constants
     return np.array(
         [
-            floor
-            + by_size * run["parameters"] ** -size_power
-            + by_tokens * worth(run["tokens"] if tokens is None else tokens, run["epoch_tokens"]) ** -tokens_power
+            share_of_unigram(
+                run["parameters"], worth(run["tokens"] if tokens is None else tokens, run["epoch_tokens"]), constants
+            )
             for run in runs
         ]
     )
@@ -131,7 +131,7 @@ def main() -> None:
     for run, share in zip(runs, rule(runs, constants), strict=True):
         errors.append(run["bits"] / (run["unigram"] * share) - 1)
         print(f"  {described(run)}, by the rule {run['unigram'] * share:.4f} ({errors[-1]:+.1%})")
-    print(f"nine of ten within {np.quantile(np.abs(errors), 0.9) + MOST_OFF:.3f} (SPREAD is {SPREAD}, FLOOR {FLOOR})")
+    print(f"nine of ten within {np.quantile(np.abs(errors), 0.9) + MOST_OFF:.3f} (SPREAD is {SPREAD}, RULE {RULE})")
     for run in (run for folder in options.check for run in finished(folder)):
         expected = Outlook(run["unigram"], run["parameters"], run["epoch_tokens"], run["tokens"]).at_end
         inside = "inside" if expected.low <= run["bits"] <= expected.high else "OUTSIDE"

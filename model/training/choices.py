@@ -35,6 +35,7 @@ from model.training.recipe import (
     batch_text,
     compile_pays,
     cpp_compiler,
+    value_text,
 )
 from model.training.settings import AUTO, FIELDS, FULLY_SHARDED, TrainingSettings, of_no_experts
 
@@ -157,8 +158,7 @@ class Choices:
         value, why = (self._earlier[name], "as before") if name in self._earlier else choose()
         value = self._processes.decided(lambda: value)
         self.made[name] = value
-        shown = str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else value
-        self._say(f"{name} {shown} (auto): {why}")
+        self._say(f"{name} {value_text(value)} (auto): {why}")
         return value
 
     def epochs(self, data: TrainingData) -> int:
@@ -222,9 +222,7 @@ class Choices:
         wanted = automatic_batch_size(tokens, length * parts, max(1, samples // parts), None)
         processes.beat("measuring how large a batch fits the memory", 3)
         beside = state_bytes(model, t, shards)
-        if accelerator.kind_of(
-            self._device
-        ).shares_memory:  # the copy that is being saved takes it too: the whole state
+        if accelerator.kind_of(self._device).shares_memory:  # the copy that is being saved takes it too, whole
             beside += state_bytes(model, t) + sum(parameter.nbytes for parameter in model.parameters())
         free = free_memory(self._device, processes.local_world_size)
         measuring = "measuring how large a batch fits the memory"

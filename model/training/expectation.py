@@ -15,7 +15,7 @@ import numpy as np
 
 from model.training.data import TrainingData
 
-FLOOR, BY_SIZE, SIZE_POWER, BY_TOKENS, TOKENS_POWER = 0.2983, 186.4, 0.60, 3.083, 0.15
+RULE = (0.2983, 186.4, 0.60, 3.083, 0.15)  # FLOOR, BY_SIZE, SIZE_POWER, BY_TOKENS, TOKENS_POWER
 SPREAD = 0.12  # of the bits, either way, between texts: those of three lie up to 0.09 off
 SPREAD_BEYOND = 0.06  # more of it for each factor of ten outside what was measured
 MOST_BEYOND = 3.0  # factors of ten, of size and tokens together: farther away the rule says nothing
@@ -75,9 +75,10 @@ def worth(tokens: float, epoch_tokens: float) -> float:
     return min(tokens, epoch_tokens) * (1 + WORTH_OF_PASSES * (1 - math.exp(-again / WORTH_OF_PASSES)))
 
 
-def share_of_unigram(parameters: float, tokens: float) -> float:
+def share_of_unigram(parameters: float, tokens: float, rule: tuple[float, ...] = RULE) -> float:
     """The rule: the bits per byte of a run's end, divided by those of frequencies alone."""
-    return FLOOR + BY_SIZE / parameters**SIZE_POWER + BY_TOKENS / tokens**TOKENS_POWER
+    floor, by_size, size_power, by_tokens, tokens_power = rule
+    return floor + by_size / parameters**size_power + by_tokens / tokens**tokens_power
 
 
 @dataclass(frozen=True)

@@ -236,6 +236,11 @@ def batch_text(rows: int, accumulated: int, processes: int) -> str:
     return " x ".join(parts)
 
 
+def value_text(value) -> str:
+    """A setting's value as users write it: "true", "0.005", "muon"."""
+    return str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
+
+
 def count_text(number: float) -> str:
     """A large number in short: "2.0M"."""
     for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):

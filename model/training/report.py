@@ -10,6 +10,7 @@ from model.errors import counted
 from model.LMConfig import LMConfig
 from model.storage.files import free_bytes, size_text
 from model.training.clock import EVALUATION_SHARE
+from model.training.expectation import Outlook
 from model.training.memory import free_memory, step_memory
 from model.training.optimizer import OPTIMIZERS
 from model.training.plan import RunPlan
@@ -21,7 +22,6 @@ MEASURED_SECONDS, MOST_STEPS = 5.0, 50  # the dry run measures for this long or 
 
 JUDGED_AFTER = 0.25  # of a run's tokens: before, the warm-up and the first steps decide
 FAR_FROM_AUTO = 2.5  # times the rate that auto gives, either way
-WHERE_EXPECTED = "as texts differ, with --recipe best or settings as good (docs/training.md)"
 
 
 def describe(plan: RunPlan) -> list[str]:
@@ -50,7 +50,7 @@ def describe(plan: RunPlan) -> list[str]:
     if plan.config.n_experts:
         lines.insert(1, f"experts: {_experts_text(plan)}")
     if plan.outlook is not None and len(plan.val_samples) and plan.steps_done == 0:
-        lines.append(f"expected: {plan.outlook.at_end} bits per byte of held-out text at the end, {WHERE_EXPECTED}")
+        lines.append(f"expected: {_expected_text(plan.outlook)}")
     if plan.is_fully_sharded:
         lines.append(_shared_text(plan))
     padding = plan.order.rows_per_step - plan.train_samples
@@ -62,6 +62,11 @@ def describe(plan: RunPlan) -> list[str]:
             f" has only {counted(plan.train_samples, 'sample')}; {remedy}"
         )
     return lines
+
+
+def _expected_text(outlook: Outlook) -> str:
+    expected = f"{outlook.at_end} bits per byte of held-out text at the end"
+    return f"{expected}, as texts differ, with --recipe best or settings as good (docs/training.md)"
 
 
 def _shared_text(plan: RunPlan) -> str:
@@ -294,10 +299,7 @@ def _data_rows(plan: RunPlan) -> list[tuple[str, str]]:
 
 
 def _outlook_rows(plan: RunPlan) -> list[tuple[str, str]]:
-    if plan.outlook is None:
-        return []
-    expected = plan.outlook.at_end
-    return [("expected", f"{expected} bits per byte of held-out text at the end, {WHERE_EXPECTED}")]
+    return [] if plan.outlook is None else [("expected", _expected_text(plan.outlook))]
 
 
 def _time_rows(plan: RunPlan, tokens_per_second: float, first_seconds: float) -> list[tuple[str, str]]:

@@ -17,7 +17,7 @@ from model.errors import MOST_CHARACTERS, InputError, shown
 from model.LMConfig import MOST_TOKENS, LMConfig, impossible_shape, untrained_router
 from model.options import parse_value, setting
 from model.training.optimizer import OPTIMIZERS
-from model.training.recipe import RECIPES
+from model.training.recipe import RECIPES, value_text
 from model.training.schedule import SHAPES
 
 MOST_PROBLEMS = 20  # shown; the rest is counted
@@ -371,15 +371,11 @@ def recipe_lines(settings: Settings) -> list[str]:
     for name, (value, why) in RECIPES.get(recipe, {}).items():
         given = getattr(getattr(settings, SECTION_OF[name]), name)
         lines.append(
-            f"recipe {recipe}: {name} {_plainly(value)}, {why}"
+            f"recipe {recipe}: {name} {value_text(value)}, {why}"
             if given == value
-            else f"recipe {recipe}: {name} would be {_plainly(value)}; {_plainly(given)} is set"
+            else f"recipe {recipe}: {name} would be {value_text(value)}; {value_text(given)} is set"
         )
     return lines
-
-
-def _plainly(value) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _merge_section(settings: Settings, section: str, values: Mapping, source: str, problems: list[str]) -> None:
