@@ -4,7 +4,7 @@
     python benchmarks/learning.py recipes --tokens 10e6 --data my.bin --only best "adamw 1e-3" --seeds 1
     python benchmarks/learning.py parts --tokens 1e6 --jobs 2            # of recipe best: each left out, others added
     python benchmarks/learning.py rates --model 10M                      # around the rate that auto gives
-    python benchmarks/learning.py data --texts my.jsonl                  # passes, copies, the tokenizer's size
+    python benchmarks/learning.py data --texts my.jsonl --other more.jsonl  # passes, copies, sources, tokenizers
 
 Each run is `train.py` itself, with a schedule that ends with its tokens: a shorter run is a finished one, not a part of
 a longer one. Held-out samples are the same for all runs of a study. Finished runs are kept and not repeated, so the
@@ -62,7 +62,7 @@ PARTS = {  # what is left out of recipe best, or added to it, by section
     "moving average 0.99": {"training": {"use_ema": True, "ema_decay": 0.99}},
 }
 PASSES = (1, 2, 4, 8)
-COPIES = 0.5  # of the text, in which every document stands twice
+OWN, OWN_SHARES = 0.25, (0.75, 0.5, 0.25)  # own text of so many of a run's tokens; its part of the samples
 VOCABULARIES = (6400, 12800, 25600)
 HELD_OUT = 0.03  # of the documents, in study data
 SPEED_TOKENS, SPEED_TURNS = 100_000, 3
@@ -133,19 +133,35 @@ def rates(options: argparse.Namespace) -> Iterator[tuple[str, float, dict]]:
 def process(texts: Path, output: Path, *more: str) -> Path:
     """A token file of texts, made unless it is there."""
     if not output.exists():
-        script = [sys.executable, str(ROOT / "optimized_data_processing.py"), "--input_path", str(texts)]
-        subprocess.run([*script, "--output_path", str(output), *more], check=True, stdout=subprocess.DEVNULL)
+        run_data_processing("--input_path", str(texts), "--output_path", str(output), *more)
     return output
+
+
+def run_data_processing(*options: str) -> None:
+    """Run optimized_data_processing.py."""
+    script = [sys.executable, str(ROOT / "optimized_data_processing.py"), *options]
+    subprocess.run(script, check=True, stdout=subprocess.DEVNULL)
 
 
 def divided_texts(options: argparse.Namespace) -> tuple[list[str], Path]:
     """The lines to train on, in a random order, and a file of those held out."""
-    lines = options.texts.read_text(encoding="utf-8").splitlines()
-    random.Random(0).shuffle(lines)
+    lines = shuffled_lines(options.texts)
     held_out = max(1, round(HELD_OUT * len(lines)))
     validation = options.out / "held_out.jsonl"
     validation.write_text("\n".join(lines[:held_out]) + "\n", encoding="utf-8")
     return lines[held_out:], validation
+
+
+def shuffled_lines(path: Path) -> list[str]:
+    """A file's lines in a random order, the same each time."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    random.Random(0).shuffle(lines)
+    return lines
+
+
+def tokens_in(token_file: Path) -> int:
+    """How many it has, by its manifest."""
+    return json.loads(token_file.with_suffix(".json").read_text(encoding="utf-8"))["tokens"]
 
 
 def share_of(lines: list[str], share: float, path: Path, times: int = 1) -> Path:
@@ -162,41 +178,52 @@ def share_of(lines: list[str], share: float, path: Path, times: int = 1) -> Path
 
 
 def data(options: argparse.Namespace) -> Iterator[tuple[str, float, dict]]:
-    """The same tokens from all of the text or several passes over less of it, with copies in it, and with tokenizers
-    of several sizes for the same seconds."""
+    """The same tokens from all of the text or several passes over less of it, with copies in it, with other texts
+    beside it; and tokenizers of several sizes for the same seconds."""
     lines, validation = divided_texts(options)
     folder, tokens, model = options.out, options.tokens, options.model
-    held_out = process(validation, folder / "held_out.bin")
-    every = json.loads(process(share_of(lines, 1, folder / "all.jsonl"), folder / "all.bin").with_suffix(".json")
-                       .read_text(encoding="utf-8"))["tokens"]  # fmt: skip
+    held_out = {"val_data_path": str(process(validation, folder / "held_out.bin"))}
+    every = tokens_in(process(share_of(lines, 1, folder / "all.jsonl"), folder / "all.bin"))
 
-    def with_text(path: Path, validated: Path = held_out, tokenizer: Path | None = None) -> dict:
-        chosen = {"train_data_path": str(path), "val_data_path": str(validated)}
-        return chosen | ({"tokenizer_path": str(tokenizer)} if tokenizer else {})
+    def file_with(tokens: float, times: int = 1) -> Path:
+        """A token file of about so many tokens of own text, each document so many times."""
+        texts = share_of(lines, tokens / every / times, folder / f"own-{round(tokens)}-{times}.jsonl", times)
+        return process(texts, texts.with_suffix(".bin"), "--deduplicate", "false")
 
     for passes in PASSES:
-        name = f"1of{passes}"
-        text = share_of(lines, tokens / passes / every, folder / f"{name}-{round(tokens)}.jsonl")
-        made = with_text(process(text, text.with_suffix(".bin")))
+        made = held_out | {"train_data_path": str(file_with(tokens / passes))}
         yield f"{passes} x {tokens / passes / 1e6:.3g}M tokens", tokens, best(tokens, model, {"data": made})
-    text = share_of(lines, COPIES * tokens / every, folder / f"copies-{round(tokens)}.jsonl", 2)
-    made = with_text(process(text, text.with_suffix(".bin"), "--deduplicate", "false"))
+    made = held_out | {"train_data_path": str(file_with(tokens, times=2))}
     yield "every document twice", tokens, best(tokens, model, {"data": made})
 
-    speed = None
+    if options.other is not None:
+        own = file_with(tokens * OWN)
+        other = process(options.other, folder / f"{options.other.stem}.bin")
+        for share in OWN_SHARES:
+            made = held_out | {"train_data_path": [str(own), str(other)], "train_data_weights": [share, 1 - share]}
+            name = f"{tokens * OWN / 1e6:.3g}M own tokens, {share:.0%} of the samples, and other texts"
+            yield name, tokens, best(tokens, model, {"data": made})
+        made = held_out | {"train_data_path": str(other)}
+        yield "other texts alone", tokens, best(tokens, model, {"data": made})
+    yield from with_tokenizers(folder / "all.jsonl", validation, options)
+
+
+def with_tokenizers(texts: Path, validation: Path, options: argparse.Namespace) -> Iterator[tuple[str, float, dict]]:
+    """Tokenizers of several sizes, trained on the text, for the seconds that the first takes for the tokens."""
+    folder, tokens, model, speed = options.out, options.tokens, options.model, None
     for size in options.vocabularies:
-        texts, tokenizer = folder / "all.jsonl", folder / f"tokenizer{size}"
+        tokenizer = folder / f"tokenizer{size}"
         if not tokenizer.exists():
-            script = [sys.executable, str(ROOT / "optimized_data_processing.py"), "--input_path", str(texts)]
             trained = ["--train_tokenizer", "--vocab_size", str(size), "--tokenizer_output", str(tokenizer)]
-            subprocess.run([*script, *trained], check=True, stdout=subprocess.DEVNULL)
+            run_data_processing("--input_path", str(texts), *trained)
         files = [process(file, folder / f"{file.stem}{size}.bin", "--tokenizer_path", str(tokenizer))
                  for file in (texts, validation)]  # fmt: skip
-        settings = best(tokens, model, {"data": with_text(*files, tokenizer)})
-        rate = tokens_per_second([Case(f"tokenizer {size}", tokens, 1, settings)], options)[0]
+        made = dict(zip(("train_data_path", "val_data_path"), map(str, files), strict=True))
+        more = {"data": made | {"tokenizer_path": str(tokenizer)}}
+        case = Case(f"tokenizer {size}", tokens, 1, best(tokens, model, more))
+        rate = tokens_per_second([case], options)[0]
         speed = speed or rate
         trained_on = tokens * rate / speed
-        more = {"data": with_text(*files, tokenizer)}
         yield f"tokenizer of {size:,}, own text, equal seconds", trained_on, best(trained_on, model, more)
 
 
@@ -327,6 +354,7 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("study", choices=STUDIES, nargs="?", default="recipes")
     parser.add_argument("--data", type=Path, default=ROOT / "dataset" / "classics_zh.bin", help="token file")
     parser.add_argument("--texts", type=Path, default=ROOT / "dataset" / "classics_zh.jsonl", help="of study data")
+    parser.add_argument("--other", type=Path, help="texts of another kind, of study data")
     parser.add_argument("--model", choices=MODELS, default="3M", help="[3M]")
     parser.add_argument("--tokens", type=float, default=2e6, help="of the longest runs [2e6]")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="[1 2 3]")
@@ -341,6 +369,7 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=ROOT / "out" / "learning", help="folder for the runs")
     options = parser.parse_args()
     options.data, options.out, options.texts = options.data.resolve(), options.out.resolve(), options.texts.resolve()
+    options.other = options.other and options.other.resolve()
     options.model = MODELS[options.model]
     options.out.mkdir(parents=True, exist_ok=True)
     return options
