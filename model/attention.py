@@ -11,8 +11,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from model.accelerator import kind_of
+from model.document_attention import document_attention
 
 WAYS = ("chunks", "mixed", "pytorch")  # mixed: PyTorch's forward pass, and the backward pass in chunks
+VARLEN = "varlen"  # documents by kernels for sequences of any lengths, on a GPU: see `document_attention.py`
 CHUNK_BYTES = 256  # of one row of queries that are looked at together: 64 in float32, 128 in 16 bits
 PIECE_BYTES = 2 * 2**20  # that the scores of one piece take for each thread: they stay in a CPU's caches
 SHORTEST = 64  # tokens: below, PyTorch's kernel
@@ -26,15 +28,19 @@ def causal_attention(
     documents: Tensor | None = None,
     mask: Tensor | None = None,
     way: str = "pytorch",
+    starts: Tensor | None = None,
 ) -> Tensor:
     """Position t sees 0 to t: q [B, H, T, D], k and v [B, H_kv, T, D] -> [B, H, T, D].
 
     Args:
         documents: int64 [B, T], the number of each token's document, which never falls; t sees its own document only.
         mask: `document_mask(documents)`, where it is at hand already. PyTorch's flash kernels take no mask, so that a
-            GPU computes all of the square; `torch.nn.attention.flex_attention` would skip the other documents there.
+            GPU computes all of the square.
         way: one of WAYS; all but PyTorch's for a CPU, without dropout.
+        starts: `document_starts(documents)`: they are told apart by these, without mask and dropout.
     """
+    if starts is not None:
+        return document_attention(q, k, v, starts)
     if way != "pytorch":
         return chunked_attention(q, k, v, documents, way == "mixed")
     if mask is None and documents is not None:

@@ -100,6 +100,7 @@ class Attention(nn.Module):
         cache: KVCache | None = None,
         documents: Tensor | None = None,
         way: str = "pytorch",
+        starts: Tensor | None = None,
     ) -> Tensor:
         """x [B, T, dim] -> [B, T, dim]. Position t sees what `mask` allows; without mask and cache, 0 to t, as far as
         they are of its document, computed that way (`causal_attention`)."""
@@ -118,7 +119,7 @@ class Attention(nn.Module):
             is_causal, grouped = cache is None and mask is None, self.n_kv_heads < self.n_heads
             x = attention_written_out(q, k, v, mask, dropout, is_causal, grouped)
         elif cache is None:
-            x = causal_attention(q, k, v, dropout, documents, mask, way)
+            x = causal_attention(q, k, v, dropout, documents, mask, way, starts)
         else:
             x = cached_attention(q, k, v, mask)
         x = self.wo(x.transpose(1, 2).reshape(batch, tokens, -1))
@@ -278,7 +279,12 @@ class Transformer(nn.Module):
         return self._hidden_states(tokens, cache, documents)[0]
 
     def _hidden_states(
-        self, tokens: Tensor, cache: KVCache | None, documents: Tensor | None, counted: Tensor | None = None
+        self,
+        tokens: Tensor,
+        cache: KVCache | None,
+        documents: Tensor | None,
+        counted: Tensor | None = None,
+        starts: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """What `hidden_states` returns; and with `counted`, what each layer's experts return beside their output,
         float32 [n_layers, n_experts + 2].
@@ -299,12 +305,14 @@ class Transformer(nn.Module):
         trains = cache is None and torch.is_grad_enabled()
         chooses = trains and has_ways(self.config.flash_attn, x.device, count, dropout)
         way = self.training_attention if chooses else "pytorch"
-        if documents is not None and way == "pytorch":
+        if dropout or not self.config.flash_attn:
+            starts = None
+        if documents is not None and starts is None and way == "pytorch":
             mask = document_mask(documents)  # once for all layers; in chunks none is needed
         checkpointing, routing = self.checkpointing if trains else "none", []
         with kernels_for_any_length(self.device) if cache is not None else contextlib.nullcontext():
             for layer in self.layers:
-                inputs = x, cos, sin, mask, cache, documents, way
+                inputs = x, cos, sin, mask, cache, documents, way, starts
                 if checkpointing == "full":
                     x = layer.recomputed(layer, *inputs, counted=counted)
                 else:
@@ -323,6 +331,7 @@ class Transformer(nn.Module):
         cache: KVCache | None = None,
         documents: Tensor | None = None,
         per_token: bool = False,
+        starts: Tensor | None = None,
     ) -> Tensor:
         """Logits, or with `targets` their loss.
 
@@ -337,6 +346,7 @@ class Transformer(nn.Module):
             documents: int64 [B, T], the number of each token's document, which never falls: a token sees those of its
                 own document only, as if each document was run alone (RoPE's positions are relative). Without a cache.
             per_token: return the loss of each target rather than their sum.
+            starts: `document_starts(documents)`, for attention that skips other documents on a GPU, in 16 bits.
 
         Returns:
             logits [B, T, vocab_size]; with targets, the cross-entropy in nats, summed over all targets that count
@@ -345,7 +355,7 @@ class Transformer(nn.Module):
         """
         counts = self.config.n_experts > 0 and targets is not None and torch.is_grad_enabled()
         counted = targets != IGNORE_INDEX if counts else None
-        hidden, routing = self._hidden_states(tokens, cache, documents, counted)
+        hidden, routing = self._hidden_states(tokens, cache, documents, counted, starts)
         if targets is None:
             return self.output(hidden)
         loss = (token_losses if per_token else cross_entropy)(hidden, self.output.weight, targets)

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from model import accelerator
-from model.attention import has_ways
+from model.accelerator import kind_of
+from model.attention import VARLEN, has_ways
+from model.document_attention import problem_on
 from model.errors import InputError, counted
 from model.experts import grouping_problem
 from model.LMConfig import LMConfig
@@ -253,20 +255,45 @@ class Choices:
         )
 
     def attention(self, data: TrainingData, rows: int, dtype: torch.dtype) -> None:
-        """The fastest way for this machine and these shapes, tried; in chunks where documents are told apart, since
-        PyTorch's kernels then compute all of the square.
+        """The fastest way for this machine and these shapes, tried; where documents are told apart, one that skips the
+        others, since PyTorch's kernels with a mask compute all of the square.
 
         Args:
             rows: samples that a process reads at once.
             dtype: of the matrix products.
+
+        Raises:
+            InputError: `varlen` is asked for, and can't be had.
         """
-        config = data.config
-        if not has_ways(config.flash_attn, self._device, config.max_seq_len, config.dropout):
+        config, with_documents = data.config, self._training.document_mask or data.is_chat
+        tells_apart = with_documents and not data.is_pairs
+        if self._training.attention == VARLEN and (problem := self._varlen_problem(config, dtype, tells_apart)):
+            raise InputError(f"attention: varlen found, but {problem}; use auto")
+        if kind_of(self._device).has_flash_kernels and tells_apart:
+            self._settle("attention", lambda: self._with_documents(config, dtype))
+        elif not has_ways(config.flash_attn, self._device, config.max_seq_len, config.dropout):
             self.made["attention"] = "pytorch"
-        elif self._training.document_mask or data.is_chat:
+        elif with_documents:
             self._settle("attention", lambda: ("chunks", "documents are told apart"))
         else:
             self._settle("attention", lambda: fastest_attention(config, rows, dtype))
+
+    def _with_documents(self, config: LMConfig, dtype: torch.dtype) -> tuple[str, str]:
+        """Of a GPU."""
+        if (problem := self._varlen_problem(config, dtype, True)) is not None:
+            return "pytorch", f"with a mask, since {problem}"
+        return VARLEN, "other documents are skipped"
+
+    def _varlen_problem(self, config: LMConfig, dtype: torch.dtype, tells_apart: bool) -> str | None:
+        """Why attention can't skip other documents on this device; None: it can."""
+        if not kind_of(self._device).has_flash_kernels:
+            return f"{self._device.type} has no such kernels"
+        if not tells_apart:
+            return "no documents are told apart (document_mask), or pairs are trained on"
+        if config.dropout or not config.flash_attn or dtype != torch.bfloat16:
+            return "its kernels need dtype bfloat16, flash_attn and no dropout"
+        problem = problem_on(self._device, config.n_heads, config.n_kv_heads, config.head_dim)
+        return problem and f"its kernels fail here ({problem})"
 
     def expert_products(self, config: LMConfig, rows: int, dtype: torch.dtype) -> None:
         """The faster way for this machine and these shapes, tried on a CPU. A GPU that has PyTorch's kernel takes it,

@@ -164,8 +164,9 @@ class TrainingSettings:
     )
     attention: str = setting(
         AUTO,
-        "how a CPU computes attention: in chunks, by PyTorch's kernels, or mixed; auto: the fastest here",
-        choices=(AUTO, "chunks", "mixed", "pytorch"),
+        "how training computes attention, on a CPU in chunks, by PyTorch's kernels, or mixed; on a GPU varlen skips"
+        " other documents; auto: the fastest here",
+        choices=(AUTO, "chunks", "mixed", "pytorch", "varlen"),
     )
     expert_products: str = setting(
         AUTO,

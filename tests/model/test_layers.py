@@ -19,13 +19,16 @@ model.dataset model.model model.corpus
 model.token_file model.text model.kv_cache model.experts
 model.storage model.LMConfig model.command model.terminal model.feed_forward model.unusable_gpus
 model.options model.loss model.attention model.lora model.requirements model.children model.interrupts
-model.accelerator model.hubs
+model.accelerator model.hubs model.document_attention
 model.errors
 """
 ROW = {room: number for number, row in enumerate(ROWS.split("\n")) for room in row.split()}
 NETWORK = {  # can be copied out
     f"model.{name}"
-    for name in ("LMConfig", "model", "experts", "feed_forward", "attention", "loss", "kv_cache", "accelerator")
+    for name in (
+        *("LMConfig", "model", "experts", "feed_forward", "attention", "document_attention", "loss", "kv_cache"),
+        "accelerator",
+    )
 }
 DEFERS_TORCH = {("model.training.optimizer", "model.training.muon")}  # settings are checked without torch
 

@@ -6,7 +6,9 @@ import time
 import pytest
 import torch
 
-from model.attention import SHORTEST, WAYS
+from model import accelerator
+from model.attention import SHORTEST, VARLEN, WAYS
+from model.document_attention import document_starts
 from model.LMConfig import LMConfig
 from model.training import attention_trial, trial
 from model.training.attention_trial import fastest_attention
@@ -17,7 +19,7 @@ from tests.tiny_runs import exit_code_here, train
 
 def test_the_setting_offers_every_way():
     (attention,) = (f for f in dataclasses.fields(TrainingSettings) if f.name == "attention")
-    assert set(attention.metadata["choices"]) == {AUTO, *WAYS}
+    assert set(attention.metadata["choices"]) == {AUTO, *WAYS, VARLEN}
 
 
 @pytest.mark.parametrize("documents", [False, True])
@@ -31,7 +33,10 @@ def test_every_way_gives_the_same_loss_and_gradients(documents):
         model.training_attention = way
         loss = model(tokens, targets, documents=numbers)
         found[way] = (loss.detach(), *torch.autograd.grad(loss, [*model.parameters()]))
-    for way in ("chunks", "mixed"):
+    if documents:
+        loss = model(tokens, targets, documents=numbers, starts=document_starts(numbers))
+        found[VARLEN] = (loss.detach(), *torch.autograd.grad(loss, [*model.parameters()]))
+    for way in found.keys() - {"pytorch"}:
         for one, other in zip(found[way], found["pytorch"], strict=True):
             assert (one - other).norm() < 1e-5 * other.norm()
     assert not torch.equal(found["chunks"][1], found["pytorch"][1])  # they are computed differently
@@ -79,6 +84,27 @@ def test_a_resumed_run_keeps_its_way(flags, tmp_path, monkeypatch, capfd):
     assert given.model.training_attention == "pytorch" and "attention" not in capfd.readouterr().err
 
 
+@pytest.mark.long
+def test_a_device_that_skips_documents_does_so_and_learns_the_same(flags, tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("MATECONV_EMULATE_DTYPE", "1")
+    kinds = accelerator.KINDS
+    monkeypatch.setitem(kinds, "cpu", dataclasses.replace(kinds["cpu"], has_flash_kernels=True))  # as a GPU has
+    options = {"document_mask": "true", "dtype": "bfloat16", "max_steps": 12, "eval_interval": 6}
+    by_starts = train(flags(**options))
+    assert by_starts.model.training_attention == VARLEN
+    assert "attention varlen (auto): other documents are skipped" in capfd.readouterr().err
+    by_mask = train(flags(**options, attention="pytorch", out_dir=tmp_path / "mask"))
+    assert by_mask.model.training_attention == "pytorch"
+    assert by_starts.progress.best_val_loss == pytest.approx(by_mask.progress.best_val_loss, rel=1e-3)
+    for own, other in zip(by_starts.model.parameters(), by_mask.model.parameters(), strict=True):
+        assert (own - other).norm() < 0.02 * other.norm()
+
+
+def test_documents_are_not_skipped_where_that_is_impossible(flags, capfd):
+    assert exit_code_here(flags(attention="varlen", document_mask="true")) == 2
+    assert "error: attention: varlen found, but cpu has no such kernels; use auto" in capfd.readouterr().err
+
+
 def test_an_unknown_way_is_one_line(flags, capfd):
     assert exit_code_here(flags(attention="flash")) == 2
-    assert "attention: 'flash' found, one of auto, chunks, mixed, pytorch expected" in capfd.readouterr().err
+    assert "attention: 'flash' found, one of auto, chunks, mixed, pytorch, varlen expected" in capfd.readouterr().err

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from model.attention import cached_attention, pytorch_attention
+from model.document_attention import document_starts, problem_on
 from model.generation.checksum import checksum
 from model.generation.engine import Engine
 from model.generation.rows import Rows
@@ -99,8 +100,18 @@ def test_attention_over_a_cache_is_that_of_the_cpu(dtype, tokens, masked):
         assert error(found, expected) < (1e-5 if dtype == torch.float32 else 2e-2)
 
 
+@pytest.mark.skipif(DEVICE.type == "cpu", reason="it is what the GPU's kernels are compared with")
+@pytest.mark.parametrize("heads", [(16, 8, 32), (9, 3, 64), (12, 12, 48), (8, 1, 128)])
+def test_documents_are_told_apart_by_their_starts(heads):
+    assert problem_on(DEVICE, *heads) is None
+
+
+def document_numbers(rows, tokens):
+    return (torch.arange(tokens) // 90).expand(rows, -1).contiguous()
+
+
 @pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize("documents", [None, "mask", "starts"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("experts", [0, 8])
 def test_a_training_step_has_the_same_bits_each_time(compiled, documents, dtype, experts):
@@ -110,12 +121,16 @@ def test_a_training_step_has_the_same_bits_each_time(compiled, documents, dtype,
     model.balance_loss = 0.1
     run = torch.compile(model) if compiled else model
     inputs, targets = (some_tokens(8, 512, seed=seed).to(DEVICE) for seed in (1, 2))
-    numbers = (torch.arange(512, device=DEVICE) // 90).expand(8, -1).contiguous() if documents else None
+    numbers = document_numbers(8, 512)
+    if documents == "starts" and (dtype == torch.float32 or DEVICE.type == "cpu"):
+        pytest.skip("its kernels are a GPU's, for 16 bits")
+    starts = document_starts(numbers).to(DEVICE) if documents == "starts" else None
+    numbers = numbers.to(DEVICE) if documents else None
 
     gradients = []
     for _ in range(4):
         with deterministic_kernels(DEVICE), torch.autocast(DEVICE.type, dtype, enabled=dtype != torch.float32):
-            run(inputs, targets, documents=numbers).backward()
+            run(inputs, targets, documents=numbers, starts=starts).backward()
         gradients.append([parameter.grad for parameter in model.parameters()])
         model.zero_grad()
 
