@@ -1,32 +1,22 @@
-"""Which way to compute the same trains fastest on this CPU: tried, since it differs from maker to maker."""
+"""Which way to compute the same trains fastest on this CPU."""
 
-import math
-import time
 from collections.abc import Callable, Sequence
+from functools import partial
 
-ROUNDS = 3  # at least: the first one allocates memory
-SECONDS = 0.1  # of the trial, if that allows more rounds
-CLEARLY = 1.1  # times faster another way must be than the usual one: a close race must not make two equal runs differ
-BUSY = 0.8  # of the time that this thread ran: below, others kept it from running, and the times say nothing
+from model.trial import fastest_of, times_text
+
+SECONDS = 0.1  # of the trial, at most, unless a few rounds take longer
+CLEARLY = 1.1  # times faster another way must be than the usual one
 
 
 def fastest_way(ways: Sequence[str], seconds_of: Callable[[str], float], usual: str, what: str) -> tuple[str, str]:
-    """The fastest of some ways, and why; the usual one unless another is clearly faster.
+    """The fastest of some ways, as `fastest_of` finds it, and why.
 
     Args:
         seconds_of: computes one way; returns how long that took.
         what: is computed, for the reason.
     """
-    seconds, rounds = dict.fromkeys(ways, math.inf), 0
-    start, ran = time.perf_counter(), time.thread_time()
-    while rounds < ROUNDS or time.perf_counter() - start < SECONDS:
-        for way in ways:
-            seconds[way] = min(seconds[way], seconds_of(way))
-        rounds += 1
-    if time.thread_time() - ran < BUSY * (time.perf_counter() - start):
+    fastest, least = fastest_of({way: partial(seconds_of, way) for way in ways}, usual, CLEARLY, SECONDS)
+    if fastest is None:
         return usual, "the machine is too busy to try others"
-    fastest = min(ways, key=lambda way: seconds[way])
-    if seconds[usual] < CLEARLY * seconds[fastest]:
-        fastest = usual
-    times = ", ".join(f"{way} {1000 * seconds[way]:.3g} ms" for way in ways)
-    return fastest, f"tried with {what}: {times}"
+    return fastest, f"tried with {what}: {times_text(least)}"

@@ -157,7 +157,7 @@ def test_either_layout_reads_one_row(tiny_config, layout, monkeypatch):
 def test_a_way_is_tried_once_and_the_first_stays_unless_another_is_clearly_faster(tmp_path, monkeypatch):
     now, share = [0.0], [1.0]  # of the time, what this thread runs
     clock = SimpleNamespace(perf_counter=lambda: now[0], thread_time=lambda: share[0] * now[0])
-    monkeypatch.setattr("model.generation.trial.time", clock)
+    monkeypatch.setattr("model.trial.time", clock)
 
     def ways(packed, plain):
         def taking(seconds):

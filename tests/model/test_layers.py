@@ -18,7 +18,7 @@ model.training model.weights model.generation
 model.dataset model.model model.corpus
 model.token_file model.text model.kv_cache model.experts
 model.storage model.LMConfig model.command model.terminal model.feed_forward model.unusable_gpus
-model.options model.loss model.attention model.lora model.requirements model.children model.interrupts
+model.options model.loss model.attention model.lora model.requirements model.children model.interrupts model.trial
 model.accelerator model.hubs model.document_attention
 model.errors
 """

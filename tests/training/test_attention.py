@@ -6,11 +6,11 @@ import time
 import pytest
 import torch
 
-from model import accelerator
+from model import accelerator, trial
 from model.attention import SHORTEST, VARLEN, WAYS
 from model.document_attention import document_starts
 from model.LMConfig import LMConfig
-from model.training import attention_trial, trial
+from model.training import attention_trial
 from model.training.attention_trial import fastest_attention
 from model.training.settings import AUTO, TrainingSettings
 from tests.conftest import random_model
@@ -48,7 +48,7 @@ def test_every_way_gives_the_same_loss_and_gradients(documents):
 )
 def test_another_way_than_in_chunks_must_be_clearly_faster(monkeypatch, seconds, fastest):
     monkeypatch.setattr(trial, "BUSY", 0)
-    monkeypatch.setattr(trial, "SECONDS", 0)
+    monkeypatch.setattr("model.training.trial.SECONDS", 0)
     monkeypatch.setattr(attention_trial, "_seconds", lambda way, _: dict(zip(WAYS, seconds, strict=True))[way])
     config = LMConfig(dim=64, n_layers=1, n_heads=4, n_kv_heads=2, max_seq_len=100)
     assert fastest_attention(config, 2, torch.float32)[0] == fastest

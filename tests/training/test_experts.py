@@ -7,13 +7,13 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 
+from model import trial
 from model.errors import InputError
 from model.experts import WAYS
 from model.LMConfig import LMConfig
 from model.model import Transformer
 from model.storage.archive import load_torch
 from model.text.tokenization import tokenizer_sha256
-from model.training import trial
 from model.training.balance import Routing
 from model.training.experts_trial import fastest_products
 from model.training.forecast import model_cost
