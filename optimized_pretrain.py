@@ -179,7 +179,8 @@ class Trainer:
     def _step_graph(self) -> StepGraph:
         """What captures and replays steps."""
         exact = self.training.deterministic or accelerator.kind_of(self.device).shares_memory
-        return StepGraph(self.device, self._captured_step, self._state_of_step, self.verdict.veto, exact, say)
+        take, state = (self._step, self._step_on_device), self._state_of_step
+        return StepGraph(self.device, *take, state, self.verdict.veto, exact, say)
 
     def _restore(self, checkpoint: dict) -> None:
         """Go on where a checkpoint was saved, whose weights and optimizer are then dropped from memory."""
@@ -317,8 +318,11 @@ class Trainer:
         """Train without saving or evaluating; returns the tokens per second of all processes.
 
         Args:
-            seconds: to train for, but at least one step and at most `most`.
+            seconds: to train for, but at least one step and at most `most`; of several, after those that end with a
+                captured one.
         """
+        while most > 1 and self.graph is not None and not self.graph.is_settled:
+            self._advance()
         self.clock = Clock()
         for _ in range(most):
             self._advance()
@@ -448,7 +452,7 @@ class Trainer:
         return told
 
     def _take_as_graph(self, batches: list[tuple], numbers: StepNumbers) -> Tensor:
-        """Compute and take a step that is captured or about to be; what `_take` returns.
+        """Take a step that is captured or will be; what `_take` returns.
 
         A signal to stop that comes while a graph runs is heeded after the step: between its micro-batches no host asks.
         """
@@ -458,14 +462,14 @@ class Trainer:
             self.graph = None
         return told
 
-    def _captured_step(self, batches: Iterable[tuple], numbers: StepNumbers) -> Tensor:
-        """All of a step's work on the device, and nothing else: at a replay no Python runs.
+    def _step(self, batches: Iterable[tuple], numbers: StepNumbers) -> Tensor:
+        """Compute and take a step; what `_take` returns."""
+        return self._take(self._gradients(batches, numbers.factor), numbers)
 
-        Args:
-            numbers: scalars on the device.
-        """
+    def _step_on_device(self, batches: Iterable[tuple], numbers: StepNumbers) -> Tensor:
+        """The same with scalars on the device, for a graph: at a replay no Python runs."""
         with rates_on_device(self.optimizer, numbers.rates):
-            return self._take(self._gradients(batches, numbers.factor), numbers)
+            return self._step(batches, numbers)
 
     def _state_of_step(self) -> list[Tensor]:
         """All tensors that a step on the device changes."""

@@ -5,6 +5,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
@@ -62,7 +63,7 @@ def by_shape(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
 def _rate(group: Mapping) -> float | Tensor:
     """A group's learning rate, rounded to float32: a float, or a scalar on the device."""
     rate = group["lr"] * group["lr_scale"]
-    return rate if isinstance(rate, Tensor) else float(torch.tensor(rate, dtype=torch.float32))
+    return rate if isinstance(rate, Tensor) else float(np.float32(rate))
 
 
 def _in_float64(number: float | Tensor) -> float | Tensor:

@@ -22,7 +22,7 @@ MOST_SHAPES = 8  # of batches, each with a graph; steps of other shapes are laun
 CLOSE = 1e-2  # relative difference of the numbers of one step computed twice by kernels that add up in any order
 
 Batch = tuple[Tensor | None, ...]  # whatever an objective reads
-Work = Callable[[Sequence[Batch], StepNumbers], Tensor]
+Take = Callable[[Sequence[Batch], StepNumbers], Tensor]
 
 
 def graph_problem(
@@ -73,9 +73,10 @@ class StepGraph:
 
     Args:
         device: that has graphs.
-        work: takes a step: (micro-batches, what else it needs) -> its numbers, all on the device. It must do nothing
-            else: at a replay Python does not run.
-        state: all tensors that it changes in place.
+        launch: takes a step as it is taken without a graph: (micro-batches, what else it needs, from the host) -> its
+            numbers, on the device.
+        work: the same, but all that it needs is on the device, and it does nothing else: at a replay no Python runs.
+        state: all tensors that they change in place.
         veto: the state's scalar that is 1 where a step was not taken.
         exact: whether kernels give the same bits each time, so that a replay can be compared with a launched step.
         say: prints one line for the user.
@@ -87,20 +88,27 @@ class StepGraph:
     def __init__(
         self,
         device: torch.device,
-        work: Work,
+        launch: Take,
+        work: Take,
         state: Callable[[], Sequence[Tensor]],
         veto: Tensor,
         exact: bool,
         say: Callable[[str], None],
     ) -> None:
-        self._device, self._work, self._state, self._veto = device, work, state, veto
+        self._device, self._state, self._veto = device, state, veto
+        self._take_launched, self._take_on_device = launch, work
         self._exact, self._say, self.failed = exact, say, False
         self._graph = accelerator.GRAPHS[device.type](device)  # the next one to capture
         self._captured: dict[tuple, _Captured] = {}
-        self._launched = 0
+        self._warmed_up = 0
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether steps are captured, or will not be."""
+        return self.failed or len(self._captured) > 0
 
     def step(self, batches: Sequence[Batch], numbers: StepNumbers) -> Tensor:
-        """Take a step; what `work` returns, which the next step overwrites.
+        """Take a step; its numbers, which the next step may overwrite.
 
         Args:
             numbers: of the host.
@@ -108,14 +116,13 @@ class StepGraph:
         shape = tuple(None if tensor is None else (tensor.shape, tensor.dtype) for batch in batches for tensor in batch)
         if shape in self._captured:
             return self._captured[shape].replay(batches, numbers)
-        self._launched += 1
-        if self.failed or self._launched <= WARM_UP or len(self._captured) == MOST_SHAPES:
-            return self._launch(batches, numbers)
+        if self.failed or len(self._captured) == MOST_SHAPES:
+            return self._take_launched(batches, numbers)
+        if self._warmed_up < WARM_UP:
+            self._warmed_up += 1
+            sent = accelerator.send(_vector(numbers), self._device)
+            return self._graph.launch(lambda: self._take_on_device(batches, numbers.on_device(sent)))
         return self._first_of(shape, batches, numbers)
-
-    def _launch(self, batches: Sequence[Batch], numbers: StepNumbers) -> Tensor:
-        sent = accelerator.send(_vector(numbers), self._device)
-        return self._graph.launch(lambda: self._work(batches, numbers.on_device(sent)))
 
     def _first_of(self, shape: tuple, batches: Sequence[Batch], numbers: StepNumbers) -> Tensor:
         """Take a step by launching it, then capture it, and see that a replay ends in the same bits.
@@ -124,7 +131,7 @@ class StepGraph:
         """
         state = self._state()
         before = _copies(state)
-        launched = self._launch(batches, numbers)
+        launched = self._graph.launch(lambda: self._take_launched(batches, numbers))
         after = _copies([launched, *state])
         if float(self._veto) > 0:  # the step changed nothing, so that comparing it would say nothing
             return launched
@@ -134,7 +141,7 @@ class StepGraph:
             captured = self._capture(batches, numbers)
             replayed = captured.replay(batches, numbers)
             if not self._is_same([replayed, *state], after):
-                problem = "its first replay has other bits than the launched step"
+                problem = "the first replay has other bits than the launched step"
         except Exception as error:  # of the driver, of PyTorch, or of memory: the run can go on without a graph
             problem = first_line(error)
         if problem is None:
@@ -143,13 +150,13 @@ class StepGraph:
             return replayed
         self.failed = True
         _restore(state, after[1:])
-        self._say(f"cuda_graph: no step is captured ({problem}); they are launched, with the same bits")
+        self._say(f"cuda_graph: steps are launched as without it: {problem}")
         return launched
 
     def _capture(self, batches: Sequence[Batch], numbers: StepNumbers) -> _Captured:
         own = [tuple(None if tensor is None else tensor.clone() for tensor in batch) for batch in batches]
         vector = _vector(numbers).to(self._device)
-        result = self._graph.capture(lambda: self._work(own, numbers.on_device(vector)))
+        result = self._graph.capture(lambda: self._take_on_device(own, numbers.on_device(vector)))
         return _Captured(self._graph, own, vector, result)
 
     def _is_same(self, found: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
