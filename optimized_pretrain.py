@@ -16,10 +16,12 @@ import functools
 import gc
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
+import numpy as np
 import torch
+from torch import Tensor
 
 import utils
 from model import accelerator
@@ -51,7 +53,7 @@ from model.training.evaluation import Evaluator
 from model.training.fully_sharded import FullySharded
 from model.training.memory import check_memory
 from model.training.objective import choose_objective
-from model.training.optimizer import set_rates
+from model.training.optimizer import rates_of, rates_on_device, set_rates
 from model.training.plan import plan_run
 from model.training.progress import Progress, StepResult
 from model.training.replicated import Replicated
@@ -66,7 +68,8 @@ from model.training.report import (
 )
 from model.training.settings import Settings, recipe_lines
 from model.training.sharded_optimizer import ShardedOptimizer, optimizer_and_average
-from model.training.step import DeviceVerdict, Step, read_numbers, runs_ahead
+from model.training.step import DeviceVerdict, Step, StepDropped, StepNumbers, copied_to_host, read_numbers, runs_ahead
+from model.training.step_graph import StepGraph
 from model.training.verification import BackgroundVerification
 from model.weights import Weights
 from utils import Processes, deterministic_kernels, say
@@ -157,6 +160,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.verdict = DeviceVerdict(self.device, processes) if runs_ahead(self.device, self.optimizer) else None
         self.in_flight: Step | None = None  # launched ahead, and not read yet
+        self.graph = self._step_graph() if t.cuda_graph else None
         utils.seed_everything(t.seed + 1 + processes.rank)  # dropout differs between ranks
         if self.resumed is not None:
             self._restore(self.resumed.content)
@@ -171,6 +175,12 @@ class Trainer:
         called = torch.compile(self.model) if t.compile else self.model
         called = utils.distributed(called, processes, t.batch_size, self.config.max_seq_len, self.hardware)
         return Replicated(self.model, called, processes.world_size)
+
+    def _step_graph(self) -> StepGraph:
+        """What captures and replays steps."""
+        exact = self.training.deterministic or accelerator.kind_of(self.device).shares_memory
+        take, state = (self._step, self._step_on_device), self._state_of_step
+        return StepGraph(self.device, *take, state, self.verdict.veto, exact, say)
 
     def _restore(self, checkpoint: dict) -> None:
         """Go on where a checkpoint was saved, whose weights and optimizer are then dropped from memory."""
@@ -308,8 +318,11 @@ class Trainer:
         """Train without saving or evaluating; returns the tokens per second of all processes.
 
         Args:
-            seconds: to train for, but at least one step and at most `most`.
+            seconds: to train for, but at least one step and at most `most`; of several, after those that end with a
+                captured one.
         """
+        while most > 1 and self.graph is not None and not self.graph.is_settled:
+            self._advance()
         self.clock = Clock()
         for _ in range(most):
             self._advance()
@@ -343,62 +356,140 @@ class Trainer:
         may_be_undone = t.accumulation_steps > 1 or after is not None
         random_state = utils.random_state() if may_be_undone else None  # dropout's
         loss_scale = [tensor.clone() for tensor in self._loss_scale()]
-        sums = torch.zeros(1 + len(self.objective.names), device=self.device)  # the loss first
-        self.routing.begin_step()
-        for micro in range(t.accumulation_steps):
-            if self.stop_vote.drops_step(micro, self.stop_signal.count > 0):
-                self.optimizer.zero_grad(set_to_none=True)
-                utils.restore_random_state(random_state)
-                return None
-            self._beat("reading the batch")
-            batch = self.objective.read(self.data.train, self.plan.samples_of(self.processes.rank, samples, micro))
-            self._beat("the gradients")
-            with self.parallel.exchanging(is_last=micro == t.accumulation_steps - 1), self.kernels():
-                with self.autocast:
-                    found = self.objective.loss(self.parallel.called, batch)
-                self.scaler.scale(found[0] * (self.parallel.averaged_over / terms)).backward()  # the loss is a sum
-            sums += found.detach()
-        self._beat("the end")
-        self.scaler.unscale_(self.optimizer)
-        norm = self.parallel.clip(t.grad_clip)
-        self.scaler.update()
-
-        recent = self.progress.recent_losses[: -1 if after is None else None]
-        told = norm, torch.cat((sums, self.routing.counted())), self.stop_signal.count
+        ema_updates = 0 if self.ema is None else int(self.ema.n_averaged)
+        recent, lr = self.progress.recent_losses[: -1 if after is None else None], self.plan.schedule.at(number)
+        batches = self._micro_batches(samples)
+        try:
+            found = self._gradients(batches, self.parallel.averaged_over / terms) if self.graph is None else [*batches]
+        except StepDropped:
+            self.optimizer.zero_grad(set_to_none=True)
+            utils.restore_random_state(random_state)
+            return None
         if self.verdict is None:
-            numbers = functools.partial(read_numbers, *told, self.processes)
+            read = functools.partial(read_numbers, *found, self.stop_signal.count, self.processes)
         else:
-            numbers = self.verdict.judge(*told, terms, spike_limit(recent, t.spike_threshold))
-        step = Step(
+            set_rates(self.optimizer, t.optimizer_type, lr, number)
+            numbers = self._numbers(number, lr, terms, spike_limit(recent, t.spike_threshold))
+            read = copied_to_host((self._take if self.graph is None else self._take_as_graph)(found, numbers))
+            if self.ema is not None:
+                self.ema.n_averaged += 1
+        return Step(
             number=number,
             position=position,
             samples=samples,
             terms=terms,
-            lr=self.plan.schedule.at(number),
+            lr=lr,
             recent_losses=recent,
             random_state=random_state,
             loss_scale=loss_scale,
-            ema_updates=0 if self.ema is None else int(self.ema.n_averaged),
-            numbers=numbers,
+            ema_updates=ema_updates,
+            numbers=read,
         )
-        if self.verdict is not None:
-            self._update(step, self.verdict.sums[len(sums) :], self.verdict.veto)
-            self.optimizer.zero_grad(set_to_none=True)
-        return step
 
-    def _update(self, step: Step, routed: torch.Tensor, veto: torch.Tensor | None = None) -> None:
+    def _numbers(self, number: int, lr: float, terms: int, limit: float) -> StepNumbers:
+        """What a step takes from the host, beside its batches."""
+        return StepNumbers(
+            factor=self.parallel.averaged_over / terms,
+            terms=float(terms),
+            stop_signals=float(self.stop_signal.count),
+            limit=limit,
+            average_weight=0.0 if self.ema is None else self.ema.next_weight(),
+            rates=rates_of(self.optimizer, self.training.optimizer_type, lr, number),
+        )
+
+    def _micro_batches(self, samples: np.ndarray) -> Iterator[tuple]:
+        """Read those of this rank, one after another, as they are asked for.
+
+        Raises:
+            StepDropped: a signal to stop came between two of them.
+        """
+        for micro in range(self.training.accumulation_steps):
+            if self.stop_vote.drops_step(micro, self.stop_signal.count > 0):
+                raise StepDropped
+            self._beat("reading the batch")
+            batch = self.objective.read(self.data.train, self.plan.samples_of(self.processes.rank, samples, micro))
+            self._beat("the gradients")
+            yield batch
+        self._beat("the end")
+
+    def _gradients(self, batches: Iterable[tuple], factor: float | Tensor) -> tuple[Tensor, Tensor]:
+        """Compute the gradients of a step, scaled to their largest norm.
+
+        Args:
+            factor: of the loss, which is a sum.
+
+        Returns:
+            the norm before, float32 scalar; and this rank's sums, float32: the loss, what the objective names, and what
+            the routers counted.
+        """
+        sums = torch.zeros(1 + len(self.objective.names), device=self.device)
+        self.routing.begin_step()
+        for micro, batch in enumerate(batches):
+            is_last = micro == self.training.accumulation_steps - 1
+            with self.parallel.exchanging(is_last), self.kernels():
+                with self.autocast:
+                    found = self.objective.loss(self.parallel.called, batch)
+                self.scaler.scale(found[0] * factor).backward()
+            sums += found.detach()
+        self.scaler.unscale_(self.optimizer)
+        norm = self.parallel.clip(self.training.grad_clip)
+        self.scaler.update()
+        return norm, torch.cat((sums, self.routing.counted()))
+
+    def _take(self, found: tuple[Tensor, Tensor], numbers: StepNumbers) -> Tensor:
+        """Let the device judge a step, and take it if it can be used.
+
+        Args:
+            found: what `_gradients` returned.
+
+        Returns:
+            what `DeviceVerdict.judge` returns.
+        """
+        told = self.verdict.judge(*found, numbers)
+        routed = told[4 + len(self.objective.names) :]
+        self._update(routed, numbers.average_weight, self.verdict.veto)
+        self.optimizer.zero_grad(set_to_none=True)
+        return told
+
+    def _take_as_graph(self, batches: list[tuple], numbers: StepNumbers) -> Tensor:
+        """Take a step that is captured or will be; what `_take` returns.
+
+        A signal to stop that comes while a graph runs is heeded after the step: between its micro-batches no host asks.
+        """
+        told = self.graph.step(batches, numbers)
+        if self.graph.failed:
+            self.optimizer.zero_grad(set_to_none=True)  # a capture may have left some
+            self.graph = None
+        return told
+
+    def _step(self, batches: Iterable[tuple], numbers: StepNumbers) -> Tensor:
+        """Compute and take a step; what `_take` returns."""
+        return self._take(self._gradients(batches, numbers.factor), numbers)
+
+    def _step_on_device(self, batches: Iterable[tuple], numbers: StepNumbers) -> Tensor:
+        """The same with scalars on the device, for a graph: at a replay no Python runs."""
+        with rates_on_device(self.optimizer, numbers.rates):
+            return self._step(batches, numbers)
+
+    def _state_of_step(self) -> list[Tensor]:
+        """All tensors that a step on the device changes."""
+        kept = [tensor for state in self.optimizer.state.values() for tensor in state.values()]
+        averaged = [] if self.ema is None else self.ema.module.parameters()
+        return [*self.model.parameters(), *self.model.buffers(), *kept, *averaged, self.verdict.veto]
+
+    def _update(self, routed: Tensor, average_weight: float | Tensor, veto: Tensor | None = None) -> None:
         """Change the weights.
 
         Args:
             routed: what the routers of all ranks counted.
+            average_weight: how much they then count in their moving average.
             veto: on the device, 1 where they must stay as they are.
         """
-        set_rates(self.optimizer, self.training.optimizer_type, step.lr, step.number)
         self.optimizer.found_inf = veto
         self.optimizer.step()
         self.routing.move_biases(routed, veto)
         if self.ema is not None:
-            self.ema.update_parameters(self.model, veto)
+            self.ema.average(self.model, average_weight, veto)
 
     def _finished(self, step: Step) -> StepResult:
         """What a step did, once it is known; takes it, if that was not done before."""
@@ -410,7 +501,11 @@ class Trainer:
         fault = fault_of_step(loss, bad_gradients == 0, step.recent_losses, self.training.spike_threshold)
         if self.verdict is None:
             if fault is None:
-                self._update(step, torch.tensor(routed, device=self.device))
+                set_rates(self.optimizer, self.training.optimizer_type, step.lr, step.number)
+                weight = 0.0 if self.ema is None else self.ema.next_weight()
+                self._update(torch.tensor(routed, device=self.device), weight)
+                if self.ema is not None:
+                    self.ema.n_averaged += 1
             self.optimizer.zero_grad(set_to_none=True)
         elif fault is not None:
             self._take_back(step)

@@ -4,20 +4,24 @@ PyTorch answers through `torch.accelerator` and the module of each type (`torch.
 say is in KINDS. An AMD GPU has the type "cuda" too.
 """
 
+import contextlib
 import functools
+import gc
 import importlib
 import importlib.util
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from model.errors import first_line
 
 if TYPE_CHECKING:  # settings are checked without torch
     import torch
     from torch import Tensor
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -293,6 +297,109 @@ def send(tensor: "Tensor", device: "torch.device") -> "Tensor":
     if not pins_memory(device.type):
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def fill(tensor: "Tensor", numbers: Sequence[float]) -> None:
+    """Copy numbers into a device's tensor, behind its other work; where memory can be pinned, nothing waits for it."""
+    import torch
+
+    found = torch.tensor(numbers, dtype=tensor.dtype)
+    tensor.copy_(found.pin_memory() if pins_memory(tensor.device.type) else found, non_blocking=True)
+
+
+# ------------------------------------------------------------------------------------------------------------- graphs
+
+
+class CUDAGraph:
+    """Work that a CUDA device is given once, operation by operation, and then as a whole: a launch of thousands of
+    kernels takes Python's time for one.
+
+    A replay runs the kernels on the addresses that they had. So what they read must lie where it lay, and must be kept;
+    what they allocated stays theirs, in a pool apart from other memory.
+
+    Args:
+        beside: a graph whose stream and pool this one shares. They must not run at the same time, and a replay of one
+            overwrites what the other has computed in between.
+    """
+
+    def __init__(self, device: "torch.device", beside: "CUDAGraph | None" = None) -> None:
+        import torch
+
+        self._device, self._graph = device, torch.cuda.CUDAGraph()
+        self._stream = torch.cuda.Stream(device) if beside is None else beside._stream
+        self._pool = torch.cuda.graph_pool_handle() if beside is None else beside._pool
+
+    def launch(self, work: Callable[[], T]) -> T:
+        """Run work once without capturing it, on the stream that captures: PyTorch asks for such warm-ups, in which
+        libraries allocate what they need for a stream."""
+        import torch
+
+        current = torch.cuda.current_stream(self._device)
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            result = work()
+        current.wait_stream(self._stream)
+        return result
+
+    def capture(self, work: Callable[[], T]) -> T:
+        """Capture work, which is not run: what it returns is computed by each replay. Other threads may go on using the
+        device meanwhile.
+
+        Raises:
+            RuntimeError: something in it waits for the device, or needs what a capture does not allow.
+        """
+        import torch
+
+        gc.collect()  # a graph of somebody else must not be destroyed meanwhile
+        synchronize(self._device)
+        empty_cache(self._device)  # the pool cannot use what earlier launches left
+        collects = gc.isenabled()
+        gc.disable()
+        try:
+            with torch.cuda.stream(self._stream):
+                self._graph.capture_begin(self._pool, capture_error_mode="thread_local")
+                try:
+                    result = work()
+                except BaseException:
+                    with contextlib.suppress(RuntimeError):  # the first error says more
+                        self._graph.capture_end()
+                    raise
+                self._graph.capture_end()
+        except BaseException:
+            self._leave_capture()
+            raise
+        finally:
+            if collects:
+                gc.enable()
+        return result
+
+    def _leave_capture(self) -> None:
+        """After a capture that failed. PyTorch before 2.13 then takes it to go on: memory is no longer given back, and
+        whatever draws a random number fails (pytorch #180395, #171263). A capture that succeeds ends that."""
+        import torch
+
+        with contextlib.suppress(RuntimeError, AttributeError):  # not counted any more, or not known here
+            torch._C._cuda_endAllocateToPool(torch.zeros((), device=self._device).get_device(), self._pool)
+        with contextlib.suppress(RuntimeError), torch.cuda.stream(self._stream):
+            something, graph = torch.zeros((), device=self._device), torch.cuda.CUDAGraph()
+            graph.capture_begin(capture_error_mode="thread_local")
+            something.add_(1)
+            graph.capture_end()
+
+    def replay(self) -> None:
+        """Launch what was captured, behind the device's other work."""
+        self._graph.replay()
+
+
+GRAPHS = {"cuda": CUDAGraph}  # by the type of device
+
+
+def graph_problem(device: "torch.device") -> str | None:
+    """Why no work can be captured on this device; None where it can."""
+    if device.type not in GRAPHS:
+        return f"no graphs are known of {kind_of(device).vendor} devices"
+    maker = vendor(device.type)
+    return None if maker == kind_of(device).vendor else f"graphs were not tried on {maker} GPUs"
 
 
 # ------------------------------------------------------------------------------------------------------------- memory

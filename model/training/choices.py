@@ -381,3 +381,22 @@ class Choices:
             return self._processes.smallest(pays) > 0, why
 
         return self._settle("compile", choose)
+
+    def cuda_graph(self, problem: str | None) -> bool:
+        """Whether steps are captured. A checkpoint does not keep it: a resumed run, whose processes may be more or
+        fewer, chooses again, and computes the same bits either way.
+
+        Args:
+            problem: why they can't be, see `step_graph.graph_problem`.
+
+        Raises:
+            InputError: it is asked for, and they can't.
+        """
+        asked = self._training.cuda_graph
+        if asked is True and problem is not None:
+            raise InputError(f"cuda_graph: true found, but {problem}; use auto or false")
+        if asked != AUTO:
+            return asked
+        why = problem or "a step is launched at once, not kernel by kernel"
+        self._say(f"cuda_graph {value_text(problem is None)} (auto): {why}")
+        return problem is None

@@ -35,10 +35,22 @@ class MovingAverage(AveragedModel):
         Args:
             veto: on the weights' device, 1 where they must not be counted in; the caller then restores `n_averaged`.
         """
+        self.average(model, self.next_weight(), veto)
+        self.n_averaged += 1
+
+    def next_weight(self) -> float:
+        """How much the next weights count."""
+        return weight_of_update(int(self.n_averaged), self.decay)
+
+    def average(self, model: nn.Module, weight: float | torch.Tensor, veto: torch.Tensor | None = None) -> None:
+        """Count the weights in, but do not count the update: on the device alone, as a captured step needs it.
+
+        Args:
+            weight, veto: see `average_in`.
+        """
         pairs = zip(self.module.parameters(), model.parameters(), strict=True)
         own, theirs = zip(*((own, theirs) for own, theirs in pairs if theirs.requires_grad), strict=True)
-        average_in(own, theirs, int(self.n_averaged), self.decay, veto)
-        self.n_averaged += 1
+        average_in(own, theirs, weight, veto)
 
     def averaged_model(self) -> nn.Module:
         """The model whose weights are the average."""
@@ -57,17 +69,20 @@ class MovingAverage(AveragedModel):
 def average_in(
     own: Sequence[torch.Tensor],
     weights: Sequence[torch.Tensor],
-    updates: int,
-    decay: float,
+    weight: float | torch.Tensor,
     veto: torch.Tensor | None,
 ) -> None:
     """Count weights into their averages `own`, in place.
 
     Args:
-        updates: that were made before; the first weights are taken as they are.
-        decay, veto: see `MovingAverage`.
+        weight: from 0 to 1, how much they count; a float32 scalar on the device gives the bits of the same float.
+        veto: on the weights' device, 1 where they must not be counted in.
     """
     if veto is not None:
         weights = [torch.where(veto > 0, *pair) for pair in zip(own, weights, strict=True)]
-    weight = 1 - min(decay, (1 + updates) / (10 + updates)) if updates else 1.0
-    torch._foreach_lerp_(own, weights, weight)
+    torch._foreach_lerp_(own, weights, [weight] * len(own) if isinstance(weight, torch.Tensor) else weight)
+
+
+def weight_of_update(updates: int, decay: float) -> float:
+    """How much weights count in their average after so many updates; the first ones are taken as they are."""
+    return 1 - min(decay, (1 + updates) / (10 + updates)) if updates else 1.0

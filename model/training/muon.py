@@ -5,6 +5,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
@@ -59,6 +60,17 @@ def by_shape(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
     return [*found.values()]
 
 
+def _rate(group: Mapping) -> float | Tensor:
+    """A group's learning rate, rounded to float32: a float, or a scalar on the device."""
+    rate = group["lr"] * group["lr_scale"]
+    return rate if isinstance(rate, Tensor) else float(np.float32(rate))
+
+
+def _in_float64(number: float | Tensor) -> float | Tensor:
+    """What is computed from it on the device then has the bits that Python computes."""
+    return number.double() if isinstance(number, Tensor) else number
+
+
 class MatricesOfRanks(Protocol):
     """Matrices whose rows lie on several ranks (`divided_matrices.py`)."""
 
@@ -76,7 +88,8 @@ class Muon(torch.optim.Optimizer):
     which the state of each is a part.
 
     As in torch's fused optimizers, a step changes nothing where the attribute `found_inf`, a float32 scalar on the
-    device, is 1; so a device can leave out a step by itself.
+    device, is 1; so a device can leave out a step by itself. A group's "lr" and "momentum" may be float32 scalars there
+    too: the bits are those of the same floats.
 
     Args:
         groups: parameter groups with names; those with "muon": True hold matrices and stacks of matrices; the others
@@ -115,15 +128,16 @@ class Muon(torch.optim.Optimizer):
                 (self._step_muon if group["muon"] else self._step_adamw)(group, with_gradient)
 
     def _step_muon(self, group: dict, parameters: list[Tensor]) -> None:
-        lr, veto = group["lr"] * group["lr_scale"], self.found_inf
+        lr, veto = _in_float64(_rate(group)), self.found_inf
         decay = 1 - lr * group["weight_decay"]
-        torch._foreach_mul_(parameters, decay if veto is None else torch.where(veto > 0, 1.0, decay))
+        torch._foreach_mul_(parameters, decay if veto is None else torch.where(veto > 0, 1.0, decay).float())
         for some, updates, longer in self._turned(parameters, group["momentum"]):
             if veto is not None:
                 updates = updates.masked_fill_(veto > 0, 0.0)
-            torch._foreach_add_(some, updates.unbind(0), alpha=-lr * 0.2 * longer**0.5)
+            updates = updates.mul_(-lr * 0.2 * longer**0.5)
+            torch._foreach_add_(some, updates.unbind(0))
 
-    def _turned(self, parameters: list[Tensor], momentum: float) -> Iterator[tuple[list[Tensor], Tensor, int]]:
+    def _turned(self, parameters: list[Tensor], momentum: float | Tensor) -> Iterator[tuple[list[Tensor], Tensor, int]]:
         """Parameters of one shape, the directions of their steps [N, …, rows, columns], and a matrix's longer side."""
         updates = [(some, self._updates(some, momentum)) for some in by_shape(parameters)]
         if self.divided is not None:  # but of a stack, which a rank holds whole matrices of
@@ -134,13 +148,14 @@ class Muon(torch.optim.Optimizer):
             turned = orthogonalized(matrices.flatten(0, -3), self.dtype).view_as(matrices)
             yield some, turned, max(some[0].shape[-2:])
 
-    def _updates(self, parameters: list[Tensor], momentum: float) -> Tensor:
+    def _updates(self, parameters: list[Tensor], momentum: float | Tensor) -> Tensor:
         """Count the gradients of parameters of one shape into their momentum; what is to be orthogonalized [N, …, rows,
         columns]."""
         gradients, buffers = torch.stack([p.grad for p in parameters]), self._momentum(parameters)
         if self.found_inf is not None:  # the momentum of itself and itself is itself
             gradients = torch.where(self.found_inf > 0, buffers, gradients)
-        buffers.lerp_(gradients, 1 - momentum)
+        rest = 1 - _in_float64(momentum)
+        buffers.lerp_(gradients, rest.float() if isinstance(rest, Tensor) else rest)
         return gradients.lerp_(buffers, momentum)
 
     def _momentum(self, parameters: Sequence[Tensor]) -> Tensor:
@@ -174,7 +189,7 @@ class Muon(torch.optim.Optimizer):
             amsgrad=False,
             beta1=beta1,
             beta2=beta2,
-            lr=group["lr"] * group["lr_scale"],
+            lr=_rate(group),
             weight_decay=group["weight_decay"],
             eps=group["eps"],
             maximize=False,

@@ -8,9 +8,12 @@ GPU run ahead of the host (`step.py`). torch is imported where an optimizer is b
 without it.
 """
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from model.accelerator import kind_of
 from model.errors import shown
@@ -177,13 +180,53 @@ def optimizer_bytes(model: "nn.Module", optimizer_type: str) -> int:
     return sum(p.nbytes * len({*state(name, p)} - {"step"}) for name, p in trained_parameters(model).items())
 
 
-def set_rates(optimizer: "torch.optim.Optimizer", optimizer_type: str, learning_rate: float, step: int) -> None:
-    """Set what depends on the step, counted from 0: every group's learning rate, and what the optimizer adds."""
+def rates_of(
+    optimizer: "torch.optim.Optimizer", optimizer_type: str, learning_rate: float, step: int
+) -> list[dict[str, float]]:
+    """What depends on the step, counted from 0: every group's learning rate, and what the optimizer adds.
+
+    Rounded to float32, as torch's fused kernels read a rate that is on the device: so a step has the same bits whether
+    it gets them from the host or from there.
+    """
     per_step = OPTIMIZERS[optimizer_type].per_step
     values = {"lr": learning_rate} | (per_step(step) if per_step is not None else {})
-    for group in optimizer.param_groups:
+    return [
+        {name: float(np.float32(value * _share(group, name))) for name, value in values.items()}
+        for group in optimizer.param_groups
+    ]
+
+
+def _share(group: Mapping, name: str) -> float:
+    """Of a value of all groups, what a group takes."""
+    return group.get("router_rate", 1.0) if name == "lr" else 1.0
+
+
+def set_rates(optimizer: "torch.optim.Optimizer", optimizer_type: str, learning_rate: float, step: int) -> None:
+    """Give every group what `rates_of` returns."""
+    for group, rates in zip(
+        optimizer.param_groups, rates_of(optimizer, optimizer_type, learning_rate, step), strict=True
+    ):
+        group.update(rates)
+
+
+@contextlib.contextmanager
+def rates_on_device(optimizer: "torch.optim.Optimizer", rates: Sequence[Mapping[str, "Tensor"]]) -> Iterator[None]:
+    """A context in which the groups hold rates as tensors, which a captured step reads again at each replay. Afterwards
+    they hold numbers again, as a checkpoint does.
+
+    Args:
+        rates: of each group, float32 scalars on the device.
+    """
+    before = [{**group} for group in optimizer.param_groups]
+    for group, values in zip(optimizer.param_groups, rates, strict=True):
         group.update(values)
-        group["lr"] *= group.get("router_rate", 1.0)
+        if "capturable" in group:  # torch refuses to capture without it; its fused kernels do not read it
+            group["capturable"] = True
+    try:
+        yield
+    finally:
+        for group, numbers in zip(optimizer.param_groups, before, strict=True):
+            group.update(numbers)
 
 
 def load_optimizer_state(optimizer: "torch.optim.Optimizer", state: dict) -> None:

@@ -17,11 +17,13 @@ from model.training.choices import Choices, FoundCheckpoint, Ranks
 from model.training.data import TrainingData
 from model.training.expectation import MOST_BEYOND, Outlook, unigram_of_data
 from model.training.memory import trained_bytes
-from model.training.optimizer import optimizer_bytes, trained_parameters
+from model.training.optimizer import build_optimizer, optimizer_bytes, trained_parameters
 from model.training.order import SampleOrder
 from model.training.recipe import rough_duration_text, run_seconds
 from model.training.schedule import Schedule, plan_schedule
 from model.training.settings import FULLY_SHARDED, Settings, TrainingSettings
+from model.training.step import runs_ahead
+from model.training.step_graph import graph_problem
 
 SHORT = 30.0  # seconds: a run that ends sooner needs no correction of its estimate
 FAR_OFF = 1.5  # times the estimate, or the estimate this many times
@@ -207,6 +209,9 @@ def plan_run(
     # The user's values, and those chosen where they said auto.
     shared = {"shard": shard, "checkpoint_writers": "all" if writers > 1 else "one"}
     training = dataclasses.replace(t, **choices.made, **shared)
+    ahead = runs_ahead(hardware.device, build_optimizer(model, t.optimizer_type, training.learning_rate, 0.0))
+    problem = graph_problem(hardware.device, hardware.dtype, data.config, training, ranks.world_size, ahead)
+    training = dataclasses.replace(training, cuda_graph=choices.cuda_graph(problem))
     return RunPlan(
         training=training,
         chosen=choices.made,

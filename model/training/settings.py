@@ -162,6 +162,11 @@ class TrainingSettings:
     compile: bool | Auto = setting(
         AUTO, "compile the model with torch.compile, which needs a C++ compiler; auto: if it pays"
     )
+    cuda_graph: bool | Auto = setting(
+        AUTO,
+        "on a CUDA GPU, capture a whole step as one graph, which the host launches at once, with the same bits; auto:"
+        " where steps can be captured",
+    )
     attention: str = setting(
         AUTO,
         "how training computes attention, on a CPU in chunks, by PyTorch's kernels, or mixed; on a GPU varlen skips"

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from model.storage.slices import flat_range
 from model.training.choices import Ranks
-from model.training.moving_average import MovingAverage, average_in
+from model.training.moving_average import MovingAverage, average_in, weight_of_update
 from model.training.optimizer import OPTIMIZERS, build_optimizer, trained_parameters
 from model.training.plan import RunPlan
 from model.training.sharding import Holdings, Piece, Shares
@@ -128,10 +128,17 @@ class SharedAverage:
 
     def update_parameters(self, model: nn.Module, veto: Tensor | None = None) -> None:
         """As `MovingAverage.update_parameters`."""
-        if self.own:
-            theirs = [self._holdings.parts[piece] for piece in self.own]
-            average_in([*self.own.values()], theirs, int(self.n_averaged), self.decay, veto)
+        self.average(model, self.next_weight(), veto)
         self.n_averaged += 1
+
+    def next_weight(self) -> float:
+        """As `MovingAverage.next_weight`."""
+        return weight_of_update(int(self.n_averaged), self.decay)
+
+    def average(self, model: nn.Module, weight: float | Tensor, veto: Tensor | None = None) -> None:
+        """As `MovingAverage.average`."""
+        if self.own:
+            average_in([*self.own.values()], [self._holdings.parts[piece] for piece in self.own], weight, veto)
 
     @torch.no_grad()
     def averaged_model(self) -> nn.Module:

@@ -26,6 +26,10 @@ def runs_ahead(device: torch.device, optimizer: torch.optim.Optimizer) -> bool:
     return able and asked == "1"
 
 
+class StepDropped(Exception):
+    """A signal to stop came between two micro-batches of a step."""
+
+
 @dataclass(frozen=True)
 class Step:
     """A step whose gradients were computed, or launched on a device that runs ahead."""
@@ -45,6 +49,37 @@ class Step:
     def end(self) -> int:
         """Samples read after it, by all ranks."""
         return self.position + len(self.samples)
+
+
+@dataclass(frozen=True)
+class StepNumbers:
+    """What a step takes from the host beside its batches: numbers, or, where it is captured, scalars on the device.
+
+    On the device they are float64 where the host would compute in float64, and float32 where a kernel would round them.
+    """
+
+    factor: float | Tensor  # that the loss, a sum, is multiplied with before its gradient is computed
+    terms: float | Tensor  # of the loss of all ranks
+    stop_signals: float | Tensor  # that this rank got
+    limit: float | Tensor  # the highest loss that is no spike
+    average_weight: float | Tensor  # of the weights in their moving average; 0 without one
+    rates: list[dict[str, float | Tensor]]  # of each of the optimizer's groups
+
+    def flat(self) -> list[float]:
+        """All of them, one after another."""
+        rates = [value for group in self.rates for value in group.values()]
+        return [self.factor, self.terms, self.stop_signals, self.limit, self.average_weight, *rates]
+
+    def on_device(self, numbers: Tensor) -> "StepNumbers":
+        """The same as scalars.
+
+        Args:
+            numbers: float64 [N], as `flat` returns them.
+        """
+        factor, terms, stop_signals, limit, average_weight, *values = numbers.unbind()
+        rates = iter(values)
+        groups = [{name: next(rates).float() for name in group} for group in self.rates]
+        return StepNumbers(factor.float(), terms, stop_signals, limit, average_weight.float(), groups)
 
 
 def read_numbers(norm: Tensor, sums: Tensor, stop_signals: int, processes: Ranks) -> list[float]:
@@ -67,38 +102,42 @@ class DeviceVerdict:
     """
 
     def __init__(self, device: torch.device, processes: Ranks) -> None:
-        self._device, self._processes = device, processes
-        self.reset()
+        self._processes = processes
+        self.veto = torch.zeros((), device=device)  # float32, 1: no step is taken, as fused optimizers' found_inf
 
     def reset(self) -> None:
         """Steps may be taken again."""
-        self.sums = torch.zeros(0)  # of the last step, over ranks, on the device: float64 [N], see `judge`
-        self.veto = torch.zeros((), device=self._device)  # float32, 1: no step is taken, as fused optimizers' found_inf
+        self.veto.zero_()
 
-    def judge(
-        self, norm: Tensor, sums: Tensor, stop_signals: int, terms: int, limit: float
-    ) -> Callable[[], list[float]]:
-        """Set `veto` and `sums`, and return what reads the numbers that `read_numbers` returns.
+    def judge(self, norm: Tensor, sums: Tensor, numbers: StepNumbers) -> Tensor:
+        """Set `veto`, in place, since a captured step reads it there; and return what `read_numbers` returns, on the
+        device.
 
         Args:
-            norm, sums, stop_signals: as there.
-            terms: of the loss of all ranks.
-            limit: the highest loss that is no spike.
+            norm, sums: as there.
+
+        Returns:
+            float64 [3 + N]: the norm, two sums, and those of `sums`.
         """
-        signals = torch.full_like(norm, stop_signals, dtype=torch.float64)  # no copy from the host, which would wait
+        signals, terms = (_scalar(number, norm.device) for number in (numbers.stop_signals, numbers.terms))
         summed = torch.cat((torch.stack(((~norm.isfinite()).double(), signals)), sums.double()))
         self._processes.sum_on_device(summed)
-        self.sums = summed[2:]
-        loss = self.sums[0] / terms
-        usable = (summed[0] == 0) & loss.isfinite() & (loss <= limit)
-        self.veto = torch.maximum(self.veto, (~usable).float())
-        return _copied_to_host(torch.cat((norm.double()[None], summed)))
+        loss = summed[2] / terms
+        usable = (summed[0] == 0) & loss.isfinite() & (loss <= numbers.limit)
+        torch.maximum(self.veto, (~usable).float(), out=self.veto)
+        return torch.cat((norm.double()[None], summed))
 
 
-def _copied_to_host(numbers: Tensor) -> Callable[[], list[float]]:
+def _scalar(number: float | Tensor, device: torch.device) -> Tensor:
+    """A float64 scalar on the device, without a copy from the host, which would wait. Divided by it, a number has the
+    same bits whether it was there before or not: CUDA multiplies with the inverse of one from the host."""
+    return number if isinstance(number, Tensor) else torch.full((), number, dtype=torch.float64, device=device)
+
+
+def copied_to_host(numbers: Tensor) -> Callable[[], list[float]]:
     """Copy numbers behind the device's other work; what is returned waits for that."""
     if numbers.device.type == "cpu":
-        return numbers.tolist
+        return numbers.clone().tolist  # a captured step overwrites them
     pinned = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
     pinned.copy_(numbers, non_blocking=True)
     copied = accelerator.record_event(numbers.device)

@@ -128,7 +128,7 @@ def run(scale: str, folder: Path) -> Counts:
 
 def play(data: Data, out: Path, case: Case) -> list[str]:
     """Run one case; returns what is not as it should be."""
-    flags = data.flags(out, warmup_steps=WARMUP, ddp_timeout=8, **(case.flags or {}))
+    flags = data.flags(out, warmup_steps=WARMUP, ddp_timeout=8, cuda_graph="false", **(case.flags or {}))  # by Python
     rank = case.ranks - 1
     setup = {"where": case.where, "value": case.value, "first": case.first, "times": case.times, "rank": rank}
     job = start(flags, case.ranks, setup=(f"{MODULE}:poison", setup))

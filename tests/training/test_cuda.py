@@ -5,6 +5,7 @@ The other tests take the fastest device there is: on a machine with a GPU, train
 
 import contextlib
 import os
+import shutil
 
 import pytest
 import torch
@@ -18,12 +19,15 @@ from model.generation.rows import Rows
 from model.LMConfig import LMConfig
 from model.training.absent_gpu import AbsentGPU
 from model.training.memory import saved_bytes, step_memory
+from model.training.moving_average import MovingAverage
+from model.training.optimizer import build_optimizer, rates_of, rates_on_device, set_rates
 from model.training.settings import build_settings
 from optimized_inference import GenerationConfig, decode
 from optimized_pretrain import Trainer
 from tests.conftest import random_model
 from tests.reliability.harness import make_data
 from tests.reliability.states import losses
+from tests.tiny_runs import assert_same_end
 from utils import Processes, deterministic_kernels, measure_matmul_flops
 
 DEVICE = torch.device(os.environ.get("MATECONV_TEST_DEVICE", "cuda"))
@@ -254,6 +258,77 @@ def test_a_run_resumes_on_another_device(train, optimizer_type, tmp_path):
         train(name, device=first, **options)
         (tmp_path / name / "checkpoint_step_12.pth").unlink()
         assert train(name, device=second, resume="true", **options) == pytest.approx(whole, abs=1e-3)
+
+
+@pytest.mark.parametrize("optimizer_type", ["adamw", "adam", "muon"])
+def test_rates_on_the_device_give_the_bits_of_floats(optimizer_type):
+    def stepped(on_device):
+        _, model = twins()
+        optimizer, average = build_optimizer(model, optimizer_type, 1e-2, 0.1), MovingAverage(model, 0.99)
+        for step in range(4):
+            torch.manual_seed(step)
+            for parameter in model.parameters():
+                parameter.grad = torch.randn_like(parameter)
+            optimizer.found_inf = torch.tensor(float(step == 2), device=DEVICE)
+            set_rates(optimizer, optimizer_type, 1e-2 / (step + 3), step)
+            weight, context = average.next_weight(), contextlib.nullcontext()
+            if on_device:
+                rates = rates_of(optimizer, optimizer_type, 1e-2 / (step + 3), step)
+                rates = [{name: torch.tensor(rate, device=DEVICE) for name, rate in group.items()} for group in rates]
+                weight, context = torch.tensor(weight, device=DEVICE), rates_on_device(optimizer, rates)
+            with context:
+                optimizer.step()
+            average.average(model, weight, optimizer.found_inf)
+            average.n_averaged += 1
+        return [*model.parameters(), *average.module.parameters()]
+
+    assert all(map(torch.equal, stepped(False), stepped(True)))
+
+
+BF16 = {"dtype": "bfloat16"}
+GRAPHS = {
+    "adamw, average, accumulation": BF16 | {"use_ema": "true", "accumulation_steps": 2},
+    "adamw, compiled": BF16 | {"compile": "true"},
+    "muon, compiled": BF16 | {"optimizer_type": "muon", "compile": "true", "use_ema": "true"},
+    "documents": {"document_mask": "true", "activation_checkpointing": "full"},
+    "experts": BF16 | {"n_experts": 4, "expert_bias": "true"},
+}
+
+
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="CUDA has graphs")
+@pytest.mark.parametrize("case", GRAPHS)
+def test_a_run_as_a_graph_has_the_bits_of_launched_steps(data, tmp_path, case, capfd):
+    options = {"device": DEVICE, "max_steps": 40, "eval_interval": 10, "save_interval": 20} | GRAPHS[case]
+    for on in ("false", "true"):
+        flags = data.flags(tmp_path / on, **(options | {"cuda_graph": on}))
+        trainer = Trainer(build_settings({}, flags), Processes())
+        assert trainer.train() == "finished"
+        assert (trainer.graph is not None and trainer.graph.is_settled) == (on == "true"), capfd.readouterr().err
+    assert losses(tmp_path / "false") == losses(tmp_path / "true")
+    for step in (20, 40):
+        assert_same_end(tmp_path / "false", tmp_path / "true", step)
+
+    resumed = tmp_path / "resumed"
+    shutil.copytree(tmp_path / "true", resumed)
+    (resumed / "checkpoint_step_40.pth").unlink()
+    Trainer(build_settings({}, data.flags(resumed, **options, cuda_graph="false", resume="true")), Processes()).train()
+    assert_same_end(tmp_path / "true", resumed, 40)
+
+
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="CUDA has graphs")
+def test_a_graph_whose_work_waits_for_the_device_fails_in_one_line_and_the_run_goes_on(data, tmp_path, capfd):
+    flags = data.flags(tmp_path / "out", device=DEVICE, cuda_graph="true")
+    trainer = Trainer(build_settings({}, flags), Processes())
+    loss = trainer.objective.loss
+    trainer.objective.loss = lambda model, batch: loss(model, batch) * float(torch.ones((), device=DEVICE))
+    assert trainer.train() == "finished" and trainer.graph is None
+    torch.cuda.empty_cache()  # which fails where PyTorch takes the capture to go on, as does a random number
+    assert torch.rand(3, device=DEVICE).isfinite().all()
+    assert capfd.readouterr().err.count("cuda_graph: steps are launched as without it: ") == 1
+    expected = Trainer(
+        build_settings({}, data.flags(tmp_path / "launched", device=DEVICE, cuda_graph="false")), Processes()
+    )
+    assert expected.train() == "finished" and losses(tmp_path / "out") == losses(tmp_path / "launched")
 
 
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="these are a GPU's kernels")

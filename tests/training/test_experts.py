@@ -3,6 +3,7 @@
 import contextlib
 import copy
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
@@ -224,8 +225,8 @@ def test_routers_have_a_rate_of_their_own(optimizer_type):
     optimizer = build_optimizer(Transformer(CONFIG), optimizer_type, 1e-2, 0.1, router_rate=0.5)
     set_rates(optimizer, optimizer_type, 2e-3, 7)
     rates = {name: g["lr"] for g in optimizer.param_groups for name in g["param_names"]}
-    assert {rate for name, rate in rates.items() if "router" in name} == {1e-3}
-    assert {rate for name, rate in rates.items() if "router" not in name} == {2e-3}
+    assert {rate for name, rate in rates.items() if "router" in name} == {np.float32(1e-3)}
+    assert {rate for name, rate in rates.items() if "router" not in name} == {np.float32(2e-3)}
 
 
 def test_the_average_has_the_biases_of_the_model():

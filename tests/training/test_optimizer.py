@@ -1,16 +1,25 @@
 """The optimizer's groups, the learning rate and the average, against what torch has of the same."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
 
 from model.LMConfig import LMConfig
 from model.model import Transformer
-from model.training.moving_average import MovingAverage
+from model.training.moving_average import MovingAverage, average_in
 from model.training.muon import orthogonalized
-from model.training.optimizer import build_optimizer, load_optimizer_state, momentum_at
+from model.training.optimizer import (
+    build_optimizer,
+    load_optimizer_state,
+    momentum_at,
+    rates_of,
+    rates_on_device,
+    set_rates,
+)
 from model.training.schedule import Schedule
+from tests.tiny_runs import assert_equal
 
 CONFIG = LMConfig(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=64, max_seq_len=16)
 SCHEDULE = {"total_steps": 100, "warmup_steps": 10, "learning_rate": 1.0, "min_lr": 0.1}
@@ -116,6 +125,31 @@ def test_a_state_that_is_loaded_lies_where_the_parameters_are(optimizer_type):
     assert {group["lr"] for group in elsewhere.param_groups} == {1e-3}
 
 
+@pytest.mark.parametrize("experts", [0, 4])
+@pytest.mark.parametrize("optimizer_type", ["muon", "adamw", "adam"])
+def test_rates_on_the_device_give_the_bits_of_floats_and_leave_the_state_as_it_is(optimizer_type, experts):
+    def stepped(on_device: bool):
+        torch.manual_seed(0)
+        model = Transformer(dataclasses.replace(CONFIG, n_experts=experts))
+        optimizer = build_optimizer(model, optimizer_type, 1e-2, 0.1, router_rate=0.3)
+        for step in range(6):
+            for parameter in model.parameters():
+                parameter.grad = torch.randn_like(parameter)
+            optimizer.found_inf = torch.tensor(float(step == 3))
+            set_rates(optimizer, optimizer_type, 1e-2 / (step + 3), step)
+            if on_device:
+                rates = rates_of(optimizer, optimizer_type, 1e-2 / (step + 3), step)
+                rates = [{name: torch.tensor(value) for name, value in group.items()} for group in rates]
+                with rates_on_device(optimizer, rates):
+                    optimizer.step()
+            else:
+                optimizer.step()
+        return dict(model.named_parameters()), optimizer.state_dict()
+
+    for one, other in zip(stepped(False), stepped(True), strict=True):
+        assert_equal(one, other)
+
+
 def test_muons_momentum_rises_and_stays():
     assert [momentum_at(step) for step in (0, 150, 300, 10_000)] == pytest.approx([0.85, 0.90, 0.95, 0.95])
 
@@ -143,6 +177,17 @@ def test_cosine_is_torchs_own():
         assert mine == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-6)
         optimizer.step()
         oracle.step()
+
+
+@pytest.mark.parametrize("veto", [None, 0.0, 1.0])
+@pytest.mark.parametrize("weight", [1.0, 1 - 2 / 11, 1 - 9 / 18, 0.001])
+def test_a_weight_on_the_device_averages_to_the_same_bits(veto, weight):
+    own, weights = ([torch.randn(7, 9), torch.randn(33)] for _ in range(2))
+    others = [tensor.clone() for tensor in own]
+    veto = None if veto is None else torch.tensor(veto)
+    average_in(own, weights, weight, veto)
+    average_in(others, weights, torch.tensor(weight), veto)
+    assert_equal(own, others)
 
 
 def test_the_average_follows_the_weights():
