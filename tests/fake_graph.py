@@ -4,10 +4,10 @@ What a real graph does, so does this one:
 - A capture changes no memory. What it returns holds garbage (NaN) until the first replay.
 - A replay runs the recorded kernels in order, on the addresses that they had. Python does not run again: a number that
   came from the host, such as a float learning rate, is the captured one for ever.
-- Work that waits for the device (`item`, `tolist`, `nonzero`, `if tensor:`), that makes a tensor of numbers of the host,
-  or that draws random numbers fails during a capture.
-- Memory that was allocated outside the graph must still be there in a replay: if it was freed, the replay fails, where a
-  real one would read what lies there now.
+- Work that waits for the device (`item`, `tolist`, `nonzero`, `if tensor:`), makes a tensor of numbers of the host, or
+  draws random numbers fails during a capture.
+- Memory that was allocated outside the graph must still be there in a replay: if it was freed, the replay fails. A real
+  one would read what lies there now.
 
 It cannot see what a custom operator does inside, nor tell a CPU's tensor from the device's.
 """
