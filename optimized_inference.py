@@ -146,7 +146,7 @@ class TextGenerator:
         self.end: str | None = None
         self._engine: Engine | None = None
         self._chat: Rows | None = None  # the row that remembers the chat so far
-        self._idle: Rows | None = None  # of the last batch, for the next: their memory is there already
+        self._idle: Rows | None = None  # of the last text or batch, for the next: their memory and graphs are there
 
     def generate(
         self,
@@ -164,7 +164,8 @@ class TextGenerator:
             InputError: the prompt is longer than the context less one token.
         """
         ids = self.encode_prompt(prompt)
-        return self._whole_text(ids, config, _emitter(stream, callback), Rows(self.engine(), 1))
+        with self._rows(1) as rows:
+            return self._whole_text(ids, config, _emitter(stream, callback), rows)
 
     def batch_generate(
         self, prompts: Sequence[str], config: GenerationConfig | None = None, batch_size: int = BATCH_SIZE
@@ -221,7 +222,12 @@ class TextGenerator:
     def stream(self, prompt: str, config: GenerationConfig | None = None) -> Iterator[str]:
         """The pieces of `generate`'s text, one after another: `for piece in generator.stream("春风")`."""
         ids = self.encode_prompt(prompt)  # a prompt that cannot be used fails here, not at the first piece
-        return (event.text for event in self.events([ids], config, Rows(self.engine(), 1)) if event.text)
+
+        def pieces() -> Iterator[str]:
+            with self._rows(1) as rows:
+                yield from (event.text for event in self.events([ids], config, rows) if event.text)
+
+        return pieces()
 
     def samples(self, prompt: str, n: int, config: GenerationConfig | None = None) -> list[Sample]:
         """n continuations of a prompt, with their ids and why they ended; with a seed, sample k draws from seed + k.
