@@ -16,7 +16,7 @@ import torch
 
 from model.errors import InputError
 from model.generation.decoding import Decoding, Event
-from model.generation.engine import Engine
+from model.generation.engine import Engine, can_compile
 from model.generation.generation_config import DTYPE_NAMES, GenerationConfig
 from model.generation.inference_model import compute_dtype
 from model.generation.rows import Rows, fitting_rows, text_bytes
@@ -101,7 +101,7 @@ class TextGenerator:
         tokenizer: a `transformers` fast tokenizer with an eos token, or what `open_tokenizer` gives.
         int8: hold the matrices as int8 (weight-only, a scale for each row); on a CPU.
         compile: on a CPU, whether compiled code decodes. True waits until it is compiled; None uses it as soon as it
-            exists, except with a seed, whose text must not depend on that.
+            exists, except with a seed, whose text must not depend on that. On a CUDA GPU: see Engine.
         begins_with_bos: prompts begin with the tokenizer's bos, like the documents that the model was trained on.
         chat: as `Weights.chat` records it: the template of chats, and ids that end a text besides the tokenizer's.
 
@@ -386,8 +386,10 @@ def load_generator(
         raise InputError(
             f"dtype: int8 is for generating on a CPU, the device is {chosen_device}; give --device cpu too"
         )
-    if compile and chosen_device.type != "cpu":
-        raise InputError(f"compile: the compiled step is for CPUs, the device is {chosen_device}; omit --compile")
+    if compile and not can_compile(chosen_device):
+        raise InputError(
+            f"compile: compiled code is for CPUs and CUDA GPUs, the device is {chosen_device}; omit --compile"
+        )
     chosen_dtype, dtype_reason = pick_dtype("float32" if int8 else dtype_name, chosen_device)
     path, choice = find_weights(model_path)
     if choice is not None:

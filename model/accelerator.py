@@ -9,15 +9,17 @@ import importlib
 import importlib.util
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from model.errors import first_line
 
 if TYPE_CHECKING:  # settings are checked without torch
     import torch
     from torch import Tensor
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -293,6 +295,50 @@ def send(tensor: "Tensor", device: "torch.device") -> "Tensor":
     if not pins_memory(device.type):
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def send_into(tensor: "Tensor", target: "Tensor") -> None:
+    """Copy a tensor of the CPU into one of a device, as `send` does."""
+    pinned = tensor.pin_memory() if pins_memory(target.device.type) else tensor
+    target.copy_(pinned, non_blocking=True)
+
+
+class CudaGraph:
+    """Work of a CUDA device that is captured once and replayed: the same kernels in the same memory, launched at once.
+
+    What they read is written there before a replay; a number of the host stays what it was. All that the work uses must
+    be kept as long as the graph.
+
+    Args:
+        beside: a graph whose memory this one may use too: they never run at the same time.
+    """
+
+    def __init__(self, device: "torch.device", beside: "CudaGraph | None" = None) -> None:
+        import torch
+
+        self._graph = torch.cuda.CUDAGraph()
+        self._stream = torch.cuda.Stream(device) if beside is None else beside._stream
+        self._pool = torch.cuda.graph_pool_handle() if beside is None else beside._pool
+
+    def capture(self, work: Callable[[], T]) -> T:
+        """Call `work`, of which no kernel runs. It must have run before, which loads its kernels.
+
+        Raises:
+            RuntimeError: it waits for the device, or does something else that no graph can.
+        """
+        import torch
+
+        options = {"pool": self._pool, "stream": self._stream, "capture_error_mode": "thread_local"}
+        stream = torch.cuda.current_stream(self._stream.device)  # which a capture that fails does not set again
+        with torch.cuda.stream(stream), torch.cuda.graph(self._graph, **options):
+            return work()
+
+    def replay(self) -> None:
+        """Launch the kernels."""
+        self._graph.replay()
+
+
+GRAPHS = {"cuda": CudaGraph}  # by type of device
 
 
 # ------------------------------------------------------------------------------------------------------------- memory
