@@ -4,7 +4,9 @@ PyTorch answers through `torch.accelerator` and the module of each type (`torch.
 say is in KINDS. An AMD GPU has the type "cuda" too.
 """
 
+import contextlib
 import functools
+import gc
 import importlib
 import importlib.util
 import re
@@ -297,48 +299,91 @@ def send(tensor: "Tensor", device: "torch.device") -> "Tensor":
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
-def send_into(tensor: "Tensor", target: "Tensor") -> None:
-    """Copy a tensor of the CPU into one of a device, as `send` does."""
-    pinned = tensor.pin_memory() if pins_memory(target.device.type) else tensor
-    target.copy_(pinned, non_blocking=True)
+def fill(tensor: "Tensor", numbers: Sequence[float]) -> None:
+    """Copy numbers into a device's tensor, behind its other work; where memory can be pinned, nothing waits for it."""
+    import torch
+
+    found = torch.tensor(numbers, dtype=tensor.dtype)
+    tensor.copy_(found.pin_memory() if pins_memory(tensor.device.type) else found, non_blocking=True)
 
 
-class CudaGraph:
-    """Work of a CUDA device that is captured once and replayed: the same kernels in the same memory, launched at once.
+# ------------------------------------------------------------------------------------------------------------- graphs
 
-    What they read is written there before a replay; a number of the host stays what it was. All that the work uses must
-    be kept as long as the graph.
+
+class CUDAGraph:
+    """Work that a CUDA device is given once, operation by operation, and then as a whole: a launch of thousands of
+    kernels takes Python's time for one.
+
+    A replay runs the kernels on the addresses that they had. So what they read must lie where it lay, and must be kept;
+    what they allocated stays theirs, in a pool apart from other memory.
 
     Args:
-        beside: a graph whose memory this one may use too: they never run at the same time.
+        beside: a graph whose stream and pool this one shares. They must not run at the same time, and a replay of one
+            overwrites what the other has computed in between.
     """
 
-    def __init__(self, device: "torch.device", beside: "CudaGraph | None" = None) -> None:
+    def __init__(self, device: "torch.device", beside: "CUDAGraph | None" = None) -> None:
         import torch
 
-        self._graph = torch.cuda.CUDAGraph()
+        self._device, self._graph = device, torch.cuda.CUDAGraph()
         self._stream = torch.cuda.Stream(device) if beside is None else beside._stream
         self._pool = torch.cuda.graph_pool_handle() if beside is None else beside._pool
 
+    def launch(self, work: Callable[[], T]) -> T:
+        """Run work once without capturing it, on the stream that captures: PyTorch asks for such warm-ups, in which
+        libraries allocate what they need for a stream."""
+        import torch
+
+        current = torch.cuda.current_stream(self._device)
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            result = work()
+        current.wait_stream(self._stream)
+        return result
+
     def capture(self, work: Callable[[], T]) -> T:
-        """Call `work`, of which no kernel runs. It must have run before, which loads its kernels.
+        """Capture work, which is not run: what it returns is computed by each replay. Other threads may go on using the
+        device meanwhile.
 
         Raises:
-            RuntimeError: it waits for the device, or does something else that no graph can.
+            RuntimeError: something in it waits for the device, or needs what a capture does not allow.
         """
         import torch
 
-        options = {"pool": self._pool, "stream": self._stream, "capture_error_mode": "thread_local"}
-        stream = torch.cuda.current_stream(self._stream.device)  # which a capture that fails does not set again
-        with torch.cuda.stream(stream), torch.cuda.graph(self._graph, **options):
-            return work()
+        gc.collect()  # a graph of somebody else must not be destroyed meanwhile
+        synchronize(self._device)
+        empty_cache(self._device)  # the pool cannot use what earlier launches left
+        collects = gc.isenabled()
+        gc.disable()
+        try:
+            with torch.cuda.stream(self._stream):
+                self._graph.capture_begin(self._pool, capture_error_mode="thread_local")
+                try:
+                    result = work()
+                except BaseException:
+                    with contextlib.suppress(RuntimeError):  # the first error says more
+                        self._graph.capture_end()
+                    raise
+                self._graph.capture_end()
+        finally:
+            if collects:
+                gc.enable()
+        return result
 
     def replay(self) -> None:
-        """Launch the kernels."""
+        """Launch what was captured, behind the device's other work."""
         self._graph.replay()
 
 
-GRAPHS = {"cuda": CudaGraph}  # by type of device
+GRAPHS = {"cuda": CUDAGraph}  # by the type of device
+
+
+def graph_problem(device: "torch.device") -> str | None:
+    """Why no work can be captured on this device; None where it can."""
+    if device.type not in GRAPHS:
+        return f"no graphs are known of {kind_of(device).vendor} devices"
+    maker = vendor(device.type)
+    return None if maker == kind_of(device).vendor else f"graphs were not tried on {maker} GPUs"
 
 
 # ------------------------------------------------------------------------------------------------------------- memory
