@@ -64,7 +64,7 @@ class Engine:
         compile: bool | None = None,
         say: Callable[[str], None] = lambda line: None,
     ) -> None:
-        graph_type = accelerator.GRAPHS.get(model.device.type)
+        graph_type = _graph_type(model.device)
         on_cpu = model.device.type == "cpu" and graph_type is None
         if int8 and not on_cpu:
             raise InputError(f"int8 is for CPUs; the model is on {model.device}")
@@ -244,7 +244,11 @@ def evaluating(model: Transformer | InferenceModel) -> Iterator[None]:
 
 def can_compile(device: torch.device) -> bool:
     """Whether compiled code can decode there."""
-    return device.type == "cpu" or (device.type in accelerator.GRAPHS and accelerator.kind_of(device).compiles)
+    return device.type == "cpu" or (_graph_type(device) is not None and accelerator.kind_of(device).compiles)
+
+
+def _graph_type(device: torch.device) -> type[accelerator.CUDAGraph] | None:
+    return None if accelerator.graph_problem(device) else accelerator.GRAPHS[device.type]
 
 
 def _next_logits(model: Transformer, tokens: Tensor, cache: StepCache) -> Tensor:

@@ -26,38 +26,39 @@ class Step:
     """Kernels that read and write the same memory each time: launched at first, then captured, and then replayed.
 
     Args:
+        graph: one that has captured nothing yet.
         launch: launches them; done twice, it gives the same again.
         result: what they write.
     """
 
-    def __init__(self, launch: Callable[[], None], result: Tensor) -> None:
-        self._launch, self.result, self._ran = launch, result, False
-        self.graph: accelerator.CudaGraph | None = None  # None: not captured yet
+    def __init__(self, graph: accelerator.CUDAGraph, launch: Callable[[], None], result: Tensor) -> None:
+        self.graph, self.result, self.is_captured = graph, result, False
+        self._launch, self._ran = launch, False
 
-    def __call__(self, new_graph: Callable[[], accelerator.CudaGraph]) -> None:
+    def __call__(self) -> None:
         """Compute the result.
 
         Raises:
             RuntimeError: they cannot be captured, or the graph computes something else.
         """
-        if self.graph is not None:
+        if self.is_captured:
             self.graph.replay()
         elif self._ran:
-            self.graph = self._captured(new_graph())
+            self._capture()
         else:  # which loads kernels; and many sizes are met only once
-            self._launch()
+            self.graph.launch(self._launch)
             self._ran = True
 
-    def _captured(self, graph: accelerator.CudaGraph) -> accelerator.CudaGraph:
-        """The graph, after it ran once and gave what launching gives."""
-        self._launch()
+    def _capture(self) -> None:
+        """Capture them, run the graph once, and see that it gives what launching gives."""
+        self.graph.launch(self._launch)
         expected = self.result.clone()
-        graph.capture(self._launch)
+        self.graph.capture(self._launch)
         self.result.zero_()
-        graph.replay()
+        self.graph.replay()
         if not torch.equal(self.result.view(torch.uint8), expected.view(torch.uint8)):  # as bytes: NaN is not itself
             raise RuntimeError("its numbers are not those of the launched kernels")
-        return graph
+        self.is_captured = True
 
 
 class GraphSteps:
@@ -68,13 +69,13 @@ class GraphSteps:
         graph_type: of its device, one of `accelerator.GRAPHS`.
         cache, ids: the Rows' keys and values and ids, int64 [capacity, context].
         vocab_size: of the logits.
-        report: called with None when the first graph was captured, and with the reason, in a few words, when one cannot
-            be: then there are no more.
+        report: called with None when a graph was captured, and with the reason, in a few words, when one cannot be:
+            then there are no more.
         few: fewer sizes, which compute more for nothing: one row or all, 512, 2,048, … slots.
     """
 
     def __init__(
-        self, forward: Forward, graph_type: type[accelerator.CudaGraph], cache: KVCache, ids: Tensor, vocab_size: int,
+        self, forward: Forward, graph_type: type[accelerator.CUDAGraph], cache: KVCache, ids: Tensor, vocab_size: int,
         report: Callable[[str | None], None], few: bool = False,
     ) -> None:  # fmt: skip
         self._forward, self._graph_type, self._cache, self._ids, self._report = forward, graph_type, cache, ids, report
@@ -83,7 +84,7 @@ class GraphSteps:
         self._logits, self._scores = (torch.zeros(self._capacity, vocab_size, device=ids.device) for _ in range(2))
         self._few = few
         self._steps: dict[tuple[int, ...], Step] | None = {}  # by rows, slots and choice; None: given up
-        self._first: accelerator.CudaGraph | None = None  # whose memory the others use too
+        self._first: accelerator.CUDAGraph | None = None  # whose stream and memory the others share
         self._choices: list[Choice] = []
         self._size = (0, 0, 0)  # texts, rows and slots of the last step
 
@@ -100,7 +101,7 @@ class GraphSteps:
         texts, empty = len(lengths), self._capacity - len(lengths)
         rows, slots = self._sizes(texts, max(lengths) + 1)
         inputs = [[*lengths, *[self._cache.capacity - 1] * empty], [*prompt_lengths, *[0] * empty]]
-        accelerator.send_into(torch.tensor(inputs), self._inputs)
+        accelerator.fill(self._inputs, inputs)
         self._size = texts, rows, slots
         return None if self._run((rows, slots), self._network) is None else self._logits[:texts]
 
@@ -135,24 +136,26 @@ class GraphSteps:
         """Run the step of this key, made at its first time; None: it cannot be captured, and there are no more."""
         try:
             step = self._steps.get(key) or self._steps.setdefault(key, make(*key))
-            step(self._new_graph)
+            was_captured = step.is_captured
+            step()
         except RuntimeError as error:
             self._steps = None
             self._report(first_line(error))
             return None
-        if self._first is None and step.graph is not None:
-            self._first = step.graph
+        if step.is_captured and not was_captured:
             self._report(None)
         return step
 
-    def _new_graph(self) -> accelerator.CudaGraph:
-        return self._graph_type(self._ids.device, self._first)
+    def _new_step(self, launch: Callable[[], None], result: Tensor) -> Step:
+        graph = self._graph_type(self._ids.device, self._first)
+        self._first = self._first or graph
+        return Step(graph, launch, result)
 
     def _network(self, rows: int, slots: int) -> Step:
         """From the newest tokens to logits."""
         cache = StepCache(self._cache, self._inputs[0, :rows], slots, self._context)
         logits = self._logits[:rows]
-        return Step(partial(_compute_logits, self._forward, self._ids[:rows], cache, logits), logits)
+        return self._new_step(partial(_compute_logits, self._forward, self._ids[:rows], cache, logits), logits)
 
     def _choosing(self, rows: int, slots: int, number: int) -> Step:
         """From logits to a shortlist."""
@@ -161,7 +164,7 @@ class GraphSteps:
         found = torch.zeros(2, rows, count, dtype=torch.float64, device=logits.device)
         numbers = torch.arange(slots, device=logits.device)
         ids, inputs = self._ids[:rows], self._inputs[:, :rows]
-        return Step(partial(_compute_shortlist, choice, ids, inputs, numbers, logits, scores, found), found)
+        return self._new_step(partial(_compute_shortlist, choice, ids, inputs, numbers, logits, scores, found), found)
 
 
 def _compute_logits(forward: Forward, ids: Tensor, cache: StepCache, logits: Tensor) -> None:
