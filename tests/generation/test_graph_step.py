@@ -318,11 +318,8 @@ def test_where_compiled_code_can_decode():
     assert found == {"cpu": True, "cuda": True, "xpu": False, "mps": False}
 
 
-class Launching:
-    """A graph of compiled code, which records no operations: it calls the work again."""
-
-    def __init__(self, *given) -> None:
-        self._work = None
+class Launching(FakeGraph):
+    """A graph of compiled code, which shows no operations: it calls the work again."""
 
     def capture(self, work) -> None:
         self._work = work
