@@ -36,7 +36,7 @@ from model.weights.load import fitting_tokenizer
 from utils import pick_device, pick_dtype, print_text, say
 
 CONTEXT_BYTES = 1 << 30  # for those of one text; a longer context needs --max_seq_len
-IDLE_BYTES = 256 << 20  # of keys and values that are kept from one batch to the next
+IDLE_BYTES, IDLE_BYTES_ON_GPU = 256 << 20, 1 << 30  # of keys and values that are kept from one batch to the next
 BATCH_SIZE = 64  # prompts that `batch_generate` continues at once: more gain little (benchmarks/RESULTS.md)
 
 
@@ -320,7 +320,8 @@ class TextGenerator:
         try:
             yield rows
         finally:
-            if engine is self._engine and capacity * text_bytes(engine) <= IDLE_BYTES:
+            most = IDLE_BYTES if engine.device.type == "cpu" else IDLE_BYTES_ON_GPU  # where the graphs stay too
+            if engine is self._engine and capacity * text_bytes(engine) <= most:
                 self._idle = rows
 
     def _whole_text(
