@@ -225,7 +225,8 @@ def _add_files(files) -> None:
         const=True,
         metavar="true|false",
         help="on a CPU, generate with a compiled step: true waits until it is compiled (default: as soon as it exists;"
-        " a chat compiles it in the background; not with a seed)",
+        " a chat compiles it in the background; not with a seed). On a CUDA GPU, true compiles what is captured as a"
+        " graph; false captures none",
     )
 
 

@@ -16,7 +16,7 @@ import torch
 
 from model.errors import InputError
 from model.generation.decoding import Decoding, Event
-from model.generation.engine import Engine
+from model.generation.engine import Engine, can_compile
 from model.generation.generation_config import DTYPE_NAMES, GenerationConfig
 from model.generation.inference_model import compute_dtype
 from model.generation.rows import Rows, fitting_rows, text_bytes
@@ -36,7 +36,7 @@ from model.weights.load import fitting_tokenizer
 from utils import pick_device, pick_dtype, print_text, say
 
 CONTEXT_BYTES = 1 << 30  # for those of one text; a longer context needs --max_seq_len
-IDLE_BYTES = 256 << 20  # of keys and values that are kept from one batch to the next
+IDLE_BYTES, IDLE_BYTES_ON_GPU = 256 << 20, 1 << 30  # of keys and values that are kept from one batch to the next
 BATCH_SIZE = 64  # prompts that `batch_generate` continues at once: more gain little (benchmarks/RESULTS.md)
 
 
@@ -101,7 +101,7 @@ class TextGenerator:
         tokenizer: a `transformers` fast tokenizer with an eos token, or what `open_tokenizer` gives.
         int8: hold the matrices as int8 (weight-only, a scale for each row); on a CPU.
         compile: on a CPU, whether compiled code decodes. True waits until it is compiled; None uses it as soon as it
-            exists, except with a seed, whose text must not depend on that.
+            exists, except with a seed, whose text must not depend on that. On a CUDA GPU: see Engine.
         begins_with_bos: prompts begin with the tokenizer's bos, like the documents that the model was trained on.
         chat: as `Weights.chat` records it: the template of chats, and ids that end a text besides the tokenizer's.
 
@@ -146,7 +146,7 @@ class TextGenerator:
         self.end: str | None = None
         self._engine: Engine | None = None
         self._chat: Rows | None = None  # the row that remembers the chat so far
-        self._idle: Rows | None = None  # of the last batch, for the next: their memory is there already
+        self._idle: Rows | None = None  # of the last text or batch, for the next: their memory and graphs are there
 
     def generate(
         self,
@@ -164,7 +164,8 @@ class TextGenerator:
             InputError: the prompt is longer than the context less one token.
         """
         ids = self.encode_prompt(prompt)
-        return self._whole_text(ids, config, _emitter(stream, callback), Rows(self.engine(), 1))
+        with self._rows(1) as rows:
+            return self._whole_text(ids, config, _emitter(stream, callback), rows)
 
     def batch_generate(
         self, prompts: Sequence[str], config: GenerationConfig | None = None, batch_size: int = BATCH_SIZE
@@ -221,7 +222,12 @@ class TextGenerator:
     def stream(self, prompt: str, config: GenerationConfig | None = None) -> Iterator[str]:
         """The pieces of `generate`'s text, one after another: `for piece in generator.stream("春风")`."""
         ids = self.encode_prompt(prompt)  # a prompt that cannot be used fails here, not at the first piece
-        return (event.text for event in self.events([ids], config, Rows(self.engine(), 1)) if event.text)
+
+        def pieces() -> Iterator[str]:
+            with self._rows(1) as rows:
+                yield from (event.text for event in self.events([ids], config, rows) if event.text)
+
+        return pieces()
 
     def samples(self, prompt: str, n: int, config: GenerationConfig | None = None) -> list[Sample]:
         """n continuations of a prompt, with their ids and why they ended; with a seed, sample k draws from seed + k.
@@ -314,7 +320,8 @@ class TextGenerator:
         try:
             yield rows
         finally:
-            if engine is self._engine and capacity * text_bytes(engine) <= IDLE_BYTES:
+            most = IDLE_BYTES if engine.device.type == "cpu" else IDLE_BYTES_ON_GPU  # where the graphs stay too
+            if engine is self._engine and capacity * text_bytes(engine) <= most:
                 self._idle = rows
 
     def _whole_text(
@@ -380,8 +387,10 @@ def load_generator(
         raise InputError(
             f"dtype: int8 is for generating on a CPU, the device is {chosen_device}; give --device cpu too"
         )
-    if compile and chosen_device.type != "cpu":
-        raise InputError(f"compile: the compiled step is for CPUs, the device is {chosen_device}; omit --compile")
+    if compile and not can_compile(chosen_device):
+        raise InputError(
+            f"compile: compiled code is for CPUs and CUDA GPUs, the device is {chosen_device}; omit --compile"
+        )
     chosen_dtype, dtype_reason = pick_dtype("float32" if int8 else dtype_name, chosen_device)
     path, choice = find_weights(model_path)
     if choice is not None:

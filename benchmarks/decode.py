@@ -11,7 +11,8 @@ the machine affects all of them. first: milliseconds that a text of one token ta
 tok/s: all new tokens over the time of whole texts; medians over the rounds. after: the tokens after the first one over
 the time after it. GB/s: the weights' bytes, read once per step after the first token. Limit:
 the rate at which a sum reads as many bytes, from a cache if they fit it, the best of five in every round. On a GPU
-transformers and MateConv take part, eager, greedy and sampling.
+transformers takes part with its usual cache and a static one, for which it compiles; and MateConv with each kernel
+launched (eager), graphs of them, and graphs of compiled code, greedy and sampling.
 """
 
 import argparse
@@ -44,15 +45,19 @@ SHAPES = {
 }
 NAMES = {
     "transformers": "transformers generate",
+    "static": "transformers, static cache",
     "llama_cpp": "llama.cpp",
     "eager": "MateConv, eager",
     "loop": "MateConv, compiled, ids alone",
     "compiled": "MateConv, compiled",
     "sampled": "MateConv, compiled, sampling",
+    "graph": "MateConv, graph",
     "sampled_eager": "MateConv, eager, sampling",
+    "sampled_graph": "MateConv, graph, sampling",
 }
 PASSED_ON = ("prompt", "tokens", "threads", "device", "llama_plain")  # to each contender
-ON_A_GPU = ("transformers", "eager", "sampled_eager")
+ON_A_CPU = ("transformers", "llama_cpp", "eager", "loop", "compiled", "sampled")
+ON_A_GPU = ("transformers", "static", "eager", "graph", "compiled", "sampled_eager", "sampled_graph", "sampled")
 ROW = "{:34} {:>9} {:>8} {:>8} {:>8} {:>7} {:>9} {:>8} {:>8}   {}"
 
 
@@ -78,13 +83,14 @@ def read_options() -> argparse.Namespace:
     device = utils.pick_device(options.device)[0]
     options.device = str(device)
     if device.type == "cpu":
-        possible, formats = [name for name in NAMES if name != "sampled_eager"], ["fp32", "bf16", "int8"]
+        possible, formats = ON_A_CPU, ["fp32", "bf16", "int8"]
     else:
         possible, formats = ON_A_GPU, ["fp32", "bf16"]
     options.only, options.formats = options.only or possible, options.formats or formats
-    if wrong := [*(set(options.only) - set(ON_A_GPU)), *(set(options.formats) - set(formats))]:
-        if device.type != "cpu":
-            raise InputError(f"{wrong[0]} is for CPUs, the device is {device}")
+    if wrong := [*(set(options.only) - set(possible)), *(set(options.formats) - set(formats))]:
+        raise InputError(
+            f"{wrong[0]} found, of {', '.join((*possible, *formats))} expected, since the device is {device}"
+        )
     return options
 
 

@@ -45,7 +45,8 @@ def ours(order: argparse.Namespace) -> Callable[[int], Written]:
     from model.text.tokenization import load_tokenizer
     from optimized_inference import GenerationConfig, TextGenerator
 
-    options = {"int8": order.format == "int8", "compile": order.kind in ("compiled", "sampled")}
+    graphs = order.kind in ("graph", "sampled_graph")  # of kernels as they are: what a GPU does unasked
+    options = {"int8": order.format == "int8", "compile": None if graphs else order.kind in ("compiled", "sampled")}
     generator = TextGenerator(our_model(order), load_tokenizer(), **options)
     generator.eos_ids, generator.say = [-1], lambda line: None
     settings = {} if order.kind.startswith("sampled") else {"do_sample": False, "repetition_penalty": 1.0}
@@ -87,7 +88,7 @@ def twice(generate: Callable[[int], list[int]]) -> Callable[[int], Written]:
 
 
 def transformers(order: argparse.Namespace) -> Callable[[int], Written]:
-    """transformers' Llama and its `generate`."""
+    """transformers' Llama and its `generate`; with a static cache it compiles the step by itself, as a graph."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -103,6 +104,7 @@ def transformers(order: argparse.Namespace) -> Callable[[int], Written]:
 
     def generate(tokens: int) -> list[int]:
         options = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+        options |= {"cache_implementation": "static"} if order.kind == "static" else {}
         found = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, **options)
         return found.tolist()[0][order.prompt :]  # which waits for a GPU
 
@@ -168,11 +170,12 @@ def write_gguf(folder: Path, formats: list[str]) -> None:
 def serve(order: argparse.Namespace) -> None:
     """A contender's process: warm up, report it in JSON, then generate a text for every line on stdin."""
     answers, sys.stdout = sys.stdout, sys.stderr
-    if order.kind not in ("llama_cpp", "transformers"):
+    if order.kind not in ("llama_cpp", "transformers", "static"):
         import torch
 
         torch.set_num_threads(order.threads)
-    build = {"llama_cpp": llama_cpp, "transformers": transformers, "loop": our_loop}.get(order.kind, ours)
+    others = {"llama_cpp": llama_cpp, "transformers": transformers, "static": transformers, "loop": our_loop}
+    build = others.get(order.kind, ours)
     write = build(order)
     write(order.tokens)
     print(json.dumps("ready"), file=answers, flush=True)

@@ -4,10 +4,10 @@
     python benchmarks/gpu.py --out gpu_results --only machine smoke tests
     python benchmarks/gpu.py --out gpu_results --nanogpt ../nanoGPT --minimind ../minimind
 
-It takes about ten minutes on an H100 with 16 cores. Each part has its own processes and time limit, and the next one
-starts whatever the outcome. `summary.md` and `results.json` in the folder are rewritten after each part and logs are
-written as they come, so an interrupted run leaves what it found. With `--device cpu` all shapes are tiny, to test the
-parts themselves.
+It takes about fifteen minutes on an H100 with 16 cores; after nine no part starts (`--seconds`). Each part has its own
+processes and time limit, and the next one starts whatever the outcome. `summary.md` and `results.json` in the folder
+are rewritten after each part and logs are written as they come, so an interrupted run leaves what it found. With
+`--device cpu` all shapes are tiny, to test the parts themselves.
 """
 
 import argparse
@@ -35,7 +35,7 @@ SHOWN = 75  # last lines of a part that the summary shows
 SIDE_BY_SIDE = {"tests", "resume", "training_tests"}  # nothing in them is timed
 ORDER = (  # the most important first
     "machine", "smoke", "tests", "resume", "training_tests", "train_speed", "profile", "train_speed_110M", "decode",
-    "demo", "training", "decode_135M", "dry_run", "saving", "decode_135M_fp32",
+    "demo", "training", "decode_135M", "dry_run", "saving", "decode_fp32", "decode_135M_fp32",
 )  # fmt: skip
 TINY = ("--dim", 64, "--n_layers", 2, "--n_heads", 4, "--n_kv_heads", 2, "--max_seq_len", 64, "--batch_size", 2)
 
@@ -105,19 +105,23 @@ def speeds(options: argparse.Namespace, work: Path) -> list[Part]:
     step = ["benchmarks/train_step.py", *device, "--dtype", "bfloat16", "--rounds", 2 if small else 6]
     all_of_them = [*folders, "--together", "--only", *ours, *others]
     decode = ["benchmarks/decode.py", *device, "--together"]
-    decode += ["--tokens", 4, "--rounds", 1, "--only", "transformers", "eager"] if small else ["--tokens", 64]
+    decode += ["--tokens", 4, "--only", "transformers", "eager"] if small else ["--tokens", 64]
+    eager = [] if small else ["--only", "transformers", "eager", "graph", "sampled_eager", "sampled_graph"]
+    middle_shape = "26.9M" if small else "135M"
     return [
         Part("train_speed", "how fast is a step of 26.9M parameters", 150,
              [python(*step, *middle, *all_of_them, "ours-any-order", "ours-any-order-compiled")]),
         Part("train_speed_110M", "how fast is a step of 110M parameters", 150, [python(*step, *large, *all_of_them)]),
         Part("profile", "where a step's time goes", 90,
              [python(*step, *middle, "--profile"), python(*step, *middle, "--profile", "--only", "ours-compiled")]),
-        Part("decode", "how fast is generation with 26.9M parameters", 150,
-             [python(*decode, "--rounds", 3, "--shapes", "26.9M", "--formats", "bf16", "fp32")]),
-        Part("decode_135M", "how fast is generation with 135M parameters", 120,
-             [python(*decode, "--rounds", 2, "--shapes", "26.9M" if small else "135M", "--formats", "bf16")]),
-        Part("decode_135M_fp32", "the same in float32", 100,
-             [python(*decode, "--rounds", 2, "--shapes", "26.9M" if small else "135M", "--formats", "fp32")]),
+        Part("decode", "how fast is generation with 26.9M parameters", 240,
+             [python(*decode, "--rounds", 3, "--shapes", "26.9M", "--formats", "bf16")]),
+        Part("decode_135M", "how fast is generation with 135M parameters", 300,
+             [python(*decode, "--rounds", 2, "--shapes", middle_shape, "--formats", "bf16")]),
+        Part("decode_fp32", "the same with 26.9M in float32, not compiled", 100,
+             [python(*decode, *eager, "--rounds", 3, "--shapes", "26.9M", "--formats", "fp32")]),
+        Part("decode_135M_fp32", "the same with 135M in float32, not compiled", 100,
+             [python(*decode, *eager, "--rounds", 2, "--shapes", middle_shape, "--formats", "fp32")]),
         Part("saving", "how long does a save stop training", 60,
              [python("benchmarks/saving.py", *device, *(TINY[:4] if small else ()))]),
     ]  # fmt: skip

@@ -53,7 +53,7 @@ def cached_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_ca
     [B, H, T, D].
 
     Args:
-        mask: bool [B or 1, 1, T, S], what each token may look at; None: all of it.
+        mask: bool [B or 1, 1, T, S], what each token may look at, or what is added to the scores; None: all of it.
         is_causal: nothing was there before these tokens.
     """
     batch, _, tokens, head_dim = q.shape
@@ -109,7 +109,8 @@ def attention_written_out(
     if is_causal:
         attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
     if attn_mask is not None:
-        scores = scores.masked_fill(~attn_mask, -torch.inf)
+        is_bool = attn_mask.dtype == torch.bool
+        scores = scores.masked_fill(~attn_mask, -torch.inf) if is_bool else scores + attn_mask
     weights = F.dropout(scores.float().softmax(-1).type_as(q), dropout_p)
     return weights @ v
 

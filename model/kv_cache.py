@@ -95,6 +95,48 @@ class KVCache:
         return mask[None, None] if mask.dim() == 2 else mask[:, None]
 
 
+class StepCache:
+    """The first rows of a KVCache, for one new token each at a position that a tensor holds.
+
+    It has what a Transformer asks of a KVCache, but neither its shapes nor what it does depends on how long the texts
+    are, so that a step can be captured once for all of them. The KVCache's lengths stay.
+
+    Args:
+        cache: holds the keys and values.
+        positions: int64 [rows], of the new tokens; at or past `context`: a row without a text, which gets any result.
+        slots: of each row, that attention reads; more than any position of a text.
+        context: tokens of the longest text.
+    """
+
+    def __init__(self, cache: KVCache, positions: Tensor, slots: int, context: int) -> None:
+        rows = len(positions)
+        self.keys = [layer[:rows] for layer in cache.keys]  # [rows, H_kv, capacity, D] each
+        self.values = [layer[:rows] for layer in cache.values]
+        self._at, self._context = positions, context
+        self._rows, self._slots = (torch.arange(count, device=positions.device) for count in (rows, slots))
+
+    def positions(self, tokens: int) -> Tensor:
+        """int64 [rows, 1], within the context."""
+        return self._at.clamp(max=self._context - 1)[:, None]
+
+    def attention_mask(self, tokens: int) -> Tensor:
+        """What is added to the scores of each row's token: 0, or -inf for slots that it does not see; [rows, 1, 1,
+        slots], in the keys' dtype. Of a bool mask PyTorch's kernels would make this in each layer."""
+        hidden = (self._slots > self._at[:, None])[:, None, None]
+        return torch.zeros_like(hidden, dtype=self.keys[0].dtype).masked_fill(hidden, -torch.inf)
+
+    def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Write one layer's new keys and values [rows, H_kv, 1, D] -> those that attention reads, [rows, H_kv, slots,
+        D]."""
+        for buffer, new in ((self.keys[layer], keys), (self.values[layer], values)):
+            buffer[self._rows, :, self._at] = new[:, :, 0]
+        slots = len(self._slots)
+        return self.keys[layer][:, :, :slots], self.values[layer][:, :, :slots]
+
+    def advance(self, tokens: int) -> None:
+        """Nothing: who gives the positions counts."""
+
+
 def cache_bytes(config: LMConfig, dtype: torch.dtype) -> int:
     """Bytes that the keys and values of one token take."""
     return 2 * config.n_layers * config.n_kv_heads * config.head_dim * dtype.itemsize

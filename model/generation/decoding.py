@@ -104,14 +104,12 @@ class Decoding:
             for choice, places in _by_choice(live):
                 own = logits if len(places) == len(live) else logits[places]
                 try:
-                    scores = processed(own, choice.processors, self.rows, places)
+                    tokens = self._chosen(own, choice, places)
                 except InputError as error:
                     if self._on_error is None:
                         raise
                     failed |= dict.fromkeys(places, error)
                     continue
-                generators = None if choice.greedy else [live[place].generator for place in places]
-                tokens = sample(scores, generators, choice.warpers)
                 found = told_logprobs(own, tokens, choice.likely) if choice.logprobs else None
                 for n, place in enumerate(places):
                     chosen[place] = tokens[n]
@@ -130,6 +128,18 @@ class Decoding:
             events.append(Event(row.number, kept, text, row.end, logprob, likely))
         self.rows.drop_ended()
         return events
+
+    def _chosen(self, logits: Tensor, choice: Choice, places: Sequence[int]) -> list[int]:
+        """The next id of each of the texts at these places, float32 [len(places), V] being their logits.
+
+        Raises:
+            InputError: as `processed`.
+        """
+        generators = None if choice.greedy else [self.rows.live[place].generator for place in places]
+        short = self.rows.shortlist(choice, len(places))
+        if short is not None and short.is_finite():
+            return short.choose(generators, choice.warpers)
+        return sample(processed(logits, choice.processors, self.rows, places), generators, choice.warpers)
 
 
 def _by_choice(live: Sequence[Row]) -> list[tuple[Choice, list[int]]]:

@@ -1,6 +1,7 @@
 """Runs the forward pass: on a GPU the model itself; on a CPU a packed copy of its weights, or compiled code.
 
-`Engine.__init__` chooses packed or int8 weights, `Engine.choose_decoder` eager or compiled code.
+`Engine.__init__` chooses packed or int8 weights, `Engine.choose_decoder` eager or compiled code on a CPU, and
+`Engine.graph_steps` graphs on a GPU.
 """
 
 from collections.abc import Callable, Iterator
@@ -10,6 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from model import accelerator
 from model.errors import InputError
 from model.generation.checksum import checksum
 from model.generation.compiled_step import (
@@ -22,10 +24,11 @@ from model.generation.compiled_step import (
     CompiledStep,
     kept_path,
 )
+from model.generation.graph_step import GraphSteps
 from model.generation.inference_model import InferenceModel
 from model.generation.kept_code import KeptCode
 from model.generation.trial import fastest_way
-from model.kv_cache import SPARE, KVCache, cache_bytes
+from model.kv_cache import SPARE, KVCache, StepCache, cache_bytes
 from model.LMConfig import LMConfig
 from model.model import Transformer
 
@@ -34,6 +37,7 @@ TRIED_TEXTS = (4, 8, 16, 32)  # with which groups are tried; for more, products 
 TRIED_LENGTH = 32  # tokens
 TRIED_BYTES = 1 << 30  # of keys and values
 CLEARLY = 1.05  # times faster groups must be
+MOST_COMPILED = 64  # steps of a GPU for different numbers of texts and slots, in a process
 
 
 class Engine:
@@ -45,11 +49,12 @@ class Engine:
         int8: hold the matrices as int8 with a scale for each row; on a CPU.
         compile: on a CPU, whether compiled code decodes (see `decode_step.py`). True: wait for it; False: never; None:
             use it as soon as it exists (it is compiled in the background for a chat and after long texts), except for
-            texts that must be repeatable.
+            texts that must be repeatable. On a GPU that has graphs, True: compile a step before it is captured; False:
+            launch kernels one by one; None: capture them as they are.
         say: called with a line on each choice.
 
     Raises:
-        InputError: int8 or compiled code on a GPU, or `compile` is True and compiling fails.
+        InputError: int8 or compiled code on a device that has none, or `compile` is True and compiling fails.
     """
 
     def __init__(
@@ -59,15 +64,25 @@ class Engine:
         compile: bool | None = None,
         say: Callable[[str], None] = lambda line: None,
     ) -> None:
-        on_cpu = model.device.type == "cpu"
-        if (int8 or compile) and not on_cpu:
-            raise InputError(f"int8 and compiled code are for CPUs; the model is on {model.device}")
+        graph_type = _graph_type(model.device)
+        on_cpu = model.device.type == "cpu" and graph_type is None
+        if int8 and not on_cpu:
+            raise InputError(f"int8 is for CPUs; the model is on {model.device}")
+        if compile and not can_compile(model.device):
+            raise InputError(f"compiled code is for CPUs and CUDA GPUs; the model is on {model.device}")
         self._weights = _identity(model)
         self._model, self._int8, self._compile, self._say = model, int8, compile, say
         self._module = model
         if on_cpu:
             self._module = InferenceModel(model, int8)
             self._module.try_layouts(say)
+        self._graph_type = None if compile is False else graph_type
+        self._told_graphs = False
+        self._next_logits = _next_logits
+        if compile and not on_cpu:
+            say("compiling the step of a token, anew for other numbers of texts: a minute or so each time")
+            many = torch._dynamo.config.patch(recompile_limit=MOST_COMPILED)
+            self._next_logits = many(torch.compile(_next_logits, fullgraph=True, dynamic=False))
         self._slow_steps = 0
         self._single: KeptCode[Compiled] | None = None  # None: there will be no compiled code
         if on_cpu and compile is not False:
@@ -133,6 +148,43 @@ class Engine:
             self._groups.make("a minute or a few")
         return self._groups.get(worth_it) or single
 
+    def graph_steps(self, cache: KVCache, ids: Tensor) -> GraphSteps | None:
+        """The steps of a Rows' texts as graphs; None: there are none, kernels are launched one by one.
+
+        Args:
+            cache, ids: as GraphSteps takes them.
+
+        Raises:
+            InputError: there are none, but compiled ones are asked for.
+        """
+        if self._graph_type is not None and (problem := _cannot_capture(self._model)) is not None:
+            self._note_graphs(problem)
+        if self._graph_type is None:
+            return None
+        few = bool(self._compile)  # each takes long to compile
+        vocab_size, note = self.config.vocab_size, self._note_graphs
+        return GraphSteps(self._token_logits, self._graph_type, cache, ids, vocab_size, note, few)
+
+    def _token_logits(self, tokens: Tensor, cache: StepCache) -> Tensor:
+        """int64 [B, 1] -> logits of the next tokens [B, V]."""
+        with evaluating(self._model):
+            return self._next_logits(self._model, tokens, cache)
+
+    def _note_graphs(self, problem: str | None) -> None:
+        """Say once that there are graphs, or, with a problem, that there are none any more.
+
+        Raises:
+            InputError: a problem, but compiled graphs are asked for.
+        """
+        if problem is not None and self._compile:
+            raise InputError(f"compile: a step cannot be compiled as a graph ({problem}); omit --compile")
+        if problem is not None and self._graph_type is not None:
+            self._say(f"decoding: kernels are launched one by one, since there is no graph of them ({problem})")
+            self._graph_type = None
+        elif problem is None and not self._told_graphs:
+            self._say("decoding: a token's kernels are launched together, as a graph")
+            self._told_graphs = True
+
     def _load_single(self, files: CompiledFiles) -> Compiled:
         paths = dict(files.paths)
         attention = CompiledAttention(paths["attention"], self._model)
@@ -188,6 +240,26 @@ def evaluating(model: Transformer | InferenceModel) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+def can_compile(device: torch.device) -> bool:
+    """Whether compiled code can decode there."""
+    return device.type == "cpu" or (_graph_type(device) is not None and accelerator.kind_of(device).compiles)
+
+
+def _graph_type(device: torch.device) -> type[accelerator.CUDAGraph] | None:
+    return None if accelerator.graph_problem(device) else accelerator.GRAPHS[device.type]
+
+
+def _next_logits(model: Transformer, tokens: Tensor, cache: StepCache) -> Tensor:
+    """int64 [B, 1] -> logits of the next tokens [B, V]."""
+    return model.output(model.hidden_states(tokens, cache)[:, -1])
+
+
+def _cannot_capture(model: Transformer) -> str | None:
+    """Why a step of a model is no graph; None: it may be."""
+    loops = model.config.n_experts and any(layer.feed_forward.experts.way == "loop" for layer in model.layers)
+    return "the experts' products wait for the rows that chose each" if loops else None
 
 
 def _identity(model: Transformer) -> tuple[torch.device, bytes]:

@@ -8,10 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from model.accelerator import send
 from model.generation.compiled_step import GROUPS, Compiled, CompiledStep
 from model.generation.engine import Engine
 from model.generation.prefixes import FEWEST, Prefixes, common
-from model.generation.sampling import PADDING, Choice
+from model.generation.sampling import PADDING, Choice, Shortlist
 from model.kv_cache import SPARE, KVCache, cache_bytes
 from model.text.detokenize import Text
 
@@ -62,7 +63,7 @@ class Rows:
 
     Attributes:
         live: the texts that have not ended; the new ones are last.
-        compiled: compiled code for single tokens; None: eager code decodes.
+        compiled: compiled code for single tokens; None: eager code decodes, or graphs.
     """
 
     def __init__(
@@ -76,6 +77,8 @@ class Rows:
         places = _for_whole_groups(capacity) if capacity > 1 and engine.device.type == "cpu" else capacity
         self._cache = KVCache(engine.config, places, context + SPARE, device=engine.device, dtype=engine.dtype)
         self._ids = torch.full((capacity, context), PADDING, device=engine.device)
+        self._graphs = engine.graph_steps(self._cache, self._ids)
+        self._graphed = 0  # texts of the last step, if a graph gave all of its logits
 
     @property
     def device(self) -> torch.device:
@@ -146,12 +149,13 @@ class Rows:
         float32 [rows, V]: the first of `live`.
 
         Texts that lack one token and new ones, which lack their prompts, run in two passes: in one, the former would be
-        padded to the prompts' length.
+        padded to the prompts' length. The result may be overwritten by the next call.
 
         Args:
             use_cache: False: run every text from its start, which is slow, to compare with.
             prompt_tokens: most tokens of new texts to run; None: all.
         """
+        self._graphed = 0
         if not use_cache:
             self._cache.lengths = [0] * len(self._cache.lengths)
             return self._forward_eager(0, [row.length for row in self.live])
@@ -161,12 +165,14 @@ class Rows:
         logits = []
         if self.compiled is not None and 1 < first_new <= self.compiled.most:
             logits.append(self._forward_groups(self.compiled, first_new))
+        elif first_new and (found := self._forward_graph(first_new)) is not None:
+            logits.append(found)
         elif first_new:
             logits.append(self._forward_eager(0, self._lacking(0, first_new)))
         if first_new < len(self.live):
             counts = _within(self._lacking(first_new, len(self.live)), prompt_tokens)
             logits += [self._forward_eager(begin, some) for begin, some in self._parts(first_new, counts)]
-        return torch.cat(logits)
+        return logits[0] if len(logits) == 1 else torch.cat(logits)
 
     def _parts(self, begin: int, counts: Sequence[int]) -> list[tuple[int, list[int]]]:
         """Parts of the rows from `begin` on that one pass can read: padded to its longest count, none of a part's rows
@@ -202,6 +208,22 @@ class Rows:
         logits = compiled.group_logits(self._ids[range(texts), lengths], self._cache)
         self._cache.lengths[:texts] = [length + 1 for length in lengths]
         return logits
+
+    def _forward_graph(self, texts: int) -> Tensor | None:
+        """Run the newest token of each of the first texts -> logits float32 [texts, V]; None: there is no graph."""
+        if self._graphs is None:
+            return None
+        lengths, prompt_lengths = self._cache.lengths[:texts], [row.prompt_length for row in self.live[:texts]]
+        logits = self._graphs.logits(lengths, prompt_lengths)
+        if logits is not None:
+            self._cache.lengths[:texts] = [length + 1 for length in lengths]
+            self._graphed = texts if texts == len(self.live) else 0
+        return logits
+
+    def shortlist(self, choice: Choice, texts: int) -> Shortlist | None:
+        """What the last `next_logits` tells of the next tokens of so many texts, which choose alike; None: only the
+        logits do."""
+        return self._graphs.shortlist(choice) if texts and texts == self._graphed else None
 
     def _forward_eager(self, begin: int, new: Sequence[int]) -> Tensor:
         """Run the next new[n] tokens of live[begin + n] -> logits of the next token of those that have no more, float32
@@ -253,7 +275,8 @@ class Rows:
         if len(lengths) == 1:
             self._ids[0, lengths[0]] = chosen[0]
         else:
-            self._ids[range(len(lengths)), lengths] = torch.tensor(chosen, device=self.device)
+            places, tokens = send(torch.tensor([lengths, chosen]), self.device)[:, :, None]
+            self._ids[: len(rows)].scatter_(1, places, tokens)
         for row, token in zip(rows, chosen, strict=True):
             row.length += 1
             if token in eos_ids:

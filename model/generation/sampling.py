@@ -11,6 +11,7 @@ import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -54,8 +55,7 @@ class RepetitionPenalty:
     penalty: float
 
     def __call__(self, logits: Tensor, tokens: Tensor, output: Tensor) -> Tensor:
-        if len(tokens) > 1:
-            tokens = tokens.where(tokens != PADDING, tokens[:, -1:])  # the newest token is none; twice is as once
+        tokens = tokens.where(tokens != PADDING, tokens[:, -1:])  # the newest token is none; twice is as once
         seen = logits.gather(1, tokens)  # [B, T]
         lower = torch.minimum if self.penalty > 1 else torch.maximum
         return logits.scatter(1, tokens, lower(seen * self.penalty, seen / self.penalty))
@@ -171,6 +171,9 @@ class MinP:
         return logits.masked_fill(probabilities < self.p * probabilities.amax(-1, keepdim=True), -torch.inf)
 
 
+FROM_HOST = (LogitBias, MinNewTokens)  # they send ids to the device each time
+
+
 def processors_of(config: GenerationConfig, eos_ids: Sequence[int]) -> list[Processor]:
     """The bias and the penalties that a config asks for, in transformers' order."""
     processors: list[Processor] = []
@@ -219,6 +222,40 @@ class Choice:
         processors, warpers = processors_of(config, eos_ids), warpers_of(config)
         return cls(processors, warpers, config.greedy, config.logprobs or config.top_logprobs > 0, config.top_logprobs)
 
+    def shortlisted(self, vocab_size: int) -> int:
+        """How many of a row's largest scores tell its next token, if the device finds them by itself; 0: it cannot."""
+        if any(isinstance(processor, FROM_HOST) for processor in self.processors):
+            return 0
+        if self.greedy:
+            return 1
+        return _top_k(self.warpers) + 1 if _can_draw_from_top_k(self.warpers, vocab_size) else 0
+
+
+class Shortlist(NamedTuple):
+    """Of each row, what its next token is chosen from."""
+
+    values: list[list[float]]  # the largest scores, falling
+    ids: list[list[int]]  # theirs
+    scores: Tensor  # float32 [B, V], all
+
+    def is_finite(self) -> bool:
+        """Whether each row's largest score is a finite number; NaN counts as the largest."""
+        return all(math.isfinite(values[0]) for values in self.values)
+
+    def choose(self, generators: Sequence[random.Random] | None, warpers: Sequence[Processor]) -> list[int]:
+        """As `sample`, of as many scores as `Choice.shortlisted` says."""
+        if generators is None:
+            return [ids[0] for ids in self.ids]
+        return _draw_from_top_k(self, generators, warpers)
+
+
+def largest(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The largest of each row of scores [B, V], falling, and their ids, [B, count]; if one, of equal ones the first."""
+    if count > 1:
+        return scores.topk(count)
+    ids = scores.argmax(-1, keepdim=True)
+    return scores.gather(1, ids), ids
+
 
 def sample(
     logits: Tensor, generators: Sequence[random.Random] | None = None, warpers: Sequence[Processor] = ()
@@ -231,7 +268,8 @@ def sample(
     if generators is None:
         return logits.argmax(-1).tolist()
     if _can_draw_from_top_k(warpers, logits.shape[-1]):
-        return _draw_from_top_k(logits, generators, warpers)
+        values, ids = largest(logits, _top_k(warpers) + 1)
+        return _draw_from_top_k(Shortlist(values.tolist(), ids.tolist(), logits), generators, warpers)
     for warper in warpers:
         logits = warper(logits)
     probabilities = logits.softmax(-1)
@@ -249,7 +287,11 @@ def _can_draw_from_top_k(warpers: Sequence[Processor], vocab_size: int) -> bool:
     return in_order and any(type(warper) is TopK and warper.k < vocab_size for warper in warpers)
 
 
-def _draw_from_top_k(logits: Tensor, generators: Sequence[random.Random], warpers: Sequence[Processor]) -> list[int]:
+def _top_k(warpers: Sequence[Processor]) -> int:
+    return next(warper.k for warper in warpers if isinstance(warper, TopK))
+
+
+def _draw_from_top_k(short: Shortlist, generators: Sequence[random.Random], warpers: Sequence[Processor]) -> list[int]:
     """The same for a TopK with any of Temperature, TopP and MinP, in plain Python on the logits that TopK leaves.
 
     A token may take a millisecond, in which the weights drive all else out of the processor's caches: each of the
@@ -259,12 +301,11 @@ def _draw_from_top_k(logits: Tensor, generators: Sequence[random.Random], warper
     temperature = settings[Temperature].temperature if Temperature in settings else 1.0
     removed = 1 - settings[TopP].p if TopP in settings else 0.0
     least = settings[MinP].p if MinP in settings else 0.0
-    found, ids = logits.topk(settings[TopK].k + 1)  # descending
     drawn = []
-    for row, (values, candidates, generator) in enumerate(zip(found.tolist(), ids.tolist(), generators, strict=True)):
+    for row, (values, candidates, generator) in enumerate(zip(short.values, short.ids, generators, strict=True)):
         if values[-1] == values[-2]:  # more than k: those that tie with the k-th stay, as 16-bit logits often do
-            tied = (logits[row] >= values[-1]).nonzero()[:, 0]
-            ordered, order = logits[row, tied].sort(descending=True, stable=True)
+            tied = (short.scores[row] >= values[-1]).nonzero()[:, 0]
+            ordered, order = short.scores[row, tied].sort(descending=True, stable=True)
             values, candidates = ordered.tolist(), tied[order].tolist()
         else:
             values.pop()
