@@ -174,7 +174,7 @@ def test_modelscope_that_is_not_installed_is_named(interpreter, run_folder):
     try:
         import modelscope_hub  # noqa: F401
     except ImportError:
-        assert "pip install -U modelscope" in refused(publish(interpreter, run_folder, "ms:me/x"))
+        assert "pip install modelscope_hub" in refused(publish(interpreter, run_folder, "ms:me/x"))
 
 
 @pytest.mark.skipif(not hasattr(os, "openpty"), reason="no pseudo-terminals")
