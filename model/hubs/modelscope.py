@@ -3,6 +3,8 @@
 import contextlib
 import io
 import logging
+import os
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,9 +13,17 @@ from model.errors import InputError
 from model.hubs import answers
 from model.hubs.answers import reason_of, status_of, within
 
-INSTALL = "pip install -U modelscope"  # the first versions lack modelscope_hub
+INSTALL = "pip install modelscope_hub"  # 2 MB, with the command `modelscope`; the package modelscope needs it
 INSTALL_DATASETS = 'pip install "modelscope[datasets]"'
 LOG_IN = "log in with `modelscope login --token …`, or set MODELSCOPE_API_TOKEN"
+# Of an upload to a server that falls silent: by default the library waits an hour for each of 20 attempts.
+PATIENCE = {
+    "MODELSCOPE_UPLOAD_BLOB_READ_TIMEOUT_SECONDS": "120",
+    "MODELSCOPE_UPLOAD_BLOB_MAX_ATTEMPTS": "3",
+    "MODELSCOPE_UPLOAD_COMMIT_MAX_ATTEMPTS": "3",
+    "MODELSCOPE_UPLOAD_RECOVERY_ENABLED": "0",
+    "MODELSCOPE_UPLOAD_FAILED_FILE_MAX_RETRY_ROUNDS": "1",
+}
 WAYS_OUT = "check the network, read it from Hugging Face (datasets:OWNER/NAME), or download it and give the files"
 
 
@@ -21,16 +31,18 @@ class ModelScope:
     """The hub as the user who is logged in sees it.
 
     Raises:
-        InputError: modelscope is not installed.
+        InputError: modelscope_hub is not installed.
     """
 
     prefix = "ms"
 
     def __init__(self) -> None:
+        for name, value in PATIENCE.items():
+            os.environ.setdefault(name, value)  # read when it is imported
         try:
             from modelscope_hub import HubApi
         except ImportError:
-            raise InputError(f"--to: ms: needs modelscope: {INSTALL}") from None
+            raise InputError(f"--to: ms: needs modelscope_hub: {INSTALL}") from None
         quiet()
         self._api = HubApi()
         self.endpoint = self._api.openapi.base_url.partition("/openapi")[0]
@@ -82,15 +94,16 @@ class ModelScope:
             InputError: the connection breaks, or the hub refuses.
         """
         # It makes the repository where there is none, public and with a license: `create` comes before.
-        with self._one_line(repository, is_sending=True), contextlib.redirect_stdout(io.StringIO()):  # a report
-            self._api.upload_folder(
-                repository,
-                "model",
-                folder,
-                commit_message="Publish the model with MateConv",
-                use_cache=False,
-                disable_tqdm=not sys.stderr.isatty(),
-            )
+        with self._one_line(repository, is_sending=True), _first_logged_error():
+            with contextlib.redirect_stdout(io.StringIO()):  # a report
+                self._api.upload_folder(
+                    repository,
+                    "model",
+                    folder,
+                    commit_message="Publish the model with MateConv",
+                    use_cache=False,
+                    disable_tqdm=not sys.stderr.isatty(),
+                )
         return f"{self.endpoint}/models/{repository}"
 
     @contextlib.contextmanager
@@ -99,7 +112,7 @@ class ModelScope:
         try:
             yield
         except Exception as error:  # errors of the library and of requests, OSError, ValueError
-            status, reason = status_of(error), reason_of(error)
+            status, reason = status_of(error), _headline(reason_of(error))
             if status is None and type(error).__name__ == "AuthenticationError":
                 raise InputError(f"ms:{repository}: no token found; {LOG_IN}") from error
             if type(error).__name__ == "AlreadyExistsError":
@@ -117,6 +130,35 @@ class ModelScope:
             if is_sending:
                 text = f"sending failed: {text}; some of the files may be there: run the command again"
             raise InputError(f"ms:{repository}: {text}") from error
+
+
+def _headline(reason: str) -> str:
+    """What the library says, without its own numbers of errors, the request and the answer."""
+    return re.sub(r"\[E\d+\] ", "", reason.partition(" Request: ")[0])
+
+
+@contextlib.contextmanager
+def _first_logged_error() -> Iterator[None]:
+    """Raise the first exception that the library logs in place of its own, which only counts the files that failed."""
+    logged: list[Exception] = []
+
+    def keep(record: logging.LogRecord) -> bool:
+        logged.extend(argument for argument in record.args or () if isinstance(argument, Exception))
+        return False
+
+    logger = logging.getLogger("modelscope_hub.upload")
+    logger.addFilter(keep)
+    logger.setLevel(logging.ERROR)
+    failure = None
+    try:
+        yield
+    except Exception as error:
+        failure = logged[0] if logged else error
+    finally:
+        logger.setLevel(logging.NOTSET)
+        logger.removeFilter(keep)
+    if failure is not None:
+        raise failure
 
 
 def quiet() -> None:

@@ -29,6 +29,7 @@ from model.weights.transformers_folder import is_transformers
 
 HUBS = {hub.prefix: hub for hub in (HuggingFace, ModelScope)}
 CARD = "README.md"
+MOST_OF_NAME = 96  # characters of OWNER/NAME; the rules for names are Hugging Face's
 # What a folder of transformers may hold: nothing else is sent, no checkpoint, no data, no hidden file.
 SENT = re.compile(
     r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|chat_template)\.json"
@@ -100,9 +101,8 @@ def _find(folder: Path) -> Path:
         InputError: there are none.
     """
     if not folder.is_dir():
-        raise InputError(
-            f"{folder}: no such folder; expected a run's out_dir, or what model.convert --to transformers wrote"
-        )
+        found = "a file" if folder.exists() else "no such folder"
+        raise InputError(f"{folder}: {found}; expected a run's out_dir, or what model.convert --to transformers wrote")
     if is_transformers(folder):
         if not any(folder.glob("model*.safetensors")):
             raise InputError(f"{folder}: no model.safetensors in it; write one: python -m model.convert {folder} NEW")
@@ -202,11 +202,16 @@ def destination(text: str) -> tuple[str, str]:
     """("hf", "OWNER/NAME") of hf:OWNER/NAME.
 
     Raises:
-        InputError: it is written in another way.
+        InputError: it is written in another way, or hubs refuse the name.
     """
     hub, _, repository = text.partition(":")
     if hub not in HUBS or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repository, re.ASCII):
         raise InputError(f"--to: {shown(text)} found, hf:OWNER/NAME or ms:OWNER/NAME expected")
+    if len(repository) > MOST_OF_NAME or re.search(r"--|\.\.|[.-](/|$)|\.git$", repository):
+        raise InputError(
+            f"--to: {shown(text)} found, at most {MOST_OF_NAME} characters expected, without -- or .., and without -, ."
+            " or .git at the end"
+        )
     return hub, repository
 
 

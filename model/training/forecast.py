@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from model.errors import InputError
 from model.LMConfig import LMConfig
 from model.model import Transformer
 from model.training.devices import Cluster
@@ -59,10 +60,23 @@ WAYS = (
 )
 
 
-def ways_on(cluster: Cluster) -> list[Way]:
-    """The ways that differ there: `hybrid` is `full` on one node, and `ddp` where a node has one GPU."""
-    differs = {"ddp": True, "hybrid": cluster.nodes > 1 and cluster.gpus_per_node > 1}
-    return [way for way in WAYS if differs.get(way.name, cluster.gpus > 1)]
+def ways_on(cluster: Cluster, shard_degree: int | None = None) -> list[Way]:
+    """The ways that differ there: `hybrid` is `full` on one node, and `ddp` where a node has one GPU.
+
+    Args:
+        shard_degree: of `hybrid`: neighbouring GPUs that share one copy; None: those of a node.
+
+    Raises:
+        InputError: shard_degree does not divide the GPUs.
+    """
+    degree, ways = shard_degree or cluster.gpus_per_node, list(WAYS)
+    if cluster.gpus > 1 and cluster.gpus % degree:
+        raise InputError(f"shard_degree: {degree} does not divide the {cluster.gpus:,} GPUs; give one that does")
+    if shard_degree is not None:
+        about = f"as full among {degree:,} neighbouring GPUs; such groups are replicas"
+        ways[-1] = Way("hybrid", about, lambda c: degree, lambda c: degree)
+    differs = {"ddp": True, "hybrid": 1 < degree < cluster.gpus}
+    return [way for way in ways if differs.get(way.name, cluster.gpus > 1)]
 
 
 @dataclass(frozen=True)
@@ -139,23 +153,28 @@ class Group:
     hop: float  # seconds from one to the next in a ring
 
 
-def within_node(cluster: Cluster) -> Group:
-    """The GPUs of one node."""
-    return Group(cluster.gpus_per_node, cluster.device.link, LINK_HOP)
+def neighbours(cluster: Cluster, size: int) -> Group:
+    """Each `size` neighbouring GPUs, which divides all."""
+    return _group(cluster, size, math.gcd(size, cluster.gpus_per_node))
 
 
-def between_nodes(cluster: Cluster) -> Group:
-    """One GPU of each node; the groups of all the GPUs of a node work at the same time."""
-    return Group(cluster.nodes, cluster.device.network, NETWORK_HOP)
+def replicas(cluster: Cluster, shards: int) -> Group:
+    """The GPUs that hold the same of each `shards` neighbours; the groups of all of them work at the same time."""
+    return _group(cluster, cluster.gpus // shards, max(1, cluster.gpus_per_node // shards))
 
 
-def all_gpus(cluster: Cluster) -> Group:
-    """NCCL's rings enter and leave a node through all of its ports, so that a GPU has the bandwidth of all of them."""
-    if cluster.nodes == 1:
-        return within_node(cluster)
-    size, device = cluster.gpus_per_node, cluster.device
-    hop = ((size - 1) * LINK_HOP + NETWORK_HOP) / size
-    return Group(cluster.gpus, min(device.link, size * device.network), hop)
+def _group(cluster: Cluster, size: int, on_a_node: int) -> Group:
+    """NCCL's rings enter and leave a node through the ports of all GPUs of the group there, so that each of them has
+    the bandwidth of all of these.
+
+    Args:
+        on_a_node: GPUs of the group on the node that has fewest.
+    """
+    device = cluster.device
+    if cluster.nodes == 1 or size == on_a_node:
+        return Group(size, device.link, LINK_HOP)
+    hop = ((on_a_node - 1) * LINK_HOP + NETWORK_HOP) / on_a_node
+    return Group(size, min(device.link, on_a_node * device.network), hop)
 
 
 @dataclass(frozen=True)
@@ -205,13 +224,13 @@ def exchanges(way: Way, cluster: Cluster, cost: ModelCost, micro_batches: int) -
     if cluster.gpus == 1:
         return []
     if shards == 1:
-        group, calls = all_gpus(cluster), math.ceil(gradients / BUCKET_BYTES)
+        group, calls = neighbours(cluster, cluster.gpus), math.ceil(gradients / BUCKET_BYTES)
         made = [all_reduce(group, gradients, calls, after_backward)]
         if way.state_shards(cluster) > 1:
             made.append(gather(group, cost.memory.weights, cost.layers + 1, window=0))
         return made
     is_whole = shards == cluster.gpus
-    group = all_gpus(cluster) if is_whole else within_node(cluster)
+    group = neighbours(cluster, shards)
     size, parts = 2 * cost.passing * cost.itemsize + cost.kept, 2 * cost.layers  # of a micro-batch: weights twice
     scatters = 1 if is_whole else micro_batches
     made = [
@@ -219,7 +238,7 @@ def exchanges(way: Way, cluster: Cluster, cost: ModelCost, micro_batches: int) -
         gather(group, gradients * scatters, scatters * (parts + 1), after_backward if is_whole else BACKWARD),
     ]
     if not is_whole:
-        made.append(all_reduce(between_nodes(cluster), gradients / shards, parts + 1, after_backward))
+        made.append(all_reduce(replicas(cluster, shards), gradients / shards, parts + 1, after_backward))
     if cost.matrices:
         made.append(gather(group, 2 * 4 * cost.matrices / shards, 2, window=0))
     return made

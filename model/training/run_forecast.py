@@ -13,7 +13,7 @@ from model.text.tokenization import open_tokenizer, vocabulary_size
 from model.training.absent_gpu import absent_gpu, counts_kernels
 from model.training.data import TrainingData
 from model.training.devices import Cluster
-from model.training.forecast import Forecast, ModelCost, forecast, made_to_fit, model_cost, ways_on
+from model.training.forecast import Forecast, ModelCost, Way, forecast, made_to_fit, model_cost, ways_on
 from model.training.recipe import (
     MOST_TOKENS,
     automatic_batch_size,
@@ -59,7 +59,7 @@ def forecast_run(settings: Settings, cluster: Cluster, say: Callable[[str], None
         say: prints one line for the user.
 
     Raises:
-        InputError: the tokenizer or the token file cannot be used.
+        InputError: the tokenizer or the token file cannot be used, or shard_degree does not divide the GPUs.
     """
     settings = copy.deepcopy(settings)
     path = settings.data.train_data_path
@@ -71,13 +71,14 @@ def forecast_run(settings: Settings, cluster: Cluster, say: Callable[[str], None
         config = data.config
         settings.training.document_mask |= data.is_chat
     training = settings.training
+    ways = ways_on(cluster, training.shard_degree)
     dtype = getattr(torch, training.dtype)
     if dtype == torch.bfloat16 and not cluster.device.has_bfloat16:
         dtype = torch.float16
     if not counts_kernels():
         say("this torch was built without CUDA: activations are counted as a CPU keeps them, up to a fifth too many")
     cost = model_cost(config, training, absent_gpu(dtype))
-    training = _without_auto(training, cluster, cost, config.max_seq_len, data)
+    training = _without_auto(training, cluster, ways, cost, config.max_seq_len, data)
     micro_batches, length = training.accumulation_steps, config.max_seq_len
     return RunForecast(
         cluster=cluster,
@@ -85,14 +86,17 @@ def forecast_run(settings: Settings, cluster: Cluster, say: Callable[[str], None
         training=training,
         cost=cost,
         steps=_steps(training, cluster, data),
-        forecasts=[
-            forecast(way, cluster, cost, training.batch_size, micro_batches, length) for way in ways_on(cluster)
-        ],
+        forecasts=[forecast(way, cluster, cost, training.batch_size, micro_batches, length) for way in ways],
     )
 
 
 def _without_auto(
-    training: TrainingSettings, cluster: Cluster, cost: ModelCost, length: int, data: TrainingData | None
+    training: TrainingSettings,
+    cluster: Cluster,
+    ways: list[Way],
+    cost: ModelCost,
+    length: int,
+    data: TrainingData | None,
 ) -> TrainingSettings:
     """The epochs and the batch_size that `auto` would come to there; without data, for the largest step."""
     epochs, samples = training.epochs, MOST_TOKENS if data is None else data.training_samples
@@ -105,7 +109,7 @@ def _without_auto(
         tokens = MOST_TOKENS
         if data is not None:
             tokens, _ = automatic_tokens_per_step(samples * length, epochs, training.max_steps)
-        fits = max(forecast(way, cluster, cost, 1, 1, length).most_rows for way in ways_on(cluster))
+        fits = max(forecast(way, cluster, cost, 1, 1, length).most_rows for way in ways)
         rows = automatic_batch_size(tokens, length * shares, max(1, samples // shares), fits)
     return dataclasses.replace(training, epochs=epochs, batch_size=rows).shared_among(cluster.gpus)
 

@@ -1,9 +1,11 @@
-"""A fake hub in a process of its own, and an interpreter whose huggingface_hub takes it for the real one."""
+"""Fake hubs in processes of their own, and interpreters whose client libraries take them for the real ones."""
 
+import contextlib
 import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -29,19 +31,23 @@ RUN = (
 def hub(tmp_path_factory):
     """The fake hub: `folder` has what it stores, `url` is its address, `log_in` gives the user a token."""
     folder, home = tmp_path_factory.mktemp("hub"), tmp_path_factory.mktemp("huggingface")
-    command = [sys.executable, str(Path(__file__).with_name("fake_hub.py")), str(folder)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
     def log_in(token: str | None) -> None:
         (home / "token").unlink(missing_ok=True)
         if token is not None:
             (home / "token").write_text(token)
 
-    url = f"http://127.0.0.1:{int(process.stdout.readline())}"
-    yield SimpleNamespace(folder=folder, home=home, url=url, log_in=log_in)
-    process.kill()
-    process.wait()
-    process.stdout.close()
+    with serving("fake_hub.py", folder) as url:
+        yield SimpleNamespace(folder=folder, home=home, url=url, log_in=log_in)
+
+
+@contextlib.contextmanager
+def serving(script: str, folder: Path) -> Iterator[str]:
+    """Run a fake hub that stores in `folder`; yields its address."""
+    command = [sys.executable, str(Path(__file__).with_name(script)), str(folder)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        yield f"http://127.0.0.1:{int(process.stdout.readline())}"
+        process.kill()
 
 
 def environment(hub, url: str) -> dict[str, str]:
@@ -52,16 +58,17 @@ def environment(hub, url: str) -> dict[str, str]:
 @pytest.fixture(scope="session")
 def interpreter(hub, tmp_path_factory):
     """Runs commands with the fake hub."""
-    yield from _interpreter(environment(hub, hub.url), tmp_path_factory)
+    yield from impatient(environment(hub, hub.url), tmp_path_factory)
 
 
 @pytest.fixture(scope="session")
 def cut_off(hub, tmp_path_factory):
     """Runs commands with a hub that refuses connections."""
-    yield from _interpreter(environment(hub, f"http://127.0.0.1:{free_port()}"), tmp_path_factory)
+    yield from impatient(environment(hub, f"http://127.0.0.1:{free_port()}"), tmp_path_factory)
 
 
-def _interpreter(variables: dict[str, str], tmp_path_factory):
+def impatient(variables: dict[str, str], tmp_path_factory) -> Iterator[Interpreter]:
+    """An interpreter that gives a silent hub 2 seconds."""
     script = tmp_path_factory.mktemp("script") / "impatient.py"
     script.write_text(IMPATIENT)
     interpreter = Interpreter(ROOT, variables)

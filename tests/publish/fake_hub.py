@@ -28,12 +28,11 @@ ACCOUNTS = {
 }
 
 
-class Hub(BaseHTTPRequestHandler):
-    """Answers one connection."""
+class Server(BaseHTTPRequestHandler):
+    """What the fake hubs have in common: requests reach `answer`, which calls `send`."""
 
     protocol_version = "HTTP/1.1"
     folder: Path
-    private: dict[str, bool] = {}  # by repository
     objects: dict[str, bytes] = {}  # large files, by SHA-256
 
     def log_message(self, *_) -> None:
@@ -48,13 +47,43 @@ class Hub(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         self.answer(self.rfile.read(int(self.headers.get("Content-Length", 0))))
 
+    @property
+    def token(self) -> str:
+        return self.headers.get("Authorization", "").removeprefix("Bearer ")
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server.server_port}"
+
+    def send(self, content, status: int = 200, headers: dict | None = None) -> None:
+        """Answer with bytes, or with what becomes JSON."""
+        headers = {"Content-Type": "application/json"} | (headers or {})
+        if isinstance(content, dict) and "error" in content:
+            headers["X-Error-Message"] = content["error"]
+        content = content if isinstance(content, bytes) else json.dumps(content).encode()
+        self.send_response(status)
+        for name, value in (headers | {"Content-Length": str(len(content))}).items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(content)
+
+    def hang_up(self) -> None:
+        """Close the connection while a file is being sent."""
+        self.rfile.read(10)
+        self.connection.close()
+        self.close_connection = True
+
+
+class Hub(Server):
+    """Answers one connection."""
+
+    private: dict[str, bool] = {}  # by repository
+
     def do_PUT(self) -> None:
         trouble = urlsplit(self.path).path.rpartition("/")[2]
         if trouble == "broken":
-            self.rfile.read(10)
-            self.connection.close()
-            self.close_connection = True
-            return
+            return self.hang_up()
         content = self.rfile.read(int(self.headers["Content-Length"]))
         if trouble == "full":
             return self.send({"error": "no space"}, 413)
@@ -84,10 +113,6 @@ class Hub(BaseHTTPRequestHandler):
                 threading.Event().wait()
             return self.file(self.folder / "datasets" / found[1] / found[2])
         self.send({"error": f"nothing at {path}"}, 404)
-
-    @property
-    def token(self) -> str:
-        return self.headers.get("Authorization", "").removeprefix("Bearer ")
 
     def create(self, asked: dict) -> None:
         owner, name = asked.get("organization") or "me", asked["name"]
@@ -170,31 +195,14 @@ class Hub(BaseHTTPRequestHandler):
             content = content[first : last + 1]
         self.send(content, status, headers)
 
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server.server_port}"
 
-    def send(self, content, status: int = 200, headers: dict | None = None) -> None:
-        """Answer with bytes, or with what becomes JSON."""
-        headers = {"Content-Type": "application/json"} | (headers or {})
-        if isinstance(content, dict) and "error" in content:
-            headers["X-Error-Message"] = content["error"]
-        content = content if isinstance(content, bytes) else json.dumps(content).encode()
-        self.send_response(status)
-        for name, value in (headers | {"Content-Length": str(len(content))}).items():
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(content)
-
-
-def main() -> None:
+def serve(hub: type[Server]) -> None:
     """Serve until killed."""
-    Hub.folder = Path(sys.argv[1])
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    hub.folder = Path(sys.argv[1])
+    server = ThreadingHTTPServer(("127.0.0.1", 0), hub)
     print(server.server_port, flush=True)
     server.serve_forever()
 
 
 if __name__ == "__main__":
-    main()
+    serve(Hub)

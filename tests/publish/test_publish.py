@@ -155,6 +155,12 @@ def test_without_a_network_it_is_one_line(cut_off, run_folder):
     [
         (["--to", "me/x"], "--to: 'me/x' found, hf:OWNER/NAME or ms:OWNER/NAME expected"),
         (["--to", "hf:x"], "--to: 'hf:x' found"),
+        (
+            ["--to", "hf:me/a--b", "--dry_run"],
+            "--to: 'hf:me/a--b' found, at most 96 characters expected, without -- or",
+        ),
+        (["--to", "ms:me/a.", "--dry_run"], "--to: 'ms:me/a.' found, at most 96 characters expected"),
+        (["--to", f"hf:me/{'a' * 94}", "--dry_run"], " found, at most 96 characters expected"),
         (["--to", "hf:me/x"], "hf:me/x: nobody to ask whether to send, since there is no terminal; give --yes"),
         (["--to", "hf:me/x", "--license", "a b"], "--license: 'a b' found, a name such as apache-2.0 expected"),
     ],
@@ -167,6 +173,7 @@ def test_folders_without_weights_are_refused(interpreter, tmp_path):
     assert "no weights in it; expected a run's out_dir" in refused(publish(interpreter, tmp_path, "hf:me/x"))
     assert "no such folder" in refused(publish(interpreter, tmp_path / "none", "hf:me/x"))
     (tmp_path / "config.json").write_text("{}")
+    assert "config.json: a file; expected a run's" in refused(publish(interpreter, tmp_path / "config.json", "hf:me/x"))
     assert "no model.safetensors in it" in refused(publish(interpreter, tmp_path, "hf:me/x"))
 
 
@@ -174,7 +181,7 @@ def test_modelscope_that_is_not_installed_is_named(interpreter, run_folder):
     try:
         import modelscope_hub  # noqa: F401
     except ImportError:
-        assert "pip install -U modelscope" in refused(publish(interpreter, run_folder, "ms:me/x"))
+        assert "pip install modelscope_hub" in refused(publish(interpreter, run_folder, "ms:me/x"))
 
 
 @pytest.mark.skipif(not hasattr(os, "openpty"), reason="no pseudo-terminals")

@@ -16,7 +16,20 @@ from model.LMConfig import LMConfig
 from model.model import Transformer
 from model.training.absent_gpu import absent_gpu, counts_kernels
 from model.training.devices import DEVICES, Cluster, Device, parse_cluster
-from model.training.forecast import LINK_REACHED, WAYS, exchanges, forecast, made_to_fit, model_cost, ways_on
+from model.training.forecast import (
+    LINK_HOP,
+    LINK_REACHED,
+    NETWORK_HOP,
+    WAYS,
+    Group,
+    exchanges,
+    forecast,
+    made_to_fit,
+    model_cost,
+    neighbours,
+    replicas,
+    ways_on,
+)
 from model.training.memory import CLOSE, saved_bytes
 from model.training.moving_average import MovingAverage
 from model.training.muon import orthogonalization_flops, orthogonalized
@@ -152,6 +165,28 @@ def test_each_way_divides_what_it_says():
     assert [way.name for way in ways_on(on(1, 8))] == ["ddp", "optimizer", "full"]
     assert [way.name for way in ways_on(on(8, 1))] == ["ddp", "optimizer", "full"]
     assert [way.name for way in ways_on(on(1, 1))] == ["ddp"]
+
+
+def test_hybrid_divides_by_shard_degree():
+    cost, cluster = cost_of(), on(4, 8)
+    in_fours, over_nodes = (ways_on(cluster, degree)[-1] for degree in (4, 16))
+    assert [way.name for way in ways_on(cluster, 4)] == ["ddp", "optimizer", "full", "hybrid"]
+    for way, degree in ((in_fours, 4), (over_nodes, 16)):
+        found = forecast(way, cluster, cost, 1, 2, 512)
+        assert found.memory.gradients == cost.memory.gradients // degree
+        assert found.memory.optimizer == cost.memory.optimizer // degree
+    assert neighbours(cluster, 4) == Group(4, 450e9, LINK_HOP)
+    assert neighbours(cluster, 16) == Group(16, 8 * 50e9, (7 * LINK_HOP + NETWORK_HOP) / 8)
+    assert neighbours(on(3, 4), 3) == Group(3, 50e9, NETWORK_HOP)  # the second has one on the first node
+    assert replicas(cluster, 4) == Group(8, 2 * 50e9, (LINK_HOP + NETWORK_HOP) / 2)  # two on each node
+    assert replicas(cluster, 8) == Group(4, 50e9, NETWORK_HOP) and replicas(cluster, 16).size == 2
+    assert replicas(on(1, 8), 2) == Group(4, 450e9, LINK_HOP)
+    assert ways_on(cluster, 8)[-1].shards(cluster) == WAY["hybrid"].shards(cluster) == 8
+    assert [way.name for way in ways_on(on(1, 8), 4)] == ["ddp", "optimizer", "full", "hybrid"]  # on one node too
+    assert [way.name for way in ways_on(on(1, 8), 8)] == ["ddp", "optimizer", "full"]
+    assert [way.name for way in ways_on(on(1, 1), 4)] == ["ddp"]
+    with pytest.raises(InputError, match="shard_degree: 3 does not divide the 32 GPUs; give one that does"):
+        ways_on(cluster, 3)
 
 
 def test_the_largest_micro_batch_fits_and_one_row_more_does_not():
@@ -384,6 +419,11 @@ def test_the_page_says_what_fits_and_what_to_choose(flags, tmp_path, capfd):
         ("8xT4", {"dtype": "float32"}, "float32; the FLOP/s are of 16 bits"),
         ("H100", {}, "\nit fits ("),
         ("8xAscend910B", {}, "this version does not train on Ascend910B"),
+        (
+            "2x8xH100",
+            {"shard": "hybrid", "shard_degree": 4},
+            "hybrid: as full among 4 neighbouring GPUs; such groups are",
+        ),
         ("2x8x80GB,989TF,3350GB/s,450GB/s,50GB/s", {}, "16 x 80GB,989TF,3350GB/s,450GB/s,50GB/s: 2 nodes of 8"),
     ],
 )
@@ -438,6 +478,7 @@ def test_a_checkpoint_is_as_large_as_was_said(flags, tmp_path):
     [
         ({}, ["--dry_run", "--on=8xH10O"], "did you mean H100?"),
         ({}, ["--dry_run", "--on=0xH100"], "0 GPUs"),
+        ({"shard": "hybrid", "shard_degree": 3}, ["--dry_run", "--on=8xH100"], "3 does not divide the 8 GPUs"),
         ({}, ["--on=8xH100"], "goes with --dry_run only"),
         ({}, ["--dry_run", "--on=H100", "--nproc_per_node=2"], "omit torchrun and --nproc_per_node"),
         ({"resume": "true"}, ["--dry_run", "--on=H100"], "omit --init_from and --resume"),
