@@ -1,4 +1,4 @@
-"""A trial of ways to compute the same, whose result is kept: ways differ in the last bit, and a text with a seed stays."""
+"""A trial of ways to compute the same, whose result is kept: ways differ in the last bit, a text with a seed stays."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
