@@ -4,6 +4,7 @@
     python benchmarks/learning.py recipes --tokens 10e6 --data my.bin --only best "adamw 1e-3" --seeds 1
     python benchmarks/learning.py parts --tokens 1e6 --jobs 2            # of recipe best: each left out, others added
     python benchmarks/learning.py rates --model 10M                      # around the rate that auto gives
+    python benchmarks/learning.py passes --texts my.jsonl                # how often to read little text
     python benchmarks/learning.py data --texts my.jsonl --other more.jsonl  # passes, copies, sources, tokenizers
 
 Each run is `train.py` itself, with a schedule that ends with its tokens: a shorter run is a finished one, not a part of
@@ -152,6 +153,33 @@ def divided_texts(options: argparse.Namespace) -> tuple[list[str], Path]:
     return lines[held_out:], validation
 
 
+class OwnTexts:
+    """Token files of parts of the text, and what is held out of it.
+
+    Attributes:
+        validation: the file of the lines that are held out.
+        held_out: the setting that evaluates on them.
+    """
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self._lines, self.validation = divided_texts(options)
+        self._folder, self._model = options.out, options.model
+        self.held_out = {"val_data_path": str(process(self.validation, self._folder / "held_out.bin"))}
+        every = process(share_of(self._lines, 1, self._folder / "all.jsonl"), self._folder / "all.bin")
+        self._tokens = tokens_in(every)
+
+    def file_with(self, tokens: float, times: int = 1) -> Path:
+        """A token file of about so many tokens, each document so many times."""
+        path = self._folder / f"own-{round(tokens)}-{times}.jsonl"
+        texts = share_of(self._lines, tokens / self._tokens / times, path, times)
+        return process(texts, texts.with_suffix(".bin"), "--deduplicate", "false")
+
+    def passes(self, tokens: float, times: int) -> tuple[str, float, dict]:
+        """A run of so many passes over so many tokens."""
+        made = {"data": self.held_out | {"train_data_path": str(self.file_with(tokens))}}
+        return f"{times} x {tokens / 1e6:.3g}M tokens", times * tokens, best(times * tokens, self._model, made)
+
+
 def shuffled_lines(path: Path) -> list[str]:
     """A file's lines in a random order, the same each time."""
     lines = path.read_text(encoding="utf-8").splitlines()
@@ -180,24 +208,15 @@ def share_of(lines: list[str], share: float, path: Path, times: int = 1) -> Path
 def data(options: argparse.Namespace) -> Iterator[tuple[str, float, dict]]:
     """The same tokens from all of the text or several passes over less of it, with copies in it, with other texts
     beside it; and tokenizers of several sizes for the same seconds."""
-    lines, validation = divided_texts(options)
-    folder, tokens, model = options.out, options.tokens, options.model
-    held_out = {"val_data_path": str(process(validation, folder / "held_out.bin"))}
-    every = tokens_in(process(share_of(lines, 1, folder / "all.jsonl"), folder / "all.bin"))
-
-    def file_with(tokens: float, times: int = 1) -> Path:
-        """A token file of about so many tokens of own text, each document so many times."""
-        texts = share_of(lines, tokens / every / times, folder / f"own-{round(tokens)}-{times}.jsonl", times)
-        return process(texts, texts.with_suffix(".bin"), "--deduplicate", "false")
-
-    for passes in PASSES:
-        made = held_out | {"train_data_path": str(file_with(tokens / passes))}
-        yield f"{passes} x {tokens / passes / 1e6:.3g}M tokens", tokens, best(tokens, model, {"data": made})
-    made = held_out | {"train_data_path": str(file_with(tokens, times=2))}
+    texts = OwnTexts(options)
+    folder, tokens, model, held_out = options.out, options.tokens, options.model, texts.held_out
+    for times in PASSES:
+        yield texts.passes(tokens / times, times)
+    made = held_out | {"train_data_path": str(texts.file_with(tokens, times=2))}
     yield "every document twice", tokens, best(tokens, model, {"data": made})
 
     if options.other is not None:
-        own = file_with(tokens * OWN)
+        own = texts.file_with(tokens * OWN)
         other = process(options.other, folder / f"{options.other.stem}.bin")
         for share in OWN_SHARES:
             made = held_out | {"train_data_path": [str(own), str(other)], "train_data_weights": [share, 1 - share]}
@@ -205,7 +224,16 @@ def data(options: argparse.Namespace) -> Iterator[tuple[str, float, dict]]:
             yield name, tokens, best(tokens, model, {"data": made})
         made = held_out | {"train_data_path": str(other)}
         yield "other texts alone", tokens, best(tokens, model, {"data": made})
-    yield from with_tokenizers(folder / "all.jsonl", validation, options)
+    yield from with_tokenizers(folder / "all.jsonl", texts.validation, options)
+
+
+def passes(options: argparse.Namespace) -> Iterator[tuple[str, float, dict]]:
+    """One to eight passes over parts of the text, each run with a schedule that ends with it."""
+    texts = OwnTexts(options)
+    for part in PASSES:
+        for times in PASSES:
+            if times <= part * options.most_passes:
+                yield texts.passes(options.tokens / part, times)
 
 
 def with_tokenizers(texts: Path, validation: Path, options: argparse.Namespace) -> Iterator[tuple[str, float, dict]]:
@@ -227,7 +255,7 @@ def with_tokenizers(texts: Path, validation: Path, options: argparse.Namespace) 
         yield f"tokenizer of {size:,}, own text, equal seconds", trained_on, best(trained_on, model, more)
 
 
-STUDIES = {study.__name__: study for study in (recipes, parts, rates, data)}
+STUDIES = {study.__name__: study for study in (recipes, parts, rates, passes, data)}
 
 
 def run(case: Case, folder: Path, threads: int) -> list[dict]:
@@ -353,8 +381,11 @@ def read_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("study", choices=STUDIES, nargs="?", default="recipes")
     parser.add_argument("--data", type=Path, default=ROOT / "dataset" / "classics_zh.bin", help="token file")
-    parser.add_argument("--texts", type=Path, default=ROOT / "dataset" / "classics_zh.jsonl", help="of study data")
+    parser.add_argument(
+        "--texts", type=Path, default=ROOT / "dataset" / "classics_zh.jsonl", help="of studies data and passes"
+    )
     parser.add_argument("--other", type=Path, help="texts of another kind, of study data")
+    parser.add_argument("--most_passes", type=float, default=1, help="of study passes, over --tokens [1]")
     parser.add_argument("--model", choices=MODELS, default="3M", help="[3M]")
     parser.add_argument("--tokens", type=float, default=2e6, help="of the longest runs [2e6]")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="[1 2 3]")
@@ -378,7 +409,7 @@ def read_options() -> argparse.Namespace:
 def main() -> None:
     """Run what is missing, then print and draw everything."""
     options = read_options()
-    if options.study != "data" and options.data.with_suffix(".jsonl").exists():
+    if options.study not in ("data", "passes") and options.data.with_suffix(".jsonl").exists():
         process(options.data.with_suffix(".jsonl"), options.data)
     extra = yaml.safe_load(options.extra) or {}
     wanted = []
