@@ -51,6 +51,7 @@ from model.training.divergence import (
 )
 from model.training.evaluation import Evaluator
 from model.training.fully_sharded import FullySharded
+from model.training.hints import Hints
 from model.training.memory import check_memory
 from model.training.objective import choose_objective
 from model.training.optimizer import rates_of, rates_on_device, set_rates
@@ -59,7 +60,6 @@ from model.training.progress import Progress, StepResult
 from model.training.replicated import Replicated
 from model.training.report import (
     bar_text,
-    behind_line,
     describe,
     evaluation_lines,
     measured_lines,
@@ -111,7 +111,7 @@ class Trainer:
         self.stop_vote = StopVote(processes.all_sum, alone=processes.world_size == 1)
         self.files: RunFiles | None = None  # on rank 0, once it trains
         self.part_saver: PartSaver | None = None  # once it trains, where all ranks write the checkpoints
-        self.progress, self.clock, self.is_estimate_checked, self.is_behind_told = Progress(), Clock(), False, False
+        self.progress, self.clock, self.is_estimate_checked = Progress(), Clock(), False
         asked = self.settings.training
         self.hardware = utils.choose_hardware(asked.device, asked.dtype, processes.local_rank)
         self.device, self.dtype, self.autocast = self.hardware.device, self.hardware.dtype, self.hardware.autocast
@@ -153,6 +153,7 @@ class Trainer:
         self.model.balance_loss, self.model.router_z_loss = t.balance_loss, t.router_z_loss
         self.objective = choose_objective(self.data, self.plan, references)
         self.routing = Routing(self.model, t)
+        self.hints = Hints(self.plan, not self.data.is_chat, say)
         self.evaluator = Evaluator(self.objective, self.data, self.plan, processes, self._is_stop_asked)
 
         self.parallel = self._parallel_model(is_whole)
@@ -599,8 +600,8 @@ class Trainer:
         """
         for line in evaluation_lines(self.progress, measured, self.data.is_chat):
             say(line)
-        if self.plan.outlook is not None and "bits_per_byte" in measured:
-            measured = measured | self._compare_with_others(measured["bits_per_byte"])
+        tokens = self.plan.order.count_targets(self.progress.samples, self.data.train)
+        measured = measured | self.hints.after_evaluation(self.progress, tokens, measured)
         if (line := self.routing.line()) is not None:
             say(f"    {line}")
         if self.judge is not None and self.data.is_chat:
@@ -610,16 +611,6 @@ class Trainer:
         self._write_metrics(files, measured)
         files.metrics.update_curves()
         self._show_preview(model)
-
-    def _compare_with_others(self, bits: float) -> dict[str, float]:
-        """What other runs had by now, for metrics.jsonl; say once where this one has clearly less."""
-        tokens = self.plan.order.count_targets(self.progress.samples, self.data.train)
-        line = behind_line(self.plan, self.progress, tokens, bits)
-        if line is not None and not self.is_behind_told:
-            self.is_behind_told = True
-            say(line)
-        expected = self.plan.outlook.after(tokens)
-        return {"expected_bits_low": round(expected.low, 4), "expected_bits_high": round(expected.high, 4)}
 
     def _show_preview(self, model: Transformer) -> None:
         if self.preview is not None:

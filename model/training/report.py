@@ -12,16 +12,11 @@ from model.storage.files import free_bytes, size_text
 from model.training.clock import EVALUATION_SHARE
 from model.training.expectation import Outlook
 from model.training.memory import free_memory, step_memory
-from model.training.optimizer import OPTIMIZERS
 from model.training.plan import RunPlan
 from model.training.progress import Progress, StepResult
-from model.training.recipe import automatic_learning_rate, batch_text, duration_text, rough_duration_text
+from model.training.recipe import batch_text, duration_text, rough_duration_text
 
 MEASURED_SECONDS, MOST_STEPS = 5.0, 50  # the dry run measures for this long or for this many steps, and at least one
-
-
-JUDGED_AFTER = 0.25  # of a run's tokens: before, the warm-up and the first steps decide
-FAR_FROM_AUTO = 2.5  # times the rate that auto gives, either way
 
 
 def describe(plan: RunPlan) -> list[str]:
@@ -125,30 +120,6 @@ def evaluation_lines(progress: Progress, measured: dict, is_chat: bool) -> list[
     first, *more = measured_lines(f"step {progress.step:,}: ", measured, is_chat)
     is_best = progress.evaluations_without_gain == 0
     return [first + (", the best so far" if is_best else f" (best: {progress.best_val_loss:.4f})"), *more]
-
-
-def behind_line(plan: RunPlan, progress: Progress, tokens: int, bits: float) -> str | None:
-    """Where a run has learned clearly less than others by then: a line that says so, and what usually causes it.
-
-    Args:
-        tokens: trained on so far.
-        bits: per byte of held-out text.
-    """
-    if plan.outlook is None or tokens < JUDGED_AFTER * plan.outlook.total_tokens:
-        return None
-    expected = plan.outlook.after(tokens)
-    if bits <= expected.high:
-        return None
-    t = plan.training
-    causes = ["validation text of another kind", "text that is not clean"]
-    if OPTIMIZERS[t.optimizer_type].base_rate is not None:
-        rate = automatic_learning_rate(t.optimizer_type, plan.active_parameters, plan.tokens_per_step)
-        if not rate / FAR_FROM_AUTO < t.learning_rate < rate * FAR_FROM_AUTO:
-            causes.insert(0, f"the learning rate, {t.learning_rate:g} where auto gives {rate:g}")
-    return (
-        f"step {progress.step:,}: {bits:.2f} bits per byte, where {expected} are expected after as many tokens;"
-        f" what usually causes it: {', or '.join(causes)} (docs/training.md)"
-    )
 
 
 def measured_lines(when: str, measured: dict, is_chat: bool) -> list[str]:

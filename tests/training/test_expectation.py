@@ -8,8 +8,9 @@ import pytest
 
 from model.training import expectation
 from model.training.expectation import Outlook, unigram_bits_per_byte, worth
+from model.training.hints import behind_line, by_heart_line
 from model.training.progress import Progress
-from model.training.report import behind_line, describe, dry_run
+from model.training.report import describe, dry_run
 from model.training.settings import build_settings
 from optimized_pretrain import Trainer
 from tests.tiny_runs import train
@@ -77,6 +78,25 @@ def test_a_run_that_falls_behind_is_told_what_usually_causes_it(plan):
     line = behind_line(slow, progress, total // 2, high + 0.01)
     assert line.startswith("step 200: ") and "the learning rate, 1e-06 where auto gives " in line
     assert "learning rate" not in behind_line(plan, progress, total // 2, high + 0.01)  # 3e-3 is near to auto's
+
+
+def test_a_text_learned_by_heart_is_told_in_later_passes_alone(plan):
+    again = Progress(step=300, samples=int(2.5 * plan.order.per_epoch), best_val_loss=4.0)
+    assert by_heart_line(plan, again, 4.07) is None
+    line = by_heart_line(plan, again, 4.1)
+    assert line.startswith("step 300: after 2.5 passes over the text the validation loss rises (4.0000 to 4.1000)")
+    assert by_heart_line(plan, dataclasses.replace(again, samples=plan.order.per_epoch), 9.0) is None
+
+
+@pytest.mark.long
+def test_a_run_that_reads_little_text_often_says_once_what_that_does(flags, token_file, tmp_path, capfd):
+    ids = np.fromfile(token_file, dtype="<u2")
+    ids[:1025].tofile(tmp_path / "few.bin")
+    ids[5000:7000].tofile(tmp_path / "others.bin")
+    files = {"train_data_path": tmp_path / "few.bin", "val_data_path": tmp_path / "others.bin"}
+    options = {"max_steps": None, "epochs": 40, "batch_size": 4, "eval_interval": 40, "learning_rate": 0.01}
+    train(flags(**files, **options))
+    assert capfd.readouterr().err.count("it is being learned by heart. Fewer epochs") == 1
 
 
 def test_each_evaluation_says_what_others_had_and_being_behind_is_said_once(flags, tmp_path, capfd, monkeypatch):
