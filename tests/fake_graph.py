@@ -119,7 +119,7 @@ class _Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if WAITING & set(function.tags) or _reads_mask(function, args):
+        if _waits(function, args):
             raise RuntimeError(f"{function} waits for the device, during a capture")
         if function.overloadpacket in FROM_HOST:
             raise RuntimeError("a tensor is made of the host's numbers, during a capture")
@@ -188,7 +188,8 @@ def _written(function, args: Sequence, kwargs: dict) -> list[Tensor]:
     return _tensors([by_name.get(argument.name) for argument in written])
 
 
-def _reads_mask(function, args: Sequence) -> bool:
-    """Whether a boolean index is counted, which `nonzero` does inside the operation."""
-    indexes = function.overloadpacket in {aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_}
-    return indexes and any(tensor.dtype == torch.bool for tensor in _tensors(args[1]))
+def _waits(function, args: Sequence) -> bool:
+    """Whether the host needs numbers of the device for this: of an index, only where it is boolean and is counted."""
+    if function.overloadpacket in {aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_}:
+        return any(tensor.dtype == torch.bool for tensor in _tensors(args[1]))
+    return bool(WAITING & set(function.tags))

@@ -27,6 +27,7 @@ CASES = {
     "adam": {"optimizer_type": "adam", "grad_clip": 0},
     "muon": {"optimizer_type": "muon", "use_ema": "true", "lr_scheduler": "wsd"},
     "documents": {"document_mask": "true", "dtype": "float32", "activation_checkpointing": "full"},
+    "experts, bias": {"n_experts": 4, "expert_bias": "true", "balance_loss": 0.01, "expert_products": "grouped"},
     "lora": {"lora_rank": 4},
     "epochs": {"max_steps": None, "epochs": 8, "batch_size": 150, "log_interval": 3},
 }
