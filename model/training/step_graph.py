@@ -13,7 +13,7 @@ from torch import Tensor
 
 from model import accelerator
 from model.errors import first_line
-from model.LMConfig import LMConfig
+from model.training.data import TrainingData
 from model.training.settings import TrainingSettings
 from model.training.step import StepNumbers
 
@@ -26,7 +26,7 @@ Take = Callable[[Sequence[Batch], StepNumbers], Tensor]
 
 
 def graph_problem(
-    device: torch.device, dtype: torch.dtype, config: LMConfig, training: TrainingSettings, ranks: int, ahead: bool
+    device: torch.device, dtype: torch.dtype, data: TrainingData, training: TrainingSettings, ranks: int, ahead: bool
 ) -> str | None:
     """Why a run's steps can't be captured; None where they can.
 
@@ -42,11 +42,13 @@ def graph_problem(
         return f"{ranks} processes exchange gradients, which was not tried in a graph"
     if not ahead:
         return f"the host decides whether each step of {training.optimizer_type} counts"
-    if config.dropout > 0:
-        return f"dropout {config.dropout:g} draws random numbers, which was not tried in a graph"
+    if data.config.dropout > 0:
+        return f"dropout {data.config.dropout:g} draws random numbers, which was not tried in a graph"
     if dtype == torch.float16:
         return "float16's loss scale was not tried in a graph"
-    if config.n_experts and training.expert_products == "loop":
+    if data.is_pairs:
+        return "the loss of pairs takes the learned tokens alone, and waits for their number"
+    if data.config.n_experts and training.expert_products == "loop":
         return "a loop over experts waits for the numbers of their tokens"
     return None
 

@@ -16,6 +16,7 @@ from model.storage.archive import load_torch
 from model.training import step_graph
 from model.training.settings import build_settings
 from optimized_pretrain import Trainer
+from tests.chat_files import CHATS, write_chats
 from tests.fake_graph import FakeGraph
 from tests.tiny_runs import assert_same_end, losses, refused, train, wait_for
 from tests.training.test_running_ahead import BAD
@@ -28,6 +29,7 @@ CASES = {
     "muon": {"optimizer_type": "muon", "use_ema": "true", "lr_scheduler": "wsd"},
     "documents": {"document_mask": "true", "dtype": "float32", "activation_checkpointing": "full"},
     "experts, bias": {"n_experts": 4, "expert_bias": "true", "balance_loss": 0.01, "expert_products": "grouped"},
+    "chats": {"max_seq_len": 96, "use_ema": "true"},
     "lora": {"lora_rank": 4},
     "epochs": {"max_steps": None, "epochs": 8, "batch_size": 150, "log_interval": 3},
 }
@@ -87,8 +89,10 @@ def assert_same_run(first, second) -> None:
 
 @pytest.mark.long
 @pytest.mark.parametrize("case", CASES)
-def test_a_run_has_the_bits_of_launched_steps(flags, tmp_path, case, graphs, capfd):
+def test_a_run_has_the_bits_of_launched_steps(flags, tmp_path, tokenizer_folder, case, graphs, capfd):
     options = OPTIONS | CASES[case]
+    if case == "chats":
+        options["train_data_path"] = write_chats(tmp_path / "chats.bin", CHATS, tokenizer_folder)
     if "lora_rank" in options:
         train(flags(out_dir=tmp_path / "base", max_steps=1))
         options["init_from"] = tmp_path / "base"
