@@ -13,7 +13,9 @@ from torch import Tensor
 
 from model import accelerator
 from model.errors import first_line
+from model.storage.files import size_text
 from model.training.data import TrainingData
+from model.training.memory import system_memory
 from model.training.settings import TrainingSettings
 from model.training.step import StepNumbers
 
@@ -132,6 +134,12 @@ class StepGraph:
         Copies lie on the CPU: beside a graph's memory, the device may have no room for them.
         """
         state = self._state()
+        needed, free = 2 * sum(tensor.nbytes for tensor in state), system_memory()
+        if needed > free:
+            self._give_up(
+                f"comparing a replay needs {size_text(needed)} of the machine's memory, {size_text(free)} are free"
+            )
+            return self._take_launched(batches, numbers)
         before = _copies(state)
         launched = self._graph.launch(lambda: self._take_launched(batches, numbers))
         after = _copies([launched, *state])
@@ -150,10 +158,13 @@ class StepGraph:
             self._captured[shape] = captured
             self._graph = accelerator.GRAPHS[self._device.type](self._device, beside=captured.graph)
             return replayed
-        self.failed = True
         _restore(state, after[1:])
-        self._say(f"cuda_graph: steps are launched as without it: {problem}")
+        self._give_up(problem)
         return launched
+
+    def _give_up(self, problem: str) -> None:
+        self.failed = True
+        self._say(f"cuda_graph: steps are launched as without it: {problem}")
 
     def _capture(self, batches: Sequence[Batch], numbers: StepNumbers) -> _Captured:
         own = [tuple(None if tensor is None else tensor.clone() for tensor in batch) for batch in batches]

@@ -169,7 +169,7 @@ def test_batches_of_several_shapes_each_get_a_graph_up_to_a_limit(flags, tmp_pat
 # ------------------------------------------------------------------------------------------------- where it goes wrong
 
 
-@pytest.mark.parametrize("fault", ["waits", "memory", "bits"])
+@pytest.mark.parametrize("fault", ["waits", "memory", "bits", "room"])
 def test_whatever_goes_wrong_in_a_capture_steps_are_launched_with_the_same_bits(
     flags, tmp_path, graphs, fault, capfd, monkeypatch
 ):
@@ -191,12 +191,15 @@ def test_whatever_goes_wrong_in_a_capture_steps_are_launched_with_the_same_bits(
 
     trainer.objective.loss = changed_loss
     monkeypatch.setattr(FakeGraph, "capture", failing_capture)
+    if fault == "room":
+        monkeypatch.setattr(step_graph, "system_memory", lambda: 500_000)
     if fault == "bits":
         monkeypatch.setattr(trainer.graph, "_say", lambda line, say=trainer.graph._say: (rate.fill_(1.0), say(line)))
     assert trainer.train() == "finished" and trainer.graph is None
     lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("cuda_graph:")]
     assert len(lines) == 1 and lines[0].startswith("cuda_graph: steps are launched as without it: ")
     expected = {"waits": "waits for the device", "memory": "out of memory", "bits": "other bits than the launched step"}
+    expected["room"] = "of the machine's memory, 500 kB are free"
     assert expected[fault] in lines[0]
     assert_same_run(tmp_path / "launched", tmp_path / "out")
 
