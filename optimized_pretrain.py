@@ -179,7 +179,7 @@ class Trainer:
 
     def _step_graph(self) -> StepGraph:
         """What captures and replays steps."""
-        exact = self.training.deterministic or accelerator.kind_of(self.device).shares_memory
+        exact = accelerator.bits_may_differ(self.device, self.training.deterministic) is None
         take, state = (self._step, self._step_on_device), self._state_of_step
         return StepGraph(self.device, *take, state, self.verdict.veto, exact, say)
 
@@ -373,7 +373,7 @@ class Trainer:
             numbers = self._numbers(number, lr, terms, spike_limit(recent, t.spike_threshold))
             read = copied_to_host((self._take if self.graph is None else self._take_as_graph)(found, numbers))
             if self.ema is not None:
-                self.ema.n_averaged += 1
+                self.ema.n_averaged += 1  # here, since a replay runs no Python
         return Step(
             number=number,
             position=position,
@@ -446,9 +446,10 @@ class Trainer:
         Returns:
             what `DeviceVerdict.judge` returns.
         """
-        told = self.verdict.judge(*found, numbers)
-        routed = told[4 + len(self.objective.names) :]
-        self._update(routed, numbers.average_weight, self.verdict.veto)
+        told, veto = self.verdict.judge(*found, numbers), self.verdict.veto
+        self._update(told[4 + len(self.objective.names) :], veto)  # before: the norm, two sums, and the objective's
+        if self.ema is not None:
+            self.ema.average(self.model, numbers.average_weight, veto)
         self.optimizer.zero_grad(set_to_none=True)
         return told
 
@@ -478,19 +479,16 @@ class Trainer:
         averaged = [] if self.ema is None else self.ema.module.parameters()
         return [*self.model.parameters(), *self.model.buffers(), *kept, *averaged, self.verdict.veto]
 
-    def _update(self, routed: Tensor, average_weight: float | Tensor, veto: Tensor | None = None) -> None:
+    def _update(self, routed: Tensor, veto: Tensor | None = None) -> None:
         """Change the weights.
 
         Args:
             routed: what the routers of all ranks counted.
-            average_weight: how much they then count in their moving average.
             veto: on the device, 1 where they must stay as they are.
         """
         self.optimizer.found_inf = veto
         self.optimizer.step()
         self.routing.move_biases(routed, veto)
-        if self.ema is not None:
-            self.ema.average(self.model, average_weight, veto)
 
     def _finished(self, step: Step) -> StepResult:
         """What a step did, once it is known; takes it, if that was not done before."""
@@ -503,10 +501,9 @@ class Trainer:
         if self.verdict is None:
             if fault is None:
                 set_rates(self.optimizer, self.training.optimizer_type, step.lr, step.number)
-                weight = 0.0 if self.ema is None else self.ema.next_weight()
-                self._update(torch.tensor(routed, device=self.device), weight)
+                self._update(torch.tensor(routed, device=self.device))
                 if self.ema is not None:
-                    self.ema.n_averaged += 1
+                    self.ema.update_parameters(self.model)
             self.optimizer.zero_grad(set_to_none=True)
         elif fault is not None:
             self._take_back(step)

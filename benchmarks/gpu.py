@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -34,9 +35,10 @@ TOKENS = ROOT / "dataset" / "classics_zh.bin"
 SHOWN = 75  # last lines of a part that the summary shows
 SIDE_BY_SIDE = {"tests", "resume", "training_tests"}  # nothing in them is timed
 ORDER = (  # the most important first
-    "machine", "smoke", "tests", "resume", "training_tests", "train_speed", "profile", "train_speed_110M", "decode",
-    "demo", "training", "decode_135M", "dry_run", "saving", "decode_fp32", "decode_135M_fp32",
+    "machine", "smoke", "tests", "resume", "training_tests", "graph", "train_speed", "profile", "train_speed_110M",
+    "graph_110M", "decode", "demo", "training", "decode_135M", "dry_run", "saving", "decode_fp32", "decode_135M_fp32",
 )  # fmt: skip
+LARGE = ("--dim", 768, "--n_layers", 16, "--max_seq_len", 1024, "--batch_size", 16)
 TINY = ("--dim", 64, "--n_layers", 2, "--n_heads", 4, "--n_kv_heads", 2, "--max_seq_len", 64, "--batch_size", 2)
 
 
@@ -96,7 +98,7 @@ def speeds(options: argparse.Namespace, work: Path) -> list[Part]:
     """How fast is each piece?"""
     small, device = options.device == "cpu", ("--device", options.device)
     middle = TINY if small else ("--batch_size", 32)
-    large = TINY if small else ("--dim", 768, "--n_layers", 16, "--max_seq_len", 1024, "--batch_size", 16)
+    large = TINY if small else LARGE
     ours, others, folders = ["ours", "ours-compiled"], ["llama", "llama-compiled"], []
     if options.nanogpt:
         others, folders = [*others, "nanogpt", "nanogpt-compiled"], ["--nanogpt", options.nanogpt]
@@ -132,13 +134,27 @@ def trainings(options: argparse.Namespace, work: Path) -> list[Part]:
     small, device = options.device == "cpu", ("--device", options.device)
     shape = TINY if small else ("--batch_size", 32)
     demo = ["train.py", "--config", "config_demo.yaml", *device, *(("--max_steps", 20) if small else ())]
-    run = ["train.py", "--train_data_path", TOKENS, *device, *shape, "--log_interval", 20, "--eval_steps", 4]
+    run = ["train.py", "--train_data_path", TOKENS, "--raw_data_path", TOKENS.with_suffix(".jsonl"), *device, *shape]
+    run += ["--log_interval", 20, "--eval_steps", 4]
     run += ["--max_steps", 40 if small else 300, "--eval_interval", 100, "--learning_rate", "1e-3"]
     dry = ["train.py", "--train_data_path", TOKENS, *device, *shape, "--epochs", 2, "--dry_run"]
     dry += [] if small else ["--batch_size", "auto", "--learning_rate", "auto"]
 
     def told(name: str) -> list[str]:
         return python("benchmarks/gpu_parts.py", "told", options.device, work / name)
+
+    def graph_part(name: str, seconds: float, shape: tuple, compiled: Sequence[str]) -> Part:
+        """The same run with its steps launched and as a graph, one pair after another."""
+        commands = []
+        for compile_ in compiled:
+            pair = [work / f"{name}_{compile_}_{kind}" for kind in ("launched", "graph")]
+            for folder, on in zip(pair, ("false", "auto"), strict=True):
+                steps = ("--max_steps", 40 if small else 200, "--eval_interval", 100, "--log_interval", 10)
+                flags = ("--compile", compile_, "--cuda_graph", on, "--out_dir", folder)
+                commands.append(python(*run, *shape, *steps, *flags))
+            commands.append(python("benchmarks/gpu_parts.py", "pair", options.device, *pair))
+        question = "what is a step as one CUDA graph worth, and has it the bits of launched kernels"
+        return Part(name, question, seconds, commands)
 
     return [
         Part("demo", "the demo, compiled", 90,
@@ -147,6 +163,8 @@ def trainings(options: argparse.Namespace, work: Path) -> list[Part]:
             python(*run, "--compile", "true", "--out_dir", work / "compiled"), told("compiled"),
             python(*run, "--compile", "false", "--use_ema", "--out_dir", work / "eager"), told("eager"),
         ]),
+        graph_part("graph", 180, shape, ("true", "false")),
+        graph_part("graph_110M", 150, LARGE if not small else shape, ("true",)),
         Part("dry_run", "what would a run take, with the largest batch that fits", 90,
              [python(*dry, "--compile", "true")]),
     ]  # fmt: skip

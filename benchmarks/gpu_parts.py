@@ -1,4 +1,4 @@
-"""The parts of gpu.py that are no separate benchmark or test: python benchmarks/gpu_parts.py PART DEVICE FOLDER."""
+"""The parts of gpu.py that are no separate benchmark or test: python benchmarks/gpu_parts.py PART DEVICE FOLDER …"""
 
 import json
 import os
@@ -17,6 +17,7 @@ import torch.nn.functional as F
 import utils
 from model import accelerator
 from model.attention import cached_attention, kernels_for_any_length
+from model.weights.load import load_weights
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -78,9 +79,30 @@ def growing_text(device: torch.device) -> None:
 # ----------------------------------------------------------------------------------------------------- a run's numbers
 
 
+def events_of(folder: Path) -> list[dict]:
+    """The lines of metrics.jsonl."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def pair(device: torch.device, launched: Path, graph: Path) -> int:
+    """Two runs that differ in `cuda_graph` alone: their speed, and whether losses and weights are the same."""
+    rates = []
+    for folder in (launched, graph):
+        steps = [event["tokens_per_second"] for event in events_of(folder) if "tokens_per_second" in event]
+        rates.append(statistics.median(steps[len(steps) // 2 :]))  # after compiling and capturing
+    losses = [[(event["step"], event["loss"]) for event in events_of(f) if "loss" in event] for f in (launched, graph)]
+    weights = [load_weights(next(folder.glob("pretrain_*.pth"))).state_dict for folder in (launched, graph)]
+    same = losses[0] == losses[1] and all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    print(
+        f"launched {rates[0]:,.0f} tokens/s, as a graph {rates[1]:,.0f}: {rates[1] / rates[0]:.2f} times;"
+        f" losses and weights {'have the same bits' if same else 'DIFFER'}"
+    )
+    return 0 if same else 1
+
+
 def told(device: torch.device, folder: Path) -> int:
     """A run's metrics.jsonl in a few lines."""
-    events = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    events = events_of(folder)
     for event in events:
         if "val_loss" in event:
             print(
@@ -96,9 +118,9 @@ def told(device: torch.device, folder: Path) -> int:
 
 def main() -> int:
     """Run one part."""
-    name, device, folder = sys.argv[1:]
-    part = {"machine": machine, "told": told}[name]
-    return part(utils.pick_device(device)[0], Path(folder))
+    name, device, *folders = sys.argv[1:]
+    part = {"machine": machine, "told": told, "pair": pair}[name]
+    return part(utils.pick_device(device)[0], *map(Path, folders))
 
 
 if __name__ == "__main__":

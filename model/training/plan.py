@@ -210,7 +210,7 @@ def plan_run(
     shared = {"shard": shard, "checkpoint_writers": "all" if writers > 1 else "one"}
     training = dataclasses.replace(t, **choices.made, **shared)
     ahead = runs_ahead(hardware.device, build_optimizer(model, t.optimizer_type, training.learning_rate, 0.0))
-    problem = graph_problem(hardware.device, hardware.dtype, data.config, training, ranks.world_size, ahead)
+    problem = graph_problem(hardware.device, hardware.dtype, data, training, ranks.world_size, ahead)
     training = dataclasses.replace(training, cuda_graph=choices.cuda_graph(problem))
     return RunPlan(
         training=training,

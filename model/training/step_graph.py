@@ -13,7 +13,9 @@ from torch import Tensor
 
 from model import accelerator
 from model.errors import first_line
-from model.LMConfig import LMConfig
+from model.storage.files import size_text
+from model.training.data import TrainingData
+from model.training.memory import system_memory
 from model.training.settings import TrainingSettings
 from model.training.step import StepNumbers
 
@@ -26,7 +28,7 @@ Take = Callable[[Sequence[Batch], StepNumbers], Tensor]
 
 
 def graph_problem(
-    device: torch.device, dtype: torch.dtype, config: LMConfig, training: TrainingSettings, ranks: int, ahead: bool
+    device: torch.device, dtype: torch.dtype, data: TrainingData, training: TrainingSettings, ranks: int, ahead: bool
 ) -> str | None:
     """Why a run's steps can't be captured; None where they can.
 
@@ -42,11 +44,13 @@ def graph_problem(
         return f"{ranks} processes exchange gradients, which was not tried in a graph"
     if not ahead:
         return f"the host decides whether each step of {training.optimizer_type} counts"
-    if config.dropout > 0:
-        return f"dropout {config.dropout:g} draws random numbers, which was not tried in a graph"
+    if data.config.dropout > 0:
+        return f"dropout {data.config.dropout:g} draws random numbers, which was not tried in a graph"
     if dtype == torch.float16:
         return "float16's loss scale was not tried in a graph"
-    if config.n_experts and training.expert_products == "loop":
+    if data.is_pairs:
+        return "the loss of pairs takes the learned tokens alone, and waits for their number"
+    if data.config.n_experts and training.expert_products == "loop":
         return "a loop over experts waits for the numbers of their tokens"
     return None
 
@@ -130,6 +134,12 @@ class StepGraph:
         Copies lie on the CPU: beside a graph's memory, the device may have no room for them.
         """
         state = self._state()
+        needed, free = 2 * sum(tensor.nbytes for tensor in state), system_memory()
+        if needed > free:
+            self._give_up(
+                f"comparing a replay needs {size_text(needed)} of the machine's memory, {size_text(free)} are free"
+            )
+            return self._take_launched(batches, numbers)
         before = _copies(state)
         launched = self._graph.launch(lambda: self._take_launched(batches, numbers))
         after = _copies([launched, *state])
@@ -148,10 +158,13 @@ class StepGraph:
             self._captured[shape] = captured
             self._graph = accelerator.GRAPHS[self._device.type](self._device, beside=captured.graph)
             return replayed
-        self.failed = True
         _restore(state, after[1:])
-        self._say(f"cuda_graph: steps are launched as without it: {problem}")
+        self._give_up(problem)
         return launched
+
+    def _give_up(self, problem: str) -> None:
+        self.failed = True
+        self._say(f"cuda_graph: steps are launched as without it: {problem}")
 
     def _capture(self, batches: Sequence[Batch], numbers: StepNumbers) -> _Captured:
         own = [tuple(None if tensor is None else tensor.clone() for tensor in batch) for batch in batches]

@@ -56,10 +56,17 @@ def test_an_unknown_type_gets_what_is_safe_everywhere():
 def test_an_amd_gpu_is_named_so_though_torch_calls_its_type_cuda():
     code = (
         "import torch; torch.version.hip = '7.1'; torch.cuda.get_device_name = lambda device: 'Radeon RX 7900 XTX'\n"
-        "from model import accelerator; print([accelerator.vendor('cuda'), accelerator.name(torch.device('cuda'))])"
+        "from model import accelerator; device = torch.device('cuda')\n"
+        "print([accelerator.vendor('cuda'), accelerator.name(device), accelerator.graph_problem(device)])"
     )
     printed = forks.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert ast.literal_eval(printed) == ["AMD", "AMD Radeon RX 7900 XTX"]
+    assert ast.literal_eval(printed) == ["AMD", "AMD Radeon RX 7900 XTX", "graphs were not tried on AMD GPUs"]
+
+
+def test_only_types_with_known_graphs_have_them():
+    assert accelerator.graph_problem(torch.device("cuda")) is None
+    for name in ("cpu", "xpu", "mps", "meta"):
+        assert "no graphs are known" in accelerator.graph_problem(torch.device(name))
 
 
 @pytest.mark.parametrize(

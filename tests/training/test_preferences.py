@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from model import accelerator
 from model.dataset import PretrainDataset
 from model.LMConfig import LMConfig
 from model.runs.beginning import find_beginning
@@ -22,6 +23,7 @@ from model.weights.find import find_weights
 from optimized_pretrain import Trainer
 from tests.chat_files import CHATS, write_chats, write_pairs
 from tests.conftest import random_model
+from tests.fake_graph import FakeGraph
 from tests.tiny_runs import (
     assert_a_killed_run_resumes,
     assert_two_processes_resume,
@@ -210,6 +212,13 @@ def test_a_run_learns_to_prefer_and_leaves_a_chat_model(pair_flags, tmp_path, ca
     assert find_weights(out)[0] == out / "dpo_32.pth"
     train(pair_flags(max_steps=2))  # moves what is there out of the way
     assert len([*out.glob("previous/*/dpo_32.pth")]) == 1
+
+
+def test_a_step_on_pairs_is_not_captured(pair_flags, monkeypatch, capfd):
+    monkeypatch.setenv("MATECONV_RUN_AHEAD", "1")
+    monkeypatch.setitem(accelerator.GRAPHS, "cpu", FakeGraph)
+    assert Trainer(build_settings({}, pair_flags()), Processes()).graph is None
+    assert "cuda_graph false (auto): the loss of pairs takes the learned tokens alone" in capfd.readouterr().err
 
 
 RESUMED = {

@@ -16,6 +16,7 @@ from model.storage.archive import load_torch
 from model.training import step_graph
 from model.training.settings import build_settings
 from optimized_pretrain import Trainer
+from tests.chat_files import CHATS, write_chats
 from tests.fake_graph import FakeGraph
 from tests.tiny_runs import assert_same_end, losses, refused, train, wait_for
 from tests.training.test_running_ahead import BAD
@@ -27,6 +28,8 @@ CASES = {
     "adam": {"optimizer_type": "adam", "grad_clip": 0},
     "muon": {"optimizer_type": "muon", "use_ema": "true", "lr_scheduler": "wsd"},
     "documents": {"document_mask": "true", "dtype": "float32", "activation_checkpointing": "full"},
+    "experts, bias": {"n_experts": 4, "expert_bias": "true", "balance_loss": 0.01, "expert_products": "grouped"},
+    "chats": {"max_seq_len": 96, "use_ema": "true"},
     "lora": {"lora_rank": 4},
     "epochs": {"max_steps": None, "epochs": 8, "batch_size": 150, "log_interval": 3},
 }
@@ -86,8 +89,10 @@ def assert_same_run(first, second) -> None:
 
 @pytest.mark.long
 @pytest.mark.parametrize("case", CASES)
-def test_a_run_has_the_bits_of_launched_steps(flags, tmp_path, case, graphs, capfd):
+def test_a_run_has_the_bits_of_launched_steps(flags, tmp_path, tokenizer_folder, case, graphs, capfd):
     options = OPTIONS | CASES[case]
+    if case == "chats":
+        options["train_data_path"] = write_chats(tmp_path / "chats.bin", CHATS, tokenizer_folder)
     if "lora_rank" in options:
         train(flags(out_dir=tmp_path / "base", max_steps=1))
         options["init_from"] = tmp_path / "base"
@@ -164,7 +169,7 @@ def test_batches_of_several_shapes_each_get_a_graph_up_to_a_limit(flags, tmp_pat
 # ------------------------------------------------------------------------------------------------- where it goes wrong
 
 
-@pytest.mark.parametrize("fault", ["waits", "memory", "bits"])
+@pytest.mark.parametrize("fault", ["waits", "memory", "bits", "room"])
 def test_whatever_goes_wrong_in_a_capture_steps_are_launched_with_the_same_bits(
     flags, tmp_path, graphs, fault, capfd, monkeypatch
 ):
@@ -186,12 +191,15 @@ def test_whatever_goes_wrong_in_a_capture_steps_are_launched_with_the_same_bits(
 
     trainer.objective.loss = changed_loss
     monkeypatch.setattr(FakeGraph, "capture", failing_capture)
+    if fault == "room":
+        monkeypatch.setattr(step_graph, "system_memory", lambda: 500_000)
     if fault == "bits":
         monkeypatch.setattr(trainer.graph, "_say", lambda line, say=trainer.graph._say: (rate.fill_(1.0), say(line)))
     assert trainer.train() == "finished" and trainer.graph is None
     lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("cuda_graph:")]
     assert len(lines) == 1 and lines[0].startswith("cuda_graph: steps are launched as without it: ")
     expected = {"waits": "waits for the device", "memory": "out of memory", "bits": "other bits than the launched step"}
+    expected["room"] = "of the machine's memory, 500 kB are free"
     assert expected[fault] in lines[0]
     assert_same_run(tmp_path / "launched", tmp_path / "out")
 
