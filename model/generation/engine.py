@@ -24,7 +24,7 @@ from model.generation.compiled_step import (
     CompiledStep,
     kept_path,
 )
-from model.generation.graph_step import GraphSteps
+from model.generation.decode_graph import GraphSteps
 from model.generation.inference_model import InferenceModel
 from model.generation.kept_code import KeptCode
 from model.generation.trial import fastest_way

@@ -10,9 +10,9 @@ import torch
 
 from model import accelerator
 from model.errors import InputError
+from model.generation.decode_graph import Step
 from model.generation.decoding import Decoding
 from model.generation.engine import Engine, can_compile
-from model.generation.graph_step import Step
 from model.generation.prefixes import Prefixes
 from model.generation.rows import Rows
 from model.kv_cache import SPARE, KVCache, StepCache
