@@ -365,10 +365,26 @@ class CUDAGraph:
                         self._graph.capture_end()
                     raise
                 self._graph.capture_end()
+        except BaseException:
+            self._leave_capture()
+            raise
         finally:
             if collects:
                 gc.enable()
         return result
+
+    def _leave_capture(self) -> None:
+        """After a capture that failed. PyTorch before 2.13 then takes it to go on: memory is no longer given back, and
+        whatever draws a random number fails (pytorch #180395, #171263). A capture that succeeds ends that."""
+        import torch
+
+        with contextlib.suppress(RuntimeError, AttributeError):  # not counted any more, or not known here
+            torch._C._cuda_endAllocateToPool(torch.zeros((), device=self._device).get_device(), self._pool)
+        with contextlib.suppress(RuntimeError), torch.cuda.stream(self._stream):
+            something, graph = torch.zeros((), device=self._device), torch.cuda.CUDAGraph()
+            graph.capture_begin(capture_error_mode="thread_local")
+            something.add_(1)
+            graph.capture_end()
 
     def replay(self) -> None:
         """Launch what was captured, behind the device's other work."""

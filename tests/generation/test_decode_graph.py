@@ -47,6 +47,7 @@ def graphs(monkeypatch):
             made.append(self)
 
     monkeypatch.setitem(accelerator.GRAPHS, "cpu", Counted)
+    monkeypatch.setattr("model.generation.decode_graph.LAUNCHED", 1)  # texts are short here
     return made
 
 
@@ -185,23 +186,17 @@ def test_the_server_writes_what_launched_kernels_write(tiny_model, tokenizer):
         ]
 
 
-def test_a_graph_of_each_size_is_captured_once_and_kept_for_the_next_text(tiny_model, tokenizer, graphs):
-    generator = TextGenerator(tiny_model, tokenizer)
+def test_a_graph_of_each_size_is_captured_once_and_kept_for_the_next_text(tiny_model, tokenizer, graphs, monkeypatch):
+    monkeypatch.setattr("model.generation.decode_graph.LAUNCHED", 4)
+    generator, said = TextGenerator(tiny_model, tokenizer), []
+    generator.say = said.append
     config = GenerationConfig(max_new_tokens=5, seed=1)
-    texts = [generator.generate("中国", config) for _ in range(3)]
+    texts = [generator.generate("中国", config)]
+    assert not said and [graph.replays for graph in graphs] == [0, 0]  # a short text is not worth a capture
+    texts += [generator.generate("中国", config) for _ in range(2)]
     assert texts == [TextGenerator(tiny_model, tokenizer, compile=False).generate("中国", config)] * 3
     assert "".join(generator.stream("中国", config)) == texts[0]
-    assert len(graphs) == 2 and graphs[0].replays == graphs[1].replays == 4 * 4 - 1
-    assert "launched together" in "".join(said_by(generator))
-
-
-def said_by(generator):
-    """What a new generator of the same model says while it writes."""
-    said = []
-    other = TextGenerator(generator.model, generator.tokenizer)
-    other.say = said.append
-    other.generate("中国", GenerationConfig(max_new_tokens=5))
-    return said
+    assert said == [TOGETHER] and [graph.replays for graph in graphs] == [4 * 4 - 4] * 2
 
 
 def test_many_different_settings_keep_no_more_graphs_than_a_few(tiny_model, graphs):
