@@ -270,6 +270,38 @@ def test_damaged_weights_are_reported_as_without_a_graph(tiny_model):
         decoding.step()
 
 
+@pytest.mark.parametrize("compile", [False, None])
+@pytest.mark.parametrize("prompts", [[[1, 7]], [[1, 7], [1, *[5] * 40]]])
+def test_a_text_whose_numbers_overflow_harms_none_that_takes_its_place(tiny_model, prompts, compile):
+    settings = {"max_new_tokens": 20, **GREEDY}
+    expected = texts_of(Engine(tiny_model, compile=compile), prompts, 1, **settings)
+    with torch.no_grad():
+        tiny_model.output.weight = torch.nn.Parameter(tiny_model.output.weight.clone())
+        tiny_model.tok_embeddings.weight[9] = torch.inf
+    rows = Rows(Engine(tiny_model, compile=compile), len(prompts))
+    with pytest.raises(InputError, match="not finite"):
+        list(decode(rows, [[1, *[9] * 60]], GenerationConfig(**settings), []))
+    texts = [[] for _ in prompts]
+    for event in decode(rows, prompts, GenerationConfig(**settings), [2]):
+        texts[event.number].append((event.token, event.end, None))
+    assert texts == expected
+
+
+def test_what_was_wiped_is_not_remembered(tiny_model):
+    """The settings left no token, so that the text ended with an error; the next ones begin as it did."""
+    prompt, failed = [1, *[5] * 60], []
+    bans = GenerationConfig(do_sample=False, logit_bias=dict.fromkeys(range(300), -torch.inf))
+    config = GenerationConfig(max_new_tokens=9, **GREEDY)
+    expected = [event.token for event in decode(Rows(Engine(tiny_model, compile=False), 1), [prompt], config, [])]
+    for given in ({"remembers": True}, {"prefixes": Prefixes(1 << 20)}):
+        decoding = Decoding(Rows(Engine(tiny_model), 1, **given), [], on_error=lambda *error: failed.append(error))
+        decoding.admit(0, prompt, bans)
+        decoding.step()
+        decoding.admit(1, prompt, config)
+        assert [event.token for _ in range(9) for event in decoding.step()] == expected
+    assert len(failed) == 2
+
+
 def test_dropout_is_off_whatever_the_mode_of_the_model(tiny_config):
     model = model_with(tiny_config, dropout=0.9)
     expected = texts_of(Engine(model, compile=False), some_prompts(4), 1, max_new_tokens=30, **GREEDY)
