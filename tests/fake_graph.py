@@ -189,7 +189,7 @@ def _written(function, args: Sequence, kwargs: dict) -> list[Tensor]:
 
 
 def _waits(function, args: Sequence) -> bool:
-    """Whether an operation needs a number of the device; an index does only with a mask, which `nonzero` counts."""
+    """Whether the host needs numbers of the device for this: of an index, only where it is boolean and is counted."""
     if function.overloadpacket in {aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_}:
         return any(tensor.dtype == torch.bool for tensor in _tensors(args[1]))
     return bool(WAITING & set(function.tags))

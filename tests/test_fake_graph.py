@@ -32,6 +32,14 @@ def test_a_number_of_the_host_stays_that_of_the_capture():
     assert out.tolist() == [2.0] * 3
 
 
+def test_rows_are_taken_by_numbers_on_the_device():
+    x, rows = torch.arange(12.0).view(4, 3), torch.tensor([1, 3])
+    graph, out = captured(lambda: x[rows])
+    rows.copy_(torch.tensor([2, 0]))
+    graph.replay()
+    assert torch.equal(out, x[[2, 0]])
+
+
 @pytest.mark.parametrize("autocast", [False, True])
 def test_training_steps_have_the_bits_of_launched_ones(autocast):
     def run(graph):
