@@ -73,7 +73,11 @@ def checks(options: argparse.Namespace, work: Path) -> list[Part]:
     """Are the results correct?"""
     in_parallel = ["-n", "4"] if importlib.util.find_spec("xdist") else []
     pytest = [sys.executable, "-m", "pytest", "-o", "addopts=", "-q", "-p", "no:cacheprovider", "--durations=5"]
-    rooms = {"training": ("cuda", "recipe", "optimizer"), "model": ("model",), "generation": ("sampling",)}
+    rooms = {
+        "training": ("cuda", "recipe", "optimizer"),
+        "model": ("model",),
+        "generation": ("sampling", "cuda_decode"),
+    }
     files = [f"tests/{room}/test_{name}.py" for room, names in rooms.items() for name in names]
     parts = "benchmarks/gpu_parts.py"
     demo = ["train.py", "--config", "config_demo.yaml", "--device", options.device, "--compile", "false"]

@@ -350,11 +350,10 @@ class CUDAGraph:
         """
         import torch
 
-        gc.collect()  # a graph of somebody else must not be destroyed meanwhile
         synchronize(self._device)
         empty_cache(self._device)  # the pool cannot use what earlier launches left
         collects = gc.isenabled()
-        gc.disable()
+        gc.disable()  # a graph of somebody else must not be destroyed meanwhile
         try:
             with torch.cuda.stream(self._stream):
                 self._graph.capture_begin(self._pool, capture_error_mode="thread_local")

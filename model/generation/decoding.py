@@ -106,6 +106,7 @@ class Decoding:
                 try:
                     tokens = self._chosen(own, choice, places)
                 except InputError as error:
+                    self.rows.wipe(places)
                     if self._on_error is None:
                         raise
                     failed |= dict.fromkeys(places, error)

@@ -24,7 +24,7 @@ from model.generation.compiled_step import (
     CompiledStep,
     kept_path,
 )
-from model.generation.graph_step import GraphSteps
+from model.generation.decode_graph import GraphSteps
 from model.generation.inference_model import InferenceModel
 from model.generation.kept_code import KeptCode
 from model.generation.trial import fastest_way
@@ -258,8 +258,11 @@ def _next_logits(model: Transformer, tokens: Tensor, cache: StepCache) -> Tensor
 
 def _cannot_capture(model: Transformer) -> str | None:
     """Why a step of a model is no graph; None: it may be."""
-    loops = model.config.n_experts and any(layer.feed_forward.experts.way == "loop" for layer in model.layers)
-    return "the experts' products wait for the rows that chose each" if loops else None
+    if not model.config.n_experts:
+        return None
+    loops = any(layer.feed_forward.experts.way == "loop" for layer in model.layers)
+    waits = accelerator.kind_of(model.device).has_grouped_products and model.dtype != torch.bfloat16  # PyTorch's kernel
+    return "the experts' products wait to know how many rows each has" if loops or waits else None
 
 
 def _identity(model: Transformer) -> tuple[torch.device, bytes]:

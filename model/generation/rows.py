@@ -284,6 +284,14 @@ class Rows:
             elif row.length == row.max_length:
                 row.end = row.limit_reason
 
+    def wipe(self, places: Sequence[int]) -> None:
+        """Empty the cache of the rows at these places: what is not finite in it would reach later texts through slots
+        that are masked, since 0 times NaN is NaN."""
+        for buffer in (self._cache.keys, self._cache.values):
+            buffer[:, list(places)] = 0
+        for place in places:
+            self._cache.lengths[place] = 0
+
     def drop_ended(self) -> None:
         """Remove the rows that ended; others move into their places, the new ones being last again."""
         for place in reversed(range(len(self.live))):

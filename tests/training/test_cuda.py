@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from model.attention import cached_attention, pytorch_attention
 from model.document_attention import document_starts, problem_on
 from model.generation.checksum import checksum
-from model.generation.decoding import Decoding
 from model.generation.engine import Engine
 from model.generation.rows import Rows
 from model.LMConfig import LMConfig
@@ -144,27 +143,25 @@ def test_a_training_step_has_the_same_bits_each_time(compiled, documents, dtype,
     assert not torch.are_deterministic_algorithms_enabled()
 
 
-def texts_of(model, prompts, config, rows, compile=False, say=lambda line: None):
+def texts_of(model, prompts, config, rows):
     """The ids that follow each prompt."""
-    engine, texts = Engine(model, compile=compile, say=say), [[] for _ in prompts]
+    engine, texts = Engine(model, compile=False), [[] for _ in prompts]
     for event in decode(Rows(engine, rows), prompts, config, [2]):
         if event.token is not None:
             texts[event.number].append(event.token)
     return texts
 
 
-SETTINGS = [
-    {"do_sample": False},
-    {"do_sample": False, "repetition_penalty": 1.3, "no_repeat_ngram_size": 3, "min_new_tokens": 20},
-    {"seed": 7},
-    {"seed": 7, "top_k": 0, "top_p": 0.8},
-    {"seed": 7, "temperature": 1.5, "min_p": 0.05, "presence_penalty": 0.5, "frequency_penalty": 0.3},
-]
-GRAPHS = pytest.mark.skipif(DEVICE.type != "cuda", reason="only CUDA has graphs")
-TOGETHER = "decoding: a token's kernels are launched together, as a graph"
-
-
-@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"do_sample": False},
+        {"do_sample": False, "repetition_penalty": 1.3, "no_repeat_ngram_size": 3, "min_new_tokens": 20},
+        {"seed": 7},
+        {"seed": 7, "top_k": 0, "top_p": 0.8},
+        {"seed": 7, "temperature": 1.5, "min_p": 0.05, "presence_penalty": 0.5, "frequency_penalty": 0.3},
+    ],
+)
 def test_texts_are_those_of_the_cpu_alone_in_a_batch_and_without_a_cache(settings):
     here, there = twins()
     prompts = [[1, *some_tokens(length, seed=length).tolist()] for length in (3, 40, 17, 3, 90)]
@@ -173,60 +170,6 @@ def test_texts_are_those_of_the_cpu_alone_in_a_batch_and_without_a_cache(setting
     assert texts_of(there, prompts, GenerationConfig(max_new_tokens=60, **settings), 1) == expected
     assert texts_of(there, prompts, GenerationConfig(max_new_tokens=60, **settings), 3) == expected
     assert texts_of(there, prompts, GenerationConfig(max_new_tokens=60, use_cache=False, **settings), 1) == expected
-
-
-@GRAPHS
-@pytest.mark.parametrize("settings", SETTINGS)
-@pytest.mark.parametrize("variant", [{}, {"qk_norm": True, "tie_embeddings": False}, {"flash_attn": False}])
-def test_texts_of_graphs_are_those_of_launched_kernels(settings, variant):
-    """Alone, and in batches of changing numbers; prompts of several lengths, some texts fill the context."""
-    (_, model), said = twins(**variant), []
-    prompts = [[1, *some_tokens(length, seed=length).tolist()] for length in (3, 40, 100, 3, 90, 215, 1)]
-    config = GenerationConfig(max_new_tokens=60, **settings)
-    expected = texts_of(model, prompts, config, 1)
-
-    for rows in (1, 3, 7):
-        assert texts_of(model, prompts, config, rows, None, said.append) == expected
-    assert said == [TOGETHER] * 3
-
-
-@GRAPHS
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("rows", [1, 5])
-def test_a_graph_gives_the_logits_of_launched_kernels(dtype, rows):
-    """Of each dtype, while a text outgrows what a graph reads."""
-    (_, model), said, logits = twins(dtype, 0.3), [], []
-    prompts = [[1, *some_tokens(90, seed=n).tolist()] for n in range(rows)]
-    for compile in (False, None):
-        decoding = Decoding(Rows(Engine(model, compile=compile, say=said.append), rows), [])
-        for number, prompt in enumerate(prompts):
-            decoding.admit(number, prompt, GenerationConfig(max_new_tokens=60, do_sample=False))
-        found, choose = [], decoding._chosen
-
-        def chosen(own, *others, found=found, choose=choose):
-            found.append(own.clone())
-            choose(own, *others)
-            return [7 + len(found)] * rows  # the same text, whatever rounding does
-
-        decoding._chosen = chosen
-        while decoding.rows.live:
-            decoding.step()
-        logits.append(torch.stack(found))
-    assert error(logits[1], logits[0].cpu()) < {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}[dtype]
-    assert said == [TOGETHER]
-
-
-@GRAPHS
-@pytest.mark.parametrize("experts", [False, True])
-def test_compiled_graphs_and_captures_that_fail_write_what_launched_kernels_write(experts):
-    """Experts in float32 wait for the GPU within PyTorch's kernel."""
-    (_, model), said = twins(**({"n_experts": 4, "n_active_experts": 4} if experts else {})), []
-    model.compute_experts("grouped")
-    prompts = [[1, *some_tokens(length, seed=length).tolist()] for length in (3, 40, 90)]
-    config = GenerationConfig(max_new_tokens=60, do_sample=False, repetition_penalty=1.0)
-    expected = texts_of(model, prompts, config, 1)
-    assert texts_of(model, prompts, config, 3, None if experts else True, said.append) == expected
-    assert said[-1].startswith("decoding: kernels are launched one by one") if experts else said[-1] == TOGETHER
 
 
 def test_weights_have_the_checksum_that_they_have_on_the_cpu():

@@ -17,6 +17,7 @@ from model.generation.sampling import PADDING, Choice, Shortlist, largest
 from model.kv_cache import KVCache, StepCache
 
 FEWEST_SLOTS, FEWEST_SLOTS_OF_FEW = 128, 512
+LAUNCHED = 4  # times before a capture, which takes as long: kernels are loaded by then, and rare sizes not captured
 MOST_CHOICES = 8  # whose graphs are kept
 
 Forward = Callable[[Tensor, StepCache], Tensor]  # int64 [rows, 1] -> logits of the next tokens, [rows, V]
@@ -33,7 +34,7 @@ class Step:
 
     def __init__(self, graph: accelerator.CUDAGraph, launch: Callable[[], None], result: Tensor) -> None:
         self.graph, self.result, self.is_captured = graph, result, False
-        self._launch, self._ran = launch, False
+        self._launch, self._launched = launch, 0
 
     def __call__(self) -> None:
         """Compute the result.
@@ -43,11 +44,11 @@ class Step:
         """
         if self.is_captured:
             self.graph.replay()
-        elif self._ran:
+        elif self._launched == LAUNCHED:
             self._capture()
-        else:  # which loads kernels; and many sizes are met only once
+        else:
             self.graph.launch(self._launch)
-            self._ran = True
+            self._launched += 1
 
     def _capture(self) -> None:
         """Capture them, run the graph once, and see that it gives what launching gives."""
@@ -118,7 +119,7 @@ class GraphSteps:
             self._choices.append(choice)
             number = len(self._choices) - 1
         texts, rows, slots = self._size
-        step = self._run((rows, slots, number), self._choosing)
+        step = self._run((rows, slots if choice.processors else 0, number), self._choosing)
         if step is None:
             return None
         values, ids = step.result[:, :texts].tolist()
@@ -181,7 +182,7 @@ def _compute_shortlist(
     Args:
         ids: int64 [rows, context].
         inputs: int64 [2, rows], positions of the newest tokens, and where the output begins.
-        numbers: int64 [slots], 0, 1, …; no text is longer.
+        numbers: int64 [slots], 0, 1, …; no text is longer. Processors alone need it.
         logits: float32 [rows, V].
     """
     if choice.processors:

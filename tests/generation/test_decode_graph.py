@@ -10,9 +10,9 @@ import torch
 
 from model import accelerator
 from model.errors import InputError
+from model.generation.decode_graph import Step
 from model.generation.decoding import Decoding
 from model.generation.engine import Engine, can_compile
-from model.generation.graph_step import Step
 from model.generation.prefixes import Prefixes
 from model.generation.rows import Rows
 from model.kv_cache import SPARE, KVCache, StepCache
@@ -47,6 +47,7 @@ def graphs(monkeypatch):
             made.append(self)
 
     monkeypatch.setitem(accelerator.GRAPHS, "cpu", Counted)
+    monkeypatch.setattr("model.generation.decode_graph.LAUNCHED", 1)  # texts are short here
     return made
 
 
@@ -185,23 +186,17 @@ def test_the_server_writes_what_launched_kernels_write(tiny_model, tokenizer):
         ]
 
 
-def test_a_graph_of_each_size_is_captured_once_and_kept_for_the_next_text(tiny_model, tokenizer, graphs):
-    generator = TextGenerator(tiny_model, tokenizer)
+def test_a_graph_of_each_size_is_captured_once_and_kept_for_the_next_text(tiny_model, tokenizer, graphs, monkeypatch):
+    monkeypatch.setattr("model.generation.decode_graph.LAUNCHED", 4)
+    generator, said = TextGenerator(tiny_model, tokenizer), []
+    generator.say = said.append
     config = GenerationConfig(max_new_tokens=5, seed=1)
-    texts = [generator.generate("中国", config) for _ in range(3)]
+    texts = [generator.generate("中国", config)]
+    assert not said and [graph.replays for graph in graphs] == [0, 0]  # a short text is not worth a capture
+    texts += [generator.generate("中国", config) for _ in range(2)]
     assert texts == [TextGenerator(tiny_model, tokenizer, compile=False).generate("中国", config)] * 3
     assert "".join(generator.stream("中国", config)) == texts[0]
-    assert len(graphs) == 2 and graphs[0].replays == graphs[1].replays == 4 * 4 - 1
-    assert "launched together" in "".join(said_by(generator))
-
-
-def said_by(generator):
-    """What a new generator of the same model says while it writes."""
-    said = []
-    other = TextGenerator(generator.model, generator.tokenizer)
-    other.say = said.append
-    other.generate("中国", GenerationConfig(max_new_tokens=5))
-    return said
+    assert said == [TOGETHER] and [graph.replays for graph in graphs] == [4 * 4 - 4] * 2
 
 
 def test_many_different_settings_keep_no_more_graphs_than_a_few(tiny_model, graphs):
@@ -273,6 +268,38 @@ def test_damaged_weights_are_reported_as_without_a_graph(tiny_model):
         tiny_model.output.weight[7] = torch.nan
     with pytest.raises(InputError, match="the weights give logits that are not finite"):
         decoding.step()
+
+
+@pytest.mark.parametrize("compile", [False, None])
+@pytest.mark.parametrize("prompts", [[[1, 7]], [[1, 7], [1, *[5] * 40]]])
+def test_a_text_whose_numbers_overflow_harms_none_that_takes_its_place(tiny_model, prompts, compile):
+    settings = {"max_new_tokens": 20, **GREEDY}
+    expected = texts_of(Engine(tiny_model, compile=compile), prompts, 1, **settings)
+    with torch.no_grad():
+        tiny_model.output.weight = torch.nn.Parameter(tiny_model.output.weight.clone())
+        tiny_model.tok_embeddings.weight[9] = torch.inf
+    rows = Rows(Engine(tiny_model, compile=compile), len(prompts))
+    with pytest.raises(InputError, match="not finite"):
+        list(decode(rows, [[1, *[9] * 60]], GenerationConfig(**settings), []))
+    texts = [[] for _ in prompts]
+    for event in decode(rows, prompts, GenerationConfig(**settings), [2]):
+        texts[event.number].append((event.token, event.end, None))
+    assert texts == expected
+
+
+def test_what_was_wiped_is_not_remembered(tiny_model):
+    """The settings left no token, so that the text ended with an error; the next ones begin as it did."""
+    prompt, failed = [1, *[5] * 60], []
+    bans = GenerationConfig(do_sample=False, logit_bias=dict.fromkeys(range(300), -torch.inf))
+    config = GenerationConfig(max_new_tokens=9, **GREEDY)
+    expected = [event.token for event in decode(Rows(Engine(tiny_model, compile=False), 1), [prompt], config, [])]
+    for given in ({"remembers": True}, {"prefixes": Prefixes(1 << 20)}):
+        decoding = Decoding(Rows(Engine(tiny_model), 1, **given), [], on_error=lambda *error: failed.append(error))
+        decoding.admit(0, prompt, bans)
+        decoding.step()
+        decoding.admit(1, prompt, config)
+        assert [event.token for _ in range(9) for event in decoding.step()] == expected
+    assert len(failed) == 2
 
 
 def test_dropout_is_off_whatever_the_mode_of_the_model(tiny_config):
