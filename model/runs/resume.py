@@ -15,7 +15,7 @@ from model.runs.checkpoint import READABLE_VERSIONS, add_defaults, state_problem
 from model.runs.folder import INTERRUPTED, all_checkpoints, started_at
 from model.storage.parts import load_parted
 from model.training.choices import FoundCheckpoint
-from model.training.data import TrainingData
+from model.training.data import TrainingData, fingerprint_text
 from model.training.settings import TrainingSettings
 from model.weights.shapes import read_shape
 
@@ -150,19 +150,25 @@ def check_fits(path: Path, checkpoint: Mapping, mine: Mapping[str, Mapping], opt
         "tokenizer": {"sha256": checkpoint["tokenizer_sha256"]},
         "adapters": NO_ADAPTERS | checkpoint["adapters"],
     }
-    titles = {"config": "model", "data": "data", "tokenizer": "tokenizer", "adapters": "LoRA"}
+    titles = {
+        "config": "another model",
+        "data": "other data",
+        "tokenizer": "another tokenizer",
+        "adapters": "other LoRA",
+    }
     for name, title in titles.items():
         there, here = its[name], mine[name]
         unknown = {key for key in here if key.endswith("sha256") and None in (here[key], there.get(key))}
         different = [
-            f"{key} {_short(there.get(key))} there, {_short(here[key])} here"
+            f"{fingerprint_text(key, here) if name == 'data' else key} {_short(there.get(key))} there,"
+            f" {_short(here[key])} here"
             for key in here
             if here[key] != there.get(key) and key not in unknown
         ]
         if different:
             more = f"; and {len(different) - MOST_DIFFERENCES:,} more" if len(different) > MOST_DIFFERENCES else ""
             found = "; ".join(different[:MOST_DIFFERENCES]) + more
-            raise InputError(f"{path} was made with another {title}: {found}; {remedies[name]}")
+            raise InputError(f"{path} was made with {title}: {found}; {remedies[name]}")
     before = checkpoint["settings"]["training"]["optimizer_type"]
     if before != optimizer_type:
         raise InputError(
@@ -171,7 +177,7 @@ def check_fits(path: Path, checkpoint: Mapping, mine: Mapping[str, Mapping], opt
 
 
 def _short(value) -> str:
-    text = "not set" if value is None else str(value)
+    text = "not set" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
     return f"{text[:12]}…" if re.fullmatch("[0-9a-f]{64}", text) else text
 
 

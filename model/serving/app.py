@@ -59,6 +59,7 @@ class Server:
     is_chat: bool
     limits: Limits
     draining: bool = False
+    bodies: set[asyncio.Future] = field(default_factory=set)  # of requests, while they come
     encoding: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "encoding"))
     started: int = field(default_factory=lambda: int(time.time()))
     statuses: dict[int, int] = field(default_factory=dict)  # how often each was answered
@@ -180,7 +181,7 @@ async def _answer(server: Server, http: HttpRequest, read: Callable) -> Response
     """Check a request, let it be written, and answer it whole or as a stream."""
     if server.draining or server.loop.fault is not None:
         raise ApiError(503, "the server is shutting down", retry_after=5)
-    body = parse_json(await _body(http))
+    body = parse_json(await _body(server, http))
     if body.get("model") is not None:
         _check_model(server, body["model"])
     # Templates and long texts take milliseconds to seconds: other requests go on meanwhile. One thread, since
@@ -388,11 +389,11 @@ async def _gone(http: HttpRequest) -> None:
         pass
 
 
-async def _body(http: HttpRequest) -> bytes:
+async def _body(server: Server, http: HttpRequest) -> bytes:
     """The request's body.
 
     Raises:
-        ApiError: it is too large, or comes too slowly.
+        ApiError: it is too large, comes too slowly, or the server shuts down.
     """
     body, size = bytearray(), 0
 
@@ -405,12 +406,20 @@ async def _body(http: HttpRequest) -> bytes:
             elif size > DISCARDED * MOST_BYTES:  # a client that still sends would not see an earlier answer
                 break
 
+    reading = asyncio.ensure_future(read())
+    server.bodies.add(reading)
     try:
-        await asyncio.wait_for(read(), BODY_SECONDS)
+        await asyncio.wait_for(reading, BODY_SECONDS)
+    except asyncio.CancelledError:
+        if not server.draining:
+            raise
+        raise ApiError(503, "the server is shutting down", retry_after=5) from None
     except asyncio.TimeoutError:
         raise ApiError(408, f"the body did not come within {BODY_SECONDS:.0f} s") from None
     except ClientDisconnect:
         raise ApiError(400, "the body is cut off") from None
+    finally:
+        server.bodies.discard(reading)
     if size > MOST_BYTES:
         raise ApiError(413, f"the body has more than {MOST_BYTES:,} bytes")
     return bytes(body)

@@ -18,8 +18,9 @@ from model.serving.address import BACKLOG, listen
 from model.serving.app import Limits, Server, make_app
 from model.serving.model_loop import ModelLoop
 
-DRAIN_SECONDS = 30  # that running texts get after SIGTERM or Ctrl-C; a second signal ends them at once
-TOLD_SECONDS = 2  # of these, to tell the texts that do not end
+DRAIN_SECONDS = 30  # that running texts get after SIGTERM or Ctrl-C; a second signal ends them
+TOLD_SECONDS = 2  # to tell those that did not end so, before their connections are cut
+SHUT_DOWN = "the server has been shut down"
 KEEP_ALIVE_SECONDS = 5
 
 
@@ -108,22 +109,31 @@ class _Web(uvicorn.Server):
         )
         super().__init__(config)
         logging.getLogger("asyncio").setLevel(logging.ERROR)  # a client that goes away is no news
-        self._server = server
+        self._server, self._is_hurried = server, False
 
     def capture_signals(self):
         return contextlib.nullcontext()  # they come to the main thread, which is another
 
     async def shutdown(self, sockets=None) -> None:
-        """Let running texts end; those that do not are told so, before their connections are cut."""
+        """Let running texts end; those that do not are told so, before their connections are cut. Requests that have
+        not come whole are refused."""
+        for body in self._server.bodies:
+            body.cancel()
         late = asyncio.get_running_loop().call_later(
-            DRAIN_SECONDS - TOLD_SECONDS, self._server.loop.end_all, TimeoutError("the server has been shut down")
+            DRAIN_SECONDS - TOLD_SECONDS, self._server.loop.end_all, TimeoutError(SHUT_DOWN)
         )
         await super().shutdown(sockets)
         late.cancel()
 
     def handle_exit(self, number: int, frame) -> None:
-        if self.should_exit:
+        if self._is_hurried:
             self.force_exit = True
+        elif self.should_exit:
+            self._is_hurried = True
+            self._server.loop.end_all(TimeoutError(SHUT_DOWN))
+            cut = threading.Timer(TOLD_SECONDS, setattr, (self, "force_exit", True))
+            cut.daemon = True
+            cut.start()
         else:
             self._server.draining = self.should_exit = True
             if self._server.loop.running:

@@ -3,7 +3,8 @@
 import dataclasses
 import itertools
 import os
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,13 @@ from model.training.verification import verify
 
 # What a token file holds: data processing's name for it.
 FORMAT_OF_KIND = {"texts": "text", "chats": "chat", "pairs": "pairs"}
+KEY_TEXTS = {  # of a fingerprint
+    "samples_per_epoch": "samples of each source in an epoch (train_data_weights)",
+    "training_samples": "training samples",
+    "learn_sha256": "sha256 of which tokens are learned",
+    "reference_sha256": "sha256 of the reference's weights",
+    "seq_len": "max_seq_len",
+}
 ORDERS = {"feistel": SampleOrder, "philox": SortedOrder}  # of samples, by the name that a checkpoint has for it
 VERIFY_BYTES = 8 << 30  # of token files that are verified before training, which takes some ten seconds
 MOST_HELD_OUT_TEXTS = 100  # samples that tell what is forgotten
@@ -73,6 +81,21 @@ def _is_text(path: Path) -> bool:
             return False
         text = head[: error.start].decode("utf-8")
     return bool(text) and all(character.isprintable() or character.isspace() for character in text)
+
+
+def fingerprint_text(key: str, keys: Collection[str]) -> str:
+    """What a key of a fingerprint stands for, in a message: "tokens of file 2" for 2_tokens.
+
+    Args:
+        keys: all of that fingerprint, which show what is an entry of several files (see `JoinedDataset.fingerprint`).
+    """
+    if key.startswith("mix_") and key != "mix_share":
+        return f"{fingerprint_text(key.removeprefix('mix_'), keys)} of mix_data_path"
+    numbers, name = re.fullmatch(r"((?:\d+_)*)(.+)", key).groups()
+    first, *more = numbers.split("_")[:-1] or [""]
+    where = f"{'entry' if f'{first}_files' in keys else 'file'} {first}" if first else ""
+    where = f"file {more[0]} of {where}" if more else where
+    return f"{KEY_TEXTS.get(name, name)}{' of ' if where else ''}{where}"
 
 
 def chats_text(dataset: PretrainDataset) -> str:
@@ -210,10 +233,16 @@ class TrainingData:
         self.training_samples = sum(map(len, training))
         per_epoch = [len(samples) for samples in training]
         if len(entries) > 1:
-            per_epoch = apportioned(self.training_samples, data.train_data_weights)
-            for path, samples, count in zip(data.train_data_path, training, per_epoch, strict=True):
+            weights = data.train_data_weights
+            per_epoch = apportioned(self.training_samples, weights)
+            for path, samples, count, weight in zip(data.train_data_path, training, per_epoch, weights, strict=True):
                 share, passes = count / self.training_samples, count / len(samples)
                 say(f"train_data_weights: {share:.1%} of the samples are of {path}, read {passes:.2f} times an epoch")
+                if weight / sum(weights) * self.training_samples < 1:
+                    say(
+                        f"warning: train_data_weights: {weight:g} of {sum(weights):g} for {path} is less than one of"
+                        f" {self.training_samples:,} samples; one is read in each epoch; raise it, or omit the file"
+                    )
         self.sources = [
             Source(dataclasses.replace(samples, begin=begin), count)
             for samples, begin, count in zip(training, begins, per_epoch, strict=True)
@@ -334,7 +363,8 @@ class TrainingData:
         self.fingerprint, self.validation = decided(lambda: mine)
         for here, there in zip(mine, (self.fingerprint, self.validation), strict=True):
             if different := [key for key in there if here[key] != there[key] and here[key] is not None]:
-                found = "; ".join(f"{key} {there[key]} on rank 0, {here[key]} here" for key in different)
+                named = {key: fingerprint_text(key, there) for key in different}
+                found = "; ".join(f"{text} {there[key]} on rank 0, {here[key]} here" for key, text in named.items())
                 raise InputError(f"train_data_path, val_data_path: other files than rank 0's ({found})")
 
     def _open(self, path: str, say: Callable[[str], None], name: str = "train_data_path") -> PretrainDataset:

@@ -204,6 +204,34 @@ def test_texts_that_do_not_end_in_time_are_told_so(weights_file, monkeypatch):
         assert error["message"] == "the server has been shut down"
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGTERM for other processes")
+def test_a_second_signal_ends_running_texts_and_they_are_told_so(weights_file, monkeypatch):
+    from model.serving.model_loop import ModelLoop
+
+    step = ModelLoop._step
+    monkeypatch.setattr(ModelLoop, "_step", lambda self: (time.sleep(0.5), step(self)))  # a minute for a text
+    with served_here(weights_file, monkeypatch) as (port, web), ThreadPoolExecutor(2) as pool:
+        asked = [pool.submit(call_server, port, "POST", TEXT, {**LONG, "stream": stream}) for stream in (False, True)]
+        wait_until(lambda: web._server.loop.running == 2)
+        web.handle_exit(signal.SIGINT, None)
+        web.handle_exit(signal.SIGINT, None)
+        (status, _, whole), (_, _, stream) = [one.result() for one in asked]
+    assert status == 503 and whole["error"]["message"] == "the server has been shut down"
+    assert events_of(stream)[-1]["error"]["message"] == "the server has been shut down"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGTERM for other processes")
+def test_a_request_that_has_not_come_whole_does_not_delay_the_end(weights_file, monkeypatch):
+    with served_here(weights_file, monkeypatch) as (port, web):
+        with socket.create_connection(("127.0.0.1", port)) as half:
+            half.settimeout(60)
+            head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+            half.sendall(head + b"Content-Length: 100\r\n\r\n{")
+            wait_until(lambda: web._server.bodies)
+            web.handle_exit(signal.SIGTERM, None)
+            assert half.recv(1000).startswith(b"HTTP/1.1 503")  # not 408, as after half a minute
+
+
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGKILL")
 def test_a_server_that_was_killed_starts_again_at_its_port(weights_file):
     with running_server(weights_file) as server:

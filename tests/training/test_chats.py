@@ -174,7 +174,7 @@ def test_a_run_that_resumes_is_judged_with_its_checkpoints_settings(chat_flags, 
     train(chat_flags(mix_data_path=token_file, mix_share=0.3, max_steps=4, save_interval=2))
     resumed = {"out_dir": str(tmp_path / "out"), "max_steps": "5"}
     for alone, merged in (  # both contradict the defaults: mix_data_path null, learning_rate 3e-4
-        ({"mix_share": "0.4"}, "was made with another data: mix_share 0.3 there, 0.4 here"),
+        ({"mix_share": "0.4"}, "was made with other data: mix_share 0.3 there, 0.4 here"),
         ({"min_lr": "0.01"}, "min_lr: 0.01 is above learning_rate 0.003"),
     ):
         assert merged in refused(resumed | alone, capfd, "--resume")
@@ -342,4 +342,4 @@ def test_a_run_says_that_texts_given_to_tune_on_are_no_chats(flags, chat_flags, 
 
 def test_a_checkpoint_of_texts_is_not_resumed_on_chats(flags, chat_flags, tmp_path, capfd):
     train(flags(max_steps=4, max_seq_len=CONTEXT))
-    assert "was made with another data" in refused(chat_flags(resume="true"), capfd)
+    assert "was made with other data" in refused(chat_flags(resume="true"), capfd)

@@ -287,7 +287,7 @@ def test_a_run_resumes_with_the_same_adapters_only(lora_flags, tmp_path, capfd):
         ({"lora_rank": 0}, "lora_rank 4 there, 0 here; lora_alpha 16.0 there, not set here"),
     ):
         said = refused({"out_dir": str(tmp_path / "out")} | {k: str(v) for k, v in changes.items()}, capfd, "--resume")
-        assert f"was made with another LoRA: {found}; change it back, or begin a new run with its weights" in said
+        assert f"was made with other LoRA: {found}; change it back, or begin a new run with its weights" in said
     assert exit_code_here({"out_dir": str(tmp_path / "out"), "max_steps": "5"}, "--resume") == 0
     train(lora_flags(max_steps=4, lora_rank=None, out_dir=tmp_path / "full"))
     assert "lora_rank 0 there, 4 here" in refused(

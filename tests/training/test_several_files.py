@@ -119,6 +119,15 @@ def test_weights_are_exact_shares_of_an_epoch_and_of_every_stretch_of_it(data_of
     assert len(set(data.val_samples >= sizes[:2].sum())) == 2  # both are validated on
 
 
+def test_a_weight_that_stands_for_less_than_a_sample_is_warned_of(data_of, files):
+    said = data_of(train_data_path=files, train_data_weights=[1, 1e-9, 1]).said
+    (line,) = [line for line in said if line.startswith("warning: train_data_weights")]
+    assert f"1e-09 of 2 for {files[1]} is less than one of " in line and "; one is read in each epoch; raise it" in line
+    assert not [
+        line for line in data_of(train_data_path=files, train_data_weights=[1, 1, 1]).said if "less than" in line
+    ]
+
+
 def test_numbers_in_proportion_to_weights_add_up():
     assert apportioned(10, [1, 1, 1]) == [4, 3, 3] and apportioned(7, [0.7, 0.2, 0.1]) == [5, 1, 1]
     assert apportioned(10**12, [2, 1]) == [666666666667, 333333333333] and apportioned(100, [1e9, 1]) == [100, 1]
@@ -158,17 +167,24 @@ def test_another_set_of_files_is_not_resumed(flags, files, tmp_path, capfd):
     for others, expected in (
         (files[:2], f"tokens {sum(sizes)} there, {sum(sizes[:2])} here; files 3 there, 2 here"),
         ([*files, copied(files[0])], "files 3 there, 4 here"),
-        (files[::-1], f"1_tokens {sizes[0]} there, {sizes[2]} here; 1_sha256 "),
+        (files[::-1], f"tokens of file 1 {sizes[0]} there, {sizes[2]} here; sha256 of file 1 "),
         (files[0], f"tokens {sum(sizes)} there, {sizes[0]} here"),
     ):
         said = refused(flags(train_data_path=others), capfd, "--resume")
-        assert f"was made with another data: {expected}" in said or f"; {expected}" in said
+        assert f"was made with other data: {expected}" in said or f"; {expected}" in said
         assert "give the same data, or begin a new run" in said
     weighted = {"train_data_path": files, "train_data_weights": [1, 1, 1], "out_dir": tmp_path / "weighted"}
     train(flags(max_steps=4, **weighted))
     assert load_torch(tmp_path / "weighted" / "checkpoint_step_4.pth")["data"]["files"] == 3
     said = refused(flags(**weighted | {"train_data_weights": [1, 1, 2]}), capfd, "--resume")
-    assert "samples_per_epoch [" in said
+    assert "samples of each source in an epoch (train_data_weights) [" in said
+    entries = {"train_data_path": [files[0].replace("part_0", "part_[01]"), files[2]], "train_data_weights": [1, 2]}
+    train(flags(max_steps=4, out_dir=tmp_path / "entries", **entries))
+    entries["train_data_path"][0] = files[1].replace("part_1", "part_[12]")
+    entries["train_data_path"][1] = files[0]
+    said = refused(flags(out_dir=tmp_path / "entries", **entries), capfd, "--resume")
+    assert f"tokens of entry 1 {sum(sizes[:2])} there, {sum(sizes[1:])} here; " in said
+    assert f"tokens of file 1 of entry 1 {sizes[0]} there, {sizes[1]} here; " in said
     assert exit_code_here(flags(max_steps=5, **weighted), "--resume") == 0
 
 

@@ -384,7 +384,7 @@ def test_a_checkpoint_of_another_model_or_data_is_refused(flags, tmp_path):
         train(flags(resume="true", sample_start="document"))
     other = tmp_path / "other.bin"
     other.write_bytes(b"\1\0" * 5000)
-    with pytest.raises(InputError, match="another data"):
+    with pytest.raises(InputError, match="other data"):
         train(flags(resume="true", train_data_path=other))
 
 
