@@ -35,8 +35,9 @@ TOKENS = ROOT / "dataset" / "classics_zh.bin"
 SHOWN = 75  # last lines of a part that the summary shows
 SIDE_BY_SIDE = {"tests", "resume", "training_tests"}  # nothing in them is timed
 ORDER = (  # the most important first
-    "machine", "smoke", "tests", "resume", "training_tests", "graph", "train_speed", "profile", "train_speed_110M",
-    "graph_110M", "decode", "demo", "training", "decode_135M", "dry_run", "saving", "decode_fp32", "decode_135M_fp32",
+    "machine", "smoke", "tests", "resume", "training_tests", "graph", "documents", "train_speed", "profile",
+    "train_speed_110M", "graph_110M", "decode", "demo", "training", "decode_135M", "dry_run", "saving", "decode_fp32",
+    "decode_135M_fp32",
 )  # fmt: skip
 LARGE = ("--dim", 768, "--n_layers", 16, "--max_seq_len", 1024, "--batch_size", 16)
 TINY = ("--dim", 64, "--n_layers", 2, "--n_heads", 4, "--n_kv_heads", 2, "--max_seq_len", 64, "--batch_size", 2)
@@ -160,7 +161,13 @@ def trainings(options: argparse.Namespace, work: Path) -> list[Part]:
         question = "what is a step as one CUDA graph worth, and has it the bits of launched kernels"
         return Part(name, question, seconds, commands)
 
+    documents = []
+    for way in ("pytorch", "auto"):
+        flags = ("--document_mask", "--qk_norm", "--compile", "true", "--attention", way)
+        documents += [python(*run, *flags, "--out_dir", work / f"documents_{way}"), told(f"documents_{way}")]
+
     return [
+        Part("documents", "what is attention that skips other documents worth, beside a mask", 150, documents),
         Part("demo", "the demo, compiled", 90,
              [python(*demo, "--compile", "true", "--out_dir", work / "demo"), told("demo")]),
         Part("training", "is train.py as fast as the bare steps, compiled and eager", 120, [
