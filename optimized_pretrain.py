@@ -3,10 +3,10 @@
 One loop trains on one CPU, one GPU or many nodes. It can stop at any time and resume with the same weights, bit for
 bit, as if it had never stopped (on the same machine, versions, threads and number of processes).
 
-`_train_step` and `_update` are the arithmetic of one step; what it minimizes is the `objective`'s. A GPU gets the next
-step before this one's loss is read, so that it never waits (`_advance`). Around it, `__init__` sets up (what the run
-will do is its `plan`), `_loop` decides when to evaluate, save and end, `_count` and `_log` record, and `_beat` reports
-to the watchdog.
+`_train_step` takes a step: `_gradients`, `_take` and `_update` are its arithmetic, and what it minimizes is the
+`objective`'s. A GPU gets the next step before this one's loss is read, so that it never waits (`_advance`), and, where
+that is possible, as one graph (`step_graph.py`). Around it, `__init__` sets up (what the run will do is its `plan`),
+`_loop` decides when to evaluate, save and end, `_count` and `_log` record, and `_beat` reports to the watchdog.
 """
 
 import contextlib

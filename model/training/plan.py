@@ -150,11 +150,13 @@ class RunPlan:
         return line
 
     def resolved(self, settings: Settings) -> dict[str, dict]:
-        """All settings of the run with the values that it uses, by section, as in a config file."""
+        """All settings of the run with the values that it uses, by section, as in a config file; `cuda_graph`, which
+        changes no bit, as asked for."""
         values = settings.as_dict()
         values["model"] |= dataclasses.asdict(self.config)
         values["training"] |= dataclasses.asdict(self.training)
         values["training"] |= {"min_lr": self.schedule.min_lr, "warmup_steps": self.schedule.warmup_steps}
+        values["training"]["cuda_graph"] = settings.training.cuda_graph  # else another machine might refuse this one's
         return values
 
 

@@ -9,6 +9,7 @@ import signal
 
 import pytest
 import torch
+import yaml
 
 from model import accelerator
 from model.errors import InputError
@@ -102,6 +103,7 @@ def test_a_run_has_the_bits_of_launched_steps(flags, tmp_path, tokenizer_folder,
         assert trainer.train() == "finished" and trainer.progress.skipped_steps >= 5
         assert (trainer.graph is not None) == (on == "auto")
     assert "cuda_graph true (auto)" in capfd.readouterr().err
+    assert yaml.safe_load((tmp_path / "auto" / "config.yaml").read_text())["training"]["cuda_graph"] == "auto"
     assert sum(graph.replays for graph in graphs) > 30
     assert_same_run(tmp_path / "false", tmp_path / "auto")
 
