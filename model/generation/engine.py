@@ -77,6 +77,7 @@ class Engine:
             self._module = InferenceModel(model, int8)
             self._module.try_layouts(say)
         self._graph_type = None if compile is False else graph_type
+        self._memory = [] if self._graph_type is None else _memory(model)  # that graphs read
         self._told_graphs = False
         self._next_logits = _next_logits
         if compile and not on_cpu:
@@ -95,7 +96,8 @@ class Engine:
     def fits(self, model: Transformer, int8: bool, compile: bool | None) -> bool:
         """Whether this engine has that model's present weights and these settings; reads all weights once."""
         same = self._model is model and self._int8 == int8 and self._compile == compile
-        return same and self._weights == _identity(model)
+        moved = self._memory and [t.data_ptr() for t in self._memory] != [t.data_ptr() for t in _memory(model)]
+        return same and not moved and self._weights == _identity(model)
 
     @property
     def config(self) -> LMConfig:
@@ -176,7 +178,7 @@ class Engine:
         Raises:
             InputError: a problem, but compiled graphs are asked for.
         """
-        if problem is not None and self._compile:
+        if problem is not None and self._compile and not self._told_graphs:
             raise InputError(f"compile: a step cannot be compiled as a graph ({problem}); omit --compile")
         if problem is not None and self._graph_type is not None:
             self._say(f"decoding: kernels are launched one by one, since there is no graph of them ({problem})")
@@ -263,6 +265,11 @@ def _cannot_capture(model: Transformer) -> str | None:
     loops = any(layer.feed_forward.experts.way == "loop" for layer in model.layers)
     waits = accelerator.kind_of(model.device).has_grouped_products and model.dtype != torch.bfloat16  # PyTorch's kernel
     return "the experts' products wait to know how many rows each has" if loops or waits else None
+
+
+def _memory(model: Transformer) -> list[Tensor]:
+    """What a step reads: kept, since `Module.to` gives a model other memory."""
+    return [tensor.detach() for tensor in (*model.parameters(), *model.buffers())]
 
 
 def _identity(model: Transformer) -> tuple[torch.device, bytes]:

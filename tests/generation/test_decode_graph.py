@@ -199,6 +199,22 @@ def test_a_graph_of_each_size_is_captured_once_and_kept_for_the_next_text(tiny_m
     assert said == [TOGETHER] and [graph.replays for graph in graphs] == [4 * 4 - 4] * 2
 
 
+def test_a_model_whose_weights_moved_gets_other_graphs(tiny_model, tokenizer, graphs):
+    generator, config = TextGenerator(tiny_model, tokenizer), GenerationConfig(max_new_tokens=9, **GREEDY)
+    text, engine = generator.generate("中国", config), generator.engine()
+    rows = Rows(engine, 1)
+    ids = [event.token for event in decode(rows, [[1, 7]], config, [])]
+    assert generator.engine() is engine
+    tiny_model.to(torch.float32)  # changes no number, but the tables of RoPE are new
+    gc.collect()
+    assert [event.token for event in decode(rows, [[1, 7]], config, [])] == ids
+    assert generator.generate("中国", config) == text and generator.engine() is not engine
+    engine = generator.engine()
+    weight = tiny_model.layers[0].attention.wq.weight
+    weight.data = weight.data.clone()
+    assert generator.generate("中国", config) == text and generator.engine() is not engine
+
+
 def test_many_different_settings_keep_no_more_graphs_than_a_few(tiny_model, graphs):
     rows, launched = Rows(Engine(tiny_model), 1), Engine(tiny_model, compile=False)
     for k in [*range(3, 24), 4]:
