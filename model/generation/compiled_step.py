@@ -146,6 +146,12 @@ class Compiled(NamedTuple):
 
 
 SINGLE = ("step", "attention")  # kinds of compiled code
+ATTENTION_FIELDS = (
+    "n_heads",
+    "n_kv_heads",
+    "head_dim",
+    "max_seq_len",
+)  # of LMConfig: those that "attention" is made of
 GROUPS = {f"group{rows}": rows for rows in (4, 8)}  # kinds, and their texts
 
 
@@ -187,6 +193,8 @@ def kept_path(kind: str, config: LMConfig, dtype: torch.dtype | str, int8: bool)
         dtype: those of the weights and the cache.
     """
     shape = {**dataclasses.asdict(config), "dropout": 0, "flash_attn": True}
+    if kind == "attention":
+        shape = {name: getattr(config, name) for name in ATTENTION_FIELDS}
     parts = [json.dumps(shape), str(dtype), str(int8), torch.__version__, str(torch.get_num_threads()), _processor()]
     parts += [text for _, text in sorted(sources_of(decode_step.__name__).items())]
     return cache_folder() / f"{kind}_{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:24]}.pt2"

@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from model.errors import InputError
-from model.generation import inference_model
+from model.generation import decode_step, inference_model
 from model.generation.checksum import BLOCK, FACTOR, GROUP, WIDTH, checksum
-from model.generation.compiled_step import CompiledGroup, sources_of
+from model.generation.compiled_step import ATTENTION_FIELDS, CompiledGroup, kept_path, sources_of
 from model.generation.decode_step import BatchAttention, DecodeStep, GroupStep, in_words, quantized
 from model.generation.engine import WORTH_COMPILING, Engine
 from model.generation.inference_model import InferenceModel, packs
@@ -360,7 +360,7 @@ def test_the_step_comes_in_the_background_and_not_for_a_seed(tiny_model, tokeniz
         ({}, False),
         pytest.param({"qk_norm": True, "tie_embeddings": False}, True, marks=pytest.mark.slow),
         pytest.param(SHARED_EXPERTS, False, marks=pytest.mark.slow),
-        (EXPERTS | {"tie_embeddings": False}, True),
+        (EXPERTS | {"tie_embeddings": False, "n_layers": 1}, True),  # compiling takes half as long
     ],
 )  # fmt: skip
 def test_the_compiled_step_writes_what_the_eager_one_writes(tiny_config, steps, variant, int8, monkeypatch):
@@ -550,6 +550,30 @@ def test_compiled_code_is_kept_for_all_the_sources_that_it_is_made_from():
     assert "model.weights.load" not in sources and all(name.startswith("model") for name in sources)
     for module in (DecodeStep, BatchAttention, TransformerBlock, LMConfig, apply_rope, quantized, KVCache):
         assert module.__module__ in sources
+
+
+def test_shapes_with_the_same_heads_share_their_compiled_attention(tiny_config, monkeypatch):
+    def attention(**changes):
+        config = LMConfig(**{**vars(tiny_config), **changes})
+        return kept_path("attention", config, torch.float32, False)
+
+    assert attention() == attention(n_layers=9, vocab_size=400, tie_embeddings=False, **EXPERTS)
+    changes = [{"n_heads": 8, "head_dim": 16}, {"n_kv_heads": 1}, {"head_dim": 32}, {"max_seq_len": 64}]
+    assert len({attention(), *(attention(**change) for change in changes)}) == 5
+    fields = set()  # that its code reads of a config
+
+    class Noting(LMConfig):
+        def __getattribute__(self, name):
+            if name in LMConfig.__dataclass_fields__:
+                fields.add(name)
+            return super().__getattribute__(name)
+
+    config = Noting()
+    fields.clear()
+    monkeypatch.setattr(decode_step, "_compile", lambda *given: None)
+    monkeypatch.setattr(decode_step, "refuse_unknown", lambda *given: None)  # which reads all
+    decode_step.compile_attention(config, torch.float32, None)
+    assert fields == set(ATTENTION_FIELDS)
 
 
 @pytest.mark.long
