@@ -143,7 +143,7 @@ def _impossible_experts(values: dict) -> list[str]:
     n_experts, n_active = values["n_experts"], values["n_active_experts"]
     if n_experts == 0:
         given = [name for name in known if name in EXPERT_FIELDS and values[name] != known[name].default]
-        return [f"{name}: {shown(values[name])} of no experts; set n_experts, or omit {name}" for name in given]
+        return [f"{name}: {shown(values[name]).lower()} of no experts; set n_experts, or omit {name}" for name in given]
     if n_active > n_experts:
         problems.append(f"n_active_experts: {n_active} found, at most n_experts = {n_experts} expected")
     if values["shared_hidden_dim"] is not None and values["n_shared_experts"] == 0:

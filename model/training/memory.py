@@ -152,7 +152,8 @@ def check_memory(
     parts = f"weights, gradients and optimizer {size_text(state)}, activations {size_text(memory.activations)}"
     found = f"a step takes at least {size_text(memory.together)} ({parts}), {size_text(free)} are free on {device}"
     if memory.activations < state:
-        remedy = "make the model smaller (dim, n_layers, vocab_size)"
+        experts = ", n_experts" if config.n_experts else ""
+        remedy = f"make the model smaller (dim, n_layers{experts}, vocab_size)"
         if processes > 1 and training.shard not in FULLY_SHARDED:
             remedy += ", or set shard full"
     elif rows == 1:

@@ -164,7 +164,10 @@ TRAINING = {
 }
 
 
-@pytest.mark.parametrize("name", TRAINING)
+# torchrun starts four processes in the last one; two cost 17 s of CPU time and run nothing else.
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name == "torchrun" else name for name in TRAINING]
+)
 def test_training(guide, quick, home, name):
     shutil.rmtree(home / "out", ignore_errors=True)
     if name == "config":

@@ -227,6 +227,7 @@ def test_16_bits_keep_the_routers_bias(tmp_path):
         ({"n_experts": -1}, "n_experts: -1 found"),
         ({"n_experts": 4, "shared_hidden_dim": 64}, "shared_hidden_dim: 64 of no shared experts"),
         ({"n_shared_experts": 1}, "n_shared_experts: 1 of no experts; set n_experts, or omit n_shared_experts"),
+        ({"expert_bias": True}, "expert_bias: true of no experts; set n_experts, or omit expert_bias"),
         ({"n_experts": 4, "expert_score": "relu"}, "expert_score: 'relu' found, one of softmax, sigmoid expected"),
     ],
 )

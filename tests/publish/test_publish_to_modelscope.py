@@ -20,9 +20,10 @@ pytest.importorskip("modelscope_hub", reason="pip install modelscope_hub")
 pytestmark = pytest.mark.long
 PRIVATE, PUBLIC = 1, 5  # as the hub encodes them
 LOG_IN = """
-import sys
+import os, sys
 from modelscope_hub.config import HubConfig, set_default_config
-HubConfig().save_token(sys.argv[1]) if sys.argv[1:] else HubConfig().clear_token()
+os.environ["MODELSCOPE_ENDPOINT"], *token = sys.argv[1:]
+HubConfig().save_token(*token) if token else HubConfig().clear_token()
 set_default_config(None)  # as in a new process
 """
 
@@ -53,8 +54,8 @@ def interpreter(hub, tmp_path_factory):
 def log_in(hub, interpreter):
     """Leaves a token where `modelscope login` does, "good" to begin with."""
 
-    def log_in(token: str | None) -> None:
-        answer = interpreter.run([str(hub.home / "log_in.py"), *([token] if token else [])])
+    def log_in(token: str | None, url: str = hub.url) -> None:
+        answer = interpreter.run([str(hub.home / "log_in.py"), url, *([token] if token else [])])
         assert answer["code"] == 0, answer["stderr"]
 
     log_in("good")
@@ -126,9 +127,9 @@ def test_an_upload_that_fails_says_why_in_one_line(hub, interpreter, log_in, run
     assert not [path for path in run_folder.iterdir() if path.name.startswith(".publish")]
 
 
-def test_without_a_network_it_is_one_line(hub, log_in, run_folder, tmp_path_factory):
-    for cut_off in impatient(environment(hub.home, f"http://127.0.0.1:{free_port()}"), tmp_path_factory):
-        line = refused(publish(cut_off, run_folder, "ms:me/x"))
+def test_without_a_network_it_is_one_line(interpreter, log_in, run_folder):
+    log_in("good", f"http://127.0.0.1:{free_port()}")
+    line = refused(publish(interpreter, run_folder, "ms:me/x"))
     assert "Connection refused); check the network, or MODELSCOPE_ENDPOINT" in line
 
 

@@ -413,6 +413,8 @@ def test_settings_of_experts_are_refused_with_dense_weights(flags, tmp_path, tok
 
 def test_a_checkpoint_of_other_experts_is_refused_by_name(flags, capfd):
     train(flags(**MIXTURE, max_steps=4))
-    assert "n_experts 4 there, 8 here" in refused(
-        flags(**MIXTURE | {"n_experts": 8}, max_steps=4, resume="true"), capfd
-    )
+    for change, said in (
+        ({"n_experts": 8}, "n_experts 4 there, 8 here"),
+        ({"qk_norm": "true"}, "false there, true here"),
+    ):
+        assert said in refused(flags(**MIXTURE | change, max_steps=4, resume="true"), capfd)

@@ -1,6 +1,7 @@
 """What is known of a run before its first step: its memory, its time, and that its files are what they should be."""
 
 import contextlib
+import dataclasses
 import time
 
 import pytest
@@ -70,12 +71,14 @@ def test_a_step_that_may_not_fit_is_warned_of(tiny_config):
 def test_processes_that_each_hold_all_are_told_that_they_can_share_it():
     wide = LMConfig(dim=65536, n_layers=12, n_heads=64, vocab_size=300, max_seq_len=32)
 
-    def remedy(processes: int, **values) -> str:
+    def remedy(processes: int, config=wide, **values) -> str:
         with pytest.raises(InputError) as refused:
-            check_memory(wide, settings_of(batch_size=1, **values), CPU, contextlib.nullcontext(), processes)
+            check_memory(config, settings_of(batch_size=1, **values), CPU, contextlib.nullcontext(), processes)
         return str(refused.value)
 
     assert remedy(2).endswith("make the model smaller (dim, n_layers, vocab_size), or set shard full")
+    mixture = dataclasses.replace(wide, dim=512, hidden_dim=1024, n_experts=2**16)
+    assert remedy(1, config=mixture).endswith("make the model smaller (dim, n_layers, n_experts, vocab_size)")
     assert remedy(1).endswith("vocab_size)") and remedy(2, shard="full").endswith("vocab_size)")
 
 
