@@ -163,11 +163,15 @@ class Choices:
         self._say(f"{name} {value_text(value)} (auto): {why}")
         return value
 
-    def epochs(self, data: TrainingData) -> int:
-        """What the kind of data and their number call for."""
+    def epochs(self, data: TrainingData, parameters: int) -> int:
+        """What the kind of data and their number call for.
+
+        Args:
+            parameters: of the model that compute a token.
+        """
         kind = "pairs" if data.is_pairs else "chats" if data.is_chat else "texts"
         tokens = data.training_samples * data.config.max_seq_len
-        return self._settle("epochs", lambda: automatic_epochs(kind, tokens))
+        return self._settle("epochs", lambda: automatic_epochs(kind, tokens, parameters))
 
     def shard(self, model: Transformer) -> tuple[str, int]:
         """What ranks share, and how many share one copy. A checkpoint does not keep it: a resumed run, whose ranks may

@@ -19,7 +19,7 @@ from model.training.expectation import MOST_BEYOND, Outlook, unigram_of_data
 from model.training.memory import trained_bytes
 from model.training.optimizer import build_optimizer, optimizer_bytes, trained_parameters
 from model.training.order import SampleOrder
-from model.training.recipe import rough_duration_text, run_seconds
+from model.training.recipe import learns_by_heart, rough_duration_text, run_seconds
 from model.training.schedule import Schedule, plan_schedule
 from model.training.settings import FULLY_SHARDED, Settings, TrainingSettings
 from model.training.step import runs_ahead
@@ -79,7 +79,8 @@ class RunPlan:
     steps_done: int  # by the run that this one resumes
     samples_done: int
     expected_seconds: float  # of training, from FLOPs alone: a guess
-    outlook: Outlook | None  # what it will reach; None: no texts, not from random weights, or of an unknown size
+    outlook: Outlook | None  # what it will reach; None: no texts, not from random weights, or no rule knows it
+    by_heart: bool  # from random weights, it reads its text so often that it learns it by heart
 
     @property
     def is_fully_sharded(self) -> bool:
@@ -187,7 +188,7 @@ def plan_run(
 
     # Each choice takes what it depends on: passes, a step's rows, then its tokens, the number of steps, and their time.
     choices = Choices(t, found, ranks, hardware.device, say)
-    epochs = choices.epochs(data)
+    epochs = choices.epochs(data, active)
     shard, shards = choices.shard(model)
     batch_size = choices.batch_size(model, data, epochs, hardware.autocast, shards)
     choices.attention(data, batch_size, hardware.dtype)
@@ -214,6 +215,9 @@ def plan_run(
     ahead = runs_ahead(hardware.device, build_optimizer(model, t.optimizer_type, training.learning_rate, 0.0))
     problem = graph_problem(hardware.device, hardware.dtype, data, training, ranks.world_size, ahead)
     training = dataclasses.replace(training, cuda_graph=choices.cuda_graph(problem))
+    epoch_tokens, total_tokens = order.per_epoch * data.config.max_seq_len, total_steps * tokens_per_step
+    on_texts = not data.is_chat and t.init_from is None
+    by_heart = on_texts and learns_by_heart(active, epoch_tokens, total_tokens / epoch_tokens)
     return RunPlan(
         training=training,
         chosen=choices.made,
@@ -239,7 +243,8 @@ def plan_run(
         steps_done=done["step"],
         samples_done=done["samples"],
         expected_seconds=expected_seconds,
-        outlook=_outlook(data, t, active, order.per_epoch * data.config.max_seq_len, total_steps * tokens_per_step),
+        outlook=_outlook(data, t, active, epoch_tokens, total_tokens) if on_texts and not by_heart else None,
+        by_heart=by_heart,
     )
 
 
@@ -266,8 +271,6 @@ def _total_steps(pace: Mapping, order: SampleOrder, done: Mapping, checkpoint: M
 def _outlook(
     data: TrainingData, training: TrainingSettings, parameters: int, epoch_tokens: int, total_tokens: int
 ) -> Outlook | None:
-    if data.is_chat or training.init_from is not None:
-        return None
     outlook = Outlook(unigram_of_data(data), parameters, epoch_tokens, total_tokens, training.optimizer_type)
     return outlook if outlook.tens_beyond <= MOST_BEYOND else None
 

@@ -14,7 +14,7 @@ from model.training.expectation import Outlook
 from model.training.memory import free_memory, step_memory
 from model.training.plan import RunPlan
 from model.training.progress import Progress, StepResult
-from model.training.recipe import batch_text, duration_text, rough_duration_text
+from model.training.recipe import MOST_BY_HEART, batch_text, count_text, duration_text, rough_duration_text
 
 MEASURED_SECONDS, MOST_STEPS = 5.0, 50  # the dry run measures for this long or for this many steps, and at least one
 
@@ -46,6 +46,8 @@ def describe(plan: RunPlan) -> list[str]:
         lines.insert(1, f"experts: {_experts_text(plan)}")
     if plan.outlook is not None and len(plan.val_samples) and plan.steps_done == 0:
         lines.append(f"expected: {_expected_text(plan.outlook)}")
+    if plan.by_heart and plan.steps_done == 0:
+        lines.append(f"expected: {_by_heart_text(plan)}")
     if plan.is_fully_sharded:
         lines.append(_shared_text(plan))
     padding = plan.order.rows_per_step - plan.train_samples
@@ -62,6 +64,15 @@ def describe(plan: RunPlan) -> list[str]:
 def _expected_text(outlook: Outlook) -> str:
     expected = f"{outlook.at_end} bits per byte of held-out text at the end"
     return f"{expected}, as texts differ, with --recipe best or settings as good (docs/training.md)"
+
+
+def _by_heart_text(plan: RunPlan) -> str:
+    tokens = plan.train_samples * plan.config.max_seq_len
+    passes, text = plan.total_steps * plan.tokens_per_step / tokens, count_text(tokens)
+    return (
+        f"in {passes:.1f} passes, {plan.active_parameters:,} parameters will learn {text} tokens by heart;"
+        f" at most {MOST_BY_HEART} passes (epochs), more text or a smaller model help (docs/training.md)"
+    )
 
 
 def _shared_text(plan: RunPlan) -> str:
@@ -270,6 +281,8 @@ def _data_rows(plan: RunPlan) -> list[tuple[str, str]]:
 
 
 def _outlook_rows(plan: RunPlan) -> list[tuple[str, str]]:
+    if plan.by_heart:
+        return [("expected", _by_heart_text(plan))]
     return [] if plan.outlook is None else [("expected", _expected_text(plan.outlook))]
 
 

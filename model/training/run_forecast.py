@@ -102,7 +102,7 @@ def _without_auto(
     epochs, samples = training.epochs, MOST_TOKENS if data is None else data.training_samples
     if epochs == AUTO:
         kind = "texts" if data is None or not data.is_chat else "pairs" if data.is_pairs else "chats"
-        epochs, _ = automatic_epochs(kind, samples * length)
+        epochs, _ = automatic_epochs(kind, samples * length, cost.active_parameters)
     rows = training.batch_size
     if rows == AUTO:
         shares = training.accumulation_steps * cluster.gpus

@@ -57,7 +57,7 @@ def test_the_range_widens_outside_of_what_was_measured():
 @pytest.fixture
 def plan(flags, tmp_path):
     """Of a run from 1M parameters on, which the rule knows."""
-    wide = {"dim": 256, "n_layers": 2, "max_steps": 400, "eval_steps": 1, "optimizer_type": "muon"}
+    wide = {"dim": 256, "n_layers": 2, "max_steps": 300, "eval_steps": 1, "optimizer_type": "muon"}
     return Trainer(build_settings({}, flags(**wide))).plan
 
 
@@ -78,6 +78,18 @@ def test_a_run_that_falls_behind_is_told_what_usually_causes_it(plan):
     line = behind_line(slow, progress, total // 2, high + 0.01)
     assert line.startswith("step 200: ") and "the learning rate, 1e-06 where auto gives " in line
     assert "learning rate" not in behind_line(plan, progress, total // 2, high + 0.01)  # 3e-3 is near to auto's
+
+
+def test_too_many_passes_for_so_many_parameters_are_told_at_the_start(flags, token_file, tmp_path):
+    ids = np.fromfile(token_file, dtype="<u2")
+    ids[:4097].tofile(tmp_path / "few.bin")
+    options = {"train_data_path": tmp_path / "few.bin", "dim": 64, "max_steps": None, "batch_size": 8}
+    for epochs in (2, 3):
+        plan = Trainer(build_settings({}, flags(**options, epochs=epochs))).plan
+        assert plan.active_parameters > 10 * plan.train_samples * plan.config.max_seq_len
+        lines = [line for line in describe(plan) if line.startswith("expected: in 3.0 passes, ")]
+        assert plan.by_heart == (epochs == 3) == (len(lines) == 1)
+    assert plan.outlook is None and "by heart; at most 2 passes (epochs), more text" in lines[0]
 
 
 def test_a_text_learned_by_heart_is_told_in_later_passes_alone(plan):
