@@ -170,7 +170,7 @@ def test_a_run_trains_the_adapters_alone_and_leaves_plain_weights(lora_flags, ba
     written.load_state_dict(final)
     assert_equal(dict(trainer.build_evaluated_model().state_dict()), dict(written.state_dict()))
     samples = trainer.plan.samples_of(0, trainer.plan.val_samples, 0)
-    inputs, targets, documents = trainer.objective.read(trainer.data.val, samples)
+    inputs, targets, documents, _ = trainer.objective.read(trainer.data.val, samples)
     with torch.no_grad():
         model = trainer.model if trainer.ema is None else trainer.ema.module
         trained, of_file = (float(m.eval()(inputs, targets, documents=documents)) for m in (model, written))

@@ -176,7 +176,7 @@ print(len(os.listdir("/proc/self/task")) - before, torch.get_num_threads())
 
 def test_the_steps_set_muons_momentum(flags):
     trainer = train(flags(optimizer_type="muon", max_steps=3))
-    assert [group["momentum"] for group in trainer.optimizer.param_groups] == [momentum_at(2)] * 3
+    assert [group["momentum"] for group in trainer.optimizer.param_groups] == [float(np.float32(momentum_at(2)))] * 3
 
 
 @pytest.mark.long
@@ -300,7 +300,7 @@ def test_early_stopping_after_patience_evaluations_without_gain(flags, tmp_path)
 def test_a_new_optimizer_and_schedule_are_settings_like_the_others(flags, tmp_path, new_entries):
     trainer = train(flags(optimizer_type="sgd", lr_scheduler="constant", learning_rate=0.1))
     assert type(trainer.optimizer) is torch.optim.SGD
-    assert [group["momentum"] for group in trainer.optimizer.param_groups] == [0.8 + 11 / 100] * 2
+    assert [group["momentum"] for group in trainer.optimizer.param_groups] == [float(np.float32(0.8 + 11 / 100))] * 2
     assert [event["lr"] for event in events(tmp_path / "out") if "lr" in event][1:] == [0.1] * 11
     with pytest.raises(InputError, match="sgd has no automatic rate; give a number"):
         train(flags(optimizer_type="sgd", learning_rate="auto", out_dir=tmp_path / "auto"))
