@@ -28,10 +28,11 @@ from model.training.expectation import (
     RULE,
     SPREAD,
     Outlook,
-    share_of_unigram,
-    unigram_of_data,
+    share_of_text_bits,
+    text_bits_of_data,
     worth,
 )
+from model.training.recipe import learns_by_heart
 
 POWERS = np.arange(0.05, 0.61, 0.05)
 OF_RECIPE_BEST = re.compile("best-|1-x-|[0-9]+-x-[0-9].*-tokens-")  # runs of studies; others change a part of it
@@ -40,7 +41,7 @@ MOST_OFF = 0.02  # of nine in ten runs, beside what the fit leaves, for texts th
 
 
 def finished(folder: Path) -> list[dict]:
-    """Every finished run of recipe best as it is, below a folder: text, unigram, parameters, tokens, epoch_tokens and
+    """Every finished run of recipe best as it is, below a folder: text, text_bits, parameters, tokens, epoch_tokens and
     bits, and the curve, a list of (share of the run, tokens, bits)."""
     texts: dict[str, tuple[float, float]] = {}
     runs = []
@@ -54,13 +55,15 @@ def finished(folder: Path) -> list[dict]:
         text = json.dumps(values["data"], sort_keys=True)
         if text not in texts:
             data = TrainingData(load_settings(asked), False, lambda line: None)
-            texts[text] = unigram_of_data(data), data.training_samples * data.config.max_seq_len
-        unigram, epoch_tokens = texts[text]
+            texts[text] = text_bits_of_data(data), data.training_samples * data.config.max_seq_len
+        text_bits, epoch_tokens = texts[text]
         events = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
         curve = [(e["tokens"], e["bits_per_byte"]) for e in events if "bits_per_byte" in e]
         tokens, bits = curve[-1]
         parameters = Transformer(LMConfig(**{"qk_norm": True} | values["model"])).parameter_count()
-        run = {"name": asked.parent.name, "text": Path(values["data"]["train_data_path"]).stem, "unigram": unigram}
+        if learns_by_heart(parameters, epoch_tokens, tokens / epoch_tokens):
+            continue  # of which the rule says nothing
+        run = {"name": asked.parent.name, "text": Path(values["data"]["train_data_path"]).stem, "text_bits": text_bits}
         run |= {"parameters": parameters, "tokens": tokens, "epoch_tokens": epoch_tokens, "bits": bits}
         runs.append(run | {"curve": [(own / tokens, own, reached) for own, reached in curve]})
     return runs
@@ -72,7 +75,7 @@ def fit(runs: list[dict]) -> tuple[float, float, float, float, float]:
     Texts differ by more than their frequencies say, and not each has runs of all sizes: each gets a factor of its own,
     so that a difference between texts is not taken for one of sizes. The result is for their mean.
     """
-    shares = np.array([run["bits"] / run["unigram"] for run in runs])
+    shares = np.array([run["bits"] / run["text_bits"] for run in runs])
     texts = np.array([run["text"] for run in runs])
     factors = np.ones_like(shares)
     for _ in range(ROUNDS):
@@ -102,7 +105,7 @@ def rule(runs: list[dict], constants: tuple[float, ...], tokens: float | None = 
     """The shares of the frequencies' bits that the rule gives runs; after `tokens`, or at their ends."""
     return np.array(
         [
-            share_of_unigram(
+            share_of_text_bits(
                 run["parameters"], worth(run["tokens"] if tokens is None else tokens, run["epoch_tokens"]), constants
             )
             for run in runs
@@ -129,19 +132,19 @@ def main() -> None:
           + ", ".join(f"{constant:.4g}" for constant in constants))  # fmt: skip
     errors = []
     for run, share in zip(runs, rule(runs, constants), strict=True):
-        errors.append(run["bits"] / (run["unigram"] * share) - 1)
-        print(f"  {described(run)}, by the rule {run['unigram'] * share:.4f} ({errors[-1]:+.1%})")
+        errors.append(run["bits"] / (run["text_bits"] * share) - 1)
+        print(f"  {described(run)}, by the rule {run['text_bits'] * share:.4f} ({errors[-1]:+.1%})")
     print(f"nine of ten within {np.quantile(np.abs(errors), 0.9) + MOST_OFF:.3f} (SPREAD is {SPREAD}, RULE {RULE})")
     for run in (run for folder in options.check for run in finished(folder)):
-        expected = Outlook(run["unigram"], run["parameters"], run["epoch_tokens"], run["tokens"]).at_end
+        expected = Outlook(run["text_bits"], run["parameters"], run["epoch_tokens"], run["tokens"]).at_end
         inside = "inside" if expected.low <= run["bits"] <= expected.high else "OUTSIDE"
         print(f"  check {described(run)}, expected {expected}: {inside}")
     print("while a run goes on, its bits over those of a run that ends there (share of the run: ratio):")
     by_share: dict[float, list[float]] = {}
     for run in runs:
-        off = run["bits"] / (run["unigram"] * rule([run], constants)[0])  # of this text
+        off = run["bits"] / (run["text_bits"] * rule([run], constants)[0])  # of this text
         for share, own, bits in run["curve"][:-1]:
-            ended = run["unigram"] * rule([run], constants, own)[0] * off
+            ended = run["text_bits"] * rule([run], constants, own)[0] * off
             by_share.setdefault(round(share * 8) / 8, []).append(bits / ended)
     print("  " + ", ".join(f"{share:.3g}: {np.mean(found):.3f} ({min(found):.3f} to {max(found):.3f})"
                            for share, found in sorted(by_share.items())))  # fmt: skip

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from model.training import expectation
-from model.training.expectation import Outlook, unigram_bits_per_byte, worth
+from model.training.expectation import Outlook, compressed_bits_per_byte, unigram_bits_per_byte, worth
 from model.training.hints import behind_line, by_heart_line
 from model.training.progress import Progress
 from model.training.report import describe, dry_run
@@ -27,6 +27,14 @@ def test_frequencies_alone_cost_their_entropy():
     assert unigram_bits_per_byte(with_control, lengths, is_text) == pytest.approx(expected)
 
 
+def test_a_text_that_repeats_itself_is_packed_tighter():
+    lengths, is_text = np.array([0, 3, 3, 3, 3]), np.array([False, True, True, True, True])
+    ids = np.random.default_rng(0).integers(1, 5, 6000)
+    found = compressed_bits_per_byte(ids, lengths, is_text)
+    assert 2 / 3 < found < 1  # two bits a token of three bytes, and what bzip2 adds
+    assert compressed_bits_per_byte(np.tile(ids[:60], 100), lengths, is_text) < found / 10
+
+
 def test_reading_again_teaches_less_each_time():
     assert worth(500, 1000) == 500 and worth(1000, 1000) == 1000
     gains = np.diff([worth(passes * 1000, 1000) for passes in range(1, 60)])
@@ -41,7 +49,7 @@ def test_more_tokens_and_more_parameters_are_expected_to_learn_more():
     assert middle(total_tokens=3_000_000) < middle() < middle(total_tokens=600_000)
     assert middle(parameters=10_000_000) < middle() < middle(parameters=1_000_000)
     assert middle(optimizer_type="adamw") > middle()
-    assert middle(unigram=2 * 3.36) == pytest.approx(2 * middle())
+    assert middle(text_bits=2 * DEMO.text_bits) == pytest.approx(2 * middle())
     assert DEMO.after(300_000).middle > DEMO.at_end.middle
 
 
@@ -114,7 +122,7 @@ def test_a_run_that_reads_little_text_often_says_once_what_that_does(flags, toke
 def test_each_evaluation_says_what_others_had_and_being_behind_is_said_once(flags, tmp_path, capfd, monkeypatch):
     monkeypatch.setattr(expectation, "MEASURED_PARAMETERS", (1e3, 1e7))
     monkeypatch.setattr(expectation, "MEASURED_TOKENS", (1e2, 1e7))
-    monkeypatch.setattr(expectation, "share_of_unigram", lambda parameters, tokens: 0.01)  # no run learns as much
+    monkeypatch.setattr(expectation, "share_of_text_bits", lambda parameters, tokens: 0.01)  # no run learns as much
     train(flags(learning_rate=1e-6))
     assert capfd.readouterr().err.count("what usually causes it: the learning rate, 1e-06 where auto gives") == 1
     events = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
