@@ -40,9 +40,10 @@ LEAST_TOKENS, MOST_TOKENS = 2048, 2**19  # of a step
 # Passes of `auto` (least, most), and the steps of LEAST_TOKENS that they should come to. Of texts up to four passes are
 # nearly as good as new texts (Muennighoff et al., 2023); of few chats many are needed (benchmarks/RESULTS.md).
 # With more than BY_HEART parameters for each of its tokens, a text is learned by heart in over MOST_BY_HEART passes:
-# 2.9 million parameters end at 2.75, 2.67 and 2.89 bits per byte after 1, 2 and 4 passes over 0.15 million tokens.
+# 2.9 million parameters end at 2.75, 2.67 and 2.89 bits per byte after 1, 2 and 4 passes over 0.15 million tokens, and
+# at 2.61, 2.50 and 2.54 over 0.3 million.
 EPOCHS = {"texts": ((1, 4), STEPS_OF_A_RUN), "chats": ((3, 60), 200), "pairs": ((1, 1), 1)}
-BY_HEART, MOST_BY_HEART = 10, 2
+BY_HEART, MOST_BY_HEART = 5, 2
 
 LEAST_WARMUP, MOST_WARMUP = 10, 1000  # steps
 WARMUP_SHARE = 0.05  # of all steps

@@ -54,8 +54,8 @@ def test_warm_up_is_a_twentieth_within_limits(total, warmup):
     ("kind", "epoch_tokens", "parameters", "epochs"),
     [
         ("chats", 600, 10**7, 60), ("chats", 50_000, 10**7, 9), ("chats", 10**6, 10**7, 3), ("pairs", 600, 10**7, 1),
-        ("texts", 10**9, 10**7, 1), ("texts", 500_000, 10**6, 3), ("texts", 100_000, 10**6, 4),
-        ("texts", 100_000, 10**6 + 1, 2), ("texts", 500_000, 27 * 10**6, 2), ("texts", 10**9, 10**11, 1),
+        ("texts", 10**9, 10**7, 1), ("texts", 500_000, 10**6, 3), ("texts", 100_000, 500_000, 4),
+        ("texts", 100_000, 500_001, 2), ("texts", 500_000, 27 * 10**6, 2), ("texts", 10**9, 10**11, 1),
     ],
 )  # fmt: skip
 def test_fewer_chats_are_read_more_often(kind, epoch_tokens, parameters, epochs):
