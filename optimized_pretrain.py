@@ -153,7 +153,7 @@ class Trainer:
         self.model.balance_loss, self.model.router_z_loss = t.balance_loss, t.router_z_loss
         self.objective = choose_objective(self.data, self.plan, references)
         self.routing = Routing(self.model, t)
-        self.hints = Hints(self.plan, not self.data.is_chat, say)
+        self.hints = Hints(self.plan, self.data, say)
         self.evaluator = Evaluator(self.objective, self.data, self.plan, processes, self._is_stop_asked)
 
         self.parallel = self._parallel_model(is_whole)
@@ -597,8 +597,7 @@ class Trainer:
         """
         for line in evaluation_lines(self.progress, measured, self.data.is_chat):
             say(line)
-        tokens = self.plan.order.count_targets(self.progress.samples, self.data.train)
-        measured = measured | self.hints.after_evaluation(self.progress, tokens, measured)
+        measured = measured | self.hints.after_evaluation(self.progress, measured)
         if (line := self.routing.line()) is not None:
             say(f"    {line}")
         if self.judge is not None and self.data.is_chat:

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from model.errors import first_line
+
 MOST_OFF = 0.02  # of the norm, where bfloat16 rounds: of the outputs and gradients of `problem_on`'s trial
 
 
@@ -147,7 +149,7 @@ def problem_on(device: torch.device, heads: int, kv_heads: int, head_dim: int) -
     try:
         found = computed(device, torch.bfloat16)
     except (RuntimeError, TypeError, AttributeError) as error:
-        return str(error).partition("\n")[0][:200]
+        return first_line(error)
     for name, own, right in zip(("outputs", "dq", "dk", "dv"), found, computed("cpu", torch.float32), strict=True):
         off = float((own - right).norm() / right.norm())
         if not off <= MOST_OFF:

@@ -126,6 +126,25 @@ def python(code, **options):
     return json.loads(result.stdout)
 
 
+def signal_while_reading(trainer: Trainer, step: int, micro: int, look=lambda: None) -> None:
+    """Have a trainer get SIGTERM while it reads a micro-batch of a step, both counted from 0.
+
+    Args:
+        look: called just before.
+    """
+    read, reads = trainer.objective.read, []
+
+    def read_with_signal(data, samples):
+        if divmod(len(reads), trainer.training.accumulation_steps) == (step, micro):
+            look()
+            os.kill(os.getpid(), signal.SIGTERM)
+            wait_for(lambda: trainer.stop_signal.count)  # another thread counts it
+        reads.append(samples)
+        return read(data, samples)
+
+    trainer.objective.read = read_with_signal
+
+
 def wait_for(condition, process: subprocess.Popen | None = None) -> None:
     """Wait until the condition holds; fail if the process ends before."""
     end = time.monotonic() + HUNG

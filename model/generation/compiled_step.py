@@ -146,12 +146,7 @@ class Compiled(NamedTuple):
 
 
 SINGLE = ("step", "attention")  # kinds of compiled code
-ATTENTION_FIELDS = (
-    "n_heads",
-    "n_kv_heads",
-    "head_dim",
-    "max_seq_len",
-)  # of LMConfig: those that "attention" is made of
+ATTENTION_FIELDS = ("n_heads", "n_kv_heads", "head_dim", "max_seq_len")  # of LMConfig: what "attention" depends on
 GROUPS = {f"group{rows}": rows for rows in (4, 8)}  # kinds, and their texts
 
 

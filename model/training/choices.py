@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from model import accelerator
-from model.accelerator import kind_of
 from model.attention import VARLEN, has_ways
 from model.document_attention import problem_on
 from model.errors import InputError, counted
@@ -273,7 +272,7 @@ class Choices:
         tells_apart = with_documents and not data.is_pairs
         if self._training.attention == VARLEN and (problem := self._varlen_problem(config, dtype, tells_apart)):
             raise InputError(f"attention: varlen found, but {problem}; use auto")
-        if kind_of(self._device).has_flash_kernels and tells_apart:
+        if accelerator.kind_of(self._device).has_flash_kernels and tells_apart:
             self._settle("attention", lambda: self._with_documents(config, dtype))
         elif not has_ways(config.flash_attn, self._device, config.max_seq_len, config.dropout):
             self.made["attention"] = "pytorch"
@@ -290,7 +289,7 @@ class Choices:
 
     def _varlen_problem(self, config: LMConfig, dtype: torch.dtype, tells_apart: bool) -> str | None:
         """Why attention can't skip other documents on this device; None: it can."""
-        if not kind_of(self._device).has_flash_kernels:
+        if not accelerator.kind_of(self._device).has_flash_kernels:
             return f"{self._device.type} has no such kernels"
         if not tells_apart:
             return "no documents are told apart (document_mask), or pairs are trained on"

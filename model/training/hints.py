@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from model.training.data import TrainingData
 from model.training.optimizer import OPTIMIZERS
 from model.training.plan import RunPlan
 from model.training.progress import Progress
@@ -19,29 +20,29 @@ class Hints:
 
     Args:
         plan: of the run.
-        on_texts: whether it learns from texts: chats may be learned by heart.
+        data: that it learns from; chats may be learned by heart.
         say: prints one line for the user.
     """
 
     plan: RunPlan
-    on_texts: bool
+    data: TrainingData
     say: Callable[[str], None]
     _said: set[str] = field(default_factory=set)
 
-    def after_evaluation(self, progress: Progress, tokens: int, measured: dict) -> dict[str, float]:
+    def after_evaluation(self, progress: Progress, measured: dict) -> dict[str, float]:
         """What other runs had by now, for metrics.jsonl; says what there is to say.
 
         Args:
             progress: which has counted the evaluation.
-            tokens: trained on so far.
             measured: as metrics.jsonl has it.
         """
         by_heart = None
-        if self.on_texts and "val_loss" in measured:
+        if not self.data.is_chat and "val_loss" in measured:
             by_heart = by_heart_line(self.plan, progress, measured["val_loss"])
         self._say_once("by heart", by_heart)
         if self.plan.outlook is None or "bits_per_byte" not in measured:
             return {}
+        tokens = self.plan.order.count_targets(progress.samples, self.data.train)
         if by_heart is None:  # which would explain it
             self._say_once("behind", behind_line(self.plan, progress, tokens, measured["bits_per_byte"]))
         expected = self.plan.outlook.after(tokens)

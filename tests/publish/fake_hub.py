@@ -34,6 +34,7 @@ class Server(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     folder: Path
     objects: dict[str, bytes] = {}  # large files, by SHA-256
+    no_space: dict  # how the hub says so
 
     def log_message(self, *_) -> None:
         pass
@@ -46,6 +47,16 @@ class Server(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         self.answer(self.rfile.read(int(self.headers.get("Content-Length", 0))))
+
+    def do_PUT(self) -> None:
+        trouble = urlsplit(self.path).path.rpartition("/")[2]
+        if trouble == "broken":
+            return self.hang_up()
+        content = self.rfile.read(int(self.headers["Content-Length"]))
+        if trouble == "full":
+            return self.send(self.no_space, 413)
+        self.objects[hashlib.sha256(content).hexdigest()] = content
+        self.send({})
 
     @property
     def token(self) -> str:
@@ -79,16 +90,7 @@ class Hub(Server):
     """Answers one connection."""
 
     private: dict[str, bool] = {}  # by repository
-
-    def do_PUT(self) -> None:
-        trouble = urlsplit(self.path).path.rpartition("/")[2]
-        if trouble == "broken":
-            return self.hang_up()
-        content = self.rfile.read(int(self.headers["Content-Length"]))
-        if trouble == "full":
-            return self.send({"error": "no space"}, 413)
-        self.objects[hashlib.sha256(content).hexdigest()] = content
-        self.send({})
+    no_space = {"error": "no space"}
 
     def answer(self, body: bytes) -> None:
         """Find out what a request is about, and answer it."""

@@ -1,8 +1,5 @@
 """A device that gets each step before the last one was read: the same bits, whatever happens in a step."""
 
-import os
-import signal
-
 import pytest
 import torch
 
@@ -11,7 +8,7 @@ from model.training.optimizer import build_optimizer
 from model.training.settings import build_settings
 from optimized_pretrain import Trainer
 from tests.conftest import random_model
-from tests.tiny_runs import assert_equal, assert_same_end, losses, torchrun, train, two_ranks, wait_for
+from tests.tiny_runs import assert_equal, assert_same_end, losses, signal_while_reading, torchrun, train, two_ranks
 from utils import Processes
 
 CASES = {
@@ -97,17 +94,11 @@ def test_a_signal_while_a_step_is_in_flight_saves_that_step(flags, tmp_path, mic
     options = {"accumulation_steps": 3, "dropout": 0.1, "use_ema": "true", "eval_interval": 12, "save_interval": 12}
     train(flags(out_dir=tmp_path / "whole", **options))
     trainer = Trainer(build_settings({}, flags(**options)), Processes())
-    read, reads = trainer.objective.read, []
 
-    def read_with_signal(data, samples):
-        if divmod(len(reads), 3) == (5, micro):  # of the sixth step, while the fifth is in flight
-            assert trainer.progress.step == 4
-            os.kill(os.getpid(), signal.SIGTERM)
-            wait_for(lambda: trainer.stop_signal.count)
-        reads.append(samples)
-        return read(data, samples)
+    def the_fifth_is_in_flight() -> None:
+        assert trainer.progress.step == 4
 
-    trainer.objective.read = read_with_signal
+    signal_while_reading(trainer, 5, micro, the_fifth_is_in_flight)
     assert trainer.train() == "interrupted" and trainer.in_flight is None
     saved = load_torch(tmp_path / "out" / "checkpoint_interrupted.pth")["progress"]["step"]
     assert saved == len(losses(tmp_path / "out")) == (5 if micro < 2 else 6)  # else no other micro-batch comes after it

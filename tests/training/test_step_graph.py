@@ -3,9 +3,7 @@
 Here the graph is the fake one, which is as strict as a real one; `test_cuda.py` has the same for a GPU.
 """
 
-import os
 import shutil
-import signal
 
 import pytest
 import torch
@@ -19,7 +17,7 @@ from model.training.settings import build_settings
 from optimized_pretrain import Trainer
 from tests.chat_files import CHATS, write_chats
 from tests.fake_graph import FakeGraph
-from tests.tiny_runs import assert_same_end, losses, refused, train, wait_for
+from tests.tiny_runs import assert_same_end, losses, refused, signal_while_reading, train
 from tests.training.test_running_ahead import BAD
 from utils import Processes
 
@@ -130,17 +128,11 @@ def test_a_signal_between_micro_batches_drops_the_step(flags, tmp_path, micro, g
     options = {"accumulation_steps": 3, "use_ema": "true", "eval_interval": 12, "save_interval": 12}
     train(flags(out_dir=tmp_path / "whole", cuda_graph="false", **options))
     trainer = Trainer(build_settings({}, flags(**options)), Processes())
-    read, reads = trainer.objective.read, []
 
-    def read_with_signal(data, samples):
-        if divmod(len(reads), 3) == (7, micro):  # of the eighth step, while the seventh is in flight
-            assert graphs[0].replays > 1 and trainer.progress.step == 6
-            os.kill(os.getpid(), signal.SIGTERM)
-            wait_for(lambda: trainer.stop_signal.count)
-        reads.append(samples)
-        return read(data, samples)
+    def the_seventh_is_in_flight() -> None:
+        assert graphs[0].replays > 1 and trainer.progress.step == 6
 
-    trainer.objective.read = read_with_signal
+    signal_while_reading(trainer, 7, micro, the_seventh_is_in_flight)
     assert trainer.train() == "interrupted" and trainer.in_flight is None
     saved = load_torch(tmp_path / "out" / "checkpoint_interrupted.pth")["progress"]["step"]
     assert saved == len(losses(tmp_path / "out")) == (7 if micro < 2 else 8)  # else no other micro-batch comes after it

@@ -1,6 +1,5 @@
 """A signal to stop that comes within a long step: the step is dropped, and the resumed run ends with the same bits."""
 
-import os
 import signal
 import sys
 
@@ -11,7 +10,16 @@ from model.runs.signals import SECONDS_BETWEEN_VOTES, StopVote
 from model.storage.archive import load_torch
 from model.training.settings import build_settings
 from optimized_pretrain import Trainer
-from tests.tiny_runs import assert_equal, assert_same_end, command, finish_ranks, start_two_ranks, train, wait_for
+from tests.tiny_runs import (
+    assert_equal,
+    assert_same_end,
+    command,
+    finish_ranks,
+    signal_while_reading,
+    start_two_ranks,
+    train,
+    wait_for,
+)
 from utils import Processes
 
 LONG = {"max_steps": 6, "eval_interval": 2, "save_interval": 1, "accumulation_steps": 5}
@@ -39,16 +47,7 @@ def test_a_dropped_step_leaves_nothing_behind(flags, tmp_path, monkeypatch, case
     train(flags(out_dir=tmp_path / "whole", **options))
     torch.set_num_threads(1)
     trainer = Trainer(build_settings({}, flags(**options)), Processes())
-    read, reads = trainer.objective.read, []
-
-    def read_with_signal(data, samples):
-        if divmod(len(reads), LONG["accumulation_steps"]) == (step, 2):
-            os.kill(os.getpid(), signal.SIGTERM)
-            wait_for(lambda: trainer.stop_signal.count)  # another thread counts it
-        reads.append(samples)
-        return read(data, samples)
-
-    monkeypatch.setattr(trainer.objective, "read", read_with_signal)
+    signal_while_reading(trainer, step, 2)
     assert trainer.train() == "interrupted" and trainer.progress.step == step
     interrupted = tmp_path / "out" / "checkpoint_interrupted.pth"
     if step:
