@@ -2,11 +2,13 @@
 
     python benchmarks/experts.py
     python benchmarks/experts.py --shape wide --tokens 2000000 5000000 --seeds 1 2 --dtype float32
+    python benchmarks/experts.py --shape wide --decode
 
 Each run is `train.py` itself, with a schedule that ends with its tokens. First every contender trains for a few seconds
 alone, in turns, which gives its tokens per second. Then all train on the same tokens; and, for each mixture, the dense
 model on as many as it reads in the mixture's seconds. Finished runs are kept and not repeated, so the command can be
-stopped and started again.
+stopped and started again. With --decode instead: how fast a text is written by random weights of each shape, the
+contender and the dense model taking turns.
 """
 
 import argparse
@@ -15,14 +17,19 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
+import torch
 import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import decode_contenders
+
 from model.LMConfig import LMConfig
 from model.model import Transformer
+from model.weights import Weights, save_weights
 
 ROOT = Path(__file__).resolve().parent.parent
 SHAPES = {
@@ -46,6 +53,8 @@ CONTENDERS = {  # name: fields of the shape, settings of training
 TRAINING = {"optimizer_type": "muon", "learning_rate": 5e-3, "lr_scheduler": "linear", "batch_size": 8}
 SPEED_STEPS, SPEED_TURNS = 40, 3
 ROW = "| {} | {} | {} | {} | {} | {} | {} |"
+FORMATS = ("fp32", "bf16", "int8")
+WRITTEN_TOKENS, PROMPT_TOKENS, TEXT_TURNS = 128, 32, 9
 
 
 def shape_of(name: str, options: argparse.Namespace) -> dict:
@@ -110,6 +119,37 @@ def shown(losses: list[float]) -> str:
     return f"{statistics.mean(losses):.4f}{spread}"
 
 
+def writer(name: str, weights_format: str, options: argparse.Namespace):
+    """What decode.py calls a contender: writes one text by the compiled step with random weights of that shape."""
+    config = LMConfig(**shape_of(name, options))
+    torch.manual_seed(0)
+    model = Transformer(config)
+    with tempfile.TemporaryDirectory() as folder:
+        save_weights(Path(folder) / "weights.pth", Weights(model.state_dict(), config))
+        order = {"folder": folder, "format": weights_format, "kind": "compiled", "device": "cpu"}
+        order |= {"batch": 1, "prompt": PROMPT_TOKENS, "vocab_size": config.vocab_size}
+        return decode_contenders.ours(argparse.Namespace(**order))
+
+
+def compare_writing(names: list[str], options: argparse.Namespace) -> None:
+    """Print, for each format and mixture, the dense model's and its tokens a second and the ratio of their times."""
+    print("| format | model | tok/s | dense, tok/s | times dense's seconds |", "|---|---|---:|---:|---:|", sep="\n")
+    for weights_format in FORMATS:
+        writers = {name: writer(name, weights_format, options) for name in names}
+        seconds: dict[str, list[float]] = {name: [] for name in names}
+        for turn in range(TEXT_TURNS + 1):
+            for name, write in writers.items():
+                whole = write(WRITTEN_TOKENS)[1]
+                if turn:  # the first one compiles
+                    seconds[name].append(whole)
+        rates = {name: WRITTEN_TOKENS / statistics.median(times) for name, times in seconds.items()}
+        for name in names[1:]:
+            ratio = statistics.median(own / dense for own, dense in zip(seconds[name], seconds["dense"], strict=True))
+            print(
+                f"| {weights_format} | {name} | {rates[name]:,.0f} | {rates['dense']:,.0f} | {ratio:.2f} |", flush=True
+            )
+
+
 def main() -> None:
     """Run what is missing, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -120,9 +160,13 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=list(CONTENDERS), choices=list(CONTENDERS), help="beside dense")
     parser.add_argument("--dtype", default="bfloat16", help="of the matrix products")
     parser.add_argument("--out", type=Path, default=ROOT / "out" / "experts", help="folder for the runs")
+    parser.add_argument("--decode", action="store_true", help="instead: compare how fast texts are written")
     options = parser.parse_args()
     options.data, options.out = options.data.resolve(), (options.out / options.shape).resolve()
     names = list(dict.fromkeys(["dense", *options.only]))
+    if options.decode:
+        compare_writing(names, options)
+        return
     speed = tokens_per_second(names, options)
     titles = (
         "model",

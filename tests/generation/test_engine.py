@@ -360,7 +360,7 @@ def test_the_step_comes_in_the_background_and_not_for_a_seed(tiny_model, tokeniz
         ({}, False),
         pytest.param({"qk_norm": True, "tie_embeddings": False}, True, marks=pytest.mark.slow),
         pytest.param(SHARED_EXPERTS, False, marks=pytest.mark.slow),
-        (EXPERTS | {"tie_embeddings": False, "n_layers": 1}, True),  # compiling takes half as long
+        pytest.param(EXPERTS | {"tie_embeddings": False, "n_layers": 1}, True, marks=pytest.mark.slow),
     ],
 )  # fmt: skip
 def test_the_compiled_step_writes_what_the_eager_one_writes(tiny_config, steps, variant, int8, monkeypatch):

@@ -12,10 +12,10 @@ from tests.reliability import corruption, disks, lost_ranks, numerics, part_save
 pytestmark = pytest.mark.long
 
 
-SLOW = [pytest.param(module, marks=pytest.mark.slow) for module in (lost_ranks, soak)]
+SLOW = [pytest.param(module, marks=pytest.mark.slow) for module in (lost_ranks, part_saves, soak)]
 
 
-@pytest.mark.parametrize("module", [corruption, disks, numerics, part_saves, *SLOW], ids=lambda module: module.TITLE)
+@pytest.mark.parametrize("module", [corruption, disks, numerics, *SLOW], ids=lambda module: module.TITLE)
 def test_the_fast_cases_pass(module, tmp_path):
     counts = module.run("fast", tmp_path)
     assert counts.cases > 0 and counts.passed == counts.cases, counts.failures
