@@ -149,6 +149,7 @@ class Trainer:
             references = beginning.references(self.data, self.plan, processes, say)
         self.training = t = self.plan.training
         self.model.training_attention = t.attention
+        self.model.join_products(t.joined_products)
         self.model.compute_experts(t.expert_products)
         self.model.balance_loss, self.model.router_z_loss = t.balance_loss, t.router_z_loss
         self.objective = choose_objective(self.data, self.plan, references)

@@ -115,10 +115,12 @@ def speeds(options: argparse.Namespace, work: Path) -> list[Part]:
     decode += ["--tokens", 4, "--only", "transformers", "eager"] if small else ["--tokens", 64]
     eager = [] if small else ["--only", "transformers", "eager", "graph", "sampled_eager", "sampled_graph"]
     middle_shape = "26.9M" if small else "135M"
+    any_order, joined = ("ours-any-order", "ours-any-order-compiled"), ("ours-joined", "ours-joined-compiled")
     return [
         Part("train_speed", "how fast is a step of 26.9M parameters", 150,
-             [python(*step, *middle, *all_of_them, "ours-any-order", "ours-any-order-compiled")]),
-        Part("train_speed_110M", "how fast is a step of 110M parameters", 150, [python(*step, *large, *all_of_them)]),
+             [python(*step, *middle, *all_of_them, *any_order, *joined)]),
+        Part("train_speed_110M", "how fast is a step of 110M parameters", 150,
+             [python(*step, *large, *all_of_them, *joined)]),
         Part("profile", "where a step's time goes", 90,
              [python(*step, *middle, "--profile"), python(*step, *middle, "--profile", "--only", "ours-compiled")]),
         Part("decode", "how fast is generation with 26.9M parameters", 240,

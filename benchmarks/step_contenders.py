@@ -35,8 +35,11 @@ NAMES = {
     "minimind": "MiniMind v1, eager",  # it disables compiling itself
     "ours-any-order": "MateConv, eager, any order",
     "ours-any-order-compiled": "MateConv, compiled, any order",
+    "ours-joined": "MateConv, eager, joined",
+    "ours-joined-compiled": "MateConv, compiled, joined",
 }
-ONLY_IF_ASKED = ("ours-any-order", "ours-any-order-compiled")  # sums on a GPU in any order, unlike Trainer
+# Sums on a GPU in any order, unlike Trainer; products of the same input as one.
+ONLY_IF_ASKED = tuple(name for name in NAMES if name.startswith(("ours-any-order", "ours-joined")))
 
 
 @dataclass
@@ -53,9 +56,12 @@ class Contender:
 
 def build(name: str, options: argparse.Namespace) -> Contender:
     """The contender of that name (without "-compiled"), on options.device."""
-    builders = {"ours": _ours, "ours-any-order": _ours, "llama": _llama, "nanogpt": _nanogpt, "minimind": _minimind}
-    contender = builders[name](options)
-    contender.deterministic = name == "ours"
+    if name.startswith("ours"):
+        contender = _ours(options)
+        contender.model.join_products(name == "ours-joined")
+    else:
+        contender = {"llama": _llama, "nanogpt": _nanogpt, "minimind": _minimind}[name](options)
+    contender.deterministic = name in ("ours", "ours-joined")
     return contender
 
 

@@ -26,7 +26,7 @@ from model.attention import (
 )
 from model.errors import InputError
 from model.experts import ExpertsFeedForward
-from model.feed_forward import FeedForward
+from model.feed_forward import FeedForward, products
 from model.kv_cache import KVCache
 from model.LMConfig import NETWORK_FIELDS, LMConfig, refuse_unknown
 from model.loss import IGNORE_INDEX, cross_entropy, token_losses
@@ -76,7 +76,13 @@ def turned(x: Tensor, turns: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Causal grouped-query attention (Ainslie et al., 2023)."""
+    """Causal grouped-query attention (Ainslie et al., 2023).
+
+    Attributes:
+        joined: whether queries, keys and values are one product, see `products`.
+    """
+
+    joined = False
 
     def __init__(self, config: LMConfig, layer: int) -> None:
         super().__init__()
@@ -105,9 +111,10 @@ class Attention(nn.Module):
         """x [B, T, dim] -> [B, T, dim]. Position t sees what `mask` allows; without mask and cache, 0 to t, as far as
         they are of its document, computed that way (`causal_attention`)."""
         batch, tokens, _ = x.shape
-        q = self.q_norm(self.wq(x).view(batch, tokens, self.n_heads, self.head_dim))
-        k = self.k_norm(self.wk(x).view(batch, tokens, self.n_kv_heads, self.head_dim))
-        v = self.wv(x).view(batch, tokens, self.n_kv_heads, self.head_dim)
+        q, k, v = products(x, (self.wq, self.wk, self.wv), self.joined)
+        q = self.q_norm(q.view(batch, tokens, self.n_heads, self.head_dim))
+        k = self.k_norm(k.view(batch, tokens, self.n_kv_heads, self.head_dim))
+        v = v.view(batch, tokens, self.n_kv_heads, self.head_dim)
         q = apply_rope(q, cos, sin).transpose(1, 2)  # [B, H, T, D]
         k = apply_rope(k, cos, sin).transpose(1, 2)  # [B, H_kv, T, D]
         v = v.transpose(1, 2)
@@ -231,6 +238,13 @@ class Transformer(nn.Module):
         """Have the experts' products computed one of `experts.WAYS`; a dense model has none."""
         for layer in self.layers if self.config.n_experts else ():
             layer.feed_forward.experts.way = way
+
+    def join_products(self, joined: bool) -> None:
+        """Have queries, keys and values computed by one product, and the two hidden states of SwiGLU; not those of
+        experts, which are stacked."""
+        for module in self.modules():
+            if isinstance(module, (Attention, FeedForward)):
+                module.joined = joined
 
     @property
     def device(self) -> torch.device:

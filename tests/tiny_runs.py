@@ -7,7 +7,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Container, Iterable
 
+import pytest
 import torch
 
 from model.storage.archive import load_torch
@@ -28,6 +30,11 @@ HUNG = 600  # seconds after which a process counts as hung, on a busy machine to
 
 
 # ---------------------------------------------------------------------------------------------------------- running it
+
+
+def mostly(cases: Iterable[str], slow: Container[str]) -> list:
+    """The cases as a test's parameters, of which some are marked slow."""
+    return [pytest.param(name, marks=pytest.mark.slow) if name in slow else name for name in cases]
 
 
 def train(flags: dict) -> Trainer:

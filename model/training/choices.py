@@ -20,6 +20,7 @@ from model.storage.files import size_text
 from model.training.attention_trial import fastest_attention
 from model.training.data import TrainingData
 from model.training.experts_trial import fastest_products
+from model.training.joined_trial import joined_is_faster
 from model.training.memory import divided_rows_that_fit, free_memory, rows_that_fit, state_bytes
 from model.training.recipe import (
     ADAPTERS_TIMES,
@@ -147,8 +148,14 @@ class Choices:
             values = {name: parse_value(FIELDS[name], value) for name, value in chosen.items()}
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise InputError(f"{path}: its values for auto are invalid; use an older checkpoint") from error
+        values.setdefault("joined_products", False)  # older runs computed each apart
         if checkpoint["environment"].get("device") != self._device.type:
-            for name in ("compile", "attention", "expert_products"):  # what pays on one kind need not on another
+            for name in (
+                "compile",
+                "attention",
+                "joined_products",
+                "expert_products",
+            ):  # what pays on one kind need not on another
                 values.pop(name, None)
         return values
 
@@ -297,6 +304,19 @@ class Choices:
             return "its kernels need dtype bfloat16, flash_attn and no dropout"
         problem = problem_on(self._device, config.n_heads, config.n_kv_heads, config.head_dim)
         return problem and f"its kernels fail here ({problem})"
+
+    def joined_products(self, config: LMConfig, rows: int, dtype: torch.dtype) -> None:
+        """The faster way for this GPU and these shapes, tried; on a CPU both take the same time.
+
+        Args:
+            rows: samples that a process reads at once.
+            dtype: of the matrix products.
+        """
+        is_gpu = accelerator.kind_of(self._device).has_flash_kernels
+        if self._training.joined_products == AUTO and (self._training.lora_rank or not is_gpu):
+            self.made["joined_products"] = False
+        else:
+            self._settle("joined_products", lambda: joined_is_faster(config, rows, dtype, self._device))
 
     def expert_products(self, config: LMConfig, rows: int, dtype: torch.dtype) -> None:
         """The faster way for this machine and these shapes, tried on a CPU. A GPU that has PyTorch's kernel takes it,

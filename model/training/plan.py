@@ -192,6 +192,7 @@ def plan_run(
     shard, shards = choices.shard(model)
     batch_size = choices.batch_size(model, data, epochs, hardware.autocast, shards)
     choices.attention(data, batch_size, hardware.dtype)
+    choices.joined_products(data.config, batch_size, hardware.dtype)
     choices.balance_loss(data)
     choices.expert_products(data.config, batch_size, hardware.dtype)
     order = data.order(t.seed, dataclasses.replace(t, batch_size=batch_size).rows_per_step(ranks.world_size))

@@ -173,6 +173,11 @@ class TrainingSettings:
         " other documents; auto: the fastest here",
         choices=(AUTO, "chunks", "mixed", "pytorch", "varlen"),
     )
+    joined_products: bool | Auto = setting(
+        AUTO,
+        "compute queries, keys and values by one matrix product, and the feed-forward's two hidden states; auto: if"
+        " that is faster on a GPU",
+    )
     expert_products: str = setting(
         AUTO,
         "how the experts' matrix products are computed, with the same bits: in a loop over experts, or by PyTorch's"

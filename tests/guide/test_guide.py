@@ -16,7 +16,7 @@ import pytest
 from model.storage.archive import load_torch, save_torch
 from tests import forks
 from tests.guide.home import Interpreter, copy_project
-from tests.tiny_runs import HUNG, ONE_THREAD
+from tests.tiny_runs import HUNG, ONE_THREAD, mostly
 
 pytestmark = pytest.mark.long
 FLAGS = "--max_steps 2 --n_layers 1 --max_seq_len 16 --eval_steps 1"  # what makes a run of the default config small
@@ -165,9 +165,7 @@ TRAINING = {
 
 
 # torchrun starts four processes in the last one; two cost 17 s of CPU time and run nothing else.
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow) if name == "torchrun" else name for name in TRAINING]
-)
+@pytest.mark.parametrize("name", mostly(TRAINING, ["torchrun"]))
 def test_training(guide, quick, home, name):
     shutil.rmtree(home / "out", ignore_errors=True)
     if name == "config":

@@ -8,7 +8,16 @@ from model.training.optimizer import build_optimizer
 from model.training.settings import build_settings
 from optimized_pretrain import Trainer
 from tests.conftest import random_model
-from tests.tiny_runs import assert_equal, assert_same_end, losses, signal_while_reading, torchrun, train, two_ranks
+from tests.tiny_runs import (
+    assert_equal,
+    assert_same_end,
+    losses,
+    mostly,
+    signal_while_reading,
+    torchrun,
+    train,
+    two_ranks,
+)
 from utils import Processes
 
 CASES = {
@@ -63,7 +72,7 @@ SLOW = ("float16", "epochs", "experts, bias")  # a CPU takes long for them
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("case", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in CASES])
+@pytest.mark.parametrize("case", mostly(CASES, SLOW))
 def test_bits_and_metrics_are_those_of_reading_each_step_at_once(flags, tmp_path, case, ahead, new_entries):
     ends = []
     for on in (False, True):

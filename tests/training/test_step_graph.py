@@ -17,7 +17,7 @@ from model.training.settings import build_settings
 from optimized_pretrain import Trainer
 from tests.chat_files import CHATS, write_chats
 from tests.fake_graph import FakeGraph
-from tests.tiny_runs import assert_same_end, losses, refused, signal_while_reading, train
+from tests.tiny_runs import assert_same_end, losses, mostly, refused, signal_while_reading, train
 from tests.training.test_running_ahead import BAD
 from utils import Processes
 
@@ -88,7 +88,7 @@ def assert_same_run(first, second) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("case", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in CASES])
+@pytest.mark.parametrize("case", mostly(CASES, SLOW))
 def test_a_run_has_the_bits_of_launched_steps(flags, tmp_path, tokenizer_folder, case, graphs, capfd):
     options = OPTIONS | CASES[case]
     if case == "chats":
