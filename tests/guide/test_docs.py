@@ -134,10 +134,9 @@ def interpreter(tmp_path_factory):
     (home / FOREIGN).parent.mkdir(parents=True)
     answer = interpreter.run(["-m", "model.convert", "out/best_model.pth", FOREIGN])
     assert answer["code"] == 0, answer["stderr"]
-    questions = home / "examples" / "questions_zh.jsonl"
-    questions.write_text(
-        "".join(questions.read_text(encoding="utf-8").splitlines(keepends=True)[:50]), encoding="utf-8"
-    )
+    for name, most in (("questions_zh.jsonl", 50), ("chats_zh.jsonl", 1000)):
+        path = home / "examples" / name
+        path.write_text("".join(path.read_text(encoding="utf-8").splitlines(keepends=True)[:most]), encoding="utf-8")
     for folder in ("out", "dataset"):
         shutil.copytree(home / folder, home / "as_it_was" / folder)
     yield interpreter
@@ -148,8 +147,6 @@ def interpreter(tmp_path_factory):
 def home(interpreter):
     """The copy as it was before the last page's commands."""
     home = interpreter.home
-    for path in (home / "dataset").glob("chats_zh.*"):  # 13 MB: made by the first command that needs it, then kept
-        shutil.copy(path, home / "as_it_was" / "dataset")
     for folder in ("out", "dataset"):
         shutil.rmtree(home / folder, ignore_errors=True)
         shutil.copytree(home / "as_it_was" / folder, home / folder)
