@@ -10,8 +10,8 @@ import pytest
 
 pytestmark = pytest.mark.long
 
-TESTS = ["signals", "world_size"]
-SLOW = ("exact_resume", "save_kills", "job_kills", "wandb_faults")
+TESTS = ["world_size"]
+SLOW = ("signals", "exact_resume", "save_kills", "job_kills", "wandb_faults")
 TESTS += [pytest.param(name, marks=pytest.mark.slow) for name in SLOW]
 FORKS = pytest.mark.skipif(sys.platform == "win32", reason="processes are forked and killed, which Windows cannot")
 

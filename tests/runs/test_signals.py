@@ -33,14 +33,13 @@ def start(arguments, **environment):
     return forks.Popen(arguments, start_new_session=True, env=ONE_THREAD | environment, **pipes)
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_ctrl_c_while_a_compiler_runs_saves_a_checkpoint(flags, tmp_path):
     compiler = tmp_path / "g++"
     compiler.write_text(SLOW_COMPILER.format(python=sys.executable, marker=str(tmp_path / "compiling")))
     compiler.chmod(0o755)
     # No compiled file of an earlier run is found, and none stays.
     places = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor"), "CXX": str(compiler)}
-    places["TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS"] = "0"  # which takes longer than it saves here
     process = start(command(flags(compile="true", n_layers=1, dtype="float32")), **places)
     wait_for((tmp_path / "compiling").exists, process)
     os.killpg(process.pid, signal.SIGINT)

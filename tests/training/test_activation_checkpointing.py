@@ -39,7 +39,7 @@ def bfloat16():
         {"autocast": bfloat16, "qk_norm": True},
         {"documents": torch.arange(96).expand(2, -1) // 40},
         {"flash_attn": False, "dropout": 0.1},
-        {"compiled": True},
+        pytest.param({"compiled": True}, marks=pytest.mark.slow),
     ],
 )
 @pytest.mark.parametrize("checkpointing", ["selective", "full"])

@@ -36,6 +36,7 @@ from tests.tiny_runs import (
     assert_equal,
     assert_two_processes_resume,
     events,
+    mostly,
     refused,
     train,
     two_ranks,
@@ -110,7 +111,8 @@ def test_the_balance_loss_and_the_bias_spread_the_tokens(flags, tmp_path):
         "loss": {"balance_loss": 0.1},
         "bias": {"expert_bias": "true", "expert_bias_rate": 0.05},
     }.items():
-        trainer = trainer_of(flags(**MIXTURE, **options, max_steps=60, out_dir=tmp_path / name, optimizer_type="muon"))
+        steps = {"max_steps": 60, "eval_interval": 60, "save_interval": 60}
+        trainer = trainer_of(flags(**MIXTURE, **options, **steps, out_dir=tmp_path / name, optimizer_type="muon"))
         with torch.no_grad():
             for layer in trainer.model.layers:
                 layer.feed_forward.router.weight[:2] += 0.3 * torch.randn(1, 32)
@@ -311,7 +313,7 @@ def test_accumulation_and_ranks_compute_what_one_batch_does(flags, tmp_path):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("shard", ["none", "optimizer"])
+@pytest.mark.parametrize("shard", [pytest.param("none", marks=pytest.mark.slow), "optimizer"])
 def test_two_processes_resume(flags, tmp_path, shard):
     assert_two_processes_resume(flags, tmp_path, **BIASED, use_ema="true", shard=shard, optimizer_type="muon")
 
@@ -326,7 +328,7 @@ def base(tmp_path_factory, tokenizer_folder):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("kind", ["chats", "chats with LoRA", "pairs"])
+@pytest.mark.parametrize("kind", mostly(["chats", "chats with LoRA", "pairs"], slow=["chats", "pairs"]))
 def test_chats_pairs_and_adapters(flags, tmp_path, tokenizer_folder, base, kind):
     pairs = [(chat, [*chat[:-1], ("assistant", f"{chat[-1][1]}河{n % 5}")]) for n, chat in enumerate(CHATS)]
     write, content = (write_pairs, pairs) if kind == "pairs" else (write_chats, CHATS)

@@ -126,6 +126,7 @@ def test_a_fault_of_the_verification_is_raised_in_the_main_thread(everything_is_
         train(flags())
 
 
+@pytest.mark.slow
 def test_with_two_processes_the_other_one_ends_too(flags, tmp_path, token_file):
     path = damaged(token_file, tmp_path)
     script = tmp_path / "train_large.py"
