@@ -16,6 +16,7 @@ from model.LMConfig import LMConfig
 BIAS = "feed_forward.router.bias"  # of a layer, in a state dict: a buffer, which no optimizer knows
 WAYS = ("loop", "grouped")  # one product for each expert; or PyTorch's kernel for all of them. They give the same bits
 TINY = 1e-20  # below any sum of scores, but for sigmoids that have all become 0
+FEWEST_ROWS = 64  # of which the rows of a product in 16 bits on a CPU are a multiple
 GROUPED_MULTIPLE = 8  # numbers: the widths that PyTorch's kernel takes are multiples of it
 
 
@@ -212,11 +213,16 @@ def expert_products(x: Tensor, weight: Tensor, ends: Tensor, grouped: bool) -> T
     Returns:
         [R, rows]
     """
-    if grouped:
+    if grouped and not _rounds_up(x):
         return F.grouped_mm(x, weight.mT, offs=ends)
-    out = x.new_empty(len(x), weight.shape[1])
+    out, rows = x.new_empty(len(x), weight.shape[1]), len(x)
     for expert, begin, end in _groups(ends):
-        torch.mm(x[begin:end], weight[expert].t(), out=out[begin:end])
+        count = _computed(end - begin, x)
+        if begin + count <= rows:  # what is too much, the next experts overwrite
+            torch.mm(x[begin : begin + count], weight[expert].t(), out=out[begin : begin + count])
+        else:
+            first = max(0, rows - count)
+            out[begin:end] = torch.mm(x[first:], weight[expert].t())[begin - first : end - first]
     return out
 
 
@@ -231,12 +237,31 @@ def expert_outer_products(a: Tensor, b: Tensor, ends: Tensor, grouped: bool) -> 
     Returns:
         [n_experts, rows, columns]
     """
-    if grouped:
+    if grouped and not _rounds_up(a):
         return F.grouped_mm(a.t(), b, offs=ends)
     out = a.new_zeros(len(ends), a.shape[1], b.shape[1])
     for expert, begin, end in _groups(ends):
-        torch.mm(a[begin:end].t(), b[begin:end], out=out[expert])
+        more = _computed(end - begin, a) - (end - begin)
+        of_a, of_b = (F.pad(t[begin:end], (0, 0, 0, more)) if more else t[begin:end] for t in (a, b))
+        torch.mm(of_a.t(), of_b, out=out[expert])
     return out
+
+
+def _rounds_up(x: Tensor) -> bool:
+    """Whether products compute more rows than an expert has, in a loop whatever is asked for.
+
+    In 16 bits a CPU's library (oneDNN) compiles a kernel for every new shape, in 1.5 to 3 ms, which is ten times what
+    such a product takes; and an expert's rows are others at each step.
+    """
+    return x.device.type == "cpu" and x.element_size() == 2
+
+
+def _computed(count: int, x: Tensor) -> int:
+    """How many rows a product of `count` rows of `x` computes: in the end one of 128 numbers at most."""
+    if not _rounds_up(x):
+        return count
+    step = max(FEWEST_ROWS, 2 ** (len(x).bit_length() - 7))
+    return -(-count // step) * step
 
 
 def _groups(ends: Tensor) -> Iterator[tuple[int, int, int]]:

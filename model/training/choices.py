@@ -335,6 +335,8 @@ class Choices:
             if self._training.expert_products == "grouped":
                 raise InputError(f"expert_products: grouped found, but {problem}; use loop or auto")
             self._settle("expert_products", lambda: ("loop", problem))
+        elif self._device.type == "cpu" and dtype != torch.float32:
+            self._settle("expert_products", lambda: ("loop", "a CPU's only way in 16 bits"))
         elif self._device.type == "cpu":
             self._settle("expert_products", lambda: fastest_products(config, rows, dtype))
         elif accelerator.kind_of(self._device).has_grouped_products:

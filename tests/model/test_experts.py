@@ -136,6 +136,32 @@ def test_it_compiles_into_one_graph(way):
     assert torch.equal(model.routing, routed)
 
 
+@pytest.mark.parametrize(
+    "numbers", [(0, 1, 63, 64, 65, 200, 0, 7), (5, 3, 0, 0, 0, 0, 0, 1), (0, 0, 0, 0, 0, 0, 0, 90)]
+)
+@pytest.mark.parametrize("way", WAYS)
+def test_in_16_bits_products_have_few_shapes_and_each_row_meets_its_own_expert(monkeypatch, numbers, way):
+    """A CPU's library compiles a kernel for every new shape."""
+    generator = torch.Generator().manual_seed(3)
+    total, ends = sum(numbers), torch.tensor(numbers).cumsum(0).int()
+    x, grad = torch.randn(total, 24, generator=generator), torch.randn(total, 16, generator=generator)
+    stack = torch.randn(len(numbers), 16, 24, generator=generator)
+    exact = [t.clone().requires_grad_() for t in (x, stack)]
+    expected = torch.cat([rows @ matrix.t() for rows, matrix in zip(exact[0].split(numbers), exact[1], strict=True)])
+    wanted = [expected.detach(), *torch.autograd.grad(expected, exact, grad)]
+
+    shapes, product = set(), torch.mm
+    noted = lambda a, b, **more: (shapes.add((*a.shape, *b.shape)), product(a, b, **more))[1]  # noqa: E731
+    monkeypatch.setattr(torch, "mm", noted)
+    inputs = [t.bfloat16().requires_grad_() for t in (x, stack)]
+    found = expert_products(*inputs, ends, way == "grouped")
+    found = [found.detach(), *torch.autograd.grad(found, inputs, grad.bfloat16())]
+    for own, other in zip(found, wanted, strict=True):
+        assert (own.float() - other).norm() < 0.01 * other.norm()
+    sizes = {size for shape in shapes for size in shape}
+    assert sizes <= {16, 24, total, *(size for size in range(0, total + 64, 64))}
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_an_expert_without_tokens_has_a_gradient_of_zero(way):
     model = use(model_of(expert_bias=True), way).train()
