@@ -17,6 +17,7 @@ WAYS = ("chunks", "mixed", "pytorch")  # mixed: PyTorch's forward pass, and the 
 VARLEN = "varlen"  # documents by kernels for sequences of any lengths, on a GPU: see `document_attention.py`
 CHUNK_BYTES = 256  # of one row of queries that are looked at together: 64 in float32, 128 in 16 bits
 PIECE_BYTES = 2 * 2**20  # that the scores of one piece take for each thread: they stay in a CPU's caches
+STEP = 64  # keys
 SHORTEST = 64  # tokens: below, PyTorch's kernel
 
 
@@ -121,7 +122,8 @@ def attention_written_out(
 def _pieces(q: Tensor, documents: Tensor | None):
     """The pieces of the computation, one after another, for queries [B * H_kv, H / H_kv, T, D].
 
-    Keys before the first document that any query of a piece belongs to are left out.
+    Keys before the first document that any query of a piece belongs to are left out, in 16 bits by the STEP: a CPU's
+    library compiles a kernel for every new shape, in a millisecond or two.
 
     Yields:
         slices of key heads, of queries and of keys.
@@ -130,7 +132,7 @@ def _pieces(q: Tensor, documents: Tensor | None):
     chunk, begin = _chunk(q), 0
     if documents is not None:  # [B, T]; where the document of each piece's first query begins, a list of chunks a row
         firsts = torch.searchsorted(documents.contiguous(), documents[:, ::chunk].contiguous()).tolist()
-        kv_heads = heads // len(documents)
+        kv_heads, step = heads // len(documents), STEP if q.element_size() == 2 else 1
     for number, query in enumerate(range(0, tokens, chunk)):
         end = min(query + chunk, tokens)
         most = max(1, _scores_at_once(q) // (grouped * (end - query) * end))
@@ -139,6 +141,7 @@ def _pieces(q: Tensor, documents: Tensor | None):
             last = min(head + together, heads)
             if documents is not None:
                 begin = min(row[number] for row in firsts[head // kv_heads : (last - 1) // kv_heads + 1])
+                begin -= begin % step
             yield slice(head, last), slice(query, end), slice(begin, end)
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from model import accelerator, trial
-from model.attention import SHORTEST, VARLEN, WAYS
+from model.attention import SHORTEST, VARLEN, WAYS, causal_attention
 from model.document_attention import document_starts
 from model.LMConfig import LMConfig
 from model.training import attention_trial
@@ -40,6 +40,26 @@ def test_every_way_gives_the_same_loss_and_gradients(documents):
         for one, other in zip(found[way], found["pytorch"], strict=True):
             assert (one - other).norm() < 1e-5 * other.norm()
     assert not torch.equal(found["chunks"][1], found["pytorch"][1])  # they are computed differently
+
+
+def test_in_16_bits_documents_of_any_length_make_products_of_few_shapes(monkeypatch):
+    """A CPU's library compiles a kernel for every new shape."""
+    generator, lengths, product = torch.Generator().manual_seed(1), set(), torch.bmm
+    noted = lambda a, b, **more: (lengths.add(b.shape[-1]), product(a, b, **more))[1]  # noqa: E731
+    for _ in range(10):
+        inputs = [
+            torch.randn(1, heads, 512, 32, generator=generator).bfloat16().requires_grad_() for heads in (4, 2, 2)
+        ]
+        documents = (torch.rand(1, 512, generator=generator) < 0.01).cumsum(1)
+        with monkeypatch.context() as patched:
+            patched.setattr(torch, "bmm", noted)
+            found = causal_attention(*inputs, documents=documents, way="chunks")
+            found = found.detach(), *torch.autograd.grad(found, inputs, found.detach())
+        expected = causal_attention(*inputs, documents=documents)
+        expected = expected.detach(), *torch.autograd.grad(expected, inputs, expected.detach())
+        for one, other in zip(found, expected, strict=True):
+            assert (one - other).norm() < 0.02 * other.norm()
+    assert lengths <= {32, *range(64, 513, 64)} and len(lengths) > 4  # a head's width, and keys
 
 
 @pytest.mark.parametrize(
