@@ -117,9 +117,9 @@ def speeds(options: argparse.Namespace, work: Path) -> list[Part]:
     middle_shape = "26.9M" if small else "135M"
     any_order, joined = ("ours-any-order", "ours-any-order-compiled"), ("ours-joined", "ours-joined-compiled")
     return [
-        Part("train_speed", "how fast is a step of 26.9M parameters", 150,
+        Part("train_speed", "how fast is a step of 26.9M parameters", 190,
              [python(*step, *middle, *all_of_them, *any_order, *joined)]),
-        Part("train_speed_110M", "how fast is a step of 110M parameters", 150,
+        Part("train_speed_110M", "how fast is a step of 110M parameters", 190,
              [python(*step, *large, *all_of_them, *joined)]),
         Part("profile", "where a step's time goes", 90,
              [python(*step, *middle, "--profile"), python(*step, *middle, "--profile", "--only", "ours-compiled")]),
