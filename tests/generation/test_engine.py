@@ -436,7 +436,7 @@ def test_words_hold_the_bytes_of_a_matrix():
     assert torch.equal(torch.cat(parts, 1), weight.int())
 
 
-@pytest.mark.long
+@pytest.mark.slow
 @needs_compiler
 def test_texts_in_compiled_groups_are_those_that_they_are_alone(tiny_model, steps, monkeypatch):
     monkeypatch.setattr("model.generation.engine.GROUPS", {"group4": 4})

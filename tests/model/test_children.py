@@ -28,7 +28,11 @@ def test_spinning_is_bounded_for_each_library_unless_the_user_chose():
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="GNU's library, as torch's Linux wheels bring it")
 @pytest.mark.parametrize(
     ("module", "user"),
-    [("train", {"GOMP_SPINCOUNT": "77"}), *((name, {}) for name in ("train", "inference", "model.convert"))],
+    [
+        ("train", {"GOMP_SPINCOUNT": "77"}),
+        ("inference", {}),
+        *(pytest.param(name, {}, marks=pytest.mark.slow) for name in ("train", "model.convert")),
+    ],
 )
 def test_torch_loads_its_threads_with_the_bound(module, user):
     code = f"import {module}, torch; torch.ones(1)"

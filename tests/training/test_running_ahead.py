@@ -68,7 +68,7 @@ def spoil(trainer: Trainer, bad: dict[int, str]) -> None:
     objective.loss = spoiled
 
 
-SLOW = ("float16", "epochs", "experts, bias")  # a CPU takes long for them
+SLOW = ("float16", "epochs", "experts, bias", "muon")  # a CPU takes long for them
 
 
 @pytest.mark.long

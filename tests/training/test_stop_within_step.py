@@ -65,7 +65,7 @@ train.run_command(train.main)
 """
 
 
-@pytest.mark.long
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="signals as POSIX has them")
 def test_a_signal_to_one_rank_within_a_step_stops_both(flags, tmp_path):
     options = LONG | {"max_steps": 3, "accumulation_steps": 100, "dropout": 0.1, "optimizer_type": "muon"}
