@@ -10,14 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from model.accelerator import kind_of
+from model.accelerator import kind_of, size_step
 from model.document_attention import document_attention
 
 WAYS = ("chunks", "mixed", "pytorch")  # mixed: PyTorch's forward pass, and the backward pass in chunks
 VARLEN = "varlen"  # documents by kernels for sequences of any lengths, on a GPU: see `document_attention.py`
 CHUNK_BYTES = 256  # of one row of queries that are looked at together: 64 in float32, 128 in 16 bits
 PIECE_BYTES = 2 * 2**20  # that the scores of one piece take for each thread: they stay in a CPU's caches
-STEP = 64  # keys
 SHORTEST = 64  # tokens: below, PyTorch's kernel
 
 
@@ -122,8 +121,7 @@ def attention_written_out(
 def _pieces(q: Tensor, documents: Tensor | None):
     """The pieces of the computation, one after another, for queries [B * H_kv, H / H_kv, T, D].
 
-    Keys before the first document that any query of a piece belongs to are left out, in 16 bits by the STEP: a CPU's
-    library compiles a kernel for every new shape, in a millisecond or two.
+    Keys before the first document that any query of a piece belongs to are left out, as many as `size_step` allows.
 
     Yields:
         slices of key heads, of queries and of keys.
@@ -132,7 +130,7 @@ def _pieces(q: Tensor, documents: Tensor | None):
     chunk, begin = _chunk(q), 0
     if documents is not None:  # [B, T]; where the document of each piece's first query begins, a list of chunks a row
         firsts = torch.searchsorted(documents.contiguous(), documents[:, ::chunk].contiguous()).tolist()
-        kv_heads, step = heads // len(documents), STEP if q.element_size() == 2 else 1
+        kv_heads, step = heads // len(documents), size_step(q)
     for number, query in enumerate(range(0, tokens, chunk)):
         end = min(query + chunk, tokens)
         most = max(1, _scores_at_once(q) // (grouped * (end - query) * end))

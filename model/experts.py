@@ -10,13 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.accelerator import size_step
 from model.feed_forward import FeedForward
 from model.LMConfig import LMConfig
 
 BIAS = "feed_forward.router.bias"  # of a layer, in a state dict: a buffer, which no optimizer knows
 WAYS = ("loop", "grouped")  # one product for each expert; or PyTorch's kernel for all of them. They give the same bits
 TINY = 1e-20  # below any sum of scores, but for sigmoids that have all become 0
-FEWEST_ROWS = 64  # of which the rows of a product in 16 bits on a CPU are a multiple
 GROUPED_MULTIPLE = 8  # numbers: the widths that PyTorch's kernel takes are multiples of it
 
 
@@ -208,12 +208,12 @@ def expert_products(x: Tensor, weight: Tensor, ends: Tensor, grouped: bool) -> T
         x: [R, columns], sorted by expert.
         weight: [n_experts, rows, columns]
         ends: int32 [n_experts], where each expert's rows end.
-        grouped: by PyTorch's kernel.
+        grouped: by PyTorch's kernel; in a loop all the same where a CPU would compile it for every shape.
 
     Returns:
         [R, rows]
     """
-    if grouped and not _rounds_up(x):
+    if grouped and size_step(x) == 1:
         return F.grouped_mm(x, weight.mT, offs=ends)
     out, rows = x.new_empty(len(x), weight.shape[1]), len(x)
     for expert, begin, end in _groups(ends):
@@ -237,7 +237,7 @@ def expert_outer_products(a: Tensor, b: Tensor, ends: Tensor, grouped: bool) -> 
     Returns:
         [n_experts, rows, columns]
     """
-    if grouped and not _rounds_up(a):
+    if grouped and size_step(a) == 1:
         return F.grouped_mm(a.t(), b, offs=ends)
     out = a.new_zeros(len(ends), a.shape[1], b.shape[1])
     for expert, begin, end in _groups(ends):
@@ -247,20 +247,12 @@ def expert_outer_products(a: Tensor, b: Tensor, ends: Tensor, grouped: bool) -> 
     return out
 
 
-def _rounds_up(x: Tensor) -> bool:
-    """Whether products compute more rows than an expert has, in a loop whatever is asked for.
-
-    In 16 bits a CPU's library (oneDNN) compiles a kernel for every new shape, in 1.5 to 3 ms, which is ten times what
-    such a product takes; and an expert's rows are others at each step.
-    """
-    return x.device.type == "cpu" and x.element_size() == 2
-
-
 def _computed(count: int, x: Tensor) -> int:
-    """How many rows a product of `count` rows of `x` computes: in the end one of 128 numbers at most."""
-    if not _rounds_up(x):
+    """How many rows a product of `count` rows of `x` computes: where a CPU compiles for every shape, see `size_step`,
+    one of 128 numbers at most."""
+    if (step := size_step(x)) == 1:
         return count
-    step = max(FEWEST_ROWS, 2 ** (len(x).bit_length() - 7))
+    step = max(step, 2 ** (len(x).bit_length() - 7))
     return -(-count // step) * step
 
 

@@ -37,6 +37,18 @@ def mostly(cases: Iterable[str], slow: Container[str]) -> list:
     return [pytest.param(name, marks=pytest.mark.slow) if name in slow else name for name in cases]
 
 
+def calls_of(monkeypatch, owner, name: str) -> list[tuple]:
+    """The positional arguments of each call of `owner.name` from now on."""
+    calls, function = [], getattr(owner, name)
+
+    def noted(*given, **more):
+        calls.append(given)
+        return function(*given, **more)
+
+    monkeypatch.setattr(owner, name, noted)
+    return calls
+
+
 def train(flags: dict) -> Trainer:
     """Train in this process; returns the trainer, with what happened in `trainer.outcome`."""
     torch.set_num_threads(1)  # sums in the same order as in the runs it is compared with

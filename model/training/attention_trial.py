@@ -1,13 +1,11 @@
 """Which way of computing attention trains fastest on this CPU."""
 
-import time
-
 import torch
 
 from model.attention import WAYS, causal_attention
 from model.errors import counted
 from model.LMConfig import LMConfig
-from model.training.trial import fastest_way
+from model.training.trial import fastest_way, seconds_of_passes
 
 SQUARES = 2**23  # scores that are tried: some milliseconds each way
 FEWEST = 4  # key heads that are tried: some for every core, however long the samples
@@ -31,8 +29,4 @@ def fastest_attention(config: LMConfig, rows: int, dtype: torch.dtype) -> tuple[
 
 
 def _seconds(way: str, inputs: list[torch.Tensor]) -> float:
-    """Of a forward and a backward pass."""
-    start = time.perf_counter()
-    out = causal_attention(*inputs, way=way)
-    torch.autograd.grad(out, inputs, out.detach())
-    return time.perf_counter() - start
+    return seconds_of_passes(lambda: [causal_attention(*inputs, way=way)], inputs)

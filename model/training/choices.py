@@ -41,6 +41,8 @@ from model.training.recipe import (
 )
 from model.training.settings import AUTO, FIELDS, FULLY_SHARDED, TrainingSettings, of_no_experts
 
+# What pays on one kind of device need not on another.
+OF_A_DEVICE = ("compile", "attention", "joined_products", "expert_products")
 T = TypeVar("T")
 V = TypeVar("V", int, float, bool, int | None)
 
@@ -150,12 +152,7 @@ class Choices:
             raise InputError(f"{path}: its values for auto are invalid; use an older checkpoint") from error
         values.setdefault("joined_products", False)  # older runs computed each apart
         if checkpoint["environment"].get("device") != self._device.type:
-            for name in (
-                "compile",
-                "attention",
-                "joined_products",
-                "expert_products",
-            ):  # what pays on one kind need not on another
+            for name in OF_A_DEVICE:
                 values.pop(name, None)
         return values
 

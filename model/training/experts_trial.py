@@ -1,13 +1,11 @@
 """Which way of computing the experts' products trains fastest on this CPU."""
 
-import time
-
 import torch
 
 from model.errors import counted
 from model.experts import WAYS, expert_products
 from model.LMConfig import LMConfig
-from model.training.trial import fastest_way
+from model.training.trial import fastest_way, seconds_of_passes
 
 FLOPS = 2**30  # of a trial's pass, about: some milliseconds each way
 FEWEST = 2  # experts that are tried, however large they are
@@ -35,8 +33,4 @@ def fastest_products(config: LMConfig, rows: int, dtype: torch.dtype) -> tuple[s
 
 
 def _seconds(way: str, inputs: list[torch.Tensor], ends: torch.Tensor) -> float:
-    """Of a forward and a backward pass."""
-    start = time.perf_counter()
-    out = expert_products(*inputs, ends, way == "grouped")
-    torch.autograd.grad(out, inputs, out.detach())
-    return time.perf_counter() - start
+    return seconds_of_passes(lambda: [expert_products(*inputs, ends, way == "grouped")], inputs)

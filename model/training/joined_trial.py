@@ -1,16 +1,15 @@
 """Whether products of the same input train faster as one on this device."""
 
+import itertools
 from functools import partial
 
 import torch
 from torch import nn
 
-from model import accelerator
 from model.errors import counted
 from model.feed_forward import products
 from model.LMConfig import LMConfig
-from model.training.trial import fastest_way
-from model.trial import seconds_of
+from model.training.trial import fastest_way, seconds_of_passes
 
 WAYS = ("apart", "joined")
 MOST = 2**15  # tokens that are tried
@@ -26,28 +25,23 @@ def joined_is_faster(config: LMConfig, rows: int, dtype: torch.dtype, device: to
         dtype: of the matrix products.
     """
     tokens = min(rows * config.max_seq_len, MOST)
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(tokens, config.dim, generator=generator).to(device, dtype).requires_grad_()
+    generator = torch.Generator(device).manual_seed(0)
+    x = torch.randn(tokens, config.dim, generator=generator, device=device, dtype=dtype).requires_grad_()
     heads = [count * config.head_dim for count in (config.n_heads, config.n_kv_heads, config.n_kv_heads)]
-    groups = []
-    for widths in (heads, [config.hidden_dim] * 2):
-        groups.append([nn.Linear(config.dim, width, bias=False, device="meta") for width in widths])
-        for layer in groups[-1]:
-            weight = torch.randn(layer.weight.shape, generator=generator) / config.dim**0.5
-            layer.weight = nn.Parameter(weight.to(device, dtype))
+    groups = [
+        [nn.utils.skip_init(nn.Linear, config.dim, width, bias=False, device=device, dtype=dtype) for width in widths]
+        for widths in (heads, [config.hidden_dim] * 2)
+    ]
+    for layer in itertools.chain(*groups):
+        nn.init.normal_(layer.weight, std=config.dim**-0.5, generator=generator)
     way, why = fastest_way(WAYS, partial(_seconds, x, groups), "apart", counted(tokens, "token"))
     return way == "joined", why
 
 
 def _seconds(x: torch.Tensor, groups: list[list[nn.Linear]], way: str) -> float:
-    """Of TIMES forward and backward passes."""
+    weights = [layer.weight for layer in itertools.chain(*groups)]
 
-    def work() -> None:
-        for _ in range(TIMES):
-            for layers in groups:
-                outputs = products(x, layers, way == "joined")
-                weights = [layer.weight for layer in layers]
-                torch.autograd.grad(outputs, [x, *weights], [output.detach() for output in outputs])
-        accelerator.synchronize(x.device)
+    def compute() -> list[torch.Tensor]:
+        return [output for layers in groups for output in products(x, layers, way == "joined")]
 
-    return seconds_of(work)
+    return seconds_of_passes(compute, [x, *weights], TIMES)

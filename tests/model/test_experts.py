@@ -12,6 +12,7 @@ from model.LMConfig import LMConfig
 from model.model import Transformer
 from model.weights.shapes import weight_shapes
 from tests.conftest import random_model
+from tests.tiny_runs import calls_of
 
 SHAPE = {"dim": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "vocab_size": 300, "max_seq_len": 96}
 MIXTURE = {"n_experts": 8, "expert_hidden_dim": 48}
@@ -150,15 +151,13 @@ def test_in_16_bits_products_have_few_shapes_and_each_row_meets_its_own_expert(m
     expected = torch.cat([rows @ matrix.t() for rows, matrix in zip(exact[0].split(numbers), exact[1], strict=True)])
     wanted = [expected.detach(), *torch.autograd.grad(expected, exact, grad)]
 
-    shapes, product = set(), torch.mm
-    noted = lambda a, b, **more: (shapes.add((*a.shape, *b.shape)), product(a, b, **more))[1]  # noqa: E731
-    monkeypatch.setattr(torch, "mm", noted)
+    calls = calls_of(monkeypatch, torch, "mm")
     inputs = [t.bfloat16().requires_grad_() for t in (x, stack)]
     found = expert_products(*inputs, ends, way == "grouped")
     found = [found.detach(), *torch.autograd.grad(found, inputs, grad.bfloat16())]
     for own, other in zip(found, wanted, strict=True):
         assert (own.float() - other).norm() < 0.01 * other.norm()
-    sizes = {size for shape in shapes for size in shape}
+    sizes = {size for a, b in calls for size in (*a.shape, *b.shape)}
     assert sizes <= {16, 24, total, *(size for size in range(0, total + 64, 64))}
 
 

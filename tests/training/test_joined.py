@@ -12,7 +12,7 @@ from model.storage.archive import load_torch, save_torch
 from model.training import joined_trial
 from model.training.joined_trial import joined_is_faster
 from tests.conftest import random_model
-from tests.tiny_runs import assert_same_end, train
+from tests.tiny_runs import assert_same_end, calls_of, train
 
 SHAPE = {"dim": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "vocab_size": 100, "max_seq_len": 40}
 SHARED = {"n_experts": 4, "n_shared_experts": 1, "expert_hidden_dim": 32}
@@ -29,10 +29,9 @@ def test_loss_and_gradients_are_those_of_products_apart(shape, monkeypatch):
     model = random_model(LMConfig(**SHAPE | shape)).train()
     apart = loss_and_gradients(model)
     model.join_products(True)
-    shapes, linear = [], torch.nn.functional.linear
-    noted = lambda *given: (shapes.append(given[1].shape), linear(*given))[1]  # noqa: E731
-    monkeypatch.setattr(torch.nn.functional, "linear", noted)
+    calls = calls_of(monkeypatch, torch.nn.functional, "linear")
     joined = loss_and_gradients(model)
+    shapes = [weight.shape for _, weight, *_ in calls]
     assert shapes.count((64 + 32 + 32, 64)) == 2 and (32, 64) not in shapes
     for own, other in zip(joined, apart, strict=True):
         assert (own - other).norm() <= 1e-5 * other.norm()
