@@ -3,10 +3,9 @@
 One loop trains on one CPU, one GPU or many nodes. It can stop at any time and resume with the same weights, bit for
 bit, as if it had never stopped (on the same machine, versions, threads and number of processes).
 
-`_train_step` takes a step: `_gradients`, `_take` and `_update` are its arithmetic, and what it minimizes is the
-`objective`'s. A GPU gets the next step before this one's loss is read, so that it never waits (`_advance`), and, where
-that is possible, as one graph (`step_graph.py`). Around it, `__init__` sets up (what the run will do is its `plan`),
-`_loop` decides when to evaluate, save and end, `_count` and `_log` record, and `_beat` reports to the watchdog.
+`__init__` sets up: what the run will do is its `plan`, what it changes its `state`. `_loop` decides when to evaluate,
+save and end, and takes the steps, one after another: their arithmetic is the `stepper`'s (model/training/stepper.py),
+and what they minimize the `objective`'s. `_count` and `_log` record, and `_beat` reports to the watchdog.
 """
 
 import contextlib
@@ -14,14 +13,11 @@ import copy
 import dataclasses
 import functools
 import gc
-import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
-import numpy as np
 import torch
-from torch import Tensor
 
 import utils
 from model import accelerator
@@ -42,19 +38,17 @@ from model.training.choices import weight_shards
 from model.training.clock import Clock
 from model.training.config_file import load_settings  # noqa: F401 (for callers of Trainer)
 from model.training.data import TrainingData
+from model.training.determinism import deterministic_kernels, random_state, restore_random_states, seed_everything
 from model.training.divergence import (
     difference_of_weights,
-    fault_of_step,
     limit_reached,
     norm_of,
-    spike_limit,
 )
 from model.training.evaluation import Evaluator
 from model.training.fully_sharded import FullySharded
 from model.training.hints import Hints
 from model.training.memory import check_memory
 from model.training.objective import choose_objective
-from model.training.optimizer import rates_of, rates_on_device, set_rates
 from model.training.plan import plan_run
 from model.training.progress import Progress, StepResult
 from model.training.replicated import Replicated
@@ -66,13 +60,12 @@ from model.training.report import (
     position,
     step_metrics,
 )
-from model.training.settings import Settings, recipe_lines
-from model.training.sharded_optimizer import ShardedOptimizer, optimizer_and_average
-from model.training.step import DeviceVerdict, Step, StepDropped, StepNumbers, copied_to_host, read_numbers, runs_ahead
-from model.training.step_graph import StepGraph
+from model.training.settings import Settings, TrainingSettings, recipe_lines
+from model.training.stepper import Stepper
+from model.training.train_state import TrainState
 from model.training.verification import BackgroundVerification
 from model.weights import Weights
-from utils import Processes, deterministic_kernels, say
+from utils import Processes, say
 
 EXIT_CODES = {"finished": 0, "early_stopping": 0, "time_limit": 0, "interrupted": 130}
 FIRST_STEP_TIMEOUTS = 3  # the first step may compile kernels: it may take this many times ddp_timeout
@@ -112,7 +105,47 @@ class Trainer:
         self.files: RunFiles | None = None  # on rank 0, once it trains
         self.part_saver: PartSaver | None = None  # once it trains, where all ranks write the checkpoints
         self.progress, self.clock, self.is_estimate_checked = Progress(), Clock(), False
-        asked = self.settings.training
+        self._start_processes()
+
+        beginning = beginning or find_beginning(self.settings, say)
+        self.resumed = beginning.checkpoint
+        for line in recipe_lines(self.settings) if self.resumed is None else ():
+            say(line)
+        shards = weight_shards(self.settings.training, processes)
+        self.environment = environment(processes.world_size, self.dtype, self.device, shards)
+        self.data = open_data(self.settings, self.resumed, self.environment, processes, say)
+        self.verification = BackgroundVerification(self.data.unverified, say)
+        self.config = self.data.config
+        # Chats shorter than what the weights know do not unlearn the rest.
+        self.context = max(self.config.max_seq_len, beginning.context if self.data.is_chat else 0)
+        self.model = self._build_model(beginning, shards)
+        with self.kernels():  # what is measured here is measured with training's kernels
+            peak = utils.measure_matmul_flops(self.device, self.dtype, self.model.layer_shapes())
+            self.hardware = dataclasses.replace(self.hardware, peak_flops=peak)
+            self.plan = plan_run(self.settings, self.data, self.model, self.hardware, self.resumed, processes, say)
+            references = beginning.references(self.data, self.plan, processes, say)
+        self.training = t = self.plan.training
+        _set_ways(self.model, t)
+
+        self.objective = choose_objective(self.data, self.plan, references)
+        self.routing = Routing(self.model, t)
+        self.hints = Hints(self.plan, self.data, say)
+        self.evaluator = Evaluator(self.objective, self.data, self.plan, processes, self._is_stop_asked)
+
+        self.parallel = self._parallel_model(is_whole=shards == 1)
+        self.state = TrainState(self.model, self.parallel, self.plan, processes)
+        signals, drops_step = lambda: self.stop_signal.count, self.stop_vote.drops_step
+        about = self.plan, self.state, self.data, self.objective, self.routing
+        self.stepper = Stepper(*about, processes, signals, drops_step, self._beat, say)
+        seed_everything(t.seed + 1 + processes.rank)  # dropout differs between ranks
+        if self.resumed is not None:
+            self._restore(self.resumed.content)
+        for line in describe(self.plan):
+            say(line)
+
+    def _start_processes(self) -> None:
+        """Choose what this process computes on, and wait for the others."""
+        asked, processes = self.settings.training, self.processes
         self.hardware = utils.choose_hardware(asked.device, asked.dtype, processes.local_rank)
         self.device, self.dtype, self.autocast = self.hardware.device, self.hardware.dtype, self.hardware.autocast
         self.kernels = functools.partial(deterministic_kernels, self.device, asked.deterministic)
@@ -122,52 +155,21 @@ class Trainer:
         dtype = str(self.dtype).removeprefix("torch.")
         processes.check_same("dtype", dtype, "set dtype float32, which every machine computes")
 
-        beginning = beginning or find_beginning(self.settings, say)
-        self.resumed = beginning.checkpoint
-        for line in recipe_lines(self.settings) if self.resumed is None else ():
-            say(line)
-        shards = weight_shards(asked, processes)
-        self.environment = environment(processes.world_size, self.dtype, self.device, shards)
-        self.data = open_data(self.settings, self.resumed, self.environment, processes, say)
-        self.verification = BackgroundVerification(self.data.unverified, say)
-        self.config = self.data.config
-        # Chats shorter than what the weights know do not unlearn the rest.
-        self.context = max(self.config.max_seq_len, beginning.context if self.data.is_chat else 0)
-        here, is_whole = processes.local_world_size, shards == 1  # else a rank holds a share of the weights
-        ranks = processes.world_size if is_whole else shards
-        memory = check_memory(self.config, asked, self.device, self.autocast, here, ranks)
+    def _build_model(self, beginning: Beginning, shards: int) -> Transformer:
+        """The model that is trained, on its device, if there is room; where ranks share the weights, on the CPU.
+
+        Args:
+            shards: ranks that share a copy of the weights; 1: each has all of them.
+        """
+        asked, processes = self.settings.training, self.processes
+        ranks = processes.world_size if shards == 1 else shards
+        memory = check_memory(self.config, asked, self.device, self.autocast, processes.local_world_size, ranks)
         if memory is not None:
             say(memory)
-        utils.seed_everything(asked.seed)
-        self.model = beginning.build_model(self.config, asked).to(self.device if is_whole else "cpu")
-        self.model.checkpointing = asked.activation_checkpointing
-
-        with self.kernels():  # what is measured here is measured with training's kernels
-            peak = utils.measure_matmul_flops(self.device, self.dtype, self.model.layer_shapes())
-            self.hardware = dataclasses.replace(self.hardware, peak_flops=peak)
-            self.plan = plan_run(self.settings, self.data, self.model, self.hardware, self.resumed, processes, say)
-            references = beginning.references(self.data, self.plan, processes, say)
-        self.training = t = self.plan.training
-        self.model.training_attention = t.attention
-        self.model.join_products(t.joined_products)
-        self.model.compute_experts(t.expert_products)
-        self.model.balance_loss, self.model.router_z_loss = t.balance_loss, t.router_z_loss
-        self.objective = choose_objective(self.data, self.plan, references)
-        self.routing = Routing(self.model, t)
-        self.hints = Hints(self.plan, self.data, say)
-        self.evaluator = Evaluator(self.objective, self.data, self.plan, processes, self._is_stop_asked)
-
-        self.parallel = self._parallel_model(is_whole)
-        self.optimizer, self.ema = optimizer_and_average(self.model, self.plan, processes, self.parallel.holdings)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
-        self.verdict = DeviceVerdict(self.device, processes) if runs_ahead(self.device, self.optimizer) else None
-        self.in_flight: Step | None = None  # launched ahead, and not read yet
-        self.graph = self._step_graph() if t.cuda_graph else None
-        utils.seed_everything(t.seed + 1 + processes.rank)  # dropout differs between ranks
-        if self.resumed is not None:
-            self._restore(self.resumed.content)
-        for line in describe(self.plan):
-            say(line)
+        seed_everything(asked.seed)
+        model = beginning.build_model(self.config, asked).to(self.device if shards == 1 else "cpu")
+        model.checkpointing = asked.activation_checkpointing
+        return model
 
     def _parallel_model(self, is_whole: bool) -> Replicated | FullySharded:
         """The model as the processes have it together."""
@@ -178,21 +180,16 @@ class Trainer:
         called = utils.distributed(called, processes, t.batch_size, self.config.max_seq_len, self.hardware)
         return Replicated(self.model, called, processes.world_size)
 
-    def _step_graph(self) -> StepGraph:
-        """What captures and replays steps."""
-        exact = accelerator.bits_may_differ(self.device, self.training.deterministic) is None
-        take, state = (self._step, self._step_on_device), self._state_of_step
-        return StepGraph(self.device, *take, state, self.verdict.veto, exact, say)
-
     def _restore(self, checkpoint: dict) -> None:
         """Go on where a checkpoint was saved, whose weights and optimizer are then dropped from memory."""
+        state = self.state
         load_weights = self.parallel.load_weights
-        self.progress = restore_state(checkpoint, load_weights, self.ema, self.optimizer, self.scaler)
+        self.progress = restore_state(checkpoint, load_weights, state.ema, state.optimizer, state.scaler)
         if checkpoint["validation"] != self.data.validation:
             say("the validation data has changed: best loss and patience are reset")
             self.progress.forget_evaluations()
         new_seed = self.training.seed + 1 + self.processes.rank + 1000 * self.progress.step
-        utils.restore_random_states(checkpoint["random_states"], self.processes, new_seed)
+        restore_random_states(checkpoint["random_states"], self.processes, new_seed)
         for part in ("model", "ema", "optimizer"):  # of which a rank may keep only its share
             del checkpoint[part]
 
@@ -266,7 +263,7 @@ class Trainer:
                 # First evaluate, save or end at the step that was reached, then take the next one: so a resumed run
                 # first finishes what it was stopped in.
                 interrupted = self._is_due(t.eval_interval, done) and not self._evaluate_and_keep_best()
-                if interrupted or (stop_asked and not done and self.in_flight is None):
+                if interrupted or (stop_asked and not done and self.stepper.in_flight is None):
                     self._save_checkpoint(interrupted=True)
                     return self._why_stopped()
                 stops_early = t.early_stopping and progress.evaluations_without_gain >= t.patience
@@ -278,7 +275,7 @@ class Trainer:
                     return "finished" if done else "early_stopping"
 
                 with self.processes.step():
-                    result = self._advance(last=stop_asked)
+                    result = self._take_step(last=stop_asked)
                 if result is None:
                     stop_asked = True
                     continue
@@ -289,29 +286,16 @@ class Trainer:
                     self._log(result, bar)
                     gc.collect()
 
-    def _advance(self, last: bool = False) -> StepResult | None:
-        """Take a step and count it; None: a signal to stop came within it, see `_train_step`.
-
-        A device that runs ahead has the next step by then, launched before this one's numbers are read. If this one
-        turns out unusable, the device did not take the next one either (`DeviceVerdict`), which is then launched again,
-        since its learning rate and number are this one's now. So the bits are those of reading each step at once.
+    def _take_step(self, last: bool = False) -> StepResult | None:
+        """Take a step and count it; None: a signal to stop came within it.
 
         Args:
-            last: launch none after it.
+            last: on a device that runs ahead, launch none after it.
         """
-        step, self.in_flight = self.in_flight or self._train_step(), None
-        if step is None:
-            return None
-        if self.verdict is not None and not last and not self._needs_weights_after(step):
-            self.in_flight = self._train_step(step)
-        result = self._finished(step)
-        self._count(result)
+        result = self.stepper.advance(self.progress, last)
+        if result is not None:
+            self._count(result)
         return result
-
-    def _needs_weights_after(self, step: Step) -> bool:
-        """Whether an evaluation, a save or the end comes between this step and the next."""
-        t, number = self.training, step.number + 1
-        return self.plan.is_done(number, step.end) or number % t.eval_interval == 0 or number % t.save_interval == 0
 
     def _is_due(self, interval: int, at_the_end: bool) -> bool:
         return self.progress.step > 0 and (self.progress.step % interval == 0 or at_the_end)
@@ -323,11 +307,11 @@ class Trainer:
             seconds: to train for, but at least one step and at most `most`; of several, after those that end with a
                 captured one.
         """
-        while most > 1 and self.graph is not None and not self.graph.is_settled:
-            self._advance()
+        while most > 1 and not self.stepper.is_settled:
+            self._take_step()
         self.clock = Clock()
         for _ in range(most):
-            self._advance()
+            self._take_step()
             if self.processes.any(self.clock.run_seconds > seconds):  # all processes stop together
                 break
         return self.clock.take_rate()
@@ -335,200 +319,6 @@ class Trainer:
     def exit_code(self, outcome: str) -> int:
         """Exit code for this outcome. torchrun takes any code but 0 for a failure, and would restart the processes."""
         return 0 if self.processes.by_torchrun else EXIT_CODES[outcome]
-
-    # ------------------------------------------------------------------------------------------------------ a step
-
-    def _train_step(self, after: Step | None = None) -> Step | None:
-        """Compute the gradients of one step; where the device runs ahead, it also takes it if it can be used.
-
-        The micro-batches of all ranks count as one batch, however many there are.
-
-        None: a signal to stop came between two micro-batches, and everything is as it was before the step.
-
-        Args:
-            after: the step before, which was launched and not counted yet; None: it was counted.
-        """
-        t = self.training
-        number = self.progress.step if after is None else after.number + 1
-        position = self.progress.samples if after is None else after.end
-        samples = self.plan.order.next_step(position)
-        self.data.train.read_ahead(self.plan.samples_of_step(self.processes.rank, position + len(samples)))
-        # Of all ranks: the divisor of the summed loss.
-        terms = max(1, self.objective.count(self.data.train, samples))
-        may_be_undone = t.accumulation_steps > 1 or after is not None
-        random_state = utils.random_state() if may_be_undone else None  # dropout's
-        loss_scale = [tensor.clone() for tensor in self._loss_scale()]
-        ema_updates = 0 if self.ema is None else int(self.ema.n_averaged)
-        recent, lr = self.progress.recent_losses[: -1 if after is None else None], self.plan.schedule.at(number)
-        batches = self._micro_batches(samples)
-        try:
-            found = self._gradients(batches, self.parallel.averaged_over / terms) if self.graph is None else [*batches]
-        except StepDropped:
-            self.optimizer.zero_grad(set_to_none=True)
-            utils.restore_random_state(random_state)
-            return None
-        if self.verdict is None:
-            read = functools.partial(read_numbers, *found, self.stop_signal.count, self.processes)
-        else:
-            set_rates(self.optimizer, t.optimizer_type, lr, number)
-            numbers = self._numbers(number, lr, terms, spike_limit(recent, t.spike_threshold))
-            read = copied_to_host((self._take if self.graph is None else self._take_as_graph)(found, numbers))
-            if self.ema is not None:
-                self.ema.n_averaged += 1  # here, since a replay runs no Python
-        return Step(
-            number=number,
-            position=position,
-            samples=samples,
-            terms=terms,
-            lr=lr,
-            recent_losses=recent,
-            random_state=random_state,
-            loss_scale=loss_scale,
-            ema_updates=ema_updates,
-            numbers=read,
-        )
-
-    def _numbers(self, number: int, lr: float, terms: int, limit: float) -> StepNumbers:
-        """What a step takes from the host, beside its batches."""
-        return StepNumbers(
-            factor=self.parallel.averaged_over / terms,
-            terms=float(terms),
-            stop_signals=float(self.stop_signal.count),
-            limit=limit,
-            average_weight=0.0 if self.ema is None else self.ema.next_weight(),
-            rates=rates_of(self.optimizer, self.training.optimizer_type, lr, number),
-        )
-
-    def _micro_batches(self, samples: np.ndarray) -> Iterator[tuple]:
-        """Read those of this rank, one after another, as they are asked for.
-
-        Raises:
-            StepDropped: a signal to stop came between two of them.
-        """
-        for micro in range(self.training.accumulation_steps):
-            if self.stop_vote.drops_step(micro, self.stop_signal.count > 0):
-                raise StepDropped
-            self._beat("reading the batch")
-            batch = self.objective.read(self.data.train, self.plan.samples_of(self.processes.rank, samples, micro))
-            self._beat("the gradients")
-            yield batch
-        self._beat("the end")
-
-    def _gradients(self, batches: Iterable[tuple], factor: float | Tensor) -> tuple[Tensor, Tensor]:
-        """Compute the gradients of a step, scaled to their largest norm.
-
-        Args:
-            factor: of the loss, which is a sum.
-
-        Returns:
-            the norm before, float32 scalar; and this rank's sums, float32: the loss, what the objective names, and what
-            the routers counted.
-        """
-        sums = torch.zeros(1 + len(self.objective.names), device=self.device)
-        self.routing.begin_step()
-        for micro, batch in enumerate(batches):
-            is_last = micro == self.training.accumulation_steps - 1
-            with self.parallel.exchanging(is_last), self.kernels():
-                with self.autocast:
-                    found = self.objective.loss(self.parallel.called, batch)
-                self.scaler.scale(found[0] * factor).backward()
-            sums += found.detach()
-        self.scaler.unscale_(self.optimizer)
-        norm = self.parallel.clip(self.training.grad_clip)
-        self.scaler.update()
-        return norm, torch.cat((sums, self.routing.counted()))
-
-    def _take(self, found: tuple[Tensor, Tensor], numbers: StepNumbers) -> Tensor:
-        """Let the device judge a step, and take it if it can be used.
-
-        Args:
-            found: what `_gradients` returned.
-
-        Returns:
-            what `DeviceVerdict.judge` returns.
-        """
-        told, veto = self.verdict.judge(*found, numbers), self.verdict.veto
-        self._update(told[4 + len(self.objective.names) :], veto)  # before: the norm, two sums, and the objective's
-        if self.ema is not None:
-            self.ema.average(self.model, numbers.average_weight, veto)
-        self.optimizer.zero_grad(set_to_none=True)
-        return told
-
-    def _take_as_graph(self, batches: list[tuple], numbers: StepNumbers) -> Tensor:
-        """Take a step that is captured or will be; what `_take` returns.
-
-        A signal to stop that comes while a graph runs is heeded after the step: between its micro-batches no host asks.
-        """
-        told = self.graph.step(batches, numbers)
-        if self.graph.failed:
-            self.optimizer.zero_grad(set_to_none=True)  # a capture may have left some
-            self.graph = None
-        return told
-
-    def _step(self, batches: Iterable[tuple], numbers: StepNumbers) -> Tensor:
-        """Compute and take a step; what `_take` returns."""
-        return self._take(self._gradients(batches, numbers.factor), numbers)
-
-    def _step_on_device(self, batches: Iterable[tuple], numbers: StepNumbers) -> Tensor:
-        """The same with scalars on the device, for a graph: at a replay no Python runs."""
-        with rates_on_device(self.optimizer, numbers.rates):
-            return self._step(batches, numbers)
-
-    def _state_of_step(self) -> list[Tensor]:
-        """All tensors that a step on the device changes."""
-        kept = [tensor for state in self.optimizer.state.values() for tensor in state.values()]
-        averaged = [] if self.ema is None else self.ema.module.parameters()
-        return [*self.model.parameters(), *self.model.buffers(), *kept, *averaged, self.verdict.veto]
-
-    def _update(self, routed: Tensor, veto: Tensor | None = None) -> None:
-        """Change the weights.
-
-        Args:
-            routed: what the routers of all ranks counted.
-            veto: on the device, 1 where they must stay as they are.
-        """
-        self.optimizer.found_inf = veto
-        self.optimizer.step()
-        self.routing.move_biases(routed, veto)
-
-    def _finished(self, step: Step) -> StepResult:
-        """What a step did, once it is known; takes it, if that was not done before."""
-        self.processes.arrive()  # the numbers are sums over all ranks
-        grad_norm, bad_gradients, stop_signals, *totals = step.numbers()
-        objective, routed = totals[: 1 + len(self.objective.names)], totals[1 + len(self.objective.names) :]
-        loss, *measured = (total / step.terms for total in objective)
-        measured = dict(zip(self.objective.names, measured, strict=True)) | self.routing.measure(routed)
-        fault = fault_of_step(loss, bad_gradients == 0, step.recent_losses, self.training.spike_threshold)
-        if self.verdict is None:
-            if fault is None:
-                set_rates(self.optimizer, self.training.optimizer_type, step.lr, step.number)
-                self._update(torch.tensor(routed, device=self.device))
-                if self.ema is not None:
-                    self.ema.update_parameters(self.model)
-            self.optimizer.zero_grad(set_to_none=True)
-        elif fault is not None:
-            self._take_back(step)
-        overflow = self.scaler.is_enabled() and math.isfinite(loss) and bad_gradients > 0
-        read = self.data.train.count_tokens(step.samples)
-        about = len(step.samples), read, step.terms, loss, measured
-        return StepResult(*about, grad_norm, step.lr, fault, overflow, stop_signals > 0)
-
-    def _take_back(self, step: Step) -> None:
-        """Undo what a step that the device did not take, and the one launched after it, changed beside the weights."""
-        following, self.in_flight = self.in_flight, None
-        if following is not None:
-            utils.restore_random_state(following.random_state)
-            for now, before in zip(self._loss_scale(), following.loss_scale, strict=True):
-                now.copy_(before)
-        if self.ema is not None:
-            self.ema.n_averaged.fill_(step.ema_updates)
-        self.verdict.reset()
-
-    def _loss_scale(self) -> tuple[torch.Tensor, ...]:
-        """float16's loss scale and the steps since it grew; nothing before the first step, or in another dtype."""
-        scaler = self.scaler
-        begun = scaler.is_enabled() and scaler._scale is not None
-        return (scaler._scale, scaler._growth_tracker) if begun else ()
 
     def _beat(self, doing: str) -> None:
         """Report to the watchdog what this rank does next."""
@@ -541,7 +331,7 @@ class Trainer:
         """The weights that are evaluated, previewed and kept: the moving average, if there is one. With LoRA these are
         the sums, in a new model: so all that is measured is measured of the weights that are written. Every process
         must call it: where they share them, they are put together, with shared weights on rank 0 only."""
-        return self.parallel.evaluated_model(self.ema)
+        return self.parallel.evaluated_model(self.state.ema)
 
     def evaluate(self, model: Transformer | None = None) -> dict[str, float] | None:
         """Validation loss and what else is measured (`Evaluator.measure`); None if a signal to stop came meanwhile.
@@ -549,7 +339,7 @@ class Trainer:
         Args:
             model: what `build_evaluated_model` returned; None: it is built.
         """
-        with self.kernels(), self.parallel.evaluating(model, self.ema) as evaluated:
+        with self.kernels(), self.parallel.evaluating(model, self.state.ema) as evaluated:
             return self.evaluator.measure(evaluated)
 
     def _measure_before(self) -> None:
@@ -557,7 +347,7 @@ class Trainer:
         begins_with_weights = self.settings.training.init_from is not None and len(self.plan.val_samples) > 0
         model = self.build_evaluated_model()
         measure = self.evaluator.measure if begins_with_weights else self.evaluator.measure_texts
-        with self.kernels(), self.parallel.evaluating(model, self.ema) as evaluated:
+        with self.kernels(), self.parallel.evaluating(model, self.state.ema) as evaluated:
             measured = measure(evaluated)
         if not measured or self.files is None:
             return
@@ -632,7 +422,7 @@ class Trainer:
         if not interrupted:
             self._wait_until_verified()
         self.processes.beat(f"saving at step {self.progress.step}")
-        states = self.processes.gather((utils.random_state(), norm_of(self.parallel.own_weights())))
+        states = self.processes.gather((random_state(), norm_of(self.parallel.own_weights())))
         state, parts = self._state_to_save(interrupted)
         self.progress.seconds = self.clock.run_seconds
         if self.files is None:
@@ -648,8 +438,8 @@ class Trainer:
             environment=self.environment,
             progress=self.progress,
             **state,
-            ema_updates=0 if self.ema is None else int(self.ema.n_averaged),
-            scaler=self.scaler,
+            ema_updates=self.state.ema_updates,
+            scaler=self.state.scaler,
             random_states=[state for state, _ in states],
         )
         self.files.save_checkpoint(content, parts, interrupted)
@@ -659,13 +449,7 @@ class Trainer:
     def _state_to_save(self, interrupted: bool) -> tuple[dict, PartsBeingSaved | None]:
         """Model, average and optimizer: on rank 0, whole; or, where all ranks write the checkpoint, described, with
         this rank's part on its way to the disk. Every process must call it."""
-        in_pieces = self.part_saver is not None and isinstance(self.optimizer, ShardedOptimizer)
-        with self.optimizer.left_in_pieces() if in_pieces else contextlib.nullcontext():
-            state = {
-                "model": self.parallel.weights(),
-                "ema": None if self.ema is None else self.ema.averaged_weights(),
-                "optimizer": self.optimizer.state_dict(),
-            }
+        state = self.state.to_save(in_pieces=self.part_saver is not None)
         if self.part_saver is None:
             return state, None
         beat = functools.partial(self.processes.beat, "writing to the disk")
@@ -764,6 +548,14 @@ class Trainer:
         utils.print_error(message)
         self._tell_status("failed", ProcessLost.exit_code, message)
         os._exit(ProcessLost.exit_code)
+
+
+def _set_ways(model: Transformer, training: TrainingSettings) -> None:
+    """Have a model compute as the settings say."""
+    model.training_attention = training.attention
+    model.join_products(training.joined_products)
+    model.compute_experts(training.expert_products)
+    model.balance_loss, model.router_z_loss = training.balance_loss, training.router_z_loss
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ import inspect
 import math
 import os
 import platform
-import random
 import sys
 import time
 import warnings
@@ -31,6 +30,13 @@ from model.command import (  # noqa: F401 (the scripts' too)
 from model.errors import InputError, counted
 from model.runs.processes import Processes  # noqa: F401 (the scripts' too)
 from model.runs.signals import StopSignal  # noqa: F401 (the scripts' too)
+from model.training.determinism import (  # noqa: F401 (the scripts' too)
+    deterministic_kernels,
+    random_state,
+    restore_random_state,
+    restore_random_states,
+    seed_everything,
+)
 from model.unusable_gpus import why_kernels_lack, why_unused
 
 # ---------------------------------------------------------------------------------------------------- the console
@@ -238,87 +244,6 @@ def garbage_left() -> Iterator[None]:
         gc.unfreeze()
         if enabled:
             gc.enable()
-
-
-@contextlib.contextmanager
-def deterministic_kernels(device, wanted: bool = True) -> Iterator[None]:
-    """On a CUDA GPU, use kernels that give the same bits each time. By default, gradients of attention and, when
-    compiled, of the embedding are summed in whatever order threads arrive, and cuBLAS may choose another algorithm.
-    Other accelerators keep their kernels: which of them give the same bits is not known here.
-
-    CUBLAS_WORKSPACE_CONFIG must be set before this process's first matrix product there, see `choose_hardware`.
-
-    Args:
-        wanted: False: leave everything as it is.
-    """
-    import torch
-
-    if not accelerator.kind_of(device).has_deterministic_kernels or not wanted:
-        yield
-        return
-    options = torch.utils.deterministic
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    fills, options.fill_uninitialized_memory = options.fill_uninitialized_memory, False  # it only helps to find bugs
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-        options.fill_uninitialized_memory = fills
-
-
-# ---------------------------------------------------------------------------------------------------------- seeds
-
-
-def seed_everything(seed: int) -> None:
-    """Seed Python's, NumPy's and torch's global generators (torch's on every device)."""
-    import numpy as np
-    import torch
-
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
-
-
-def random_state() -> dict:
-    """The state of every global generator, in plain values that `torch.load(weights_only=True)` accepts."""
-    import numpy as np
-    import torch
-
-    kind, keys, position, has_gauss, gauss = np.random.get_state()
-    return {
-        "python": random.getstate(),
-        "numpy": (kind, keys.tolist(), position, has_gauss, gauss),
-        "torch": torch.get_rng_state(),
-    } | accelerator.random_states()
-
-
-def restore_random_state(state: dict) -> None:
-    """Restore every global generator to what `random_state` returned."""
-    import numpy as np
-    import torch
-
-    random.setstate(state["python"])
-    kind, keys, position, has_gauss, gauss = state["numpy"]
-    np.random.set_state((kind, np.array(keys, dtype=np.uint32), position, has_gauss, gauss))
-    torch.set_rng_state(state["torch"])
-    accelerator.restore_random_states(state)
-
-
-def restore_random_states(states: list[dict], processes: Processes, seed: int) -> None:
-    """Restore this rank's generators; where a checkpoint was written by another number of ranks, seed them instead.
-
-    Args:
-        states: `random_state` of each rank that wrote the checkpoint.
-    """
-    if len(states) == processes.world_size:
-        restore_random_state(states[processes.rank])
-        return
-    say(
-        f"the checkpoint was written by {len(states)} processes, now there are {processes.world_size}:"
-        " the order of samples stays the same, dropout is reseeded"
-    )
-    seed_everything(seed)
 
 
 # -------------------------------------------------------------------------------------------------- process group

@@ -274,7 +274,7 @@ def _poison_weight(where: str, value: str, first: int, times: int) -> None:
 
     from optimized_pretrain import Trainer
 
-    name = "_save_checkpoint" if where == "weight before a save" else "_train_step"
+    name = "_save_checkpoint" if where == "weight before a save" else "_take_step"
     method, count = getattr(Trainer, name), []
 
     @torch.no_grad()

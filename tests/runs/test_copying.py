@@ -250,8 +250,8 @@ KILLED_WHILE_COPYING = """
 import time
 import optimized_pretrain
 from model.runs import copying
-step, sha256 = optimized_pretrain.Trainer._train_step, copying.file_sha256
-optimized_pretrain.Trainer._train_step = lambda trainer: (time.sleep(0.2), step(trainer))[1]
+step, sha256 = optimized_pretrain.Trainer._take_step, copying.file_sha256
+optimized_pretrain.Trainer._take_step = lambda trainer, last: (time.sleep(0.2), step(trainer, last))[1]
 copying.file_sha256 = lambda path: time.sleep(600) if path.name.startswith("checkpoint_step_8.") else sha256(path)
 import train
 train.run_command(train.main)

@@ -25,8 +25,8 @@ SOON = 2 / 3600  # hours
 SLOW_STEPS = """
 import time
 import optimized_pretrain
-step = optimized_pretrain.Trainer._train_step
-optimized_pretrain.Trainer._train_step = lambda trainer: (time.sleep(0.3), step(trainer))[1]
+step = optimized_pretrain.Trainer._take_step
+optimized_pretrain.Trainer._take_step = lambda trainer, last: (time.sleep(0.3), step(trainer, last))[1]
 import train
 train.run_command(train.main)
 """

@@ -199,13 +199,13 @@ def test_the_rate_of_products_is_no_artefact():
 def test_launching_a_step_waits_for_nothing(data, tmp_path, options, dtype):
     flags = data.flags(tmp_path / "out", device=DEVICE, dtype=dtype, **options)
     trainer = Trainer(build_settings({}, flags), Processes())
-    trainer._advance()  # which makes the optimizer's state
+    trainer._take_step()  # which makes the optimizer's state
     torch.cuda.set_sync_debug_mode("error")
     try:
-        following = trainer._train_step(trainer.in_flight)
+        following = trainer.stepper._launch(trainer.progress, trainer.stepper.in_flight)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert trainer._finished(following).loss > 0
+    assert trainer.stepper._finished(following).loss > 0
 
 
 @pytest.mark.parametrize("wanted", [True, False])
@@ -221,7 +221,7 @@ def test_deterministic_says_which_kernels_training_uses(data, tmp_path, wanted, 
         return loss(model, batch)
 
     monkeypatch.setattr(trainer.objective, "loss", noted)
-    trainer._advance()
+    trainer._take_step()
     assert set(used) == {DEVICE.type == "cuda" and wanted}
 
 
@@ -303,7 +303,8 @@ def test_a_run_as_a_graph_has_the_bits_of_launched_steps(data, tmp_path, case, c
         flags = data.flags(tmp_path / on, **(options | {"cuda_graph": on}))
         trainer = Trainer(build_settings({}, flags), Processes())
         assert trainer.train() == "finished"
-        assert (trainer.graph is not None and trainer.graph.is_settled) == (on == "true"), capfd.readouterr().err
+        graph = trainer.stepper.graph
+        assert (graph is not None and graph.is_settled) == (on == "true"), capfd.readouterr().err
     assert losses(tmp_path / "false") == losses(tmp_path / "true")
     for step in (20, 40):
         assert_same_end(tmp_path / "false", tmp_path / "true", step)
@@ -321,7 +322,7 @@ def test_a_graph_whose_work_waits_for_the_device_fails_in_one_line_and_the_run_g
     trainer = Trainer(build_settings({}, flags), Processes())
     loss = trainer.objective.loss
     trainer.objective.loss = lambda model, batch: loss(model, batch) * float(torch.ones((), device=DEVICE))
-    assert trainer.train() == "finished" and trainer.graph is None
+    assert trainer.train() == "finished" and trainer.stepper.graph is None
     torch.cuda.empty_cache()  # which fails where PyTorch takes the capture to go on, as does a random number
     assert torch.rand(3, device=DEVICE).isfinite().all()
     assert capfd.readouterr().err.count("cuda_graph: steps are launched as without it: ") == 1

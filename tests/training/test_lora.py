@@ -146,7 +146,7 @@ def test_before_the_first_step_the_weights_are_the_base_bit_for_bit(lora_flags, 
     tokens = torch.arange(90)[None]
     assert torch.equal(trainer.model.eval()(tokens), plain(tokens))
     shared = {parameter.data_ptr() for parameter in trainer.model.parameters() if not parameter.requires_grad}
-    assert {p.data_ptr() for n, p in trainer.ema.module.named_parameters() if not is_adapter(n)} == shared
+    assert {p.data_ptr() for n, p in trainer.state.ema.module.named_parameters() if not is_adapter(n)} == shared
 
 
 @pytest.mark.parametrize("averaged", [False, True])
@@ -172,7 +172,7 @@ def test_a_run_trains_the_adapters_alone_and_leaves_plain_weights(lora_flags, ba
     samples = trainer.plan.samples_of(0, trainer.plan.val_samples, 0)
     inputs, targets, documents, _ = trainer.objective.read(trainer.data.val, samples)
     with torch.no_grad():
-        model = trainer.model if trainer.ema is None else trainer.ema.module
+        model = trainer.model if trainer.state.ema is None else trainer.state.ema.module
         trained, of_file = (float(m.eval()(inputs, targets, documents=documents)) for m in (model, written))
     count = int((targets >= 0).sum())
     assert trained / count == pytest.approx(of_file / count, rel=1e-6)

@@ -11,6 +11,7 @@ from tests.conftest import random_model
 from tests.tiny_runs import (
     assert_equal,
     assert_same_end,
+    calls_of,
     losses,
     mostly,
     signal_while_reading,
@@ -73,7 +74,7 @@ SLOW = ("float16", "epochs", "experts, bias", "muon")  # a CPU takes long for th
 
 @pytest.mark.long
 @pytest.mark.parametrize("case", mostly(CASES, SLOW))
-def test_bits_and_metrics_are_those_of_reading_each_step_at_once(flags, tmp_path, case, ahead, new_entries):
+def test_the_bits_are_those_of_reading_each_step_at_once(flags, tmp_path, case, ahead, new_entries, monkeypatch):
     ends = []
     for on in (False, True):
         ahead(on)
@@ -81,12 +82,11 @@ def test_bits_and_metrics_are_those_of_reading_each_step_at_once(flags, tmp_path
         options["cuda_graph"] = "false"  # a replay would not run what spoils steps, see test_step_graph.py
         out_dir = tmp_path / str(on)
         trainer = Trainer(build_settings({}, flags(**(options | CASES[case]), out_dir=out_dir)), Processes())
-        assert (trainer.verdict is not None) == (on and "sgd" not in str(CASES[case]))
+        assert (trainer.stepper.verdict is not None) == (on and "sgd" not in str(CASES[case]))
         spoil(trainer, BAD)
-        launched, launch = [], trainer._train_step
-        trainer._train_step = lambda after=None, launch=launch, log=launched: log.append(after) or launch(after)
+        launched = calls_of(monkeypatch, trainer.stepper, "_launch")
         assert trainer.train() == "finished" and trainer.progress.skipped_steps >= 5
-        assert any(after is not None for after in launched) == (trainer.verdict is not None)
+        assert any(len(call) > 1 for call in launched) == (trainer.stepper.verdict is not None)
         ends.append((out_dir, trainer.progress))
     (at_once, progress), (before, other) = ends
     progress.seconds = other.seconds
@@ -108,7 +108,7 @@ def test_a_signal_while_a_step_is_in_flight_saves_that_step(flags, tmp_path, mic
         assert trainer.progress.step == 4
 
     signal_while_reading(trainer, 5, micro, the_fifth_is_in_flight)
-    assert trainer.train() == "interrupted" and trainer.in_flight is None
+    assert trainer.train() == "interrupted" and trainer.stepper.in_flight is None
     saved = load_torch(tmp_path / "out" / "checkpoint_interrupted.pth")["progress"]["step"]
     assert saved == len(losses(tmp_path / "out")) == (5 if micro < 2 else 6)  # else no other micro-batch comes after it
     train(flags(resume="true", **options))

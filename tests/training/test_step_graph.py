@@ -57,7 +57,7 @@ def graphs(monkeypatch):
 def spoil(trainer: Trainer, bad: dict[int, str]) -> None:
     """Make steps unusable by what they read, which a replay reads too; they are known by their place among all."""
     order, objective, position = trainer.plan.order, trainer.objective, [0]
-    next_step, micro_batches, loss = order.next_step, trainer._micro_batches, objective.loss
+    next_step, micro_batches, loss = order.next_step, trainer.stepper._micro_batches, objective.loss
     trained = next(parameter for parameter in trainer.model.parameters() if parameter.requires_grad)
 
     def noted(done: int):
@@ -75,7 +75,7 @@ def spoil(trainer: Trainer, bad: dict[int, str]) -> None:
         zero = trained.sum() * 0
         return loss(model, batch[:-1]) * factor + ((zero + offset).sqrt() - offset)  # 0, and its derivative may be NaN
 
-    order.next_step, trainer._micro_batches, objective.loss = noted, spoiled_batches, spoiled_loss
+    order.next_step, trainer.stepper._micro_batches, objective.loss = noted, spoiled_batches, spoiled_loss
 
 
 def assert_same_run(first, second) -> None:
@@ -100,7 +100,7 @@ def test_a_run_has_the_bits_of_launched_steps(flags, tmp_path, tokenizer_folder,
         trainer = Trainer(build_settings({}, flags(**options, cuda_graph=on, out_dir=tmp_path / on)), Processes())
         spoil(trainer, BAD)
         assert trainer.train() == "finished" and trainer.progress.skipped_steps >= 5
-        assert (trainer.graph is not None) == (on == "auto")
+        assert (trainer.stepper.graph is not None) == (on == "auto")
     assert "cuda_graph true (auto)" in capfd.readouterr().err
     assert yaml.safe_load((tmp_path / "auto" / "config.yaml").read_text())["training"]["cuda_graph"] == "auto"
     assert sum(graph.replays for graph in graphs) > 30
@@ -121,7 +121,7 @@ def test_a_resumed_run_has_the_same_bits_with_a_graph_and_without(flags, tmp_pat
         for path in (out_dir / "checkpoint_step_40.pth", *out_dir.glob("pretrain_32.*")):
             path.unlink()
         trainer = train(flags(**options, cuda_graph=after, out_dir=out_dir, resume="true"))
-        assert (trainer.graph is not None) == (after == "true")
+        assert (trainer.stepper.graph is not None) == (after == "true")
         assert_same_run(tmp_path / "whole", out_dir)
 
 
@@ -136,7 +136,7 @@ def test_a_signal_between_micro_batches_drops_the_step(flags, tmp_path, micro, g
         assert graphs[0].replays > 1 and trainer.progress.step == 6
 
     signal_while_reading(trainer, 7, micro, the_seventh_is_in_flight)
-    assert trainer.train() == "interrupted" and trainer.in_flight is None
+    assert trainer.train() == "interrupted" and trainer.stepper.in_flight is None
     saved = load_torch(tmp_path / "out" / "checkpoint_interrupted.pth")["progress"]["step"]
     assert saved == len(losses(tmp_path / "out")) == (7 if micro < 2 else 8)  # else no other micro-batch comes after it
     train(flags(resume="true", **options))
@@ -148,7 +148,7 @@ def test_batches_of_several_shapes_each_get_a_graph_up_to_a_limit(flags, tmp_pat
     ends = []
     for on in ("false", "true"):
         trainer = Trainer(build_settings({}, flags(cuda_graph=on, out_dir=tmp_path / on)), Processes())
-        micro_batches = trainer._micro_batches
+        micro_batches = trainer.stepper._micro_batches
 
         def of_other_lengths(samples, trainer=trainer, micro_batches=micro_batches):
             length = 32 - 8 * (trainer.order_calls % 3)
@@ -156,7 +156,7 @@ def test_batches_of_several_shapes_each_get_a_graph_up_to_a_limit(flags, tmp_pat
             for batch in micro_batches(samples):
                 yield tuple(tensor if tensor is None else tensor[:, :length].contiguous() for tensor in batch)
 
-        trainer.order_calls, trainer._micro_batches = 0, of_other_lengths
+        trainer.order_calls, trainer.stepper._micro_batches = 0, of_other_lengths
         assert trainer.train() == "finished"
         ends.append(trainer)
     assert sum(graph.replays > 0 for graph in graphs) == 2
@@ -191,8 +191,9 @@ def test_whatever_goes_wrong_in_a_capture_steps_are_launched_with_the_same_bits(
     if fault == "room":
         monkeypatch.setattr(step_graph, "system_memory", lambda: 500_000)
     if fault == "bits":
-        monkeypatch.setattr(trainer.graph, "_say", lambda line, say=trainer.graph._say: (rate.fill_(1.0), say(line)))
-    assert trainer.train() == "finished" and trainer.graph is None
+        graph, say = trainer.stepper.graph, trainer.stepper.graph._say
+        monkeypatch.setattr(graph, "_say", lambda line: (rate.fill_(1.0), say(line)))
+    assert trainer.train() == "finished" and trainer.stepper.graph is None
     lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("cuda_graph:")]
     assert len(lines) == 1 and lines[0].startswith("cuda_graph: steps are launched as without it: ")
     expected = {"waits": "waits for the device", "memory": "out of memory", "bits": "other bits than the launched step"}
@@ -213,7 +214,7 @@ IMPOSSIBLE = {
 def test_a_run_that_cannot_be_captured_says_why(flags, graphs, problem, capfd, new_entries):
     options = IMPOSSIBLE[problem]
     trainer = Trainer(build_settings({}, flags(**options)), Processes())
-    assert trainer.graph is None and f"cuda_graph false (auto): {problem}" in capfd.readouterr().err
+    assert trainer.stepper.graph is None and f"cuda_graph false (auto): {problem}" in capfd.readouterr().err
     with pytest.raises(InputError, match=f"cuda_graph: true found, but {problem}.*; use auto or false"):
         Trainer(build_settings({}, flags(**options, cuda_graph="true")), Processes())
 

@@ -70,7 +70,7 @@ def test_a_run_leaves_weights_checkpoints_metrics_curves_and_its_settings(flags,
     assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
     saved = yaml.safe_load((out / "config.yaml").read_text())
     assert saved["model"]["vocab_size"] == 300 and saved["training"]["min_lr"] == pytest.approx(3e-4)
-    assert_equal(load_torch(out / "pretrain_32.pth"), dict(trainer.ema.module.state_dict()))
+    assert_equal(load_torch(out / "pretrain_32.pth"), dict(trainer.state.ema.module.state_dict()))
 
 
 @pytest.mark.long
@@ -176,7 +176,8 @@ print(len(os.listdir("/proc/self/task")) - before, torch.get_num_threads())
 
 def test_the_steps_set_muons_momentum(flags):
     trainer = train(flags(optimizer_type="muon", max_steps=3))
-    assert [group["momentum"] for group in trainer.optimizer.param_groups] == [float(np.float32(momentum_at(2)))] * 3
+    momenta = [group["momentum"] for group in trainer.state.optimizer.param_groups]
+    assert momenta == [float(np.float32(momentum_at(2)))] * 3
 
 
 @pytest.mark.long
@@ -192,7 +193,7 @@ def test_accumulation_equals_the_large_batch(flags, tmp_path):
 def test_a_step_waits_for_the_device_once_and_launching_the_next_never(flags, options, ahead, monkeypatch):
     monkeypatch.setenv("MATECONV_RUN_AHEAD", str(int(ahead)))
     trainer = Trainer(build_settings({}, flags(**options)), Processes())
-    trainer._advance()  # which makes the optimizer's state
+    trainer._take_step()  # which makes the optimizer's state
     waits, tolist = [], torch.Tensor.tolist
 
     class Waits(TorchDispatchMode):
@@ -206,11 +207,11 @@ def test_a_step_waits_for_the_device_once_and_launching_the_next_never(flags, op
     monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: waits.append("tolist") or tolist(tensor))
     if ahead:
         with Waits():
-            following = trainer._train_step(trainer.in_flight)
-        assert waits == [] and trainer._finished(following).fault is None  # which reads
+            following = trainer.stepper._launch(trainer.progress, trainer.stepper.in_flight)
+        assert waits == [] and trainer.stepper._finished(following).fault is None  # which reads
     else:
         with Waits():
-            trainer._advance()
+            trainer._take_step()
     assert waits == ["tolist"]
 
 
@@ -226,7 +227,7 @@ def test_16_bit_training_learns_about_the_same(flags, tmp_path, dtype, monkeypat
     train(flags(dtype="float32", out_dir=tmp_path / "float32"))
     monkeypatch.setenv("MATECONV_EMULATE_DTYPE", "1")
     trainer = train(flags(dtype=dtype, out_dir=tmp_path / dtype))
-    assert str(trainer.dtype) == f"torch.{dtype}" and trainer.scaler.is_enabled() == (dtype == "float16")
+    assert str(trainer.dtype) == f"torch.{dtype}" and trainer.state.scaler.is_enabled() == (dtype == "float16")
     last = dict(losses(tmp_path / dtype))[12]
     assert last == pytest.approx(dict(losses(tmp_path / "float32"))[12], abs=0.05)
 
@@ -236,14 +237,14 @@ def test_a_float16_overflow_skips_the_step_and_counts_no_step(flags, monkeypatch
     monkeypatch.setenv("MATECONV_EMULATE_DTYPE", "1")
     torch.set_num_threads(1)
     trainer = Trainer(build_settings({}, flags(dtype="float16", max_steps=3)), Processes())
-    trainer.scaler._init_scale = 2.0**40  # the first scaled gradients overflow
+    trainer.state.scaler._init_scale = 2.0**40  # the first scaled gradients overflow
     before = {key: value.clone() for key, value in trainer.model.state_dict().items()}
-    trainer._advance()
+    trainer._take_step()
     assert trainer.progress.step == 0 and trainer.progress.samples == 4
     assert_equal(dict(trainer.model.state_dict()), before)
     for _ in range(40):
-        trainer._advance()
-    assert trainer.progress.step > 0 and trainer.scaler.get_scale() < 2.0**40
+        trainer._take_step()
+    assert trainer.progress.step > 0 and trainer.state.scaler.get_scale() < 2.0**40
 
 
 @pytest.mark.long
@@ -253,35 +254,35 @@ def test_float16_overflows_and_faults_have_limits_that_do_not_share_a_count(flag
     trainer = Trainer(build_settings({}, options), Processes())
     trainer.model.norm.weight.register_hook(lambda gradient: gradient * torch.inf)  # overflows at every loss scale
     for _ in range(50):
-        assert trainer._advance().overflow
+        assert trainer._take_step().overflow
     with pytest.raises(TrainingDiverged, match="the gradient is not finite.* 50 steps before it overflowed") as error:
-        trainer._advance()
+        trainer._take_step()
     assert "max_skipped_steps" not in str(error.value)
 
     trainer = Trainer(build_settings({}, options | {"max_skipped_steps": "1"}), Processes())
     hook = trainer.model.norm.weight.register_hook(lambda gradient: gradient * torch.inf)
     for _ in range(11):
-        trainer._advance()
+        trainer._take_step()
     hook.remove()
     broken = trainer.model.register_forward_hook(lambda model, arguments, loss: loss * torch.nan)
-    assert not trainer._advance().overflow  # the first real fault, which max_skipped_steps allows
+    assert not trainer._take_step().overflow  # the first real fault, which max_skipped_steps allows
     with pytest.raises(TrainingDiverged, match=r"loss is nan.* 1 step before it was skipped \(max_skipped_steps\)"):
-        trainer._advance()
+        trainer._take_step()
     broken.remove()
 
 
 @pytest.mark.parametrize("max_skipped_steps", [0, 3])
 def test_gradients_that_are_not_finite_are_skipped_and_then_stop_training(flags, max_skipped_steps):
     trainer = Trainer(build_settings({}, flags(max_skipped_steps=max_skipped_steps)), Processes())
-    assert trainer._advance().fault is None
-    before = copy.deepcopy(trainer.model.state_dict()), copy.deepcopy(trainer.optimizer.state_dict())
+    assert trainer._take_step().fault is None
+    before = copy.deepcopy(trainer.model.state_dict()), copy.deepcopy(trainer.state.optimizer.state_dict())
     trainer.model.norm.weight.register_hook(lambda gradient: gradient * torch.nan)
     for _ in range(max_skipped_steps):
-        assert trainer._advance().fault is not None
+        assert trainer._take_step().fault is not None
     with pytest.raises(TrainingDiverged, match="step 2: the gradient is not finite"):
-        trainer._advance()
+        trainer._take_step()
     assert_equal(dict(trainer.model.state_dict()), dict(before[0]))
-    assert_equal(trainer.optimizer.state_dict()["state"], before[1]["state"])
+    assert_equal(trainer.state.optimizer.state_dict()["state"], before[1]["state"])
     assert trainer.progress.step == 1 and trainer.progress.samples == 4 * (max_skipped_steps + 2)
 
 
@@ -299,8 +300,9 @@ def test_early_stopping_after_patience_evaluations_without_gain(flags, tmp_path)
 @pytest.mark.long
 def test_a_new_optimizer_and_schedule_are_settings_like_the_others(flags, tmp_path, new_entries):
     trainer = train(flags(optimizer_type="sgd", lr_scheduler="constant", learning_rate=0.1))
-    assert type(trainer.optimizer) is torch.optim.SGD
-    assert [group["momentum"] for group in trainer.optimizer.param_groups] == [float(np.float32(0.8 + 11 / 100))] * 2
+    assert type(trainer.state.optimizer) is torch.optim.SGD
+    momenta = [group["momentum"] for group in trainer.state.optimizer.param_groups]
+    assert momenta == [float(np.float32(0.8 + 11 / 100))] * 2
     assert [event["lr"] for event in events(tmp_path / "out") if "lr" in event][1:] == [0.1] * 11
     with pytest.raises(InputError, match="sgd has no automatic rate; give a number"):
         train(flags(optimizer_type="sgd", learning_rate="auto", out_dir=tmp_path / "auto"))
@@ -428,15 +430,15 @@ def test_other_validation_data_is_evaluated_at_the_step_that_was_evaluated_alrea
 def test_train_again_after_a_stop_trains_to_the_end(flags, tmp_path):
     torch.set_num_threads(1)
     trainer = Trainer(build_settings({}, flags()), Processes())
-    step = trainer._train_step
+    take = trainer._take_step
 
-    def stopped(after=None):
+    def stopped(last):
         os.kill(os.getpid(), signal.SIGINT)
         wait_for(lambda: trainer.stop_signal.count)  # another thread counts it
-        trainer._train_step = step
-        return step(after)
+        trainer._take_step = take
+        return take(last)
 
-    trainer._train_step = stopped
+    trainer._take_step = stopped
     assert trainer.train() == "interrupted" and trainer.progress.step == 1
     assert trainer.train() == "finished" and trainer.progress.step == 12
 
