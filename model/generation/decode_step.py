@@ -139,6 +139,7 @@ class _Experts(nn.Module):
         super().__init__()
         router = module.router
         self.n_active, self.normalize, self.scores = router.n_active, router.normalize, router.scores
+        self.by_logits = router.score == "softmax" and router.bias is None  # softmax keeps their order
         self.router = _Matrix(router.weight, int8=False)
         # As a matrix, since torch.compile copies the numbers of a vector of up to eight into the code.
         self.register_buffer("bias", None if router.bias is None else router.bias[None])
@@ -155,22 +156,29 @@ class _Experts(nn.Module):
 
     def _fed(self, x: Tensor) -> Tensor:
         """x [dim] -> [dim]."""
-        chosen, weights = self._choose(self.scores(self.router(x)))
+        chosen, weights = self._choose(self.router(x))
         hidden = F.silu(self.w1(x, chosen)) * self.w3(x, chosen)  # [K, h]
         return (self.w2(hidden, chosen) * weights[:, None]).sum(0)
 
-    def _choose(self, scores: Tensor) -> tuple[Tensor, Tensor]:
-        """As Router.choose, for one token: scores [E] -> int64 and float32 [K].
+    def _choose(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """As Router.choose, for one token: logits [E] -> int64 and float32 [K].
 
-        torch.compile joins the loops of `argmax` with others; `topk` would be a call between them.
+        Threads wait for each other after each loop, which takes longer than these do. So there are few: one counts the
+        experts that come before each, another finds those in the first K places; `topk` would be a call between them.
         """
-        left = scores if self.bias is None else scores + self.bias[0]
-        numbers, found = torch.arange(len(scores)), []
-        for _ in range(self.n_active):
-            found.append(left.argmax())
-            left = torch.where(numbers == found[-1], -torch.inf, left)
-        chosen = torch.stack(found)
-        weights = scores[chosen]
+        scores = logits if self.by_logits else self.scores(logits)
+        preferred = scores if self.bias is None else scores + self.bias[0]
+        numbers, last = torch.arange(len(scores)), len(scores) - 1
+        own, others = preferred[:, None], preferred[None]
+        before = (others > own) | ((others == own) & (numbers < numbers[:, None]))  # [E, E]
+        found = before.sum(1) == torch.arange(self.n_active)[:, None]  # [K, E]
+        chosen = torch.where(found, numbers, 0).sum(1).clamp(max=last)  # of logits that are no numbers, all are first
+        weights = torch.where(found, scores, 0.0).sum(1)
+        if self.by_logits:
+            highest, logits_of_chosen = weights[:1], weights
+            weights = (logits_of_chosen - highest).exp()
+            total = weights if self.normalize else (logits - highest).exp()
+            return chosen, weights / total.sum()
         return chosen, weights / weights.sum().clamp(min=TINY) if self.normalize else weights
 
 

@@ -112,6 +112,26 @@ def test_one_text_reads_only_its_own_experts(tiny_config, dtype, int8):
             assert len(unread) == config.n_experts - config.n_active_experts
 
 
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_compiled_step_chooses_experts_as_the_router_does(tiny_config, score, normalize, bias):
+    more = {"expert_score": score, "normalize_expert_weights": normalize, "expert_bias": bias}
+    config = LMConfig(**{**vars(tiny_config), "n_experts": 12, "n_active_experts": 5, "n_layers": 1, **more})
+    module = model_of(config).layers[0].feed_forward
+    experts, router = decode_step._Experts(module, int8=False), module.router
+    with torch.inference_mode():
+        for logits in 3 * torch.randn(30, 12, generator=torch.Generator().manual_seed(1)):
+            expected = [found[0] for found in router.choose(router.scores(logits[None]))]
+            chosen, weights = experts._choose(logits)
+            assert torch.equal(chosen, expected[0])
+            torch.testing.assert_close(weights, expected[1])
+        chosen, weights = experts._choose(torch.zeros(12))  # equal ones: all different, and none twice
+        assert len(set(chosen.tolist())) == 5 and torch.equal(weights, weights[:1].expand(5))
+        chosen, weights = experts._choose(torch.full((12,), torch.nan))
+        assert chosen.min() >= 0 and chosen.max() < 12 and weights.isnan().any()
+
+
 @pytest.mark.skipif(not packs(torch.bfloat16), reason="this CPU has no bfloat16")
 def test_packed_weights_in_bfloat16_are_as_near_as_the_transformer_in_bfloat16(tiny_config):
     model, texts = random_model(tiny_config), some_texts(tiny_config)
