@@ -53,6 +53,7 @@ CONTENDERS = {  # name: fields of the shape, settings of training
 TRAINING = {"optimizer_type": "muon", "learning_rate": 5e-3, "lr_scheduler": "linear", "batch_size": 8}
 SPEED_STEPS, SPEED_TURNS = 40, 3
 ROW = "| {} | {} | {} | {} | {} | {} | {} |"
+WRITING_ROW = "| {} | {} | {} | {} | {} | {} |"
 FORMATS = ("fp32", "bf16", "int8")
 WRITTEN_TOKENS, PROMPT_TOKENS, TEXT_TURNS = 128, 32, 9
 
@@ -132,22 +133,28 @@ def writer(name: str, weights_format: str, options: argparse.Namespace):
 
 
 def compare_writing(names: list[str], options: argparse.Namespace) -> None:
-    """Print, for each format and mixture, the dense model's and its tokens a second and the ratio of their times."""
-    print("| format | model | tok/s | dense, tok/s | times dense's seconds |", "|---|---|---:|---:|---:|", sep="\n")
+    """Print, for each format, how long each model takes to the first token (a mixture reads the experts of all of the
+    prompt's tokens, which are most of them), its tokens a second after that, and the ratios of a mixture's times to
+    dense's."""
+    titles = ("format", "model", "to the first token", "then, tok/s", "times dense's seconds", "whole text")
+    print(WRITING_ROW.format(*titles), "|---|---|---:|---:|---:|---:|", sep="\n")
     for weights_format in FORMATS:
         writers = {name: writer(name, weights_format, options) for name in names}
-        seconds: dict[str, list[float]] = {name: [] for name in names}
+        times: dict[str, list[tuple[float, float, float]]] = {name: [] for name in names}
         for turn in range(TEXT_TURNS + 1):
             for name, write in writers.items():
-                whole = write(WRITTEN_TOKENS)[1]
+                first, whole, _ = write(WRITTEN_TOKENS)
                 if turn:  # the first one compiles
-                    seconds[name].append(whole)
-        rates = {name: WRITTEN_TOKENS / statistics.median(times) for name, times in seconds.items()}
-        for name in names[1:]:
-            ratio = statistics.median(own / dense for own, dense in zip(seconds[name], seconds["dense"], strict=True))
-            print(
-                f"| {weights_format} | {name} | {rates[name]:,.0f} | {rates['dense']:,.0f} | {ratio:.2f} |", flush=True
-            )
+                    times[name].append((first, whole - first, whole))
+        for name in names:
+            first, then, _ = map(statistics.median, zip(*times[name], strict=True))
+            ratios = [
+                [a / b for a, b in zip(*pair, strict=True)] for pair in zip(times[name], times["dense"], strict=True)
+            ]
+            _, after, whole = map(statistics.median, zip(*ratios, strict=True))
+            rate = (WRITTEN_TOKENS - 1) / then
+            cells = weights_format, name, f"{1e3 * first:.1f} ms", f"{rate:,.0f}", f"{after:.2f}", f"{whole:.2f}"
+            print(WRITING_ROW.format(*cells), flush=True)
 
 
 def main() -> None:
