@@ -5,7 +5,7 @@
     python benchmarks/learning.py parts --tokens 1e6 --jobs 2            # of recipe best: each left out, others added
     python benchmarks/learning.py rates --model 10M                      # around the rate that auto gives
     python benchmarks/learning.py passes --texts my.jsonl                # how often to read little text
-    python benchmarks/learning.py data --texts my.jsonl --other more.jsonl  # passes, copies, sources, tokenizers
+    python benchmarks/learning.py data --texts my.jsonl --other more.jsonl  # passes, copies, order, sources, tokenizers
 
 Each run is `train.py` itself, with a schedule that ends with its tokens: a shorter run is a finished one, not a part of
 a longer one. Held-out samples are the same for all runs of a study. Finished runs are kept and not repeated, so the
@@ -14,8 +14,10 @@ alone: with --speed each trains for a few seconds, one after another, when the r
 """
 
 import argparse
+import collections
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -67,6 +69,12 @@ OWN, OWN_SHARES = 0.25, (0.75, 0.5, 0.25)  # own text of so many of a run's toke
 VOCABULARIES = (6400, 12800, 25600)
 HELD_OUT = 0.03  # of the documents, in study data
 SPEED_TOKENS, SPEED_TURNS = 100_000, 3
+IN_ORDER = """
+from model.training import order
+order.permuted = lambda places, samples, keys: places
+import train
+train.run_command(train.main)
+"""  # train.py that reads its samples as they lie in the file
 
 
 @dataclass(frozen=True)
@@ -76,7 +84,7 @@ class Case:
     name: str
     tokens: float
     seed: int
-    settings: dict = field(hash=False)
+    settings: dict = field(hash=False)  # and "in_order", whether samples are read as they lie in the file
 
     @property
     def folder(self) -> str:
@@ -174,6 +182,15 @@ class OwnTexts:
         texts = share_of(self._lines, tokens / self._tokens / times, path, times)
         return process(texts, texts.with_suffix(".bin"), "--deduplicate", "false")
 
+    def sorted_file(self, tokens: float, hard_first: bool) -> Path:
+        """The texts of `file_with`, sorted by how rare their characters are."""
+        lines = self.file_with(tokens).with_suffix(".jsonl").read_text(encoding="utf-8").splitlines()
+        counts = collections.Counter(itertools.chain.from_iterable(lines))
+        lines.sort(key=lambda line: statistics.fmean(math.log(counts[c]) for c in line), reverse=not hard_first)
+        path = self._folder / f"{'hard' if hard_first else 'easy'}-first-{round(tokens)}.jsonl"
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        return process(path, path.with_suffix(".bin"), "--deduplicate", "false")
+
     def passes(self, tokens: float, times: int) -> tuple[str, float, dict]:
         """A run of so many passes over so many tokens."""
         made = {"data": self.held_out | {"train_data_path": str(self.file_with(tokens))}}
@@ -206,14 +223,17 @@ def share_of(lines: list[str], share: float, path: Path, times: int = 1) -> Path
 
 
 def data(options: argparse.Namespace) -> Iterator[tuple[str, float, dict]]:
-    """The same tokens from all of the text or several passes over less of it, with copies in it, with other texts
-    beside it; and tokenizers of several sizes for the same seconds."""
+    """The same tokens from all of the text or several passes over less of it, with copies in it, sorted, with other
+    texts beside it; and tokenizers of several sizes for the same seconds."""
     texts = OwnTexts(options)
     folder, tokens, model, held_out = options.out, options.tokens, options.model, texts.held_out
     for times in PASSES:
         yield texts.passes(tokens / times, times)
     made = held_out | {"train_data_path": str(texts.file_with(tokens, times=2))}
     yield "every document twice", tokens, best(tokens, model, {"data": made})
+    for order in ("easy", "hard"):
+        made = held_out | {"train_data_path": str(texts.sorted_file(tokens, hard_first=order == "hard"))}
+        yield f"{order} texts first", tokens, best(tokens, model, {"data": made}) | {"in_order": True}
 
     if options.other is not None:
         own = texts.file_with(tokens * OWN)
@@ -273,9 +293,10 @@ def run(case: Case, folder: Path, threads: int) -> list[dict]:
     status = folder / "status.json"
     if not status.exists() or json.loads(status.read_text(encoding="utf-8"))["state"] != "finished":
         config = case.settings | {"training": training | fixed}
+        program = ["-c", IN_ORDER] if config.pop("in_order", False) else [str(ROOT / "train.py")]
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "asked.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
-        command = [sys.executable, str(ROOT / "train.py"), "--config", str(folder / "asked.yaml")]
+        command = [sys.executable, *program, "--config", str(folder / "asked.yaml")]
         environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
         with open(f"{folder}.log", "w", encoding="utf-8") as log:
             subprocess.run(command, check=True, stdout=log, stderr=log, env=environment, cwd=ROOT)
