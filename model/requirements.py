@@ -8,8 +8,8 @@ from pathlib import Path
 from model.errors import one_line
 
 REQUIREMENTS = Path(__file__).resolve().parent.parent / "requirements.txt"
-# What requirements.txt installs, by the name of the import.
-LIBRARIES = {"datasets", "filelock", "jinja2", "jsonlines", "numpy", "psutil", "safetensors", "tokenizers", "torch",
+# What nothing works without, by the name of the import.
+LIBRARIES = {"datasets", "filelock", "jinja2", "jsonlines", "numpy", "safetensors", "tokenizers", "torch",
              "tqdm", "transformers", "yaml"}  # fmt: skip
 
 

@@ -17,9 +17,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, BinaryIO
 
-import psutil
-
 from model.errors import InputError, first_line
+from model.storage.system import is_running
 
 TEMPORARY_SUFFIX = ".tmp"
 ABANDONED_SECONDS = 24 * 3600  # without a write, after which another machine's temporary file is removed
@@ -103,7 +102,7 @@ def remove_abandoned(path: Path) -> None:
 def is_being_written(temporary: Path) -> bool:
     """Whether the process that made this temporary file or folder runs, on this machine."""
     match = TEMPORARY_NAME.fullmatch(temporary.name)
-    return match is not None and match["host"] == _host() and psutil.pid_exists(int(match["pid"]))
+    return match is not None and match["host"] == _host() and is_running(int(match["pid"]))
 
 
 @functools.cache

@@ -7,7 +7,6 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode  # a private name, but documented ("Fake tensor")
@@ -19,6 +18,7 @@ from model.LMConfig import LMConfig
 from model.lora import add_adapters
 from model.model import Transformer
 from model.storage.files import size_text
+from model.storage.system import available_memory, free_swap
 from model.training.optimizer import optimizer_bytes, trained_parameters
 from model.training.settings import AUTO, FULLY_SHARDED, TrainingSettings
 
@@ -162,7 +162,7 @@ def check_memory(
         remedy = f"lower batch_size ({rows:,}) and raise accumulation_steps, or lower max_seq_len"
     if memory.activations >= state and training.activation_checkpointing != "full":
         remedy += ", or set activation_checkpointing full"
-    swap = psutil.swap_memory().free if device.type == "cpu" else 0
+    swap = free_swap() if device.type == "cpu" else 0
     if memory.together > free + swap:
         raise InputError(f"out of memory: {found}; {remedy}")
     return f"memory is short: {found}; if the run fails, {remedy}"
@@ -292,7 +292,7 @@ def free_memory(device: torch.device, processes: int = 1) -> int:
 
 def system_memory() -> int:
     """Bytes of the machine's memory that are free, within the limits of this process's control groups (containers)."""
-    return int(max(0, min(psutil.virtual_memory().available, _left_to_group())))
+    return int(max(0, min(available_memory(), _left_to_group())))
 
 
 def _left_to_group() -> float:

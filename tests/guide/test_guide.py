@@ -1,8 +1,9 @@
 """The user's guide, command by command and call by call, as it is written there: only scaled down.
 
 Each command is the guide's own text. What makes it small follows: flags that override the guide's, and a folder with
-a piece of the sample corpus. They run in the guide's order, in a copy of the project, as a new user would run them:
-the first of its kind in a process of its own, the others in one interpreter that has torch already.
+a piece of the sample corpus. They run in the guide's order, in a copy of the project, with the packages that the guide
+installs and none beside them, as a new user would run them: the first of its kind in a process of its own, the others
+in one interpreter that has torch already.
 """
 
 import shlex
@@ -21,6 +22,8 @@ from tests.tiny_runs import HUNG, ONE_THREAD, mostly
 pytestmark = pytest.mark.long
 FLAGS = "--max_steps 2 --n_layers 1 --max_seq_len 16 --eval_steps 1"  # what makes a run of the default config small
 NARROW = FLAGS + " --dim 64"
+# Of requirements.txt, what the guide's `pip install` does not name (wandb comes where the guide uses it).
+NOT_INSTALLED = ["psutil", "fastokens", "orjson", "rensa", "zstandard", "matplotlib", "gguf", "starlette", "uvicorn"]
 
 
 @pytest.fixture(scope="module")
@@ -31,8 +34,16 @@ def home(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def interpreter(home):
-    interpreter = Interpreter(home)
+def environment(tmp_path_factory):
+    """Of processes in which nothing is installed but what the guide installs."""
+    folder = tmp_path_factory.mktemp("packages")
+    (folder / "sitecustomize.py").write_text(f"import sys\nsys.modules.update(dict.fromkeys({NOT_INSTALLED}))\n")
+    return {"PYTHONPATH": str(folder)}
+
+
+@pytest.fixture(scope="module")
+def interpreter(home, environment):
+    interpreter = Interpreter(home, environment)
     yield interpreter
     interpreter.close()
 
@@ -55,7 +66,7 @@ def checked(text, result):
 
 
 @pytest.fixture
-def guide(home):
+def guide(home, environment):
     """Runs a command of the guide as it is, followed by `more`, in a process of its own; what it printed."""
 
     def run(text, more="", **options):
@@ -65,7 +76,9 @@ def guide(home):
             words.insert(1, "-m")
             words.insert(2, "torch.distributed.run")
         options = {"capture_output": True, "text": True, "encoding": "utf-8", "timeout": HUNG} | options
-        result = forks.run(words, cwd=home, env=ONE_THREAD, **options)  # torch's launcher is forked, our scripts start
+        result = forks.run(
+            words, cwd=home, env=ONE_THREAD | environment, **options
+        )  # torch's launcher is forked, our scripts start
         result.code = result.returncode
         return checked(text, result)
 
