@@ -276,6 +276,8 @@ class Choices:
         tells_apart = with_documents and not data.is_pairs
         if self._training.attention == VARLEN and (problem := self._varlen_problem(config, dtype, tells_apart)):
             raise InputError(f"attention: varlen found, but {problem}; use auto")
+        if self._earlier.get("attention") == VARLEN and self._varlen_problem(config, dtype, tells_apart):
+            del self._earlier["attention"]  # another dtype, or another GPU
         if accelerator.kind_of(self._device).has_flash_kernels and tells_apart:
             self._settle("attention", lambda: self._with_documents(config, dtype))
         elif not has_ways(config.flash_attn, self._device, config.max_seq_len, config.dropout):
@@ -331,6 +333,7 @@ class Choices:
         elif (problem := grouping_problem(config)) is not None:
             if self._training.expert_products == "grouped":
                 raise InputError(f"expert_products: grouped found, but {problem}; use loop or auto")
+            self._earlier.pop("expert_products", None)  # of another torch
             self._settle("expert_products", lambda: ("loop", problem))
         elif self._device.type == "cpu" and dtype != torch.float32:
             self._settle("expert_products", lambda: ("loop", "a CPU's only way in 16 bits"))

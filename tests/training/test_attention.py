@@ -118,6 +118,11 @@ def test_a_device_that_skips_documents_does_so_and_learns_the_same(flags, tmp_pa
     assert by_starts.progress.best_val_loss == pytest.approx(by_mask.progress.best_val_loss, rel=1e-3)
     for own, other in zip(by_starts.model.parameters(), by_mask.model.parameters(), strict=True):
         assert (own - other).norm() < 0.02 * other.norm()
+    resumed = train(
+        flags(**options | {"dtype": "float32", "max_steps": 13}, resume="true")
+    )  # which has no such kernels
+    assert resumed.outcome == "finished" and resumed.model.training_attention == "pytorch"
+    assert "attention pytorch (auto): with a mask, since its kernels need dtype bfloat16" in capfd.readouterr().err
 
 
 def test_documents_are_not_skipped_where_that_is_impossible(flags, capfd):
