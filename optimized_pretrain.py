@@ -86,6 +86,13 @@ class Trainer:
     Raises:
         InputError: data, tokenizer or checkpoint are missing or do not fit together, or the memory is too small.
         ProcessLost: not all processes came.
+
+    Attributes:
+        model: that is trained, as it is here.
+        plan: what the run will do.
+        progress: where it is.
+        state: the weights and all that a step changes.
+        stepper: takes the steps.
     """
 
     def __init__(
@@ -134,9 +141,18 @@ class Trainer:
 
         self.parallel = self._parallel_model(is_whole=shards == 1)
         self.state = TrainState(self.model, self.parallel, self.plan, processes)
-        signals, drops_step = lambda: self.stop_signal.count, self.stop_vote.drops_step
-        about = self.plan, self.state, self.data, self.objective, self.routing
-        self.stepper = Stepper(*about, processes, signals, drops_step, self._beat, say)
+        self.stepper = Stepper(
+            plan=self.plan,
+            state=self.state,
+            data=self.data,
+            objective=self.objective,
+            routing=self.routing,
+            processes=processes,
+            stop_signals=lambda: self.stop_signal.count,
+            drops_step=self.stop_vote.drops_step,
+            beat=self._beat,
+            say=say,
+        )
         seed_everything(t.seed + 1 + processes.rank)  # dropout differs between ranks
         if self.resumed is not None:
             self._restore(self.resumed.content)
@@ -189,7 +205,7 @@ class Trainer:
             say("the validation data has changed: best loss and patience are reset")
             self.progress.forget_evaluations()
         new_seed = self.training.seed + 1 + self.processes.rank + 1000 * self.progress.step
-        restore_random_states(checkpoint["random_states"], self.processes, new_seed)
+        restore_random_states(checkpoint["random_states"], self.processes, new_seed, say)
         for part in ("model", "ema", "optimizer"):  # of which a rank may keep only its share
             del checkpoint[part]
 
@@ -304,8 +320,8 @@ class Trainer:
         """Train without saving or evaluating; returns the tokens per second of all processes.
 
         Args:
-            seconds: to train for, but at least one step and at most `most`; of several, after those that end with a
-                captured one.
+            seconds: to train for.
+            most: steps at most; 1 at least. If there may be several, those until one is captured are not timed.
         """
         while most > 1 and not self.stepper.is_settled:
             self._take_step()
@@ -321,9 +337,8 @@ class Trainer:
         return 0 if self.processes.by_torchrun else EXIT_CODES[outcome]
 
     def _beat(self, doing: str) -> None:
-        """Report to the watchdog what this rank does next."""
-        timeouts = 1.0 if self.clock.steps else FIRST_STEP_TIMEOUTS
-        self.processes.beat(f"{doing} of step {self.progress.step + 1}", timeouts)
+        """Report to the watchdog what this rank does next in a step."""
+        self.processes.beat(doing, 1.0 if self.clock.steps else FIRST_STEP_TIMEOUTS)
 
     # -------------------------------------------------------------------------------------------------- evaluation
 
@@ -364,6 +379,7 @@ class Trainer:
 
     def _evaluate_and_keep_best(self) -> bool:
         """Evaluate, unless this step was evaluated already; False if a signal to stop came meanwhile."""
+        self._check_weights()
         progress = self.progress
         if len(self.plan.val_samples) == 0 or progress.last_evaluation == progress.step:
             return True
@@ -419,6 +435,7 @@ class Trainer:
 
     def _save_checkpoint(self, interrupted: bool = False) -> None:
         """Copy the state, for a thread to write it; an interrupted run waits until it is written."""
+        self._check_weights()
         if not interrupted:
             self._wait_until_verified()
         self.processes.beat(f"saving at step {self.progress.step}")
@@ -466,6 +483,11 @@ class Trainer:
         tokenizer = self.settings.data.tokenizer_path, self.data.tokenizer_sha256
         config = dataclasses.replace(self.config, max_seq_len=self.context)
         return Weights(evaluated.state_dict(), config, *tokenizer, chat=self.data.chat)
+
+    def _check_weights(self) -> None:
+        """They are those of the step that was counted last, and of none that was launched ahead."""
+        if self.stepper.in_flight is not None:
+            raise AssertionError(f"step {self.stepper.in_flight.number + 1} was launched too early")
 
     def _save_final(self) -> None:
         self._wait_until_verified()

@@ -30,13 +30,7 @@ from model.command import (  # noqa: F401 (the scripts' too)
 from model.errors import InputError, counted
 from model.runs.processes import Processes  # noqa: F401 (the scripts' too)
 from model.runs.signals import StopSignal  # noqa: F401 (the scripts' too)
-from model.training.determinism import (  # noqa: F401 (the scripts' too)
-    deterministic_kernels,
-    random_state,
-    restore_random_state,
-    restore_random_states,
-    seed_everything,
-)
+from model.training.determinism import deterministic_kernels, random_state, restore_random_state
 from model.unusable_gpus import why_kernels_lack, why_unused
 
 # ---------------------------------------------------------------------------------------------------- the console

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 import utils
 from model import accelerator
+from model.training.determinism import deterministic_kernels
 
 LEARNING_RATE, WEIGHT_DECAY = 1e-4, 0.1
 
@@ -174,7 +175,7 @@ class Steps:
     def take(self) -> None:
         """Forward, backward, clipping, optimizer step, zero_grad."""
         contender, optimizer = self.contender, self.contender.optimizer
-        with utils.deterministic_kernels(self.device) if contender.deterministic else contextlib.nullcontext():
+        with deterministic_kernels(self.device) if contender.deterministic else contextlib.nullcontext():
             with self.autocast:
                 loss = contender.mean_loss(self.run_model, self.inputs, self.targets)
             self.scaler.scale(loss).backward()

@@ -83,7 +83,7 @@ def checkpoint_content(
         environment: what equal bits depend on, see `resume.environment`.
         model, ema: state dicts of the weights and of their average.
         optimizer: its state dict.
-        random_states: `utils.random_state()` of each rank.
+        random_states: `determinism.random_state()` of each rank.
     """
     return {
         "format_version": CHECKPOINT_VERSION,

@@ -5,11 +5,10 @@ torch and numpy are imported where they are used, so that the scripts, which imp
 
 import contextlib
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from model import accelerator
-from model.command import say
 
 if TYPE_CHECKING:
     from model.training.choices import Ranks
@@ -24,6 +23,7 @@ def deterministic_kernels(device, wanted: bool = True) -> Iterator[None]:
     CUBLAS_WORKSPACE_CONFIG must be set before this process's first matrix product there, see `utils.choose_hardware`.
 
     Args:
+        device: a torch.device.
         wanted: False: leave everything as it is.
     """
     import torch
@@ -77,11 +77,14 @@ def restore_random_state(state: dict) -> None:
     accelerator.restore_random_states(state)
 
 
-def restore_random_states(states: list[dict], ranks: "Ranks", seed: int) -> None:
+def restore_random_states(states: list[dict], ranks: "Ranks", seed: int, say: Callable[[str], None]) -> None:
     """Restore this rank's generators; where a checkpoint was written by another number of ranks, seed them instead.
 
     Args:
         states: `random_state` of each rank that wrote the checkpoint.
+        ranks: those of this run.
+        seed: for this rank, where the states are those of another number of ranks.
+        say: prints one line for the user.
     """
     if len(states) == ranks.world_size:
         restore_random_state(states[ranks.rank])

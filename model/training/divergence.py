@@ -21,8 +21,7 @@ def fault_of_step(loss: float, grad_is_finite: bool, recent: list[float], spike_
     Args:
         loss: of all processes' batches, nats per token.
         grad_is_finite: whether the gradient's norm is finite on every process.
-        recent: losses of earlier steps, see `remember`; without the very last one, which is not known yet where steps
-            are launched ahead.
+        recent: losses of earlier steps, see `losses_to_compare`.
         spike_threshold: standard deviations; 0: spikes are not detected.
     """
     if not math.isfinite(loss):
@@ -61,6 +60,17 @@ def remember(recent: list[float], loss: float) -> None:
     """Add the loss of a step that was taken."""
     recent.append(loss)
     del recent[:-WINDOW]
+
+
+def losses_to_compare(recent: list[float], is_ahead: bool) -> list[float]:
+    """What a step's loss is compared with, however it is launched: the losses of the steps taken before, but for the
+    very last one, which is not known yet where steps are launched ahead.
+
+    Args:
+        recent: as `remember` has them when the step is launched.
+        is_ahead: whether they lack the step before, which was launched and is not counted yet.
+    """
+    return recent[-(WINDOW - 1) :] if is_ahead else recent[:-1]
 
 
 def norm_of(weights: Iterable[Tensor]) -> float:

@@ -122,6 +122,12 @@ class RunPlan:
             return step >= t.max_steps
         return samples >= t.epochs * self.train_samples
 
+    def pauses_after(self, step: int, samples: int) -> bool:
+        """Whether an evaluation, a save or the end comes after `step` steps and `samples` samples: these need the
+        weights of that step, and no later ones."""
+        t = self.training
+        return self.is_done(step, samples) or step % t.eval_interval == 0 or step % t.save_interval == 0
+
     def tokens_left(self, step: int, samples: int) -> int:
         """Tokens left to read after `step` steps and `samples` samples."""
         t = self.training
@@ -178,7 +184,8 @@ def plan_run(
         say: prints one line for the user.
 
     Raises:
-        InputError: not even one sample fits the memory, or the resulting learning rate or warm-up is impossible.
+        InputError: not even one sample fits the memory, the resulting learning rate or warm-up is impossible, a setting
+            is asked for that this device or this torch cannot do, or the checkpoint's values for auto are invalid.
     """
     t, checkpoint = settings.training.shared_among(ranks.world_size), None if found is None else found.content
     done = {"step": 0, "samples": 0} if checkpoint is None else checkpoint["progress"]

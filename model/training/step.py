@@ -26,6 +26,9 @@ def runs_ahead(device: torch.device, optimizer: torch.optim.Optimizer) -> bool:
     return able and asked == "1"
 
 
+BEFORE_SUMS = 3  # numbers of a step before its sums: the norm, ranks with a bad gradient, and signals to stop
+
+
 class StepDropped(Exception):
     """A signal to stop came between two micro-batches of a step."""
 
@@ -117,7 +120,7 @@ class DeviceVerdict:
             norm, sums: as there.
 
         Returns:
-            float64 [3 + N]: the norm, two sums, and those of `sums`.
+            float64 [BEFORE_SUMS + N]: the norm, two sums, and those of `sums`.
         """
         signals, terms = (_scalar(number, norm.device) for number in (numbers.stop_signals, numbers.terms))
         summed = torch.cat((torch.stack(((~norm.isfinite()).double(), signals)), sums.double()))

@@ -18,12 +18,21 @@ from model.training.balance import Routing
 from model.training.choices import Ranks
 from model.training.data import TrainingData
 from model.training.determinism import deterministic_kernels, random_state, restore_random_state
-from model.training.divergence import fault_of_step, spike_limit
+from model.training.divergence import fault_of_step, losses_to_compare, spike_limit
 from model.training.objective import Objective
 from model.training.optimizer import rates_of, rates_on_device, set_rates
 from model.training.plan import RunPlan
 from model.training.progress import Progress, StepResult
-from model.training.step import DeviceVerdict, Step, StepDropped, StepNumbers, copied_to_host, read_numbers, runs_ahead
+from model.training.step import (
+    BEFORE_SUMS,
+    DeviceVerdict,
+    Step,
+    StepDropped,
+    StepNumbers,
+    copied_to_host,
+    read_numbers,
+    runs_ahead,
+)
 from model.training.step_graph import StepGraph
 from model.training.train_state import TrainState
 
@@ -65,6 +74,7 @@ class Stepper:
         self.plan, self.state, self.data, self.objective, self.routing = plan, state, data, objective, routing
         self.processes, self._stop_signals, self._drops_step, self._beat = processes, stop_signals, drops_step, beat
         self.training, self.hardware = plan.training, plan.hardware
+        self._objective_sums = 1 + len(objective.names)  # the loss and what is named; after them, the routers' counts
         device = self.hardware.device
         self._kernels = functools.partial(deterministic_kernels, device, self.training.deterministic)
         self.verdict = DeviceVerdict(device, processes) if runs_ahead(device, state.optimizer) else None
@@ -85,7 +95,7 @@ class Stepper:
         return self.graph is None or self.graph.is_settled
 
     def advance(self, progress: Progress, last: bool = False) -> StepResult | None:
-        """Take a step, which the caller counts; None: a signal to stop came within it, see `_launch`.
+        """Take a step, which the caller counts.
 
         A device that runs ahead has the next step by then, launched before this one's numbers are read. If this one
         turns out unusable, the device did not take the next one either (`DeviceVerdict`), which is then launched again,
@@ -94,18 +104,19 @@ class Stepper:
         Args:
             progress: of the run, this step not counted.
             last: launch none after it.
+
+        Returns:
+            what it did; None: a signal to stop came within it, and everything is as it was before.
+
+        Raises:
+            RuntimeError: gradients or numbers could not be exchanged (`Processes.lost` says whether a process is gone).
         """
         step, self.in_flight = self.in_flight or self._launch(progress), None
         if step is None:
             return None
-        if self.verdict is not None and not last and not self._needs_weights_after(step):
+        if self.verdict is not None and not last and not self.plan.pauses_after(step.number + 1, step.end):
             self.in_flight = self._launch(progress, step)
         return self._finished(step)
-
-    def _needs_weights_after(self, step: Step) -> bool:
-        """Whether an evaluation, a save or the end comes between this step and the next."""
-        t, number = self.training, step.number + 1
-        return self.plan.is_done(number, step.end) or number % t.eval_interval == 0 or number % t.save_interval == 0
 
     def _launch(self, progress: Progress, after: Step | None = None) -> Step | None:
         """Compute the gradients of one step; where the device runs ahead, it also takes it if it can be used.
@@ -128,8 +139,9 @@ class Stepper:
         before = random_state() if may_be_undone else None  # dropout's
         loss_scale = [tensor.clone() for tensor in self.state.loss_scale()]
         ema_updates = self.state.ema_updates
-        recent, lr = progress.recent_losses[: -1 if after is None else None], self.plan.schedule.at(number)
-        batches = self._micro_batches(samples)
+        recent = losses_to_compare(progress.recent_losses, is_ahead=after is not None)
+        lr = self.plan.schedule.at(number)
+        batches = self._micro_batches(samples, number)
         try:
             found = self._gradients(batches, self._factor(terms)) if self.graph is None else [*batches]
         except StepDropped:
@@ -172,8 +184,12 @@ class Stepper:
             rates=rates_of(self.state.optimizer, self.training.optimizer_type, lr, number),
         )
 
-    def _micro_batches(self, samples: np.ndarray) -> Iterator[tuple]:
+    def _micro_batches(self, samples: np.ndarray, number: int) -> Iterator[tuple]:
         """Read those of this rank, one after another, as they are asked for.
+
+        Args:
+            samples: of all ranks.
+            number: steps taken before.
 
         Raises:
             StepDropped: a signal to stop came between two of them.
@@ -181,11 +197,11 @@ class Stepper:
         for micro in range(self.training.accumulation_steps):
             if self._drops_step(micro, self._stop_signals() > 0):
                 raise StepDropped
-            self._beat("reading the batch")
+            self._beat(f"reading the batch of step {number + 1}")
             batch = self.objective.read(self.data.train, self.plan.samples_of(self.processes.rank, samples, micro))
-            self._beat("the gradients")
+            self._beat(f"the gradients of step {number + 1}")
             yield batch
-        self._beat("the end")
+        self._beat(f"the end of step {number + 1}")
 
     def _gradients(self, batches: Iterable[tuple], factor: float | Tensor) -> tuple[Tensor, Tensor]:
         """Compute the gradients of a step, scaled to their largest norm.
@@ -197,7 +213,7 @@ class Stepper:
             the norm before, float32 scalar; and this rank's sums, float32: the loss, what the objective names, and what
             the routers counted.
         """
-        sums = torch.zeros(1 + len(self.objective.names), device=self.hardware.device)
+        sums = torch.zeros(self._objective_sums, device=self.hardware.device)
         self.routing.begin_step()
         for micro, batch in enumerate(batches):
             is_last = micro == self.training.accumulation_steps - 1
@@ -221,7 +237,7 @@ class Stepper:
             what `DeviceVerdict.judge` returns.
         """
         told, veto = self.verdict.judge(*found, numbers), self.verdict.veto
-        self._update(told[4 + len(self.objective.names) :], veto)  # before: the norm, two sums, and the objective's
+        self._update(told[BEFORE_SUMS + self._objective_sums :], veto)
         if self.state.ema is not None:
             self.state.ema.average(self.state.model, numbers.average_weight, veto)
         self.state.drop_gradients()
@@ -262,7 +278,7 @@ class Stepper:
         """What a step did, once it is known; takes it, if that was not done before."""
         self.processes.arrive()  # the numbers are sums over all ranks
         grad_norm, bad_gradients, stop_signals, *totals = step.numbers()
-        objective, routed = totals[: 1 + len(self.objective.names)], totals[1 + len(self.objective.names) :]
+        objective, routed = totals[: self._objective_sums], totals[self._objective_sums :]
         loss, *measured = (total / step.terms for total in objective)
         measured = dict(zip(self.objective.names, measured, strict=True)) | self.routing.measure(routed)
         fault = fault_of_step(loss, bad_gradients == 0, step.recent_losses, self.training.spike_threshold)
@@ -275,10 +291,18 @@ class Stepper:
             self.state.drop_gradients()
         elif fault is not None:
             self._take_back(step)
-        overflow = self.state.scaler.is_enabled() and math.isfinite(loss) and bad_gradients > 0
-        read = self.data.train.count_tokens(step.samples)
-        about = len(step.samples), read, step.terms, loss, measured
-        return StepResult(*about, grad_norm, step.lr, fault, overflow, stop_signals > 0)
+        return StepResult(
+            samples=len(step.samples),
+            read=self.data.train.count_tokens(step.samples),
+            terms=step.terms,
+            loss=loss,
+            measured=measured,
+            grad_norm=grad_norm,
+            lr=step.lr,
+            fault=fault,
+            overflow=self.state.scaler.is_enabled() and math.isfinite(loss) and bad_gradients > 0,
+            stop_asked=stop_signals > 0,
+        )
 
     def _take_back(self, step: Step) -> None:
         """Undo what a step that the device did not take, and the one launched after it, changed beside the weights."""

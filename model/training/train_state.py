@@ -17,9 +17,14 @@ from model.training.sharded_optimizer import ShardedOptimizer, optimizer_and_ave
 class TrainState:
     """The weights and all that is updated with them, on this process.
 
-    Attributes:
+    Args:
         model: the plain one.
         parallel: the same, as the processes have it together.
+        plan: of the run.
+        processes: that train together.
+
+    Attributes:
+        model, parallel: as given.
         optimizer: of the weights that are trained.
         ema: their moving average; None without `use_ema`.
         scaler: of the loss; it does something in float16 only.
@@ -39,10 +44,10 @@ class TrainState:
         return 0 if self.ema is None else int(self.ema.n_averaged)
 
     def tensors(self) -> list[Tensor]:
-        """All that a step changes on the device; the optimizer's are there after its first step."""
+        """All that a step changes on the device; the optimizer's and float16's are there after the first step."""
         kept = [tensor for state in self.optimizer.state.values() for tensor in state.values()]
         averaged = [] if self.ema is None else self.ema.module.parameters()
-        return [*self.model.parameters(), *self.model.buffers(), *kept, *averaged]
+        return [*self.model.parameters(), *self.model.buffers(), *kept, *averaged, *self.loss_scale()]
 
     def loss_scale(self) -> tuple[Tensor, ...]:
         """float16's loss scale and the steps since it grew; nothing before the first step, or in another dtype."""

@@ -11,8 +11,9 @@ import torch
 
 from model import accelerator
 from model.errors import InputError
+from model.training.determinism import random_state
 from tests import forks
-from utils import pick_device, random_state
+from utils import pick_device
 
 ROOT = Path(__file__).parents[2]
 KNOWS = ROOT / "model" / "accelerator.py"

@@ -18,6 +18,7 @@ from model.generation.engine import Engine
 from model.generation.rows import Rows
 from model.LMConfig import LMConfig
 from model.training.absent_gpu import AbsentGPU
+from model.training.determinism import deterministic_kernels
 from model.training.memory import saved_bytes, step_memory
 from model.training.moving_average import MovingAverage
 from model.training.optimizer import build_optimizer, rates_of, rates_on_device, set_rates
@@ -28,7 +29,7 @@ from tests.conftest import random_model
 from tests.reliability.harness import make_data
 from tests.reliability.states import losses
 from tests.tiny_runs import assert_same_end
-from utils import Processes, deterministic_kernels, measure_matmul_flops
+from utils import Processes, measure_matmul_flops
 
 DEVICE = torch.device(os.environ.get("MATECONV_TEST_DEVICE", "cuda"))
 pytestmark = pytest.mark.skipif(DEVICE.type == "cuda" and not torch.cuda.is_available(), reason="no CUDA GPU")

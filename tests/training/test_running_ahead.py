@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from model.storage.archive import load_torch
+from model.training.divergence import WINDOW, losses_to_compare, remember
 from model.training.optimizer import build_optimizer
 from model.training.settings import build_settings
 from optimized_pretrain import Trainer
@@ -67,6 +68,15 @@ def spoil(trainer: Trainer, bad: dict[int, str]) -> None:
 
     order.next_step = noted
     objective.loss = spoiled
+
+
+def test_a_step_is_compared_with_the_same_losses_however_it_is_launched():
+    recent: list[float] = []
+    for step in range(3 * WINDOW):
+        ahead = losses_to_compare(recent, is_ahead=True)  # launched before the last step is counted
+        remember(recent, float(step))
+        assert ahead == losses_to_compare(recent, is_ahead=False)
+        assert ahead == [float(before) for before in range(max(0, step - WINDOW + 1), step)]
 
 
 SLOW = ("float16", "epochs", "experts, bias", "muon")  # a CPU takes long for them

@@ -64,10 +64,10 @@ def spoil(trainer: Trainer, bad: dict[int, str]) -> None:
         position[0] = done // order.rows_per_step
         return next_step(done)
 
-    def spoiled_batches(samples):
+    def spoiled_batches(samples, number):
         problem = bad.get(position[0])
         factor = {"loss": torch.nan, "spike": 50.0}.get(problem, 1.0)
-        for batch in micro_batches(samples):
+        for batch in micro_batches(samples, number):
             yield *batch, torch.tensor([factor, float(problem != "gradient")])
 
     def spoiled_loss(model, batch):
@@ -150,10 +150,10 @@ def test_batches_of_several_shapes_each_get_a_graph_up_to_a_limit(flags, tmp_pat
         trainer = Trainer(build_settings({}, flags(cuda_graph=on, out_dir=tmp_path / on)), Processes())
         micro_batches = trainer.stepper._micro_batches
 
-        def of_other_lengths(samples, trainer=trainer, micro_batches=micro_batches):
+        def of_other_lengths(samples, number, trainer=trainer, micro_batches=micro_batches):
             length = 32 - 8 * (trainer.order_calls % 3)
             trainer.order_calls += 1
-            for batch in micro_batches(samples):
+            for batch in micro_batches(samples, number):
                 yield tuple(tensor if tensor is None else tensor[:, :length].contiguous() for tensor in batch)
 
         trainer.order_calls, trainer.stepper._micro_batches = 0, of_other_lengths

@@ -15,13 +15,13 @@ from model.runs.checkpoint import CHECKPOINT_VERSION
 from model.runs.folder import claim, leave_line, move_earlier_run, prune_checkpoints
 from model.runs.resume import load_checkpoint, newest_checkpoint
 from model.storage.archive import load_torch, save_torch
+from model.training.determinism import random_state
 from model.training.optimizer import build_optimizer
 from model.training.progress import Progress
 from model.training.settings import Settings
 from model.weights import Weights, load_weights, save_weights
 from model.weights.minimind import recognise
 from tests.conftest import random_model
-from utils import random_state
 
 CONFIG = LMConfig(dim=16, n_layers=1, n_heads=2, n_kv_heads=1, vocab_size=300, max_seq_len=16)
 
