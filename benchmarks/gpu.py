@@ -1,11 +1,12 @@
 """Everything a GPU should do, tried on this machine: correct results, the same results after a kill, and speed.
 
-    python benchmarks/gpu.py --out gpu_results
-    python benchmarks/gpu.py --out gpu_results --only machine smoke tests
+    python benchmarks/gpu.py
+    python benchmarks/gpu.py --only machine smoke tests
     python benchmarks/gpu.py --out gpu_results --nanogpt ../nanoGPT --minimind ../minimind
 
-It takes about fifteen minutes on an H100 with 16 cores; after nine no part starts (`--seconds`). Each part has its own
-processes and time limit, and the next one starts whatever the outcome. `summary.md` and `results.json` in the folder
+All parts take about fifteen minutes on an H100 with 16 cores. `--seconds` (540) limits all of them together: no part
+starts after it, and one that still runs is cut off. Each part has its own processes and time limit, and the next one
+starts whatever the outcome. Ctrl-C ends what runs. `summary.md` and `results.json` in the folder
 are rewritten after each part and logs are written as they come, so an interrupted run leaves what it found. With
 `--device cpu` all shapes are tiny, to test the parts themselves.
 """
@@ -34,6 +35,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TOKENS = ROOT / "dataset" / "classics_zh.bin"
 SHOWN = 75  # last lines of a part that the summary shows
 SIDE_BY_SIDE = {"tests", "resume", "training_tests"}  # nothing in them is timed
+RUNNING: set[subprocess.Popen] = set()
 ORDER = (  # the most important first
     "machine", "smoke", "tests", "resume", "training_tests", "graph", "documents", "train_speed", "profile",
     "train_speed_110M", "graph_110M", "decode", "demo", "training", "decode_135M", "dry_run", "saving", "decode_fp32",
@@ -209,14 +211,22 @@ def finish(command: list[str], log, environment: dict[str, str], seconds: float)
     process = subprocess.Popen(
         command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, **own_group
     )
+    RUNNING.add(process)
     try:
         return process.wait(max(1.0, seconds))
     except subprocess.TimeoutExpired:
-        if own_group:
-            os.killpg(process.pid, signal.SIGKILL)
-        process.kill()
+        kill(process)
         process.wait()
         return None
+    finally:
+        RUNNING.discard(process)
+
+
+def kill(process: subprocess.Popen) -> None:
+    """End a command with all its children."""
+    if os.name == "posix":
+        os.killpg(process.pid, signal.SIGKILL)
+    process.kill()
 
 
 def write_summary(parts: list[Part], out: Path) -> None:
@@ -240,10 +250,12 @@ def keep_curves(out: Path, work: Path) -> None:
 def read_options() -> argparse.Namespace:
     """The command line."""
     parser = utils.CommandParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="for the results")
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "out" / "gpu", metavar="FOLDER", help="for the results [out/gpu]"
+    )
     parser.add_argument("--device", default="cuda", help="cuda, cuda:N, or cpu for tiny shapes [cuda]")
     parser.add_argument("--only", nargs="+", metavar="PART", help="these parts only")
-    parser.add_argument("--seconds", type=float, default=540, metavar="N", help="after which no part starts [540]")
+    parser.add_argument("--seconds", type=float, default=540, metavar="N", help="for all parts together [540]")
     parser.add_argument("--nanogpt", metavar="FOLDER", help="a checkout of nanoGPT")
     parser.add_argument("--minimind", metavar="FOLDER", help="a checkout of MiniMind at its tag minimind-v1")
     options = parser.parse_args()
@@ -271,7 +283,12 @@ def main() -> int:
                 count += 1
             some, waiting = waiting[:count], waiting[count:]
             with ThreadPoolExecutor(count) as pool:
-                list(pool.map(lambda part: run(part, options.out, environment, end - time.monotonic()), some))
+                try:
+                    list(pool.map(lambda part: run(part, options.out, environment, end - time.monotonic()), some))
+                except KeyboardInterrupt:  # the commands, in groups of their own, did not get it
+                    for process in [*RUNNING]:
+                        kill(process)
+                    raise
             for part in some:
                 print(f"\n=== {part.name}: {part.outcome}, {part.took:.0f} s")
                 print("\n".join(part.said[-15:]), flush=True)

@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def milliseconds(device: torch.device, function: Callable[[], object]) -> float:
-    """Seconds that one call takes until the device has finished it."""
+    """How long one call takes until the device has finished it."""
     accelerator.synchronize(device)
     start = time.perf_counter()
     function()
@@ -50,8 +50,8 @@ def machine(device: torch.device, folder: Path) -> int:
         seconds = statistics.median(milliseconds(device, function) for _ in range(9)) / 1000
         print(f"memory {name}: {moved * memory.nbytes / seconds / 1e9:,.0f} GB/s")
     small = torch.ones(8, device=device)
-    seconds = milliseconds(device, lambda: [small.add_(1) for _ in range(1000)]) / 1000
-    print(f"a small operation: {seconds * 1000:.1f} us of Python and launching")
+    microseconds = milliseconds(device, lambda: [small.add_(1) for _ in range(1000)])  # of one of a thousand
+    print(f"a small operation: {microseconds:.1f} us of Python and launching")
     growing_text(device)
     return 0
 

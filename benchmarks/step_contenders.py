@@ -3,7 +3,8 @@
 Every contender trains as its own project does: MateConv as `Trainer` does, transformers' Llama with the fused AdamW
 that is its Trainer's default, nanoGPT with its `configure_optimizers`, MiniMind v1 with the Adam of its 1-pretrain.py.
 On a GPU only MateConv uses kernels that give the same bits each time and checks loss and norm before it changes the
-weights.
+weights. There `Trainer` itself does more than is timed here: it launches the next step before it reads this one's loss,
+and replays steps as a graph; benchmarks/gpu.py times it so in its parts `graph` and `training`.
 """
 
 import argparse

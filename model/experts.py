@@ -15,7 +15,7 @@ from model.feed_forward import FeedForward
 from model.LMConfig import LMConfig
 
 BIAS = "feed_forward.router.bias"  # of a layer, in a state dict: a buffer, which no optimizer knows
-WAYS = ("loop", "grouped")  # one product for each expert; or PyTorch's kernel for all of them. They give the same bits
+WAYS = ("loop", "grouped")  # one product for each expert; or PyTorch's kernel for all: on a CPU, the same bits
 TINY = 1e-20  # below any sum of scores, but for sigmoids that have all become 0
 GROUPED_MULTIPLE = 8  # numbers: the widths that PyTorch's kernel takes are multiples of it
 
@@ -205,13 +205,13 @@ def expert_products(x: Tensor, weight: Tensor, ends: Tensor, grouped: bool) -> T
     only the device knows, nor PyTorch's kernel in float32.
 
     Args:
-        x: [R, columns], sorted by expert.
-        weight: [n_experts, rows, columns]
+        x: float32 or 16 bits [R, columns], sorted by expert.
+        weight: of the same dtype [n_experts, rows, columns]
         ends: int32 [n_experts], where each expert's rows end.
         grouped: by PyTorch's kernel; in a loop all the same where a CPU would compile it for every shape.
 
     Returns:
-        [R, rows]
+        of the same dtype [R, rows]
     """
     if grouped and size_step(x) == 1:
         return F.grouped_mm(x, weight.mT, offs=ends)
@@ -231,7 +231,7 @@ def expert_outer_products(a: Tensor, b: Tensor, ends: Tensor, grouped: bool) -> 
     """The sum of the outer products of each expert's rows, which is the gradient of its matrix; 0 where it has none.
 
     Args:
-        a, b: [R, rows] and [R, columns], sorted by expert.
+        a, b: of one dtype, [R, rows] and [R, columns], sorted by expert.
         ends, grouped: as of `expert_products`.
 
     Returns:

@@ -99,6 +99,8 @@ class _Matrix(nn.Module):
         return torch.cat([self._rows(half, x) for half in read], dim=-1)
 
     def _rows(self, weight: Tensor, x: Tensor) -> Tensor:
+        """weight [N, K] and x [K] -> [N]; or [C, N, K] and [K] or [C, K] -> [C, N]. As words, the weight's last side is
+        K / 4."""
         if not self.has_words:
             return (weight.float() * x[..., None, :]).sum(-1)
         words, parts = weight.view(torch.int32), x.unflatten(-1, (4, 1, -1)).unbind(-3)
@@ -348,7 +350,16 @@ class BatchAttention(nn.Module):
 
 
 def compile_step(config: LMConfig, dtype: torch.dtype, int8: bool, path: Path) -> None:
-    """Compile the step of all models of that shape into a file, in half a minute or so."""
+    """Compile the step of all models of that shape into a file, in half a minute or so.
+
+    Args:
+        dtype: of the weights.
+        int8: hold the matrices, except the embedding, as int8 instead.
+
+    Raises:
+        Exception: of PyTorch or of the C++ compiler.
+        OSError: the file cannot be written.
+    """
     with torch.device("meta"):
         step = DecodeStep(Transformer(config).to(dtype), int8)
     token, position = (torch.zeros(1, dtype=torch.int64) for _ in range(2))  # one tensor twice would be one input
@@ -359,7 +370,13 @@ def compile_step(config: LMConfig, dtype: torch.dtype, int8: bool, path: Path) -
 def compile_group(
     config: LMConfig, dtype: torch.dtype, int8: bool, cache_dtype: torch.dtype, rows: int, path: Path
 ) -> None:
-    """The same for a group of texts, which takes longer."""
+    """The same for a group of texts, which takes longer.
+
+    Args:
+        dtype, int8: as above.
+        cache_dtype: of the keys and values.
+        rows: texts of the group.
+    """
     with torch.device("meta"):
         step = GroupStep(Transformer(config).to(dtype), int8)
     shape = (rows, config.n_kv_heads, config.max_seq_len + SPARE, config.head_dim)
@@ -371,7 +388,11 @@ def compile_group(
 
 
 def compile_attention(config: LMConfig, dtype: torch.dtype, path: Path) -> None:
-    """The same for the attention of several texts."""
+    """The same for the attention of several texts.
+
+    Args:
+        dtype: of queries, keys and values, and of those in the caches.
+    """
     rows, slots, length = 6, config.max_seq_len + SPARE, min(9, config.max_seq_len)
     heads = torch.zeros(rows, 1, (config.n_heads + 2 * config.n_kv_heads) * config.head_dim, dtype=dtype)
     cos, sin = (torch.zeros(rows, 1, 1, config.head_dim // 2) for _ in range(2))

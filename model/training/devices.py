@@ -21,7 +21,7 @@ class Device:
     link: float  # bytes/s to the other GPUs of its node
     network: float  # bytes/s, its share of what leaves the node; 0: unknown
     has_bfloat16: bool = True
-    is_supported: bool = True  # by this version
+    is_simulated: bool = False  # training there was tried with a simulated device only
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ DEVICES = {
     "RTX4090": _device(24, 165, 1008, 32, 1.25),
     "RTX3090": _device(24, 71, 936, 32, 1.25),
     "MI300X": _device(192, 1307, 5300, 448, 50),
-    "Ascend910B": _device(64, 313, 1600, 196, 25, is_supported=False),
+    "Ascend910B": _device(64, 313, 1600, 196, 25, is_simulated=True),
 }
 
 # What is given by hand, in this order, with the units that each takes.

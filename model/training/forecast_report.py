@@ -41,7 +41,7 @@ def _cluster_rows(run: RunForecast) -> list[tuple[str, str]]:
         ("assumed", f"{assumed}; all below is computed, nothing was measured there"),
         ("dtype", _dtype_text(run)),
     ]
-    return rows if d.is_supported else [*rows, ("but", f"this version does not train on {c.name}")]
+    return [*rows, ("but", f"{c.name} was tried with a simulated device only")] if d.is_simulated else rows
 
 
 def _dtype_text(run: RunForecast) -> str:

@@ -97,7 +97,7 @@ class TrainingSettings:
 
     recipe: str | None = setting(
         None,
-        "a word for several settings, each of which can still be set: as a flag it counts over the file's lines; best:"
+        "a word for several settings, each of which can still be set: as a flag it overrides the file's lines; best:"
         " what learned the most in our measurements (optimizer, schedule, rate, batch, warm-up, epochs, document_mask,"
         " qk_norm); null: none",
         choices=tuple(RECIPES),

@@ -86,7 +86,7 @@ class StepGraph:
         say: prints one line for the user.
 
     Attributes:
-        failed: nothing is captured any more, and the caller may as well launch its steps by itself.
+        failed: nothing can be captured: from the next step on, the caller launches its steps by itself.
     """
 
     def __init__(
@@ -108,8 +108,8 @@ class StepGraph:
 
     @property
     def is_settled(self) -> bool:
-        """Whether steps are captured, or will not be."""
-        return self.failed or len(self._captured) > 0
+        """Whether steps are captured by now."""
+        return len(self._captured) > 0
 
     def step(self, batches: Sequence[Batch], numbers: StepNumbers) -> Tensor:
         """Take a step; its numbers, which the next step may overwrite.
@@ -120,7 +120,7 @@ class StepGraph:
         shape = tuple(None if tensor is None else (tensor.shape, tensor.dtype) for batch in batches for tensor in batch)
         if shape in self._captured:
             return self._captured[shape].replay(batches, numbers)
-        if self.failed or len(self._captured) == MOST_SHAPES:
+        if len(self._captured) == MOST_SHAPES:
             return self._take_launched(batches, numbers)
         if self._warmed_up < WARM_UP:
             self._warmed_up += 1
