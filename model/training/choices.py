@@ -336,7 +336,8 @@ class Choices:
             self._earlier.pop("expert_products", None)  # of another torch
             self._settle("expert_products", lambda: ("loop", problem))
         elif self._device.type == "cpu" and dtype != torch.float32:
-            self._settle("expert_products", lambda: ("loop", "a CPU's only way in 16 bits"))
+            if self._settle("expert_products", lambda: ("loop", "a CPU's only way in 16 bits")) == "grouped":
+                self._say("expert_products grouped: on a CPU in 16 bits all the same in a loop, with the same bits")
         elif self._device.type == "cpu":
             self._settle("expert_products", lambda: fastest_products(config, rows, dtype))
         elif accelerator.kind_of(self._device).has_grouped_products:

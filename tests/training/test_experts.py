@@ -269,6 +269,9 @@ def test_a_resumed_run_keeps_its_way_and_shapes_that_the_kernel_does_not_take_ar
     assert trainer_of(odd).training.expert_products == "loop"
     assert "multiples of 8, dim is 32 and expert_hidden_dim 36" in capfd.readouterr().err
     assert "expert_products: grouped found, but" in refused(odd | {"expert_products": "grouped"}, capfd)
+    monkeypatch.setenv("MATECONV_EMULATE_DTYPE", "1")
+    trainer_of(flags(**MIXTURE | {"dtype": "bfloat16", "expert_products": "grouped"}, max_steps=1))
+    assert "expert_products grouped: on a CPU in 16 bits all the same in a loop" in capfd.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------------------------ promises
