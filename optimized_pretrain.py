@@ -78,7 +78,7 @@ class Trainer:
     Args:
         settings: all settings of the run, as `load_settings` makes them.
         processes: the processes that train together; None: this one alone.
-        preview: called on rank 0 after each evaluation with the evaluated model; returns lines to print.
+        preview: called on rank 0 after each evaluation with the evaluated model and the data; returns lines to print.
         beginning: the checkpoint or the weights to begin with, already read; None: read as the settings say.
         judge: called on rank 0 at each evaluation of chats with the evaluated model and the data; returns metrics of
             its answers, and a line on them.
@@ -99,7 +99,7 @@ class Trainer:
         self,
         settings: Settings,
         processes: Processes | None = None,
-        preview: Callable[[Transformer], list[str]] | None = None,
+        preview: Callable[[Transformer, TrainingData], list[str]] | None = None,
         beginning: Beginning | None = None,
         judge: Callable[[Transformer, TrainingData], tuple[dict, str]] | None = None,
     ) -> None:
@@ -417,7 +417,7 @@ class Trainer:
 
     def _show_preview(self, model: Transformer) -> None:
         if self.preview is not None:
-            for line in self.preview(model.eval()):
+            for line in self.preview(model.eval(), self.data):
                 say(f"    {line}")
         self.model.train()
 

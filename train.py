@@ -32,7 +32,7 @@ from model.training.settings import (
     Settings,
     build_settings,
 )
-from model.training.token_files import find_token_files, first_manifest, is_one_file
+from model.training.token_files import find_token_files, is_one_file
 from utils import (
     CommandParser,
     Processes,
@@ -192,9 +192,14 @@ def _say_what_it_holds(target: Path, raw_data_path: str | None) -> None:
         or raw_data_path.startswith(("datasets:", "ms:"))
         or any(c in raw_data_path for c in "*?[")
     )
-    if not of_many and not Path(raw_data_path).is_dir() and Path(raw_data_path).name not in names:
+    if of_many or Path(raw_data_path).is_dir():
+        return
+    raw = Path(raw_data_path)
+    sizes = {source.get("size") for source in manifest.sources if source["name"] == raw.name}
+    if not sizes or (raw.is_file() and None not in sizes and raw.stat().st_size not in sizes):
+        made = "before that was changed" if sizes else "from other data"
         say(
-            f"warning: raw_data_path {raw_data_path} is not read, since {target} exists and was made from other data;"
+            f"warning: raw_data_path {raw_data_path} is not read, since {target} exists and was made {made};"
             " give another train_data_path to make a new one"
         )
 
@@ -205,19 +210,19 @@ def make_preview(settings: Settings):
     from model.text.tokenization import end_ids, open_tokenizer
     from optimized_inference import GenerationConfig, TextGenerator
 
-    tokenizer = open_tokenizer(settings.data.tokenizer_path)
-    end_ids(tokenizer)  # a bad generation_config.json is reported now, not at the first evaluation
-    manifest = first_manifest(settings.data.train_data_path)
-    is_chat = manifest is not None and bool(manifest.chat)
-    chat = {"template": tokenizer.chat_template, "end_ids": manifest.chat["end_ids"]} if is_chat else None
+    end_ids(open_tokenizer(settings.data.tokenizer_path))  # a bad generation_config.json is reported now
 
-    def preview(model) -> list[str]:
-        generator, lines = TextGenerator(model, tokenizer, compile=False, chat=chat), []
-        for number, prompt in enumerate(PREVIEW_QUESTIONS if is_chat else PREVIEW_PROMPTS):
+    prompts: list[str] = []
+
+    def preview(model, data: "TrainingData") -> list[str]:
+        if not prompts:
+            prompts.extend(PREVIEW_QUESTIONS if data.is_chat else preview_prompts(data))
+        generator, lines = TextGenerator(model, data.tokenizer, compile=False, chat=data.chat or None), []
+        for number, prompt in enumerate(prompts):
             # One seed each: equal seeds give similar texts.
             config = GenerationConfig(max_new_tokens=40, seed=settings.training.seed + number)
             try:
-                if is_chat:
+                if data.is_chat:
                     config = GenerationConfig(max_new_tokens=40, do_sample=False, repetition_penalty=1)
                     text = generator.chat([{"role": "user", "content": prompt}], config)
                 else:
@@ -228,6 +233,13 @@ def make_preview(settings: Settings):
         return lines
 
     return preview
+
+
+def preview_prompts(data: "TrainingData") -> list[str]:
+    """What the model in training continues: PREVIEW_PROMPTS where the texts are like the sample corpus, otherwise how
+    some of them begin."""
+    own = [] if data.contains(PREVIEW_PROMPTS[0]) else data.openings(len(PREVIEW_PROMPTS))
+    return own or list(PREVIEW_PROMPTS)
 
 
 def judge(model, data: "TrainingData") -> tuple[dict, str]:
@@ -405,7 +417,7 @@ def train(settings: Settings, beginning: "Beginning | None", processes: Processe
     if trainer.data.is_chat:
         say(f"chat with it: {command_line(*inference, '--interactive')}")
     else:
-        say(f"let it continue a text: {command_line(*inference, '--prompt', PREVIEW_PROMPTS[0])}")
+        say(f"let it continue a text: {command_line(*inference, '--prompt', preview_prompts(trainer.data)[0])}")
     return trainer.exit_code(outcome)
 
 

@@ -13,13 +13,28 @@ LIBRARIES = {"datasets", "filelock", "jinja2", "jsonlines", "numpy", "safetensor
              "tqdm", "transformers", "yaml"}  # fmt: skip
 
 
+# What requirements.txt calls optional, likewise.
+OPTIONAL = {
+    "fastokens",
+    "gguf",
+    "matplotlib",
+    "orjson",
+    "psutil",
+    "rensa",
+    "starlette",
+    "uvicorn",
+    "wandb",
+    "zstandard",
+}
+
+
 def missing_library(error: BaseException) -> str | None:
     """What to do about a library that is not installed; None for any other error."""
     name = (getattr(error, "name", None) or "").partition(".")[0]
-    if not isinstance(error, ModuleNotFoundError) or name not in LIBRARIES:
+    if not isinstance(error, ModuleNotFoundError) or name not in LIBRARIES | OPTIONAL:
         return None
     package = "pyyaml" if name == "yaml" else name
-    if not REQUIREMENTS.is_file():  # the package was copied out
+    if name in OPTIONAL or not REQUIREMENTS.is_file():  # or the package was copied out
         return f"{package} is not installed; install it with: python -m pip install {package}"
     path = os.path.relpath(REQUIREMENTS) if Path.cwd() in REQUIREMENTS.parents else str(REQUIREMENTS)
     return f"{package} is not installed; install all that is needed with: python -m pip install -r " + (

@@ -28,8 +28,9 @@ ENCODINGS = {"gb18030": (0xB0, 0xD7), "big5": (0xA4, 0xC6)}  # lead bytes of com
 LIKELY_SHARE, FEWEST_CHARACTERS = 0.5, 4  # common characters needed to recognise an encoding
 EXAMPLES = 20  # rejected lines inspected to explain why
 MOST_KEYS = 8  # in a message
+TEXT_FIELD = "optimized_data_processing.py --text_field"  # which train.py, that makes token files too, lacks
 READ_AS = {  # format: what a line must be, and what one looks like
-    "text": ("a document", 'one {{"{text_field}": "..."}} a line (--text_field names the key)'),
+    "text": ("a document", f'one {{{{"{{text_field}}": "..."}}}} a line ({TEXT_FIELD} names the key)'),
     "chat": (
         "a usable chat",
         'one chat a line, such as {{"messages": [{{"role": "user", "content": "..."}}, ...]}}',
@@ -246,7 +247,7 @@ def _describe_objects(objects: Sequence[dict], text_field: str | None) -> str:
     strings = {key: len(value) for item in reversed(objects) for key, value in item.items() if isinstance(value, str)}
     if text_field is None:
         strings = {}
-    advice = f"; perhaps --text_field {command_line(max(strings, key=strings.get))}" if strings else ""
+    advice = f"; perhaps {TEXT_FIELD} {command_line(max(strings, key=strings.get))}" if strings else ""
     return f"the keys found: {listed}{advice}"
 
 

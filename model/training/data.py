@@ -15,6 +15,7 @@ from model.storage.files import size_text
 from model.text.chat_template import template_sha256
 from model.text.token_bytes import token_bytes
 from model.text.tokenization import delimiters, open_tokenizer, tokenizer_sha256, vocabulary_size
+from model.token_file.packing import find_documents
 from model.training.joined import JoinedDataset
 from model.training.order import SampleOrder, Source, apportioned
 from model.training.settings import DataSettings, Settings, TrainingSettings
@@ -35,6 +36,8 @@ ORDERS = {"feistel": SampleOrder, "philox": SortedOrder}  # of samples, by the n
 VERIFY_BYTES = 8 << 30  # of token files that are verified before training, which takes some ten seconds
 MOST_HELD_OUT_TEXTS = 100  # samples that tell what is forgotten
 TEXT_HEAD = 4096  # bytes that show whether a file is text
+BEGINNING_TOKENS = 100_000  # in which openings of documents are looked for
+OPENING_TOKENS = 6  # the delimiter among them
 
 
 def refuse_text(name: str, path: str | None) -> None:
@@ -401,6 +404,28 @@ class TrainingData:
         if len(chats) > most:
             chats = chats[np.linspace(0, len(chats) - 1, most).astype(np.int64)]
         return self.val.chats.turns(self.val.tokens, self.val.chats.chosen(chats))
+
+    def contains(self, text: str) -> bool:
+        """Whether the beginning of the training texts has it."""
+        return text in self._decoded(self._beginning())
+
+    def openings(self, count: int) -> list[str]:
+        """How some documents at the beginning of the training texts begin, a few characters each: at most `count`, none
+        where they cannot be told apart."""
+        tokens = self._beginning()
+        begins = find_documents(tokens, self.delimiters.bos_id, self.delimiters.eos_id)
+        spread = begins[np.linspace(0, max(0, len(begins) - 1), count if len(begins) else 0).astype(np.int64)]
+        texts = [self._decoded(tokens[begin : begin + OPENING_TOKENS]) for begin in spread]
+        lines = [text.replace("\ufffd", "").strip().split("\n")[0] for text in texts]
+        return list(dict.fromkeys(line for line in lines if line))
+
+    def _beginning(self) -> np.ndarray:
+        return self._trained.token_arrays()[0][:BEGINNING_TOKENS]
+
+    def _decoded(self, tokens: np.ndarray) -> str:
+        """The text of ids, without the delimiters of documents."""
+        around = [index for index in (self.delimiters.bos_id, self.delimiters.eos_id) if index is not None]
+        return self.tokenizer.decode(tokens[~np.isin(tokens, around)].tolist())
 
     def spread_validation(self, most: int | None) -> np.ndarray:
         """The samples to validate on: all, or `most` of them, spread evenly; int64."""

@@ -21,6 +21,7 @@ SPREAD = 0.12  # of the bits, either way, between texts: those of five lie up to
 SPREAD_BEYOND = 0.06  # more of it for each factor of ten outside what was measured
 MOST_BEYOND = 3.0  # factors of ten, of size and tokens together: farther away the rule says nothing
 MEASURED_PARAMETERS, MEASURED_TOKENS = (1e6, 1e7), (2e5, 5e6)  # of the runs behind the rule
+FEWEST_TOKENS = 5e4  # of fewer it says nothing: the warm-up decides
 WHILE_RATE_IS_HIGH = 0.03  # more bits at a run's begin than at the end of a run that ends there; less as it goes on
 WORTH_OF_PASSES = 15.4  # Muennighoff et al., 2023: after about so many passes more of them teach nothing
 SHARE_OF_TOKENS = {"muon": 1.0, "adamw": 0.3, "adam": 0.3}  # with a good rate, to the same loss with Muon
@@ -129,6 +130,11 @@ class Outlook:
         middle *= 1 + WHILE_RATE_IS_HIGH * max(0.0, 1 - tokens / self.total_tokens)
         spread = 1 + SPREAD + SPREAD_BEYOND * self.tens_beyond
         return Expectation(middle / spread, middle, middle * spread)
+
+    @property
+    def is_known(self) -> bool:
+        """Whether the rule says something of this run."""
+        return self.total_tokens >= FEWEST_TOKENS and self.tens_beyond <= MOST_BEYOND
 
     @property
     def tens_beyond(self) -> float:

@@ -15,7 +15,7 @@ from model.model import Transformer
 from model.storage.archive import tensor_bytes
 from model.training.choices import Choices, FoundCheckpoint, Ranks
 from model.training.data import TrainingData
-from model.training.expectation import MOST_BEYOND, Outlook, text_bits_of_data
+from model.training.expectation import Outlook, text_bits_of_data
 from model.training.memory import trained_bytes
 from model.training.optimizer import build_optimizer, optimizer_bytes, trained_parameters
 from model.training.order import SampleOrder
@@ -280,7 +280,7 @@ def _outlook(
     data: TrainingData, training: TrainingSettings, parameters: int, epoch_tokens: int, total_tokens: int
 ) -> Outlook | None:
     outlook = Outlook(text_bits_of_data(data), parameters, epoch_tokens, total_tokens, training.optimizer_type)
-    return outlook if outlook.tens_beyond <= MOST_BEYOND else None
+    return outlook if outlook.is_known else None
 
 
 def _space(model: Transformer, training: TrainingSettings, total_steps: int) -> RunSpace:

@@ -69,9 +69,10 @@ def _expected_text(outlook: Outlook) -> str:
 def _by_heart_text(plan: RunPlan) -> str:
     tokens = plan.train_samples * plan.config.max_seq_len
     passes, text = plan.total_steps * plan.tokens_per_step / tokens, count_text(tokens)
+    fewer = "epochs" if plan.training.max_steps is None else "--max_steps null --epochs auto"
     return (
         f"in {passes:.1f} passes, {plan.active_parameters:,} parameters will learn {text} tokens by heart;"
-        f" at most {MOST_BY_HEART} passes (epochs), more text or a smaller model help (docs/training.md)"
+        f" at most {MOST_BY_HEART} passes ({fewer}), more text or a smaller model help (docs/training.md)"
     )
 
 

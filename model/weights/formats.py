@@ -43,7 +43,8 @@ class Source:
         """
         if self.path.is_dir():
             markers = sorted(f"{known.marker} ({known.title})" for known in FORMATS.values() if known.marker)
-            raise InputError(f"{self.path}: neither {' nor '.join(markers)} in this folder")
+            ours = "pretrain_*.pth or best_model.pth (MateConv)"
+            raise InputError(f"{self.path}: no weights in this folder; {ours}, {' or '.join(markers)} expected")
         return load_parted(self.path)
 
 

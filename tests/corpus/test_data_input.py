@@ -269,7 +269,7 @@ REFUSED = {
     "keys of an array": (
         "a.json",
         '[{"content": "好"}]',
-        "the keys found: content; perhaps --text_field content",
+        "the keys found: content; perhaps optimized_data_processing.py --text_field content",
     ),
     "a list": ("a.jsonl", '{"text": ["好"]}', r"the value of text is \['好'\], a string expected"),
     "chats": ("a.jsonl", CHAT * 2, r"none of 2 lines is a usable chat \(no_answer 2\)"),
@@ -366,7 +366,9 @@ def test_much_that_is_rejected_is_said_loudly(tmp_path, process_data_here):
     code, said = process_data_here("--input_path", path, "--output_path", tmp_path / "x.bin", "--workers", 0)
     [warning] = [line for line in said.splitlines() if line.startswith("warning: ")]
     assert code == 0 and warning.startswith("warning: 96% of the lines were rejected, 24 of them as no_text (")
-    assert warning.endswith("such as line 2; the keys found: body; perhaps --text_field body")
+    assert warning.endswith(
+        "such as line 2; the keys found: body; perhaps optimized_data_processing.py --text_field body"
+    )
     few_bad = ['{"text": "好"}', '{"text": "好"}', *[""] * 9, *[f'{{"text": "{number}"}}' for number in range(9)]]
     write(path, "\n".join(few_bad))
     code, said = process_data_here("--input_path", path, "--output_path", tmp_path / "y.bin", "--workers", 0)

@@ -1,11 +1,12 @@
 """A library that is missing: one line with the command, whichever script and wherever it is imported."""
 
+import re
 import subprocess
 import sys
 
 import pytest
 
-from model.requirements import LIBRARIES
+from model.requirements import LIBRARIES, OPTIONAL
 from tests.conftest import ROOT
 
 
@@ -43,12 +44,27 @@ def test_a_library_that_is_missed_late_is_one_line_too():
     assert ended.returncode == 2 and ended.stderr.startswith("error: transformers is not installed")
 
 
+def test_an_optional_library_is_one_line_where_it_is_needed(tmp_path):
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); sys.modules['gguf'] = None\n"
+    code += "sys.argv[1:] = ['x.gguf', 'y']; import model.convert, utils; utils.run_command(model.convert.main)"
+    (tmp_path / "x.gguf").write_bytes(b"GGUF\3" + bytes(59))
+    ended = run("-c", code, cwd=tmp_path)
+    expected = "error: gguf is not installed; install it with: python -m pip install gguf\n"
+    assert (ended.returncode, ended.stderr) == (2, expected)
+
+
 def test_other_errors_keep_their_traceback():
     ended = run("-c", "import model; import no_such_module_of_ours")
     assert ended.returncode == 1 and "Traceback" in ended.stderr
 
 
 def test_all_requirements_are_known():
-    required = (ROOT / "requirements.txt").read_text(encoding="utf-8").split("# Optional")[0]
-    names = {line.split(">")[0].split("=")[0].strip() for line in required.splitlines() if line.strip()}
-    assert {"yaml" if name == "pyyaml" else name for name in names} <= LIBRARIES
+    text = (ROOT / "requirements.txt").read_text(encoding="utf-8")
+    needed, optional, _ = (names_in(part) for part in re.split("^# (?:Optional|Tests).*$", text, flags=re.MULTILINE))
+    assert {"yaml" if name == "pyyaml" else name for name in needed} <= LIBRARIES
+    assert optional - LIBRARIES <= OPTIONAL
+
+
+def names_in(part: str) -> set[str]:
+    """The packages that lines of requirements.txt name."""
+    return {re.match(r"[\w-]+", line)[0] for line in part.splitlines() if line.strip()}

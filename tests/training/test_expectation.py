@@ -63,8 +63,9 @@ def test_the_range_widens_outside_of_what_was_measured():
 
 
 @pytest.fixture
-def plan(flags, tmp_path):
+def plan(flags, tmp_path, monkeypatch):
     """Of a run from 1M parameters on, which the rule knows."""
+    monkeypatch.setattr(expectation, "FEWEST_TOKENS", 1e4)
     wide = {"dim": 256, "n_layers": 2, "max_steps": 300, "eval_steps": 1, "optimizer_type": "muon"}
     return Trainer(build_settings({}, flags(**wide))).plan
 
@@ -86,6 +87,12 @@ def test_a_run_that_falls_behind_is_told_what_usually_causes_it(plan):
     line = behind_line(slow, progress, total // 2, high + 0.01)
     assert line.startswith("step 200: ") and "the learning rate, 1e-06 where auto gives " in line
     assert "learning rate" not in behind_line(plan, progress, total // 2, high + 0.01)  # 3e-3 is near to auto's
+
+
+def test_of_very_few_tokens_and_of_other_sizes_the_rule_says_nothing():
+    assert DEMO.is_known and dataclasses.replace(DEMO, total_tokens=100_000).is_known
+    assert not dataclasses.replace(DEMO, total_tokens=20_000).is_known
+    assert not dataclasses.replace(DEMO, parameters=10**11).is_known
 
 
 def test_too_many_passes_for_so_many_parameters_are_told_at_the_start(flags, token_file, tmp_path):
@@ -122,6 +129,7 @@ def test_a_run_that_reads_little_text_often_says_once_what_that_does(flags, toke
 def test_each_evaluation_says_what_others_had_and_being_behind_is_said_once(flags, tmp_path, capfd, monkeypatch):
     monkeypatch.setattr(expectation, "MEASURED_PARAMETERS", (1e3, 1e7))
     monkeypatch.setattr(expectation, "MEASURED_TOKENS", (1e2, 1e7))
+    monkeypatch.setattr(expectation, "FEWEST_TOKENS", 1e2)
     monkeypatch.setattr(expectation, "share_of_text_bits", lambda parameters, tokens: 0.01)  # no run learns as much
     train(flags(learning_rate=1e-6))
     assert capfd.readouterr().err.count("what usually causes it: the learning rate, 1e-06 where auto gives") == 1

@@ -196,7 +196,7 @@ def test_an_evaluation_merges_once_and_what_it_merged_is_released(lora_flags, tm
     trainer = Trainer(
         settings,
         Processes(),
-        preview=lambda model: see(model) or [],
+        preview=lambda model, data: see(model) or [],
         judge=lambda *given: (see(*given) or {}, ""),
     )
     assert trainer.train() == "finished"

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import json
 import os
 import re
 import shutil
@@ -22,8 +23,10 @@ from model.loss import IGNORE_INDEX
 from model.runs.event_file import EVENT_FILES
 from model.storage.archive import load_torch
 from model.text.tokenization import load_tokenizer
+from model.training.data import TrainingData
 from model.training.optimizer import momentum_at
 from model.training.settings import build_settings
+from optimized_data_processing import OptimizedDataProcessor
 from optimized_pretrain import Trainer
 from tests import forks
 from tests.conftest import ROOT
@@ -509,12 +512,29 @@ def test_a_full_disk_is_one_line_and_the_older_checkpoint_stays(flags, tmp_path)
     assert not list((tmp_path / "out").glob("*.tmp"))
 
 
-def test_a_preview_that_fails_ends_no_training(tiny_model, tokenizer_folder):
+def test_a_preview_that_fails_ends_no_training(tiny_model, flags):
     from train import make_preview
 
     tiny_model.config.max_seq_len = 2
-    lines = make_preview(build_settings({}, {"tokenizer_path": str(tokenizer_folder)}))(tiny_model)
+    settings = build_settings({}, flags())
+    lines = make_preview(settings)(tiny_model, TrainingData(settings, verify=True, say=lambda line: None))
     assert len(lines) == 3 and all("max_seq_len" in line or "context" in line for line in lines)
+
+
+def test_previews_continue_what_the_texts_are_like(flags, tmp_path):
+    from train import preview_prompts
+
+    def prompts(texts: list[str]) -> list[str]:
+        raw, tokens = tmp_path / f"{len(texts)}.jsonl", tmp_path / f"{len(texts)}.bin"
+        raw.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+        OptimizedDataProcessor().process_dataset(str(raw), str(tokens))
+        settings = build_settings({}, flags(train_data_path=tokens, tokenizer_path=None, vocab_size=None))
+        return preview_prompts(TrainingData(settings, verify=True, say=lambda line: None))
+
+    modern = [f"今天第{number}次去图书馆看书，人很多。" for number in range(30)]
+    found = prompts(modern)
+    assert len(found) == 3 and all(any(text.startswith(prompt) for text in modern) for prompt in found), found
+    assert prompts([*modern, "春风又绿江南岸，明月何时照我还。"]) == ["春风", "中国", "天下大势"]
 
 
 # ------------------------------------------------------------------------------------------------------ two processes

@@ -140,7 +140,10 @@ REFUSED = {
         "--dtype: 'F16' found, F32 expected for mateconv",
     ),
     "no source": (["nothing.pth", "x"], "nothing.pth: no such file"),
-    "an empty folder": (["empty", "x"], "empty: neither config.json (transformers) nor params.json (Meta)"),
+    "an empty folder": (
+        ["empty", "x"],
+        "empty: no weights in this folder; pretrain_*.pth or best_model.pth (MateConv), config.json (transformers) or",
+    ),
     "another tokenizer": (["a.pth", "x", "--tokenizer_path", "own/model"], "a.pth was trained with another tokenizer"),
     "no tokenizer": (["a.pth", "x", "--tokenizer_path", "empty"], "empty holds no tokenizer.json"),
     "a shape": (["own.pth", "x", "--n_heads", "4"], "own.pth: the model's shape comes with the file; n_heads"),
