@@ -423,6 +423,7 @@ class Choices:
             raise InputError(f"cuda_graph: true found, but {problem}; use auto or false")
         if asked != AUTO:
             return asked
-        why = problem or "a step is launched at once, not kernel by kernel"
-        self._say(f"cuda_graph {value_text(problem is None)} (auto): {why}")
+        if self._device.type in accelerator.GRAPHS:  # where there are none, nobody asks why
+            why = problem or "a step is launched at once, not kernel by kernel"
+            self._say(f"cuda_graph {value_text(problem is None)} (auto): {why}")
         return problem is None
