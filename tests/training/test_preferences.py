@@ -217,7 +217,7 @@ def test_a_run_learns_to_prefer_and_leaves_a_chat_model(pair_flags, tmp_path, ca
 def test_a_step_on_pairs_is_not_captured(pair_flags, monkeypatch, capfd):
     monkeypatch.setenv("MATECONV_RUN_AHEAD", "1")
     monkeypatch.setitem(accelerator.GRAPHS, "cpu", FakeGraph)
-    assert Trainer(build_settings({}, pair_flags()), Processes()).graph is None
+    assert Trainer(build_settings({}, pair_flags()), Processes()).stepper.graph is None
     assert "cuda_graph false (auto): the loss of pairs takes the learned tokens alone" in capfd.readouterr().err
 
 
