@@ -211,7 +211,6 @@ def make_preview(settings: Settings):
     from optimized_inference import GenerationConfig, TextGenerator
 
     end_ids(open_tokenizer(settings.data.tokenizer_path))  # a bad generation_config.json is reported now
-
     prompts: list[str] = []
 
     def preview(model, data: "TrainingData") -> list[str]:

@@ -127,7 +127,10 @@ def pick_dtype(asked: str, device):
         found = [name for name in needed[asked] if name in features]
         if not found:
             return torch.float32, f"{asked} would be over 100 times slower, since this CPU has no instructions for it"
-        return dtype, f"this CPU has {found[0]}"
+        faster = asked == "float16" and "amx_bf16" in features and "amx_fp16" not in features
+        return dtype, f"this CPU has {found[0]}" + (
+            "; bfloat16 is several times as fast on it (amx_bf16)" if faster else ""
+        )
     if device.type != "cpu" and not accelerator.has_autocast(device):
         return torch.float32, f"torch has no autocast to {asked} for {device.type}"
     if asked == "bfloat16" and device.type != "cpu" and not accelerator.has_bfloat16(device):

@@ -17,3 +17,17 @@ def test_an_older_torch_finds_the_same_16_bit_instructions(monkeypatch):
     monkeypatch.delattr(torch.cpu, "get_capabilities")
     assert cpu_features() & names == known
     assert [pick_dtype(dtype, torch.device("cpu")) for dtype in ("float32", "bfloat16", "float16")] == chosen
+
+
+@pytest.mark.parametrize(
+    ("features", "line"),
+    [
+        ({"avx512_fp16", "amx_bf16"}, "this CPU has avx512_fp16; bfloat16 is several times as fast on it (amx_bf16)"),
+        ({"avx512_fp16", "amx_bf16", "amx_fp16"}, "this CPU has avx512_fp16"),
+        ({"avx512_fp16"}, "this CPU has avx512_fp16"),
+    ],
+)
+def test_float16_where_another_dtype_is_faster(features, line, monkeypatch):
+    monkeypatch.setattr("utils.cpu_features", lambda: features)
+    monkeypatch.delenv("MATECONV_EMULATE_DTYPE", raising=False)
+    assert pick_dtype("float16", torch.device("cpu")) == (torch.float16, line)
