@@ -39,11 +39,7 @@ from model.training.clock import Clock
 from model.training.config_file import load_settings  # noqa: F401 (for callers of Trainer)
 from model.training.data import TrainingData
 from model.training.determinism import deterministic_kernels, random_state, restore_random_states, seed_everything
-from model.training.divergence import (
-    difference_of_weights,
-    limit_reached,
-    norm_of,
-)
+from model.training.divergence import difference_of_weights, limit_reached, norm_of
 from model.training.evaluation import Evaluator
 from model.training.fully_sharded import FullySharded
 from model.training.hints import Hints

@@ -244,7 +244,6 @@ def preview_prompts(data: "TrainingData") -> list[str]:
 def judge(model, data: "TrainingData") -> tuple[dict, str]:
     """Let the model in training answer questions of held-out chats, greedily; returns metrics, and a line on them."""
     from model.generation.judging import judge_answers, judged_text
-    from model.text.tokenization import control_ids
     from optimized_inference import GenerationConfig, TextGenerator
 
     generator = TextGenerator(model, data.tokenizer, compile=False, chat=data.chat)
@@ -252,8 +251,7 @@ def judge(model, data: "TrainingData") -> tuple[dict, str]:
     turns = [turn for turn in data.validation_turns(JUDGED_CHATS) if len(turn[0]) < context]
     config = GenerationConfig(max_new_tokens=128, do_sample=False, repetition_penalty=1)
     written = generator.continued([prompt for prompt, _ in turns], config) if turns else []
-    control = control_ids(data.tokenizer)
-    expected = [data.tokenizer.decode([index for index in ids if index not in control]) for _, ids in turns]
+    expected = [data.decoded(ids) for _, ids in turns]
     judged = judge_answers([sample.text for sample in written], [sample.end for sample in written], expected)
     return judged, judged_text(judged)
 

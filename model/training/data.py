@@ -14,7 +14,7 @@ from model.errors import InputError, command_line, counted
 from model.storage.files import size_text
 from model.text.chat_template import template_sha256
 from model.text.token_bytes import token_bytes
-from model.text.tokenization import delimiters, open_tokenizer, tokenizer_sha256, vocabulary_size
+from model.text.tokenization import control_ids, delimiters, open_tokenizer, tokenizer_sha256, vocabulary_size
 from model.token_file.packing import find_documents
 from model.training.joined import JoinedDataset
 from model.training.order import SampleOrder, Source, apportioned
@@ -407,7 +407,7 @@ class TrainingData:
 
     def contains(self, text: str) -> bool:
         """Whether the beginning of the training texts has it."""
-        return text in self._decoded(self._beginning())
+        return text in self.decoded(self._beginning().tolist())
 
     def openings(self, count: int) -> list[str]:
         """How some documents at the beginning of the training texts begin, a few characters each: at most `count`, none
@@ -415,17 +415,17 @@ class TrainingData:
         tokens = self._beginning()
         begins = find_documents(tokens, self.delimiters.bos_id, self.delimiters.eos_id)
         spread = begins[np.linspace(0, max(0, len(begins) - 1), count if len(begins) else 0).astype(np.int64)]
-        texts = [self._decoded(tokens[begin : begin + OPENING_TOKENS]) for begin in spread]
+        texts = [self.decoded(tokens[begin : begin + OPENING_TOKENS].tolist()) for begin in spread]
         lines = [text.replace("\ufffd", "").strip().split("\n")[0] for text in texts]
         return list(dict.fromkeys(line for line in lines if line))
 
     def _beginning(self) -> np.ndarray:
         return self._trained.token_arrays()[0][:BEGINNING_TOKENS]
 
-    def _decoded(self, tokens: np.ndarray) -> str:
-        """The text of ids, without the delimiters of documents."""
-        around = [index for index in (self.delimiters.bos_id, self.delimiters.eos_id) if index is not None]
-        return self.tokenizer.decode(tokens[~np.isin(tokens, around)].tolist())
+    def decoded(self, ids: list[int]) -> str:
+        """The text of ids, without control tokens."""
+        control = control_ids(self.tokenizer)
+        return self.tokenizer.decode([index for index in ids if index not in control])
 
     def spread_validation(self, most: int | None) -> np.ndarray:
         """The samples to validate on: all, or `most` of them, spread evenly; int64."""
