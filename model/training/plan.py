@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,6 +37,13 @@ class Hardware:
     dtype: torch.dtype  # of the matrix products
     autocast: AbstractContextManager  # in which the model runs
     peak_flops: float = math.nan  # FLOP/s that matrix products reach here; nan: not measured yet
+
+    def casting_once(self) -> AbstractContextManager:
+        """A context within which `autocast` casts a layer's weights once, however often it is entered: its copies are
+        dropped where the outermost context ends. This one casts nothing itself. Compiled code and the loss cast by
+        themselves."""
+        is_off = isinstance(self.autocast, nullcontext)
+        return nullcontext() if is_off else torch.autocast(self.device.type, enabled=False)
 
 
 @dataclass(frozen=True)

@@ -215,13 +215,14 @@ class Stepper:
         """
         sums = torch.zeros(self._objective_sums, device=self.hardware.device)
         self.routing.begin_step()
-        for micro, batch in enumerate(batches):
-            is_last = micro == self.training.accumulation_steps - 1
-            with self.state.parallel.exchanging(is_last), self._kernels():
-                with self.hardware.autocast:
-                    found = self.objective.loss(self.state.parallel.called, batch)
-                self.state.scaler.scale(found[0] * factor).backward()
-            sums += found.detach()
+        with self.hardware.casting_once():
+            for micro, batch in enumerate(batches):
+                is_last = micro == self.training.accumulation_steps - 1
+                with self.state.parallel.exchanging(is_last), self._kernels():
+                    with self.hardware.autocast:
+                        found = self.objective.loss(self.state.parallel.called, batch)
+                    self.state.scaler.scale(found[0] * factor).backward()
+                sums += found.detach()
         self.state.scaler.unscale_(self.state.optimizer)
         norm = self.state.parallel.clip(self.training.grad_clip)
         self.state.scaler.update()

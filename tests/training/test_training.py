@@ -1,5 +1,6 @@
 """Training: what a user does, and what must come of it: a tiny model on the sample corpus, real processes, signals."""
 
+import contextlib
 import copy
 import itertools
 import json
@@ -25,6 +26,7 @@ from model.storage.archive import load_torch
 from model.text.tokenization import load_tokenizer
 from model.training.data import TrainingData
 from model.training.optimizer import momentum_at
+from model.training.plan import Hardware
 from model.training.settings import build_settings
 from optimized_data_processing import OptimizedDataProcessor
 from optimized_pretrain import Trainer
@@ -233,6 +235,39 @@ def test_16_bit_training_learns_about_the_same(flags, tmp_path, dtype, monkeypat
     assert str(trainer.dtype) == f"torch.{dtype}" and trainer.state.scaler.is_enabled() == (dtype == "float16")
     last = dict(losses(tmp_path / dtype))[12]
     assert last == pytest.approx(dict(losses(tmp_path / "float32"))[12], abs=0.05)
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_a_step_casts_each_weight_once_however_many_micro_batches_it_has(flags, tmp_path, recompute, monkeypatch):
+    monkeypatch.setenv("MATECONV_EMULATE_DTYPE", "1")
+    torch.set_num_threads(1)
+    options = {"dtype": "bfloat16", "batch_size": 1, "joined_products": "false", "activation_checkpointing": recompute}
+    casts, weights = {}, {}
+    for micro_batches, kept in ((1, True), (3, True), (3, False)):
+        given = flags(**options, accumulation_steps=micro_batches, out_dir=tmp_path / f"{micro_batches}-{kept}")
+        trainer = Trainer(build_settings({}, given), Processes())
+        if not kept:
+            monkeypatch.setattr(Hardware, "casting_once", lambda hardware: contextlib.nullcontext())
+        matrices = {p.data_ptr() for p in trainer.model.layers.parameters() if p.dim() == 2}
+        with CountedCasts(matrices) as counted:
+            trainer._take_step()
+        casts[micro_batches, kept] = counted.casts
+        weights[micro_batches, kept] = trainer.model.state_dict()
+    assert casts[1, True] == casts[3, True] == len(matrices) < casts[3, False]
+    assert_equal(weights[3, True], weights[3, False])
+
+
+class CountedCasts(TorchDispatchMode):
+    """Counts how often tensors at these addresses are cast to bfloat16."""
+
+    def __init__(self, addresses: set[int]) -> None:
+        super().__init__()
+        self.addresses, self.casts = addresses, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._to_copy.default and kwargs.get("dtype") == torch.bfloat16:
+            self.casts += args[0].data_ptr() in self.addresses
+        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.long
