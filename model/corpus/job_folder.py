@@ -11,6 +11,7 @@ For the output `X.bin` (or `X.jsonl`) it is `X.bin.parts/`, beside it:
 The folder is removed once the output has its name. Half-written files in it are written again.
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -55,14 +56,27 @@ class JobFolder:
     def __exit__(self, kind=None, *error) -> None:
         if self._lock is None:
             return
-        nothing_made = kind is not None and not self.is_finished and not self.has_parts
-        self._release()
-        if nothing_made:  # a wrong flag leaves nothing to resume
-            shutil.rmtree(self.path, ignore_errors=True)
+        if kind is not None and not self.is_finished and not self.has_parts:  # a wrong flag leaves nothing to resume
+            self.clear()
+            self._leave()
+        else:
+            self._release()
 
     def _release(self) -> None:
         self._lock.release()
         self._lock = None
+
+    def _leave(self) -> None:
+        """Remove the folder, which is empty but for the lock. From the moment that the lock is gone another job may
+        begin here: what it puts there stays."""
+        lock = Path(self._lock.lock_file)
+        if os.name != "nt":  # there an open file cannot be removed
+            lock.unlink(missing_ok=True)
+        self._release()
+        with contextlib.suppress(OSError):
+            if os.name == "nt":
+                lock.unlink(missing_ok=True)  # fails where another job holds it
+            self.path.rmdir()
 
     def planned(self) -> dict | None:
         """The plan that the job began with; None where there is none.
@@ -149,8 +163,7 @@ class JobFolder:
         """Remove the folder; publish.json goes last, so that a removal that is cut short can resume."""
         self.clear(self._publish)
         self._publish.unlink(missing_ok=True)
-        self._release()
-        shutil.rmtree(self.path, ignore_errors=True)
+        self._leave()
 
 
 def job_path(output: Path) -> Path:

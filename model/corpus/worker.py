@@ -1,4 +1,4 @@
-"""Worker processes that make parts. `python -m model.corpus` is one: tasks come by stdin, answers by stdout.
+"""Worker processes that make parts. Each runs `main` here: tasks come by stdin, answers by stdout.
 
 They are separate programs rather than multiprocessing's children: a user's script needs no `if __name__ ==
 "__main__"`, nothing forks while threads run, and a worker whose parent dies reads the end of its input and ends too.
@@ -11,6 +11,7 @@ import queue
 import signal
 import subprocess
 import sys
+import traceback
 from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -21,10 +22,18 @@ from model.corpus.opening import Source
 from model.corpus.part_file import Damaged, Part
 from model.corpus.part_maker import PartMaker, PartOptions
 from model.corpus.parts import Block, read_part
-from model.errors import InputError
+from model.errors import InputError, first_line
 
 ROOT = Path(__file__).resolve().parents[2]
 ONE_THREAD = ("FASTOKENS_BPE_THREADS", "RAYON_NUM_THREADS", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+
+# Not `python -m`, which looks for modules where the user works before it looks here.
+PROGRAM = f"""
+import sys
+sys.path[:] = [{str(ROOT)!r}, *filter(None, sys.path)]
+from model.corpus.worker import main
+main()
+"""
 
 # glibc: keep freed memory rather than return it and ask for it again: a part's arrays come and go all the time.
 KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 30)}
@@ -127,30 +136,43 @@ class _Worker:
     """One process and the two pipes to it."""
 
     def __init__(self) -> None:
-        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-        environment = KEEP_MEMORY | os.environ | dict.fromkeys(ONE_THREAD, "1") | {"PYTHONPATH": path}
-        command = [sys.executable, "-m", "model.corpus"]
+        environment = KEEP_MEMORY | os.environ | dict.fromkeys(ONE_THREAD, "1")
+        command, pipes = [sys.executable, "-c", PROGRAM], {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
         with ctrl_c_blocked():
-            self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
+            self._process = subprocess.Popen(command, env=environment, **pipes)
 
     def send(self, value) -> None:
-        """Send options or a task."""
-        pickle.dump(value, self._process.stdin, protocol=pickle.HIGHEST_PROTOCOL)
-        self._process.stdin.flush()
+        """Send options or a task.
+
+        Raises:
+            InputError: the worker is gone.
+        """
+        try:
+            pickle.dump(value, self._process.stdin, protocol=pickle.HIGHEST_PROTOCOL)
+            self._process.stdin.flush()
+        except OSError as error:
+            raise self._gone() from error
 
     def carry_out(self, task: Task) -> Answer:
+        """Have a task done; raises what the worker raised.
+
+        Raises:
+            InputError: the worker is gone.
+        """
+        self.send(task)
         try:
-            self.send(task)
             answer = pickle.load(self._process.stdout)
         except (EOFError, OSError, pickle.UnpicklingError) as error:
-            code = self._process.wait()
-            raise InputError(
-                f"a worker process ended with exit code {code} (-9: killed, perhaps because memory ran out: give fewer "
-                "--workers); run it again: it resumes"
-            ) from error
+            raise self._gone() from error
         if isinstance(answer, Exception):
             raise answer
         return answer
+
+    def _gone(self) -> InputError:
+        """What to say of a worker that died."""
+        code = self._process.wait()
+        why = ", killed, perhaps because memory ran out: give fewer --workers" if code == -9 else ""
+        return InputError(f"a worker process ended with exit code {code}{why}; run it again: it resumes")
 
     def end(self) -> None:
         self._process.kill()
@@ -173,9 +195,18 @@ def main() -> None:
             task = pickle.load(sys.stdin.buffer)
             try:
                 answer = carry_out(maker, task)
-            except (InputError, OSError, MemoryError, EOFError) as error:
-                answer = error
+            except Exception as error:  # the parent raises it
+                answer = _told(error)
             pickle.dump(answer, answers, protocol=pickle.HIGHEST_PROTOCOL)
             answers.flush()
     except (EOFError, pickle.UnpicklingError, BrokenPipeError):  # the parent is gone, perhaps within a message
         os._exit(0)  # nobody reads what is left in `answers`
+
+
+def _told(error: Exception) -> Exception:
+    """An exception as the parent can have it: what nobody foresaw with its traceback, which does not travel."""
+    if isinstance(error, InputError | OSError | MemoryError | EOFError):
+        return error
+    innermost = traceback.extract_tb(error.__traceback__)[-1]
+    first = f"{type(error).__name__}: {first_line(error)} (in a worker's {innermost.filename}:{innermost.lineno})"
+    return RuntimeError("\n".join([first, *traceback.format_exception(error)]))

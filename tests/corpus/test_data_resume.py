@@ -191,6 +191,49 @@ def test_a_worker_that_dies_is_reported_and_the_next_run_completes_the_job(
 
 
 @pytest.mark.long
+def test_a_fault_in_a_worker_is_told_as_one_here(raw, tokenizer_folder, tmp_path, monkeypatch):
+    import model.corpus.worker as worker
+
+    fault = "from model.corpus.part_maker import PartMaker; PartMaker.make = lambda *given: {}[b'key']"
+    monkeypatch.setattr(worker, "PROGRAM", worker.PROGRAM.replace("main()", f"{fault}; main()"))
+    processor = OptimizedDataProcessor(tokenizer_folder, workers=1, **SMALL)
+    with pytest.raises(RuntimeError, match=r"^KeyError: b'key' \(in a worker's <string>:\d+\)\nTraceback"):
+        processor.process_dataset(raw, tmp_path / "data.bin")
+
+
+@pytest.mark.long
+def test_workers_import_nothing_from_where_the_user_works(tmp_path):
+    for name in ("model/__init__.py", "numpy.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("raise SystemExit('the wrong module')")
+    (tmp_path / "raw.jsonl").write_bytes(b"".join(corpus_lines(20)))
+    flags = ["--input_path", "raw.jsonl", "--output_path", "data.bin", "--workers", "1"]
+    ended = subprocess.run([sys.executable, SCRIPT, *flags], cwd=tmp_path, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    assert (tmp_path / "data.bin").exists()
+
+
+def test_a_job_that_begins_while_another_leaves_keeps_its_folder(tmp_path):
+    output, begun = tmp_path / "data.bin", []
+    first = JobFolder(output)
+    first.begin({"a": 1})
+    release = first._lock.release
+
+    def release_and_begin(*given, **options):
+        release(*given, **options)
+        begun.append(JobFolder(output))
+        begun[0].begin({"a": 2})
+
+    first._lock.release = release_and_begin
+    first.remove()
+    assert begun[0].planned() == {"a": 2}
+    with pytest.raises(InputError, match="is in use"):
+        JobFolder(output)
+    begun[0].remove()
+    assert not job_path(output).exists()
+
+
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for the workers in /proc")
 @pytest.mark.parametrize("at_work", [False, True])
 def test_workers_end_without_a_word_when_their_parent_is_killed(tmp_path, at_work):
