@@ -32,6 +32,7 @@ from model.corpus.sources import ENDINGS, OUR_ENDINGS, find_sources
 from model.errors import InputError, command_line, counted
 from model.options import options_of
 from model.storage.files import is_same_file, read_json, refuse_overwriting, refuse_overwriting_inputs, write_json
+from model.token_file.manifest import MAX_MANIFEST_BYTES
 from utils import (
     CommandParser,
     Processes,
@@ -48,7 +49,8 @@ DATASET = Path("dataset")
 DEFAULT_CORPUS = "mobvoi_seq_monkey_general_open_corpus.jsonl"  # what MiniMind's users have
 SAMPLE_CORPUS = "classics_zh.jsonl"
 DEFAULT_OUTPUT = DATASET / "pretrain_data.bin"
-DEFAULT_CLEANED = DATASET / "cleaned_data.jsonl"
+CLEANED = "cleaned_"  # begins the name of what --clean_only makes
+DEFAULT_CLEANED = DATASET / f"{CLEANED}data.jsonl"
 
 
 class OptimizedDataProcessor:
@@ -205,7 +207,7 @@ def _checked_output(output_path: str | Path) -> Path:
     if not isinstance(output_path, str | Path):
         raise InputError(f"output_path: {output_path!r} found, a file's name expected")
     output = Path(output_path)
-    if output.suffix in ("", ".json", ".ends"):
+    if output.suffix.lower() in ("", ".json", ".ends", ".learn"):
         raise InputError(f"output_path: {output} is the name of a file beside the output; name it .bin or .jsonl")
     if output.suffix.lower()[1:] in (*PACKINGS, "parquet"):
         raise InputError(f"output_path: {output} would not be what its name says; name it .bin or .jsonl")
@@ -230,7 +232,7 @@ def _checked_stats_path(stats_path: str | Path) -> Path:
 def _described_output(stats_path: Path) -> str | None:
     """Which output the statistics in a file are of; None where there is no such file, or it holds something else."""
     try:
-        values = read_json(stats_path)
+        values = read_json(stats_path, MAX_MANIFEST_BYTES)
         return values["output"] if "rejected_by_reason" in values else None
     except (InputError, KeyError):
         return None
@@ -257,9 +259,10 @@ def default_input_path(folder: str | Path = DATASET) -> Path:
         if path.is_file()
         and path.name.lower().endswith(ENDINGS)
         and not path.name.startswith(".")
-        and not path.name.endswith((SAMPLE_CORPUS, *OUR_ENDINGS))
+        and path.name not in (SAMPLE_CORPUS, f"{CLEANED}{SAMPLE_CORPUS}")
+        and not path.name.endswith(OUR_ENDINGS)
     )
-    sources = [path for path in own if not path.name.startswith("cleaned_")]  # raw_data.jsonl before what it gave
+    sources = [path for path in own if not path.name.startswith(CLEANED)]  # raw_data.jsonl before what it gave
     own = sources or own
     if len(own) > 1:
         names = ", ".join(path.name for path in own)

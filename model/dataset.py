@@ -18,7 +18,7 @@ import torch
 from model.errors import InputError, command_line
 from model.loss import IGNORE_INDEX
 from model.token_file.chats import Chats, read_chats
-from model.token_file.manifest import learn_path, manifest_path, read_manifest
+from model.token_file.manifest import ends_path, learn_path, manifest_path, read_manifest
 from model.token_file.packing import find_documents, pack_documents
 from model.token_file.token_layout import find_layout
 
@@ -100,6 +100,11 @@ class PretrainDataset:
             raise InputError(
                 f"{manifest_path(self.path)}: {found}, but {learn_path(self.path)} says that {path} holds chats; copy"
                 " the manifest too, or make the file again with optimized_data_processing.py"
+            )
+        if self.manifest is None and (ends := ends_path(self.path)).exists():
+            raise InputError(
+                f"{manifest_path(self.path)}: is missing, but {ends} says that this program made {path}; copy the"
+                " manifest too, or run optimized_data_processing.py again"
             )
         if layout.count < seq_len + 1 and not is_chat:
             held = f"{layout.count:,} tokens"

@@ -175,6 +175,7 @@ def check_finished(output: Path, sources: Sequence[Source], plan: dict) -> dict:
     try:
         before, part_bytes = manifest["processing"]["plan"], manifest["processing"]["part_bytes"]
         digests = [source["sha256_of_parts"] for source in manifest["sources"]]
+        has_validation = bool(manifest["processing"]["statistics"]["validation"])
     except (KeyError, TypeError):
         raise InputError(f"{output} exists already, not made by this program from this input; {remedy}") from None
     recorded = {name: manifest[name] for name in ("bos_id", "eos_id") if name in manifest}  # earlier plans lack them
@@ -186,7 +187,7 @@ def check_finished(output: Path, sources: Sequence[Source], plan: dict) -> dict:
     if changed:
         raise InputError(f"{output} exists already, and this changed since it was made: {changed}; {remedy}")
     files = [(output, manifest)]
-    if manifest["processing"]["statistics"]["validation"]:
+    if has_validation:
         validation = validation_path(output)
         files.append((validation, _read_json(manifest_path(validation))))
     for path, described in files:

@@ -58,7 +58,7 @@ def _texts_of_lines(path: Path) -> tuple[list[str], int]:
     for number, line in enumerate(lines, 1):
         _, reason = parse_line(line)
         if reason in (None, "empty"):
-            if line.strip():
+            if str(line, "utf-8").strip():
                 texts.append(load_json(line)["text"])  # with the white space around it, unlike parse_line's
             continue
         rejected[reason] += 1

@@ -320,9 +320,12 @@ class Job:
         if statistics.documents:
             count = counted(statistics.documents, "document")
             raise InputError(f"val_share: all of {count} went to validation; give a smaller share")
-        _, _, seen = self._most_rejected(statistics.rejected, rejects)
+        rejected = {reason: count for reason, count in statistics.rejected.items() if reason != "not_sampled"}
+        if not rejected:
+            raise InputError(f"weights: none of {counted(statistics.lines, 'line')} was taken; give larger ones")
+        _, _, seen = self._most_rejected(rejected, rejects)
         form = self.options.format, self.options.text_field
-        raise InputError(nothing_read(sources, statistics.rejected, seen, *form) + f"; see {rejects}")
+        raise InputError(nothing_read(sources, rejected, seen, *form) + f"; see {rejects}")
 
     def _most_rejected(self, rejected: Mapping[str, int], rejects: Path) -> tuple[str, str, str]:
         """The reason that most lines were rejected for, where the first of them is, and what such lines hold."""

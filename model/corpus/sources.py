@@ -11,6 +11,7 @@ from model.corpus.inspection import PACKINGS, holds_documents
 from model.corpus.opening import EXPECTED, TXT_DOCUMENTS, Source, WrongEncoding, is_chat_table, recognise
 from model.corpus.streams import DATASETS, MODELSCOPE, STREAMED
 from model.errors import InputError
+from model.token_file.manifest import MOST_SOURCES
 
 _PACKED = ("", *(f".{packing}" for packing in PACKINGS))
 # Endings, in lower case, of the files that are read in a folder.
@@ -63,6 +64,10 @@ def find_sources(
             found.append({"location": str(path), "size": path.stat().st_size, **about})
     if not found:
         raise InputError("input_path: nothing was given")
+    if len(found) > MOST_SOURCES:
+        raise InputError(
+            f"input_path: {len(found):,} files found, at most {MOST_SOURCES:,} expected; join them into larger ones"
+        )
     if texts := sum(about["form"] in TXT_DOCUMENTS for about in found):
         say(
             f"plain text: {texts:,} .txt, a document {'each' if txt_documents == 'file' else f'a {txt_documents}'} "
@@ -145,11 +150,19 @@ def _files(path: Path, leave_out: Collection[Path], text_field: str, txt_documen
 
 
 def _listed(folder: Path) -> Iterator[Path]:
-    """The files of a folder and its subfolders; hidden folders and links to folders are listed but not entered."""
-    for parent, folders, files in os.walk(folder):
+    """The files of a folder and its subfolders; hidden folders and links to folders are listed but not entered.
+
+    Raises:
+        InputError: one of the folders cannot be listed.
+    """
+    for parent, folders, files in os.walk(folder, onerror=_refuse_closed):
         closed = [name for name in folders if _hides(name) or os.path.islink(os.path.join(parent, name))]
         yield from (Path(parent, name) for name in [*files, *closed])
         folders[:] = [name for name in folders if not _hides(name) and not _is_job(Path(parent, name))]
+
+
+def _refuse_closed(error: OSError) -> None:
+    raise InputError(f"input_path: the folder {error.filename} cannot be listed ({error.strerror})") from error
 
 
 def _is_job(folder: Path) -> bool:
@@ -178,7 +191,7 @@ def _why_skipped(file: Path, given: Path, is_folder: bool) -> str | None:
         return "a broken link" if file.is_symlink() else "not a file"
     if file.name.endswith(OUR_ENDINGS):
         return "named as data processing names its own"
-    if is_folder and COMPANIONS.match(name):
+    if is_folder and COMPANIONS.match(name) and not name.endswith(ENDINGS):
         return "about the corpus"
     if is_folder and not name.endswith((*ENDINGS, *TXT_ENDINGS, *JSON_ENDINGS, *CSV_ENDINGS)):
         return "another ending"
@@ -193,11 +206,17 @@ def _describe_skipped(skipped: dict[Path, str], folder: Path) -> str:
 
 
 def _short_names(locations: Sequence[str]) -> list[str]:
-    """The files' names with as many of their folders as make them unique; datasets unchanged."""
-    paths = {location: Path(os.path.abspath(location)).parts for location in locations}
+    """The files' names with as many of their folders as make them unique; datasets unchanged. What is not UTF-8 in a
+    name is spelled out, since the name goes into JSON."""
+    paths = {location: Path(os.path.abspath(_spelled_out(location))).parts for location in locations}
     names, depth = {}, 0
     while len(set(names.values())) < len(set(paths.values())):
         depth += 1
         for location, parts in paths.items():
             names[location] = location if location.startswith(STREAMED) else "/".join(parts[-depth:])
     return [names[location] for location in locations]
+
+
+def _spelled_out(name: str) -> str:
+    """A file's name as text: bytes of it that are not UTF-8 as \\xd6."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")

@@ -37,6 +37,8 @@ class EncodedChats:
 
     def split(self) -> list[EncodedChat]:
         """Each chat alone."""
+        if not self.reasons:
+            return []  # NumPy would split nothing into one
         ends = np.cumsum(self.lengths)[:-1]
         return [*zip(np.split(self.ids, ends), np.split(self.learned, ends), self.reasons, strict=True)]
 

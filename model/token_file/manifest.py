@@ -12,7 +12,8 @@ from model.errors import InputError, shown
 from model.storage.files import write_json
 
 FORMAT_VERSION = 1
-MAX_MANIFEST_BYTES = 16 << 20  # thousands of sources with their statistics take less
+MAX_MANIFEST_BYTES = 256 << 20  # a source takes some 400 of them
+MOST_SOURCES = 500_000  # files of a corpus that a manifest has room for
 MOST_TOKENS = 2**63 - 1
 
 

@@ -552,6 +552,13 @@ def test_long_chats_lose_their_oldest_turns_and_keep_the_system_message(tmp_path
     assert "chats of more than 128 tokens, without their oldest turns, or rejected (2): " in said
 
 
+def test_chats_that_are_all_too_long_are_rejected(tmp_path):
+    last = (("user", "问" * 300), ("assistant", "答"))
+    path = write(tmp_path / "a.jsonl", jsonl([{"messages": messages(chat)} for chat in (HELLO, last)]))
+    counts = process(path, tmp_path / "a.bin", max_length=128, long_documents="truncate", clean=False)
+    assert counts["documents"] == 1 and counts["rejected_by_reason"] == {"over_max_length": 1}
+
+
 @pytest.mark.long
 def test_a_job_that_truncates_chats_resumes_with_the_same_bytes(tmp_path, monkeypatch):
     path = write(tmp_path / "a.jsonl", jsonl([{"messages": messages(turns(*range(n % 30 + 1)))} for n in range(300)]))

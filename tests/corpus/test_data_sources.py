@@ -17,7 +17,7 @@ from model.corpus.inspection import nothing_read
 from model.corpus.job_folder import JobFolder, describe_changes
 from model.corpus.sources import find_sources
 from model.errors import InputError
-from optimized_data_processing import OptimizedDataProcessor
+from optimized_data_processing import SAMPLE_CORPUS, OptimizedDataProcessor, default_input_path
 from tests.conftest import corpus_lines, read_documents, read_rejects
 from tests.corpus.half_made import begin_and_stop, contents
 
@@ -374,6 +374,76 @@ def test_weights_that_cannot_be_are_told(processor, tmp_path, weights):
     path = write(tmp_path / "raw.jsonl", PLAIN)
     with pytest.raises(InputError, match="^weights: "):
         processor.process_dataset([path, path], tmp_path / "data.bin", weights=weights)
+
+
+def test_weights_that_take_nothing_are_told(processor, tmp_path):
+    path = write(tmp_path / "raw.jsonl", GOOD[0])
+    with pytest.raises(InputError, match="^weights: none of 1 line was taken; give larger ones"):
+        processor.process_dataset(path, tmp_path / "data.bin", weights=[0.001])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere file names are Unicode")
+def test_a_file_whose_name_is_not_utf8_is_read_and_its_name_spelled_out(processor, tmp_path):
+    folder = os.fsencode(tmp_path / "in")
+    os.mkdir(folder)
+    with open(os.path.join(folder, "中文.jsonl".encode("gb18030")), "wb") as file:
+        file.write(PLAIN)
+    processor.process_dataset(tmp_path / "in", tmp_path / "data.bin")
+    manifest = json.loads((tmp_path / "data.json").read_text(encoding="utf-8"))
+    assert [source["name"] for source in manifest["sources"]] == [r"\xd6\xd0\xce\xc4.jsonl"]
+
+
+def test_a_folder_that_cannot_be_listed_is_told(processor, tmp_path, monkeypatch):
+    write(tmp_path / "in" / "a.jsonl", PLAIN)
+    write(tmp_path / "in" / "closed" / "b.jsonl", PLAIN)
+    listed = os.scandir
+
+    def scandir(path):
+        if os.path.basename(path) == "closed":
+            raise PermissionError(13, "Permission denied", str(path))
+        return listed(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(InputError, match=r"^input_path: the folder .*closed cannot be listed \(Permission denied\)"):
+        find_sources(tmp_path / "in")
+
+
+def test_only_what_is_no_data_by_its_ending_accompanies_a_corpus(tmp_path, capsys):
+    for name in ("notice-2024.jsonl", "README.txt", "a.jsonl"):
+        write(tmp_path / "in" / name, GOOD[0])
+    assert [source.name for source in find_sources(tmp_path / "in")] == ["a.jsonl", "notice-2024.jsonl"]
+    assert "README.txt (about the corpus)" in capsys.readouterr().err
+
+
+def test_more_files_than_a_manifest_has_room_for_are_refused(tmp_path, monkeypatch):
+    import model.corpus.sources as sources
+
+    monkeypatch.setattr(sources, "MOST_SOURCES", 2)
+    for name in "abc":
+        write(tmp_path / "in" / f"{name}.jsonl", GOOD[0])
+    with pytest.raises(InputError, match="^input_path: 3 files found, at most 2 expected; join them"):
+        find_sources(tmp_path / "in")
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.ENDS", "a.learn", "a"])
+def test_an_output_is_not_named_as_a_file_beside_it(processor, tmp_path, name):
+    path = write(tmp_path / "raw.jsonl", PLAIN)
+    with pytest.raises(InputError, match="^output_path: .* is the name of a file beside the output"):
+        processor.process_dataset(path, tmp_path / name)
+
+
+def test_the_users_own_file_comes_before_the_sample_whatever_its_name(tmp_path):
+    for name in (SAMPLE_CORPUS, f"my_{SAMPLE_CORPUS}", f"cleaned_{SAMPLE_CORPUS}"):
+        write(tmp_path / name, GOOD[0])
+    assert default_input_path(tmp_path).name == f"my_{SAMPLE_CORPUS}"
+
+
+def test_the_validation_file_of_another_output_is_no_output_to_continue(tokenizer_folder, tmp_path):
+    path = write(tmp_path / "raw.jsonl", b"".join(GOOD))
+    processor = OptimizedDataProcessor(tokenizer_folder, workers=0, val_share=0.1)
+    processor.process_dataset(path, tmp_path / "data.bin")
+    with pytest.raises(InputError, match="data.val.bin exists already, not made by this program from this input"):
+        processor.process_dataset(path, tmp_path / "data.val.bin")
 
 
 def test_a_file_in_another_encoding_is_skipped_beside_good_ones(tmp_path, capsys):

@@ -800,7 +800,8 @@ def test_a_file_is_scored(in_run_folder, tiny_model, tokenizer, monkeypatch, cap
 def test_bad_lines_of_a_file_to_score_are_skipped_and_counted(
     in_run_folder, tiny_model, tokenizer, monkeypatch, capsys
 ):
-    lines = [b'{"text": "abc"}', b"{", b"", b'{"txt": 1}', b'{"text": "\xff"}', '{"text": " 长江"}'.encode()]
+    blank, last = "\u3000".encode(), '{"text": " 长江"}'.encode()
+    lines = [b'{"text": "abc"}', b"{", blank, b'{"txt": 1}', b'{"text": "\xff"}', last]
     (in_run_folder / "a.jsonl").write_bytes(b"\n".join(lines))
     monkeypatch.setattr(sys, "argv", ["inference.py", "--score_file", "a.jsonl"])
     assert inference.main() == 0

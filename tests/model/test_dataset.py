@@ -141,6 +141,13 @@ def test_minimind_and_nanogpt_files_without_a_manifest_are_read(tmp_path):
     assert data.manifest is None and len(data) == 5
 
 
+def test_a_file_of_ours_that_lost_its_manifest_is_one_clear_line(tmp_path):
+    path = write_tokens(tmp_path / "a.bin", range(41), manifest=False)
+    path.with_suffix(".ends").write_bytes(np.array([41], dtype="<i8").tobytes())
+    with pytest.raises(InputError, match="a.json: is missing, but .*a.ends says that this program made"):
+        PretrainDataset(path, seq_len=8, vocab_size=100)
+
+
 def write_llm_c(path, ids, dtype="uint16", magic=20240520, version=1, count=None):
     """As write_datafile of karpathy/llm.c, dev/data/data_common.py: 256 int32 and the tokens."""
     header = np.zeros(256, dtype="<i4")
