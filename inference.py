@@ -36,7 +36,7 @@ from model.generation.chat_loop import ANSWERS, CONTINUES, run_interactive, say_
 from model.generation.generation_config import DTYPE_NAMES, GenerationConfig
 from model.generation.judging import is_exact, judge_answers, judged_text
 from model.options import options_of, text_flag
-from model.serving.address import LOOPBACK, bound_socket, checked_origins, read_key
+from model.serving.address import bound_socket, checked_origins, names_of, read_key
 from model.storage.files import refuse_overwriting, refuse_overwriting_inputs
 
 if TYPE_CHECKING:
@@ -56,6 +56,8 @@ def main() -> int:
     """Run the mode that the flags ask for; returns the exit code, 2 if prompts of a batch failed."""
     arguments = parse_arguments(sys.argv[1:])
     chosen = {name: getattr(arguments, name) for name in SAMPLING}
+    if chosen["max_new_tokens"] is None:  # not asked for: a request to the server may then get more
+        del chosen["max_new_tokens"]
     config = GenerationConfig(do_sample=not arguments.greedy, **chosen)
     prompts = read_prompts(Path(arguments.batch_file)) if arguments.batch_file is not None else []
     texts = read_texts(Path(arguments.score_file)) if arguments.score_file is not None else []
@@ -264,6 +266,7 @@ def _add_sampling(text) -> None:
     text.add_argument("--greedy", action="store_true", help="take the likeliest token each time")
     for name in (name for name in SAMPLING if name not in ("stop_strings", "use_cache")):
         add_option(text, options[name], metavar="N")
+    text.set_defaults(max_new_tokens=None)
     add_option(text, options["stop_strings"], metavar="TEXT", nargs="+")
     cache = text.add_mutually_exclusive_group()
     add_option(cache, options["use_cache"])
@@ -290,14 +293,16 @@ def run_server(
 ) -> int:
     """Serve until Ctrl-C; returns the exit code."""
     from model.serving.app import Limits  # imports starlette
+    from model.serving.requests import Defaults
     from model.serving.run import serve
     from model.weights.find import find_weights
 
-    name = arguments.model_name or find_weights(arguments.model_path)[0].stem
-    hosts = (*LOOPBACK, arguments.host, *arguments.allowed_host)
+    path = find_weights(arguments.model_path)[0].resolve()
+    name = arguments.model_name or (path.name if path.is_dir() else path.stem)
+    hosts = names_of(arguments.host, arguments.allowed_host, has_key=key is not None)
     limits = Limits(hosts, key, arguments.cors_origin, arguments.any_model)
-    rows, queue = arguments.rows, arguments.queue
-    return serve(generator, name, config, listening, rows, queue, limits, arguments.reproducible)
+    defaults, rows, queue = Defaults(config, arguments.max_new_tokens), arguments.rows, arguments.queue
+    return serve(generator, name, defaults, listening, rows, queue, limits, arguments.reproducible)
 
 
 def run_score(generator: "TextGenerator", texts: list[str]) -> None:

@@ -49,7 +49,7 @@ def ask() -> str | None:
         print()
         return None
     if not sys.stdin.isatty():
-        print(message)  # a terminal shows what is typed; a transcript of a pipe should read the same
+        print_text(message)  # a terminal shows what is typed; a transcript of a pipe should read the same
     return message
 
 

@@ -24,6 +24,7 @@ class Event(NamedTuple):
     end: str | None  # why the text ends: "eos", "length", "context", "stop_string" or "repeats"; None: it continues
     logprob: float | None  # of the chosen token, even an eos; None: not requested
     likely: list[tuple[int, float]] | None = None  # ids and log-probabilities, falling; None: not requested
+    eos: int | None = None  # that ended the text, where one did
 
 
 class Decoding:
@@ -124,9 +125,9 @@ class Decoding:
                 row.end = "error"
                 self._on_error(row.number, failed[place])
                 continue
-            kept = None if row.end == "eos" else token
+            kept, eos = (None, token) if row.end == "eos" else (token, None)
             text = row.push(kept)  # may set row.end too: a stop string, repeats
-            events.append(Event(row.number, kept, text, row.end, logprob, likely))
+            events.append(Event(row.number, kept, text, row.end, logprob, likely, eos))
         self.rows.drop_ended()
         return events
 

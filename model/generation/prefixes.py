@@ -34,10 +34,15 @@ class Prefixes:
         return sum(text.nbytes for text in self._texts.values())
 
     def keep(self, ids: np.ndarray, cache: KVCache, row: int) -> None:
-        """Keep what a row of a cache holds: the keys and values of these ids, int64 [T]."""
+        """Keep what a row of a cache holds, unless it is kept already: the keys and values of these ids, int64 [T]."""
+        token_bytes = 2 * cache.keys[:, row, :, 0].nbytes
+        ids = ids[: self.max_bytes // token_bytes]  # of a text that is larger than all of them, its beginning
         length = len(ids)
         if length < FEWEST:
             return
+        for number, text in self._texts.items():
+            if common(text.ids, ids) == length:
+                return self._texts.move_to_end(number)
         begun = [number for number, text in self._texts.items() if common(text.ids, ids) == len(text.ids)]
         for number in begun:  # the earlier turns of the same chat
             del self._texts[number]

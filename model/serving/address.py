@@ -1,5 +1,6 @@
 """Where the server listens, and the key that its clients need: checked before a model is loaded."""
 
+import ipaddress
 import os
 import re
 import socket
@@ -9,6 +10,8 @@ from pathlib import Path
 from model.errors import InputError, shown
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
+WILDCARDS = ("0.0.0.0", "::")  # hosts that mean every address of this machine
+ANY_ADDRESS = "ADDRESS"  # among the names by which the server may be called
 BACKLOG = 2048  # connections that wait to be accepted
 KEY_VARIABLE = "MATECONV_API_KEY"
 
@@ -20,29 +23,63 @@ def read_key(path: str | None) -> str | None:
         InputError: the file cannot be read, or holds no key.
     """
     if path is None:
-        return os.environ.get(KEY_VARIABLE) or None
-    try:
-        key = Path(path).read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"api_key_file: {path} cannot be read ({error})") from error
+        where, key = KEY_VARIABLE, os.environ.get(KEY_VARIABLE, "").strip()
+        if not key:
+            return None
+    else:
+        where = f"api_key_file: {path}"
+        try:
+            key = Path(path).read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"{where} cannot be read ({error})") from error
     if not key or not key.isascii() or any(character.isspace() for character in key):
-        raise InputError(f"api_key_file: {path} holds no key; one line of ASCII without spaces expected")
+        raise InputError(f"{where} holds no key; one line of ASCII without spaces expected")
     return key
 
 
+def is_address(host: str) -> bool:
+    """Whether this is an IP address, and not a name, which others can let stand for any address."""
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
+def names_of(host: str, allowed: Iterable[str], has_key: bool) -> tuple[str, ...]:
+    """The names by which a server at this host may be called, as `Limits` takes them. At every address of this machine
+    without a key, only its own name and addresses: a page of the Internet can give its own name this machine's address.
+
+    Raises:
+        InputError: a name has a port or is a URL.
+    """
+    for name in allowed:
+        if "/" in name or (":" in name.strip("[]") and not is_address(name.strip("[]"))):
+            raise InputError(f"allowed_host: {shown(name)} found, a name alone expected, without scheme and port; or *")
+    if host not in WILDCARDS:
+        more = (host,)
+    else:
+        more = ("*",) if has_key else (ANY_ADDRESS, socket.gethostname().lower(), f"{socket.gethostname()}.local")
+    named = (*LOOPBACK, *more, *(name.strip("[]") for name in allowed))
+    return tuple(name if name == ANY_ADDRESS else name.lower() for name in named)
+
+
 def checked_origins(origins: Iterable[str]) -> tuple[str, ...]:
-    """Sites whose pages may call, as browsers name them.
+    """Sites whose pages may call, as browsers name them: in lower case.
 
     Raises:
         InputError: one is neither scheme://host, with a port where it is not the scheme's own, nor *.
     """
     for origin in origins:
-        if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/?#\s]+", origin):
+        scheme, _, rest = origin.lower().partition("://")
+        own_port = {"http": ":80", "https": ":443"}.get(scheme)
+        is_origin = re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/?#\s]+", origin.lower())
+        if origin != "*" and (not is_origin or (own_port is not None and rest.endswith(own_port))):
             raise InputError(
                 f"cors_origin: {shown(origin)} found, such as https://chat.example or http://localhost:3000 expected,"
-                " without a slash at the end; or *"
+                " without a slash at the end or a scheme's own port; or *"
             )
-    return tuple(origins)
+    return tuple(origin.lower() for origin in origins)
 
 
 def bound_socket(host: str, port: int, api_key: str | None, no_key: bool = False) -> socket.socket:

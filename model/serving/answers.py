@@ -7,9 +7,8 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from model.generation.decoding import Event
-from model.generation.generation_config import GenerationConfig
 from model.serving.model_loop import Writing
-from model.serving.requests import Request, asked_tokens
+from model.serving.requests import Defaults, Request
 from model.text.detokenize import new_detokenizer
 
 FINISH_REASONS = {"eos": "stop", "stop_string": "stop", "repeats": "stop", "length": "length", "context": "length"}
@@ -64,7 +63,9 @@ class Answer:
         if self.first is None:
             self.first = self.last
         if event.token is None:
-            return None
+            # Whoever scores a text with one new token after it, as lm_eval does, counts on it whatever it is.
+            is_told = self.request.echo and self.request.logprobs and event.eos is not None
+            return Token(event.eos, event.logprob, event.likely) if is_told else None
         self.new_tokens[index] += 1
         return Token(event.token, event.logprob, event.likely)
 
@@ -210,17 +211,15 @@ def _name(token: dict) -> str:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in content)
 
 
-def model_entry(name: str, created: int, context: int, is_chat: bool, defaults: GenerationConfig) -> dict:
+def model_entry(name: str, created: int, context: int, is_chat: bool, defaults: Defaults) -> dict:
     """A model in /v1/models; of our own, what the page shows: what a request gets that does not ask otherwise."""
     entry = {"id": name, "object": "model", "created": created, "owned_by": "mateconv"}
-    names = ("top_p", "top_k", "repetition_penalty", "presence_penalty", "frequency_penalty")
-    sampling = {name: getattr(defaults, name) for name in names}
-    sampling |= {
-        "temperature": 0 if defaults.greedy else defaults.temperature,
-        "stop": list(defaults.stop_strings),
-    }
-    if (most := asked_tokens(defaults)) is not None:
-        sampling["max_tokens"] = most
+    names = ("top_p", "top_k", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed")
+    config = defaults.config
+    sampling = {name: getattr(config, name) for name in names}
+    sampling |= {"temperature": 0 if config.greedy else config.temperature, "stop": list(config.stop_strings)}
+    if defaults.max_tokens is not None:
+        sampling["max_tokens"] = defaults.max_tokens
     return {**entry, "max_model_len": context, "chat": is_chat, "sampling": sampling}
 
 

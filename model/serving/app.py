@@ -20,11 +20,10 @@ from starlette.routing import Route
 
 from model.command import print_fault
 from model.errors import InputError
-from model.generation.generation_config import GenerationConfig
-from model.serving.address import LOOPBACK
+from model.serving.address import ANY_ADDRESS, LOOPBACK, is_address
 from model.serving.answers import Answer, Token, as_event, metrics, model_entry, to_json
 from model.serving.model_loop import Busy, Job, ModelLoop, Told, Writing, prompt_logprobs
-from model.serving.requests import ApiError, Request, chat_request, completion_request, parse_json
+from model.serving.requests import ApiError, Defaults, Request, chat_request, completion_request, parse_json
 from model.text.detokenize import new_detokenizer
 
 PREFLIGHT = {"access-control-allow-methods": "GET, POST", "access-control-max-age": "600"}
@@ -42,10 +41,15 @@ SECURITY = {"x-content-type-options": "nosniff", "referrer-policy": "no-referrer
 class Limits:
     """Who may call the server."""
 
-    hosts: tuple[str, ...] = LOOPBACK  # names and addresses, without brackets, in the Host header; ("*",): any
+    # Of the Host header, in lower case, without brackets; with "*" any name, with ANY_ADDRESS any address.
+    hosts: tuple[str, ...] = LOOPBACK
     api_key: str | None = None
     origins: tuple[str, ...] = ()  # other sites' pages that may call it
     any_model: bool = False  # a request may name any model
+
+    def lets_in(self, host: str) -> bool:
+        """Whether the server may be called by this name or address."""
+        return "*" in self.hosts or host in self.hosts or (ANY_ADDRESS in self.hosts and is_address(host))
 
 
 @dataclass
@@ -55,7 +59,7 @@ class Server:
     loop: ModelLoop
     model: str  # its id
     fingerprint: str
-    defaults: GenerationConfig
+    defaults: Defaults
     is_chat: bool
     limits: Limits
     draining: bool = False
@@ -154,7 +158,7 @@ class Guard:
     def _check(self, scope, headers: dict[bytes, str], origin: str | None, allowed: bool) -> None:
         limits, host = self.server.limits, headers.get(b"host", "")
         name = host.rsplit(":", 1)[0] if not host.endswith("]") else host
-        if "*" not in limits.hosts and name.lower().strip("[]") not in limits.hosts:
+        if not limits.lets_in(name.lower().strip("[]")):
             raise ApiError(403, f"the Host header names {name!r}; --allowed_host lets it in")
         own = {f"http://{host}", f"https://{host}"}
         if origin is not None and origin not in own and not allowed:
@@ -203,7 +207,7 @@ async def _answer(server: Server, http: HttpRequest, read: Callable) -> Response
             writing.cancelled = True
 
     texts = [prompt for prompt in request.prompts for _ in range(request.n)]
-    writing = Writing(texts, request.config, deliver, request.stream)
+    writing = Writing(texts, request.config, deliver, request.stream, n=request.n)
     answer = Answer(request, writing, server.loop.generator.tokenizer, server.model, server.fingerprint)
     try:
         echoes = await _unless_gone(http, _echoes(server, answer)) if request.echo else None

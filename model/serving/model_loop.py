@@ -57,6 +57,7 @@ class Writing:
     config: GenerationConfig
     deliver: Callable[["Writing", list[Told]], None]
     streams: bool = False  # somebody reads along: the first piece is told at once
+    n: int = 1  # texts of each prompt, one after another: the first draws from the seed, the next from seed + 1
     cached: list[int] = field(init=False)  # tokens of each text's prompt that were not read again
     cancelled: bool = False
     begun: bool = False  # something was told
@@ -80,6 +81,12 @@ class _Waiting(NamedTuple):
     after: int | None  # the number of a text with the same prompt, which is read first
 
 
+class _Running(NamedTuple):
+    writing: Writing
+    index: int
+    began: float  # of time.monotonic
+
+
 @dataclass
 class Counts:
     """Since the start; what /metrics tells."""
@@ -100,18 +107,20 @@ class ModelLoop:
         rows: texts that are written together, if memory holds so many.
         queue: texts that may wait for a row.
         on_fault: called when the loop ends because of an error.
-        reuses: keep texts' keys and values for others that begin alike.
+        reproducible: a text's bits depend on nothing but its request: nothing is kept of earlier texts, and whether
+            compiled code exists yet decides nothing. With one row.
 
     Attributes:
         fault: the error that ended the loop.
     """
 
     def __init__(
-        self, generator, rows: int, queue: int, on_fault: Callable[[], None] = lambda: None, reuses: bool = True
+        self, generator, rows: int, queue: int, on_fault: Callable[[], None] = lambda: None, reproducible: bool = False
     ) -> None:
         self.generator, self.queue_size, self.fault, self.counts = generator, queue, None, Counts()
         engine = generator.engine()
-        self._rows = Rows(engine, fitting_rows(engine, rows), prefixes=Prefixes(PREFIX_BYTES) if reuses else None)
+        self._rows = Rows(engine, fitting_rows(engine, rows), prefixes=None if reproducible else Prefixes(PREFIX_BYTES))
+        self._reproducible = reproducible
         on_cpu = engine.device.type == "cpu"
         self._decoding = Decoding(
             self._rows,
@@ -122,7 +131,7 @@ class ModelLoop:
         self._choose_decoder()  # which compiles now what the first requests would wait for
         self._changed = threading.Condition()
         self._waiting: deque[_Waiting] = deque()
-        self._running: dict[int, tuple[Writing, int]] = {}  # by number
+        self._running: dict[int, _Running] = {}  # by number
         self._errors: list[tuple[int, InputError]] = []
         self._news: dict[int, tuple[Writing, list[Told]]] = {}  # that was not told yet
         self._told = 0.0  # when
@@ -131,8 +140,9 @@ class ModelLoop:
         self._on_fault, self._closing = on_fault, False
 
     def _choose_decoder(self) -> None:
-        several = self._rows.capacity > 1
-        self._rows.compiled = self._rows.engine.choose_decoder(repeatable=False, more_to_come=True, several=several)
+        self._rows.compiled = self._rows.engine.choose_decoder(
+            repeatable=self._reproducible, more_to_come=True, several=self._rows.capacity > 1
+        )
 
     @property
     def waiting(self) -> int:
@@ -216,7 +226,7 @@ class ModelLoop:
 
     def _writings(self) -> list[Writing]:
         """All that wait or run."""
-        writings = [*(one.writing for one in self._waiting), *(writing for writing, _ in self._running.values())]
+        writings = [*(one.writing for one in self._waiting), *(running.writing for running in self._running.values())]
         return list({id(writing): writing for writing in writings}.values())
 
     def close(self) -> None:
@@ -262,14 +272,15 @@ class ModelLoop:
                 self._waiting = deque(kept)
         for writing in late.values():
             writing.deliver(writing, [Told(0, None, TimeoutError("the server is too busy: no row became free"))])
-        for number, (writing, index) in list(self._running.items()):
-            slow = writing.began is not None and now - writing.began > WRITING_SECONDS
-            if writing.cancelled or slow:
+        for number, (writing, index, began) in list(self._running.items()):
+            is_slow = now - began > WRITING_SECONDS
+            if writing.cancelled or is_slow:
                 self._decoding.cancel(number)
                 del self._running[number]
                 self.counts.cancelled += 1
-            if slow and not writing.cancelled:
-                writing.deliver(writing, [Told(index, None, TimeoutError(f"not done after {WRITING_SECONDS:.0f} s"))])
+            if is_slow and not writing.cancelled:  # it ends with what it has
+                self._note(writing, Told(index, Event(number, None, "", "length", None), None, now))
+                self._tell(now)
 
     def _admit(self) -> None:
         """Give free rows to the texts that wait longest."""
@@ -286,13 +297,13 @@ class ModelLoop:
             self._choose_decoder()
             number, prompt, config = next(self._numbers), writing.prompts[index], writing.config
             text = Text(new_detokenizer(self.generator.tokenizer, prompt), config.stop_strings, config.max_repeats)
-            self._running[number] = (writing, index)
-            writing.cached[index] = self._decoding.admit(number, prompt, config, text, seed_offset=index)
+            self._running[number] = _Running(writing, index, time.monotonic())
+            writing.cached[index] = self._decoding.admit(number, prompt, config, text, seed_offset=index % writing.n)
             self.counts.prompt_tokens += len(prompt)
             self.counts.cached_tokens += writing.cached[index]
 
     def _is_being_read(self, writing: Writing, index: int) -> bool:
-        numbers = {number for number, running in self._running.items() if running == (writing, index)}
+        numbers = {number for number, running in self._running.items() if running[:2] == (writing, index)}
         return any(row.is_new for row in self._rows.live if row.number in numbers)
 
     def _step(self) -> None:
@@ -305,17 +316,21 @@ class ModelLoop:
         found += [(number, None, error) for number, error in self._errors]
         self._errors.clear()
         for number, event, error in found:
-            writing, index = self._running[number]
+            writing, index, _ = self._running[number]
             if event is None or event.end is not None:
                 del self._running[number]
                 urgent = True
             self.counts.new_tokens += event is not None and event.token is not None
-            self._news.setdefault(id(writing), (writing, []))[1].append(Told(index, event, error, now))
+            self._note(writing, Told(index, event, error, now))
             if writing.streams and not writing.begun:
                 urgent = writing.begun = True
         interval = min(MOST_TELLING_SECONDS, TELLING_SECONDS * max(1, len(self._running) / 4))
         if urgent or now - self._told > interval:
             self._tell(now)
+
+    def _note(self, writing: Writing, told: Told) -> None:
+        """Have something told the next time."""
+        self._news.setdefault(id(writing), (writing, []))[1].append(told)
 
     def _tell(self, now: float) -> None:
         """Hand over what is new. Each time wakes the other thread, which takes a core from the model's: so a text's

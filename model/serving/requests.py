@@ -3,7 +3,7 @@
 import dataclasses
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from model.errors import InputError, shown
 from model.generation.generation_config import GenerationConfig
@@ -130,7 +130,15 @@ class _Fields:
         return value
 
 
-def chat_request(body: Mapping, prompts: PromptEncoder, defaults: GenerationConfig) -> Request:
+@dataclass(frozen=True)
+class Defaults:
+    """What a request gets that does not ask otherwise."""
+
+    config: GenerationConfig = field(default_factory=GenerationConfig)
+    max_tokens: int | None = None  # None: nobody said; a chat may fill the context
+
+
+def chat_request(body: Mapping, prompts: PromptEncoder, defaults: Defaults) -> Request:
     """A request to /v1/chat/completions.
 
     Raises:
@@ -144,17 +152,12 @@ def chat_request(body: Mapping, prompts: PromptEncoder, defaults: GenerationConf
     if likely and not logprobs:
         raise ApiError(400, "top_logprobs needs logprobs: true", "top_logprobs")
     name = "max_completion_tokens" if "max_completion_tokens" in fields else "max_tokens"
-    most = min(fields.whole(name, asked_tokens(defaults) or prompts.context, 1, 10**9), prompts.context)
+    most = min(fields.whole(name, defaults.max_tokens or prompts.context, 1, 10**9), prompts.context)
     request = _request(fields, True, (ids,), most, logprobs, likely, prompts, defaults)
     return dataclasses.replace(request, left_out=left_out)
 
 
-def asked_tokens(defaults: GenerationConfig) -> int | None:
-    """The new tokens that the server was told to write at most; None: nobody said."""
-    return None if defaults.max_new_tokens == GenerationConfig().max_new_tokens else defaults.max_new_tokens
-
-
-def completion_request(body: Mapping, prompts: PromptEncoder, defaults: GenerationConfig) -> Request:
+def completion_request(body: Mapping, prompts: PromptEncoder, defaults: Defaults) -> Request:
     """A request to /v1/completions.
 
     Raises:
@@ -166,7 +169,7 @@ def completion_request(body: Mapping, prompts: PromptEncoder, defaults: Generati
         logprobs, likely = fields.flag("logprobs"), 0
     else:
         logprobs, likely = "logprobs" in fields, fields.whole("logprobs", 0, 0, MOST_LIKELY)
-    most = fields.whole("max_tokens", asked_tokens(defaults) or COMPLETION_TOKENS, 0, 10**9)
+    most = fields.whole("max_tokens", defaults.max_tokens or COMPLETION_TOKENS, 0, 10**9)
     ids = _completion_ids(fields, prompts)
     return _request(fields, False, ids, min(most, prompts.context), logprobs, likely, prompts, defaults)
 
@@ -179,7 +182,7 @@ def _request(
     logprobs: bool,
     likely: int,
     prompts: PromptEncoder,
-    defaults: GenerationConfig,
+    defaults: Defaults,
 ) -> Request:
     n = fields.whole("n", 1, 1, MOST_N)
     if n * len(ids) > MOST_TEXTS:
@@ -190,7 +193,7 @@ def _request(
     return Request(
         is_chat=is_chat,
         prompts=ids,
-        config=_config(fields, max(1, most), logprobs, likely, defaults),
+        config=_config(fields, max(1, most), logprobs, likely, defaults.config),
         n=n,
         stream=fields.flag("stream"),
         include_usage=_Fields(options).flag("include_usage"),
@@ -240,7 +243,9 @@ def _refuse_unsupported(fields: _Fields) -> None:
 
 
 def _stop(fields: _Fields, defaults: GenerationConfig) -> tuple[str, ...]:
-    value = fields.get("stop", tuple(defaults.stop_strings))
+    if "stop" not in fields:
+        return tuple(defaults.stop_strings)
+    value = fields.get("stop")
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, list | tuple) or len(texts) > MOST_STOPS or not all(_is_text(text) for text in texts):
         raise ApiError(400, f"stop: {shown(value)} found, a text or up to {MOST_STOPS} of them expected", "stop")
@@ -273,8 +278,14 @@ def _chat_ids(fields: _Fields, prompts: PromptEncoder) -> tuple[tuple[int, ...],
     messages = fields.get("messages")
     if not isinstance(messages, list) or not messages:
         raise ApiError(400, f"messages: {shown(messages)} found, a list of messages expected", "messages")
+    truncation = fields.get("truncation", "disabled")
+    if truncation not in ("auto", "disabled"):
+        raise ApiError(400, f"truncation: {shown(truncation)} found, auto or disabled expected", "truncation")
+    told = len(messages)
+    if told > MOST_MESSAGES and truncation == "auto":
+        messages = _newest(messages)
     if len(messages) > MOST_MESSAGES:
-        raise ApiError(400, f"messages: {len(messages)} found, at most {MOST_MESSAGES} expected", "messages")
+        raise ApiError(400, f"messages: {told} found, at most {MOST_MESSAGES} expected", "messages")
     history = [_message(n, message) for n, message in enumerate(messages)]
     begun: list[int] = []
     name = "continue_final_message"
@@ -282,17 +293,24 @@ def _chat_ids(fields: _Fields, prompts: PromptEncoder) -> tuple[tuple[int, ...],
         if history[-1]["role"] != "assistant" or len(history) < 2:
             raise ApiError(400, f"{name}: the last message must be the assistant's, after another", name)
         begun = encode_texts(prompts.tokenizer, [history.pop()["content"]])[0]
-    truncation = fields.get("truncation", "disabled")
-    if truncation not in ("auto", "disabled"):
-        raise ApiError(400, f"truncation: {shown(truncation)} found, auto or disabled expected", "truncation")
+        told -= 1
     try:
-        told = len(history)
         if truncation == "auto":  # the oldest turns are left out
             history = prompts.fit_history(history, prompts.context // 4 + len(begun))
         ids = prompts.fitting("chat", [*prompts.encode_chat(history), *begun])
     except InputError as error:
         raise _unusable(error, "messages") from None
     return tuple(ids), told - len(history)
+
+
+def _newest(messages: list) -> list:
+    """A system message at the beginning, and of the others the newest that may be, beginning with a user's."""
+    is_system = isinstance(messages[0], dict) and messages[0].get("role") in ("system", "developer")
+    head = messages[:1] if is_system else []
+    tail = messages[len(messages) - MOST_MESSAGES + len(head) :]
+    while tail and isinstance(tail[0], dict) and tail[0].get("role") == "assistant":
+        tail = tail[1:]
+    return [*head, *tail]
 
 
 def _message(number: int, message) -> Message:

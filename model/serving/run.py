@@ -10,24 +10,26 @@ import socket
 import threading
 
 import uvicorn
+from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 from model.command import say
 from model.generation.checksum import checksum
-from model.generation.generation_config import GenerationConfig
-from model.serving.address import BACKLOG, listen
+from model.serving.address import BACKLOG, WILDCARDS, listen
 from model.serving.app import Limits, Server, make_app
 from model.serving.model_loop import ModelLoop
+from model.serving.requests import Defaults
 
 DRAIN_SECONDS = 30  # that running texts get after SIGTERM or Ctrl-C; a second signal ends them
 TOLD_SECONDS = 2  # to tell those that did not end so, before their connections are cut
 SHUT_DOWN = "the server has been shut down"
 KEEP_ALIVE_SECONDS = 5
+HEAD_SECONDS = 20.0  # that a client may take to send a request's head
 
 
 def serve(
     generator,
     model: str,
-    defaults: GenerationConfig,
+    defaults: Defaults,
     listening: socket.socket,
     rows: int,
     queue: int,
@@ -51,12 +53,12 @@ def serve(
     def stop() -> None:
         web.should_exit = True
 
-    loop = ModelLoop(generator, 1 if reproducible else rows, queue, on_fault=stop, reuses=not reproducible)
+    loop = ModelLoop(generator, 1 if reproducible else rows, queue, on_fault=stop, reproducible=reproducible)
     host, port = listening.getsockname()[:2]
     listen(listening)
-    hosts = ("*",) if host in ("0.0.0.0", "::") else (*limits.hosts, host)
     fingerprint = f"fp_{hashlib.sha256(checksum(generator.model)).hexdigest()[:10]}"
-    limits = dataclasses.replace(limits, hosts=hosts)
+    if host not in WILDCARDS:
+        limits = dataclasses.replace(limits, hosts=(*limits.hosts, host))
     server = Server(loop, model, fingerprint, defaults, _chats(generator), limits)
     web = _Web(server)
     shown = f"[{host}]" if ":" in host else host
@@ -92,12 +94,37 @@ def _chats(generator) -> bool:
     return bool(generator.chat_format)
 
 
+class _Protocol(AutoHTTPProtocol):
+    """uvicorn's connection, which is closed where no whole head of a request comes in time: otherwise clients that send
+    nothing, or never an end, would hold all file descriptors."""
+
+    def connection_made(self, transport) -> None:
+        super().connection_made(transport)
+        self._idle_since = self.loop.time()
+        self._watch()
+
+    def on_response_complete(self) -> None:
+        self._idle_since = self.loop.time()
+        super().on_response_complete()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._watching.cancel()
+        super().connection_lost(exc)
+
+    def _watch(self) -> None:
+        is_idle = self.cycle is None or self.cycle.response_complete
+        if is_idle and self.loop.time() - self._idle_since >= HEAD_SECONDS:
+            self.transport.close()
+        self._watching = self.loop.call_later(HEAD_SECONDS / 2, self._watch)
+
+
 class _Web(uvicorn.Server):
     """uvicorn's server, which ends with exit code 0 after a signal, and tells /health that it is ending."""
 
     def __init__(self, server: Server) -> None:
         config = uvicorn.Config(
             make_app(server),
+            http=_Protocol,
             log_level="critical",  # requests may hold what is nobody's business
             backlog=BACKLOG,
             access_log=False,

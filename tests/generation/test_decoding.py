@@ -147,3 +147,8 @@ def test_prefixes_are_found_by_their_longest_beginning_and_the_oldest_go_first(t
     prefixes.keep(other, cache, 1)
     prefixes.keep(ids[::-1][:60], cache, 1)  # no room: the first one goes
     assert prefixes.nbytes == 140 * per_token and prefixes.fill(ids, 99, cache, 1) == 40
+    prefixes.keep(other[:60], cache, 1)  # known, as the beginning of another
+    assert prefixes.nbytes == 140 * per_token
+    small = Prefixes(60 * per_token)
+    small.keep(ids, cache, 0)  # larger than all that may be kept: its beginning is
+    assert small.nbytes == 60 * per_token and small.fill(ids, 99, cache, 1) == 60

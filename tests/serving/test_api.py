@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from model.generation.generation_config import GenerationConfig
+from model.serving.requests import Defaults, completion_request
 from optimized_inference import load_generator
 from tests.serving.conftest import events_of, running_server
 
@@ -42,7 +43,7 @@ def test_models_and_health(server):
     created = found["data"][0].pop("created")
     entry = {"id": "tiny", "object": "model", "owned_by": "mateconv", "max_model_len": 128, "chat": True}
     penalties = {"repetition_penalty": 1.1, "presence_penalty": 0.0, "frequency_penalty": 0.0}
-    entry["sampling"] = {"temperature": 0.8, "top_p": 0.9, "top_k": 50, **penalties, "stop": []}
+    entry["sampling"] = {"temperature": 0.8, "top_p": 0.9, "top_k": 50, **penalties, "stop": [], "seed": None}
     assert status == 200 and found == {"object": "list", "data": [entry]}
     assert server.call("GET", "/v1/models/tiny")[2] == {**entry, "created": created}
     status, _, found = server.call("GET", "/v1/models/other")
@@ -190,6 +191,12 @@ def test_echo_scores_a_prompt(server, generator):
     assert len(whole["logprobs"]["tokens"]) == len(ids) + 4
     chunks = events_of(server.call("POST", TEXT, {**body, "max_tokens": 4, "stream": True, **GREEDY})[2])[:-1]
     assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == whole["text"]
+    # lm_eval leaves out the last token, which it asks for and does not score: the eos counts too.
+    for bias in (-100, 100):
+        asked = {**body, "max_tokens": 1, "logit_bias": {"2": bias}, **GREEDY}
+        told = server.call("POST", TEXT, asked)[2]["choices"][0]["logprobs"]
+        assert told["token_logprobs"][:-1] == pytest.approx(logprobs["token_logprobs"], abs=1e-4)
+        assert len(told["tokens"]) == len(ids) + 1
 
 
 def test_ids_are_told_on_request(server, generator):
@@ -362,6 +369,28 @@ def test_a_chats_next_turn_reads_only_what_is_new(server, metric):
         history.append({"role": "assistant", "content": found["choices"][0]["message"]["content"]})
         cached.append((found["usage"]["prompt_tokens_details"]["cached_tokens"], found["usage"]["prompt_tokens"]))
     assert cached[1][0] >= cached[0][1] - 1 and cached[2][0] >= cached[1][1] - 1
+
+
+def test_a_chat_of_very_many_turns_goes_on_without_its_oldest(server):
+    turns = [{"role": role, "content": "好"} for _ in range(300) for role in ("user", "assistant")]
+    body = {"messages": [{"role": "system", "content": "短"}, *turns, turns[0]], "max_tokens": 2}
+    assert server.call("POST", CHAT, body)[0] == 400
+    status, _, found = server.call("POST", CHAT, {**body, "truncation": "auto"})
+    assert status == 200 and 102 <= found["left_out_messages"] < 602
+
+
+def test_a_prompt_in_a_list_gets_the_text_that_it_gets_alone(server):
+    body = {"max_tokens": 12, "seed": 5, "temperature": 2}
+    alone = server.call("POST", TEXT, {**body, "prompt": "春"})[2]["choices"][0]["text"]
+    listed = server.call("POST", TEXT, {**body, "prompt": ["秋", "春", "春"], "n": 2})[2]["choices"]
+    assert [choice["text"] for choice in listed[2::2]] == [alone, alone]
+
+
+def test_what_the_flags_say_is_no_error_of_a_request(generator):
+    """Five stop strings are more than a request may ask for."""
+    defaults = Defaults(GenerationConfig(stop_strings=tuple("abcde")), max_tokens=100)
+    request = completion_request({"prompt": [5]}, generator.prompts, defaults)
+    assert request.config.stop_strings == tuple("abcde") and request.config.max_new_tokens == 100
 
 
 def test_a_server_that_reproduces_keeps_nothing(weights_file):

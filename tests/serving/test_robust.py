@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from model.errors import InputError
-from model.serving.address import bound_socket
+from model.serving.address import bound_socket, checked_origins, names_of, read_key
 from tests.serving.conftest import call_server, events_of, running_server, wait_until
 
 TEXT, CHAT = "/v1/completions", "/v1/chat/completions"
@@ -27,16 +27,16 @@ LONG = {"prompt": "春", "max_tokens": 120, "temperature": 0, "logit_bias": {"2"
 @contextlib.contextmanager
 def served_here(weights_file, monkeypatch):
     """A server with two rows in a thread of this process -> its port, and uvicorn's server; it is ended."""
-    from model.generation.generation_config import GenerationConfig
     from model.serving import run
     from model.serving.app import Limits
+    from model.serving.requests import Defaults
     from optimized_inference import load_generator
 
     webs, lines, made = [], [], run._Web.__init__
     monkeypatch.setattr(run._Web, "__init__", lambda web, *given: (made(web, *given), webs.append(web))[0])
     monkeypatch.setattr(run, "say", lines.append)
     generator, listening = load_generator(weights_file, compile=False), bound_socket("127.0.0.1", 0, None)
-    given = (generator, "tiny", GenerationConfig(), listening, 2, 8, Limits())
+    given = (generator, "tiny", Defaults(), listening, 2, 8, Limits())
     serving = threading.Thread(target=run.serve, args=given)
     serving.start()
     wait_until(lambda: lines)
@@ -157,6 +157,37 @@ def test_a_body_that_comes_too_slowly_is_given_up(weights_file, monkeypatch):
         assert slow.recv(1000).startswith(b"HTTP/1.1 408")
 
 
+def test_a_connection_whose_request_never_begins_is_closed(weights_file, monkeypatch):
+    """Neither a silent one nor half a head stays; a request that takes longer than that does."""
+    monkeypatch.setattr("model.serving.run.HEAD_SECONDS", 0.3)
+    with served_here(weights_file, monkeypatch) as (port, _):
+        with (
+            socket.create_connection(("127.0.0.1", port)) as silent,
+            socket.create_connection(("127.0.0.1", port)) as half,
+        ):
+            half.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: loc")
+            for connection in (silent, half):
+                connection.settimeout(30)
+                assert connection.recv(1000) == b""
+        with socket.create_connection(("127.0.0.1", port)) as slow:
+            slow.settimeout(30)
+            slow.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n")
+            slow.sendall(b"Content-Length: 2\r\n\r\n{")
+            time.sleep(1)
+            slow.sendall(b"}")
+            assert slow.recv(1000).startswith(b"HTTP/1.1 200")
+
+
+def test_a_text_that_takes_too_long_ends_with_what_it_has(weights_file, monkeypatch):
+    monkeypatch.setattr("model.serving.model_loop.WRITING_SECONDS", 0.0)
+    with served_here(weights_file, monkeypatch) as (port, _):
+        for stream in (False, True):
+            body = {"prompt": "春", "max_tokens": 100, "logit_bias": {"2": -100}, "stream": stream}
+            status, _, found = call_server(port, "POST", TEXT, body)
+            last = events_of(found)[-2] if stream else found
+            assert status == 200 and last["choices"][0]["finish_reason"] == "length"
+
+
 def test_many_requests_leave_memory_as_it_is(server):
     process = psutil.Process(server.process.pid)
 
@@ -244,10 +275,10 @@ def test_a_server_that_was_killed_starts_again_at_its_port(weights_file):
 
 def test_a_fault_of_the_model_ends_all_requests_and_the_process(weights_file, monkeypatch, capsys):
     """In this process: the thread's step fails once."""
-    from model.generation.generation_config import GenerationConfig
     from model.serving import run
     from model.serving.app import Limits
     from model.serving.model_loop import ModelLoop
+    from model.serving.requests import Defaults
     from optimized_inference import load_generator
 
     step = ModelLoop._step
@@ -265,7 +296,7 @@ def test_a_fault_of_the_model_ends_all_requests_and_the_process(weights_file, mo
 
     def serve() -> None:
         listening = bound_socket("127.0.0.1", 0, None)
-        answers.append(run.serve(generator, "tiny", GenerationConfig(), listening, 4, 8, Limits()))
+        answers.append(run.serve(generator, "tiny", Defaults(), listening, 4, 8, Limits()))
 
     server = threading.Thread(target=serve)
     server.start()
@@ -321,9 +352,9 @@ def test_a_request_of_more_texts_than_the_queue_holds_waits_for_an_empty_one(wei
 
 @pytest.mark.skipif(os.name == "nt", reason="two sockets cannot have one port there")
 def test_of_two_servers_that_begin_at_once_one_says_so(weights_file):
-    from model.generation.generation_config import GenerationConfig
     from model.serving import run
     from model.serving.app import Limits
+    from model.serving.requests import Defaults
     from optimized_inference import load_generator
 
     with bound_socket("127.0.0.1", 0, None) as first:
@@ -332,7 +363,7 @@ def test_of_two_servers_that_begin_at_once_one_says_so(weights_file):
             first.listen()
             generator = load_generator(weights_file, compile=False)
             with pytest.raises(InputError, match=f"127.0.0.1:{port} cannot be listened at"):
-                run.serve(generator, "tiny", GenerationConfig(), second, 2, 8, Limits())
+                run.serve(generator, "tiny", Defaults(), second, 2, 8, Limits())
 
 
 def test_large_numbers_are_told_whole():
@@ -361,6 +392,43 @@ def test_addresses_that_cannot_be_used_are_one_line(weights_file, tmp_path):
     (tmp_path / "key").write_text("two words")
     code, line = run("--api_key_file", str(tmp_path / "key"))
     assert code == 2 and "holds no key" in line
+
+
+@pytest.mark.parametrize(
+    "host, allowed, has_key, calls, refuses",
+    [
+        ("127.0.0.1", [], False, ["localhost", "::1"], ["box", "192.0.2.1"]),
+        ("MyPC", ["Box", "[fd00::7]"], False, ["mypc", "box", "fd00::7"], ["other"]),
+        ("0.0.0.0", [], True, ["evil.example"], []),
+        ("0.0.0.0", ["proxy"], False, ["192.0.2.1", "::1", "proxy", socket.gethostname().lower()], ["evil.example"]),
+        ("::", ["*"], False, ["evil.example"], []),
+    ],
+)
+def test_by_which_names_a_server_may_be_called(host, allowed, has_key, calls, refuses):
+    from model.serving.app import Limits
+
+    limits = Limits(names_of(host, allowed, has_key))
+    assert all(map(limits.lets_in, calls)) and not any(map(limits.lets_in, refuses))
+
+
+@pytest.mark.parametrize("name", ["box:8000", "http://box", "[::1]:80"])
+def test_a_name_with_a_port_is_refused(name):
+    with pytest.raises(InputError, match="^allowed_host: .* a name alone expected"):
+        names_of("127.0.0.1", [name], has_key=False)
+
+
+def test_origins_are_compared_in_lower_case():
+    assert checked_origins(["https://Chat.Example", "*"]) == ("https://chat.example", "*")
+    with pytest.raises(InputError, match="own port"):
+        checked_origins(["https://chat.example:443"])
+
+
+def test_a_key_of_the_environment_is_checked_as_that_of_a_file(monkeypatch):
+    monkeypatch.setenv("MATECONV_API_KEY", "key\n")
+    assert read_key(None) == "key"
+    monkeypatch.setenv("MATECONV_API_KEY", "two words")
+    with pytest.raises(InputError, match="^MATECONV_API_KEY holds no key"):
+        read_key(None)
 
 
 def test_no_prompt_is_logged(weights_file):
