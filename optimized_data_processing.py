@@ -207,12 +207,14 @@ def _checked_output(output_path: str | Path) -> Path:
     if not isinstance(output_path, str | Path):
         raise InputError(f"output_path: {output_path!r} found, a file's name expected")
     output = Path(output_path)
-    if output.suffix.lower() in ("", ".json", ".ends", ".learn"):
+    if output.is_dir():
+        raise InputError(f"output_path: {output} is a folder, the name of a file expected")
+    if not output.suffix:
+        raise InputError(f"output_path: {output} has no ending; name it .bin or .jsonl")
+    if output.suffix.lower() in (".json", ".ends", ".learn"):
         raise InputError(f"output_path: {output} is the name of a file beside the output; name it .bin or .jsonl")
     if output.suffix.lower()[1:] in (*PACKINGS, "parquet"):
         raise InputError(f"output_path: {output} would not be what its name says; name it .bin or .jsonl")
-    if output.is_dir():
-        raise InputError(f"output_path: {output} is a folder, the name of a file expected")
     return output
 
 

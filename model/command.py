@@ -127,6 +127,9 @@ def screen() -> io.TextIOBase:
     return sys.stderr if sys.stderr.isatty() else _Nowhere()
 
 
+LONG_DASHES = ("—", "–")  # into which chat programs turn two hyphens
+
+
 class CommandParser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line (an InputError), and that accepts no abbreviated flags.
 
@@ -149,6 +152,9 @@ class CommandParser(argparse.ArgumentParser):
         """What to say of each argument that is not known: a misspelt flag, or a word without one."""
         flags = [flag for action in self._actions for flag in action.option_strings]
         descriptions = []
+        if dashed := [word for word in unknown if word.startswith(LONG_DASHES)]:
+            fixed = f"--{dashed[0].lstrip(''.join(LONG_DASHES))}"
+            return [f"{dashed[0]}: begins with a long dash, where two hyphens are expected: {fixed}"]
         if self._flag_for_words is not None and not any(word.startswith("-") for word in unknown):
             return [f"{shown(unknown[0])[1:-1]}: a flag is missing; did you mean {self._suggestion(unknown)}?"]
         for word in [word for word in unknown if word.startswith("-")] or unknown:

@@ -117,9 +117,9 @@ def checked_manifest(token_path: Path) -> Manifest:
         InputError: they do not.
     """
     if token_path.suffix != ".bin":
-        raise InputError(
-            f"{token_path}: expected a token file named .bin, as Megatron does; rename it, its .json stays"
-        )
+        is_ours = manifest_path(token_path).is_file()
+        remedy = "rename it, its .json stays" if is_ours else "optimized_data_processing.py makes one"
+        raise InputError(f"{token_path}: expected a token file named .bin, as Megatron does; {remedy}")
     ends = ends_path(token_path)
     for path in (token_path, manifest_path(token_path), ends):
         if not path.is_file():

@@ -141,7 +141,9 @@ def check_names_are_free(output: Path, tokenize: bool, chats: bool, validates: b
     if validates and "processing" not in _read_json(manifest_path(validation)):
         foreign += [manifest_path(validation), *[ends_path(validation)] * tokenize]
     if taken := next((path for path in foreign if path.exists()), None):
-        raise InputError(f"output_path: {taken} is there already, and no earlier job wrote it; give another name")
+        raise InputError(
+            f"output_path: {taken} is there already, and no earlier job wrote it; give another name, or remove it"
+        )
 
 
 def _holds_our_records(path: Path) -> bool:

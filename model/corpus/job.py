@@ -391,7 +391,13 @@ class Job:
         rejected = {
             name: count for name, count in summary["rejected_by_reason"].items() if name not in EXPECTED_REASONS
         }
-        share = sum(rejected.values()) / max(1, summary["lines"])
+        count = sum(rejected.values())
+        share = min(count / max(1, summary["lines"]), 1.0 if count == summary["lines"] else 0.99)
+        if len(self.sources) > 1:
+            for source in summary["sources"]:
+                if source["lines"] and not source["documents"]:
+                    kind = self.options.format
+                    self.say(f"warning: no line of {source['name']} was kept: all inputs are read as one kind, {kind}")
         if share >= WARNED_SHARE:
             reason, place, seen = self._most_rejected(rejected, rejects)
             self.say(

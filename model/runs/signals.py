@@ -100,14 +100,19 @@ class StopSignal:
     def _remember(self, number: int) -> None:
         self.signals += 1
         if self.signals == 1 and os.environ.get("RANK", "0") == "0":
-            with contextlib.suppress(OSError):  # `tee` gets the same Ctrl-C, and then nobody reads this
-                os.write(2, b"\nstopping and saving (Ctrl-C two more times: stop without saving)\n")
+            # Apart, since a pipe that nobody empties would keep the next signals from being counted.
+            threading.Thread(target=_say_that_it_stops, daemon=True).start()
         if number == signal.SIGINT and self.signals >= 3 and "WORLD_SIZE" not in os.environ:
             self._leaves_at_once = True
             if MASKS:
                 _thread.interrupt_main()
                 if not self._raised.wait(SECONDS_TO_LEAVE):
                     os._exit(130)
+
+
+def _say_that_it_stops() -> None:
+    with contextlib.suppress(OSError):  # `tee` gets the same Ctrl-C, and then nobody reads this
+        os.write(2, b"\nstopping and saving (Ctrl-C two more times: stop without saving)\n")
 
 
 class StopVote:

@@ -116,7 +116,8 @@ class Supervisor:
     def _take_over_signals(self) -> None:
         for name in SIGNALS:
             number = getattr(signal, name, None)
-            if number is not None and signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
+            # nohup ignores SIGHUP; a shell's `&` ignores SIGINT, which is heeded as training does.
+            if number is not None and not (name == "SIGHUP" and signal.getsignal(number) is signal.SIG_IGN):
                 signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, frame) -> None:

@@ -264,9 +264,7 @@ def tokenizer_folder(path: str | Path | None = None) -> Path:
 def _tokenizer_file(path: str | Path | None) -> Path:
     folder = tokenizer_folder(path)
     if not folder.is_dir():
-        raise InputError(
-            f"tokenizer_path: no folder {folder}; give a folder with a tokenizer.json, or null for the embedded one"
-        )
+        raise InputError(f"tokenizer_path: no folder {folder}; give the folder where its tokenizer.json is now")
     if not (folder / "tokenizer.json").is_file():
         raise InputError(f"tokenizer_path: {folder} holds no tokenizer.json, which a fast tokenizer's folder must have")
     return folder / "tokenizer.json"

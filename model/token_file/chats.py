@@ -117,7 +117,8 @@ def read_chats(path: Path, manifest: Manifest, tokens: np.ndarray, seq_len: int)
     if not fits.any():
         raise InputError(
             f"{path}: none of its {len(fits):,} {'pairs' if are_pairs else 'chats'} fits a sample of max_seq_len + 1 ="
-            f" {seq_len + 1} tokens (the shortest has {together.min():,}); raise max_seq_len"
+            f" {seq_len + 1} tokens (the shortest has {together.min():,}); raise max_seq_len, which the"
+            " weights of init_from limit"
         )
     kept = np.repeat(fits & learns, len(lengths) // len(fits))
     if not answers[kept].any():

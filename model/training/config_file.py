@@ -13,6 +13,7 @@ import yaml
 from model.errors import InputError, shown
 from model.training.settings import ESCAPES, SECTIONS, Settings, build_settings
 
+WIDE_COLON = re.compile(r"^\s*\w+：", re.MULTILINE)  # behind a key, as a Chinese keyboard types it
 MAX_CONFIG_BYTES = 1 << 16  # a config file is a page of text; anything larger is another file
 DEEPEST = 16  # lists and mappings within each other; two are of use
 
@@ -38,10 +39,13 @@ def read_config(path: str | Path) -> dict:
     """
     path = Path(path)
     if not os.path.isfile(path):  # a pipe would be waited for, a device read without end
-        found = "is no plain file" if os.path.exists(path) else "there is no such file"
+        found = "is no plain file" if os.path.exists(path) else "there is no such file that may be read"
         raise InputError(f"--config: {path}: {found}")
-    with open(path, "rb") as file:
-        content = file.read(MAX_CONFIG_BYTES + 1)
+    try:
+        with open(path, "rb") as file:
+            content = file.read(MAX_CONFIG_BYTES + 1)
+    except OSError as error:
+        raise InputError(f"--config: {path} cannot be read ({error.strerror})") from error
     if len(content) > MAX_CONFIG_BYTES:
         size = path.stat().st_size
         raise InputError(f"--config: {path} has {size:,} bytes, a config file at most {MAX_CONFIG_BYTES:,}")
@@ -57,6 +61,8 @@ def read_config(path: str | Path) -> dict:
         where = f", line {mark.line + 1}" if mark else ""
         in_quotes = getattr(error, "context", None) == "while scanning a double-quoted scalar"
         hint = f"; {ESCAPES}" if in_quotes and "escape" in str(error.problem) else ""
+        if mark and (typed := WIDE_COLON.search(content.decode("utf-8"))):
+            hint = f"; {typed[0].strip()} has a full-width colon, where YAML needs one of ASCII and a space"
         raise InputError(f"--config: {path}{where}: {getattr(error, 'problem', None) or 'not YAML'}{hint}") from error
     if values is None:
         return {}

@@ -81,6 +81,8 @@ def plan_schedule(training: ScheduleSettings, total_steps: int) -> Schedule:
     if warmup_steps is None:
         warmup_steps = min(1000, total_steps // 50)
     elif warmup_steps >= total_steps:
-        raise InputError(f"warmup_steps: {warmup_steps} leaves none of the {total_steps} steps of this run")
+        raise InputError(
+            f"warmup_steps: {warmup_steps} leaves none of the {total_steps} steps of this run; give a smaller one"
+        )
     min_lr = training.learning_rate / 10 if training.min_lr is None else training.min_lr
     return Schedule(total_steps, warmup_steps, training.learning_rate, min_lr, training.lr_scheduler)

@@ -425,7 +425,7 @@ def test_more_files_than_a_manifest_has_room_for_are_refused(tmp_path, monkeypat
         find_sources(tmp_path / "in")
 
 
-@pytest.mark.parametrize("name", ["a.json", "a.ENDS", "a.learn", "a"])
+@pytest.mark.parametrize("name", ["a.json", "a.ENDS", "a.learn"])
 def test_an_output_is_not_named_as_a_file_beside_it(processor, tmp_path, name):
     path = write(tmp_path / "raw.jsonl", PLAIN)
     with pytest.raises(InputError, match="^output_path: .* is the name of a file beside the output"):
@@ -444,6 +444,16 @@ def test_the_validation_file_of_another_output_is_no_output_to_continue(tokenize
     processor.process_dataset(path, tmp_path / "data.bin")
     with pytest.raises(InputError, match="data.val.bin exists already, not made by this program from this input"):
         processor.process_dataset(path, tmp_path / "data.val.bin")
+
+
+def test_a_source_of_another_kind_is_named(tmp_path, tokenizer_folder, capsys):
+    chat = {"messages": [{"role": "user", "content": "你好"}, {"role": "assistant", "content": "你好！"}]}
+    chats = write(tmp_path / "chats.jsonl", json.dumps(chat).encode() + b"\n")
+    texts = write(tmp_path / "texts.jsonl", b"".join(GOOD))
+    OptimizedDataProcessor(workers=0).process_dataset([chats, texts], tmp_path / "data.bin")
+    said = capsys.readouterr().err
+    assert "warning: no line of texts.jsonl was kept: all inputs are read as one kind, chat" in said
+    assert "warning: 99% of the lines were rejected" in said
 
 
 def test_a_file_in_another_encoding_is_skipped_beside_good_ones(tmp_path, capsys):

@@ -151,5 +151,9 @@ def test_a_word_without_a_flag_gets_a_hint():
         InputError, match="^my.jsonl: a flag is missing; did you mean --input_path my.jsonl b.jsonl[?]$"
     ):
         parser.parse_args(["my.jsonl", "b.jsonl"])
+    with pytest.raises(
+        InputError, match="^—epochs: begins with a long dash, where two hyphens are expected: --epochs$"
+    ):
+        parser.parse_args(["—epochs", "3"])
     with pytest.raises(InputError, match="--inputpath: unknown"):
         parser.parse_args(["my.jsonl", "--inputpath"])

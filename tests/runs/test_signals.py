@@ -105,6 +105,19 @@ def test_the_third_ctrl_c_ends_even_a_call_that_never_returns():
     assert code == 130 and "Traceback" not in errors
 
 
+@pytest.mark.long
+def test_the_third_ctrl_c_ends_a_process_whose_log_nobody_reads():
+    full = "os.set_blocking(2, False)\ntry:\n    while os.write(2, b'x' * 4096): pass\nexcept BlockingIOError: pass\n"
+    body = f"{full}os.set_blocking(2, True)\nprint('ready', flush=True)\nos.write(2, b'x' * (1 << 20))"
+    process = start([sys.executable, "-c", PARTS.format(root=str(ROOT), body=body)])
+    assert process.stdout.readline() == "ready\n"
+    for _ in range(3):
+        os.killpg(process.pid, signal.SIGINT)
+        time.sleep(0.1)
+    assert process.wait(HUNG) == 130
+    process.stdout.close(), process.stderr.close()
+
+
 def test_a_notebook_gets_its_handlers_and_its_mask_back():
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     mask, files = signal.pthread_sigmask(signal.SIG_BLOCK, []), len(os.listdir("/dev/fd"))

@@ -179,6 +179,19 @@ def test_a_signal_is_passed_on_and_ends_it(start, tmp_path, number):
     assert read_status(tmp_path / "out")["state"] == "interrupted" and len(attempts(tmp_path)) == 1
 
 
+@posix_only
+def test_ctrl_c_is_passed_on_where_a_shell_had_it_ignored(start, tmp_path):
+    """As a script's `&` does."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        process = start({"until": signal.SIGINT, "exit": 130})
+    finally:
+        signal.signal(signal.SIGINT, before)
+    wait_for((tmp_path / "waiting").exists, process)
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=HUNG)[0] == "" and process.returncode == 130
+
+
 @pytest.mark.long
 @posix_only
 def test_a_child_that_hears_no_signal_is_killed_after_the_third(start, tmp_path):

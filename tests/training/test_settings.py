@@ -187,6 +187,7 @@ BAD_FILES = {
     "a python tag": ("training: !!python/object/apply:os.system ['true']\n", "line 1"),
     "no yaml": ("training: [\n", "line"),
     "a list": ("- 1\n", "sections"),
+    "a full-width colon": ("training：\n  batch_size: 3\n", "; training： has a full-width colon"),
 }
 
 
@@ -194,7 +195,7 @@ BAD_FILES = {
 def test_a_bad_config_file_is_one_line(case, tmp_path):
     text, expected = BAD_FILES[case]
     path = tmp_path / "c.yaml"
-    path.write_text(text)
+    path.write_text(text, encoding="utf-8")
     with pytest.raises(InputError, match=expected) as raised:
         read_config(path)
     assert "\n" not in str(raised.value)
