@@ -294,9 +294,10 @@ def test_export_and_import(visit, tmp_path):
 
 
 def test_settings_begin_as_the_server_s_flags_and_what_is_changed_stays(visit, weights_file):
-    with running_server(weights_file, "--greedy", "--max_new_tokens", "9", "--stop_strings", "完") as server:
+    flags = ["--greedy", "--max_new_tokens", "9", "--stop_strings", "完", "--seed", "5", "--repetition_penalty", "3"]
+    with running_server(weights_file, *flags) as server:
         page = visit(server.port)
-        values = {"temperature": "0", "max_tokens": "9", "stop_strings": "完"}
+        values = {"temperature": "0", "max_tokens": "9", "stop_strings": "完", "seed": "5", "repetition_penalty": "3"}
         assert {name: page.input_value(f"#set-{name}") for name in values} == values
         set_number(page, max_tokens=11)
         page.reload()
@@ -304,7 +305,12 @@ def test_settings_begin_as_the_server_s_flags_and_what_is_changed_stays(visit, w
         values["max_tokens"] = "11"
         assert {name: page.input_value(f"#set-{name}") for name in values} == values
         sent = ask(page, "春风")
-        assert (sent["temperature"], sent["max_tokens"], sent["stop"]) == (0, 11, ["完"])
+        assert sent["max_tokens"] == 11 and sent["seed"] == 5
+        assert not {"temperature", "repetition_penalty", "stop"} & sent.keys()  # the server's own
+        set_number(page, temperature=1, seed="")
+        page.fill("#set-stop_strings", "")
+        sent = ask(page, "春风")
+        assert (sent["temperature"], sent["stop"]) == (1, []) and "seed" in sent  # drawn: else the server's would count
         page.click("#reset")
         assert page.input_value("#set-max_tokens") == "9"
 
