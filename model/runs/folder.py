@@ -17,7 +17,7 @@ from model.errors import InputError, shown
 from model.runs.event_file import EVENT_FILES
 from model.runs.trackers import RUN_FILES
 from model.storage.archive import DAMAGE, digest_is_right
-from model.storage.files import TEMPORARY_SUFFIX, free_bytes, is_being_written, replacing, size_text
+from model.storage.files import TEMPORARY_SUFFIX, free_bytes, is_abandoned, replacing, size_text
 from model.storage.part_names import PARTS, index_name, is_part, step_of_part
 from model.storage.parts import part_names
 from model.training.plan import RunSpace
@@ -117,10 +117,11 @@ def claim(out_dir: Path) -> FileLock:
 
 def remove_unfinished(folder: Path) -> None:
     """Remove the temporary files that a process left which was killed while it wrote them, and parts of checkpoints
-    without the rest. Nobody may be saving into the folder."""
+    without the rest. Files of others stay. Nobody may be saving into the folder."""
     for path in folder.glob(f"*{TEMPORARY_SUFFIX}"):
-        if not path.is_dir() and not is_being_written(path):
-            path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # another process was faster, or has it open
+            if not path.is_dir() and is_abandoned(path):
+                path.unlink(missing_ok=True)
     remove_stray_parts(folder)
 
 

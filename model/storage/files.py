@@ -87,11 +87,8 @@ def remove_abandoned(path: Path) -> None:
     """
     with contextlib.suppress(OSError):  # no such folder, or another writer was faster
         for name in os.listdir(path.parent):
-            left = path.with_name(name)
-            match = TEMPORARY_NAME.fullmatch(name)
-            if match is None or match["name"] != path.name or is_being_written(left):
-                continue
-            if match["host"] != _host() and time.time() - left.stat().st_mtime < ABANDONED_SECONDS:
+            left, match = path.with_name(name), TEMPORARY_NAME.fullmatch(name)
+            if match is None or match["name"] != path.name or not is_abandoned(left):
                 continue
             if left.is_dir() and not left.is_symlink():
                 shutil.rmtree(left, ignore_errors=True)
@@ -99,10 +96,20 @@ def remove_abandoned(path: Path) -> None:
                 left.unlink(missing_ok=True)
 
 
-def is_being_written(temporary: Path) -> bool:
-    """Whether the process that made this temporary file or folder runs, on this machine."""
-    match = TEMPORARY_NAME.fullmatch(temporary.name)
-    return match is not None and match["host"] == _host() and is_running(int(match["pid"]))
+def is_abandoned(path: Path) -> bool:
+    """Whether this is a temporary file or folder of this program whose writer was killed.
+
+    Those of living processes are not abandoned, and those of other machines only ABANDONED_SECONDS after the last write.
+
+    Raises:
+        OSError: it has vanished.
+    """
+    match = TEMPORARY_NAME.fullmatch(path.name)
+    if match is None:
+        return False
+    if match["host"] == _host():
+        return not is_running(int(match["pid"]))
+    return time.time() - path.stat().st_mtime >= ABANDONED_SECONDS
 
 
 @functools.cache

@@ -4,6 +4,7 @@ Kills, full disks, damage and other numbers of processes: tests/reliability/part
 """
 
 import functools
+import os
 import shutil
 
 import pytest
@@ -22,6 +23,7 @@ from model.runs.folder import (
 from model.runs.part_saving import split
 from model.runs.resume import load_checkpoint, newest_checkpoint
 from model.runs.supervisor import Supervisor
+from model.storage.files import TEMPORARY_NAME, temporary_path
 from model.storage.part_names import PARTS, index_name
 from model.storage.parts import load_parted, part_names
 from model.storage.slices import copy_by_name, describe
@@ -131,6 +133,17 @@ def test_what_killed_saves_left_is_removed_by_the_next_start(tmp_path, parted):
         (tmp_path / name).write_bytes(b"part")
     claim(tmp_path).release()
     assert names(tmp_path) == kept
+
+
+def test_only_what_a_killed_save_left_is_removed_by_the_next_start(tmp_path):
+    """Temporary files of the user stay, and those that another machine may be writing."""
+    here = TEMPORARY_NAME.fullmatch(temporary_path(tmp_path / "a.pth").name)["host"]
+    own, young, old = (f"a.pth.{host}-{2**31 - 2}-abcd.tmp" for host in (here, "0000", "ffff"))
+    for name in ("notes.tmp", ".swap.tmp", own, young, old):
+        (tmp_path / name).write_text("text")
+    os.utime(tmp_path / old, (0, 0))
+    claim(tmp_path).release()
+    assert {path.name for path in tmp_path.glob("*.tmp")} == {"notes.tmp", ".swap.tmp", young}
 
 
 def test_parts_that_a_copy_of_their_index_names_stay(tmp_path, parted):
