@@ -127,18 +127,22 @@ def remove_unfinished(folder: Path) -> None:
 
 def remove_stray_parts(folder: Path, before_step: float = math.inf) -> None:
     """Remove the parts that belong to no checkpoint: their index is missing, or is an interrupted one and names others.
-    What a copy of an index names stays, under whatever name the copy is kept.
+    What a copy of an index names stays, under whatever name the copy is kept; all stay while an index can't be read.
 
     Args:
         before_step: those of later steps stay, since they may be written just now.
     """
-    doubtful = []
-    for part in filter(is_part, folder.glob(PARTS)):
-        index = folder / index_name(part)
-        if step_of_part(part) < before_step and (index.name == INTERRUPTED or not index.exists()):
-            doubtful.append(part)
-    indices = [path for path in folder.glob("*.pth") if not is_part(path)] if doubtful else []
-    named = {name for index in indices for name in part_names(index)}
+    files = list(folder.glob("*.pth"))  # one listing: what it lacks is missing, and not only hard to read
+    names = {path.name for path in files}
+    doubtful = [
+        part
+        for part in filter(is_part, files)
+        if step_of_part(part) < before_step and (index_name(part) == INTERRUPTED or index_name(part) not in names)
+    ]
+    found = [part_names(path) for path in files if not is_part(path)] if doubtful else []
+    if None in found:  # a file that cannot be read now may name any of them
+        return
+    named = set().union(*found)
     for part in doubtful:
         if part.name not in named:
             with contextlib.suppress(PermissionError):  # on Windows, while it is being copied: the next save removes it
@@ -284,9 +288,9 @@ def leave_line(out_dir: Path, step: int) -> Path | None:
         return None
     target = _new_folder(out_dir / "previous" / now())
     for path in newer:
-        for name in part_names(path):
-            with contextlib.suppress(FileNotFoundError):
-                (out_dir / name).rename(target / name)
+        for part in filter(is_part, out_dir.glob(PARTS)):
+            if index_name(part) == path.name:
+                part.rename(target / part.name)
         path.rename(target / path.name)
     for path in _files(out_dir, *RESULTS):
         shutil.copy2(path, target / path.name)

@@ -99,7 +99,7 @@ def remove_abandoned(path: Path) -> None:
 def is_abandoned(path: Path) -> bool:
     """Whether this is a temporary file or folder of this program whose writer was killed.
 
-    Those of living processes are not abandoned, and those of other machines only ABANDONED_SECONDS after the last write.
+    Those of living processes are not, and those of other machines only ABANDONED_SECONDS after the last write.
 
     Raises:
         OSError: it has vanished.

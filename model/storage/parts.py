@@ -5,7 +5,6 @@ The index is a checkpoint like any other, but each tensor that lies in the parts
 `save_torch` with its slices' elements in the same order. The index is written last, so its rename makes the checkpoint.
 """
 
-import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from model.errors import InputError, shown
-from model.storage.archive import DAMAGE, load_torch, recorded_digest
+from model.storage.archive import DAMAGE, digest_is_right, load_torch, recorded_digest
 from model.storage.part_names import index_name, is_part
 from model.storage.slices import Slice, SlicedTensors, dtype_of, is_description
 
@@ -130,12 +129,21 @@ def _check(path: Path, description: Mapping, slices: Mapping[str, list[tuple[int
         raise InputError(f"{path}: its parts do not make up {shown(key)}; use an older file")
 
 
-def part_names(index: Path) -> list[str]:
-    """The parts that a checkpoint consists of beside its own file; none of one in a single file, or that can't be read.
+def part_names(index: Path) -> list[str] | None:
+    """The parts that a checkpoint consists of beside its own file; none of one in a single file, or of a damaged one.
 
     Nothing is checked: for what copies or removes files.
+
+    Returns:
+        None where the file could not be read, which says nothing about its parts.
     """
-    with contextlib.suppress(*DAMAGE):
-        content = torch.load(index, weights_only=True, mmap=True, map_location="cpu")
-        return [entry["name"] for entry in content.get(LIST, []) if is_part(Path(entry["name"]))]
-    return []
+    try:
+        try:
+            content = torch.load(index, weights_only=True, mmap=True, map_location="cpu")
+            return [entry["name"] for entry in content.get(LIST, []) if is_part(Path(entry["name"]))]
+        except (OSError, MemoryError):
+            return None
+        except DAMAGE:  # or the system's answer, which torch hides in a RuntimeError: then the bytes are right
+            return None if digest_is_right(index) else []
+    except OSError:
+        return None

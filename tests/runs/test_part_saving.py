@@ -3,6 +3,7 @@
 Kills, full disks, damage and other numbers of processes: tests/reliability/part_saves.py.
 """
 
+import errno
 import functools
 import os
 import shutil
@@ -154,6 +155,27 @@ def test_parts_that_a_copy_of_their_index_names_stay(tmp_path, parted):
     claim(tmp_path).release()
     assert names(tmp_path) == new | (old - {"checkpoint_step_9.pth"})
     assert load_parted(tmp_path / "keep.pth")["progress"]["step"] == 9
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.EIO, "I/O"), MemoryError(), RuntimeError("unable to mmap 9 bytes: Cannot allocate (12)")]
+)
+def test_no_part_is_removed_while_an_index_cannot_be_read(tmp_path, parted, monkeypatch, error):
+    stray = tmp_path / "checkpoint_step_7.part-00000-of-00002.pth"
+    kept = parted(9) | parted(9, "checkpoint_interrupted.pth") | {stray.name}
+    stray.write_bytes(b"part")
+
+    def fail(*_, **__):
+        raise error
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "load", fail)
+        claim(tmp_path).release()
+        assert names(tmp_path) == kept
+        target = leave_line(tmp_path, 5)
+    assert names(target) == kept - {stray.name}
+    claim(tmp_path).release()
+    assert names(tmp_path) == set()
 
 
 def test_no_part_of_an_interrupted_checkpoint_is_replaced(tmp_path, parted):
