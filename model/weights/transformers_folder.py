@@ -45,6 +45,7 @@ DEFAULTS = {
     "ernie4_5_moe": (4, 131072, None, 1e-5, 5e5),
     "glm4_moe": (8, 131072, None, 1e-5, 1e4),
 }
+WINDOWED = ("mistral", "mixtral")  # whatever use_sliding_window says, which others heed
 TIED = ("minimind", "ernie4_5_moe")  # unless config.json says otherwise
 LLAMA3 = {
     "low_freq_factor": "rope_low_freq_factor",
@@ -132,7 +133,8 @@ def read_config(values: Mapping, shapes: Mapping[str, tuple], path: Path) -> LMC
     rope = _rope(values, path)
     window = values.get("sliding_window", window)
     max_seq_len = values.get("max_position_embeddings", max_seq_len)
-    if isinstance(window, int) and isinstance(max_seq_len, int) and values.get("use_sliding_window", kind == "mistral"):
+    is_used = kind in WINDOWED or values.get("use_sliding_window", False)
+    if isinstance(window, int) and isinstance(max_seq_len, int) and is_used:
         max_seq_len = min(max_seq_len, window)  # up to the window, attention is the same without it
     heads, n_kv_heads = values.get("num_attention_heads"), values.get("num_key_value_heads", n_kv_heads)
     head_dim = values.get("head_dim")

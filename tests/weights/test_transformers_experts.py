@@ -97,6 +97,18 @@ def test_we_compute_what_transformers_does(tmp_path, config):
     assert_logits(theirs_of(in_transformers(tmp_path / "again")), expected)
 
 
+def test_mixtrals_window_is_its_context(tmp_path):
+    """Past it, transformers attends to the window only, and we refuse."""
+    model = their_model(MixtralConfig(**SHAPE, num_local_experts=4, sliding_window=8))
+    model.save_pretrained(tmp_path)
+    weights = load_weights(tmp_path)
+    assert weights.config.max_seq_len == 8
+    assert_logits(logits_of(weights, IDS[:, :8]), theirs_of(model)[:, :8])
+    values = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(values | {"use_sliding_window": False}))  # which it does not heed
+    assert load_weights(tmp_path).config.max_seq_len == 8
+
+
 EXPERTS = {"n_experts": 6, "hidden_dim": 48, "expert_hidden_dim": 48}
 SHARED = {"n_shared_experts": 2, "shared_hidden_dim": 96}
 OURS = {  # the model_type that each is written as
