@@ -170,9 +170,13 @@ def _config(fields: Mapping, shapes: Mapping[str, tuple], factors: Tensor | None
     }
     found |= read_mixture(architecture, value, shapes, path)
     require_fields(found, [name for name in found if name != "head_dim"], path)
-    scaling = value("rope.scaling.type", str, "none")
+    factor = value("rope.scaling.factor", float, value("rope.scale_linear", float, 0.0))  # the latter is an older key
+    is_scaled = factor not in (0.0, 1.0)
+    scaling = value("rope.scaling.type", str, "linear" if is_scaled else "none")  # llama.cpp's default
+    if scaling == "linear" and is_scaled and factors is not None:
+        raise InputError(f"{path}: RoPE scaled by {factor:g} and by {ROPE_TENSOR}, one of them expected")
     if scaling == "linear":
-        found |= {"rope_scaling": "linear", "rope_factor": _shortest(value("rope.scaling.factor", float, 1.0))}
+        found |= {"rope_scaling": "linear", "rope_factor": _shortest(factor or 1.0)}
     elif scaling != "none" and factors is None:
         raise InputError(f"{path}: RoPE of type {shown(scaling)}, linear or Llama 3's expected")
     config = read_shape(found, path)
@@ -193,6 +197,7 @@ def _llama3(config: LMConfig, fields: Mapping, factors: Tensor, path: Path) -> L
     """
     kinds = (float, float, float, int)
     own = [single_value(fields, f"mateconv.{key}", kind) for key, kind in zip(LLAMA3_FIELDS, kinds, strict=True)]
+    own = [_shortest(number) if isinstance(number, float) else number for number in own]
     usual = [[factor, 1.0, 4.0, 8192] for factor in (8.0, 32.0)]
     for values in [own] if None not in own else usual:
         shape = vars(config) | {"rope_scaling": "llama3"} | dict(zip(LLAMA3_FIELDS, values, strict=True))

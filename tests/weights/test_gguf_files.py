@@ -16,6 +16,7 @@ from model.weights import load_weights
 from model.weights.gguf import load_gguf, save_gguf
 from model.weights.transformers_folder import config_json
 from optimized_inference import load_generator
+from tests import raw_gguf
 from tests.conftest import CHAT_TEMPLATE, corpus_lines
 from tests.model_shapes import SHAPES, TEXT, assert_logits, assert_same, logits_of, prompt_ids, weights_of
 
@@ -105,6 +106,43 @@ def test_what_llama_cpp_has_no_architecture_for_is_refused(tmp_path, tokenizer_f
         with pytest.raises(InputError, match=f"llama.cpp has no architecture for {expected}; a folder of transform"):
             save_gguf(tmp_path / "a.gguf", weights_of(shape, tokenizer_folder))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("key", ["rope.scaling.factor", "rope.scale_linear"])
+def test_a_factor_without_a_type_scales_linearly_as_in_llama_cpp(tmp_path, tokenizer_folder, key):
+    weights, path = weights_of({}, tokenizer_folder), tmp_path / "a.gguf"
+    save_gguf(path, weights)
+    file = raw_gguf.read(path.read_bytes())
+
+    def scaled(factor, kind=None):
+        file.set(f"llama.{key}", raw_gguf.FLOAT32, factor)
+        if kind is not None:
+            file.set("llama.rope.scaling.type", raw_gguf.STRING, kind)
+        path.write_bytes(bytes(file))
+        config = load_gguf(path).config
+        return config.rope_scaling, config.rope_factor
+
+    assert scaled(8.1) == ("linear", 8.1)
+    assert scaled(0.0) == scaled(1.0) == (None, 1.0)
+    assert scaled(8.1, "none") == (None, 1.0)
+    assert scaled(8.1, "linear") == ("linear", 8.1)
+
+
+def test_two_scalings_of_rope_are_refused(tmp_path, tokenizer_folder):
+    path = tmp_path / "a.gguf"
+    save_gguf(path, weights_of(SHAPES["llama3 RoPE scaling"], tokenizer_folder))
+    file = raw_gguf.read(path.read_bytes())
+    file.set("llama.rope.scaling.factor", raw_gguf.FLOAT32, 2.0)
+    path.write_bytes(bytes(file))
+    with pytest.raises(InputError, match=r"RoPE scaled by 2 and by rope_freqs.weight, one of them expected$"):
+        load_gguf(path)
+
+
+def test_llama3s_scaling_comes_back_exactly(tmp_path, tokenizer_folder):
+    scaling = {"rope_factor": 8.1, "rope_low_freq_factor": 1.1, "rope_high_freq_factor": 4.3}
+    weights = weights_of(SHAPES["llama3 RoPE scaling"] | scaling, tokenizer_folder)
+    save_gguf(tmp_path / "a.gguf", weights)
+    assert load_gguf(tmp_path / "a.gguf").config == weights.config
 
 
 def test_biases_with_wide_heads_are_still_read(tmp_path, tokenizer_folder, monkeypatch):
