@@ -30,14 +30,13 @@ from model.weights.gguf_experts import (
     write_mixture,
 )
 from model.weights.names import Names, in_halves, in_pairs, read_state_dict, reordered
-from model.weights.shapes import COMMON, LLAMA3_FIELDS, check_expressible, read_shape, require_fields
+from model.weights.shapes import COMMON, LLAMA3_FIELDS, check_expressible, check_f16, read_shape, require_fields
 from model.weights.tokenizer_copy import check_links
 from model.weights.weights import Weights
 
 if TYPE_CHECKING:
     import gguf
 
-F16_LARGEST = 65504
 MATRIX_TYPES = ("F32", "F16", "BF16", "Q8_0")  # written; others are only read
 IN_HALVES = {  # the supported architectures
     "llama": False, "qwen2": True, "qwen3": True, "granitemoe": False, "qwen3moe": True, "glm4moe": True,
@@ -261,14 +260,14 @@ def save_gguf(path: str | Path, weights: Weights, kind: str = "F32") -> list[str
             writer.add_tensor(ROPE_TENSOR, rope_factors(config).numpy())
         names = names_of(architecture)
         for name, tensor in _to_write(weights, architecture).items():
-            numbers = tensor.detach().to("cpu", torch.float32).contiguous().numpy()
+            numbers = tensor.detach().to("cpu", torch.float32).contiguous()
             whole = numbers.ndim == 1 or name.endswith("router.weight")
             chosen = gguf.GGMLQuantizationType["F32" if whole else kind]
             if chosen == gguf.GGMLQuantizationType.Q8_0 and numbers.shape[-1] % 32:
                 chosen = gguf.GGMLQuantizationType.F16
-            if chosen == gguf.GGMLQuantizationType.F16 and np.abs(numbers).max() > F16_LARGEST:
-                raise InputError(f"{path}: {name} holds numbers past {F16_LARGEST:,}, F16's largest; write BF16 or F32")
-            writer.add_tensor(names(name), gguf.quants.quantize(numbers, chosen), raw_dtype=chosen)
+            if chosen == gguf.GGMLQuantizationType.F16:
+                check_f16(name, numbers, path)
+            writer.add_tensor(names(name), gguf.quants.quantize(numbers.numpy(), chosen), raw_dtype=chosen)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()

@@ -16,13 +16,12 @@ from torch import Tensor
 
 from model.errors import InputError, shown
 from model.LMConfig import LMConfig
-from model.weights.shapes import check_shapes, weight_shapes
+from model.weights.shapes import FLOAT_DTYPES, check_shapes, weight_shapes
 
 # Prefixes that DistributedDataParallel, torch.compile, FSDP and activation checkpointing add to a module's name.
 WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 # Tables that some versions of programs saved; all of them follow from the shape.
 TABLES = re.compile(r"(?:^|\.)(?:mask|inv_freq|rope\.freqs|freqs_cis|freqs_cos|freqs_sin|pos_cis)$")
-FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # of weights that are read
 TIED_PAIR = ("tok_embeddings.weight", "output.weight")
 # What some files hold and we lack, accepted where it is 0: a bias, and what the shared expert's sigmoid is computed of.
 ZEROS = (".o_proj.bias", ".attn_output.bias", ".shared_expert_gate.weight")

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from model.errors import InputError, shown
@@ -10,6 +11,8 @@ from model.LMConfig import LMConfig
 from model.lora import A, B
 from model.options import checked_value, options_of
 
+FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # of weights that are read
+F16_LARGEST = 65504
 # Fields of an LMConfig that do not change what a model computes: a format may omit them.
 UNNEEDED = ("multiple_of", "dropout", "flash_attn")
 # Fields that every format expresses.
@@ -108,7 +111,7 @@ def check_shapes(state_dict: Mapping[str, Tensor], config: LMConfig, path: str |
         lora_rank: of the adapters that must be among them; 0: there must be none.
 
     Raises:
-        InputError: naming a weight that is missing, unknown, or of another shape.
+        InputError: naming a weight that is missing, unknown, of another shape, or of another dtype than FLOAT_DTYPES.
     """
     layers = {str(key).split(".")[1] for key in state_dict if str(key).startswith("layers.")}
     if len(layers) != config.n_layers:
@@ -129,8 +132,18 @@ def check_shapes(state_dict: Mapping[str, Tensor], config: LMConfig, path: str |
         if tuple(weight.shape) != shape:
             found = shown(tuple(weight.shape))
             raise InputError(f"{path}: {key} is {found}, by its description {shown(shape)} expected")
-        if not weight.is_floating_point():
-            raise InputError(f"{path}: {key} holds {weight.dtype}, floating-point numbers expected")
+        if weight.dtype not in FLOAT_DTYPES:
+            raise InputError(f"{path}: {key} holds {weight.dtype}, float32, float16 or bfloat16 expected")
+
+
+def check_f16(name: str, numbers: Tensor, path: str | Path) -> None:
+    """Check that F16 can hold a weight's numbers; in float16, those too large for it are infinite already.
+
+    Raises:
+        InputError: naming the weight.
+    """
+    if bool((numbers.abs() > F16_LARGEST).any()):
+        raise InputError(f"{path}: {name} holds numbers past {F16_LARGEST:,}, F16's largest; write BF16 or F32")
 
 
 def check_expressible(

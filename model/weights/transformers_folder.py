@@ -18,7 +18,7 @@ from model.storage.files import files_of_set, new_folder, read_json, write_json
 from model.text.tokenization import end_ids, load_tokenizer, tokenizer_sha256
 from model.weights.expert_layouts import gathered
 from model.weights.names import in_halves, in_pairs, plain_names, read_state_dict, reordered, transformers_name
-from model.weights.shapes import COMMON, LLAMA3_FIELDS, check_expressible, read_shape, require_fields
+from model.weights.shapes import COMMON, LLAMA3_FIELDS, check_expressible, check_f16, read_shape, require_fields
 from model.weights.tokenizer_copy import adds_bos, export_tokenizer
 from model.weights.transformers_experts import (
     MIXTURES,
@@ -296,8 +296,8 @@ def save_transformers(
         generation: its defaults for sampling, for generation_config.json.
 
     Raises:
-        InputError: the folder is not empty or cannot be written, the tokenizer cannot be read, or transformers cannot
-            express the model.
+        InputError: the folder is not empty or cannot be written, the tokenizer cannot be read, transformers cannot
+            express the model, or a number is too large for F16.
     """
     from safetensors.torch import save
 
@@ -315,6 +315,9 @@ def save_transformers(
     if config.n_experts:
         tensors = written_experts(tensors, config, kind)
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    for name, tensor in tensors.items():
+        if tensor.dtype == torch.float16:
+            check_f16(name, tensor, folder)
     tokenizer = load_tokenizer(weights.tokenizer_path)
     ends = weights.all_ends(end_ids(tokenizer))
     if kind in BIASES_IN_ALL and config.qkv_bias:

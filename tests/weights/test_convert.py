@@ -169,6 +169,15 @@ def test_what_cannot_be_is_one_line(shop, here, monkeypatch, arguments, message)
     assert before == {path: path.is_file() and path.read_bytes() for path in shop.rglob("*")}
 
 
+def test_weights_that_are_not_finite_are_refused(tmp_path):
+    weights = weights_of({"vocab_size": 6400})
+    weights.state_dict["norm.weight"][3] = torch.nan
+    save_weights(tmp_path / "a.pth", weights)
+    with pytest.raises(InputError, match="a.pth: it holds weights that are not finite; use an older file$"):
+        model.convert.convert(tmp_path / "a.pth", tmp_path / "b.pth", say=lambda line: None)
+    assert not (tmp_path / "b.pth").exists()
+
+
 def test_a_state_dict_without_a_description_is_told_its_heads(shop, tmp_path, here):
     weights = load_weights(shop / "a.pth")
     torch.save(weights.state_dict, tmp_path / "bare.pth")

@@ -14,7 +14,7 @@ from model.text.tokenization import load_tokenizer, tokenizer_sha256
 from model.token_file.manifest import read_manifest
 from model.weights import load_weights
 from model.weights.gguf import load_gguf, save_gguf
-from model.weights.transformers_folder import config_json
+from model.weights.transformers_folder import config_json, save_transformers
 from optimized_inference import load_generator
 from tests import raw_gguf
 from tests.conftest import CHAT_TEMPLATE, corpus_lines
@@ -87,6 +87,8 @@ def test_numbers_that_f16_cannot_hold_are_refused(tmp_path, tokenizer_folder):
     weights.state_dict["layers.1.feed_forward.w2.weight"][3, 5] = -70000.0
     with pytest.raises(InputError, match=r"layers.1.feed_forward.w2.weight holds numbers past 65,504"):
         save_gguf(tmp_path / "a.gguf", weights, "F16")
+    with pytest.raises(InputError, match=r"layers.1.mlp.down_proj.weight holds numbers past 65,504"):
+        save_transformers(tmp_path / "a", weights, torch.float16)
     assert not list(tmp_path.iterdir())
     save_gguf(tmp_path / "a.gguf", weights, "BF16")
     assert load_gguf(tmp_path / "a.gguf").state_dict["layers.1.feed_forward.w2.weight"][3, 5] == -70144
