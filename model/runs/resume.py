@@ -52,48 +52,69 @@ def newest_checkpoint(out_dir: Path) -> tuple[Path, dict, list[str]] | None:
     Raises:
         InputError: there are checkpoints, and none of them can be read.
     """
-    passed_over, run = [], started_at(out_dir)
-    for _, path in sorted(all_checkpoints(out_dir), reverse=True):
+    found, passed_over = _newest_whole(out_dir, started_at(out_dir))
+    if found is not None:
+        return *found, passed_over
+    if passed_over:
+        raise _none_whole(out_dir, passed_over)
+    return None
+
+
+def _newest_whole(folder: Path, run: str | None) -> tuple[FoundCheckpoint | None, list[str]]:
+    """The whole checkpoint with the most steps, and what was wrong with those passed over.
+
+    Args:
+        run: when the run started whose checkpoints count; None: any run's.
+    """
+    passed_over = []
+    for _, path in sorted(all_checkpoints(folder), reverse=True):
         try:
             content = load_checkpoint(path)
             if run is not None and content["started"] != run:
                 raise InputError(f"{path}: of the run that started {content['started']}, not of this one, {run}")
-            return path, content, passed_over
+            return FoundCheckpoint(path, content), passed_over
         except (InputError, OSError) as error:
             passed_over.append(str(error))
-    if passed_over:
-        raise InputError(f"no whole checkpoint in {out_dir}: " + "; ".join(passed_over))
-    return None
+    return None, passed_over
+
+
+def _none_whole(place: str | Path, passed_over: list[str]) -> InputError:
+    return InputError(f"no whole checkpoint in {place}: " + "; ".join(passed_over))
 
 
 def find_checkpoint(training: TrainingSettings, say: Callable[[str], None]) -> FoundCheckpoint | None:
-    """The checkpoint that the settings ask to resume from; None: start from the beginning."""
+    """The checkpoint that the settings ask to resume from; None: start from the beginning.
+
+    Without a whole one in `out_dir`, its copies in `copy_to` count.
+    """
     if training.resume_from is not None:
         path = Path(training.resume_from)
         return FoundCheckpoint(path, load_checkpoint(path))
     if not training.resume:
         return None
-    found = newest_checkpoint(Path(training.out_dir))
+    out_dir, where = Path(training.out_dir), training.out_dir
+    found, passed_over = _newest_whole(out_dir, started_at(out_dir))
     if found is None and training.copy_to is not None:
-        found = _newest_copy(Path(training.copy_to))
-    if found is None:
-        return None
-    path, content, passed_over = found
+        run = started_at(out_dir) if passed_over else None  # copies of another run do not continue this one
+        found, more = _newest_copy(Path(training.copy_to), run)
+        passed_over, where = passed_over + more, f"{where} or {training.copy_to}"
+    if found is None and passed_over:
+        raise _none_whole(where, passed_over)
     for problem in passed_over:
         say(f"resume: passed over {problem}")
-    return FoundCheckpoint(path, content)
+    return found
 
 
-def _newest_copy(folder: Path) -> tuple[Path, dict, list[str]] | None:
-    """As `newest_checkpoint`, for a folder that may not be readable: to begin anew would then lose the run.
+def _newest_copy(folder: Path, run: str | None) -> tuple[FoundCheckpoint | None, list[str]]:
+    """As `_newest_whole`, for a folder that may not be readable: to begin anew would then lose the run.
 
     Raises:
-        InputError: as there; or the folder cannot be read.
+        InputError: the folder cannot be read.
     """
     try:
         if folder.name in os.listdir(folder.parent):
             os.listdir(folder)  # `glob` may find nothing where nothing can be read
-        return newest_checkpoint(folder)
+        return _newest_whole(folder, run or started_at(folder))
     except OSError as error:
         reason = error.strerror or str(error)
         raise InputError(

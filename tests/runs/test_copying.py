@@ -16,10 +16,13 @@ import pytest
 from model.errors import InputError
 from model.runs.copying import CHECKPOINT, Copier, copy_checked
 from model.runs.folder import started_at
+from model.runs.resume import find_checkpoint
 from model.runs.status import read_status
+from model.storage.archive import save_torch
 from model.training.settings import build_settings
 from tests.conftest import ROOT
 from tests.tiny_runs import ONE_THREAD, assert_same_end, command, losses, refused, run, train, two_ranks, wait_for
+from tests.weights.test_checkpoint import checkpoint_content
 
 WEIGHTS = {"best_model.pth", "best_model.json", "pretrain_32.pth", "pretrain_32.json"}
 posix_only = pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL and mounts as Linux has them")
@@ -306,6 +309,21 @@ def test_what_is_no_folder_for_copies_is_refused_before_training_and_stays(flags
     with pytest.raises(InputError, match="copy_to: .* holds config.yaml of no run; give a new or an empty folder"):
         train(flags(copy_to=tmp_path))
     assert (tmp_path / "config.yaml").read_text() == "mine: 1" and not (tmp_path / "out" / "status.json").exists()
+
+
+def test_a_whole_copy_is_taken_where_nothing_local_is_whole(tmp_path, said):
+    out, copy = tmp_path / "out", tmp_path / "copy"
+    for folder, step in ((out, 8), (copy, 4)):
+        save_torch(folder / f"checkpoint_step_{step}.pth", checkpoint_content(step))
+        (folder / "config.yaml").write_text(f"# started {checkpoint_content()['started']}\n")
+    training = build_settings({}, {"out_dir": str(out), "copy_to": str(copy), "resume": True}).training
+    assert find_checkpoint(training, said.append).path.parent == out and said == []
+    (out / "checkpoint_step_8.pth").write_bytes(b"damaged")
+    assert find_checkpoint(training, said.append).path.parent == copy
+    assert len(said) == 1 and "resume: passed over" in said[0] and "checkpoint_step_8.pth: damaged" in said[0]
+    (out / "config.yaml").write_text("# started 20260101T000000\n")
+    with pytest.raises(InputError, match="no whole checkpoint in .*out or .*copy: .*step_8.*step_4.pth: of the run"):
+        find_checkpoint(training, said.append)
 
 
 def test_nothing_to_resume_names_both_places(tmp_path, capfd):
