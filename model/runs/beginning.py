@@ -138,12 +138,13 @@ def open_data(
 
 
 def _take_moved_source(training: TrainingSettings, say: Callable[[str], None]) -> None:
-    """Find weights of `init_from` again that the run, when it first started, moved out of its own folder."""
+    """Find the weights of `init_from` again that the run took when it first started: it may have moved them out of its
+    own folder, and in a folder others may be the newest by now."""
     out_dir = Path(training.out_dir)
-    if training.init_from is None or not is_within(training.init_from, out_dir):
+    if training.init_from is None or (source := recorded_source(out_dir)) in (None, training.init_from):
         return
-    if (source := recorded_source(out_dir)) is not None:
-        say(f"init_from: {source}, where this run moved {training.init_from} when it started")
+    if is_within(training.init_from, out_dir) or Path(training.init_from).resolve() in Path(source).resolve().parents:
+        say(f"init_from: {source}, which this run took as {training.init_from} when it started")
         training.init_from = source
 
 
@@ -164,6 +165,7 @@ def _load_initial(settings: Settings, say: Callable[[str], None]) -> Beginning:
     path, choice = find_weights(training.init_from)
     if choice is not None:
         say(choice)
+        training.init_from = str(path)  # what is recorded: a restart takes the same, whatever is the newest by then
     weights = load_weights(path)
     if weights.inferred:
         say(weights.inferred)

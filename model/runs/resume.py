@@ -21,9 +21,10 @@ from model.weights.shapes import read_shape
 
 MOST_DIFFERENCES = 4  # shown; the rest is counted
 NO_ADAPTERS = {"lora_rank": 0, "lora_alpha": None}
-# Settings that may change on resuming without being reported.
-OF_THE_PLACE = {
+# Settings that may change on resuming without being reported: those of the place, and what was read at the beginning.
+MAY_CHANGE = {
     "resume", "resume_from", "out_dir", "copy_to", "max_hours", "device", "ddp", "shard", "checkpoint_writers",
+    "init_from",
 }  # fmt: skip
 
 
@@ -205,7 +206,7 @@ def _short(value) -> str:
 def changed_settings(checkpoint: Mapping, training: TrainingSettings) -> list[str]:
     """'learning_rate 0.0003 -> 0.0001' for each setting of training that is not what it was."""
     before, now = checkpoint["settings"]["training"], dataclasses.asdict(training)
-    names = [name for name in before if name in now and name not in OF_THE_PLACE and now[name] != before[name]]
+    names = [name for name in before if name in now and name not in MAY_CHANGE and now[name] != before[name]]
     return [f"{name} {before[name]} -> {now[name]}" for name in names]
 
 

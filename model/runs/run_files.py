@@ -85,11 +85,10 @@ class RunFiles:
         copy_to = settings.training.copy_to
         new_run, moved = begin_run(self.out_dir, path, plan.steps_done, copy_to, self._say)
         source = settings.training.init_from
-        if moved is not None and source is not None and is_within(source, self.out_dir):
+        is_moved = moved is not None and source is not None and is_within(source, self.out_dir)
+        if is_moved and (place := moved / Path(source).name).is_file():
             # It was read before it was moved. Its new place is recorded, for a restart before the first checkpoint.
-            settings.training.init_from = plan.training.init_from = str(
-                moved if Path(source).is_dir() else moved / Path(source).name
-            )
+            settings.training.init_from = plan.training.init_from = str(place)
             self._say(f"init_from: {source} is now {settings.training.init_from}")
         self.started = new_run or resumed.content["started"]  # when the run started
         device = device_name(plan.hardware.device)

@@ -28,6 +28,7 @@ from model.training.data import TrainingData
 from model.training.optimizer import momentum_at
 from model.training.plan import Hardware
 from model.training.settings import build_settings
+from model.weights import load_weights, save_weights
 from optimized_data_processing import OptimizedDataProcessor
 from optimized_pretrain import Trainer
 from tests import forks
@@ -412,6 +413,26 @@ def test_a_damaged_newest_checkpoint_is_skipped(flags, tmp_path, capfd):
     messages = capfd.readouterr().err
     assert "passed over" in messages and "checkpoint_step_8.pth at step 8" in messages
     assert load_torch(newest)["progress"]["step"] == 12
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("folder", ["out", "."])
+def test_a_restart_before_the_first_checkpoint_begins_with_the_file_that_a_folder_stood_for(flags, tmp_path, folder):
+    """In the run's own folder, of which the file moves away or not, or in one around it."""
+    out, given = tmp_path / "out", tmp_path / folder
+    train(flags(max_steps=2))
+    weights = load_weights(out / "pretrain_32.pth")
+    taken = out / "chat" / "sft_32.pth" if folder == "out" else out / "pretrain_32.pth"
+    if folder == ".":  # whose newest weights are the run's own, which move
+        save_weights(tmp_path / "pretrain_1.pth", weights)
+        os.utime(tmp_path / "pretrain_1.pth", (0, 0))
+    zeros = {name: torch.zeros_like(tensor) for name, tensor in weights.state_dict.items()}
+    save_weights(taken, weights.with_state(zeros))
+    train(flags(init_from=given, max_steps=2))
+    for path in (*out.glob("checkpoint_*.pth"), *out.glob("pretrain_*")):  # as if it had been killed before them
+        path.unlink()
+    restarted = Trainer(build_settings({}, flags(init_from=given, resume="true", max_steps=2)), Processes())
+    assert all(not weight.any() for weight in restarted.model.state_dict().values())
 
 
 @pytest.mark.long
