@@ -25,6 +25,7 @@ from model.publish.history import History, read_history
 from model.storage.files import check_is_new, size_text
 from model.weights import load_weights
 from model.weights.find import find_weights, newest_weights
+from model.weights.tokenizer_copy import check_links
 from model.weights.transformers_folder import is_transformers
 
 HUBS = {hub.prefix: hub for hub in (HuggingFace, ModelScope)}
@@ -147,7 +148,11 @@ def _write(folder: Path, weights_path: Path, publication: Publication) -> bool:
 
 
 def _stage(weights_path: Path, target: Path, publication: Publication) -> None:
-    """Make the folder to send."""
+    """Make the folder to send.
+
+    Raises:
+        InputError: a file to send is damaged, or a link out of its folder.
+    """
     if not weights_path.is_dir():
         weights = convert(weights_path, target, to="transformers", say=lambda line: None)
         say(f"{weights_path}: {describe(weights)}")
@@ -156,14 +161,15 @@ def _stage(weights_path: Path, target: Path, publication: Publication) -> None:
         (target / CARD).write_text(card, encoding="utf-8")
         return
     folder = weights_path
-    skipped = [path.name for path in sorted(folder.iterdir()) if not (path.is_file() and SENT.fullmatch(path.name))]
-    if skipped := [name for name in skipped if name != target.parent.name]:
+    names = sorted(path.name for path in folder.iterdir())
+    sent = [name for name in names if SENT.fullmatch(name) and (folder / name).is_file()]
+    check_links(folder, sent)
+    if skipped := [name for name in names if name not in (*sent, target.parent.name)]:
         more = f" and {len(skipped) - 5} more" if len(skipped) > 5 else ""
         say(f"not sent: {', '.join(skipped[:5])}{more}")
     target.mkdir()
-    for path in folder.iterdir():
-        if path.is_file() and SENT.fullmatch(path.name):
-            _link(path, target / path.name)
+    for name in sent:
+        _link(folder / name, target / name)
     if (folder / CARD).is_file():
         say(f"the card is {folder / CARD}, as it is")
         load_weights(folder)  # raises where they are damaged
@@ -186,7 +192,7 @@ def _card_of_folder(folder: Path, publication: Publication) -> str:
 
 def _link(source: Path, target: Path) -> None:
     try:
-        os.link(source, target)
+        os.link(source.resolve(), target)  # of a link, as in the Hugging Face cache, its file
     except OSError:  # another disk, or a file system without links
         shutil.copyfile(source, target)
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 from model.errors import InputError
@@ -29,17 +30,20 @@ def copy_tokenizer(source: str | Path | None, target: Path) -> None:
             shutil.copyfile(folder / name, target / name)
 
 
-def check_links(folder: Path) -> None:
-    """Check that no file of a tokenizer is a link out of its folder: an export would leak what lies there.
+def check_links(folder: Path, names: Iterable[str] = FILES) -> None:
+    """Check that no file of a folder is a link out of it: an export would leak what lies there.
 
     In the Hugging Face cache the files of `snapshots/*/` are links into `blobs/`, which are followed.
+
+    Args:
+        names: of the files; by default a tokenizer's.
 
     Raises:
         InputError: one is.
     """
     own = folder.resolve()
     places = [own, own.parent.parent / "blobs"] if own.parent.name == "snapshots" else [own]
-    for file in (folder / name for name in FILES):
+    for file in (folder / name for name in names):
         if file.is_file() and not any((found := file.resolve()).is_relative_to(place) for place in places):
             raise InputError(
                 f"{file} is a link to {found}, outside its folder, and is not exported; copy it there first"

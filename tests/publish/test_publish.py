@@ -9,8 +9,14 @@ import sys
 import pytest
 import yaml
 
+from model.errors import InputError
+from model.publish.__main__ import _stage
+from model.publish.card import Publication
 from model.publish.history import public_name
+from model.weights import load_weights
+from model.weights.transformers_folder import save_transformers
 from tests.conftest import ROOT
+from tests.model_shapes import weights_of
 from tests.publish.conftest import environment
 from tests.tiny_runs import HUNG, ONE_THREAD
 
@@ -198,6 +204,26 @@ def test_at_a_terminal_it_asks_and_sends_nothing_without_a_yes(hub, model_folder
     assert done.returncode == 1 and done.stderr.endswith("nothing was sent\n"), done.stderr
     assert re.search(r"send 6 files, .*, to http\S+/me/asked \(private, license unknown, new\)\? \[y/N\]", done.stdout)
     assert not (hub.folder / "models" / "me" / "asked").exists()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links need a right there")
+def test_links_of_the_hugging_face_cache_are_followed_and_others_are_not_sent(tmp_path):
+    save_transformers(tmp_path / "model", weights_of({"vocab_size": 6400}))
+    snapshot = tmp_path / "cache" / "snapshots" / "abc"
+    for folder in (snapshot, tmp_path / "cache" / "blobs"):
+        folder.mkdir(parents=True)
+    for file in (tmp_path / "model").iterdir():
+        file.rename(tmp_path / "cache" / "blobs" / file.name)
+        (snapshot / file.name).symlink_to(f"../../blobs/{file.name}")
+    _stage(snapshot, tmp_path / "staged", Publication("hf", "me/x"))
+    sent = [*(tmp_path / "staged").iterdir()]
+    assert {file.name for file in sent} == {*FILES} and not any(file.is_symlink() for file in sent)
+    assert load_weights(tmp_path / "staged").config.vocab_size == 6400
+    (tmp_path / "secret").write_text("key")
+    (snapshot / "LICENSE.txt").symlink_to(tmp_path / "secret")
+    with pytest.raises(InputError, match="LICENSE.txt is a link to .*secret, outside its folder, and is not exported"):
+        _stage(snapshot, tmp_path / "again", Publication("hf", "me/x"))
+    assert not (tmp_path / "again").exists()
 
 
 @pytest.mark.parametrize(
