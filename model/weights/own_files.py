@@ -1,6 +1,7 @@
 """Our weights as files: `X.pth` with `X.json` and a copy of the tokenizer, or the weights in a training checkpoint."""
 
 import dataclasses
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -56,12 +57,24 @@ def companions(target: Path) -> tuple[Path, Path]:
 
 
 def save_own(target: Path, weights: Weights) -> None:
-    """Write X.pth with X.json, and the tokenizer as X_tokenizer unless it is the embedded one."""
-    if weights.tokenizer_path is not None:
-        folder, path = tokenizer_folder(weights.tokenizer_path), None
-        if not same_tokenizer(folder, EMBEDDED_TOKENIZER):
-            _, path = companions(target)
-            copy_tokenizer(folder, path)
-        sha256 = tokenizer_sha256(path)
-        weights = dataclasses.replace(weights, tokenizer_path=path and str(path), tokenizer_sha256=sha256)
-    save_weights(target, weights)
+    """Write X.pth with X.json, and the tokenizer as X_tokenizer unless it is the embedded one; all of them or none.
+
+    Raises:
+        InputError: a file cannot be written, or as `check_links`.
+    """
+    new = [path for path in companions(target) if not path.exists()]
+    try:
+        if weights.tokenizer_path is not None:
+            folder, path = tokenizer_folder(weights.tokenizer_path), None
+            if not same_tokenizer(folder, EMBEDDED_TOKENIZER):
+                _, path = companions(target)
+                copy_tokenizer(folder, path)
+            sha256 = tokenizer_sha256(path)
+            weights = dataclasses.replace(weights, tokenizer_path=path and str(path), tokenizer_sha256=sha256)
+        save_weights(target, weights)
+    except BaseException as error:
+        for path in new:
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise InputError(f"{target}: cannot be written ({error.strerror or error})") from error
+        raise

@@ -1,6 +1,7 @@
 """python -m model.convert as a user runs it, and the scripts with weights in another program's format."""
 
 import dataclasses
+import errno
 import json
 import os
 import re
@@ -176,6 +177,22 @@ def test_weights_that_are_not_finite_are_refused(tmp_path):
     with pytest.raises(InputError, match="a.pth: it holds weights that are not finite; use an older file$"):
         model.convert.convert(tmp_path / "a.pth", tmp_path / "b.pth", say=lambda line: None)
     assert not (tmp_path / "b.pth").exists()
+
+
+@pytest.mark.parametrize("fails", ["save_torch", "shutil.copyfile"])
+def test_a_conversion_that_fails_leaves_nothing_and_can_be_repeated(tmp_path, tokenizer_folder, monkeypatch, fails):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    weights = weights_of({}, tokenizer_folder)
+    module = "model.weights.tokenizer_copy" if fails == "shutil.copyfile" else "model.weights.weights"
+    with monkeypatch.context() as patched:
+        patched.setattr(f"{module}.{fails}", full)
+        with pytest.raises(InputError, match=r"a.pth: cannot be written \(No space left on device\)"):
+            model.convert.write("mateconv", tmp_path / "a.pth", weights)
+    assert not list(tmp_path.iterdir())
+    model.convert.write("mateconv", tmp_path / "a.pth", weights)
+    assert {path.name for path in tmp_path.iterdir()} == {"a.pth", "a.json", "a_tokenizer"}
 
 
 def test_a_state_dict_without_a_description_is_told_its_heads(shop, tmp_path, here):
