@@ -28,6 +28,8 @@ TEMPORARY_NAME = re.compile(
     r"(?P<name>.+)\.(?P<host>[0-9a-f]{4})-(?P<pid>\d{1,10})-[0-9a-f]{4}" + re.escape(TEMPORARY_SUFFIX), re.DOTALL
 )
 NO_SPACE = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}  # full, or over a limit or a quota
+# What file systems answer that cannot flush a folder: some of FUSE, and mounts over a network.
+NO_FLUSH = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EBADF, errno.EACCES}
 
 
 @contextlib.contextmanager
@@ -67,12 +69,30 @@ def replacing(
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    if os.name == "posix":  # the rename itself must reach the disk too; Windows has no such call
-        folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        _flush_folder(path.parent)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise InputError(f"{path}: written, but its folder cannot be flushed to the disk ({reason})") from error
+
+
+def _flush_folder(folder: Path) -> None:
+    """Return once renames in a folder are on the disk, where the file system can say so.
+
+    Raises:
+        OSError: the disk failed.
+    """
+    if os.name != "posix":  # Windows has no such call
+        return
+    try:
+        opened = os.open(folder, os.O_RDONLY)
         try:
-            os.fsync(folder)
+            os.fsync(opened)
         finally:
-            os.close(folder)
+            os.close(opened)
+    except OSError as error:
+        if error.errno not in NO_FLUSH:
+            raise
 
 
 def temporary_path(path: Path) -> Path:

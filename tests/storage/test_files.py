@@ -1,6 +1,8 @@
 """Outputs are checked against inputs, whatever they are called."""
 
+import errno
 import os
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -82,6 +84,25 @@ def test_a_cached_folder_that_cannot_be_filled_leaves_nothing(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot be written"):
         cached_folder(tmp_path / "file" / "a", "whole", fail)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Windows flushes no folder")
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES, errno.EIO])
+def test_a_file_system_that_flushes_no_folder_keeps_the_file(tmp_path, monkeypatch, number):
+    fsync = os.fsync
+
+    def refuse(opened):
+        if stat.S_ISDIR(os.fstat(opened).st_mode):
+            raise OSError(number, os.strerror(number))
+        fsync(opened)
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    if number == errno.EIO:
+        with pytest.raises(InputError, match=r"a.json: written, but its folder cannot be flushed to the disk \(.*\)$"):
+            write_json(tmp_path / "a.json", {})
+    else:
+        write_json(tmp_path / "a.json", {})
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
 
 
 def test_two_writers_of_one_file_do_not_share_a_temporary_one(tmp_path):
