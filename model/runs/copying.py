@@ -22,6 +22,7 @@ from model.runs.folder import (
     refuse_file,
     remove_stray_parts,
     remove_unfinished,
+    remove_unless_open,
     started_at,
 )
 from model.storage.files import drop_from_cache, replacing
@@ -168,9 +169,9 @@ class Copier:
         """Keep the newest checkpoint and the one before."""
         others = [path for _, path in checkpoints_by_step(self.folder) if path != newest]
         for path in others[:-1]:
-            path.unlink()
+            remove_unless_open(path)
         if newest.name != INTERRUPTED:
-            (self.folder / INTERRUPTED).unlink(missing_ok=True)
+            remove_unless_open(self.folder / INTERRUPTED)
         remove_stray_parts(self.folder)
 
 

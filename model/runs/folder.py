@@ -145,8 +145,13 @@ def remove_stray_parts(folder: Path, before_step: float = math.inf) -> None:
     named = set().union(*found)
     for part in doubtful:
         if part.name not in named:
-            with contextlib.suppress(PermissionError):  # on Windows, while it is being copied: the next save removes it
-                part.unlink(missing_ok=True)
+            remove_unless_open(part)
+
+
+def remove_unless_open(path: Path) -> None:
+    """Remove a checkpoint or a part; on Windows one that is being read stays, and the next save removes it."""
+    with contextlib.suppress(PermissionError):
+        path.unlink(missing_ok=True)
 
 
 def refuse_file(name: str, folder: Path) -> None:
@@ -233,9 +238,8 @@ def prune_checkpoints(out_dir: Path, keep_last: int, verified: int) -> None:
     """
     old = [path for step, path in checkpoints_by_step(out_dir) if step < verified]
     for path in old[: max(0, len(old) - (keep_last - 1))]:
-        with contextlib.suppress(PermissionError):  # on Windows, while it is being copied: the next save removes it
-            path.unlink(missing_ok=True)
-    (out_dir / INTERRUPTED).unlink(missing_ok=True)
+        remove_unless_open(path)
+    remove_unless_open(out_dir / INTERRUPTED)
     remove_stray_parts(out_dir, before_step=verified)
 
 

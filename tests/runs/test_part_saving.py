@@ -7,6 +7,7 @@ import errno
 import functools
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -126,6 +127,24 @@ def test_parts_are_removed_with_their_index_and_those_being_written_stay(tmp_pat
         path.write_bytes(b"part")
     prune_checkpoints(tmp_path, keep_last=2, verified=100)
     assert names(tmp_path) == kept | {being_written.name}
+
+
+def test_an_interrupted_checkpoint_that_is_being_read_ends_no_training(tmp_path, parted, monkeypatch):
+    """Windows removes no file that is open; the next save does."""
+    read, kept = parted(57, "checkpoint_interrupted.pth") | parted(9), parted(100)
+    unlink = Path.unlink
+
+    def refuse(path, missing_ok=False):
+        if path.name in read:
+            raise PermissionError(13, "being used by another process")
+        unlink(path, missing_ok)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "unlink", refuse)
+        prune_checkpoints(tmp_path, keep_last=1, verified=100)
+    assert names(tmp_path) == kept | read
+    prune_checkpoints(tmp_path, keep_last=1, verified=100)
+    assert names(tmp_path) == kept
 
 
 def test_what_killed_saves_left_is_removed_by_the_next_start(tmp_path, parted):
