@@ -88,7 +88,7 @@ class JobFolder:
             return None
         try:
             return json.loads(self._plan.read_text(encoding="utf-8"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"{self._plan} is not a plan that this program can read; {self._remedy}") from error
 
     @property

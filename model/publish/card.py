@@ -55,7 +55,7 @@ def license_of(card: str) -> str | None:
     begin, _, rest = card.partition("---\n")
     try:
         header = yaml.safe_load(rest.partition("\n---")[0]) if not begin.strip() else None
-    except yaml.YAMLError:
+    except (ValueError, RecursionError, yaml.YAMLError):
         return None
     found = header.get("license") if isinstance(header, dict) else None
     return found if isinstance(found, str) else None

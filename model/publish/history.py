@@ -79,7 +79,7 @@ def public_name(source: str) -> str:
 def _config(path: Path) -> Mapping:
     try:
         found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
         return {}
     sections = found if isinstance(found, dict) else {}
     return {name: section for name, section in sections.items() if isinstance(section, dict)}

@@ -82,7 +82,7 @@ def recorded_source(out_dir: Path) -> str | None:
         return None
     try:
         found = yaml.safe_load((out_dir / "config.yaml").read_text(encoding="utf-8"))["training"]["init_from"]
-    except (OSError, ValueError, LookupError, TypeError, yaml.YAMLError):
+    except (OSError, ValueError, LookupError, TypeError, RecursionError, yaml.YAMLError):
         return None
     return found if isinstance(found, str) and Path(found).exists() else None
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from model.errors import InputError, command_line
+from model.errors import InputError, command_line, shown
 from model.lora import adapters_of
 from model.runs.checkpoint import READABLE_VERSIONS, add_defaults, state_problem
 from model.runs.folder import INTERRUPTED, all_checkpoints, started_at
@@ -37,9 +37,10 @@ def load_checkpoint(path: Path) -> dict:
     content = load_parted(path, own=path.name.startswith("checkpoint_"))
     if "progress" not in content:
         raise InputError(f"{path}: holds weights only; --resume needs a checkpoint_step_*.pth or {INTERRUPTED}")
-    if (version := content.get("format_version")) not in READABLE_VERSIONS:
+    version = content.get("format_version")
+    if not isinstance(version, int) or version not in READABLE_VERSIONS:
         readable = f"{READABLE_VERSIONS[0]} to {READABLE_VERSIONS[-1]}"
-        raise InputError(f"{path}: a checkpoint of version {version!r}; this program reads {readable}")
+        raise InputError(f"{path}: a checkpoint of version {shown(version)}; this program reads {readable}")
     add_defaults(content)
     if (problem := state_problem(path, content)) is not None:
         raise InputError(f"{path}: not a whole checkpoint ({problem}); use an older file")

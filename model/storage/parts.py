@@ -14,7 +14,7 @@ from torch import Tensor
 
 from model.errors import InputError, shown
 from model.storage.archive import DAMAGE, digest_is_right, load_torch, recorded_digest
-from model.storage.part_names import index_name, is_part
+from model.storage.part_names import PART, index_name, is_part
 from model.storage.slices import Slice, SlicedTensors, dtype_of, is_description
 
 CONTENT, LIST = "tensors", "parts"  # the one key of a part; the index's key of the list of them
@@ -61,7 +61,7 @@ def load_parted(path: str | Path, own: bool = False) -> dict:
 
 def _listed(entry: Mapping) -> Part:
     part = Part(**entry)
-    if not is_part(Path(part.name)) or type(part.sha256) is not str or type(part.bytes) is not int:
+    if not PART.fullmatch(part.name) or type(part.sha256) is not str or type(part.bytes) is not int:
         raise ValueError(shown(part.name))
     slices = [Slice(*found) for found in part.slices]
     if not all(type(s.key) is str and type(s.start) is type(s.end) is int and 0 <= s.start <= s.end for s in slices):
@@ -140,7 +140,7 @@ def part_names(index: Path) -> list[str] | None:
     try:
         try:
             content = torch.load(index, weights_only=True, mmap=True, map_location="cpu")
-            return [entry["name"] for entry in content.get(LIST, []) if is_part(Path(entry["name"]))]
+            return [entry["name"] for entry in content.get(LIST, []) if PART.fullmatch(entry["name"])]
         except (OSError, MemoryError):
             return None
         except DAMAGE:  # or the system's answer, which torch hides in a RuntimeError: then the bytes are right

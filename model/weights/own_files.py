@@ -35,7 +35,9 @@ def load_own(content: Mapping, path: Path) -> Weights:
 def _of_checkpoint(content: Mapping, path: Path) -> Weights:
     """The weights in one of our checkpoints, even if the rest of it is damaged."""
     tokenizer = [content.get(name) for name in ("tokenizer_path", "tokenizer_sha256")]
-    state_dict, config = content.get("ema") or content.get("model"), read_shape(content.get("config"), path)
+    state_dict, config = content.get("ema"), read_shape(content.get("config"), path)
+    if state_dict is None:
+        state_dict = content.get("model")
     if "context" in content:  # since version 5: samples may be shorter than what the weights know
         config = read_shape(content["config"] | {"max_seq_len": content["context"]}, path)
     if not isinstance(state_dict, Mapping) or any(not isinstance(value, str | None) for value in tokenizer):

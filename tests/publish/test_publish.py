@@ -11,8 +11,9 @@ import yaml
 
 from model.errors import InputError
 from model.publish.__main__ import _stage
-from model.publish.card import Publication
-from model.publish.history import public_name
+from model.publish.card import Publication, license_of
+from model.publish.history import History, public_name, read_history
+from model.runs.folder import recorded_source
 from model.weights import load_weights
 from model.weights.transformers_folder import save_transformers
 from tests.conftest import ROOT
@@ -204,6 +205,13 @@ def test_at_a_terminal_it_asks_and_sends_nothing_without_a_yes(hub, model_folder
     assert done.returncode == 1 and done.stderr.endswith("nothing was sent\n"), done.stderr
     assert re.search(r"send 6 files, .*, to http\S+/me/asked \(private, license unknown, new\)\? \[y/N\]", done.stdout)
     assert not (hub.folder / "models" / "me" / "asked").exists()
+
+
+@pytest.mark.parametrize("content", ["[" * 3000, "- " * 3000, "{", "a: 2026-99-99"])
+def test_a_config_or_a_card_that_is_no_yaml_says_nothing(tmp_path, content):
+    (tmp_path / "config.yaml").write_text(f"# started 20260101T000000\n{content}")
+    assert read_history(tmp_path / "best_model.pth") == History() and recorded_source(tmp_path) is None
+    assert license_of(f"---\n{content}\n---\n") is None
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="links need a right there")

@@ -181,6 +181,10 @@ WRONG = {
     "no list": (lambda c: c.update(parts=[1]), "list of parts cannot be understood"),
     "a part without a name": (lambda c: c["parts"][0].pop("name"), "list of parts cannot be understood"),
     "a part elsewhere": (lambda c: c["parts"][0].update(name="../x.pth"), "list of parts cannot be understood"),
+    "a part in another folder": (
+        lambda c: c["parts"][0].update(name="../checkpoint_step_5.part-00000-of-00003.pth"),
+        "list of parts cannot be understood",
+    ),
     "a part too few": (lambda c: c["parts"].pop(), "do not make up '(model|optimizer|ema)/"),
     "a part twice": (lambda c: c["parts"].append(c["parts"][0]), "do not make up"),
     "a slice too few": (lambda c: slices_of(c).pop(), "its tensors are not those that"),

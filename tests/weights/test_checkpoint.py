@@ -1,5 +1,6 @@
 """Weights and checkpoints on disk: what is written comes back, and what is damaged is noticed."""
 
+import contextlib
 import copy
 import dataclasses
 import json
@@ -142,6 +143,7 @@ def test_other_readers_open_our_files(tmp_path, tiny_model, tiny_config):
         assert torch.equal(torch.load(tmp_path / "w.pth", **options)["norm.weight"], tiny_model.norm.weight)
 
 
+EIGHT_BITS = torch.ones(16).to(torch.float8_e4m3fn)
 WRONG = {
     "a missing key": (lambda c: c.pop("optimizer"), "optimizer is missing"),
     "a key of another type": (lambda c: c.update(progress=[1]), "progress is of type list"),
@@ -156,6 +158,9 @@ WRONG = {
     "a weight of another dtype": (lambda c: c["model"].update({"norm.weight": torch.ones(16).half()}), "norm.weight"),
     "a weight that is not finite": (lambda c: c["model"]["norm.weight"].fill_(torch.nan), "not finite"),
     "an average of another shape": (lambda c: c.update(ema={"norm.weight": torch.ones(16)}), "ema: holds 0 layers"),
+    "an average that is a tensor": (lambda c: c.update(ema=torch.ones(3)), "ema is of type Tensor"),
+    "weights of 8 bits": (lambda c: c["model"].update({"norm.weight": EIGHT_BITS}), "norm.weight holds torch.float8"),
+    "something of 8 bits": (lambda c: c.update(more=EIGHT_BITS), "not finite"),
     "a missing layer": (
         lambda c: c["config"].update(n_layers=2),
         "1 layers, its description says n_layers 2",
@@ -182,6 +187,7 @@ WRONG = {
     ),
     "a context below that of the samples": (lambda c: c.update(context=8), "context is 8, max_seq_len 16"),
     "a context of nobody": (lambda c: c.update(context=2**40), "max_seq_len"),
+    "a version that is a tensor": (lambda c: c.update(format_version=torch.ones(3)), "of version tensor"),
     "another version": (lambda c: c.update(format_version=1), "version 1"),
 }
 
@@ -208,6 +214,8 @@ def test_a_checkpoint_that_lacks_something_is_noticed(tmp_path, case):
     save_torch(path, content)
     with pytest.raises(InputError, match=expected):
         load_checkpoint(path)
+    with contextlib.suppress(InputError):  # its weights may be whole
+        load_weights(path)
 
 
 def test_the_state_of_muon_is_looked_at_by_parameter(tmp_path):
