@@ -56,9 +56,10 @@ def begin_run(
     if resumed_from is None:
         return now(), moved
     is_copy = is_in(resumed_from, copy_to)
-    if (resumed_from.parent / "best_model.pth").exists():
-        for name in ("best_model.pth", "best_model.json"):  # the best weights so far come along into the new folder
-            shutil.copy2(resumed_from.parent / name, out_dir / name)
+    best = [resumed_from.parent / name for name in ("best_model.pth", "best_model.json")]
+    if all(path.is_file() for path in best):  # the best weights so far come along into the new folder
+        for path in best:
+            shutil.copy2(path, out_dir / path.name)
     for name in COPIED_BESIDE if is_copy else ():
         if (resumed_from.parent / name).exists():
             shutil.copy2(resumed_from.parent / name, out_dir / name)

@@ -13,7 +13,7 @@ from model.errors import InputError
 from model.LMConfig import LMConfig
 from model.model import Transformer
 from model.runs.checkpoint import CHECKPOINT_VERSION
-from model.runs.folder import claim, leave_line, move_earlier_run, prune_checkpoints
+from model.runs.folder import begin_run, claim, leave_line, move_earlier_run, prune_checkpoints
 from model.runs.resume import load_checkpoint, newest_checkpoint
 from model.storage.archive import load_torch, save_torch
 from model.training.determinism import random_state
@@ -143,6 +143,7 @@ def test_other_readers_open_our_files(tmp_path, tiny_model, tiny_config):
         assert torch.equal(torch.load(tmp_path / "w.pth", **options)["norm.weight"], tiny_model.norm.weight)
 
 
+BEST = {"best_model.pth", "best_model.json"}
 EIGHT_BITS = torch.ones(16).to(torch.float8_e4m3fn)
 WRONG = {
     "a missing key": (lambda c: c.pop("optimizer"), "optimizer is missing"),
@@ -303,6 +304,15 @@ def test_going_on_from_an_older_step_sets_aside_what_came_after(tmp_path):
     names = ["best_model.pth", "checkpoint_interrupted.pth", "checkpoint_step_15.pth"]
     assert sorted(p.name for p in target.iterdir()) == names
     assert newest_checkpoint(tmp_path)[0].name == "checkpoint_step_10.pth" and leave_line(tmp_path, 10) is None
+
+
+def test_best_weights_come_along_with_their_description_or_not_at_all(tmp_path):
+    elsewhere = checkpoint(tmp_path / "elsewhere" / "checkpoint_step_5.pth", 5)
+    for number, (name, expected) in enumerate((("best_model.pth", set()), ("best_model.json", BEST))):
+        (elsewhere.parent / name).write_text(name)
+        (out := tmp_path / f"out{number}").mkdir()
+        begin_run(out, elsewhere, 5, None, print)
+        assert {path.name for path in out.iterdir()} == expected
 
 
 def test_a_folder_belongs_to_one_process_and_to_runs(tmp_path):
