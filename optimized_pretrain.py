@@ -245,6 +245,9 @@ class Trainer:
             if self.processes.is_main:
                 beat = functools.partial(self.processes.beat, "writing to the disk")
                 self.files = RunFiles(self.settings, self.plan, self.resumed, say, beat)
+        if self.processes.decided(lambda: self.files.left_best):
+            say("best_model.pth was of later steps: best loss and patience are reset")
+            self.progress.forget_evaluations()
         if self.files is not None:
             self.files.start_trackers(self.settings)
         if self.plan.writers > 1:
@@ -478,7 +481,7 @@ class Trainer:
         """The evaluated model's weights with their description; not copied."""
         tokenizer = self.settings.data.tokenizer_path, self.data.tokenizer_sha256
         config = dataclasses.replace(self.config, max_seq_len=self.context)
-        return Weights(evaluated.state_dict(), config, *tokenizer, chat=self.data.chat)
+        return Weights(evaluated.state_dict(), config, *tokenizer, chat=self.data.chat, step=self.progress.step)
 
     def _check_weights(self) -> None:
         """They are those of the step that was counted last, and of none that was launched ahead."""

@@ -11,6 +11,7 @@ from model.runs.metrics_file import read_metrics
 from model.runs.status import read_status
 from model.token_file.manifest import Manifest, read_manifest
 from model.training.token_files import find_token_files
+from model.weights.weights import saved_step
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,9 @@ def read_history(weights: Path) -> History:
     events = read_metrics(path) if path.is_file() else []
     config = _config(folder / "config.yaml")
     evaluated = [event for event in events if event.get("val_loss") is not None]
-    lowest = min(evaluated, key=lambda event: event["val_loss"]) if evaluated else {}
+    step = saved_step(weights)  # earlier versions recorded none
+    of_weights = [event for event in evaluated if step in (None, event["step"])]
+    lowest = min(of_weights, key=lambda event: event["val_loss"], default={})
     is_best = weights.name == "best_model.pth"
     held_out = lowest if is_best else (evaluated or [{}])[-1]
     saved = held_out if is_best and held_out else (events or [{}])[-1]

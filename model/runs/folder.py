@@ -21,15 +21,18 @@ from model.storage.files import TEMPORARY_SUFFIX, free_bytes, is_abandoned, repl
 from model.storage.part_names import PARTS, index_name, is_part, step_of_part
 from model.storage.parts import part_names
 from model.training.plan import RunSpace
+from model.weights.weights import saved_step
 
 INTERRUPTED = "checkpoint_interrupted.pth"
 TIME_FORMAT = "%Y%m%dT%H%M%S"
 STARTED = "# started "  # the first line of out/config.yaml
 CHECKPOINTS = ("checkpoint_step_*.pth", INTERRUPTED, PARTS)
 COPIED_BESIDE = ("metrics.jsonl", *RUN_FILES)  # with each checkpoint that is copied (`copy_to`): the run's history
+BEST = "best_model.pth"
+WEIGHTS = ("pretrain_*.pth", "sft_*.pth", "dpo_*.pth", BEST)
 RESULTS = (
-    "pretrain_*.pth", "pretrain_*.json", "sft_*.pth", "sft_*.json", "dpo_*.pth", "dpo_*.json",
-    "best_model.pth", "best_model.json", "metrics.jsonl", "curves.png", EVENT_FILES, *RUN_FILES, "status.json",
+    *WEIGHTS, "pretrain_*.json", "sft_*.json", "dpo_*.json", "best_model.json",
+    "metrics.jsonl", "curves.png", EVENT_FILES, *RUN_FILES, "status.json",
 )  # fmt: skip
 
 
@@ -49,15 +52,17 @@ def begin_run(
     """
     if resumed_from is not None and is_in(resumed_from, out_dir):
         if (moved := leave_line(out_dir, step)) is not None:
-            say(f"out_dir: the checkpoints past step {step:,}, and a copy of the results, are now in {moved}")
+            say(f"out_dir: what is past step {step:,}, and a copy of the other results, is now in {moved}")
         return None, None
     if (moved := move_earlier_run(out_dir)) is not None:
         say(f"out_dir: {out_dir} held another run; its files are now in {moved}")
     if resumed_from is None:
         return now(), moved
     is_copy = is_in(resumed_from, copy_to)
-    best = [resumed_from.parent / name for name in ("best_model.pth", "best_model.json")]
-    if all(path.is_file() for path in best):  # the best weights so far come along into the new folder
+    best = [resumed_from.parent / BEST, (resumed_from.parent / BEST).with_suffix(".json")]
+    goes_past = any(its_step > step for its_step, _ in all_checkpoints(resumed_from.parent))
+    later = _weights_past(resumed_from.parent, step) if goes_past else []
+    if all(path.is_file() and path not in later for path in best):  # the best so far come along into the new folder
         for path in best:
             shutil.copy2(path, out_dir / path.name)
     for name in COPIED_BESIDE if is_copy else ():
@@ -256,7 +261,7 @@ def check_space(out_dir: Path, space: RunSpace, resumes: bool) -> None:
     refuse_file("out_dir", out_dir)
     try:
         free = free_bytes(out_dir)
-        there = _files(out_dir, *CHECKPOINTS, "best_model.pth") if resumes else []
+        there = _files(out_dir, *CHECKPOINTS, BEST) if resumes else []
         taken = sum(path.stat().st_size for path in there)
     except OSError as error:  # a name that no file system takes
         raise InputError(f"out_dir: cannot write to {shown(str(out_dir))} ({error.strerror})") from error
@@ -286,11 +291,13 @@ def leave_line(out_dir: Path, step: int) -> Path | None:
     """Set aside what a run has past `step`, where another line of it now begins; None where there is nothing.
 
     Its newer checkpoints are moved to `out_dir/previous/{now}/`: left in place, they would be taken for the new line's
-    by the next `--resume`. Its results are copied there, since the new line will write over them.
+    by the next `--resume`; so are weights of later steps. Its other results are copied there, since the new line will
+    write over them.
     """
     newer = [path for its_step, path in all_checkpoints(out_dir) if its_step > step]
     if not newer:
         return None
+    later = _weights_past(out_dir, step)
     target = _new_folder(out_dir / "previous" / now())
     for path in newer:
         for part in filter(is_part, out_dir.glob(PARTS)):
@@ -298,10 +305,20 @@ def leave_line(out_dir: Path, step: int) -> Path | None:
                 part.rename(target / part.name)
         path.rename(target / path.name)
     for path in _files(out_dir, *RESULTS):
-        shutil.copy2(path, target / path.name)
+        if path in later:
+            path.rename(target / path.name)
+        else:
+            shutil.copy2(path, target / path.name)
     for name in RUN_FILES:  # trackers take no step twice: they see the new line as a new run
         (out_dir / name).unlink(missing_ok=True)
     return target
+
+
+def _weights_past(folder: Path, step: int) -> list[Path]:
+    """The weights, with their descriptions, that a run saved past `step`; those of unknown steps too."""
+    steps = {path: saved_step(path) for path in _files(folder, *WEIGHTS)}
+    later = [path for path, saved in steps.items() if saved is None or saved > step]
+    return [*later, *(path.with_suffix(".json") for path in later)]
 
 
 def _files(out_dir: Path, *patterns: str) -> list[Path]:

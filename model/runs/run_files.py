@@ -13,6 +13,7 @@ from model import accelerator
 from model.errors import OneLineError, counted
 from model.runs.copying import CHECKPOINT, CLOSE_SECONDS, FINISH_SECONDS, Copier, check_copy_folder
 from model.runs.folder import (
+    BEST,
     INTERRUPTED,
     begin_run,
     check_space,
@@ -83,7 +84,9 @@ class RunFiles:
     def _begin(self, settings: Settings, plan: RunPlan, resumed: FoundCheckpoint | None) -> None:
         path = resumed.path if resumed is not None else None
         copy_to = settings.training.copy_to
+        had_best = path is not None and (path.parent / BEST).exists()
         new_run, moved = begin_run(self.out_dir, path, plan.steps_done, copy_to, self._say)
+        self.left_best = had_best and not (self.out_dir / BEST).exists()  # the best weights were another line's
         source = settings.training.init_from
         is_moved = moved is not None and source is not None and is_within(source, self.out_dir)
         if is_moved and (place := moved / Path(source).name).is_file():
@@ -165,10 +168,10 @@ class RunFiles:
         """
         self.save_weights(name, weights)
         self.wait()
-        if not (self.out_dir / "best_model.pth").exists():
-            self.save_weights("best_model.pth", weights)
+        if not (self.out_dir / BEST).exists():
+            self.save_weights(BEST, weights)
             lost = f"those of loss {best_loss:.4f} are missing" if math.isfinite(best_loss) else "nothing was evaluated"
-            self._say(f"best_model.pth: the final weights, since {lost}")
+            self._say(f"{BEST}: the final weights, since {lost}")
             self.wait()
         self._say(f"saved {self.out_dir / name}")
 

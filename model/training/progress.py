@@ -69,5 +69,5 @@ class Progress:
         return is_best
 
     def forget_evaluations(self) -> None:
-        """As if nothing had been evaluated: the validation data are others now."""
+        """As if nothing had been evaluated: the validation data are others now, or the best weights are gone."""
         self.best_val_loss, self.evaluations_without_gain, self.last_evaluation = math.inf, 0, -1

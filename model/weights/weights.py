@@ -29,6 +29,7 @@ class Weights:
     # Of a chat model: `template`, `template_sha256` (hex), and `end_ids`, which end an answer. Empty: it was trained on
     # texts, and continues them. None: unknown.
     chat: dict | None = None
+    step: int | None = None  # of the run that saves them; None: unknown
     inferred: str | None = None  # one line on what was inferred because no file says it; None: nothing
 
     def with_state(self, state_dict: dict[str, Tensor]) -> "Weights":
@@ -50,9 +51,19 @@ def save_weights(path: str | Path, weights: Weights) -> None:
         "tokenizer_sha256": weights.tokenizer_sha256,
         "begins_with_bos": weights.begins_with_bos,
         "chat": weights.chat,
+        "step": weights.step,
     }
     write_json(path.with_suffix(".json"), sidecar)
     save_torch(path, on_cpu(weights.state_dict))
+
+
+def saved_step(path: Path) -> int | None:
+    """The step at which a run saved weights, as the description beside them says; None where it does not."""
+    try:
+        step = read_json(path.with_suffix(".json"), MAX_SIDECAR_BYTES).get("step")
+    except InputError:
+        return None
+    return step if type(step) is int else None
 
 
 def read_sidecar(path: str | Path) -> tuple[LMConfig, str | None, str | None, bool, dict | None]:

@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from model.dataset import PretrainDataset
 from model.errors import InputError, TrainingDiverged
 from model.loss import IGNORE_INDEX
+from model.publish.history import read_history
 from model.runs.event_file import EVENT_FILES
 from model.storage.archive import load_torch
 from model.text.tokenization import load_tokenizer
@@ -29,6 +30,7 @@ from model.training.optimizer import momentum_at
 from model.training.plan import Hardware
 from model.training.settings import build_settings
 from model.weights import load_weights, save_weights
+from model.weights.weights import saved_step
 from optimized_data_processing import OptimizedDataProcessor
 from optimized_pretrain import Trainer
 from tests import forks
@@ -458,6 +460,21 @@ def test_going_on_from_an_older_step_keeps_what_came_after(flags, tmp_path):
     (left,) = (out / "previous").iterdir()
     assert (left / "checkpoint_step_12.pth").exists() and (left / "metrics.jsonl").exists()
     assert (left / "best_model.pth").read_bytes() == best and (left / "pretrain_32.pth").read_bytes() == final
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("folder", ["out", "new"])
+def test_the_best_weights_are_those_that_the_metrics_and_the_card_tell_of_after_another_line(flags, tmp_path, folder):
+    train(flags())
+    old, out = tmp_path / "out", tmp_path / folder
+    still = {"learning_rate": 1e-12, "min_lr": 0, "weight_decay": 0}  # it never gets better than it was
+    train(flags(resume_from=old / "checkpoint_step_4.pth", out_dir=out, **still))
+    step = saved_step(out / "best_model.pth")
+    assert_equal(*(load_weights(out / name).state_dict for name in ("best_model.pth", f"checkpoint_step_{step}.pth")))
+    evaluated = {event["step"]: event["val_loss"] for event in events(out) if "val_loss" in event}
+    assert sorted(evaluated) == [4, 8, 12] and evaluated[step] == min(evaluated.values())
+    history = read_history(out / "best_model.pth")
+    assert (history.step, history.val_loss) == (step, evaluated[step])
 
 
 @pytest.mark.long
