@@ -15,7 +15,7 @@ from model.storage.gguf_header import is_gguf
 from model.text.encoder import TextEncoder, check_growth, library_errors
 from model.text.gguf_tokenizer import unpacked_tokenizer
 from model.text.plain_tokenizer import CONTROL, PlainTokenizer
-from model.text.tokenizer_folder import check_sizes, read_ends, read_object
+from model.text.tokenizer_folder import check_added, check_sizes, read_ends, read_object
 
 BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")
 EMBEDDED_TOKENIZER = Path(__file__).parents[1] / "tokenizer"
@@ -116,6 +116,7 @@ def _plain_tokenizer(folder: Path) -> PlainTokenizer | None:
 def _read_config(folder: Path) -> dict:
     try:
         check_sizes(folder)
+        check_added(folder)
         return read_object(folder, "tokenizer_config.json")
     except InputError as error:
         raise InputError(f"tokenizer_path: {folder} cannot be loaded ({error})") from error

@@ -64,6 +64,7 @@ def read_folder(folder: str | Path) -> TokenizerFolder:
     if not (folder / "tokenizer.json").is_file():
         raise InputError(f"{folder}: a folder with a tokenizer.json expected")
     check_sizes(folder)
+    check_added(folder)
     with library_errors(f"{folder / 'tokenizer.json'} cannot be loaded"):
         backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
     config = read_object(folder, "tokenizer_config.json")
@@ -99,6 +100,28 @@ def read_object(folder: Path, name: str) -> dict:
         InputError: the file is too large, or holds no JSON object.
     """
     return read_json(folder / name, MOST_BYTES[name]) if (folder / name).is_file() else {}
+
+
+def check_added(folder: Path) -> None:
+    """Check that added_tokens.json, which transformers 4 wrote and obeys, only repeats tokens of tokenizer.json: that
+    one file gives the ids, and is hashed and exported.
+
+    Raises:
+        InputError: it adds a token, or gives one another id.
+    """
+    if not (added := read_object(folder, "added_tokens.json")):
+        return
+    from tokenizers import Tokenizer
+
+    with library_errors(f"{folder / 'tokenizer.json'} cannot be loaded"):
+        backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    for token, index in added.items():
+        if (found := backend.token_to_id(token)) != index:
+            has = "no such token" if found is None else f"id {found}"
+            raise InputError(
+                f"{folder / 'added_tokens.json'}: {shown(token)} has id {shown(index)}, tokenizer.json has {has}; load"
+                " the tokenizer with transformers and save it again, which writes one file"
+            )
 
 
 def check_sizes(folder: Path) -> None:

@@ -21,13 +21,16 @@ from model.LMConfig import LMConfig
 from model.loss import IGNORE_INDEX
 from model.text.token_bytes import token_bytes
 from model.text.tokenization import (
+    EMBEDDED_TOKENIZER,
     encode_texts,
     end_ids,
     load_bulk_tokenizer,
     load_tokenizer,
+    open_tokenizer,
     tokenizer_sha256,
     vocabulary_size,
 )
+from model.text.tokenizer_folder import read_folder
 from model.token_file.manifest import read_manifest
 from optimized_data_processing import OptimizedDataProcessor
 from optimized_inference import GenerationConfig, TextGenerator
@@ -400,3 +403,20 @@ def test_deepseeks_ids_do_not_depend_on_the_class_that_its_config_names(tmp_path
         encoding.ids for encoding in backend.encode_batch(HARD_TEXTS, add_special_tokens=False)
     ]
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (0, 1)
+
+
+def test_added_tokens_that_are_not_in_tokenizer_json_are_refused(tmp_path):
+    """Only tokenizer.json is hashed and exported; transformers writes all tokens there."""
+    from transformers import PreTrainedTokenizerFast
+
+    folder = shutil.copytree(EMBEDDED_TOKENIZER, tmp_path / "tokenizer")
+    extra = {"<|extra|>": 6400}
+    for added, found in ((extra, "has id 6400, tokenizer.json has no such token"), ({"<s>": 5}, "has id 1")):
+        (folder / "added_tokens.json").write_text(json.dumps(added))
+        for load in (load_tokenizer, open_tokenizer, load_bulk_tokenizer, read_folder):
+            with pytest.raises(InputError, match=f"added_tokens.json: .*{found}.*; load the tokenizer"):
+                load(folder)
+    (folder / "added_tokens.json").write_text(json.dumps(extra))
+    PreTrainedTokenizerFast.from_pretrained(folder).save_pretrained(folder)
+    assert load_tokenizer(folder).convert_tokens_to_ids("<|extra|>") == 6400
+    assert load_bulk_tokenizer(folder).vocab_size == 6401
