@@ -376,11 +376,14 @@ def train(settings: Settings, beginning: "Beginning | None", processes: Processe
     with heavy_imports():  # after everything that can fail early
         import torch._dynamo  # noqa: F401 (optimizers import it when they are built)
 
+        from model.runs.folder import refuse_closed
         from model.training.memory import is_out_of_memory
         from optimized_pretrain import Trainer
 
     trainer = None
     try:
+        if processes.is_main:
+            refuse_closed(Path(settings.training.out_dir))
         prepare_data_for_all(settings, processes)
         trainer = Trainer(settings, processes, make_preview(settings), beginning, judge)
         if dry_run:

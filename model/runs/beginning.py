@@ -162,7 +162,10 @@ def _load_initial(settings: Settings, say: Callable[[str], None]) -> Beginning:
         if training.lora_rank:
             raise InputError(ADAPTERS_NEED_WEIGHTS.format(training.lora_rank))
         return Beginning()
-    path, choice = find_weights(training.init_from)
+    try:
+        path, choice = find_weights(training.init_from)
+    except InputError as error:
+        raise InputError(f"init_from: {error}") from error
     if choice is not None:
         say(choice)
         training.init_from = str(path)  # what is recorded: a restart takes the same, whatever is the newest by then
@@ -211,7 +214,10 @@ def _load_reference(training: TrainingSettings, sha256: str, say: Callable[[str]
     if training.init_from is None:
         raise InputError(f"{lost}: give the weights that the run began with")
     _take_moved_source(training, say)
-    weights = load_weights(find_weights(training.init_from)[0]).state_dict
+    try:
+        weights = load_weights(find_weights(training.init_from)[0]).state_dict
+    except InputError as error:
+        raise InputError(f"{lost}: {error}; give the weights that the run began with") from error
     if (found := weights_sha256(weights)) != sha256:
         raise InputError(
             f"{lost}, but {training.init_from} holds other weights than the run began with (sha256 {sha256[:12]}… then,"

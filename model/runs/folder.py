@@ -2,10 +2,12 @@
 
 import contextlib
 import datetime
+import errno
 import itertools
 import math
 import re
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -119,6 +121,22 @@ def claim(out_dir: Path) -> FileLock:
         raise InputError(f"out_dir: cannot write to {out_dir} ({error.strerror})") from error
     remove_unfinished(out_dir)
     return lock
+
+
+def refuse_closed(out_dir: Path) -> None:
+    """Refuse a folder that certainly cannot be written, before anything takes time; it need not exist.
+
+    Raises:
+        InputError: naming it.
+    """
+    refuse_file("out_dir", out_dir)
+    there = next(path for path in (out_dir, *out_dir.absolute().parents) if path.is_dir())
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):  # others may be over when it is written
+            raise InputError(f"out_dir: cannot write to {out_dir} ({error.strerror})") from error
 
 
 def remove_unfinished(folder: Path) -> None:

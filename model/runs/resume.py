@@ -81,7 +81,8 @@ def _newest_whole(folder: Path, run: str | None) -> tuple[FoundCheckpoint | None
 
 
 def _none_whole(place: str | Path, passed_over: list[str]) -> InputError:
-    return InputError(f"no whole checkpoint in {place}: " + "; ".join(passed_over))
+    found = "; ".join(problem.removesuffix("; use an older file") for problem in passed_over)  # there is none
+    return InputError(f"no whole checkpoint in {place}: {found}; begin again without --resume")
 
 
 def find_checkpoint(training: TrainingSettings, say: Callable[[str], None]) -> FoundCheckpoint | None:

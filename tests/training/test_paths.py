@@ -10,7 +10,7 @@ import train
 from model import convert
 from model.errors import InputError, command_line
 from model.options import file_path
-from model.runs.folder import claim
+from model.runs.folder import claim, refuse_closed
 from model.runs.resume import check_fits
 from model.training.config_file import read_config
 from model.training.settings import FIELDS, Settings, build_settings
@@ -114,6 +114,18 @@ def test_a_file_in_the_place_of_out_dir_is_named(tmp_path):
         with pytest.raises(InputError, match="^out_dir: .*config.yaml is a file, a folder expected"):
             claim(out_dir)
     assert file.read_text() == ""
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_anything_is_made(tmp_path, monkeypatch):
+    def refused(dir):
+        assert dir == tmp_path
+        raise PermissionError(13, "Permission denied")
+
+    refuse_closed(tmp_path / "a" / "b")
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr("model.runs.folder.tempfile.TemporaryFile", refused)
+    with pytest.raises(InputError, match="^out_dir: cannot write to .*b .Permission denied.$"):
+        refuse_closed(tmp_path / "a" / "b")
 
 
 def test_a_missing_raw_file_names_its_setting(tmp_path):
