@@ -5,6 +5,7 @@ return ten billion numbers over a storage of four. So the archive's directory is
 """
 
 import os
+import re
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -22,6 +23,9 @@ TRAILER_BYTES = 81  # what our own files have after the archive
 HEADER_BYTES = 30  # a record's header, without its name
 END_BYTES = 22  # the record that ends an archive
 END_64_BYTES = 56 + 20  # the two records before it in an archive of 4 GB or more
+
+# torch lets a pickle make zeros of any length by this; the only way to name it that torch reads.
+MAKES_BYTES = re.compile(rb"c(?:builtins|__builtin__)\nbytearray\n")
 
 SAVE_AGAIN = "load it where it was made, and save its state_dict() with torch.save"
 KINDS = {  # other files that pass for weights, by their first bytes
@@ -66,7 +70,8 @@ def check_records(path: Path) -> None:
         start = _directory(file)
         with zipfile.ZipFile(file) as archive:
             records = archive.infolist()
-        if problem := _problem_of_records(records):
+            problem = _problem_of_records(records) or _problem_of_pickle(archive)
+        if problem:
             raise InputError(f"{path}: expected tensors and plain values only ({problem}); it is not loaded")
         end = 0
         for record in sorted(records, key=lambda record: record.header_offset):
@@ -77,6 +82,12 @@ def check_records(path: Path) -> None:
             end = record.header_offset + HEADER_BYTES + name + extra + record.file_size
         if end > start:
             raise zipfile.BadZipFile("its records are not where its directory says")
+
+
+def _problem_of_pickle(archive: zipfile.ZipFile) -> str | None:
+    """Why what describes the tensors could take any amount of memory; None if it cannot."""
+    pickled = next(name for name in archive.namelist() if name.partition("/")[2] == "data.pkl")
+    return "it names bytearray" if MAKES_BYTES.search(archive.read(pickled)) else None
 
 
 def _directory(file: BinaryIO) -> int:

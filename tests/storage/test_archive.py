@@ -98,6 +98,16 @@ def test_a_zip_bomb_is_refused_from_its_directory(tmp_path, method, expected):
     assert re.search(expected, line), line
 
 
+@pytest.mark.parametrize("module", [b"builtins", b"__builtin__"])
+def test_a_pickle_that_makes_bytes_out_of_nothing_is_refused(tmp_path, module):
+    path = tmp_path / "bomb.pth"
+    with zipfile.ZipFile(path, "w") as archive:  # {"a": bytearray(1_500_000_000)}
+        made = b"c" + module + b"\nbytearray\nJ" + struct.pack("<i", 1_500_000_000) + b"\x85R"
+        archive.writestr("bomb/data.pkl", b"\x80\x02}(X\x01\x00\x00\x00a" + made + b"u.")
+        archive.writestr("bomb/version", b"3\n")
+    assert "expected tensors and plain values only (it names bytearray)" in refusal(path)
+
+
 def test_a_directory_without_end_is_not_read(tmp_path):
     path = tmp_path / "a.pth"
     entry = b"PK\1\2" + bytes(42)
