@@ -67,7 +67,7 @@ def test_it_is_the_one_that_transformers_loads(folder):
         ("tokenizer_config.json", {"pad_token": "春"}),
         ("tokenizer_config.json", {"clean_up_tokenization_spaces": True}),
         ("special_tokens_map.json", {"cls_token": "春"}),
-        ("added_tokens.json", {"<new>": 6400}),
+        ("added_tokens.json", {"<s>": 1}),  # repeats it; another token is refused
         ("chat_template.jinja", {}),
     ],
 )
