@@ -358,7 +358,7 @@ RESUMED = {
     "everything": {"use_ema": "true", "dropout": 0.1, "accumulation_steps": 2, "optimizer_type": "adam"},
     "float16": {"dtype": "float16", "use_ema": "true"},
     "muon": {"optimizer_type": "muon", "lr_scheduler": "wsd", "dtype": "bfloat16"},
-    "documents": {"sample_start": "document", "document_mask": "true", "max_seq_len": 96, "batch_size": 80},
+    "documents": {"sample_start": "document", "document_mask": "true", "max_seq_len": 96, "batch_size": 40},
     "across epochs": {"batch_size": 200, "lr_scheduler": "linear", "early_stopping": "true", "patience": 3},
     "new entries of the registries": {"optimizer_type": "sgd", "lr_scheduler": "constant", "learning_rate": 0.1},
 }
