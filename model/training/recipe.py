@@ -129,20 +129,20 @@ def automatic_tokens_per_step(epoch_tokens: int, epochs: int, max_steps: int | N
     Fewer and larger steps learn less from as many tokens; more and smaller ones use the hardware badly. The best size
     grows with the run (McCandlish et al., 2018). With `max_steps` the run's tokens follow from the batch and can't
     decide its size: one epoch's tokens do, and a long run spreads its steps over one epoch. The least is LEAST_TOKENS,
-    or half of them where a run would have fewer than FEWEST_STEPS.
+    or half of them where a run without `max_steps` would have fewer than FEWEST_STEPS.
 
     Args:
         epoch_tokens: the training data's.
     """
+    least = LEAST_TOKENS
     if max_steps is None:
         tokens, why = epochs * epoch_tokens, f"for a run of {count_text(epochs * epoch_tokens)} tokens"
         wanted = tokens / STEPS_OF_A_RUN
+        least = LEAST_TOKENS if tokens >= FEWEST_STEPS * LEAST_TOKENS else LEAST_TOKENS // 2
     else:
-        tokens = epoch_tokens
         wanted = epoch_tokens / max(max_steps, STEPS_OF_A_RUN)
         why = f"for {counted(max_steps, 'step')} and an epoch of {count_text(epoch_tokens)} tokens"
     power = 2 ** round(math.log2(max(1, wanted)))
-    least = LEAST_TOKENS if tokens >= FEWEST_STEPS * LEAST_TOKENS else LEAST_TOKENS // 2
     return min(MOST_TOKENS, max(least, power)), why
 
 

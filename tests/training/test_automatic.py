@@ -45,7 +45,7 @@ def test_a_killed_run_of_auto_resumes_with_the_same_numbers_and_bits(flags, tmp_
         path.unlink()
     capfd.readouterr()
     assert train(flags(out_dir=killed, resume="true", **changes)).outcome == "finished"
-    assert "batch_size 64 (auto): as before" in capfd.readouterr().err
+    assert "batch_size 32 (auto): as before" in capfd.readouterr().err
     assert_same_end(tmp_path / "whole", killed, step=last)
     assert losses(tmp_path / "whole") == losses(killed)
 

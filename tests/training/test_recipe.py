@@ -66,7 +66,7 @@ def test_fewer_chats_are_read_more_often(kind, epoch_tokens, parameters, epochs)
     ("epoch_tokens", "epochs", "max_steps", "expected"),
     [
         (2_000_000, 1, None, 4096), (1_000_000, 2, None, 4096), (50_000_000, 1, None, 65536),
-        (10_000, 1, None, 1024), (200_000, 2, None, 1024), (205_000, 2, None, 2048), (200_000, 1, 1000, 1024),
+        (10_000, 1, None, 1024), (200_000, 2, None, 1024), (205_000, 2, None, 2048), (200_000, 1, 100, 2048),
         (10**12, 1, None, 524_288), (3_200_000, 15, 1600, 2048),
         (50_000_000, 1, 10, 65536),  # a run cut short takes the whole run's batch
     ],

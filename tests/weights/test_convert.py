@@ -396,7 +396,9 @@ def test_a_training_resumes_when_the_weights_are_gone(shop, tmp_path, here, name
         for part in ("model", "optimizer"):
             assert bits(found[part]) == bits(whole[part])
     code, _, error = here(train, *of_config, *flags(out_dir=tmp_path / "new"), "--resume")
-    assert code == 2 and [line for line in error.splitlines() if "error" in line] == [f"error: init_from: {source}: no such file"]
+    assert code == 2 and [line for line in error.splitlines() if "error" in line] == [
+        f"error: init_from: {source}: no such file"
+    ]
 
 
 def bits(content) -> object:
