@@ -17,7 +17,7 @@ import tempfile
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 
-from model.errors import InputError, OneLineError, command_line, elided, first_line, one_line, printable, shown
+from model.errors import InputError, OneLineError, command_line, elided, fault_text, one_line, printable, shown
 from model.options import accepted_types, file_path, from_text
 from model.requirements import missing_library
 
@@ -93,8 +93,7 @@ def print_error(error) -> None:
 
 def print_fault(error: Exception) -> None:
     """One line on an exception that nobody foresaw, with where it arose; the traceback goes into a temporary file."""
-    innermost = traceback.extract_tb(error.__traceback__)[-1]
-    line = f"{type(error).__name__}: {first_line(error)} (in {innermost.filename}:{innermost.lineno})"
+    line = fault_text(error)
     with contextlib.suppress(OSError):
         with tempfile.NamedTemporaryFile(
             "w", prefix="mateconv_", suffix=".txt", delete=False, encoding="utf-8", errors="replace"

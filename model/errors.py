@@ -4,6 +4,7 @@ import os
 import re
 import shlex
 import subprocess
+import traceback
 
 MOST_CHARACTERS = 60  # of a value that is wrong, in a message
 MOST_OF_WORD = 300  # of a word without spaces, such as a path
@@ -77,6 +78,16 @@ def _visible(match: re.Match) -> str:
 def first_line(error: BaseException) -> str:
     """What an exception says, on one line and cut where it is long; its kind where it says nothing."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def fault_text(error: BaseException, whose: str = "") -> str:
+    """'KeyError: 'a' (in model/x.py:12)': an exception that nobody foresaw, with where it arose.
+
+    Args:
+        whose: stands before the place, of a fault in another process.
+    """
+    innermost = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {first_line(error)} (in {whose}{innermost.filename}:{innermost.lineno})"
 
 
 def command_line(*words) -> str:

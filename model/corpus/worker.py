@@ -22,7 +22,7 @@ from model.corpus.opening import Source
 from model.corpus.part_file import Damaged, Part
 from model.corpus.part_maker import PartMaker, PartOptions
 from model.corpus.parts import Block, read_part
-from model.errors import InputError, first_line
+from model.errors import InputError, fault_text
 
 ROOT = Path(__file__).resolve().parents[2]
 ONE_THREAD = ("FASTOKENS_BPE_THREADS", "RAYON_NUM_THREADS", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")
@@ -207,6 +207,4 @@ def _told(error: Exception) -> Exception:
     """An exception as the parent can have it: what nobody foresaw with its traceback, which does not travel."""
     if isinstance(error, InputError | OSError | MemoryError | EOFError):
         return error
-    innermost = traceback.extract_tb(error.__traceback__)[-1]
-    first = f"{type(error).__name__}: {first_line(error)} (in a worker's {innermost.filename}:{innermost.lineno})"
-    return RuntimeError("\n".join([first, *traceback.format_exception(error)]))
+    return RuntimeError("\n".join([fault_text(error, "a worker's "), *traceback.format_exception(error)]))

@@ -40,12 +40,12 @@ class Prefixes:
         length = len(ids)
         if length < FEWEST:
             return
-        for number, text in self._texts.items():
-            if common(text.ids, ids) == length:
+        for number, text in list(self._texts.items()):
+            shared = common(text.ids, ids)
+            if shared == length:
                 return self._texts.move_to_end(number)
-        begun = [number for number, text in self._texts.items() if common(text.ids, ids) == len(text.ids)]
-        for number in begun:  # the earlier turns of the same chat
-            del self._texts[number]
+            if shared == len(text.ids):  # an earlier turn of the same chat
+                del self._texts[number]
         keys, values = (buffer[:, row, :, :length].clone() for buffer in (cache.keys, cache.values))
         self._number += 1
         self._texts[self._number] = _Kept(ids.copy(), keys, values)

@@ -23,6 +23,7 @@ from model.storage.files import TEMPORARY_SUFFIX, free_bytes, is_abandoned, repl
 from model.storage.part_names import PARTS, index_name, is_part, step_of_part
 from model.storage.parts import part_names
 from model.training.plan import RunSpace
+from model.weights.find import BEST, FINAL
 from model.weights.weights import saved_step
 
 INTERRUPTED = "checkpoint_interrupted.pth"
@@ -30,10 +31,9 @@ TIME_FORMAT = "%Y%m%dT%H%M%S"
 STARTED = "# started "  # the first line of out/config.yaml
 CHECKPOINTS = ("checkpoint_step_*.pth", INTERRUPTED, PARTS)
 COPIED_BESIDE = ("metrics.jsonl", *RUN_FILES)  # with each checkpoint that is copied (`copy_to`): the run's history
-BEST = "best_model.pth"
-WEIGHTS = ("pretrain_*.pth", "sft_*.pth", "dpo_*.pth", BEST)
+WEIGHTS = (*FINAL, BEST)
 RESULTS = (
-    *WEIGHTS, "pretrain_*.json", "sft_*.json", "dpo_*.json", "best_model.json",
+    *WEIGHTS, *(name.replace(".pth", ".json") for name in WEIGHTS),
     "metrics.jsonl", "curves.png", EVENT_FILES, *RUN_FILES, "status.json",
 )  # fmt: skip
 

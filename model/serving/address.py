@@ -4,14 +4,14 @@ import ipaddress
 import os
 import re
 import socket
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from model.errors import InputError, shown
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 WILDCARDS = ("0.0.0.0", "::")  # hosts that mean every address of this machine
-ANY_ADDRESS = "ADDRESS"  # among the names by which the server may be called
+ANY_ADDRESS = "any address"  # among the names by which the server may be called; no host has such a name
 BACKLOG = 2048  # connections that wait to be accepted
 KEY_VARIABLE = "MATECONV_API_KEY"
 
@@ -46,22 +46,24 @@ def is_address(host: str) -> bool:
     return True
 
 
-def names_of(host: str, allowed: Iterable[str], has_key: bool) -> tuple[str, ...]:
+def names_of(host: str, allowed: Sequence[str], has_key: bool) -> tuple[str, ...]:
     """The names by which a server at this host may be called, as `Limits` takes them. At every address of this machine
     without a key, only its own name and addresses: a page of the Internet can give its own name this machine's address.
 
     Raises:
         InputError: a name has a port or is a URL.
     """
-    for name in allowed:
-        if "/" in name or (":" in name.strip("[]") and not is_address(name.strip("[]"))):
-            raise InputError(f"allowed_host: {shown(name)} found, a name alone expected, without scheme and port; or *")
+    names = [name.strip("[]") for name in allowed]
+    for given, name in zip(allowed, names, strict=True):
+        if "/" in name or (":" in name and not is_address(name)):
+            raise InputError(
+                f"allowed_host: {shown(given)} found, a name alone expected, without scheme and port; or *"
+            )
     if host not in WILDCARDS:
         more = (host,)
     else:
-        more = ("*",) if has_key else (ANY_ADDRESS, socket.gethostname().lower(), f"{socket.gethostname()}.local")
-    named = (*LOOPBACK, *more, *(name.strip("[]") for name in allowed))
-    return tuple(name if name == ANY_ADDRESS else name.lower() for name in named)
+        more = ("*",) if has_key else (ANY_ADDRESS, socket.gethostname(), f"{socket.gethostname()}.local")
+    return tuple(name.lower() for name in (*LOOPBACK, *more, *names))
 
 
 def checked_origins(origins: Iterable[str]) -> tuple[str, ...]:

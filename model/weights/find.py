@@ -8,7 +8,7 @@ from model.weights.formats import FORMATS
 
 OUT_DIR = Path("out")  # where training writes by default
 FINAL = ("pretrain_*.pth", "sft_*.pth", "dpo_*.pth")  # of pre-training, of tuning on chats, on pairs of answers
-BEST, CHECKPOINTS = ("best_model.pth",), ("checkpoint_*.pth",)
+BEST, CHECKPOINTS = "best_model.pth", ("checkpoint_*.pth",)
 PREVIOUS = "previous"  # the folder within a run's folder that keeps what earlier runs left
 NAMED = 5  # files that a message lists at most
 
@@ -46,10 +46,10 @@ def newest_weights(folder: Path) -> tuple[Path, str] | None:
     under = f"under {folder.as_posix()}/"
     choices = (
         (_and_within(FINAL), f"the newest final weights {under}"),
-        (_and_within(BEST), f"no final weights ({' or '.join(FINAL)}) {under} yet"),
+        (_and_within((BEST,)), f"no final weights ({' or '.join(FINAL)}) {under} yet"),
         (_and_within(CHECKPOINTS), f"the newest checkpoint; no final or best weights {under} yet"),
         (_of_earlier_runs(FINAL), f"the newest of the earlier runs; no weights of a later one {under}"),
-        (_of_earlier_runs(BEST), f"the newest of the earlier runs; no weights of a later one {under}"),
+        (_of_earlier_runs((BEST,)), f"the newest of the earlier runs; no weights of a later one {under}"),
     )
     for patterns, reason in choices:
         if found := _newest_first(folder, patterns):
@@ -72,7 +72,7 @@ def _newest_first(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
 
 def _weights_near(path: Path) -> str:
     """The end of a message on a missing file: the weights in its folder."""
-    choices = (FINAL, BEST, CHECKPOINTS, _of_earlier_runs(FINAL), _of_earlier_runs(BEST))
+    choices = (FINAL, (BEST,), CHECKPOINTS, _of_earlier_runs(FINAL), _of_earlier_runs((BEST,)))
     found = [weights for patterns in choices for weights in _newest_first(path.parent, patterns)]
     if not found:
         return ""
