@@ -302,6 +302,9 @@ class Job:
             **statistics.summary(self.options.max_length, self.options.long_documents),
         }
         finish_files(folder, main, validation, common, processing, summary)
+        for name in statistics.sources_of_another_kind:
+            kind = self.options.format
+            self.say(f"warning: no line of {name} was kept: all inputs are read as one kind, {kind}")
         return summary
 
     def _nothing_made(self, folder: JobFolder, statistics: Statistics) -> None:
@@ -393,11 +396,6 @@ class Job:
         }
         count = sum(rejected.values())
         share = min(count / max(1, summary["lines"]), 1.0 if count == summary["lines"] else 0.99)
-        if len(self.sources) > 1:
-            for source in summary["sources"]:
-                if source["lines"] and not source["documents"]:
-                    kind = self.options.format
-                    self.say(f"warning: no line of {source['name']} was kept: all inputs are read as one kind, {kind}")
         if share >= WARNED_SHARE:
             reason, place, seen = self._most_rejected(rejected, rejects)
             self.say(

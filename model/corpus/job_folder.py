@@ -57,7 +57,8 @@ class JobFolder:
         if self._lock is None:
             return
         if kind is not None and not self.is_finished and not self.has_parts:  # a wrong flag leaves nothing to resume
-            self.clear()
+            with contextlib.suppress(OSError):  # what ended the job is told, not this
+                self.clear()
             self._leave()
         else:
             self._release()
@@ -70,8 +71,8 @@ class JobFolder:
         """Remove the folder, which is empty but for the lock. From the moment that the lock is gone another job may
         begin here: what it puts there stays."""
         lock = Path(self._lock.lock_file)
-        if os.name != "nt":  # there an open file cannot be removed
-            lock.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # Windows removes no open file
+            lock.unlink()
         self._release()
         with contextlib.suppress(OSError):
             if os.name == "nt":

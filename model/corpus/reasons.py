@@ -33,5 +33,6 @@ TEXT_REASONS = {
     "bad_row",
 }
 TEXT_REASONS -= {"no_chat", "no_pair", "bad_message"}
+OTHER_KIND = {"no_text", "no_chat", "no_pair"}  # an object, but not of what is read
 NAMES = list(REASONS)
 NUMBERS = {name: number for number, name in enumerate(NAMES)}

@@ -7,7 +7,7 @@ import numpy as np
 
 from model.corpus.chats import FORMS
 from model.corpus.cleaning import CHANGES
-from model.corpus.reasons import REASONS
+from model.corpus.reasons import OTHER_KIND, REASONS
 
 # Lower ends of the bins. Lengths: eight bins to each doubling from 8 on: 0, 1, 2 … 15, 16, 18, 20 … 2^30.
 LENGTHS = np.array([*range(8), *(eighth << power for power in range(27) for eighth in range(8, 16)), 1 << 30])
@@ -50,10 +50,17 @@ class Statistics:
         self.forms: Counter = Counter()  # chats by form, repeated ones too
         self._turns, self._questions, self._answers = Bins(LENGTHS), Bins(LENGTHS), Bins(LENGTHS)
         self._learned_shares = Bins(SHARES)
+        self._other_kind: Counter = Counter()  # lines by source that are of another kind than what is read
         self.sources = [
             {"name": name, "lines": 0, "documents": 0, "rejected": 0, "tokens": 0, "characters": 0}
             for name in source_names
         ]
+
+    @property
+    def sources_of_another_kind(self) -> list[str]:
+        """The names of sources all of whose lines are, such as texts where chats are read."""
+        rows = enumerate(self.sources)
+        return [row["name"] for source, row in rows if 0 < row["lines"] == self._other_kind[source]]
 
     @property
     def lines(self) -> int:
@@ -97,6 +104,7 @@ class Statistics:
         self.rejected.update(reasons)
         self.sources[source]["lines"] += len(reasons)
         self.sources[source]["rejected"] += len(reasons)
+        self._other_kind[source] += sum(reason in OTHER_KIND for reason in reasons)
 
     def add_written(self, source: int, documents: int, tokens: int, validation: bool, learned: int = 0) -> None:
         """Count what went into a file; `learned`: tokens of chats."""

@@ -456,6 +456,12 @@ def test_a_source_of_another_kind_is_named(tmp_path, tokenizer_folder, capsys):
     assert "warning: 99% of the lines were rejected" in said
 
 
+def test_a_source_that_repeats_another_is_of_no_other_kind(processor, tmp_path, capsys):
+    first, second = (write(tmp_path / name, b"".join(GOOD)) for name in ("a.jsonl", "b.jsonl"))
+    processor.process_dataset([first, second], tmp_path / "data.bin")
+    assert "was kept: all inputs are read as one kind" not in capsys.readouterr().err
+
+
 def test_a_file_in_another_encoding_is_skipped_beside_good_ones(tmp_path, capsys):
     folder = tmp_path / "in"
     folder.mkdir()
