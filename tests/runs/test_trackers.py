@@ -15,7 +15,7 @@ from model.runs.metrics import MetricsLog
 from model.runs.trackers import TRACKERS, kept_run_id
 from model.training.settings import FIELDS, build_settings
 from tests.conftest import ROOT
-from tests.tiny_runs import ONE_THREAD, command, events, python, run, train, wait_for
+from tests.tiny_runs import ONE_THREAD, command, events, mostly, python, run, train, wait_for
 
 FAKES = ROOT / "tests" / "fake_trackers"
 RUN_FILE = "wandb_run.json"
@@ -261,7 +261,7 @@ time.sleep(60)
 
 @pytest.mark.long
 @pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL as POSIX has it")
-@pytest.mark.parametrize("name", TRACKERS)
+@pytest.mark.parametrize("name", mostly(TRACKERS, ("swanlab", "trackio")))
 def test_the_next_session_sends_what_a_killed_tracker_lacks(tmp_path, said, fake_trackers, monkeypatch, name):
     monkeypatch.setattr("model.runs.tracker_process.CLOSE_SECONDS", 60)
     received = fake_trackers()

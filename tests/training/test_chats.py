@@ -24,6 +24,7 @@ from tests.tiny_runs import (
     events,
     exit_code_here,
     losses,
+    mostly,
     refused,
     train,
     two_ranks,
@@ -143,7 +144,7 @@ def options_of(case, token_file):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("case", RESUMED)
+@pytest.mark.parametrize("case", mostly(RESUMED, ("bfloat16, averaged",)))
 def test_a_killed_run_resumes_and_ends_with_the_same_bits(chat_flags, tmp_path, case, token_file, monkeypatch):
     monkeypatch.setenv("MATECONV_EMULATE_DTYPE", "1")
     assert_a_killed_run_resumes(chat_flags, tmp_path, "sft_32", **options_of(case, token_file))
@@ -156,7 +157,7 @@ def test_two_processes_resume_with_the_same_bits(chat_flags, tmp_path):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize("mixed", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_accumulation_and_two_processes_compute_what_one_batch_does(chat_flags, tmp_path, token_file, mixed):
     options = {"dtype": "float32"} | ({"mix_data_path": token_file, "mix_share": 0.3} if mixed else {})
     train(chat_flags(batch_size=8, out_dir=tmp_path / "one", **options))

@@ -102,7 +102,7 @@ def test_loads_are_measured():
     assert dense.measure(dense.counted().tolist()) == {} and dense.line() is None
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_the_balance_loss_and_the_bias_spread_the_tokens(flags, tmp_path):
     """From routers that send every token to the same two experts."""
     found = {}

@@ -318,7 +318,11 @@ trainer.processes.close()
 @pytest.mark.long
 @pytest.mark.parametrize(
     ("processes", "shard", "micro_batches"),
-    [pytest.param(2, "full", 1, marks=pytest.mark.slow), (2, "full", 2), (4, "hybrid", 2)],
+    [
+        pytest.param(2, "full", 1, marks=pytest.mark.slow),
+        (2, "full", 2),
+        pytest.param(4, "hybrid", 2, marks=pytest.mark.slow),
+    ],
 )
 def test_shared_weights_and_gradients_are_exchanged_in_as_many_bytes_as_were_said(
     flags, processes, shard, micro_batches, monkeypatch

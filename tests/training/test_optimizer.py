@@ -65,7 +65,9 @@ def test_muon_turns_matrices_into_nearly_orthogonal_ones(shape):
     assert 0.85 < diagonal.min() and diagonal.max() < 1.15
 
 
-@pytest.mark.parametrize("tail", [0.3, 0.1, 0.03])
+@pytest.mark.parametrize(
+    "tail", [pytest.param(0.3, marks=pytest.mark.slow), pytest.param(0.1, marks=pytest.mark.slow), 0.03]
+)
 @pytest.mark.parametrize("shape", [(192, 192), (512, 192), (96, 192)])
 def test_rounding_to_bfloat16_takes_no_singular_value_far_past_1(shape, tail):
     """One direction is far ahead of the others, as in real gradients: the polynomials meet a value at 1."""

@@ -29,6 +29,7 @@ from tests.tiny_runs import (
     assert_two_processes_resume,
     events,
     losses,
+    mostly,
     refused,
     train,
     two_ranks,
@@ -228,7 +229,7 @@ RESUMED = {
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("case", RESUMED)
+@pytest.mark.parametrize("case", mostly(RESUMED, ("bfloat16, averaged",)))
 def test_a_killed_run_resumes_and_ends_with_the_same_bits(pair_flags, tmp_path, case, monkeypatch):
     monkeypatch.setenv("MATECONV_EMULATE_DTYPE", "1")
 
