@@ -119,6 +119,8 @@ class Copier:
             return bool(self._waiting or self._copying)
 
     def _work(self) -> None:
+        if not self.folder.parent.is_dir():
+            self._say(f"copy_to: {self._missing()} Nothing is copied until it is there.")
         while True:
             with self._changed:
                 self._copying = {}
@@ -150,10 +152,13 @@ class Copier:
             self.longest = max(self.longest, time.monotonic() - begin)
             self._prune(self.folder / names[-1])
 
+    def _missing(self) -> str:
+        return f"there is no folder {self.folder.parent}; is the drive mounted?"
+
     def _prepare(self) -> None:
         """Make the folder this run's, once, and again where it has vanished."""
         if not self.folder.parent.is_dir():
-            raise InputError(f"there is no folder {self.folder.parent}; is the drive mounted?")
+            raise InputError(self._missing())
         self.folder.mkdir(exist_ok=True)
         if self._is_prepared and started_at(self.folder) == self._started:
             return

@@ -200,6 +200,14 @@ def test_a_folder_that_never_answers_holds_no_step_and_the_end_for_a_limited_tim
     assert_same_end(tmp_path / "whole", tmp_path / "out")
 
 
+def test_a_folder_that_is_not_there_is_told_as_the_run_begins(flags, tmp_path, capfd):
+    assert train(flags(copy_to=tmp_path / "drive" / "copy", max_steps=2)).outcome == "finished"
+    told = [line for line in capfd.readouterr().err.splitlines() if line.startswith("copy_to: ")]
+    missing = f"there is no folder {tmp_path / 'drive'}; is the drive mounted?"
+    assert told[0] == f"copy_to: {missing} Nothing is copied until it is there."
+    assert len(told) > 1 and "lacks" in told[-1]
+
+
 @pytest.mark.long
 @posix_only
 def test_a_full_disk_is_named_and_ends_no_run(flags, tmp_path):
