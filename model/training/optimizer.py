@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-BESIDE_MUON = 6.0  # times the learning rate: AdamW's for the embedding and the norms (benchmarks/RESULTS.md)
+BETAS = (0.9, 0.95)  # of Adam and AdamW
+# AdamW's beside Muon, for the embedding and the norms: times the learning rate, and betas (benchmarks/RESULTS.md).
+BESIDE_MUON, BETAS_BESIDE_MUON = 6.0, (0.6, 0.98)
 FIRST_MOMENTUM, MOMENTUM, MOMENTUM_STEPS = 0.85, 0.95, 300  # of Muon, in the first step and after this many
 
 
@@ -59,7 +61,7 @@ def adamw(parameters: Mapping, learning_rate: float, weight_decay: float, dtype:
     from torch.optim import AdamW
 
     groups = decay_groups(parameters, weight_decay)
-    return AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), eps=1e-8, fused=_can_be_fused(parameters))
+    return AdamW(groups, lr=learning_rate, betas=BETAS, eps=1e-8, fused=_can_be_fused(parameters))
 
 
 def adam(parameters: Mapping, learning_rate: float, weight_decay: float, dtype: "torch.dtype"):
@@ -67,7 +69,7 @@ def adam(parameters: Mapping, learning_rate: float, weight_decay: float, dtype: 
     from torch.optim import Adam
 
     groups = decay_groups(parameters, weight_decay)
-    return Adam(groups, lr=learning_rate, betas=(0.9, 0.95), eps=1e-8, fused=_can_be_fused(parameters))
+    return Adam(groups, lr=learning_rate, betas=BETAS, eps=1e-8, fused=_can_be_fused(parameters))
 
 
 def muon(parameters: Mapping, learning_rate: float, weight_decay: float, dtype: "torch.dtype"):
@@ -80,8 +82,10 @@ def muon(parameters: Mapping, learning_rate: float, weight_decay: float, dtype: 
     others = {name: p for name, p in parameters.items() if name not in hidden}
     groups = [{**group, "muon": True, "lr_scale": 1.0} for group in decay_groups(hidden, weight_decay)]
     for group in decay_groups(others, weight_decay):
-        scale = 1.0 if "router_rate" in group else BESIDE_MUON  # at 6 times the rate, routers forget some experts
-        groups.append({**group, "muon": False, "lr_scale": scale})
+        scale, betas = BESIDE_MUON, BETAS_BESIDE_MUON
+        if "router_rate" in group:  # at 6 times the rate, routers forget some experts
+            scale, betas = 1.0, BETAS
+        groups.append({**group, "muon": False, "lr_scale": scale, "betas": betas})
     dtype = torch.float32 if dtype == torch.float16 else dtype
     return Muon(groups, lr=learning_rate, dtype=dtype, fused=_can_be_fused(parameters))
 
