@@ -765,7 +765,7 @@ def test_a_job_that_was_stopped_resumes_and_ends_with_the_same_bytes(tmp_path, m
     assert {path.name for path in (tmp_path / "whole").iterdir()} >= {"data.learn", "data.val.learn"}
 
 
-@pytest.mark.long
+@pytest.mark.slow  # as texts do, in test_data_resume.py
 def test_several_workers_and_processes_give_the_same_bytes(tmp_path):
     path = write(tmp_path / "a.jsonl", many(3000))
     process(path, tmp_path / "one" / "data.bin", **SMALL)

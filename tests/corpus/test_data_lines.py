@@ -15,7 +15,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from model.corpus.inspection import has_only_carriage_returns, is_array
+from model.corpus.inspection import PARQUET, has_only_carriage_returns, is_array, packing_of
 from model.corpus.opening import HEAD_BYTES
 from model.errors import InputError
 from optimized_data_processing import OptimizedDataProcessor
@@ -128,7 +128,8 @@ def separated(content: bytes) -> bytes:
 
 
 def check_file(content: bytes, tokenizer_folder, *paces: dict) -> None:
-    if is_array(content[:HEAD_BYTES]) or has_only_carriage_returns(content[:HEAD_BYTES]):
+    head = content[:HEAD_BYTES]
+    if is_array(head) or has_only_carriage_returns(head) or head.startswith(PARQUET) or packing_of("", head):
         return  # not JSONL
     lines = expected_lines(separated(content))
     texts = [line.text for line in lines if line.text]

@@ -217,6 +217,7 @@ def test_validation_data_and_early_stopping_in_the_config_file(quick, home):
     assert "held out" not in result.stderr and "validation loss" in result.stderr
 
 
+@pytest.mark.slow  # tests/runs/test_trackers.py keeps wandb offline, too
 def test_wandb_that_cannot_be_reached_is_kept_offline(quick, home):
     command = """python train.py \\
     --config config.yaml \\

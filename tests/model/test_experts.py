@@ -124,8 +124,8 @@ def test_both_ways_and_checkpointing_give_the_same_bits(kind, bfloat16):
         assert torch.equal(model.routing, routed)  # counted once, not when computed again
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("way", [pytest.param("loop", marks=pytest.mark.slow), "grouped"])
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["loop", "grouped"])
 def test_it_compiles_into_one_graph(way):
     model = use(model_of(expert_bias=True, n_shared_experts=1), way).train()
     model.balance_loss = 0.1

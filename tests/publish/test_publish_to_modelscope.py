@@ -115,7 +115,7 @@ def test_a_hub_that_refuses_is_one_line_and_nothing_is_made(hub, interpreter, lo
         ("broken", " broke ("),
         ("full", "answers with an error ([413] no space"),
         ("locked", "forbids it (403)"),
-        ("mute", " broke (Request timed out: "),
+        pytest.param("mute", " broke (Request timed out: ", marks=pytest.mark.slow),
     ],
 )
 def test_an_upload_that_fails_says_why_in_one_line(hub, interpreter, log_in, run_folder, name, message):

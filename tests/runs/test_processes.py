@@ -182,7 +182,7 @@ for number in range(STEPS):
     [
         (60, "0.1 if rank == 1 else 0.01", "rank 1 on node-b is slow: it works 0.1 s in each step, the others 0.01"),
         (31, "8 if (rank, number) == (1, 30) else 0.01", "the others wait for rank 1 on node-b (the gradients"),
-        (31, "8 if number == 30 else 0.01", None),
+        pytest.param(31, "8 if number == 30 else 0.01", None, marks=pytest.mark.slow),
         (60, "0.1", None),
     ],
     ids=["a rank that always lags", "a rank that lags once", "a step that all take", "equal ranks"],

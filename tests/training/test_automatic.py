@@ -35,6 +35,7 @@ def test_auto_ends_with_the_same_bits_as_its_numbers_given(flags, tmp_path):
     assert_same_end(tmp_path / "auto", tmp_path / "given")
 
 
+@pytest.mark.slow
 def test_a_killed_run_of_auto_resumes_with_the_same_numbers_and_bits(flags, tmp_path, capfd):
     changes = {**ALL_AUTO, "max_steps": None}
     whole = train(flags(out_dir=tmp_path / "whole", **changes))

@@ -32,14 +32,7 @@ CASES = {
     "lora": {"lora_rank": 4},
     "epochs": {"max_steps": None, "epochs": 8, "batch_size": 150, "log_interval": 3, "dtype": "float32"},
 }
-SLOW = (
-    "adam",
-    "adamw, average, accumulation",
-    "documents",
-    "epochs",
-    "experts, bias",
-    "lora",
-)  # the others have what a step can have, one by one
+SLOW = {*CASES} - {"muon"}  # which has what a step can have; the tests of resuming have accumulation
 
 
 @pytest.fixture
