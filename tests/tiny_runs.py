@@ -32,7 +32,7 @@ HUNG = 600  # seconds after which a process counts as hung, on a busy machine to
 # ---------------------------------------------------------------------------------------------------------- running it
 
 
-def mostly(cases: Iterable[str], slow: Container[str]) -> list:
+def mostly(cases: Iterable, slow: Container) -> list:
     """The cases as a test's parameters, of which some are marked slow."""
     return [pytest.param(name, marks=pytest.mark.slow) if name in slow else name for name in cases]
 

@@ -4,6 +4,7 @@ A thread copies the newest whole checkpoint, with what a resumed run needs besid
 reaches the training: each is a line, and the next save tries again.
 """
 
+import contextlib
 import hashlib
 import io
 import threading
@@ -119,8 +120,9 @@ class Copier:
             return bool(self._waiting or self._copying)
 
     def _work(self) -> None:
-        if not self.folder.parent.is_dir():
-            self._say(f"copy_to: {self._missing()} Nothing is copied until it is there.")
+        with contextlib.suppress(OSError):  # a mount that is broken: the first copy says how
+            if missing := self._missing():
+                self._say(f"copy_to: {missing} Nothing is copied until it is there.")
         while True:
             with self._changed:
                 self._copying = {}
@@ -152,13 +154,14 @@ class Copier:
             self.longest = max(self.longest, time.monotonic() - begin)
             self._prune(self.folder / names[-1])
 
-    def _missing(self) -> str:
-        return f"there is no folder {self.folder.parent}; is the drive mounted?"
+    def _missing(self) -> str | None:
+        parent = self.folder.parent
+        return None if parent.is_dir() else f"there is no folder {parent}; is the drive mounted?"
 
     def _prepare(self) -> None:
         """Make the folder this run's, once, and again where it has vanished."""
-        if not self.folder.parent.is_dir():
-            raise InputError(self._missing())
+        if missing := self._missing():
+            raise InputError(missing)
         self.folder.mkdir(exist_ok=True)
         if self._is_prepared and started_at(self.folder) == self._started:
             return

@@ -208,6 +208,14 @@ def test_a_folder_that_is_not_there_is_told_as_the_run_begins(flags, tmp_path, c
     assert len(told) > 1 and "lacks" in told[-1]
 
 
+@posix_only
+def test_a_folder_that_cannot_be_looked_at_is_told_by_each_copy_and_ends_no_run(flags, tmp_path, capfd):
+    copy = tmp_path / ("x" * 300) / "copy"  # no file system takes the name: an OSError, as of a broken mount
+    assert train(flags(copy_to=copy, max_steps=2)).outcome == "finished"
+    told = [line for line in capfd.readouterr().err.splitlines() if line.startswith("copy_to: ")]
+    assert "is not copied: [Errno" in told[0] and "lacks" in told[-1]
+
+
 @pytest.mark.long
 @posix_only
 def test_a_full_disk_is_named_and_ends_no_run(flags, tmp_path):

@@ -265,7 +265,7 @@ def looking(tmp_path_factory):
 @given(several=st.lists(chats(), min_size=1, max_size=3))
 @example(several=[(("user", "你好"), ("assistant", "a")), (("user", "a"), ("assistant", "a")), PROBES[0], PROBES[1]])
 @example(several=[(("user", content), ("assistant", "b")) for content in ("1", "是", "ba", "A", "b。", "23", "b a")])
-@settings(max_examples=3, deadline=None, suppress_health_check=[*HealthCheck])
+@settings(max_examples=5, deadline=None, suppress_health_check=[*HealthCheck])
 def test_a_template_that_looks_into_contents_is_rendered_or_its_constants_are_known(looking, several):
     for name, (chat_format, ways) in looking.items():
         note(name)
