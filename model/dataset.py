@@ -20,7 +20,7 @@ from model.loss import IGNORE_INDEX
 from model.token_file.chats import Chats, read_chats
 from model.token_file.manifest import ends_path, learn_path, manifest_path, read_manifest
 from model.token_file.packing import find_documents, pack_documents
-from model.token_file.token_layout import find_layout
+from model.token_file.token_layout import find_layout, refuse_shortened
 
 BLOCK_BYTES = 16 << 20
 
@@ -135,8 +135,19 @@ class PretrainDataset:
     def __len__(self) -> int:
         return (len(self.tokens) - 1) // self.seq_len if self.packing is None else len(self.packing.targets)
 
+    def refuse_shortened(self) -> None:
+        """Refuse to read files that were shortened after they were opened; see `refuse_shortened`."""
+        refuse_shortened(self.path, self.tokens)
+        if self.chats is not None:
+            refuse_shortened(learn_path(self.path), self.chats.learned)
+
     def token_arrays(self) -> list[np.ndarray]:
-        """The ids of each file that this dataset is made of: this one's, mapped into memory."""
+        """The ids of each file that this dataset is made of: this one's, mapped into memory.
+
+        Raises:
+            InputError: the file was shortened after it was opened.
+        """
+        self.refuse_shortened()
         return [self.tokens]
 
     def count_targets(self, samples: np.ndarray) -> int:
@@ -204,8 +215,9 @@ class PretrainDataset:
         has the same shape. The last token of a run has no target, nor has one of a chat that precedes an unlearned one.
 
         Raises:
-            InputError: an id that the model has no embedding for.
+            InputError: an id that the model has no embedding for, or the file was shortened after it was opened.
         """
+        self.refuse_shortened()
         inputs = torch.zeros(rows, self.seq_len, dtype=torch.int64)
         targets = torch.full((rows, self.seq_len), IGNORE_INDEX, dtype=torch.int64)
         for row, sample in enumerate(samples):

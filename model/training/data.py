@@ -403,6 +403,7 @@ class TrainingData:
         chats = np.arange(len(self.val.chats)) if self.val is not self._trained else self.val.held_out_chats
         if len(chats) > most:
             chats = chats[np.linspace(0, len(chats) - 1, most).astype(np.int64)]
+        self.val.refuse_shortened()
         return self.val.chats.turns(self.val.tokens, self.val.chats.chosen(chats))
 
     def contains(self, text: str) -> bool:

@@ -206,6 +206,26 @@ def resident(data, sample) -> bool:
     return all(page & 1 for page in pages)
 
 
+@pytest.mark.parametrize("write", [write_tokens, write_llm_c], ids=["plain", "with a header"])
+def test_a_file_that_is_shortened_while_it_is_open_is_one_clear_line(tmp_path, write):
+    """By two bytes here, which leave its last page: then the map reads zeros. Without the page it is a bus error."""
+    data = PretrainDataset(write(tmp_path / "a.bin", range(41)), seq_len=8, vocab_size=100)
+    size = os.path.getsize(data.path)
+    os.truncate(data.path, size - 2)
+    for read in (lambda: data.batch(np.arange(1), rows=1), data.token_arrays):
+        with pytest.raises(InputError, match=f"a.bin: {size - 2:,} bytes found, {size:,} when it was opened") as raised:
+            read()
+        assert "\n" not in str(raised.value)
+    os.truncate(data.path, size + 2)
+    data.batch(np.arange(1), rows=1)
+
+
+def test_a_file_that_is_replaced_while_it_is_open_is_read_as_it_was(tmp_path):
+    data = PretrainDataset(write_tokens(tmp_path / "a.bin", range(41)), seq_len=8, vocab_size=100)
+    write_tokens(tmp_path / "b.bin", range(4)).replace(data.path)
+    assert data.batch(np.arange(1), rows=1)[0].tolist() == [[*range(8)]]
+
+
 @pytest.mark.parametrize(
     ("changes", "cut", "match"),
     [

@@ -1,8 +1,17 @@
-"""What train.py says of the token file that it is given."""
+"""What train.py says of the token file that it is given, and of one that changes while it trains."""
+
+import os
+import shutil
+
+import pytest
 
 import train
+from model.token_file.manifest import learn_path, manifest_path
 from model.training.settings import Settings
+from tests import forks
+from tests.chat_files import CHATS, write_chats
 from tests.conftest import corpus_lines
+from tests.tiny_runs import HUNG, ONE_THREAD, command, exit_code_here, mostly, wait_for
 
 
 def test_an_existing_token_file_says_what_it_was_made_from(tmp_path, capsys):
@@ -26,3 +35,33 @@ def test_an_existing_token_file_says_what_it_was_made_from(tmp_path, capsys):
     train.prepare_data_if_missing(settings)
     message = capsys.readouterr().err
     assert "mine.jsonl is not read, since" in message and "was made from other data" in message
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows shortens no file that is mapped")
+@pytest.mark.parametrize("kind", mostly(["texts", "chats"], slow=["chats"]))
+def test_a_token_file_shortened_in_place_ends_the_run_in_one_line_and_a_restored_one_resumes_it(
+    kind, flags, tmp_path, token_file, tokenizer_folder, capfd
+):
+    path = tmp_path / "mine.bin"
+    if kind == "chats":
+        write_chats(path, CHATS, tokenizer_folder)
+        given, shortened = flags(train_data_path=path, max_seq_len=96, max_steps=5000), learn_path(path)
+    else:
+        shutil.copy(token_file, path)
+        shutil.copy(manifest_path(token_file), manifest_path(path))
+        given, shortened = flags(train_data_path=path, max_steps=5000), path
+    whole = shortened.read_bytes()
+    process = forks.Popen(command(given), stderr=-1, stdout=-1, encoding="utf-8", env=ONE_THREAD)
+    wait_for((tmp_path / "out" / "checkpoint_step_4.pth").exists, process)
+    os.truncate(shortened, 0)  # of which no page is left
+    _, said = process.communicate(timeout=HUNG)
+    lines = [line for line in said.splitlines() if line.startswith("error:")]
+    expected = f"error: {shortened}: 0 bytes found, {len(whole):,} when it was opened: another program shortened it"
+    assert process.returncode == 2 and len(lines) == 1 and lines[0].startswith(expected), said
+    assert "Traceback" not in said
+    saved = max(int(file.stem.split("_")[-1]) for file in (tmp_path / "out").glob("checkpoint_step_*.pth"))
+    assert saved >= 4
+
+    shortened.write_bytes(whole)
+    assert exit_code_here(given | {"max_steps": str(saved + 2)}, "--resume") == 0
+    assert f"checkpoint_step_{saved}.pth at step {saved}" in capfd.readouterr().err
