@@ -65,7 +65,8 @@ class CleaningOptions:
     )
 
 
-# A text with more levels of HTML inside HTML (`&amp;amp;lt;` has three) than this was not written by anyone.
+# Text that was escaped again and again (`&amp;amp;lt;`) takes one pass, whatever its depth. What takes more than this
+# many, as tags within tags do (`<<b>b>`), was not written by anyone.
 MAX_PASSES = 10
 
 # The characters of CONTROL except \v \f \x85, which are newlines if white space is tidied. The zero-width joiners
@@ -138,17 +139,16 @@ class Cleaner:
 
     def _change(self, text: str) -> tuple[str, int]:
         mask = 0
-        # One change can call for another: &amp;nbsp; holds an entity that holds a space, and removing a zero-width
-        # space can bring a letter and its accent together. Only HTML nests without end, so after MAX_PASSES its
-        # brackets go, and nothing is left that needs more than one pass, or two.
+        # One change can call for another: &nbsp; holds a space that becomes a plain one, and removing a zero-width
+        # space can bring a letter and its accent together. Only HTML nests without end, so after MAX_PASSES a space
+        # breaks what is left of it, and nothing needs more than one pass, or two.
         for number in itertools.count(1):
             text, changes = self._pass(text)
             mask |= changes
             if not changes & ~WHITESPACE:  # tidying never makes other changes necessary
                 return text, mask
             if number == MAX_PASSES:
-                text = text.replace("&", "").replace("<", "").strip()
-                mask |= HTML
+                text, mask = _MARKUP.sub(r"\g<0> ", text), mask | HTML
 
     def _suspicious(self, texts: Sequence[str]) -> set[int]:
         """Indices of the texts, stripped ones, that hold something that a change looks for; `_change` would return the
@@ -234,6 +234,7 @@ def _is_noncharacter(code: int) -> bool:
 _IDENTIFIERS = frozenset("cap cup empty exist image lang part prod rang real sub sum sup".split())
 _NAMES = {name: chr(code) for name, code in html.entities.name2codepoint.items() if name not in _IDENTIFIERS}
 _NAMES |= {"apos": "'", "AMP": "&", "LT": "<", "GT": ">", "QUOT": '"'}
+_AMPERSANDS = re.compile(r"&(?:(?:amp|AMP|#0{0,5}38|#[xX]0{0,4}26);)+")  # &amp;amp; … is escaped several times
 _ENTITY = re.compile(r"&(?:([A-Za-z][A-Za-z0-9]{1,7})|#([0-9]{1,7})|#[xX]([0-9A-Fa-f]{1,6}));")
 _ATTRIBUTE = r"""\s+[\w:-]+\s*=\s*(?:"[^"<>]*"|'[^'<>]*'|[^\s"'<>]+)"""
 _LINE_BREAK = re.compile(rf"<(?:[bB][rR]|/?p)(?:{_ATTRIBUTE})*\s*/?>")  # <P> is more often a type than a paragraph
@@ -246,6 +247,7 @@ _ENCLOSED = [
     )
 ]
 _TAG = re.compile(r"</?([A-Za-z][A-Za-z0-9]*)([\s/][^<>]*)?>|<(?:!doctype\b|\?xml\b)[^<>]*>", re.IGNORECASE)
+_MARKUP = re.compile("&(?=#?[a-z0-9]{1,8};)|<(?=[a-z/!?])", re.IGNORECASE)  # where any of these patterns can match
 _BLOCK_TAGS = frozenset(
     "address article aside blockquote body br caption center dd details dialog div dl dt fieldset figcaption figure "
     "footer form h1 h2 h3 h4 h5 h6 head header hr html legend li main menu nav ol option p pre section select "
@@ -261,7 +263,7 @@ _INLINE_TAGS = frozenset(
 
 def _decode_entities(text: str) -> str:
     if "&" in text:
-        text = _ENTITY.sub(_decode_entity, text)
+        text = _ENTITY.sub(_decode_entity, _AMPERSANDS.sub("&", text))
     return _LINE_BREAK.sub("\n", text) if "<" in text else text
 
 
