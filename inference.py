@@ -38,6 +38,8 @@ from model.generation.judging import is_exact, judge_answers, judged_text
 from model.options import options_of, text_flag
 from model.serving.address import bound_socket, checked_origins, names_of, read_key
 from model.storage.files import refuse_overwriting, refuse_overwriting_inputs
+from model.storage.newest_weights import refuse_missing
+from model.text.tokenization import tokenizer_file
 
 if TYPE_CHECKING:
     from optimized_inference import TextGenerator  # imports torch
@@ -72,6 +74,9 @@ def main() -> int:
         refuse_overwriting_inputs({"output_file": arguments.output_file}, [path for path in inputs if path])
         if not arguments.resume:
             refuse_overwriting("output_file", arguments.output_file, "--resume continues it; or give another path")
+    refuse_missing(arguments.model_path)
+    if arguments.tokenizer_path is not None:
+        tokenizer_file(arguments.tokenizer_path)
     key, listening = None, None
     if arguments.serve:
         key = read_key(arguments.api_key_file)

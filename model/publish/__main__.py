@@ -23,8 +23,9 @@ from model.hubs.modelscope import ModelScope
 from model.publish.card import Publication, license_of, model_card
 from model.publish.history import History, read_history
 from model.storage.files import check_is_new, size_text
+from model.storage.newest_weights import newest_weights
 from model.weights import load_weights
-from model.weights.find import find_weights, newest_weights
+from model.weights.find import find_weights
 from model.weights.tokenizer_copy import check_links
 from model.weights.transformers_folder import is_transformers
 

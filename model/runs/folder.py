@@ -20,10 +20,10 @@ from model.runs.event_file import EVENT_FILES
 from model.runs.trackers import RUN_FILES
 from model.storage.archive import DAMAGE, digest_is_right
 from model.storage.files import TEMPORARY_SUFFIX, free_bytes, is_abandoned, replacing, size_text
+from model.storage.newest_weights import BEST, FINAL
 from model.storage.part_names import PARTS, index_name, is_part, step_of_part
 from model.storage.parts import part_names
 from model.training.plan import RunSpace
-from model.weights.find import BEST, FINAL
 from model.weights.weights import saved_step
 
 INTERRUPTED = "checkpoint_interrupted.pth"

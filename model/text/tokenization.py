@@ -63,7 +63,7 @@ def load_tokenizer(path: str | Path | None = None):
     Raises:
         InputError: the folder is missing, its `tokenizer.json` is missing or damaged, or it names no eos token.
     """
-    folder = _tokenizer_file(path).parent
+    folder = tokenizer_file(path).parent
     config = _read_config(folder)
 
     from transformers import PreTrainedTokenizerFast  # slow to import: only where a tokenizer is used
@@ -90,7 +90,7 @@ def open_tokenizer(path: str | Path | None = None):
     Raises:
         InputError: as `load_tokenizer`.
     """
-    return _plain_tokenizer(_tokenizer_file(path).parent) or load_tokenizer(path)
+    return _plain_tokenizer(tokenizer_file(path).parent) or load_tokenizer(path)
 
 
 def _plain_tokenizer(folder: Path) -> PlainTokenizer | None:
@@ -207,7 +207,7 @@ def named_template(path: str | Path | None = None) -> str | None:
 
     Imports no transformers, unlike `load_tokenizer(path).chat_template`.
     """
-    folder = _tokenizer_file(path).parent
+    folder = tokenizer_file(path).parent
     if (folder / "chat_template.jinja").exists() or (folder / "additional_chat_templates").exists():
         return None
     template = _read_config(folder).get("chat_template")
@@ -222,7 +222,7 @@ def load_bulk_tokenizer(path: str | Path | None = None) -> BulkTokenizer:
     Raises:
         InputError: as `load_tokenizer`.
     """
-    file = _tokenizer_file(path)
+    file = tokenizer_file(path)
     config = _read_config(file.parent)
     plain = config.get("tokenizer_class") in ("PreTrainedTokenizerFast", "TokenizersBackend")
     names = [config.get("bos_token"), config.get("eos_token")]
@@ -249,7 +249,7 @@ def tokenizer_sha256(path: str | Path | None = None) -> str:
     Raises:
         InputError: the folder is missing or holds no `tokenizer.json`.
     """
-    return hashlib.sha256(_tokenizer_file(path).read_bytes()).hexdigest()
+    return hashlib.sha256(tokenizer_file(path).read_bytes()).hexdigest()
 
 
 def tokenizer_folder(path: str | Path | None = None) -> Path:
@@ -262,7 +262,12 @@ def tokenizer_folder(path: str | Path | None = None) -> Path:
     return unpacked_tokenizer(folder) if folder.is_file() and is_gguf(folder) else folder
 
 
-def _tokenizer_file(path: str | Path | None) -> Path:
+def tokenizer_file(path: str | Path | None) -> Path:
+    """The `tokenizer.json` of a tokenizer, as `tokenizer_folder` finds it.
+
+    Raises:
+        InputError: the folder is missing or holds none; or as `tokenizer_folder`.
+    """
     folder = tokenizer_folder(path)
     if not folder.is_dir():
         raise InputError(f"tokenizer_path: no folder {folder}; give the folder where its tokenizer.json is now")

@@ -28,7 +28,7 @@ from optimized_inference import GenerationConfig, TextGenerator, load_generator
 from tests import forks
 from tests.conftest import CHAT_TEMPLATE, ROOT, random_model
 from tests.generation.endless_compiler import endless_compiler, is_over
-from tests.tiny_runs import HUNG, wait_for
+from tests.tiny_runs import HUNG, python, wait_for
 
 PROMPTS = ["中国", "长江、黄河", "你好，好久不见，这是一个长得多的提示", "", "x"]
 GREEDY = GenerationConfig(do_sample=False, max_new_tokens=30)
@@ -812,6 +812,29 @@ def test_bad_lines_of_a_file_to_score_are_skipped_and_counted(
     first, second, third, total = (line for line in said.err.splitlines() if line.startswith("score_file:"))
     assert "line 2 of a.jsonl is skipped: bad_json" in first and "line 4" in second and "line 5" in third
     assert total == "score_file: 3 of 5 lines skipped: bad_json 1, no_text 1, bad_utf8 1"
+
+
+def test_a_missing_path_is_said_before_torch_is_loaded(tmp_path):
+    code = f"""
+import json, os, sys
+import inference
+from model.errors import InputError
+
+sys.path.insert(0, os.getcwd())
+os.chdir({str(tmp_path)!r})
+said = []
+for flags in (["--model_path", "none.pth"], [], ["--model_path", ".", "--tokenizer_path", "none"]):
+    sys.argv = ["inference.py", "--prompt", "a", *flags]
+    try:
+        inference.main()
+    except InputError as error:
+        said.append(str(error))
+print(json.dumps([said, "torch" in sys.modules]))
+"""
+    said, has_torch = python(code)
+    expected = ["none.pth: no such file", "no weights under out/: train first", "tokenizer_path: no folder none"]
+    assert not has_torch
+    assert len(said) == 3 and all(map(str.startswith, said, expected)), said
 
 
 @pytest.mark.long
