@@ -48,20 +48,6 @@ def load_checkpoint(path: Path) -> dict:
     return content
 
 
-def newest_checkpoint(out_dir: Path) -> tuple[Path, dict, list[str]] | None:
-    """The whole checkpoint with the most steps: (path, content, what was wrong with those passed over).
-
-    Raises:
-        InputError: there are checkpoints, and none of them can be read.
-    """
-    found, passed_over = _newest_whole(out_dir, started_at(out_dir))
-    if found is not None:
-        return *found, passed_over
-    if passed_over:
-        raise _none_whole(out_dir, passed_over)
-    return None
-
-
 def _newest_whole(folder: Path, run: str | None) -> tuple[FoundCheckpoint | None, list[str]]:
     """The whole checkpoint with the most steps, and what was wrong with those passed over.
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from tests.reliability.harness import Counts, Data, finish, last_line, make_data, run_cases, start
-from tests.reliability.states import copy_run, fingerprint
+from tests.reliability.states import copy_run, fingerprint, resumed_from
 
 TITLE = "Damaged checkpoints are refused"
 FLAGS = {"dtype": "float16", "use_ema": "true"}
@@ -111,7 +111,7 @@ class Bench:
     def problems(self, loads: bool = False, resume: bool = True) -> list[str]:
         """What is wrong with how the damaged file is refused."""
         from model.errors import InputError
-        from model.runs.resume import load_checkpoint, newest_checkpoint
+        from model.runs.resume import load_checkpoint
 
         problems = []
         try:
@@ -120,9 +120,9 @@ class Bench:
         except InputError as error:
             problems += one_line_problems(str(error))
         if resume:
-            path, _, passed_over = newest_checkpoint(self.folder)
-            if path.name != OLDER or len(passed_over) != 1:
-                problems.append(f"resume took {path.name}, and passed over {len(passed_over)}")
+            found, passed_over = resumed_from(self.folder)
+            if found.path.name != OLDER or len(passed_over) != 1:
+                problems.append(f"resume took {found.path.name}, and passed over {len(passed_over)}")
             else:
                 problems += one_line_problems(passed_over[0])
         return problems

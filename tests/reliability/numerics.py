@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.reliability.harness import Counts, Data, Job, last_line, make_data, run_cases, start
-from tests.reliability.states import events
+from tests.reliability.states import events, resumed_from
 
 TITLE = "Numbers that are not finite, and spikes"
 MODULE = "tests.reliability.numerics"
@@ -176,10 +176,8 @@ def status_problems(out: Path, code: int) -> list[str]:
 
 def resume_problems(out: Path) -> list[str]:
     """Whether there is a checkpoint to go on from."""
-    from model.runs.resume import newest_checkpoint
-
-    found = newest_checkpoint(out)
-    return [] if found is not None and not found[2] else ["no whole checkpoint is there"]
+    found, passed_over = resumed_from(out)
+    return [] if found is not None and not passed_over else ["no whole checkpoint is there"]
 
 
 def skipped_problems(job: Job, out: Path, case: Case, total_steps: int) -> list[str]:

@@ -17,7 +17,7 @@ from pathlib import Path
 from tests.reliability.disks import contents, limit_files
 from tests.reliability.harness import Counts, Data, finish, last_line, make_data, run_cases, start
 from tests.reliability.job_kills import compare, kill_and_resume, resume_problems
-from tests.reliability.states import copy_run, hash_of, left_lying, state_of
+from tests.reliability.states import copy_run, hash_of, left_lying, resumed_from, state_of
 
 TITLE = "Checkpoints that all processes write"
 MODULE = "tests.reliability.part_saves"
@@ -229,16 +229,14 @@ def _flipped(content: bytes, position: int, bit: int) -> bytes:
 
 def _damaged(part: Path, damaged: bytes | None) -> list[str]:
     """Put other bytes in a part's place: `--resume` must take the older checkpoint, and say why."""
-    from model.runs.resume import newest_checkpoint
-
     kept = part.read_bytes()
     try:
         part.unlink() if damaged is None else part.write_bytes(damaged)
-        path, _, passed_over = newest_checkpoint(part.parent)
+        found, passed_over = resumed_from(part.parent)
     finally:
         part.write_bytes(kept)
-    if path.name != NEXT or len(passed_over) != 1:
-        return [f"resume took {path.name}, and passed over {len(passed_over)}"]
+    if found.path.name != NEXT or len(passed_over) != 1:
+        return [f"resume took {found.path.name}, and passed over {len(passed_over)}"]
     is_one_line = "\n" not in passed_over[0] and part.name in passed_over[0]
     return [] if is_one_line else [f"the line does not name the file: {passed_over[0]}"]
 

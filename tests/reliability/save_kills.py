@@ -12,9 +12,8 @@ import time
 from pathlib import Path
 
 from model.runs.folder import checkpoints_by_step, claim
-from model.runs.resume import newest_checkpoint
 from tests.reliability.harness import Counts, Data, finish, last_line, make_data, run_cases, start
-from tests.reliability.states import differences
+from tests.reliability.states import differences, resumed_from
 
 KEEP_LAST = 2
 LONGEST_WAIT = 0.06  # seconds from the first save of a process to its kill: some saves
@@ -34,8 +33,8 @@ class Chain:
 
     def kill_once(self) -> list[str]:
         """Start or resume, kill, look; returns what is wrong. Whether it struck inside a save is in `was_inside`."""
-        newest = newest_checkpoint(self.out) if self.out.exists() else None
-        expected = newest[1]["progress"]["step"] if newest else None
+        newest, _ = resumed_from(self.out)
+        expected = newest.content["progress"]["step"] if newest else None
         job = start(self.flags | ({"resume": "true"} if newest else {}), record=False)
         job.said(f"saved {self.out}")
         time.sleep(self.random.uniform(0, LONGEST_WAIT))
@@ -66,12 +65,12 @@ class Chain:
         self.left["not yet reported"] += unreported and not temporary
         problems = []
         try:
-            found = newest_checkpoint(self.out)
-            step = found[1]["progress"]["step"] if found else 0
+            found, passed_over = resumed_from(self.out)
+            step = found.content["progress"]["step"] if found else 0
             if step < self.reported:
                 problems.append(f"step {self.reported} was reported as saved, but {step} is the newest that is whole")
-            if found and found[2]:
-                problems.append(f"a damaged checkpoint: {found[2][0]}")
+            if passed_over:
+                problems.append(f"a damaged checkpoint: {passed_over[0]}")
         except Exception as error:
             problems.append(f"no checkpoint can be read: {error}")
         if len(steps) > KEEP_LAST + 1:

@@ -6,10 +6,14 @@ import shutil
 import struct
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from model.runs.event_file import EVENT_FILES
+
+if TYPE_CHECKING:
+    from model.training.choices import FoundCheckpoint
 
 # Not part of what training goes on from: when and where the run was, and with what settings for its place.
 OUTSIDE_THE_STATE = {"started", "settings", "environment", "tokenizer_path", "format_version"}
@@ -23,6 +27,19 @@ def state_of(checkpoint: str | Path) -> dict:
     state = {key: value for key, value in content.items() if key not in OUTSIDE_THE_STATE}
     state["progress"] = {key: value for key, value in content["progress"].items() if key != "seconds"}
     return state
+
+
+def resumed_from(folder: str | Path) -> tuple["FoundCheckpoint | None", list[str]]:
+    """The checkpoint that `--resume` takes in a folder, and what it says of those that it passes over.
+
+    Raises:
+        InputError: there are checkpoints, and none of them can be read.
+    """
+    from model.runs.resume import find_checkpoint
+    from model.training.settings import TrainingSettings
+
+    said = []
+    return find_checkpoint(TrainingSettings(resume=True, out_dir=str(folder)), said.append), said
 
 
 def fingerprint(checkpoint: str | Path) -> str:

@@ -23,7 +23,7 @@ from model.runs.folder import (
     remove_stray_parts,
 )
 from model.runs.part_saving import split
-from model.runs.resume import load_checkpoint, newest_checkpoint
+from model.runs.resume import load_checkpoint
 from model.runs.supervisor import Supervisor
 from model.storage.files import TEMPORARY_NAME, temporary_path
 from model.storage.part_names import PARTS, index_name
@@ -36,7 +36,7 @@ from model.weights import load_weights
 from model.weights.find import find_weights
 from tests.conftest import random_model
 from tests.parted import save_in_parts
-from tests.reliability.states import differences
+from tests.reliability.states import differences, resumed_from
 from tests.runs.test_processes import ranks
 from tests.tiny_runs import assert_equal, train, two_ranks, wait_for
 from tests.weights.test_checkpoint import CONFIG, checkpoint_content
@@ -205,7 +205,7 @@ def test_no_part_of_an_interrupted_checkpoint_is_replaced(tmp_path, parted):
     second = parted(5, "checkpoint_interrupted.pth")
     assert names(tmp_path) == first | second and len(first | second) == 5
     remove_stray_parts(tmp_path)
-    assert names(tmp_path) == second and newest_checkpoint(tmp_path)[1]["progress"]["step"] == 5
+    assert names(tmp_path) == second and resumed_from(tmp_path)[0].content["progress"]["step"] == 5
 
 
 def test_parts_move_with_their_checkpoint(tmp_path, parted):
@@ -228,7 +228,7 @@ def test_a_copy_has_the_parts_and_then_the_index(tmp_path, parted):
         wait_for(lambda: not copier._unfinished())
     copier.finish()
     assert said == [] and names(tmp_path / "copy") == parted(2) | parted(3)
-    assert newest_checkpoint(tmp_path / "copy")[1]["progress"]["step"] == 3
+    assert resumed_from(tmp_path / "copy")[0].content["progress"]["step"] == 3
 
 
 def test_a_part_alone_is_neither_weights_nor_progress(tmp_path, parted):
@@ -237,7 +237,7 @@ def test_a_part_alone_is_neither_weights_nor_progress(tmp_path, parted):
     assert {*supervisor._checkpoints()} == {STEP(5)}
     assert find_weights(tmp_path)[0].name == STEP(5)
     (tmp_path / STEP(5)).unlink()
-    assert supervisor._checkpoints() == {} and newest_checkpoint(tmp_path) is None
+    assert supervisor._checkpoints() == {} and resumed_from(tmp_path) == (None, [])
     assert all(index_name(path) == STEP(5) for path in tmp_path.glob(PARTS))
 
 

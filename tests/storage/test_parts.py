@@ -12,7 +12,7 @@ import torch
 from model.errors import InputError
 from model.LMConfig import LMConfig
 from model.model import Transformer
-from model.runs.resume import load_checkpoint, newest_checkpoint
+from model.runs.resume import load_checkpoint
 from model.storage.archive import load_torch, save_torch
 from model.storage.part_names import index_name, is_part, part_name
 from model.storage.parts import load_parted, part_names
@@ -20,6 +20,7 @@ from model.storage.slices import SlicedTensors, flat_range
 from model.weights import load_weights
 from tests.conftest import ROOT
 from tests.parted import in_dicts, save_in_parts
+from tests.reliability.states import resumed_from
 from tests.tiny_runs import HUNG, ONE_THREAD, assert_equal
 from tests.weights.test_checkpoint import checkpoint_content
 
@@ -36,8 +37,8 @@ def refused(path) -> str:
     """The line with which a checkpoint is refused; `--resume` then takes the older one."""
     with pytest.raises(InputError) as raised:
         load_checkpoint(path)
-    found, _, passed_over = newest_checkpoint(path.parent)
-    assert found.name == "checkpoint_step_4.pth" and passed_over == [str(raised.value)]
+    found, said = resumed_from(path.parent)
+    assert found.path.name == "checkpoint_step_4.pth" and said == [f"resume: passed over {raised.value}"]
     assert "\n" not in str(raised.value) and str(raised.value).endswith("use an older file")
     return str(raised.value)
 
@@ -222,9 +223,8 @@ def test_an_index_that_does_not_fit_its_parts_is_refused(parted, case):
     save_torch(path, content)
     with pytest.raises(InputError, match=expected) as raised:
         load_checkpoint(path)
-    assert (
-        len(str(raised.value).splitlines()) == 1 and newest_checkpoint(path.parent)[0].name == "checkpoint_step_4.pth"
-    )
+    assert len(str(raised.value).splitlines()) == 1
+    assert resumed_from(path.parent)[0].path.name == "checkpoint_step_4.pth"
 
 
 def test_numbers_in_a_part_that_are_not_finite_are_noticed(tmp_path):

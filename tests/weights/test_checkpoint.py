@@ -14,7 +14,7 @@ from model.LMConfig import LMConfig
 from model.model import Transformer
 from model.runs.checkpoint import CHECKPOINT_VERSION
 from model.runs.folder import begin_run, claim, leave_line, move_earlier_run, prune_checkpoints
-from model.runs.resume import load_checkpoint, newest_checkpoint
+from model.runs.resume import load_checkpoint
 from model.storage.archive import load_torch, save_torch
 from model.training.determinism import random_state
 from model.training.optimizer import build_optimizer
@@ -23,6 +23,7 @@ from model.training.settings import Settings
 from model.weights import Weights, load_weights, save_weights
 from model.weights.minimind import recognise
 from tests.conftest import random_model
+from tests.reliability.states import resumed_from
 
 CONFIG = LMConfig(dim=16, n_layers=1, n_heads=2, n_kv_heads=1, vocab_size=300, max_seq_len=16)
 
@@ -254,13 +255,13 @@ def test_the_newest_whole_checkpoint_is_found_by_its_step(tmp_path):
     for step in (9, 10, 100):
         checkpoint(tmp_path / f"checkpoint_step_{step}.pth", step)
     checkpoint(tmp_path / "checkpoint_interrupted.pth", 57)
-    assert newest_checkpoint(tmp_path)[0].name == "checkpoint_step_100.pth"
+    assert resumed_from(tmp_path)[0].path.name == "checkpoint_step_100.pth"
     whole = (tmp_path / "checkpoint_step_100.pth").read_bytes()
     (tmp_path / "checkpoint_step_100.pth").write_bytes(whole[:-500])
-    path, content, passed_over = newest_checkpoint(tmp_path)
+    (path, content), passed_over = resumed_from(tmp_path)
     assert path.name == "checkpoint_interrupted.pth" and content["progress"]["step"] == 57
     assert len(passed_over) == 1 and "checkpoint_step_100.pth" in passed_over[0]
-    assert newest_checkpoint(tmp_path / "empty") is None
+    assert resumed_from(tmp_path / "empty") == (None, [])
 
 
 def test_old_checkpoints_are_pruned_by_step(tmp_path):
@@ -280,8 +281,8 @@ def test_a_checkpoint_of_another_run_is_skipped(tmp_path):
     (tmp_path / "config.yaml").write_text("# started 20260101T120000\n")
     checkpoint(tmp_path / "checkpoint_step_5.pth", 5)
     save_torch(tmp_path / "checkpoint_step_9.pth", checkpoint_content(9, started="20250101T120000"))
-    path, _, passed_over = newest_checkpoint(tmp_path)
-    assert path.name == "checkpoint_step_5.pth" and "20250101T120000" in passed_over[0]
+    found, passed_over = resumed_from(tmp_path)
+    assert found.path.name == "checkpoint_step_5.pth" and "20250101T120000" in passed_over[0]
 
 
 def test_an_earlier_runs_files_are_moved_and_others_stay(tmp_path):
@@ -303,7 +304,7 @@ def test_going_on_from_an_older_step_sets_aside_what_came_after(tmp_path):
     target = leave_line(tmp_path, 10)
     names = ["best_model.pth", "checkpoint_interrupted.pth", "checkpoint_step_15.pth"]
     assert sorted(p.name for p in target.iterdir()) == names
-    assert newest_checkpoint(tmp_path)[0].name == "checkpoint_step_10.pth" and leave_line(tmp_path, 10) is None
+    assert resumed_from(tmp_path)[0].path.name == "checkpoint_step_10.pth" and leave_line(tmp_path, 10) is None
 
 
 def test_best_weights_come_along_with_their_description_or_not_at_all(tmp_path):
