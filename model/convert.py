@@ -19,7 +19,6 @@ from model.errors import InputError, counted
 from model.generation.generation_config import GenerationConfig
 from model.LMConfig import LMConfig
 from model.options import accepted_types, options_of
-from model.storage.archive import is_finite
 from model.storage.files import check_is_new
 from model.text.tokenization import tokenizer_sha256
 from model.weights import Weights, load_weights
@@ -56,7 +55,7 @@ def convert(
         the weights that were read.
 
     Raises:
-        InputError: the source cannot be read or is not finite, the target exists or cannot express the model, or the
+        InputError: the source cannot be read, the target exists or cannot express the model, or the
             tokenizer does not fit the weights.
     """
     target = Path(target)
@@ -76,8 +75,6 @@ def convert(
     if weights.inferred:
         say(weights.inferred)
     say(f"{source}: {describe(weights)}")
-    if not is_finite(weights.state_dict):
-        raise InputError(f"{source}: it holds weights that are not finite; use an older file")
     fitting_tokenizer(source, weights, tokenizer_path)
     if tokenizer_path is None:
         weights = dataclasses.replace(weights, tokenizer_path=recorded_tokenizer(weights))

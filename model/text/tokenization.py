@@ -15,7 +15,7 @@ from model.storage.gguf_header import is_gguf
 from model.text.encoder import TextEncoder, check_growth, library_errors
 from model.text.gguf_tokenizer import unpacked_tokenizer
 from model.text.plain_tokenizer import CONTROL, PlainTokenizer
-from model.text.tokenizer_folder import check_added, check_sizes, read_ends, read_object
+from model.text.tokenizer_folder import check_added, check_sizes, open_backend, read_ends, read_object
 
 BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")
 EMBEDDED_TOKENIZER = Path(__file__).parents[1] / "tokenizer"
@@ -65,6 +65,8 @@ def load_tokenizer(path: str | Path | None = None):
     """
     folder = tokenizer_file(path).parent
     config = _read_config(folder)
+    with _loading(folder):
+        check_added(folder)  # in tokenizer.json itself: transformers adds these tokens to what it opens
 
     from transformers import PreTrainedTokenizerFast  # slow to import: only where a tokenizer is used
 
@@ -101,11 +103,8 @@ def _plain_tokenizer(folder: Path) -> PlainTokenizer | None:
         return None
     if any((folder / name).exists() for name in OTHER_PARTS):
         return None
-    from tokenizers import Tokenizer
-
     try:
-        with library_errors("damaged"):
-            backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        backend = open_backend(folder)
     except InputError:  # `load_tokenizer` says why
         return None
     _check(folder, backend)
@@ -114,10 +113,16 @@ def _plain_tokenizer(folder: Path) -> PlainTokenizer | None:
 
 
 def _read_config(folder: Path) -> dict:
-    try:
+    with _loading(folder):
         check_sizes(folder)
-        check_added(folder)
         return read_object(folder, "tokenizer_config.json")
+
+
+@contextlib.contextmanager
+def _loading(folder: Path) -> Iterator[None]:
+    """Name the setting in the errors of what reads a tokenizer's folder."""
+    try:
+        yield
     except InputError as error:
         raise InputError(f"tokenizer_path: {folder} cannot be loaded ({error})") from error
 
@@ -227,10 +232,9 @@ def load_bulk_tokenizer(path: str | Path | None = None) -> BulkTokenizer:
     plain = config.get("tokenizer_class") in ("PreTrainedTokenizerFast", "TokenizersBackend")
     names = [config.get("bos_token"), config.get("eos_token")]
     if plain and all(isinstance(name, str) for name in names):
-        from tokenizers import Tokenizer
-
-        with library_errors(f"tokenizer_path: {file.parent} cannot be loaded"):
-            backend = Tokenizer.from_file(str(file))
+        with _loading(file.parent):
+            backend = open_backend(file.parent)
+            check_added(file.parent, backend)
         _check(file.parent, backend)
         bos_id, eos_id = map(backend.token_to_id, names)
         if bos_id is not None and eos_id is not None:

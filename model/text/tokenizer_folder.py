@@ -58,15 +58,12 @@ def read_folder(folder: str | Path) -> TokenizerFolder:
     Raises:
         InputError: a file is missing or damaged, two contradict each other, or none names an eos.
     """
-    from tokenizers import Tokenizer
-
     folder = Path(folder)
     if not (folder / "tokenizer.json").is_file():
         raise InputError(f"{folder}: a folder with a tokenizer.json expected")
     check_sizes(folder)
-    check_added(folder)
-    with library_errors(f"{folder / 'tokenizer.json'} cannot be loaded"):
-        backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    backend = open_backend(folder)
+    check_added(folder, backend)
     config = read_object(folder, "tokenizer_config.json")
     special_ids = _special_ids(backend, config, folder)
     ends = read_ends(folder, special_ids["eos"], max(backend.get_vocab().values()) + 1)
@@ -102,19 +99,31 @@ def read_object(folder: Path, name: str) -> dict:
     return read_json(folder / name, MOST_BYTES[name]) if (folder / name).is_file() else {}
 
 
-def check_added(folder: Path) -> None:
+def open_backend(folder: Path):
+    """The folder's `tokenizer.json`, as the library `tokenizers` opens it, which takes up to a second.
+
+    Raises:
+        InputError: it cannot be loaded.
+    """
+    from tokenizers import Tokenizer
+
+    with library_errors(f"{folder / 'tokenizer.json'} cannot be loaded"):
+        return Tokenizer.from_file(str(folder / "tokenizer.json"))
+
+
+def check_added(folder: Path, backend=None) -> None:
     """Check that added_tokens.json, which transformers 4 wrote and obeys, only repeats tokens of tokenizer.json: that
     one file gives the ids, and is hashed and exported.
+
+    Args:
+        backend: of that tokenizer.json; None: it is opened, where there is an added_tokens.json.
 
     Raises:
         InputError: it adds a token, or gives one another id.
     """
     if not (added := read_object(folder, "added_tokens.json")):
         return
-    from tokenizers import Tokenizer
-
-    with library_errors(f"{folder / 'tokenizer.json'} cannot be loaded"):
-        backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    backend = backend or open_backend(folder)
     for token, index in added.items():
         if (found := backend.token_to_id(token)) != index:
             has = "no such token" if found is None else f"id {found}"

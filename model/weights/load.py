@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from model.errors import InputError
+from model.storage.archive import is_finite
 from model.text.tokenization import (
     EMBEDDED_TOKENIZER,
     open_tokenizer,
@@ -27,9 +28,16 @@ def load_weights(path: str | Path, overrides: Mapping[str, float] | None = None)
             {"n_heads": 8}.
 
     Raises:
-        InputError: the file is missing or damaged, or holds no model that is supported.
+        InputError: the file is missing or damaged, holds no model that is supported, or weights that are not finite.
     """
-    source = Source(path)
+    weights = _load(Source(path), overrides or {})
+    if not is_finite(weights.state_dict):
+        raise InputError(f"{path}: it holds weights that are not finite; use an older file")
+    return weights
+
+
+def _load(source: Source, overrides: Mapping[str, float]) -> Weights:
+    path = source.path
     for known in FORMATS.values():
         if known.recognise(source):
             weights = known.load(source)
@@ -37,7 +45,7 @@ def load_weights(path: str | Path, overrides: Mapping[str, float] | None = None)
                 names = ", ".join(overrides)
                 raise InputError(f"{path}: the model's shape comes with the file; {names} cannot be given")
             return weights
-    return recognise(plain_state_dict(source.content, path), path, overrides or {})
+    return recognise(plain_state_dict(source.content, path), path, overrides)
 
 
 def fitting_tokenizer(path: Path, weights: Weights, tokenizer_path: str | Path | None):

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from model.errors import InputError, shown
 from model.lora import checked_adapters, merged_state
-from model.storage.archive import is_finite
 from model.text.tokenization import EMBEDDED_TOKENIZER, tokenizer_folder, tokenizer_sha256
 from model.text.tokenizer_folder import same_tokenizer
 from model.weights.names import plain_state_dict
@@ -48,8 +47,6 @@ def _of_checkpoint(content: Mapping, path: Path) -> Weights:
         raise InputError(f"{path}: not a whole checkpoint ({shown(str(error))}); use an older file") from error
     state_dict = dict(state_dict)  # what lies in parts is put together here
     check_shapes(state_dict, config, path, rank)
-    if not is_finite(state_dict):
-        raise InputError(f"{path}: it holds weights that are not finite; use an older file")
     return Weights(merged_state(state_dict, alpha) if rank else state_dict, config, *tokenizer, chat=chat)
 
 

@@ -483,6 +483,11 @@ def test_broken_weights_are_refused(in_run_folder, tiny_config):
     with pytest.raises(InputError, match="not finite"):
         generator.generate("中国")
 
+    weights = load_weights(path)
+    weights.state_dict["norm.weight"][0] = torch.inf
+    save_weights(path, weights)
+    with pytest.raises(InputError, match="pretrain_64.pth: it holds weights that are not finite; use an older file$"):
+        load_generator(path)
     path.write_bytes(path.read_bytes()[:5000])
     with pytest.raises(InputError, match="truncated"):
         load_generator(path)
