@@ -20,7 +20,8 @@ MEASURED_SECONDS, MOST_STEPS = 5.0, 50  # the dry run measures for this long or 
 
 
 def describe(plan: RunPlan) -> list[str]:
-    """The model, the data and the schedule, one line each; and one if a step has more rows than there are samples."""
+    """The model, the data and the schedule, one line each; one if a step has more rows than there are samples, and one
+    if early_stopping cannot stop the run."""
     t, schedule = plan.training, plan.schedule
     size = _parameters_text(plan.parameters, plan.active_parameters)
     model = (
@@ -50,6 +51,8 @@ def describe(plan: RunPlan) -> list[str]:
         lines.append(f"expected: {_by_heart_text(plan)}")
     if plan.is_fully_sharded:
         lines.append(_shared_text(plan))
+    if (line := _patience_line(plan)) is not None:
+        lines.append(line)
     padding = plan.order.rows_per_step - plan.train_samples
     if padding > 0:
         most = max(1, plan.train_samples // (t.accumulation_steps * plan.world_size))
@@ -59,6 +62,20 @@ def describe(plan: RunPlan) -> list[str]:
             f" has only {counted(plan.train_samples, 'sample')}; {remedy}"
         )
     return lines
+
+
+def _patience_line(plan: RunPlan) -> str | None:
+    """Where early_stopping cannot stop the run, which evaluates too rarely: a line that says so, and what helps."""
+    t, evaluations = plan.training, plan.evaluations_left(0)
+    needed = t.patience + 2  # the first one is always a gain, and with the last one the run ends anyway
+    if not t.early_stopping or not 0 < evaluations < needed:
+        return None
+    most = (plan.total_steps - 1) // (needed - 1)
+    remedy = f"lower eval_interval ({t.eval_interval:,}) to {most:,}, or patience" if most else "lower patience"
+    return (
+        f"early_stopping: it cannot stop this run: patience {t.patience:,} takes at least {needed:,} evaluations,"
+        f" and this run has {evaluations:,}; {remedy}"
+    )
 
 
 def _expected_text(outlook: Outlook) -> str:

@@ -146,6 +146,24 @@ def test_a_batch_larger_than_the_data_is_said_to_be_padding(flags):
     assert lines(samples // 2) == (samples, [])
 
 
+@pytest.mark.parametrize(
+    ("patience", "interval", "remedy"),
+    [
+        (5, 4, "7 evaluations, and this run has 3; lower eval_interval (4) to 1, or patience"),
+        (2, 4, "4 evaluations, and this run has 3; lower eval_interval (4) to 3, or patience"),
+        (2, 3, None),  # the fourth and last evaluation is the first that could stop it but for the end
+        (1, 4, None),
+        (11, 1, "13 evaluations, and this run has 12; lower patience"),
+    ],
+)
+def test_early_stopping_that_cannot_stop_the_run_is_said(flags, patience, interval, remedy):
+    given = flags(max_steps=12, eval_interval=interval, patience=patience, early_stopping="true")
+    plan = Trainer(build_settings({}, given), Processes()).plan
+    lines = [line for line in describe(plan) if line.startswith("early_stopping")]
+    expected = f"early_stopping: it cannot stop this run: patience {patience} takes at least {remedy}"
+    assert lines == ([] if remedy is None else [expected])
+
+
 # ----------------------------------------------------------------------------------------------------------- its data
 
 
