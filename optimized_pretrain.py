@@ -107,7 +107,7 @@ class Trainer:
         self.stop_vote = StopVote(processes.all_sum, alone=processes.world_size == 1)
         self.files: RunFiles | None = None  # on rank 0, once it trains
         self.part_saver: PartSaver | None = None  # once it trains, where all ranks write the checkpoints
-        self.progress, self.clock, self.is_estimate_checked = Progress(), Clock(), False
+        self.progress, self.clock = Progress(), Clock()
         self._start_processes()
 
         beginning = beginning or find_beginning(self.settings, say)
@@ -544,16 +544,12 @@ class Trainer:
         self._show_progress(bar, loss, tokens_per_second)
 
     def _show_progress(self, bar, loss: float, tokens_per_second: float) -> None:
-        """Show loss, speed and time left beside the bar; correct the estimate of the run's time once, if it was off."""
+        """Show loss, speed and time left beside the bar."""
         progress, plan = self.progress, self.plan
         tokens, evaluations = plan.tokens_left(progress.step, progress.samples), plan.evaluations_left(progress.step)
         left = self.clock.seconds_left(tokens, evaluations, plan.tokens_per_evaluation)
         bar.set_postfix_str(bar_text(left, loss, tokens_per_second))
         utils.progress_line(bar)
-        if left and not self.is_estimate_checked:
-            self.is_estimate_checked = True
-            if (correction := plan.correction(left)) is not None:
-                say(correction)
 
     def _tell_status(self, state: str, exit_code: int, message: str | None = None) -> None:
         """Write status.json, on rank 0."""

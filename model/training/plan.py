@@ -19,14 +19,11 @@ from model.training.expectation import Outlook, text_bits_of_data
 from model.training.memory import trained_bytes
 from model.training.optimizer import build_optimizer, optimizer_bytes, trained_parameters
 from model.training.order import SampleOrder
-from model.training.recipe import learns_by_heart, rough_duration_text, run_seconds
+from model.training.recipe import learns_by_heart, run_seconds
 from model.training.schedule import Schedule, plan_schedule
 from model.training.settings import FULLY_SHARDED, Settings, TrainingSettings
 from model.training.step import runs_ahead
 from model.training.step_graph import graph_problem
-
-SHORT = 30.0  # seconds: a run that ends sooner needs no correction of its estimate
-FAR_OFF = 1.5  # times the estimate, or the estimate this many times
 
 
 @dataclass(frozen=True)
@@ -85,7 +82,6 @@ class RunPlan:
     space: RunSpace
     steps_done: int  # by the run that this one resumes
     samples_done: int
-    expected_seconds: float  # of training, from FLOPs alone: a guess
     outlook: Outlook | None  # what it will reach; None: no texts, not from random weights, or no rule knows it
     by_heart: bool  # from random weights, it reads its text so often that it learns it by heart
 
@@ -149,20 +145,6 @@ class RunPlan:
         interval = self.training.eval_interval
         return self.total_steps // interval - step // interval + (self.total_steps % interval > 0)
 
-    def correction(self, seconds_left: float) -> str | None:
-        """A line on the time left, once measured, if the estimate was far off and the run is not short; else None.
-
-        Args:
-            seconds_left: as measured, evaluations included.
-        """
-        ratio = seconds_left / max(1.0, self.expected_seconds)
-        if seconds_left < SHORT or 1 / FAR_OFF < ratio < FAR_OFF:
-            return None
-        guess, text = rough_duration_text(self.expected_seconds), rough_duration_text(seconds_left)
-        line = f"at the speed of the first steps, {text} left, evaluations included"
-        line += f" (the estimate from FLOPs alone was {guess})"
-        return line
-
     def resolved(self, settings: Settings) -> dict[str, dict]:
         """All settings of the run with the values that it uses, by section, as in a config file; `cuda_graph`, which
         changes no bit, as asked for."""
@@ -219,8 +201,7 @@ def plan_run(
     choices.warmup_steps(total_steps)
     flops_per_token = model.training_flops_per_token()
     peak_flops = ranks.smallest(hardware.peak_flops) * ranks.world_size  # the same on all processes
-    expected_seconds = run_seconds((total_steps - done["step"]) * tokens_per_step * flops_per_token, peak_flops)
-    choices.compile(expected_seconds)
+    choices.compile(run_seconds((total_steps - done["step"]) * tokens_per_step * flops_per_token, peak_flops))
 
     space = _space(model, t, total_steps)
     writers = choices.writers(shards, space.checkpoint_bytes)
@@ -257,7 +238,6 @@ def plan_run(
         space=space,
         steps_done=done["step"],
         samples_done=done["samples"],
-        expected_seconds=expected_seconds,
         outlook=_outlook(data, t, active, epoch_tokens, total_tokens) if on_texts and not by_heart else None,
         by_heart=by_heart,
     )

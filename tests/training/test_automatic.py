@@ -1,5 +1,6 @@
 """`auto` and --dry_run as a user meets them: what is chosen, told and kept, with real runs of a tiny model."""
 
+import re
 import shutil
 
 import pytest
@@ -104,6 +105,14 @@ def test_a_dry_run_prints_what_the_run_takes_and_leaves_the_folder(flags, tmp_pa
         assert word in result.stdout
     assert result.stdout.count("parameters") == 1 and f"{500 * 2048:,} (" in result.stdout
     assert {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in out.iterdir()} == before
+
+
+def test_a_dry_run_says_once_how_long_the_run_takes(flags, capfd):
+    assert exit_code_here(flags(compile="auto", device="cpu", max_steps=2000), "--dry_run") == 0
+    said = "".join(capfd.readouterr())
+    assert "compile false (auto): by its FLOPs, training takes under 15 min" in said
+    estimates = [line for line in said.splitlines() if re.search(r"about [\d.]+ (s|min|h|days)|under 10 s", line)]
+    assert len(estimates) == 1 and estimates[0].startswith("time "), estimates
 
 
 def test_a_dry_run_makes_no_folder(flags, tmp_path, capfd):

@@ -96,6 +96,8 @@ def test_compiling_pays_on_a_gpu_for_a_long_run():
     ):
         pays, why = compile_pays(device, seconds, compiler, platform)
         assert not pays and why
+    assert "takes under 15 min, too short" in compile_pays("cpu", 899, "g++", "linux")[1]
+    assert "takes over 3 min, and" in compile_pays("cuda", 181, "g++", "linux")[1]
 
 
 def test_numbers_are_printed_as_people_say_them():
