@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from model.errors import InputError
+from model.errors import InputError, check_type
 from model.generation.decoding import Decoding, Event
 from model.generation.engine import Engine, can_compile
 from model.generation.generation_config import DTYPE_NAMES, GenerationConfig
@@ -126,6 +126,12 @@ class TextGenerator:
         begins_with_bos: bool = True,
         chat: Mapping | None = None,
     ) -> None:
+        check_type("model", model, Transformer, 'load_generator("out/best_model.pth") opens a file and its tokenizer')
+        if not hasattr(tokenizer, "backend_tokenizer"):  # transformers' and ours share no type
+            found = type(tokenizer).__name__
+            raise InputError(
+                f"tokenizer: {found} found, a fast tokenizer expected; AutoTokenizer.from_pretrained opens a folder"
+            )
         needed, rows = vocabulary_size(tokenizer), model.config.vocab_size
         if needed > rows:
             raise InputError(f"the tokenizer has {needed} tokens, the model's embedding {rows} rows: they do not fit")
@@ -271,7 +277,7 @@ class TextGenerator:
         self, prompts: Iterable[Sequence[int]], config: GenerationConfig | None, rows: Rows, own_seeds: bool = False
     ) -> Iterator[Event]:
         """Continue prompts' ids in text, as `decode` does."""
-        config = config or GenerationConfig()
+        config = _or_default(config)
 
         def new_text(prompt: Sequence[int]) -> Text:
             return Text(new_detokenizer(self.tokenizer, prompt), config.stop_strings, config.max_repeats)
@@ -291,7 +297,7 @@ class TextGenerator:
 
         The room is `max_new_tokens`, or half the context where that is less.
         """
-        room = (config or GenerationConfig()).max_new_tokens
+        room = _or_default(config).max_new_tokens
         return self.prompts.fit_history(history, min(room, self.model.config.max_seq_len // 2))
 
     def prepare_chat(self, config: GenerationConfig | None = None) -> None:
@@ -343,6 +349,13 @@ class TextGenerator:
 
     def _say(self, line: str) -> None:
         self.say(line)
+
+
+def _or_default(config: GenerationConfig | None) -> GenerationConfig:
+    if config is None:
+        return GenerationConfig()
+    check_type("config", config, GenerationConfig, "GenerationConfig(top_k=50) makes one")
+    return config
 
 
 def _emitter(stream: bool, callback: Callable[[str], None] | None) -> Callable[[str], None] | None:

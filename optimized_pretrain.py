@@ -21,7 +21,7 @@ import torch
 
 import utils
 from model import accelerator
-from model.errors import InputError, ProcessLost, TrainingDiverged
+from model.errors import InputError, ProcessLost, TrainingDiverged, check_type
 from model.model import Transformer
 from model.runs.beginning import Beginning, find_beginning, open_data
 from model.runs.checkpoint import checkpoint_content, restore_state
@@ -99,6 +99,7 @@ class Trainer:
         beginning: Beginning | None = None,
         judge: Callable[[Transformer, TrainingData], tuple[dict, str]] | None = None,
     ) -> None:
+        check_type("settings", settings, Settings, 'load_settings("config.yaml") gives them')
         # As the user gave them, with the shape of `init_from`'s weights; `self.training` has no `auto` left.
         self.settings = copy.deepcopy(settings)
         self.processes = processes = processes or Processes.alone()

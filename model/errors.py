@@ -52,6 +52,20 @@ class NodesMissing(ProcessLost):
     exit_code = 4
 
 
+def check_type(name: str, value, kind: type, remedy: str) -> None:
+    """Refuse what a caller of ours gave in the place of another type, before something far inside fails on it.
+
+    Args:
+        name: of the argument.
+        remedy: what gives one of the right type.
+
+    Raises:
+        InputError: the value is not of this type.
+    """
+    if not isinstance(value, kind):
+        raise InputError(f"{name}: {type(value).__name__} found, {kind.__name__} expected; {remedy}")
+
+
 def printable(text: str) -> str:
     """The text with nothing that a terminal obeys but newline and tab: other control characters, text direction
     overrides and the like become visible (`\\x1b`, `\\u202e`), carriage returns go."""

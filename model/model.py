@@ -24,7 +24,7 @@ from model.attention import (
     has_ways,
     kernels_for_any_length,
 )
-from model.errors import InputError
+from model.errors import InputError, check_type
 from model.experts import ExpertsFeedForward
 from model.feed_forward import FeedForward, products
 from model.kv_cache import KVCache
@@ -186,9 +186,11 @@ class Transformer(nn.Module):
 
     def __init__(self, config: LMConfig | None = None) -> None:
         super().__init__()
+        config = LMConfig() if config is None else config
+        check_type("config", config, LMConfig, "LMConfig(dim=512) makes one")
         self.training_attention, self.checkpointing = "chunks", "none"
         self.balance_loss, self.router_z_loss = 0.0, 0.0
-        self.config = config = config or LMConfig()
+        self.config = config
         refuse_unknown(config, NETWORK_FIELDS, "the network")
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(TransformerBlock(config, layer) for layer in range(config.n_layers))

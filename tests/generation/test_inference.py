@@ -20,11 +20,13 @@ from model.generation.inference_model import packs
 from model.generation.scoring import Score, token_losses
 from model.kv_cache import cache_bytes
 from model.LMConfig import LMConfig
+from model.model import Transformer
 from model.text.detokenize import repeats
 from model.text.prompts import PromptEncoder
 from model.text.tokenization import encode_texts, tokenizer_sha256
 from model.weights import Weights, load_weights, save_weights
 from optimized_inference import GenerationConfig, TextGenerator, load_generator
+from optimized_pretrain import Trainer
 from tests import forks
 from tests.conftest import CHAT_TEMPLATE, ROOT, random_model
 from tests.generation.endless_compiler import endless_compiler, is_over
@@ -474,6 +476,28 @@ def test_a_tokenizer_that_does_not_fit_is_refused(in_run_folder, tokenizer_folde
     (in_run_folder / "out" / "pretrain_64.json").unlink()
     with pytest.raises(InputError, match="other has 301 tokens, the embedding in .* has 300 rows"):
         load_generator(tokenizer_path=other)
+
+
+@pytest.mark.parametrize(
+    ("call", "expected"),
+    [
+        (
+            lambda g: TextGenerator("out/pretrain_64.pth", g.tokenizer),
+            "model: str found, Transformer expected; load_",
+        ),
+        (lambda g: TextGenerator(g.model, "model/tokenizer"), "tokenizer: str found, a fast tokenizer expected; Auto"),
+        (lambda g: g.generate("中国", {"top_k": 3}), "config: dict found, GenerationConfig expected; GenerationConfig"),
+        (lambda g: g.generate("中国", {}), "config: dict found"),
+        (lambda g: g.chat([{"role": "user", "content": "中国"}], {"top_k": 3}), "config: dict found"),
+        (lambda g: Transformer({"dim": 64}), "config: dict found, LMConfig expected; LMConfig"),
+        (lambda g: Transformer({}), "config: dict found"),
+        (lambda g: Trainer("config.yaml"), "settings: str found, Settings expected; load_settings"),
+    ],
+)
+def test_an_argument_of_another_type_is_one_line(generator, call, expected):
+    with pytest.raises(InputError) as refused:
+        call(generator)
+    assert str(refused.value).startswith(expected)
 
 
 def test_broken_weights_are_refused(in_run_folder, tiny_config):
