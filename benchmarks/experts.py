@@ -2,7 +2,7 @@
 
     python benchmarks/experts.py
     python benchmarks/experts.py --shape wide --tokens 2000000 5000000 --seeds 1 2 --dtype float32
-    python benchmarks/experts.py --shape wide --decode
+    python benchmarks/experts.py --shape wide --decode --formats bf16
 
 Each run is `train.py` itself, with a schedule that ends with its tokens. First every contender trains for a few seconds
 alone, in turns, which gives its tokens per second. Then all train on the same tokens; and, for each mixture, the dense
@@ -138,7 +138,7 @@ def compare_writing(names: list[str], options: argparse.Namespace) -> None:
     dense's."""
     titles = ("format", "model", "to the first token", "then, tok/s", "times dense's seconds", "whole text")
     print(WRITING_ROW.format(*titles), "|---|---|---:|---:|---:|---:|", sep="\n")
-    for weights_format in FORMATS:
+    for weights_format in options.formats:
         writers = {name: writer(name, weights_format, options) for name in names}
         times: dict[str, list[tuple[float, float, float]]] = {name: [] for name in names}
         for turn in range(TEXT_TURNS + 1):
@@ -168,6 +168,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16", help="of the matrix products")
     parser.add_argument("--out", type=Path, default=ROOT / "out" / "experts", help="folder for the runs")
     parser.add_argument("--decode", action="store_true", help="instead: compare how fast texts are written")
+    parser.add_argument("--formats", nargs="+", choices=FORMATS, default=FORMATS, help="of --decode [all]")
     options = parser.parse_args()
     options.data, options.out = options.data.resolve(), (options.out / options.shape).resolve()
     names = list(dict.fromkeys(["dense", *options.only]))
