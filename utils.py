@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import gc
 import inspect
+import logging
 import math
 import os
 import platform
@@ -158,6 +159,8 @@ def choose_hardware(asked_device: str, asked_dtype: str, local_rank: int):
     say(f"dtype {str(dtype).removeprefix('torch.')}: {why}")
     if device.type == "cpu":
         keep_freed_memory()
+        # Compiling imports it; it warns where nvcc is installed and there is no GPU, which this run does not want.
+        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     else:
         accelerator.use(device)
     # qk_norm's weights are float32, and what it normalizes has 16 bits: right, only not by torch's fused kernel.

@@ -5,6 +5,8 @@ import sys
 import pytest
 import torch
 
+from tests.conftest import ROOT
+from tests.tiny_runs import ONE_THREAD, run
 from utils import cpu_features, pick_dtype
 
 
@@ -31,3 +33,11 @@ def test_float16_where_another_dtype_is_faster(features, line, monkeypatch):
     monkeypatch.setattr("utils.cpu_features", lambda: features)
     monkeypatch.delenv("MATECONV_EMULATE_DTYPE", raising=False)
     assert pick_dtype("float16", torch.device("cpu")) == (torch.float16, line)
+
+
+def test_a_run_on_the_cpu_is_not_warned_of_a_cuda_without_a_gpu(tmp_path):
+    """Of an installed nvcc, by a module of torch that compiling imports."""
+    code = "import utils; utils.choose_hardware('cpu', 'float32', 0); import torch.utils.cpp_extension"
+    environment = ONE_THREAD | {"CUDA_HOME": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""}
+    result = run([sys.executable, "-c", code], cwd=ROOT, env=environment)
+    assert result.returncode == 0 and "CUDA" not in result.stderr, result.stderr
