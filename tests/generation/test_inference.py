@@ -843,6 +843,7 @@ def test_bad_lines_of_a_file_to_score_are_skipped_and_counted(
     assert total == "score_file: 3 of 5 lines skipped: bad_json 1, no_text 1, bad_utf8 1"
 
 
+@pytest.mark.long
 def test_a_missing_path_is_said_before_torch_is_loaded(tmp_path):
     code = f"""
 import json, os, sys

@@ -35,6 +35,7 @@ def test_float16_where_another_dtype_is_faster(features, line, monkeypatch):
     assert pick_dtype("float16", torch.device("cpu")) == (torch.float16, line)
 
 
+@pytest.mark.long
 def test_a_run_on_the_cpu_is_not_warned_of_a_cuda_without_a_gpu(tmp_path):
     """Of an installed nvcc, by a module of torch that compiling imports."""
     code = "import utils; utils.choose_hardware('cpu', 'float32', 0); import torch.utils.cpp_extension"

@@ -37,6 +37,7 @@ def test_an_existing_token_file_says_what_it_was_made_from(tmp_path, capsys):
     assert "mine.jsonl is not read, since" in message and "was made from other data" in message
 
 
+@pytest.mark.long
 @pytest.mark.skipif(os.name == "nt", reason="Windows shortens no file that is mapped")
 @pytest.mark.parametrize("kind", mostly(["texts", "chats"], slow=["chats"]))
 def test_a_token_file_shortened_in_place_ends_the_run_in_one_line_and_a_restored_one_resumes_it(
