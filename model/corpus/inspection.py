@@ -52,7 +52,8 @@ def unreadable(name: str, head: bytes) -> str | None:
         name: its path.
         head: its first bytes, unpacked.
     """
-    found = next((text for magic, text in UNREADABLE.items() if head.startswith(magic)), None)
+    is_known = head.startswith(tuple(UNREADABLE))  # few are
+    found = next(text for magic, text in UNREADABLE.items() if head.startswith(magic)) if is_known else None
     if head[257:262] == b"ustar" or name.lower().endswith(TAR_ENDINGS):
         found = TAR
     elif not found and name.lower().endswith(TABLES):
@@ -63,7 +64,10 @@ def unreadable(name: str, head: bytes) -> str | None:
 def packing_of(name: str, head: bytes) -> str:
     """A file's compression, by its ending or else its first bytes; "" if it has none."""
     ending = name.lower().rpartition(".")[2]
-    return ending if ending in PACKINGS else next((p for p, magic in PACKINGS.items() if head.startswith(magic)), "")
+    if ending in PACKINGS:
+        return ending
+    is_packed = head.startswith(tuple(PACKINGS.values()))  # few are
+    return next(packing for packing, magic in PACKINGS.items() if head.startswith(magic)) if is_packed else ""
 
 
 def is_array(head: bytes) -> bool:
