@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 
 from model.corpus.cleaning import CHANGES, Cleaner, CleaningOptions
+from model.corpus.opening import Source
 
 SAMPLES = 20  # of each kind of change
 EXCERPT = 60  # characters shown on either side of the first difference
@@ -41,12 +42,13 @@ class ChangeSamples:
                     alone = after
                 self._insert(name, {"key": key, "line": line, **_excerpts(before, alone)})
 
-    def add_all(self, packed: str, lines_before: int, source: str) -> None:
+    def add_all(self, packed: str, lines_before: int, source: Source) -> None:
         """Add the samples of a part; `lines_before`: lines of its source before it."""
         for name, rows in json.loads(packed).items():
             for row in rows:
                 if self._has_room(name, row["key"]):
-                    self._insert(name, {**row, "line": lines_before + row["line"] + 1, "source": source})
+                    line = lines_before + row["line"]
+                    self._insert(name, {**row, "line": line + 1, "source": source.name, **source.place_of(line)})
 
     def _has_room(self, name: str, key: str) -> bool:
         rows = self._rows[name]
@@ -65,7 +67,8 @@ class ChangeSamples:
         """The lines of the changes file, by kind and then in the input's order."""
         for name, rows in self._rows.items():
             for row in sorted(rows, key=lambda row: (row["source"], row["line"])):
-                shown = {"change": name} | {key: row[key] for key in ("source", "line", "before", "after")}
+                keys = ("source", "file", "line", "before", "after")
+                shown = {"change": name} | {key: row[key] for key in keys if key in row}
                 yield json.dumps(shown, ensure_ascii=False) + "\n"
 
 

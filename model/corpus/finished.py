@@ -26,12 +26,13 @@ Records = dict[tuple[int, int], dict]  # of the parts, by (source, index), in or
 
 
 def describe_sources(sources: Sequence[Source], records: Records) -> list[dict]:
-    """The manifest's `sources`: name, size, and the SHA-256 of its parts' SHA-256."""
+    """The manifest's `sources`: name, size, the SHA-256 of its parts' SHA-256; of several files, how many."""
     parts: list[list[str]] = [[] for _ in sources]
     for (number, _), record in records.items():
         parts[number].append(record["sha256"])
     return [
         {"name": source.name, "size": source.size, "sha256_of_parts": _digest(digests)}
+        | ({"files": len(source.files.names)} if source.files else {})
         for source, digests in zip(sources, parts, strict=True)
     ]
 

@@ -24,12 +24,13 @@ from model.corpus.inspection import EXAMPLES, counts_text, describe_lines, nothi
 from model.corpus.job_folder import JobFolder, job_path
 from model.corpus.jsonl import parse_line, read_rejects
 from model.corpus.merge import DocumentFile, Merger, RawLines
-from model.corpus.opening import EXPECTED, TXT_DOCUMENTS, Source
+from model.corpus.opening import EXPECTED, Source
 from model.corpus.options import ProcessingOptions
 from model.corpus.pairs import parse_pair
 from model.corpus.part_file import Damaged
 from model.corpus.part_maker import PartOptions
 from model.corpus.parts import lines_of, stream_parts
+from model.corpus.plain_text import TXT_DOCUMENTS
 from model.corpus.reasons import REASONS
 from model.corpus.statistics import Statistics
 from model.corpus.worker import Crew, Task
@@ -134,6 +135,7 @@ class Job:
             "input_path": [source.name for source in self.sources],
             "the input's size": [source.size for source in self.sources],
             "weights": [source.weight for source in self.sources],
+            **{f"the files of {source.name}": source.files.sha256 for source in self.sources if source.files},
             **depends,
         }
 
@@ -233,11 +235,11 @@ class Job:
                     disk_bytes = min(part_bytes, source.size - index * part_bytes)
                     yield Task(source, number, index, part_bytes, folder.part(number, index), None, disk_bytes)
                 continue
-            done = 0
+            done, sent = 0, dataclasses.replace(source, files=None)  # of many files, workers need no names
             for index, block, disk in stream_parts(source, part_bytes, self.options.text_field):
                 if (index + number) % world_size == rank:
                     path = folder.part(number, index)
-                    yield Task(source, number, index, part_bytes, path, block, (disk - done) // world_size)
+                    yield Task(sent, number, index, part_bytes, path, block, (disk - done) // world_size)
                 done = disk
 
     # ------------------------------------------------------------------------------------- merging and publishing
@@ -337,9 +339,10 @@ class Job:
         where = examples[0][0]
         source = next((source for source in self.sources if source.name == where.get("source")), self.sources[0])
         place = f"line {where['line']:,}" + (f" of {source.name}" if len(self.sources) > 1 else "")
+        place = where.get("file", place)
         lines = [raw for _, raw in examples]
         form = self.options.format, self.options.text_field
-        return reason, place, describe_lines(lines, reason, *form, source.location)
+        return reason, place, describe_lines(lines, reason, *form, source.path_of(where["line"] - 1))
 
     def _keep_finished(self) -> dict:
         manifest = check_finished(self.output, self.sources, self.plan)

@@ -88,9 +88,8 @@ class Merger:
                     position += len(table)
                     self._write_documents(key[0], part, payload, table, fates, main, validation)
                     rejects.writelines(self._reject_lines(key, part, table, fates))
-                    samples.add_all(
-                        part["samples"].tobytes().decode(), self._lines_before[key], self.sources[key[0]].name
-                    )
+                    packed = part["samples"].tobytes().decode()
+                    samples.add_all(packed, self._lines_before[key], self.sources[key[0]])
         with _text_file(self.folder / "changes") as changes:
             changes.writelines(samples.lines())
         self._line_numbers = None  # a mapped file could not be removed on Windows
@@ -191,12 +190,13 @@ class Merger:
     def _reject_lines(self, key: tuple[int, int], part: Part, table: np.ndarray, fates: _Fates) -> list[str]:
         """The part's lines of the rejects file, in the order of its lines."""
         found: list[tuple[int, str]] = []  # (line in the part, text)
-        before, named = self._lines_before[key], {"source": self.sources[key[0]].name} if len(self.sources) > 1 else {}
+        before, source = self._lines_before[key], self.sources[key[0]]
+        named = {"source": source.name} if len(self.sources) > 1 else {}
         rejects = part["rejects"]
         if len(rejects):
             raw, end = part["rejects_raw"].tobytes(), 0
             for offset, line, size, number in rejects.tolist():
-                where = {**named, "line": before + line + 1, "offset": offset}
+                where = {**named, **source.place_of(before + line), "line": before + line + 1, "offset": offset}
                 found.append((line, reject_line(where, NAMES[number], raw[end : end + size])))
                 end += size
         dropped = np.flatnonzero(~fates.kept)
@@ -205,7 +205,7 @@ class Merger:
             raw_lines, offsets = self.raw_lines.of_part(*key, part.record["sha256"])
         for index in dropped.tolist():
             line, reason = int(table["line"][index]), NAMES[fates.reason[index]]
-            where = {**named, "line": before + line + 1}
+            where = {**named, **source.place_of(before + line), "line": before + line + 1}
             if reason == "not_sampled":  # a good line, which the input still holds
                 found.append((line, reject_line(where, reason, None)))
             else:
@@ -217,11 +217,12 @@ class Merger:
 
     def _where(self, document: int) -> dict:
         """The line that a document came from, as `duplicate_of`."""
-        where = {"duplicate_of": int(self._line_numbers[document])}
+        number = int(self._line_numbers[document])
+        source = self.sources[int(np.searchsorted(self._source_starts, document, side="right")) - 1]
+        where = {"duplicate_of": number}
         if len(self.sources) > 1:
-            source = int(np.searchsorted(self._source_starts, document, side="right")) - 1
-            where["duplicate_of_source"] = self.sources[source].name
-        return where
+            where["duplicate_of_source"] = source.name
+        return where | source.place_of(number - 1, "duplicate_of_")
 
 
 def _copies(source: Source, table: np.ndarray) -> np.ndarray:

@@ -5,7 +5,6 @@ A row of Parquet or of a dataset, an object of a JSON array, a document of plain
 compressed with: 2 GiB after `zstd --long=31`.
 """
 
-import codecs
 import contextlib
 import gzip
 import io
@@ -28,14 +27,13 @@ from model.corpus.inspection import (
     packing_of,
     unreadable,
 )
+from model.corpus.plain_text import TXT_DOCUMENTS, BytesRead, SmallFiles, txt_documents
 from model.corpus.streams import streamed_rows
 from model.corpus.tables import csv_header, csv_rows, names_chats, parquet_rows, refuse_repeated
 from model.errors import InputError, first_line
 
 READ_AT_ONCE = 1 << 20  # bytes, about, that are unpacked or made from rows at a time
 HEAD_BYTES = 16 << 10  # read to recognise a file's form
-TXT_BYTES = 1 << 20  # a longer document of a .txt is cut at the next line's end
-TXT_DOCUMENTS = ("file", "paragraph", "line")
 EXPECTED = 'expected JSONL, one {"text": ...} object a line'
 
 
@@ -49,15 +47,16 @@ class WrongEncoding(InputError):
 
 @dataclass(frozen=True)
 class Source:
-    """One file, or one dataset that is streamed."""
+    """One file, one dataset that is streamed, or many small .txt that are read as one file."""
 
-    location: str  # a path, datasets:NAME?… or ms:NAME?…
+    location: str  # a path, datasets:NAME?… or ms:NAME?…; of many files what a glob for them would be
     name: str  # unique and short: the folders that all sources share are omitted
     size: int  # bytes on disk; 0 for a streamed dataset, whose size is unknown
     weight: float = 1.0
     form: str = "jsonl"  # or cr (JSONL with CR line ends), array, parquet, csv, dataset; or one of TXT_DOCUMENTS
     packing: str = ""  # one of PACKINGS; "": not compressed
     keys: tuple[str, ...] = ()  # the columns to take of a table that has them; (): the text field alone
+    files: SmallFiles | None = None  # None: it is one
 
     @property
     def is_plain(self) -> bool:
@@ -68,8 +67,16 @@ class Source:
         """Parts of a plain file; some may hold no line."""
         return max(1, -(-self.size // part_bytes))
 
+    def path_of(self, line: int) -> str:
+        """The path of the file that holds line `line`, from 0, of a source that was read to its end."""
+        return self.location if self.files is None else self.files.path_of(line)
 
-def recognise(path: Path, txt_documents: str = "file") -> tuple[str, str, bytes]:
+    def place_of(self, line: int, prefix: str = "") -> dict:
+        """`{"file": name}` of that file, with a prefix to the key; {} where the source is one file."""
+        return {} if self.files is None else {f"{prefix}file": self.files.name_of(line)}
+
+
+def recognise(path: str | Path, txt_documents: str = "file") -> tuple[str, str, bytes]:
     """(form, packing, the first bytes unpacked) of a file.
 
     Raises:
@@ -79,7 +86,7 @@ def recognise(path: Path, txt_documents: str = "file") -> tuple[str, str, bytes]
     name, (packing, head) = str(path), _head(path)
     stem = name.lower().removesuffix(f".{packing}")
     columns = csv_header(head) if stem.endswith(".csv") else []
-    is_txt, is_csv = stem.endswith(".txt"), names_chats(columns)
+    is_txt, is_csv = stem.endswith(".txt"), bool(columns) and names_chats(columns)
     if not is_csv and (problem := unreadable(name, head)):
         raise InputError(f"input_path: {path} is {problem}")
     if packing and (head.startswith(PARQUET) or packing_of("", head)):
@@ -91,11 +98,13 @@ def recognise(path: Path, txt_documents: str = "file") -> tuple[str, str, bytes]
     if is_csv:
         refuse_repeated(path, columns)
         return "csv", packing, head
+    if is_txt:
+        return txt_documents, packing, head
     form = "cr" if has_only_carriage_returns(head) else "jsonl"
-    return txt_documents if is_txt else "array" if is_array(head) else form, packing, head
+    return "array" if is_array(head) else form, packing, head
 
 
-def is_chat_table(path: Path) -> bool:
+def is_chat_table(path: str | Path) -> bool:
     """Whether the first line of a CSV file names the columns of a chat, such as history,q,a.
 
     Raises:
@@ -104,9 +113,9 @@ def is_chat_table(path: Path) -> bool:
     return names_chats(csv_header(_head(path)[1]))
 
 
-def _head(path: Path) -> tuple[str, bytes]:
+def _head(path: str | Path) -> tuple[str, bytes]:
     """A file's packing, and its first bytes unpacked."""
-    with open(path, "rb") as file:
+    with open(path, "rb", buffering=0) as file:
         head = file.read(HEAD_BYTES)
     if packing := packing_of(str(path), head):
         with _unpacked(path, packing) as file, naming_damage(str(path)):
@@ -123,6 +132,9 @@ def open_source(source: Source, text_field: str = "text") -> BinaryIO:
     keys = source.keys or (text_field,)
     if source.form == "dataset":
         return _as_file(_as_jsonl(streamed_rows(source.location), keys))
+    if source.files is not None:
+        progress = BytesRead()
+        return _as_file(_as_jsonl(source.files.documents(source.form, progress), (text_field,)), progress)
     path = Path(source.location)
     if source.form == "parquet":
         return _as_file(_as_jsonl(parquet_rows(path, keys), keys))
@@ -134,11 +146,11 @@ def open_source(source: Source, text_field: str = "text") -> BinaryIO:
     if source.form == "cr":
         return _as_file((block.replace(b"\r", b"\n") for block in _blocks(file)), file)
     if source.form in TXT_DOCUMENTS:
-        return _as_file(_as_jsonl(_txt_documents(file, source.form), (text_field,)), file)
+        return _as_file(_as_jsonl(txt_documents(file, source.form), (text_field,)), file)
     return file
 
 
-def _unpacked(path: Path, packing: str) -> BinaryIO:
+def _unpacked(path: str | Path, packing: str) -> BinaryIO:
     disk = open(path, "rb")  # noqa: SIM115 (closed by what is returned)
     try:
         return _as_file(_UNPACKERS[packing](disk), disk) if packing else disk
@@ -258,45 +270,6 @@ def _piece_of_line(piece: bytes, in_array: bool, begun: bool) -> bytes:
     return piece if begun else piece.lstrip()
 
 
-def _txt_documents(file: BinaryIO, unit: str) -> Generator:
-    """The documents of plain text: the whole of it, its paragraphs (between empty lines) or its lines.
-
-    A document of more than TXT_BYTES is cut at the next line's end. A line that is not UTF-8 is yielded alone, with a
-    lone surrogate for each bad byte, so that nothing else is rejected with it.
-    """
-    held, size = [], 0
-    for line in _txt_lines(file):
-        is_good = _is_encodable(line)
-        ends = size > TXT_BYTES or not is_good or unit == "line" or (unit == "paragraph" and not line.strip())
-        if ends and size:
-            yield "".join(held)
-            held, size = [], 0
-        if not is_good:
-            yield line
-        elif size or line.strip():
-            held.append(line)
-            size += len(line)
-    if size:
-        yield "".join(held)
-
-
-def _txt_lines(file: BinaryIO) -> Generator:
-    """Lines with their ends, all of which become \\n; a very long line comes in pieces."""
-    decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
-    for raw in iter(lambda: file.readline(TXT_BYTES), b""):
-        text = decoder.decode(raw).replace("\r\n", "\n").replace("\r", "\n")
-        yield from (line.removeprefix("\ufeff") for line in io.StringIO(text))
-    yield from io.StringIO(decoder.decode(b"", final=True))
-
-
-def _is_encodable(text: str) -> bool:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
 # ------------------------------------------------------------------------------------------------- file-like objects
 
 
@@ -336,10 +309,13 @@ def _as_file(contents: Iterator[bytes], file: BinaryIO | None = None) -> BinaryI
 
 def _as_jsonl(rows: Generator, keys: Sequence[str] = ()) -> Generator:
     """The rows as lines of JSONL, some READ_AT_ONCE characters at a time; of `keys` alone if there are some."""
+    encode = json.JSONEncoder(ensure_ascii=False, default=_not_json).encode  # json.dumps would make one for each row
     with contextlib.closing(rows):
         lines, characters = [], 0
+        begin = f"{{{encode(keys[0])}: " if keys else ""
         for row in rows:
-            lines.append(json.dumps(_taken(row, keys), ensure_ascii=False, default=_not_json) + "\n")
+            is_text = isinstance(row, str) and keys  # the same line, made faster
+            lines.append(f"{begin}{encode(row)}}}\n" if is_text else encode(_taken(row, keys)) + "\n")
             characters += len(lines[-1])
             if characters > READ_AT_ONCE:
                 yield "".join(lines).encode("utf-8", "surrogatepass")

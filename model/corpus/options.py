@@ -6,7 +6,7 @@ from pathlib import Path
 
 from model.corpus.cleaning import Cleaner, CleaningOptions
 from model.corpus.near_duplicates import require_library
-from model.corpus.opening import TXT_DOCUMENTS
+from model.corpus.plain_text import TXT_DOCUMENTS
 from model.errors import InputError, shown
 from model.options import check_options, setting
 

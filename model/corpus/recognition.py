@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterator, Sequence
 from model.corpus.chats import BAD_ROW, FORMS, KEYS, MESSAGE_KEYS, form_of
 from model.corpus.inspection import EXAMPLES
 from model.corpus.jsonl import load_json
-from model.corpus.opening import TXT_DOCUMENTS, Source
+from model.corpus.opening import Source
 from model.corpus.options import ProcessingOptions
 from model.corpus.pairs import CHOSEN, PAIR_KEYS, REJECTED, is_pair
 from model.corpus.parts import lines_of, stream_parts
+from model.corpus.plain_text import TXT_DOCUMENTS
 from model.corpus.streams import NoRow
 from model.errors import InputError
 

@@ -133,7 +133,8 @@ def train_tokenizer(
     _check_target(folder, vocab_size, overwrite)
     sources = find_sources(input_paths, text_field=text_field)  # all must exist before the first is read
     sources, options = recognise_format(sources, ProcessingOptions(text_field=text_field, format=format), say)
-    say(f"training a tokenizer of {vocab_size:,} tokens on {counted(len(sources), 'file')}; it can take minutes")
+    files = sum(len(source.files.names) if source.files else 1 for source in sources)
+    say(f"training a tokenizer of {vocab_size:,} tokens on {counted(files, 'file')}; it can take minutes")
 
     text = TrainingText(sources, text_field, options.format)
     tokenizer = _train_bpe(text, vocab_size)

@@ -76,7 +76,8 @@ def public_name(source: str) -> str:
             name = source.removeprefix(hub).partition("?")[0]
             is_of_hub = name.count("/") <= 1 and not name.startswith((".", "/", "~"))
             return hub + (name if is_of_hub else Path(name).name)
-    return Path(source).name
+    path = Path(source)
+    return f"{path.parent.name}/{path.name}" if path.name.startswith("*.txt") else path.name  # of many, their folder
 
 
 def _config(path: Path) -> Mapping:

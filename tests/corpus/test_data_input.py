@@ -150,7 +150,7 @@ def test_plain_text(documents, tmp_path, capsys):
 
 
 def test_plain_text_of_any_size_takes_bounded_memory_and_loses_nothing(documents, tmp_path, monkeypatch):
-    monkeypatch.setattr("model.corpus.opening.TXT_BYTES", 100)
+    monkeypatch.setattr("model.corpus.plain_text.TXT_BYTES", 100)
     lines = [f"第{number}行，" * (number % 40) for number in range(100)]
     found = documents(write(tmp_path / "a.txt", "\n".join(lines)), deduplicate=False)
     assert len(found) > 20 and max(map(len, found)) < 300

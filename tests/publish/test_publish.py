@@ -241,6 +241,7 @@ def test_links_of_the_hugging_face_cache_are_followed_and_others_are_not_sent(tm
         ("datasets:/home/me/private/data", "datasets:data"),
         ("ms:owner/name", "ms:owner/name"),
         ("home/me/corpus.jsonl", "corpus.jsonl"),
+        ("home/me/news/*.txt (2)", "news/*.txt (2)"),
     ],
 )
 def test_the_card_names_inputs_without_folders_and_options(source, name):
