@@ -56,9 +56,9 @@ DEFAULT_CLEANED = DATASET / f"{CLEANED}data.jsonl"
 class OptimizedDataProcessor:
     """Turns JSONL into a token file; see the module's docstring.
 
-    Memory does not grow with the input. Each worker holds one part (8 MB unless save_interval is larger) and what
-    becomes of it. Finding duplicates takes at most some 200 MB: the texts' hashes are sorted in pieces, on disk. One
-    line may have up to 64 MiB.
+    Memory does not grow with the input, but for the names of its files. Each worker holds one part (8 MB unless
+    save_interval is larger) and what becomes of it. Finding duplicates takes at most some 200 MB: the texts' hashes are
+    sorted in pieces, on disk. One line may have up to 64 MiB.
 
     Args:
         tokenizer_path, max_length, chunk_size, save_interval: as in the guide.

@@ -1,5 +1,6 @@
 """Finds the files and datasets that paths, folders, globs, `datasets:NAME` and `ms:NAME` stand for."""
 
+import contextlib
 import errno
 import functools
 import glob
@@ -299,7 +300,11 @@ def _stat(file: str) -> os.stat_result | None:
 def _left_out(leave_out: Collection[Path]) -> Callable[[str, os.stat_result], bool]:
     """A function that says whether a file is one of these. Few files have the number of one, and only theirs are
     resolved: that takes longer than all else that is asked of a file."""
-    known = {(about.st_dev, about.st_ino) for about in map(_stat, map(str, leave_out)) if about is not None}
+    known = set()
+    for path in leave_out:
+        with contextlib.suppress(OSError):  # it need not exist
+            about = os.stat(path)
+            known.add((about.st_dev, about.st_ino))
     return lambda file, about: (about.st_dev, about.st_ino) in known and Path(file).resolve() in leave_out
 
 

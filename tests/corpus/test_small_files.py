@@ -6,11 +6,14 @@ import json
 import os
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
 from model.corpus import plain_text, sources
+from model.corpus.job import Job
 from model.corpus.opening import open_source
+from model.corpus.options import ProcessingOptions
 from model.corpus.parts import stream_parts
 from model.corpus.plain_text import SmallFiles, txt_documents
 from model.corpus.sources import find_sources
@@ -19,6 +22,7 @@ from optimized_data_processing import OptimizedDataProcessor
 from tests.conftest import ROOT, corpus_lines, read_documents, read_rejects
 from tests.corpus.half_made import begin_and_stop, contents
 from tests.tiny_runs import finish_ranks, start_two_ranks
+from utils import Processes
 
 TEXTS = [json.loads(line)["text"][:120] for line in corpus_lines(60)]
 SMALL = 1000  # bytes, in these tests
@@ -351,6 +355,13 @@ def test_the_progress_bar_moves_over_every_byte(grouping, folder):
     for source in find_sources(folder):
         seen = [disk for _, _, disk in stream_parts(source, 500, "text")]
         assert seen == sorted(seen) and seen[-1] == source.size
+
+
+def test_workers_are_sent_no_names(grouping, folder, tmp_path):
+    found = find_sources(folder)
+    job = Job(found, tmp_path / "a.jsonl", ProcessingOptions(), False, Processes.alone(), print, None)
+    tasks = list(job._tasks(Mock(), 500))
+    assert len(tasks) > len(found) and not any(task.source.files for task in tasks)
 
 
 def test_a_weight_takes_as_many_copies_and_chats_are_refused_as_of_one_file(
