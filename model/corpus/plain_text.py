@@ -65,7 +65,7 @@ class SmallFiles:
 
     Attributes:
         sha256: of the names and sizes.
-        line_ends: uint64 [files]: how many documents the files up to each one hold; None until all were read once.
+        line_ends: int64 [files]: how many documents the files up to each one hold; None until all were read once.
     """
 
     def __init__(self, folder: str, shown: str, names: Sequence[str], sizes: Sequence[int]) -> None:
@@ -78,7 +78,7 @@ class SmallFiles:
 
     def documents(self, unit: str, progress: "BytesRead") -> Generator:
         """The documents of one file after another, as `txt_documents` makes them of each."""
-        ends, count = array("Q"), 0
+        ends, count = array("q"), 0
         for name in self.names:
             raw = _read_small(self._prefix + name)
             progress.count += len(raw)
@@ -93,7 +93,7 @@ class SmallFiles:
                         yield document
                         count += 1
             ends.append(count)
-        self.line_ends = np.frombuffer(ends, np.uint64)
+        self.line_ends = np.frombuffer(ends, np.int64)
 
     def name_of(self, line: int) -> str:
         """The name of the file that document `line`, from 0, of the source comes from; all were read once."""
