@@ -1,5 +1,6 @@
 """Turning many texts into ids: with fastokens where it gives the same ids, else with tokenizers."""
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -34,9 +35,7 @@ class BulkEncoder:
         self.name, self._json, self._slow = choice.name, choice.tokenizer_json, None
         self._encode = self._encode_slowly
         if choice.package == "fastokens":
-            import fastokens
-
-            self._fast = fastokens.Tokenizer.from_json_str(choice.tokenizer_json)
+            self._fast = _load_fast(choice.tokenizer_json)
             self._encode = self._encode_fast
 
     def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -61,6 +60,14 @@ class BulkEncoder:
             parts = self._encode_fast(texts[:half]), self._encode_fast(texts[half:])
             return tuple(map(np.concatenate, zip(*parts, strict=True)))
         return np.frombuffer(ids, "<u4"), np.diff(np.frombuffer(offsets, "<u8").astype(np.int64))
+
+
+@functools.lru_cache(maxsize=1)
+def _load_fast(tokenizer_json: str):
+    """A tokenizer of fastokens; kept, since the process that chose it encodes with it where the input is small."""
+    import fastokens
+
+    return fastokens.Tokenizer.from_json_str(tokenizer_json)
 
 
 def choose_encoder(tokenizer: BulkTokenizer, texts: Sequence[str], say: Callable[[str], None]) -> EncoderChoice:

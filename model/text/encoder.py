@@ -7,6 +7,7 @@ control tokens get secret names here, and `</s>` becomes ordinary pieces, as in 
 
 import base64
 import contextlib
+import functools
 import json
 import os
 import re
@@ -229,8 +230,9 @@ def can_panic(tokenizer_json: str) -> bool:
     return '"Regex":' in tokenizer_json
 
 
+@functools.lru_cache(maxsize=1)
 def load_backend(tokenizer_json: str):
-    """A tokenizer of the library that finds no special tokens in texts.
+    """A tokenizer of the library that finds no special tokens in texts; the last one is kept.
 
     Raises:
         InputError: the tokenizer is damaged.
