@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map, tree_map_only
+from torch.utils._pytree import tree_flatten, tree_map
 
 T = TypeVar("T")
 aten = torch.ops.aten
@@ -101,8 +101,8 @@ class _Operation:
     def run(self) -> None:
         if self.function.overloadpacket in ALLOCATIONS:
             return
-        args, kwargs = tree_map_only(_Outside, _Outside.tensor, (self.args, self.kwargs))
-        results = _tensors(self.function(*args, **kwargs))
+        kwargs = {name: _found(value) for name, value in self.kwargs.items()}
+        results = _tensors(self.function(*_found(self.args), **kwargs))
         for old, new in zip(self.results, results, strict=True):
             if old is not None:
                 old.copy_(new)
@@ -173,7 +173,16 @@ class _NothingToHost(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
+def _found(value):
+    """An argument of a recorded operation as it is now; arguments nest in lists and tuples only."""
+    if isinstance(value, _Outside):
+        return value.tensor()
+    return type(value)(map(_found, value)) if type(value) in (list, tuple) else value
+
+
 def _tensors(tree) -> list[Tensor]:
+    if isinstance(tree, Tensor):
+        return [tree]
     return [leaf for leaf in tree_flatten(tree)[0] if isinstance(leaf, Tensor)]
 
 
