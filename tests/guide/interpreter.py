@@ -61,6 +61,7 @@ def main() -> None:
     os.chdir(sys.argv[1])
     sys.path.insert(0, sys.argv[1])
     do_without_what_is_slow()
+    gc.freeze()  # what was imported is looked at by no later collection
     requests, answers = sys.stdin, os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what a child process prints must not get between the answers
     for line in requests:

@@ -9,7 +9,7 @@ import pytest
 from model.runs.metrics import MetricsLog, read_metrics
 from tests.tiny_runs import python
 
-pytestmark = pytest.mark.curves
+pytestmark = pytest.mark.pictures
 needs_file_size_limit = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limit on a file's size")
 
 
