@@ -526,7 +526,9 @@ def turns(*numbers: int, system: bool = False) -> tuple:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("style", [None, "Llama 3", "Qwen 3"])
+@pytest.mark.parametrize(
+    "style", [None, *(pytest.param(name, marks=pytest.mark.slow) for name in ("Llama 3", "Qwen 3"))]
+)
 def test_long_chats_lose_their_oldest_turns_and_keep_the_system_message(tmp_path, capsys, style):
     folder = write_style(tmp_path / "t", style) if style else None
     tokenizer = load_tokenizer(folder)
@@ -559,7 +561,7 @@ def test_chats_that_are_all_too_long_are_rejected(tmp_path):
     assert counts["documents"] == 1 and counts["rejected_by_reason"] == {"over_max_length": 1}
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_job_that_truncates_chats_resumes_with_the_same_bytes(tmp_path, monkeypatch):
     path = write(tmp_path / "a.jsonl", jsonl([{"messages": messages(turns(*range(n % 30 + 1)))} for n in range(300)]))
     for folder in ("whole", "stopped"):
@@ -654,6 +656,7 @@ def process_half(path: Path, output: Path) -> dict:
     return OptimizedDataProcessor(workers=0).process_dataset(path, output, weights=[0.5])
 
 
+@pytest.mark.pictures
 def test_the_statistics_count_turns_lengths_and_the_learned_share(tmp_path):
     processor = OptimizedDataProcessor(workers=0)
     counts = processor.process_dataset(write(tmp_path / "a.jsonl", jsonl(map(sharegpt, CHATS))), tmp_path / "a.bin")

@@ -182,6 +182,7 @@ def test_statistics_count_what_is_in_the_file(raw, tmp_path):
 
 
 @pytest.mark.long
+@pytest.mark.pictures
 def test_the_picture_is_optional_and_its_absence_is_named(raw, processor, tmp_path, monkeypatch, capsys):
     processor.process_dataset(raw, tmp_path / "data.bin")
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)  # as if it were not installed

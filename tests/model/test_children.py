@@ -30,8 +30,7 @@ def test_spinning_is_bounded_for_each_library_unless_the_user_chose():
     ("module", "user"),
     [
         ("train", {"GOMP_SPINCOUNT": "77"}),
-        ("inference", {}),
-        *(pytest.param(name, {}, marks=pytest.mark.slow) for name in ("train", "model.convert")),
+        *(pytest.param(name, {}, marks=pytest.mark.slow) for name in ("train", "inference", "model.convert")),
     ],
 )
 def test_torch_loads_its_threads_with_the_bound(module, user):

@@ -147,7 +147,7 @@ def test_half_precision_keeps_the_positions_exact(tiny_config):
     assert model.output.weight is model.tok_embeddings.weight
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_the_training_step_is_one_graph(tiny_config):
     model = random_model(tiny_config).train()
     tokens, targets = some_tokens(tiny_config, 2, 16), some_tokens(tiny_config, 2, 16, seed=2)

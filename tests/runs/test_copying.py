@@ -20,6 +20,7 @@ from model.runs.resume import find_checkpoint
 from model.runs.status import read_status
 from model.storage.archive import save_torch
 from model.training.settings import build_settings
+from tests import forks
 from tests.conftest import ROOT
 from tests.tiny_runs import ONE_THREAD, assert_same_end, command, losses, refused, run, train, two_ranks, wait_for
 from tests.weights.test_checkpoint import checkpoint_content
@@ -283,7 +284,7 @@ def test_a_run_killed_while_it_copies_is_resumed_from_the_copy_before(flags, tmp
     whole, out, copy = (tmp_path / name for name in ("whole", "out", "copy"))
     train(flags(out_dir=whole))
     words = [sys.executable, "-c", KILLED_WHILE_COPYING, *command(flags(copy_to=copy))[2:]]
-    with subprocess.Popen(words, cwd=ROOT, env=ONE_THREAD, stderr=subprocess.DEVNULL) as process:
+    with forks.Popen(words, cwd=ROOT, env=ONE_THREAD, stderr=subprocess.DEVNULL) as process:
         wait_for(lambda: list(copy.glob("checkpoint_step_8.*.tmp")), process)
         process.send_signal(signal.SIGKILL)
     shutil.rmtree(out)
@@ -294,7 +295,7 @@ def test_a_run_killed_while_it_copies_is_resumed_from_the_copy_before(flags, tmp
     assert not list(copy.glob("*.tmp")) and (copy / "checkpoint_step_12.pth").exists()
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_two_ranks_are_resumed_from_the_copy(flags, tmp_path):
     whole, out, copy = (tmp_path / name for name in ("whole", "out", "copy"))
     result = two_ranks(flags(out_dir=whole, copy_to=copy))

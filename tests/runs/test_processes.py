@@ -148,6 +148,7 @@ def test_a_machine_whose_name_leads_back_to_itself_is_one_line_on_every_rank():
         assert "localhost: its own name stands for 127.0.0.1, which other nodes cannot reach" in errors
 
 
+@pytest.mark.slow
 def test_a_store_that_torchrun_kept_on_several_nodes_is_one_line():
     import torch.distributed as dist
 

@@ -91,7 +91,7 @@ def test_a_limited_run_saves_and_resumes_with_the_same_bits(flags, tmp_path, cap
     assert losses(tmp_path / "whole") == losses(tmp_path / "out")
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_two_ranks_stop_at_the_same_step_and_resume_with_the_same_bits(flags, tmp_path):
     whole, out = tmp_path / "whole", tmp_path / "out"
     assert two_ranks(flags(out_dir=whole)).returncode == 0

@@ -206,6 +206,7 @@ def test_edit_and_resend(visit, server):
     assert shown(page, "user") == ["changed"] and shown(page) == [answer_to(server, sent)]
 
 
+@pytest.mark.slow
 def test_regenerate(visit, server):
     page = visit(greedy=30)
     ask(page, "你好")
@@ -216,6 +217,7 @@ def test_regenerate(visit, server):
     assert len(shown(page)) == 1 and shown(page)[0] == answer_to(server, sent) != before
 
 
+@pytest.mark.slow
 def test_continue_an_answer(visit, server):
     page = visit(greedy=30)
     ask(page, "你好")
@@ -226,6 +228,7 @@ def test_continue_an_answer(visit, server):
     assert "60 tokens" in page.locator(".facts").inner_text()
 
 
+@pytest.mark.slow
 def test_several_conversations_outlast_a_reload(visit):
     page = visit(greedy=10)
     ask(page, "first")
@@ -293,6 +296,7 @@ def test_export_and_import(visit, tmp_path):
     assert other.locator("#chats .open").count() == 2
 
 
+@pytest.mark.slow
 def test_settings_begin_as_the_server_s_flags_and_what_is_changed_stays(visit, weights_file):
     flags = ["--greedy", "--max_new_tokens", "9", "--stop_strings", "完", "--seed", "5", "--repetition_penalty", "3"]
     with running_server(weights_file, *flags) as server:
@@ -343,6 +347,7 @@ def test_settings_reach_the_request(visit):
     assert [page.input_value(f"#set-{name}") for name in ("seed", "stop_strings", "system")] == [""] * 3
 
 
+@pytest.mark.slow
 def test_the_oldest_turns_of_a_long_conversation_are_left_out(visit):
     page = visit(greedy=5)
     ask(page, "春" * 1200)  # some 3,000 tokens
@@ -362,6 +367,7 @@ def test_an_error_is_told_and_can_be_tried_again(visit):
     assert page.locator(".failed").count() == 0 and shown(page)[0]
 
 
+@pytest.mark.slow
 def test_dark_by_the_toggle(visit):
     page = visit(color_scheme="light")
 
@@ -381,6 +387,7 @@ def test_dark_by_the_toggle(visit):
     assert visit(color_scheme="dark").get_attribute("html", "data-theme") == "dark"  # as the system says
 
 
+@pytest.mark.slow
 def test_a_phone_s_width_is_enough(visit):
     page = visit(viewport={"width": 360, "height": 700}, has_touch=True, is_mobile=True)
     assert page.evaluate(PAST_THE_EDGE) == []

@@ -115,7 +115,7 @@ print(json.dumps([(most - before) / size, size]))
 """
 
 
-@pytest.mark.long
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="memory is read in /proc")
 def test_convert_makes_one_file_of_it_and_holds_it_once(tmp_path):
     config = LMConfig(dim=512, n_layers=8, n_heads=8, n_kv_heads=8, vocab_size=6400, max_seq_len=64)

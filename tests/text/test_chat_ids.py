@@ -151,7 +151,7 @@ def styles(tmp_path_factory) -> dict[str, Style]:
 @example(chat=PROBES[0])
 @example(chat=(("user", "</s>\n<s>assistant\n是"), ("assistant", "<s>user\n</s>"), ("user", "a"), ("assistant", "b")))
 @example(chat=(("system", "<|im_end|>"), ("user", "<|im_start|>"), ("assistant", "<|im_end|>\n<|im_start|>user")))
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_the_ids_are_those_of_inference_and_the_mask_is_the_answers(styles, chat):
     for name, style in styles.items():
         note(name)  # the last one is the one that fails
@@ -265,7 +265,7 @@ def looking(tmp_path_factory):
 @given(several=st.lists(chats(), min_size=1, max_size=3))
 @example(several=[(("user", "你好"), ("assistant", "a")), (("user", "a"), ("assistant", "a")), PROBES[0], PROBES[1]])
 @example(several=[(("user", content), ("assistant", "b")) for content in ("1", "是", "ba", "A", "b。", "23", "b a")])
-@settings(max_examples=5, deadline=None, suppress_health_check=[*HealthCheck])
+@settings(max_examples=2, deadline=None, suppress_health_check=[*HealthCheck])
 def test_a_template_that_looks_into_contents_is_rendered_or_its_constants_are_known(looking, several):
     for name, (chat_format, ways) in looking.items():
         note(name)

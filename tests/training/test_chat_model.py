@@ -150,6 +150,7 @@ def test_a_gguf_file_answers_alike(run, tmp_path):
     assert fields["tokenizer.chat_template"].contents() == template
 
 
+@pytest.mark.slow
 def test_exports_carry_the_template_and_the_ends_that_the_weights_record(run, tmp_path):
     weights = load_weights(run / "sft_64.pth")
     weights.chat = weights.chat | {"template": "{{ messages[0].content }}", "end_ids": [2, 5]}

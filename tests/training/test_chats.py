@@ -144,13 +144,13 @@ def options_of(case, token_file):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("case", mostly(RESUMED, ("bfloat16, averaged",)))
+@pytest.mark.parametrize("case", mostly(RESUMED, ("bfloat16, averaged", "Muon across epochs")))
 def test_a_killed_run_resumes_and_ends_with_the_same_bits(chat_flags, tmp_path, case, token_file, monkeypatch):
     monkeypatch.setenv("MATECONV_EMULATE_DTYPE", "1")
     assert_a_killed_run_resumes(chat_flags, tmp_path, "sft_32", **options_of(case, token_file))
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_two_processes_resume_with_the_same_bits(chat_flags, tmp_path):
     options = {"batch_size": 2, "accumulation_steps": 2, "dropout": 0.1, "use_ema": "true", "dtype": "bfloat16"}
     assert_two_processes_resume(chat_flags, tmp_path, **options)

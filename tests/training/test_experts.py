@@ -315,7 +315,7 @@ def test_accumulation_and_ranks_compute_what_one_batch_does(flags, tmp_path):
             assert found[0][key] == one[0][key]
 
 
-@pytest.mark.long
+@pytest.mark.slow
 @pytest.mark.parametrize("shard", [pytest.param("none", marks=pytest.mark.slow), "optimizer"])
 def test_two_processes_resume(flags, tmp_path, shard):
     assert_two_processes_resume(flags, tmp_path, **BIASED, use_ema="true", shard=shard, optimizer_type="muon")
@@ -330,7 +330,7 @@ def base(tmp_path_factory, tokenizer_folder):
     return path
 
 
-@pytest.mark.long
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", mostly(["chats", "chats with LoRA", "pairs"], slow=["chats", "pairs"]))
 def test_chats_pairs_and_adapters(flags, tmp_path, tokenizer_folder, base, kind):
     pairs = [(chat, [*chat[:-1], ("assistant", f"{chat[-1][1]}河{n % 5}")]) for n, chat in enumerate(CHATS)]

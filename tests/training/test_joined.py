@@ -37,6 +37,7 @@ def test_loss_and_gradients_are_those_of_products_apart(shape, monkeypatch):
         assert (own - other).norm() <= 1e-5 * other.norm()
 
 
+@pytest.mark.slow
 def test_a_step_is_one_graph():
     model = random_model(LMConfig(**SHAPE)).train()
     model.join_products(True)

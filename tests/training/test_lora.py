@@ -104,7 +104,7 @@ def test_a_merged_model_computes_the_same_and_shares_what_is_not_adapted(tiny_co
     assert merged(plain) is plain and not any(parameter.requires_grad for parameter in plain.parameters())
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_step_with_adapters_compiles_to_one_graph(tiny_config):
     model = adapted(tiny_config).float().train()
     tokens, targets = torch.randint(0, 300, (2, 2, 100))

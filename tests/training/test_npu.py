@@ -107,6 +107,7 @@ def test_a_checkpoint_of_one_device_goes_on_on_another(build, whole):
     assert [step for step, _ in losses(folder_of(flags))] == [9, 10, 11, 12]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
@@ -122,7 +123,7 @@ def test_other_dtypes_optimizers_and_models_train(build, changes):
     assert len(found) == 6 and found[-1] < found[0]
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_two_ranks_exchange_gradients_by_the_devices_backend(build):
     flags, alone = build("two", **PLAIN, **SHORT), build("alone", device="cpu", accumulation_steps=2, **PLAIN, **SHORT)
     ended = finish_ranks(start_two_ranks(with_npu(command(flags, "--ddp"))))

@@ -240,7 +240,7 @@ def test_a_killed_run_resumes_and_ends_with_the_same_bits(pair_flags, tmp_path, 
     assert_a_killed_run_resumes(pair_flags, tmp_path, "dpo_32", lose_the_reference, **RESUMED[case])
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_two_processes_resume_with_the_same_bits(pair_flags, tmp_path):
     assert_two_processes_resume(pair_flags, tmp_path, batch_size=2, accumulation_steps=2, use_ema="true")
 

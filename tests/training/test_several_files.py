@@ -146,7 +146,7 @@ def test_a_killed_run_resumes_and_ends_with_the_same_bits(flags, files, tmp_path
     assert_a_killed_run_resumes(flags, tmp_path, "pretrain_32", train_data_path=files, **options)
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_two_processes_resume_with_the_same_bits(flags, files, tmp_path):
     assert_two_processes_resume(flags, tmp_path, train_data_path=files, train_data_weights=[1, 2, 3])
 

@@ -25,7 +25,13 @@ from utils import Processes
 LONG = {"max_steps": 6, "eval_interval": 2, "save_interval": 1, "accumulation_steps": 5}
 CASES = {
     "AdamW": {"optimizer_type": "adamw", "dropout": 0.1},
-    "Muon, averaged": {"optimizer_type": "muon", "dropout": 0.1, "use_ema": "true", "lr_scheduler": "wsd"},
+    "Muon, averaged": {
+        "optimizer_type": "muon",
+        "dropout": 0.1,
+        "use_ema": "true",
+        "lr_scheduler": "wsd",
+        "dtype": "float32",
+    },
     "float16": {"dtype": "float16", "dropout": 0.1, "use_ema": "true", "batch_size": 1},  # a CPU takes long for it
 }
 STATE = ("model", "ema", "ema_updates", "optimizer", "scaler", "random_states", "progress", "data", "chosen")
@@ -40,7 +46,14 @@ def assert_same_checkpoint(first, second):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(("case", "step"), [("AdamW", 0), ("Muon, averaged", 3), ("float16", 3)])
+@pytest.mark.parametrize(
+    ("case", "step"),
+    [
+        pytest.param("AdamW", 0, marks=pytest.mark.slow),
+        ("Muon, averaged", 3),
+        pytest.param("float16", 3, marks=pytest.mark.slow),
+    ],
+)
 def test_a_dropped_step_leaves_nothing_behind(flags, tmp_path, monkeypatch, case, step):
     monkeypatch.setenv("MATECONV_EMULATE_DTYPE", "1")
     options = LONG | CASES[case]
