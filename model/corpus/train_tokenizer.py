@@ -23,7 +23,7 @@ from model.corpus.parts import line_offsets, lines_of, stream_parts
 from model.corpus.recognition import recognise_format
 from model.corpus.sources import find_sources
 from model.errors import InputError, counted
-from model.storage.files import replacing
+from model.storage.files import replacing, size_text
 from model.text.chat_template import MESSAGES_TEMPLATE
 
 SPECIAL_TOKENS = ("<unk>", "<s>", "</s>")  # ids 0, 1, 2
@@ -135,6 +135,10 @@ def train_tokenizer(
     sources, options = recognise_format(sources, ProcessingOptions(text_field=text_field, format=format), say)
     files = sum(len(source.files.names) if source.files else 1 for source in sources)
     say(f"training a tokenizer of {vocab_size:,} tokens on {counted(files, 'file')}; it can take minutes")
+    for source in sources:
+        if source.size > MAX_FILE_BYTES:
+            size, most = size_text(source.size), size_text(MAX_FILE_BYTES)
+            say(f"{source.name}: of its {size}, {most} are read, in lines all over it")
 
     text = TrainingText(sources, text_field, options.format)
     tokenizer = _train_bpe(text, vocab_size)

@@ -65,7 +65,7 @@ def refuse_shortened(path: Path, mapped: np.memmap) -> None:
     if size < expected:
         raise InputError(
             f"{path}: {size:,} bytes found, {expected:,} when it was opened: another program shortened it meanwhile;"
-            " restore the file, then --resume"
+            " restore the file, then --resume, or start again if nothing was saved yet"
         )
 
 
