@@ -21,7 +21,7 @@ from model.corpus.finished import (
     validation_path,
 )
 from model.corpus.inspection import EXAMPLES, counts_text, describe_lines, nothing_read
-from model.corpus.job_folder import JobFolder, job_path
+from model.corpus.job_folder import FILES_OF, SIZES, JobFolder, job_path
 from model.corpus.jsonl import parse_line, read_rejects
 from model.corpus.merge import DocumentFile, Merger, RawLines
 from model.corpus.opening import EXPECTED, Source
@@ -133,9 +133,9 @@ class Job:
             del depends["max_length"], depends["long_documents"]
         return {
             "input_path": [source.name for source in self.sources],
-            "the input's size": [source.size for source in self.sources],
+            SIZES: [source.size for source in self.sources],
             "weights": [source.weight for source in self.sources],
-            **{f"the files of {source.name}": source.files.sha256 for source in self.sources if source.files},
+            **{f"{FILES_OF}{source.name}": source.files.sha256 for source in self.sources if source.files},
             **depends,
         }
 

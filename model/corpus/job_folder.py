@@ -22,6 +22,8 @@ from filelock import FileLock, Timeout
 from model.errors import InputError
 from model.storage.files import write_json
 
+FILES_OF, SIZES = "the files of ", "the input's size"  # in the plan: the first of each source of many files
+MOST_CHANGES = 5  # that a message names
 ADDED_LATER = ("bos_id", "eos_id", "end_ids")  # to the plan, when the tokenizer.json alone no longer sufficed
 
 
@@ -175,14 +177,17 @@ def job_path(output: Path) -> Path:
 def describe_changes(before: dict, now: dict) -> str:
     """'the tokenizer (was 1a2b…, is 3c4d…), text_field (was text, is content)'; '' where nothing changed.
 
-    Plans of earlier versions lack ADDED_LATER; what they don't say is taken as unchanged.
+    Plans of earlier versions lack ADDED_LATER, which is taken as unchanged; and they have a source for each small .txt.
     """
     before = {name: now[name] for name in ADDED_LATER if name in now} | before
-    return ", ".join(
-        f"{name} (was {_short(before.get(name))}, is {_short(now.get(name))})"
-        for name in sorted(before.keys() | now.keys())
-        if before.get(name) != now.get(name)
-    )
+    changed = [name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]
+    joined = {name for name in now.keys() - before.keys() if name.startswith(FILES_OF)}
+    same_bytes = sum(before.get(SIZES) or ()) == sum(now.get(SIZES) or ())
+    if joined and same_bytes and joined.issuperset({*changed} - {"input_path", SIZES, "weights"}):
+        return "an earlier version read each small .txt as a source of its own, this one reads those of a folder as one"
+    told = [f"{name} (was {_short(before.get(name))}, is {_short(now.get(name))})" for name in changed[:MOST_CHANGES]]
+    more = [f"{len(changed) - MOST_CHANGES:,} more"] if len(changed) > MOST_CHANGES else []
+    return ", ".join(told + more)
 
 
 def _short(value) -> str:

@@ -18,18 +18,22 @@ from model.corpus.inspection import PACKINGS, holds_documents
 from model.corpus.opening import EXPECTED, Source, WrongEncoding, is_chat_table, recognise
 from model.corpus.plain_text import SMALL_BYTES, TXT_DOCUMENTS, SmallFiles, spelled_out
 from model.corpus.streams import DATASETS, MODELSCOPE, STREAMED
-from model.errors import InputError
+from model.errors import InputError, counted
 from model.token_file.manifest import MOST_SOURCES
 
+READ = (".jsonl", ".ndjson", ".parquet", ".json", ".csv", ".txt")  # in a message; also compressed
 _PACKED = ("", *(f".{packing}" for packing in PACKINGS))
 # Endings, in lower case, of the files that are read in a folder.
 ENDINGS = (*(f".{form}{packed}" for form in ("jsonl", "ndjson") for packed in _PACKED), ".parquet")
 TXT_ENDINGS, JSON_ENDINGS, CSV_ENDINGS = (
     tuple(f".{form}{packed}" for packed in _PACKED) for form in ("txt", "json", "csv")
 )
-COMPANIONS = re.compile(r"(readme|licen[cs]e|copying|notice|changelog|authors|citation|requirements)\b", re.IGNORECASE)
+COMPANIONS = re.compile(
+    r"(readme|licen[cs]e|copying|notice|changelog|authors|citation|requirements)([._-]|$)", re.IGNORECASE
+)
 OUR_ENDINGS = (".rejects.jsonl", ".changes.jsonl")  # what data processing itself left there
 NAMED = 5  # skipped files that a message names
+WARNED_SHARE = 0.2  # of the texts; a warning if more are in another encoding
 MANY_FILES = 100  # an input of more small .txt is read as few sources: a source takes some 25 ms
 TOLD_FILES = 50_000  # to look at more takes over five seconds
 NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)  # what a broken link leads to
@@ -90,7 +94,7 @@ def find_sources(
             path = Path(given)
             files = _files(path, leave_out, text_field, txt_documents)
             if path.is_file() and path.resolve() not in leave_out:  # files named one by one are those of a shell's glob
-                key = path.parent
+                key = "files"
         if batches and batches[-1][:2] == (key, weight):
             batches[-1][2].extend(files)
         else:
@@ -173,9 +177,11 @@ def _files(path: Path, leave_out: Collection[Path], text_field: str, txt_documen
     if path.is_file():
         if not (size := path.stat().st_size):
             raise InputError(f"input_path: {path} is empty; {EXPECTED}")
-        return [_Found(str(path), size, *recognise(path, txt_documents)[:2])]
+        form, packing, head = recognise(path, txt_documents)
+        _warn_of_json([path] if form in TXT_DOCUMENTS and holds_documents(head, text_field) else [])
+        return [_Found(str(path), size, form, packing)]
     if path.is_dir():
-        listed, nothing = list(_listed(path)), f"the folder {path} holds no file that ends in {', '.join(ENDINGS)}"
+        listed, nothing = list(_listed(path)), f"the folder {path} holds no file that ends in {', '.join(READ)}"
         entered = set()
     elif glob.has_magic(str(path)):
         listed = [str(Path(name)) for name in glob.iglob(str(path), recursive=True)]
@@ -185,6 +191,7 @@ def _files(path: Path, leave_out: Collection[Path], text_field: str, txt_documen
     is_folder, found, skipped = path.is_dir(), [], {}  # skipped: why, by file
     texts, tables = [], []  # .txt, and CSV files of chats: read only where nothing else is
     other_encoding: WrongEncoding | None = None
+    of_other_encodings, with_json = 0, []  # with_json: .txt
     in_job, is_left_out = functools.cache(_in_job), _left_out(leave_out)
     listed.sort(key=_in_order)
     if len(listed) > TOLD_FILES:
@@ -209,8 +216,11 @@ def _files(path: Path, leave_out: Collection[Path], text_field: str, txt_documen
         except WrongEncoding as error:
             skipped[file] = f"{error.encoding.upper()}, not UTF-8"
             other_encoding = other_encoding or error
+            of_other_encodings += 1
             continue
         kept = _Found(file, about.st_size, form, packing)
+        if form in TXT_DOCUMENTS and holds_documents(head, text_field):
+            with_json.append(file)
         if not head.strip():
             skipped[file] = "empty"
         elif is_folder and name.endswith(TXT_ENDINGS):
@@ -233,7 +243,18 @@ def _files(path: Path, leave_out: Collection[Path], text_field: str, txt_documen
         raise InputError(f"input_path: {nothing}" + (f"; skipped: {said}" if said else ""))
     if said:
         say(f"skipped in {path}: {said}")
+    if of_other_encodings > WARNED_SHARE * len(found):
+        others = counted(of_other_encodings, "file")
+        say(f"warning: {others} of another encoding, not read, beside {len(found):,} in UTF-8: {other_encoding}")
+    _warn_of_json([file for file in with_json if file not in skipped])
     return found
+
+
+def _warn_of_json(texts: Sequence[str | Path]) -> None:
+    """Say that some .txt hold JSONL, of which the keys would be learned too."""
+    if texts:
+        count = f" ({len(texts):,} files)" if len(texts) > 1 else ""
+        say(f"warning: {texts[0]}{count}: JSON in a .txt is read as plain text; name it .jsonl to have its documents")
 
 
 def _in_order(file: str) -> str:
@@ -325,10 +346,15 @@ def _why_skipped(file: str, name: str, about: os.stat_result | None, is_folder: 
 
 
 def _describe_skipped(skipped: dict[str, str], folder: Path) -> str:
-    """'b.jsonl (empty), README.md (another ending) and 3 more', the surprising ones first."""
+    """'b.jsonl (empty), README.md (another ending) and 3 more: 3 empty', the surprising ones first; each reason has a
+    file that is named."""
     ranked = sorted(skipped.items(), key=lambda item: (item[1] == "another ending", "UTF-8" not in item[1]))
-    names = [f"{os.path.relpath(file, folder)} ({why})" for file, why in ranked[:NAMED]]
-    return ", ".join(names) + (f" and {len(ranked) - NAMED:,} more" if len(ranked) > NAMED else "")
+    firsts = {why: file for file, why in reversed(ranked)}
+    shown = sorted(ranked, key=lambda item: firsts[item[1]] != item[0])[:NAMED]
+    rest = Counter(skipped.values()) - Counter(why for _, why in shown)
+    names = ", ".join(f"{os.path.relpath(file, folder)} ({why})" for file, why in ranked if (file, why) in shown)
+    counts = ", ".join(f"{count:,} {why}" for why, count in rest.most_common())
+    return names + (f" and {rest.total():,} more: {counts}" if rest else "")
 
 
 def _short_names(locations: Sequence[str]) -> list[str]:

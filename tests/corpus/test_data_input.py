@@ -190,8 +190,11 @@ def test_a_folder_is_read_for_what_it_holds(documents, tmp_path, capsys):
         write(folder / name, content)
     assert documents(folder) == [TEXTS[0], TEXTS[2], TEXTS[1]]
     [said] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("skipped")]
-    assert said.startswith(f"skipped in {folder}: ._c.parquet (hidden), .ipynb_checkpoints (hidden), ")
-    assert "LICENSE.txt (about the corpus)" in said and said.endswith("and 5 more")
+    assert said == (
+        f"skipped in {folder}: ._c.parquet (hidden), LICENSE.txt (about the corpus), b.jsonl (empty), "
+        "dataset_info.json (no text in its first object), notes.txt (beside other texts) and 5 more: "
+        "1 hidden, 1 about the corpus, 1 empty, 1 no text in its first object, 1 another ending"
+    )
     assert documents(f"{folder}/*.jsonl") == TEXTS[:1]
     assert "skipped in" in capsys.readouterr().err  # the empty one
 

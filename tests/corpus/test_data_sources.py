@@ -496,6 +496,42 @@ def test_what_changed_is_said_in_words():
     )
 
 
+def test_a_change_of_versions_is_not_told_as_one_of_the_input():
+    common = {"clean": True}
+    before = {"input_path": ["1.txt", "2.txt"], "the input's size": [4, 6], "weights": [1.0, 1.0], **common}
+    now = {
+        "input_path": ["p/*.txt"],
+        "the input's size": [10],
+        "weights": [1.0],
+        "the files of p/*.txt": "ab",
+        **common,
+    }
+    assert describe_changes(before, now).startswith("an earlier version read each small .txt as a source of its own")
+    for changed in (now | {"the input's size": [11]}, now | {"clean": False}):
+        assert "input_path (was 1.txt, 2.txt, is p/*.txt)" in describe_changes(before, changed)
+    many = {f"the files of {n}/*.txt": "a" for n in range(9)}
+    assert describe_changes(many, dict.fromkeys(many, "b")).endswith("the files of 4/*.txt (was a, is b), 4 more")
+
+
+def test_many_texts_of_another_encoding_are_a_warning(tmp_path, capsys):
+    for number in range(4):
+        (tmp_path / f"{number}.txt").write_bytes(
+            "床前明月光，疑是地上霜。".encode("utf-8" if number == 3 else "gb18030")
+        )
+    assert len(find_sources(tmp_path)) == 1
+    assert "warning: 3 files of another encoding, not read, beside 1 in UTF-8: " in (said := capsys.readouterr().err)
+    assert "0.txt is GB18030, UTF-8 expected; convert it: " in said
+
+
+def test_json_in_a_txt_is_a_warning_and_a_name_is_not_always_that_of_a_companion(tmp_path, capsys):
+    (tmp_path / "a.txt").write_text('{"text": "床前明月光"}\n', encoding="utf-8")
+    (tmp_path / "notice of 3.txt").write_text("停电通知", encoding="utf-8")
+    (tmp_path / "README_zh.txt").write_text("说明", encoding="utf-8")
+    for given in (tmp_path, tmp_path / "a.txt"):
+        assert len(find_sources(given)) == (2 if given == tmp_path else 1)
+        assert f"warning: {tmp_path / 'a.txt'}: JSON in a .txt is read as plain text" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
