@@ -33,6 +33,7 @@ from model.runs.run_files import RunFiles
 from model.runs.signals import StopVote
 from model.runs.status import outcome_of
 from model.runs.time_limit import TimeLimit
+from model.token_file.token_layout import FileShortened
 from model.training.balance import Routing
 from model.training.choices import weight_shards
 from model.training.clock import Clock
@@ -281,6 +282,8 @@ class Trainer:
                 interrupted = self._is_due(t.eval_interval, done) and not self._evaluate_and_keep_best()
                 if interrupted or (stop_asked and not done and self.stepper.in_flight is None):
                     self._save_checkpoint(interrupted=True)
+                    if self.stepper.unread is not None:
+                        raise self.stepper.unread
                     return self._why_stopped()
                 stops_early = t.early_stopping and progress.evaluations_without_gain >= t.patience
                 if self._is_due(t.save_interval, done or stops_early) and saved_step != progress.step:
@@ -386,7 +389,13 @@ class Trainer:
         with self.clock.evaluation():
             self._wait_until_verified()
             model = self.build_evaluated_model()  # once for all that follows: with LoRA it takes time and memory
-            if (measured := self.evaluate(model)) is None:
+            try:
+                measured = self.evaluate(model)
+            except FileShortened:  # the held-out one: this run has learned from another
+                if self.plan.world_size == 1:
+                    self._save_checkpoint(interrupted=True)
+                raise
+            if measured is None:
                 return False
             is_best = progress.count_evaluation(measured["val_loss"])
             if self.files is not None:

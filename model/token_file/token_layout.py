@@ -50,22 +50,28 @@ def find_layout(path: Path, manifest: Manifest | None) -> TokenLayout:
     return TokenLayout(np.dtype("<u2"), 0, size // 2, "MiniMind's and nanoGPT's headerless uint16")
 
 
+class FileShortened(InputError):
+    """A token file is shorter than when it was opened; what was read of it before is right."""
+
+
 def refuse_shortened(path: Path, mapped: np.memmap) -> None:
     """Refuse a file that is shorter than its memory map, before the map is read: past the file's end a read would kill
     the process with a bus error (SIGBUS). It costs one system call, about a microsecond.
 
     Raises:
-        InputError: the file was shortened after it was opened, or its disk no longer answers.
+        FileShortened: it was shortened after it was opened, or its disk no longer answers.
     """
     expected = mapped.offset + mapped.nbytes
     try:
         size = mapped.base.size()  # of the file as it is now, which the map keeps open
     except OSError as error:
-        raise InputError(f"{path}: can no longer be read ({error.strerror}); check its disk, then --resume") from error
+        raise FileShortened(
+            f"{path}: can no longer be read ({error.strerror}); check its disk, then --resume"
+        ) from error
     if size < expected:
-        raise InputError(
+        raise FileShortened(
             f"{path}: {size:,} bytes found, {expected:,} when it was opened: another program shortened it meanwhile;"
-            " restore the file, then --resume, or start again if nothing was saved yet"
+            " restore the file, then --resume"
         )
 
 

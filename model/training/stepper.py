@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from model import accelerator
+from model.token_file.token_layout import FileShortened
 from model.training.balance import Routing
 from model.training.choices import Ranks
 from model.training.data import TrainingData
@@ -79,6 +80,7 @@ class Stepper:
         self._kernels = functools.partial(deterministic_kernels, device, self.training.deterministic)
         self.verdict = DeviceVerdict(device, processes) if runs_ahead(device, state.optimizer) else None
         self.in_flight: Step | None = None
+        self.unread: FileShortened | None = None  # why a batch could not be read; all steps before it are whole
         self.graph = self._step_graph(say) if self.training.cuda_graph else None
 
     def _step_graph(self, say: Callable[[str], None]) -> StepGraph:
@@ -106,7 +108,8 @@ class Stepper:
             last: launch none after it.
 
         Returns:
-            what it did; None: a signal to stop came within it, and everything is as it was before.
+            what it did; None: a signal to stop came within it, or its file was shortened (`unread`), and everything is
+            as it was before.
 
         Raises:
             RuntimeError: gradients or numbers could not be exchanged (`Processes.lost` says whether a process is gone).
@@ -146,7 +149,8 @@ class Stepper:
             found = self._gradients(batches, self._factor(terms)) if self.graph is None else [*batches]
         except StepDropped:
             self.state.drop_gradients()
-            restore_random_state(before)
+            if before is not None:
+                restore_random_state(before)
             return None
         if self.verdict is None:
             read = functools.partial(read_numbers, *found, self._stop_signals(), self.processes)
@@ -192,13 +196,20 @@ class Stepper:
             number: steps taken before.
 
         Raises:
-            StepDropped: a signal to stop came between two of them.
+            StepDropped: a signal to stop came between two of them, or, of a run on one process, its file was shortened.
+            FileShortened: so it was, of a run on several, whose others wait for this one's gradients.
         """
         for micro in range(self.training.accumulation_steps):
             if self._drops_step(micro, self._stop_signals() > 0):
                 raise StepDropped
             self._beat(f"reading the batch of step {number + 1}")
-            batch = self.objective.read(self.data.train, self.plan.samples_of(self.processes.rank, samples, micro))
+            try:
+                batch = self.objective.read(self.data.train, self.plan.samples_of(self.processes.rank, samples, micro))
+            except FileShortened as error:
+                if self.plan.world_size > 1:
+                    raise
+                self.unread = error
+                raise StepDropped from error
             self._beat(f"the gradients of step {number + 1}")
             yield batch
         self._beat(f"the end of step {number + 1}")
