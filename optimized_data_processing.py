@@ -280,7 +280,7 @@ def default_input_path(folder: str | Path = DATASET) -> Path:
 
 def _parser() -> argparse.ArgumentParser:
     parser = CommandParser(
-        "--input_path", description="Turn JSONL into the token file that training reads, or train a tokenizer."
+        "--input_path", description="Turn JSONL, .txt … into the token file that training reads, or train a tokenizer."
     )
     add = parser.add_argument
     add(

@@ -62,7 +62,8 @@ class DataSettings:
     )
     raw_data_path: str | None = setting(
         None,
-        "JSONL from which a missing train_data_path is made; null: for the default path, what is in dataset/",
+        "JSONL, or a folder of texts, from which a missing train_data_path is made; null: for the default path, what "
+        "is in dataset/",
         path=True,
     )
     mix_data_path: str | None = setting(
