@@ -24,7 +24,7 @@ from optimized_data_processing import OptimizedDataProcessor
 from tests import forks
 from tests.conftest import ROOT, corpus_lines, process_data
 from tests.corpus.half_made import Killed, begin_and_stop, contents
-from tests.tiny_runs import HUNG, finish_ranks, start_two_ranks, wait_for
+from tests.tiny_runs import HUNG, finish_ranks, mostly, start_two_ranks, wait_for
 
 SCRIPT = str(ROOT / "optimized_data_processing.py")
 FILES = ("data.bin", "data.json", "data.ends", "data.rejects.jsonl", "data.changes.jsonl", "data_stats.json")
@@ -129,7 +129,7 @@ PLACES = {
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("place", mostly(PLACES, slow=["os.unlink"]))
 def test_stopped_before_each_step_the_files_are_the_same(raw, processor, tmp_path, monkeypatch, place):
     """Stops before every call of one step in turn."""
     processor.process_dataset(raw, tmp_path / "whole" / "data.bin")

@@ -140,6 +140,7 @@ def test_transformers_answers_alike_token_by_token(run, generator, tmp_path):
         assert new[:-1] == ours[:-1] and ours[-1] is None
 
 
+@pytest.mark.slow
 def test_a_gguf_file_answers_alike(run, tmp_path):
     gguf = pytest.importorskip("gguf")
     model.convert.convert(run / "sft_64.pth", tmp_path / "a.gguf", say=lambda line: None)
