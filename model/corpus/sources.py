@@ -94,7 +94,7 @@ def find_sources(
             path = Path(given)
             files = _files(path, leave_out, text_field, txt_documents)
             if path.is_file() and path.resolve() not in leave_out:  # files named one by one are those of a shell's glob
-                key = "files"
+                key = path.anchor  # "" of relative ones: no folder holds those of both kinds, nor of two drives
         if batches and batches[-1][:2] == (key, weight):
             batches[-1][2].extend(files)
         else:

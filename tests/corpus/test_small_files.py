@@ -211,10 +211,14 @@ def test_files_that_a_shell_lists_are_joined_and_an_output_among_them_is_refused
         processor.process_dataset(names, folder / "tech" / "11.txt", resume=False)
 
 
-def test_files_of_many_folders_that_a_shell_lists_are_one_source(tmp_path):
+def test_files_of_many_folders_that_a_shell_lists_are_one_source(tmp_path, monkeypatch):
     files = [write(tmp_path / f"{number // 2:02d}" / f"{number}.txt", TEXTS[number % 9]) for number in range(101)]
     [source] = find_sources(files)
     assert source.files.names == [file.relative_to(tmp_path).as_posix() for file in files]
+
+    monkeypatch.chdir(tmp_path)  # two such lists, one of them relative: no folder holds the files of both
+    relative = [file.relative_to(tmp_path) for file in files]
+    assert [len(source.files.names) for source in find_sources([*files, *relative])] == [101, 101]
 
 
 def test_a_search_through_very_many_files_is_told(grouping, folder, capsys, monkeypatch):
