@@ -21,11 +21,21 @@ def refuse_missing(path: str | Path | None) -> None:
         InputError: naming the weights in the same folder.
     """
     if path is None:
-        if newest_weights(OUT_DIR) is None:
-            train = "python train.py --config config_demo.yaml"
-            raise InputError(f"no weights under {OUT_DIR}/: train first ({train}), or give --model_path")
+        weights_in_out()
     elif not (path := Path(path).expanduser()).exists():
         raise InputError(f"{path.as_posix()}: no such file{_weights_near(path)}")
+
+
+def weights_in_out() -> tuple[Path, str]:
+    """The `newest_weights` where training writes by default.
+
+    Raises:
+        InputError: there are none.
+    """
+    if (found := newest_weights(OUT_DIR)) is None:
+        train = "python train.py --config config_demo.yaml"
+        raise InputError(f"no weights under {OUT_DIR}/: train first ({train}), or give --model_path")
+    return found
 
 
 def newest_weights(folder: Path) -> tuple[Path, str] | None:

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from model.storage.newest_weights import OUT_DIR, newest_weights, refuse_missing
+from model.storage.newest_weights import newest_weights, refuse_missing, weights_in_out
 from model.weights.formats import FORMATS
 
 
@@ -15,9 +15,9 @@ def find_weights(path: str | Path | None) -> tuple[Path, str | None]:
     Raises:
         InputError: there is no such file, or nothing in `out`; the message names the weights in the same folder.
     """
-    refuse_missing(path)
     if path is None:
-        return newest_weights(OUT_DIR)
+        return weights_in_out()
+    refuse_missing(path)
     path = Path(path).expanduser()
     markers = [known.marker for known in FORMATS.values() if known.marker is not None]
     if path.is_dir() and not any((path / marker).is_file() for marker in markers):
