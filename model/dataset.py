@@ -145,7 +145,7 @@ class PretrainDataset:
         """The ids of each file that this dataset is made of: this one's, mapped into memory.
 
         Raises:
-            InputError: the file was shortened after it was opened.
+            FileShortened: the file is shorter than when it was opened.
         """
         self.refuse_shortened()
         return [self.tokens]
@@ -215,7 +215,8 @@ class PretrainDataset:
         has the same shape. The last token of a run has no target, nor has one of a chat that precedes an unlearned one.
 
         Raises:
-            InputError: an id that the model has no embedding for, or the file was shortened after it was opened.
+            FileShortened: the file is shorter than when it was opened.
+            InputError: an id that the model has no embedding for.
         """
         self.refuse_shortened()
         inputs = torch.zeros(rows, self.seq_len, dtype=torch.int64)

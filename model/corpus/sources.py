@@ -33,6 +33,7 @@ COMPANIONS = re.compile(
 )
 OUR_ENDINGS = (".rejects.jsonl", ".changes.jsonl")  # what data processing itself left there
 NAMED = 5  # skipped files that a message names
+OTHER_ENCODING = ", not UTF-8"  # how the reason to skip such a file ends
 WARNED_SHARE = 0.2  # of the texts; a warning if more are in another encoding
 MANY_FILES = 100  # an input of more small .txt is read as few sources: a source takes some 25 ms
 TOLD_FILES = 50_000  # to look at more takes over five seconds
@@ -191,7 +192,7 @@ def _files(path: Path, leave_out: Collection[Path], text_field: str, txt_documen
     is_folder, found, skipped = path.is_dir(), [], {}  # skipped: why, by file
     texts, tables = [], []  # .txt, and CSV files of chats: read only where nothing else is
     other_encoding: WrongEncoding | None = None
-    of_other_encodings, with_json = 0, []  # with_json: .txt
+    with_json = []  # .txt
     in_job, is_left_out = functools.cache(_in_job), _left_out(leave_out)
     listed.sort(key=_in_order)
     if len(listed) > TOLD_FILES:
@@ -214,9 +215,8 @@ def _files(path: Path, leave_out: Collection[Path], text_field: str, txt_documen
         try:
             form, packing, head = recognise(file, txt_documents)
         except WrongEncoding as error:
-            skipped[file] = f"{error.encoding.upper()}, not UTF-8"
+            skipped[file] = f"{error.encoding.upper()}{OTHER_ENCODING}"
             other_encoding = other_encoding or error
-            of_other_encodings += 1
             continue
         kept = _Found(file, about.st_size, form, packing)
         if form in TXT_DOCUMENTS and holds_documents(head, text_field):
@@ -243,6 +243,7 @@ def _files(path: Path, leave_out: Collection[Path], text_field: str, txt_documen
         raise InputError(f"input_path: {nothing}" + (f"; skipped: {said}" if said else ""))
     if said:
         say(f"skipped in {path}: {said}")
+    of_other_encodings = sum(why.endswith(OTHER_ENCODING) for why in skipped.values())
     if of_other_encodings > WARNED_SHARE * len(found):
         others = counted(of_other_encodings, "file")
         say(f"warning: {others} of another encoding, not read, beside {len(found):,} in UTF-8: {other_encoding}")
@@ -348,7 +349,9 @@ def _why_skipped(file: str, name: str, about: os.stat_result | None, is_folder: 
 def _describe_skipped(skipped: dict[str, str], folder: Path) -> str:
     """'b.jsonl (empty), README.md (another ending) and 3 more: 3 empty', the surprising ones first; each reason has a
     file that is named."""
-    ranked = sorted(skipped.items(), key=lambda item: (item[1] == "another ending", "UTF-8" not in item[1]))
+    ranked = sorted(
+        skipped.items(), key=lambda item: (item[1] == "another ending", not item[1].endswith(OTHER_ENCODING))
+    )
     firsts = {why: file for file, why in reversed(ranked)}
     shown = sorted(ranked, key=lambda item: firsts[item[1]] != item[0])[:NAMED]
     rest = Counter(skipped.values()) - Counter(why for _, why in shown)
